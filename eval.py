@@ -1,0 +1,13 @@
+"""Evaluate finished runs.
+
+python eval.py run=DIR                              # the run's own test rows again
+python eval.py run=DIR data=jsonl data.path=F       # other rows
+python eval.py eval=generate run=DIR                # texts for many users
+python eval.py eval=winrate run=DIR eval.against=DIR
+python eval.py eval=compare runs='runs/*' out=DIR   # one table, one report
+"""
+
+from plrhf.tasks import eval_main
+
+if __name__ == "__main__":
+    eval_main()

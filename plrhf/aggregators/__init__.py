@@ -1,0 +1,7 @@
+"""Aggregators: where the user vector meets the text."""
+
+from plrhf.aggregators.base import Aggregator
+from plrhf.aggregators.film import FiLM
+from plrhf.aggregators.soft_prompt import ConcatSoftPrompt
+
+__all__ = ["Aggregator", "ConcatSoftPrompt", "FiLM"]

@@ -1,0 +1,59 @@
+"""What an aggregator is: it owns the backbone call and decides where the user vector meets the text."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, nn
+
+from plrhf.backbone import Backbone
+from plrhf.types import PreferenceBatch
+
+
+class Aggregator(nn.Module, ABC):
+    """Runs the backbone on a batch for given user vectors.
+
+    A subclass is built by keyword; of `hidden_size` and `n_blocks` it is handed those its
+    constructor names, beside its own settings.
+
+    Attributes:
+        user_dim: width of the user vectors it needs; the encoder is built to it.
+        output_size: width of the hidden states it gives.
+        after_trunk: whether the trunk is free of the user. A reward model then pools the trunk's
+            outputs first and hands them over as `PreferenceBatch.hidden`, one a response.
+    """
+
+    user_dim: int
+    output_size: int
+    after_trunk: bool = False
+
+    @abstractmethod
+    def forward(self, backbone: Backbone, batch: PreferenceBatch, user: Tensor) -> Tensor:
+        """Hidden states of the text for the users, user vectors excluded.
+
+        Args:
+            batch: B pairs in R rows of L tokens.
+            user: [C * B, user_dim], C contexts one after the other, or [C * B, 0] for no user model.
+
+        Returns:
+            [C, R, L, output_size].
+        """
+
+    @abstractmethod
+    def decoding(
+        self, backbone: Backbone, input_ids: Tensor, attention_mask: Tensor, user: Tensor
+    ) -> AbstractContextManager[dict[str, Any]]:
+        """Context in which the model's `generate`, given the yielded arguments, writes for the users.
+
+        Args:
+            input_ids, attention_mask: [N, L] int64, left-padded prompts. user: [N, user_dim].
+        """
+
+
+def spread_over_rows(user: Tensor, batch: PreferenceBatch) -> Tensor:
+    """One vector a pair and context -> one a row and context, [C * B, D] -> [C, R, D]."""
+    n_pairs, n_rows = len(batch), batch.segment.shape[0]
+    per_context = user.view(-1, 1, n_pairs, user.shape[1])  # [C, 1, B, D]
+    return per_context.expand(-1, n_rows // n_pairs, -1, -1).flatten(1, 2)

@@ -1,0 +1,65 @@
+"""User vectors as tokens in front of the text."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plrhf.aggregators.base import Aggregator, spread_over_rows
+from plrhf.backbone import Backbone
+from plrhf.errors import bad_value
+from plrhf.types import PreferenceBatch
+
+
+class ConcatSoftPrompt(Aggregator):
+    """T_u vectors in front of the input embeddings (arXiv 2402.05133, section 4).
+
+    They take positions, attend causally and are never predicted.
+
+    Args:
+        hidden_size: d of the backbone. n_tokens: T_u, from 1.
+    """
+
+    def __init__(self, *, hidden_size: int, n_tokens: int = 10) -> None:
+        super().__init__()
+        if n_tokens < 1:
+            raise bad_value(
+                "aggregator.n_tokens",
+                n_tokens,
+                "a whole number from 1",
+                "Set aggregator.n_tokens=10, or encoder=none for no user vectors",
+            )
+        self.hidden_size = self.output_size = hidden_size
+        self.user_dim = n_tokens * hidden_size
+
+    def _vectors(self, user: Tensor, dtype: torch.dtype) -> Tensor:
+        n_tokens = user.shape[-1] // self.hidden_size  # 0 where there is no user model
+        return user.to(dtype).unflatten(-1, (n_tokens, self.hidden_size))
+
+    def forward(self, backbone: Backbone, batch: PreferenceBatch, user: Tensor) -> Tensor:
+        vectors = self._vectors(spread_over_rows(user, batch), backbone.vocabulary().dtype)
+        n_contexts, n_rows, n_tokens, _ = vectors.shape  # [C, R, T, d]
+        text = backbone.embed(batch.input_ids).expand(n_contexts, -1, -1, -1)  # [C, R, L, d]
+        hidden = backbone(
+            torch.cat([vectors, text], dim=2).flatten(0, 1),
+            batch.segment.repeat(n_contexts, 1),
+            batch.position_ids.repeat(n_contexts, 1),
+        )
+        return hidden[:, n_tokens:].unflatten(0, (n_contexts, n_rows))
+
+    @contextlib.contextmanager
+    def decoding(
+        self, backbone: Backbone, input_ids: Tensor, attention_mask: Tensor, user: Tensor
+    ) -> Iterator[dict[str, Any]]:
+        text = backbone.embed(input_ids)
+        vectors = self._vectors(user, text.dtype)  # [N, T, d]
+        seen = attention_mask.new_ones(vectors.shape[:2])
+        # User vectors stand before the left padding, which the mask hides: positions skip padding.
+        yield {
+            "inputs_embeds": torch.cat([vectors, text], dim=1),
+            "attention_mask": torch.cat([seen, attention_mask], dim=1),
+        }

@@ -1,0 +1,403 @@
+"""The language model under everything: loading, LoRA, masks. The only file importing transformers, peft."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTJConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from plrhf.errors import bad_value
+from plrhf.types import PADDING, PROMPT
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ENCODER_ONLY = frozenset(
+    {"bert", "roberta", "distilbert", "mpnet", "electra", "deberta-v2", "xlm-roberta"}
+)
+Trainable = Literal["lora", "frozen", "full"]
+
+
+def response_mask(segment: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive attention mask of the packed layout, [R, L] -> [R, 1, L, L].
+
+    A position sees earlier positions of the prompt and of its own response, never the other
+    response; padding sees itself alone, so that no softmax is over nothing.
+    """
+    length = segment.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
+    query, key = segment[:, :, None], segment[:, None, :]
+    sees = causal & ((key == PROMPT) | (key == query)) & (key != PADDING)
+    sees |= torch.eye(length, dtype=torch.bool, device=segment.device)
+    mask = torch.zeros(sees.shape, dtype=dtype, device=segment.device)
+    return mask.masked_fill(~sees, torch.finfo(dtype).min)[:, None]
+
+
+class Backbone(nn.Module):
+    """A Hugging Face model seen as: embed, run the trunk, unembed; with adapters that can be off.
+
+    Args:
+        model: a causal LM, or a bidirectional encoder (`causal` False), on which LoRA may be put.
+        trainable: ``lora``, ``frozen`` or ``full``.
+        lora: r, alpha, dropout, target_modules (names, or "all-linear"), for ``lora`` only.
+        gradient_checkpointing: recompute activations in the backward pass.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        trainable: Trainable = "lora",
+        lora: dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if trainable not in ("lora", "frozen", "full"):
+            raise bad_value(
+                "backbone.trainable",
+                trainable,
+                "lora, frozen or full",
+                "Set backbone.trainable=lora",
+            )
+        if trainable == "lora" and lora is None:
+            raise bad_value(
+                "backbone.lora",
+                lora,
+                "r, alpha, dropout and target_modules",
+                "Give them, or set backbone.trainable=frozen",
+            )
+        self.causal = is_causal(model.config)
+        self.trainable = trainable
+        self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Embeddings and trunk are found on the bare model: LoRA layers are put into it in place.
+        self.trunk: nn.Module = model.base_model
+        self.model: PreTrainedModel | PeftModel = model
+        if trainable == "lora" and lora is not None:
+            self.model = add_lora(model, **lora)
+        elif trainable == "frozen":
+            model.requires_grad_(False)
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face config of the model."""
+        return self.model.config
+
+    @property
+    def hidden_size(self) -> int:
+        """Width d of embeddings and hidden states."""
+        return int(self.config.hidden_size)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Positions the model was made for, or None where its config names no limit."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The transformer blocks, first to last."""
+        n_blocks = self.config.num_hidden_layers
+        for module in self.trunk.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == n_blocks:
+                return list(module)
+        raise bad_value(
+            "backbone.path",
+            type(self.trunk).__name__,
+            "a model with one list of blocks",
+            "Use aggregator=soft_prompt or aggregator.site=last with it",
+        )
+
+    def vocabulary(self) -> Tensor:
+        """Input embeddings of all tokens, [V, d], detached."""
+        return self.trunk.get_input_embeddings().weight.detach()  # type: ignore[operator]
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token ids [R, L] -> input embeddings [R, L, d]."""
+        return self.trunk.get_input_embeddings()(input_ids)  # type: ignore[operator]
+
+    def forward(self, inputs_embeds: Tensor, segment: Tensor, position_ids: Tensor) -> Tensor:
+        """Last hidden states [R, T + L, d] of T user vectors followed by L text positions.
+
+        Args:
+            inputs_embeds: [R, T + L, d]; T is what `segment` is shorter by.
+            segment, position_ids: [R, L] int64; user vectors count as prompt and take positions 0..T-1.
+        """
+        n_vectors = inputs_embeds.shape[1] - segment.shape[1]
+        segment = nn.functional.pad(segment, (n_vectors, 0), value=PROMPT)
+        if not self.causal:
+            output = self.trunk(
+                inputs_embeds=inputs_embeds, attention_mask=(segment != PADDING).long()
+            )
+            return output.last_hidden_state
+        own = torch.arange(n_vectors, device=segment.device).expand(segment.shape[0], -1)
+        output = self.trunk(
+            inputs_embeds=inputs_embeds,
+            attention_mask=response_mask(segment, inputs_embeds.dtype),
+            position_ids=torch.cat([own, position_ids + n_vectors], dim=1),
+            use_cache=False,
+        )
+        return output.last_hidden_state
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., d] -> logits [..., V]."""
+        return self.model.get_output_embeddings()(hidden)
+
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits of the frozen weights: another model's are others."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name, value in sorted(self.named_parameters()):
+            if not value.requires_grad:
+                total = float(value.detach().float().sum())
+                digest.update(f"{name} {tuple(value.shape)} {total:.4e}".encode())
+        return digest.hexdigest()
+
+    def save(self, directory: Path) -> None:
+        """Write what was learned: the PEFT adapter, or the whole model to ``backbone/``."""
+        if isinstance(self.model, PeftModel):
+            self.model.save_pretrained(str(directory))
+            (directory / "README.md").unlink(missing_ok=True)  # PEFT's template, not filled in
+        elif self.trainable == "full":
+            self.model.save_pretrained(directory / "backbone")
+
+    def merged(self) -> PreTrainedModel:
+        """The plain Hugging Face model with what was learned folded into its weights."""
+        if isinstance(self.model, PeftModel):
+            return self.model.merge_and_unload()
+        return self.model
+
+    def load_adapter(self, directory: Path) -> None:
+        """Put the adapter `save` wrote, if this backbone has one, into place."""
+        if isinstance(self.model, PeftModel):
+            set_peft_model_state_dict(
+                self.model, load_file(directory / "adapter_model.safetensors")
+            )
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within it the model is pi_ref: adapters off, dropout off, no gradient."""
+        was_training = self.training
+        self.eval()
+        adapters_off = (
+            self.model.disable_adapter()
+            if isinstance(self.model, PeftModel)
+            else contextlib.nullcontext()
+        )
+        with torch.no_grad(), adapters_off:
+            yield
+        self.train(was_training)
+
+
+def is_causal(config: Any) -> bool:
+    """Whether a model of this config writes text left to right."""
+    return config.model_type not in ENCODER_ONLY or bool(getattr(config, "is_decoder", False))
+
+
+def add_lora(
+    model: PreTrainedModel, *, r: int, alpha: int, dropout: float, target_modules: Any
+) -> PeftModel:
+    """Freeze `model` and put LoRA beside the named linear layers (a list, or "all-linear")."""
+    if r < 1:
+        raise bad_value("backbone.lora.r", r, "a whole number from 1", "Set backbone.lora.r=8")
+    if not 0 <= dropout < 1:
+        raise bad_value(
+            "backbone.lora.dropout", dropout, "a number from 0 to below 1", "Set it to 0.05"
+        )
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        bias="none",
+        task_type="CAUSAL_LM" if is_causal(model.config) else "FEATURE_EXTRACTION",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        linear = sorted(
+            {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        )
+        raise bad_value(
+            "backbone.lora.target_modules",
+            targets,
+            f"all-linear or names among {linear}",
+            "Name layers this model has",
+        ) from error
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: str = "float32",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal LM, or a bidirectional encoder, by directory or hub name.
+
+    Raises:
+        ValueError: no model there, or a dtype outside `DTYPES`.
+    """
+    if dtype not in DTYPES:
+        raise bad_value(
+            "backbone.dtype", dtype, f"one of {sorted(DTYPES)}", "Set backbone.dtype=float32"
+        )
+    if looks_local(path) and not Path(path, "config.json").is_file():
+        raise bad_value(
+            "backbone.path",
+            path,
+            "a model's directory (with config.json) or a hub name",
+            "Give the directory that save_pretrained wrote",
+        )
+    options = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+        causal = is_causal(config) and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        kind = AutoModelForCausalLM if causal else AutoModel
+        return kind.from_pretrained(
+            path, dtype=DTYPES[dtype], attn_implementation=attention, **options
+        )
+    except OSError as error:
+        raise bad_value(
+            "backbone.path",
+            path,
+            "a model's directory or a hub name that can be reached",
+            f"Check it ({str(error).splitlines()[0][:120]})",
+        ) from error
+
+
+def load_backbone(
+    *,
+    path: str,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+    trainable: Trainable = "lora",
+    lora: dict[str, Any] | None = None,
+    gradient_checkpointing: bool = False,
+) -> Backbone:
+    """A `Backbone` over the model at `path`; see `load_model` and `Backbone` for the settings."""
+    model = load_model(path, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
+    return Backbone(
+        model=model, trainable=trainable, lora=lora, gradient_checkpointing=gradient_checkpointing
+    )
+
+
+def looks_local(path: str) -> bool:
+    """Whether a path is meant as a directory on disk rather than a hub name."""
+    return path.startswith((".", "/", "~")) or Path(path).exists()
+
+
+def load_tokenizer(
+    path: str, *, pad_token: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that has a pad token and an end token (encoder-only: their separator).
+
+    Raises:
+        ValueError: either is missing.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise bad_value(
+            "backbone.path",
+            path,
+            "a directory or hub name with a tokenizer",
+            f"Save the tokenizer beside the model ({str(error).splitlines()[0][:120]})",
+        ) from error
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise bad_value(
+                "backbone.pad_token",
+                pad_token,
+                "a token of the vocabulary",
+                f"Set backbone.pad_token='{tokenizer.eos_token}'",
+            )
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token is None:
+        raise bad_value(
+            "backbone.pad_token",
+            None,
+            f"a token of the vocabulary, as {path} has no pad token of its own",
+            f"Set backbone.pad_token='{tokenizer.eos_token}'",
+        )
+    if tokenizer.eos_token is None and tokenizer.sep_token is None:
+        raise bad_value(
+            "backbone.path",
+            path,
+            "a tokenizer with an end-of-sequence or separator token",
+            "Set eos_token in its tokenizer_config.json",
+        )
+    return tokenizer
+
+
+def tiny_gptj(
+    *,
+    vocab_size: int,
+    n_layers: int,
+    width: int,
+    n_heads: int,
+    max_positions: int,
+    eos_token_id: int,
+) -> PreTrainedModel:
+    """A GPT-J small enough for a laptop, weights random from torch's current seed."""
+    if width % n_heads != 0:
+        raise bad_value(
+            "backbone.width",
+            width,
+            f"a multiple of backbone.n_heads={n_heads}",
+            f"Set backbone.width={n_heads * max(1, width // n_heads)}",
+        )
+    config = GPTJConfig(
+        vocab_size=vocab_size,
+        n_positions=max_positions,
+        n_embd=width,
+        n_layer=n_layers,
+        n_head=n_heads,
+        rotary_dim=min(64, width // n_heads),
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=eos_token_id,
+        eos_token_id=eos_token_id,
+        pad_token_id=eos_token_id,
+        tie_word_embeddings=False,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerBase:
+    """Byte-pair tokenizer learned from `texts`, whose one special token ends, starts and pads."""
+    end = "<|endoftext|>"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[end],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=end, bos_token=end, pad_token=end, unk_token=end
+    )

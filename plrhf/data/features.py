@@ -1,0 +1,132 @@
+"""Numbers and categories known of users, as the vectors a model reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import mean, pstdev
+from typing import Any
+
+from plrhf.data.rows import Features, Row, parse_features
+from plrhf.errors import bad_value
+
+
+@dataclass(frozen=True)
+class FeatureSchema:
+    """What training users have said, enough to encode anyone: means, deviations, category codes.
+
+    An encoded user is F = `n_features` numbers: the number features by name, then the category
+    features by name. Missing and unseen values are NaN.
+    """
+
+    moments: Mapping[str, tuple[float, float]]  # number feature -> mean, standard deviation
+    codes: Mapping[str, Mapping[str, int]]  # category feature -> value -> code from 0
+
+    @classmethod
+    def fit(cls, rows: Iterable[Row]) -> FeatureSchema:
+        """Return the schema of these (train) rows, each user counted once, by their first value.
+
+        Raises:
+            ValueError: a feature is a number in one row and text in another.
+        """
+        values: dict[str, dict[str, float | str]] = {}  # feature -> user -> value
+        for row in rows:
+            for name, value in (row.user_features or {}).items():
+                by_user = values.setdefault(name, {})
+                first = next(iter(by_user.values()), value)
+                if isinstance(value, str) != isinstance(first, str):
+                    raise _mixed(name, value, "text" if isinstance(first, str) else "a number")
+                by_user.setdefault(row.user_id, value)
+        moments: dict[str, tuple[float, float]] = {}
+        codes: dict[str, dict[str, int]] = {}
+        for name in sorted(values):
+            numbers = [one for one in values[name].values() if not isinstance(one, str)]
+            if len(numbers) > 0:
+                # These are exact sums, so a constant feature deviates by exactly 0.
+                deviation = pstdev(numbers)
+                moments[name] = (float(mean(numbers)), 1.0 if deviation == 0 else deviation)
+            else:
+                texts = sorted({str(one) for one in values[name].values()})
+                codes[name] = {text: code for code, text in enumerate(texts)}
+        return cls(moments=moments, codes=codes)
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The names of the number features, in encoding order."""
+        return tuple(self.moments)
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """The names of the category features, in encoding order after the numbers."""
+        return tuple(self.codes)
+
+    @property
+    def category_sizes(self) -> tuple[int, ...]:
+        """How many values each category feature has in training."""
+        return tuple(len(codes) for codes in self.codes.values())
+
+    @property
+    def n_features(self) -> int:
+        """F, the length of an encoded user."""
+        return len(self.moments) + len(self.codes)
+
+    def encode(self, user_features: Features | None) -> list[float]:
+        """Return one user's F numbers, in units of training deviations; features not fitted are
+        passed over.
+
+        Raises:
+            ValueError: text where training had a number, or the other way round.
+        """
+        given = user_features or {}
+        encoded = []
+        for name, (centre, deviation) in self.moments.items():
+            value = given.get(name, math.nan)
+            if isinstance(value, str):
+                raise _mixed(name, value, "a number")
+            encoded.append((value - centre) / deviation)
+        for name, codes in self.codes.items():
+            category = given.get(name, "")
+            if not isinstance(category, str):
+                raise _mixed(name, category, "text")
+            known = name in given and category in codes
+            encoded.append(float(codes[category]) if known else math.nan)
+        return encoded
+
+    def encode_raw(self, user_features: Mapping[str, Any] | None) -> list[float]:
+        """Return `encode` of features straight from a person or a JSON file, checked like a row's.
+
+        Raises:
+            ValueError: a value rows may not hold, or a feature that training did not have.
+        """
+        checked = parse_features(user_features, "user_features")
+        for name in checked or {}:
+            if name not in self.moments and name not in self.codes:
+                known = ", ".join((*self.numbers, *self.categories)) or "no features at all"
+                cure = "Leave it out or correct its name"
+                raise bad_value("user_features", name, f"one of {known}", cure)
+        return self.encode(checked)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the schema as JSON-able dicts and lists, for `from_dict`."""
+        return {
+            "numbers": {n: {"mean": m, "deviation": d} for n, (m, d) in self.moments.items()},
+            "categories": {name: list(codes) for name, codes in self.codes.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> FeatureSchema:
+        """Return the schema that `to_dict` wrote."""
+        numbers, categories = state["numbers"], state["categories"]
+        return cls(
+            moments={n: (numbers[n]["mean"], numbers[n]["deviation"]) for n in sorted(numbers)},
+            codes={
+                name: {value: code for code, value in enumerate(categories[name])}
+                for name in sorted(categories)
+            },
+        )
+
+
+def _mixed(name: str, value: object, expected: str) -> ValueError:
+    cure = "Give a feature one kind of value for all users"
+    return bad_value(f"user_features.{name}", value, f"{expected}, as for other users", cure)

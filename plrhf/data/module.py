@@ -1,0 +1,348 @@
+"""Rows of a source as batches: read, divided, tokenised, and served in an order that can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from plrhf.config import build, locate, parameters
+from plrhf.data.features import FeatureSchema
+from plrhf.data.packing import Layout, RowTokenizer, Tokenizer, TokenPair, packed, two_rows
+from plrhf.data.rows import Row, read_rows
+from plrhf.data.sources.base import Source
+from plrhf.data.splits import Splits, shuffle_users, split_rows
+from plrhf.errors import bad_value
+from plrhf.types import GENERIC_USER, PreferenceBatch
+
+
+class PairDataset:
+    """Tokenised pairs of one split, and what was computed for them beforehand.
+
+    Attributes:
+        ref_logps: [N, 2] reference log-probabilities, or None.
+        hidden: [N, 2, d] pooled trunk outputs (chosen, rejected), or None.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        pairs: Sequence[TokenPair],
+        *,
+        layout: Layout,
+        user_index: dict[str, int],
+        schema: FeatureSchema,
+    ) -> None:
+        self.rows, self.pairs, self.layout = rows, pairs, layout
+        self.user_id = torch.tensor([user_index.get(r.user_id, GENERIC_USER) for r in rows]).long()
+        encoded = {id(row.user_features): schema.encode(row.user_features) for row in rows}
+        features = [encoded[id(row.user_features)] for row in rows]
+        self.features = torch.tensor(features, dtype=torch.float32).view(
+            len(rows), schema.n_features
+        )
+        self.ref_logps: Tensor | None = None
+        self.hidden: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, places: Sequence[int]) -> PreferenceBatch:
+        """The pairs at these places as one batch."""
+        at = torch.tensor(places, dtype=torch.int64)
+        pairs = [] if self.hidden is not None else [self.pairs[place] for place in places]
+        input_ids, segment, positions = self.layout(pairs)
+        batch = PreferenceBatch(
+            user_id=self.user_id[at],
+            features=self.features[at],
+            input_ids=input_ids,
+            segment=segment,
+            position_ids=positions,
+            row=at,
+            ref_logps=None if self.ref_logps is None else self.ref_logps[at],
+        )
+        return batch if self.hidden is None else batch.pooled(self.hidden[at])
+
+    def texts(self) -> tuple[list[TokenPair], Tensor]:
+        """Distinct (prompt, response) texts, as pairs without a rejected response, and [N, 2] places."""
+        places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        of_pair = [
+            [
+                places.setdefault((pair.prompt, text), len(places))
+                for text in (pair.chosen, pair.rejected)
+            ]
+            for pair in self.pairs
+        ]
+        return [TokenPair(prompt, text, ()) for prompt, text in places], torch.tensor(of_pair)
+
+
+class OrderedBatches(Sampler[list[int]]):
+    """Batches in an order fixed by seed and epoch alone, which can start in the middle.
+
+    Args:
+        n_rows: rows in all. batch_size: rows a batch (the last may hold fewer). seed: any integer.
+    """
+
+    def __init__(self, n_rows: int, *, batch_size: int, seed: int) -> None:
+        self.n_rows, self.batch_size, self.seed = n_rows, batch_size, seed
+        self.epoch = 0
+        self.served = 0  # batches of this epoch already given out
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order; Lightning calls it before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.n_rows // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.n_rows, generator=generator).tolist()
+        for batch in range(self.served, len(self)):
+            self.served = batch + 1
+            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        self.served = 0
+
+
+class ResumableLoader(DataLoader):
+    """A loader whose place in the epoch Lightning stores in checkpoints and puts back."""
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of the epoch have been served."""
+        sampler: Any = self.batch_sampler
+        return {"served": sampler.served % len(sampler)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after that many batches."""
+        sampler: Any = self.batch_sampler
+        sampler.served = state["served"]
+
+
+class PreferenceData(LightningDataModule):
+    """Train, val and test pairs of a source.
+
+    Reading and splitting happen on construction, so that a tokenizer can be learned from the train
+    rows; `tokenize` must be called before loaders are asked for.
+
+    Args:
+        source: where rows come from.
+        seed: of splits and batch order.
+        batch_size, eval_batch_size: pairs a step on this process.
+        users, schema: those of a trained model, to evaluate it on other rows: all rows (of split
+            "test", where rows have one) are then test rows. None: both are taken from the train rows.
+        shuffle_users: permute users over train rows and over val rows, the control that must lose.
+        others: see `rows.read_rows`, `splits.split_rows`, `packing.RowTokenizer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: Source,
+        seed: int,
+        batch_size: int,
+        eval_batch_size: int,
+        on_bad_row: str = "refuse",
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        unseen_fraction: float = 0.0,
+        min_pairs_per_user: int = 1,
+        max_users: int | None = None,
+        shuffle_users: bool = False,
+        max_prompt_tokens: int = 512,
+        max_tokens: int = 1024,
+        on_long_prompt: str = "truncate",
+        separator: str = "\n",
+        use_user_text: bool = False,
+        users: Sequence[str] | None = None,
+        schema: FeatureSchema | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("max_tokens", max_tokens),
+        ):
+            if value < 1:
+                raise bad_value(
+                    f"data.{name}", value, "a whole number from 1", f"Set data.{name}=32"
+                )
+        self.source, self.seed = source, seed
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        rows, self.report = read_rows(source.records(), on_bad_row=on_bad_row)
+        if users is None:
+            self.splits = split_rows(
+                rows,
+                seed=seed,
+                val_fraction=val_fraction,
+                test_fraction=test_fraction,
+                unseen_fraction=unseen_fraction,
+                min_pairs_per_user=min_pairs_per_user,
+                max_users=max_users,
+            )
+        else:
+            self.splits = as_test(rows, users)
+        if shuffle_users:
+            self.splits = shuffled(self.splits, seed=seed)
+        self.schema = FeatureSchema.fit(self.splits.train) if schema is None else schema
+        self.user_index = {user: place + 1 for place, user in enumerate(self.splits.users)}
+        self.tokenizer_options = {
+            "max_prompt_tokens": max_prompt_tokens,
+            "max_tokens": max_tokens,
+            "on_long_prompt": on_long_prompt,
+            "separator": separator,
+            "use_user_text": use_user_text,
+        }
+        self.max_tokens = max_tokens
+        self.datasets: dict[str, PairDataset] = {}
+        self.truncated: dict[str, int] = {}
+
+    @property
+    def n_users(self) -> int:
+        """Users of the train rows; they are numbered from 1."""
+        return len(self.splits.users)
+
+    def tokenize(
+        self, tokenizer: Tokenizer, *, causal: bool, max_positions: int | None = None
+    ) -> None:
+        """Turn the rows of every split into tokens, packed for causal models, else in two rows.
+
+        Raises:
+            ValueError: the model has fewer positions than `max_tokens`.
+        """
+        if max_positions is not None and self.max_tokens > max_positions:
+            raise bad_value(
+                "data.max_tokens",
+                self.max_tokens,
+                f"at most the backbone's {max_positions} positions",
+                f"Set data.max_tokens={max_positions}",
+            )
+        to_tokens = RowTokenizer(tokenizer, **self.tokenizer_options)  # type: ignore[arg-type]
+        for split in ("train", "val", "test"):
+            rows, pairs = to_tokens(getattr(self.splits, split))
+            self.datasets[split] = PairDataset(
+                rows,
+                pairs,
+                layout=packed if causal else two_rows,
+                user_index=self.user_index,
+                schema=self.schema,
+            )
+        self.truncated = dict(to_tokens.counts)
+        self.to_tokens = to_tokens
+
+    def counts(self) -> dict[str, Any]:
+        """What became of every row read: the "data" part of results.json."""
+        return {
+            "read": self.report.read,
+            "refused": dict(self.report.refused),
+            "dropped": self.splits.dropped,
+            "truncated": self.truncated,
+            "rows": {split: len(dataset) for split, dataset in self.datasets.items()},
+            "users": {"seen": self.n_users, "unseen": len(self.unseen_users())},
+        }
+
+    def unseen_users(self) -> set[str]:
+        """Users of test rows that the train rows do not have."""
+        return {row.user_id for row in self.splits.test} - set(self.splits.users)
+
+    def train_dataloader(self) -> DataLoader:
+        dataset = self.datasets["train"]
+        batches = OrderedBatches(len(dataset), batch_size=self.batch_size, seed=self.seed)
+        return _loader(dataset, batches, kind=ResumableLoader)
+
+    def val_dataloader(self) -> DataLoader:
+        return self.ordered_loader("val")
+
+    def ordered_loader(self, split: str) -> DataLoader:
+        """All pairs of a split, shortest first so that little is padding; always the same order."""
+        dataset = self.datasets[split]
+        by_length = sorted(
+            range(len(dataset)), key=lambda place: _length(dataset.pairs[place])
+        )
+        size = self.eval_batch_size
+        batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+        return _loader(dataset, batches)
+
+    def precompute_reference(self, reference: Callable[[PreferenceBatch], Tensor]) -> None:
+        """Keep `reference(batch)` [B, 2] of every train and val pair: the reference never changes."""
+        for split in ("train", "val"):
+            dataset = self.datasets[split]
+            found = torch.zeros(len(dataset), 2)
+            for batch in self.ordered_loader(split):
+                found[batch.row] = reference(batch)
+            dataset.ref_logps = found
+
+    def precompute_hidden(self, pool: Callable[[PreferenceBatch], Tensor]) -> None:
+        """Keep `pool(batch)` [B, 2, d] of every pair, each distinct text computed once."""
+        for dataset in self.datasets.values():
+            if len(dataset) == 0:
+                continue
+            texts, places = dataset.texts()
+            alone = PairDataset(
+                [dataset.rows[0]] * len(texts),
+                texts,
+                layout=packed,
+                user_index={},
+                schema=FeatureSchema.fit(()),
+            )
+            order = sorted(range(len(texts)), key=lambda place: _length(texts[place]))
+            size = self.eval_batch_size
+            pooled = [
+                (places_now, pool(alone.batch(places_now))[:, 0])
+                for places_now in (
+                    order[start : start + size] for start in range(0, len(order), size)
+                )
+            ]
+            hidden = torch.zeros(len(texts), pooled[0][1].shape[1])
+            for places_now, values in pooled:
+                hidden[places_now] = values
+            dataset.hidden = hidden[places]
+
+
+def build_data(
+    node: dict[str, Any], *, users: Sequence[str] | None = None, schema: FeatureSchema | None = None
+) -> PreferenceData:
+    """The data module of a config's ``data``: its source gets the settings its constructor names."""
+    own, of_source = parameters(PreferenceData), parameters(locate(node["_target_"], "data"))
+    source = build({k: v for k, v in node.items() if k not in own or k in of_source}, "data")
+    target = f"{PreferenceData.__module__}.{PreferenceData.__qualname__}"
+    settings = {k: v for k, v in node.items() if k in own}
+    return build(
+        {"_target_": target, **settings}, "data", source=source, users=users, schema=schema
+    )
+
+
+def _loader(dataset: PairDataset, batches: Any, kind: type[DataLoader] = DataLoader) -> DataLoader:
+    # A generator of its own: a loader otherwise draws from the global one, which resuming must not.
+    return kind(
+        range(len(dataset)),  # type: ignore[arg-type]
+        batch_sampler=batches,
+        collate_fn=dataset.batch,
+        generator=torch.Generator(),
+    )
+
+
+def _length(pair: TokenPair) -> int:
+    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+
+
+def as_test(rows: Sequence[Row], users: Sequence[str]) -> Splits:
+    """All rows, or those of split "test" where rows have one, as test rows of a trained model."""
+    test = [row for row in rows if row.split in (None, "test")]
+    if len(test) == 0:
+        raise bad_value("test rows", 0, "1 or more", "Give rows without split, or with split=test")
+    dropped = {} if len(test) == len(rows) else {"row outside test": len(rows) - len(test)}
+    return Splits(train=[], val=[], test=test, users=tuple(users), dropped=dropped)
+
+
+def shuffled(splits: Splits, *, seed: int) -> Splits:
+    """The same splits with users permuted over train rows and over val rows; test keeps the truth."""
+    return Splits(
+        train=shuffle_users(splits.train, seed=seed),
+        val=shuffle_users(splits.val, seed=seed + 1),
+        test=splits.test,
+        users=splits.users,
+        dropped=splits.dropped,
+    )

@@ -1,0 +1,178 @@
+"""From text to tokens to tensors: the shared-prefix layout, and the two-row layout it must equal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plrhf.data.rows import Row
+from plrhf.errors import bad_value
+from plrhf.types import CHOSEN, PADDING, PROMPT, REJECTED
+
+Tokenizer = Any
+"""A transformers tokenizer; typed loosely so that this file does not import transformers."""
+
+Layout = Callable[[Sequence["TokenPair"]], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPair:
+    """Token ids of one pair; responses end with the end token. Either response may be empty."""
+
+    prompt: tuple[int, ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+
+
+class RowTokenizer:
+    """Rows -> token pairs, counting what is cut and what does not fit.
+
+    A too-long prompt keeps its end, which holds the instruction or the last turn; a response is
+    never cut: its row is dropped and counted.
+
+    Args:
+        tokenizer: with an end or separator token.
+        max_prompt_tokens: longest prompt, from 0 (a bidirectional encoder may do without).
+        max_tokens: longest prompt and response together.
+        on_long_prompt: ``truncate`` (count it) or ``error``.
+        separator: text between prompt and response, where no chat template says.
+        use_user_text: put the row's `user_text` in front of the prompt.
+
+    Attributes:
+        counts: rows by what was done to them: "prompt truncated", "response too long".
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        max_prompt_tokens: int,
+        max_tokens: int,
+        on_long_prompt: str = "truncate",
+        separator: str = "\n",
+        use_user_text: bool = False,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_tokens = max_tokens
+        self.on_long_prompt = on_long_prompt
+        self.separator = separator
+        self.use_user_text = use_user_text
+        self.counts: Counter[str] = Counter({"prompt truncated": 0, "response too long": 0})
+        causal_end = tokenizer.eos_token_id
+        self.end: int = tokenizer.sep_token_id if causal_end is None else causal_end
+        self.encoder_only = causal_end is None
+        first = tokenizer.cls_token_id if self.encoder_only else tokenizer.bos_token_id
+        self.start: tuple[int, ...] = () if first is None else (first,)
+        self._ids: dict[str, tuple[int, ...]] = {}
+
+    def __call__(self, rows: Iterable[Row]) -> tuple[list[Row], list[TokenPair]]:
+        """Rows that fit, and their tokens, in the order given."""
+        kept, pairs = [], []
+        for row in rows:
+            prompt = self.prompt(row)
+            chosen, rejected = self.response(row.chosen), self.response(row.rejected)
+            if len(prompt) + max(len(chosen), len(rejected)) > self.max_tokens:
+                self.counts["response too long"] += 1
+                continue
+            kept.append(row)
+            pairs.append(TokenPair(prompt, chosen, rejected))
+        return kept, pairs
+
+    def prompt(self, row: Row) -> tuple[int, ...]:
+        """Prompt tokens, start token included, cut from the front to `max_prompt_tokens`."""
+        if isinstance(row.prompt, str):
+            text = row.prompt + self.separator
+            if self.use_user_text and row.user_text is not None:
+                text = row.user_text + self.separator + text
+            ids = self._encode(text)
+        else:
+            ids = self._chat(row)
+        room = self.max_prompt_tokens
+        if len(self.start) + len(ids) > room:
+            if self.on_long_prompt == "error":
+                raise bad_value(
+                    "prompt",
+                    f"{len(ids)} tokens (pair {row.pair_id})",
+                    f"at most data.max_prompt_tokens={room}",
+                    "Raise data.max_prompt_tokens, or set data.on_long_prompt=truncate",
+                )
+            self.counts["prompt truncated"] += 1
+            ids = ids[len(ids) - max(0, room - len(self.start)) :]
+        end_of_prompt = (self.end,) if self.encoder_only and ids else ()
+        return self.start + ids + end_of_prompt
+
+    def response(self, text: str) -> tuple[int, ...]:
+        """Response tokens with the end token, which is learned and scored like any other."""
+        return (*self._encode(text), self.end)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        if text not in self._ids:
+            self._ids[text] = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._ids[text]
+
+    def _chat(self, row: Row) -> tuple[int, ...]:
+        if self.tokenizer.chat_template is None:
+            raise bad_value(
+                "prompt",
+                row.prompt,
+                "text, as this tokenizer has no chat template",
+                "Give prompts as text, or a backbone whose tokenizer has a chat template",
+            )
+        messages = [dict(message) for message in row.prompt if isinstance(message, dict)]
+        if self.use_user_text and row.user_text is not None:
+            messages.insert(0, {"role": "system", "content": row.user_text})
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        start_text = self.tokenizer.bos_token
+        if self.start and start_text is not None and text.startswith(start_text):
+            text = text[len(start_text) :]  # the start token is put there once, by `prompt`
+        return self._encode(text)
+
+
+def packed(pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor, Tensor]:
+    """One row a pair, ``prompt | chosen | rejected``; the naive twin is `two_rows`.
+
+    Returns:
+        input_ids, segment, position_ids, each [B, L] int64.
+    """
+    rows = []
+    for pair in pairs:
+        n_prompt, n_chosen, n_rejected = len(pair.prompt), len(pair.chosen), len(pair.rejected)
+        segment = [PROMPT] * n_prompt + [CHOSEN] * n_chosen + [REJECTED] * n_rejected
+        positions = [*range(n_prompt + n_chosen), *range(n_prompt, n_prompt + n_rejected)]
+        rows.append(([*pair.prompt, *pair.chosen, *pair.rejected], segment, positions))
+    return _pad(rows)
+
+
+def two_rows(pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor, Tensor]:
+    """Two rows a pair: ``prompt | chosen`` for all pairs, then ``prompt | rejected``.
+
+    Returns:
+        input_ids, segment, position_ids, each [2B, L] int64.
+    """
+    rows = []
+    for name, mark in (("chosen", CHOSEN), ("rejected", REJECTED)):
+        for pair in pairs:
+            response = getattr(pair, name)
+            ids = [*pair.prompt, *response]
+            rows.append(
+                (ids, [PROMPT] * len(pair.prompt) + [mark] * len(response), [*range(len(ids))])
+            )
+    return _pad(rows)
+
+
+def _pad(rows: Sequence[tuple[list[int], list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    length = max((len(ids) for ids, _, _ in rows), default=0)
+    columns = []
+    # Padding's token id is never looked at (segment says what it is), so 0 serves any tokenizer.
+    for place, filler in enumerate((0, PADDING, 0)):
+        filled = [row[place] + [filler] * (length - len(row[place])) for row in rows]
+        columns.append(torch.tensor(filled, dtype=torch.int64).view(len(rows), length))
+    return columns[0], columns[1], columns[2]

@@ -1,0 +1,44 @@
+"""What every dataset gives: records to be checked, and where known the true margins."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from plrhf.data.rows import Refusal
+
+
+class Source(ABC):
+    """Where rows come from; one subclass a dataset, and checking is left to `rows.read_rows`."""
+
+    @abstractmethod
+    def records(self) -> Iterator[tuple[str, Mapping[str, Any] | Refusal]]:
+        """Yield each record with its place (``pairs.jsonl:17``), or why it could not be read."""
+
+    def oracle_margins(self) -> dict[str, float] | None:
+        """Return ``pair_id`` -> true margin (log odds) of chosen over rejected for its user.
+
+        Only a synthetic world knows them; None for human data.
+        """
+        return None
+
+    def true_score(self, user_id: str, text: str) -> float | None:
+        """Return how much this user likes a text, in log odds; None where nobody knows."""
+        return None
+
+    def profile(self, user_id: str) -> str | None:
+        """Return what a person may read about this user, or None."""
+        return None
+
+
+def id_as_text(value: object) -> object:
+    """Return whole numbers as text and anything else as it is: tables often number their users.
+
+    A float counts when it is whole, since a column with gaps turns integers into floats.
+    """
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value) if isinstance(value, int) else value

@@ -1,0 +1,55 @@
+"""Users as mixtures of a few clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from plrhf.encoders.base import Init, UserEncoder, check_at_least, initial_vectors
+from plrhf.types import GENERIC_USER, UserBatch
+
+
+class ClusterMixtureEncoder(UserEncoder):
+    """e_u = sum_k softmax(w_u)_k V_k (arXiv 2402.05133, cluster-based preference).
+
+    Args:
+        n_users: users of the training rows, numbered from 1; user 0 has its own learned w_0.
+        n_clusters: K, from 2.
+        init: how the V_k start; see `initial_vectors`.
+        weight_scale: standard deviation of the starting w_u.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_users: int,
+        user_dim: int,
+        vocabulary: Tensor,
+        n_clusters: int = 10,
+        init: Init = "vocabulary",
+        weight_scale: float = 0.1,
+    ) -> None:
+        super().__init__()
+        check_at_least("encoder.n_clusters", n_clusters, 2)
+        check_at_least("encoder.weight_scale", weight_scale, 0)
+        self.clusters = nn.Parameter(  # [K, user_dim]
+            initial_vectors(n_clusters, user_dim, init=init, vocabulary=vocabulary)
+        )
+        self.weights = nn.Embedding(n_users + 1, n_clusters)
+        nn.init.normal_(self.weights.weight, std=weight_scale)
+
+    def mixture(self, user_id: Tensor) -> Tensor:
+        """Cluster weights of users, [B] -> [B, K], rows summing to 1."""
+        return self.weights(user_id).softmax(dim=-1)
+
+    def forward(self, users: UserBatch) -> Tensor:
+        return self.mixture(users.user_id) @ self.clusters
+
+    def generic(self, batch_size: int) -> Tensor:
+        own = torch.full((batch_size,), GENERIC_USER, device=self.clusters.device)
+        return self.mixture(own) @ self.clusters
+
+    def user_parameters(self) -> Iterable[nn.Parameter]:
+        return self.weights.parameters()

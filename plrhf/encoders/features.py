@@ -1,0 +1,88 @@
+"""Users by what is known about them, so that a user never seen has a vector too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from plrhf.encoders.base import Init, UserEncoder, check_at_least, initial_vectors
+from plrhf.errors import bad_value
+from plrhf.types import UserBatch
+
+
+class FeatureMLPEncoder(UserEncoder):
+    """e_u = e_0 + MLP(features of u); e_0 where nothing is known (arXiv 2402.05133, section 4).
+
+    Args:
+        n_numbers: leading columns of `UserBatch.features`, standardised, NaN where missing. Each
+            enters as (value or 0, is missing).
+        category_sizes: levels of each remaining column, codes 0.., NaN where missing. Each enters as
+            a learned embedding, the zero vector where missing.
+        hidden: width of the hidden layer. rank: width of a bottleneck before e_u, or None.
+        category_dim: width of a category's embedding.
+        init: how e_0 starts; see `initial_vectors`.
+
+    Raises:
+        ValueError: there are no features to work from.
+    """
+
+    def __init__(
+        self,
+        *,
+        user_dim: int,
+        n_numbers: int,
+        category_sizes: Sequence[int],
+        vocabulary: Tensor,
+        hidden: int = 64,
+        rank: int | None = None,
+        category_dim: int = 8,
+        dropout: float = 0.0,
+        init: Init = "vocabulary",
+    ) -> None:
+        super().__init__()
+        check_at_least("encoder.hidden", hidden, 1)
+        check_at_least("encoder.category_dim", category_dim, 1)
+        if rank is not None:
+            check_at_least("encoder.rank", rank, 1)
+        if n_numbers + len(category_sizes) == 0:
+            raise bad_value(
+                "encoder",
+                "features",
+                "rows with user_features",
+                "Give the rows user_features, or set encoder=lookup",
+            )
+        self.n_numbers = n_numbers
+        first = initial_vectors(1, user_dim, init=init, vocabulary=vocabulary)
+        self.generic_vector = nn.Parameter(first[0])  # [user_dim]
+        # Level 0 is "missing" and stays the zero vector.
+        self.categories = nn.ModuleList(
+            nn.Embedding(size + 1, category_dim, padding_idx=0) for size in category_sizes
+        )
+        width = 2 * n_numbers + category_dim * len(category_sizes)
+        inner = [] if rank is None else [nn.Linear(hidden, rank, bias=False)]
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            *inner,
+            nn.Linear(hidden if rank is None else rank, user_dim, bias=False),
+        )
+
+    def forward(self, users: UserBatch) -> Tensor:
+        missing = users.features.isnan()  # [B, F]
+        numbers, codes = users.features.nan_to_num(0.0).split(
+            [self.n_numbers, len(self.categories)], dim=1
+        )
+        levels = torch.where(missing[:, self.n_numbers :], 0, codes.long() + 1)
+        embedded = [table(levels[:, column]) for column, table in enumerate(self.categories)]
+        known = torch.cat([numbers, missing[:, : self.n_numbers].float(), *embedded], dim=1)
+        anything = (~missing).any(dim=1, keepdim=True)
+        return self.generic_vector + anything * self.mlp(known)
+
+    def generic(self, batch_size: int) -> Tensor:
+        return self.generic_vector.expand(batch_size, -1)
+
+    def user_parameters(self) -> Iterable[nn.Parameter]:
+        return ()

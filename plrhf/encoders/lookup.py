@@ -1,0 +1,67 @@
+"""One vector a user, looked up by index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from plrhf.encoders.base import Init, UserEncoder, check_at_least, initial_vectors
+from plrhf.types import GENERIC_USER, UserBatch
+
+
+class LookupEncoder(UserEncoder):
+    """e_u = e_0 + o_u, o_0 = 0 (arXiv 2402.05133, individualized preference).
+
+    With `rank` r, o_u = z_u S with z_u in R^r and S shared, [r, user_dim]: few numbers a user, which
+    is what a handful of pairs a user can bear.
+
+    Args:
+        n_users: users of the training rows, numbered from 1.
+        rank: r, or None for o_u of full width.
+        init: how e_0, and the o_u (or S), start; see `initial_vectors`.
+        offset_scale: factor on the starting o_u, so that users start near the generic one.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_users: int,
+        user_dim: int,
+        vocabulary: Tensor,
+        rank: int | None = None,
+        init: Init = "vocabulary",
+        offset_scale: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if rank is not None:
+            check_at_least("encoder.rank", rank, 1)
+        check_at_least("encoder.offset_scale", offset_scale, 0)
+        first = initial_vectors(1, user_dim, init=init, vocabulary=vocabulary)
+        self.generic_vector = nn.Parameter(first[0])  # [user_dim]
+        if rank is None:
+            offsets = initial_vectors(n_users + 1, user_dim, init=init, vocabulary=vocabulary)
+            self.basis = None
+        else:
+            offsets = torch.randn(n_users + 1, rank)
+            self.basis = nn.Parameter(
+                initial_vectors(rank, user_dim, init=init, vocabulary=vocabulary)
+            )
+        # padding_idx keeps o_0 at zero: its row gets no gradient.
+        self.offsets = nn.Embedding(n_users + 1, offsets.shape[1], padding_idx=GENERIC_USER)
+        with torch.no_grad():
+            self.offsets.weight.copy_(offset_scale * offsets)
+            self.offsets.weight[GENERIC_USER].zero_()
+
+    def forward(self, users: UserBatch) -> Tensor:
+        offsets = self.offsets(users.user_id)  # [B, user_dim] or [B, r]
+        if self.basis is not None:
+            offsets = offsets @ self.basis
+        return self.generic_vector + offsets
+
+    def generic(self, batch_size: int) -> Tensor:
+        return self.generic_vector.expand(batch_size, -1)
+
+    def user_parameters(self) -> Iterable[nn.Parameter]:
+        return self.offsets.parameters()

@@ -1,0 +1,26 @@
+"""No user vectors: vanilla reward modelling and vanilla DPO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from plrhf.encoders.base import UserEncoder
+from plrhf.types import UserBatch
+
+
+class NoneEncoder(UserEncoder):
+    """Users are not looked at; vectors are empty, [B, 0], which aggregators pass over."""
+
+    personal = False
+
+    def forward(self, users: UserBatch) -> Tensor:
+        return torch.empty(len(users.user_id), 0, device=users.user_id.device)
+
+    def generic(self, batch_size: int) -> Tensor:
+        return torch.empty(batch_size, 0)
+
+    def user_parameters(self) -> Iterable[nn.Parameter]:
+        return ()

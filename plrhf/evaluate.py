@@ -1,0 +1,187 @@
+"""A trained model on val and test pairs: predictions, results, texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from lightning import Trainer
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+
+from plrhf.cli import Settings
+from plrhf.data.module import PairDataset, PreferenceData
+from plrhf.data.rows import Row
+from plrhf.generate import generate
+from plrhf.metrics import choose_length_rule, summarise
+from plrhf.personal import PersonalModule
+from plrhf.policy import PersonalDPOPolicy
+from plrhf.reward import PersonalRewardModel
+from plrhf.stats import correctness
+from plrhf.types import PreferenceBatch, UserBatch
+
+RESULTS_SCHEMA = 1
+
+
+def prepare(model: PersonalModule, data: PreferenceData, trainer: Trainer) -> None:
+    """Compute once what training would compute again and again: reference, or frozen trunk."""
+    device = trainer.strategy.root_device
+    model.to(device)
+    model.eval()
+
+    def on_device(batch: PreferenceBatch) -> PreferenceBatch:
+        return move_data_to_device(batch, device)
+
+    with torch.no_grad(), trainer.precision_plugin.forward_context():
+        if isinstance(model, PersonalDPOPolicy):
+            data.precompute_reference(lambda batch: model.reference_logps(on_device(batch)).cpu())
+        elif isinstance(model, PersonalRewardModel) and model.pooled_suffices:
+            data.precompute_hidden(lambda batch: model.pooled_trunk(on_device(batch)).cpu())
+    model.train()
+
+
+def predict(model: PersonalModule, data: PreferenceData, trainer: Trainer) -> pd.DataFrame:
+    """predictions.parquet: one row a val or test pair and context, oracle included where known."""
+    device = trainer.strategy.root_device
+    model.to(device)
+    model.eval()
+    oracle = data.source.oracle_margins()
+    frames = []
+    for split in ("val", "test"):
+        dataset = data.datasets[split]
+        margins: dict[str, Tensor] = {}
+        for batch in data.ordered_loader(split) if len(dataset) > 0 else ():
+            with trainer.precision_plugin.forward_context():
+                found = model.context_margins(move_data_to_device(batch, device))
+            for context, values in found.items():
+                whole = margins.setdefault(context, torch.zeros(len(dataset), dtype=torch.float64))
+                whole[batch.row] = values.double().cpu()
+        if oracle is not None:
+            true = [oracle[row.pair_id] for row in dataset.rows]
+            margins["oracle"] = torch.tensor(true, dtype=torch.float64)
+        frames += [
+            _frame(dataset, split, context, values.numpy(), set(data.splits.users))
+            for context, values in margins.items()
+        ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def _frame(
+    dataset: PairDataset, split: str, context: str, margins: Any, seen: set[str]
+) -> pd.DataFrame:
+    rows, pairs = dataset.rows, dataset.pairs
+    return pd.DataFrame(
+        {
+            "split": split,
+            "user_kind": ["seen" if row.user_id in seen else "unseen" for row in rows],
+            "context": context,
+            "user_id": [row.user_id for row in rows],
+            "pair_id": [row.pair_id for row in rows],
+            "prompt_id": [row.prompt_id for row in rows],
+            "margin": margins,
+            "correct": correctness(np.asarray(margins)),
+            "chosen_tokens": [len(pair.chosen) for pair in pairs],
+            "rejected_tokens": [len(pair.rejected) for pair in pairs],
+        }
+    )
+
+
+def summarise_run(
+    predictions: pd.DataFrame, settings: Settings, data: PreferenceData, how: dict[str, Any]
+) -> dict[str, Any]:
+    """results.json from predictions; the length rule's direction is read off val, never off test."""
+    longer_wins = choose_length_rule(predictions[predictions["split"] == "val"])
+    return {
+        "schema": RESULTS_SCHEMA,
+        "config": settings,
+        **summarise(predictions, longer_wins=longer_wins),
+        "data": data.counts(),
+        "run": how,
+    }
+
+
+def write_evaluation(directory: Path, results: dict[str, Any], predictions: pd.DataFrame) -> None:
+    """Write predictions.parquet and results.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    predictions.to_parquet(directory / "predictions.parquet", index=False)
+    (directory / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+
+
+def write_texts(
+    path: Path,
+    model: PersonalDPOPolicy,
+    data: PreferenceData,
+    *,
+    users: int | list[str],
+    prompts: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+    reference: bool = False,
+) -> None:
+    """Write prompts x users x responses as JSONL, true scores with them where the source knows.
+
+    Args:
+        users: ids of train users, or how many to take, evenly from all.
+        prompts: how many distinct test prompts, the first ones of the test rows.
+        reference: let the reference write too; it writes once a prompt and each user judges it.
+    """
+    ids = evenly(data.splits.users, users) if isinstance(users, int) else users
+    index = [model.card.user_index(user, "eval.users") for user in ids]
+    rows = first_prompts(data.splits.test, prompts)
+    how: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+    }
+    features = features_of(data, ids)
+    asked = [(row, place) for row in rows for place in range(len(ids))]
+    places = torch.tensor([place for _, place in asked])
+    batch = UserBatch(user_id=torch.tensor(index)[places], features=features[places])
+    tokens = [data.to_tokens.prompt(row) for row, _ in asked]
+    texts = {"policy": generate(model, data.to_tokens.tokenizer, tokens, batch, **how)}
+    if reference:
+        once = [data.to_tokens.prompt(row) for row in rows]
+        written = generate(model, data.to_tokens.tokenizer, once, None, **how)
+        texts["reference"] = [text for text in written for _ in ids]
+    with path.open("w") as file:
+        for writer, responses in texts.items():
+            for (row, place), text in zip(asked, responses, strict=True):
+                record = {
+                    "prompt": row.prompt,
+                    "prompt_id": row.prompt_id,
+                    "user_id": ids[place],
+                    "profile": data.source.profile(ids[place]),
+                    "writer": writer,
+                    "response": text,
+                    "score": data.source.true_score(ids[place], text),
+                }
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def evenly(items: Sequence[str], count: int) -> list[str]:
+    """`count` of the items (all, if fewer), spread evenly over them."""
+    count = min(count, len(items))
+    return [items[place * len(items) // count] for place in range(count)]
+
+
+def first_prompts(rows: Sequence[Row], count: int) -> list[Row]:
+    """The first row of each of the first `count` distinct prompts."""
+    distinct: dict[str, Row] = {}
+    for row in rows:
+        distinct.setdefault(row.prompt_id, row)
+    return list(distinct.values())[:count]
+
+
+def features_of(data: PreferenceData, users: Sequence[str]) -> Tensor:
+    """Encoded features of users, [N, F], from their first rows."""
+    known = {
+        row.user_id: row.user_features for row in reversed([*data.splits.train, *data.splits.test])
+    }
+    encoded = [data.schema.encode(known.get(user)) for user in users]
+    return torch.tensor(encoded, dtype=torch.float32).view(len(users), data.schema.n_features)

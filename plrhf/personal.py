@@ -1,0 +1,135 @@
+"""What reward model and policy share: two contexts, one mixed loss, two learning rates, exact metrics."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from plrhf import losses
+from plrhf.aggregators import Aggregator
+from plrhf.backbone import Backbone
+from plrhf.encoders import UserEncoder
+from plrhf.errors import bad_value
+from plrhf.export import Card, load_export
+from plrhf.metrics import UserAccuracy
+from plrhf.optim import Optim
+from plrhf.types import PreferenceBatch
+
+
+class PersonalModule(LightningModule):
+    """A model of which answer a user prefers, learned from pairs and who chose.
+
+    Subclasses turn hidden states into margins and margins into a loss a pair; here stands what does
+    not depend on which. Both contexts of a pair are taken in one forward, so that the loss depends
+    neither on batch size nor on gradient accumulation.
+
+    Args:
+        backbone, encoder, aggregator: the parts; the encoder is built to `aggregator.user_dim`.
+        n_users: users of the train rows.
+        optim: learning rates, decay, schedule.
+        alpha: weight of the user-specific against the generic loss, in [0, 1].
+    """
+
+    card: Card  # what the model was made from, set by whoever builds it from settings
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        encoder: UserEncoder,
+        aggregator: Aggregator,
+        n_users: int,
+        optim: Optim | None = None,
+        alpha: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if not 0 <= alpha <= 1:
+            raise bad_value("model.alpha", alpha, "a number from 0 to 1", "Set model.alpha=0.5")
+        self.backbone = backbone
+        self.encoder = encoder
+        self.aggregator = aggregator
+        self.optim = Optim() if optim is None else optim
+        # Where the encoder does not tell users apart both contexts are one and the same.
+        self.alpha = alpha if encoder.personal else 1.0
+        self.strict_loading = False  # checkpoints leave out frozen weights
+        self.val_accuracy = UserAccuracy(n_users=n_users)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, *, backbone_path: str | None = None) -> Self:
+        """The model of a run's ``export/``; see `plrhf.export.load_export`."""
+        return load_export(cls, directory, backbone_path=backbone_path)
+
+    @abstractmethod
+    def margins(self, hidden: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+        """From hidden states [C, R, L, d] to margins [C, B], in nats, and what else the loss needs."""
+
+    @abstractmethod
+    def pair_loss(self, margins: Tensor, extra: Tensor) -> Tensor:
+        """Loss of each pair and context, [C, B] -> [C, B]."""
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Parameters that are neither language model nor user model."""
+        return []
+
+    def hidden(self, batch: PreferenceBatch, names: tuple[str, ...]) -> Tensor:
+        """Hidden states of the batch in the named contexts ("user", "generic"), [C, R, L, d]."""
+        vectors = {
+            "user": lambda: self.encoder(batch.users),
+            "generic": lambda: self.encoder.generic(len(batch)),
+        }
+        user = torch.cat([vectors[name]() for name in names])  # [C * B, user_dim]
+        return self.aggregator(self.backbone, batch, user)
+
+    def loss(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+        """Mixed loss of each pair [B], and the margins [B] of the first context taken."""
+        names = tuple(name for name, _ in losses.contexts(self.alpha))
+        margins, extra = self.margins(self.hidden(batch, names), batch)
+        return losses.mixed(self.pair_loss(margins, extra), alpha=self.alpha), margins[0]
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        loss, margins = self.loss(batch)
+        self.log("train/loss", loss.mean(), prog_bar=True, batch_size=len(batch))
+        accuracy = (margins.detach() > 0).float().mean()
+        self.log("train/accuracy", accuracy, prog_bar=True, batch_size=len(batch))
+        return loss.mean()
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        loss, margins = self.loss(batch)
+        self.val_accuracy.update(margins, batch.user_id)
+        # Weighted by pairs, so the epoch's value is the mean over rows and not over batches.
+        self.log("val/loss", loss.mean(), prog_bar=True, batch_size=len(batch), on_epoch=True)
+
+    def on_validation_epoch_end(self) -> None:
+        for name, value in self.val_accuracy.compute().items():
+            self.log(f"val/{name}", value, prog_bar=name == "accuracy_micro")
+        self.val_accuracy.reset()
+
+    @torch.no_grad()
+    def context_margins(self, batch: PreferenceBatch) -> dict[str, Tensor]:
+        """Margins [B] of each pair in the user's and in the generic context."""
+        names = ("user", "generic") if self.encoder.personal else ("user",)
+        margins, _ = self.margins(self.hidden(batch, names), batch)
+        return {"user": margins[0], "generic": margins[-1]}
+
+    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Tensor]:
+        return {"row": batch.row, **self.context_margins(batch)}
+
+    def configure_optimizers(self) -> Any:
+        optimizer, schedule = self.optim.build(
+            backbone=self.backbone.parameters(),
+            user=[*self.encoder.parameters(), *self.aggregator.parameters()],
+            head=self.head_parameters(),
+            total_steps=int(self.trainer.estimated_stepping_batches),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is learned only: frozen weights are the backbone's and lie where it came from."""
+        frozen = {name for name, value in self.named_parameters() if not value.requires_grad}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: state[name] for name in state if name not in frozen}

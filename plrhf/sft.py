@@ -1,0 +1,69 @@
+"""Supervised fine-tuning: the policy that preference learning starts from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from plrhf.backbone import Backbone
+from plrhf.errors import bad_value
+from plrhf.logprobs import response_logps
+from plrhf.optim import Optim
+from plrhf.types import CHOSEN, REJECTED, PreferenceBatch
+
+
+class SupervisedPolicy(LightningModule):
+    """Next-token likelihood of responses given their prompts, no user.
+
+    Args:
+        backbone: a causal one. optim: `lr`, decay, schedule.
+        responses: learn from ``both`` responses of a pair, or from the ``chosen`` only.
+    """
+
+    def __init__(self, *, backbone: Backbone, optim: Optim, responses: str = "chosen") -> None:
+        super().__init__()
+        if responses not in ("both", "chosen"):
+            raise bad_value(
+                "model.responses", responses, "both or chosen", "Set model.responses=chosen"
+            )
+        if not backbone.causal:
+            raise bad_value(
+                "backbone.path",
+                backbone.config.model_type,
+                "a causal language model",
+                "Use a causal backbone",
+            )
+        self.backbone, self.optim, self.responses = backbone, optim, responses
+
+    def nll(self, batch: PreferenceBatch) -> Tensor:
+        """Negative log-likelihood a response token, in nats, over all tokens of the batch."""
+        segment = batch.segment
+        if self.responses == "chosen":
+            segment = segment.masked_fill(segment == REJECTED, -1)
+        hidden = self.backbone(self.backbone.embed(batch.input_ids), segment, batch.position_ids)
+        logps = response_logps(
+            hidden, batch.input_ids, segment, self.backbone.unembed, n_pairs=len(batch)
+        )
+        n_tokens = ((segment == CHOSEN) | (segment == REJECTED)).sum()
+        return -logps.sum() / n_tokens
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        loss = self.nll(batch)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        return loss
+
+    @torch.no_grad()
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        self.log("val/loss", self.nll(batch), prog_bar=True, batch_size=len(batch), on_epoch=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer, schedule = self.optim.build(
+            backbone=self.backbone.parameters(),
+            user=(),
+            head=(),
+            total_steps=int(self.trainer.estimated_stepping_batches),
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,56 @@
+"""Field names, shapes and dtypes of what travels between data and models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+GENERIC_USER = 0
+"""Index of the generic user u_0; users of the training rows are numbered from 1."""
+
+PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1
+"""Values of `PreferenceBatch.segment`."""
+
+
+@dataclass
+class UserBatch:
+    """Who is asked, one entry a user."""
+
+    user_id: Tensor  # [B] int64, 0 is the generic user
+    features: Tensor  # [B, F] float32, numbers standardised, categories as codes, NaN is missing
+
+
+@dataclass
+class PreferenceBatch:
+    """B preference pairs as R rows of L tokens.
+
+    Packed layout (R = B): ``prompt | chosen | rejected | padding``, rejected positions restarting at
+    the prompt's end. Two-row layout (R = 2B): ``prompt | chosen`` for all pairs, then
+    ``prompt | rejected`` for all pairs. Summing a response's values over all rows of its pair is
+    therefore right in both layouts.
+    """
+
+    user_id: Tensor  # [B] int64
+    features: Tensor  # [B, F] float32
+    input_ids: Tensor  # [R, L] int64
+    segment: Tensor  # [R, L] int64: 0 prompt, 1 chosen, 2 rejected, -1 padding
+    position_ids: Tensor  # [R, L] int64, text positions from 0 (user vectors not counted)
+    row: Tensor  # [B] int64, place of the pair in its split
+    ref_logps: Tensor | None = None  # [B, 2] float32, reference log-probability of chosen, rejected
+    hidden: Tensor | None = None  # [B, 2, d] pooled trunk outputs: chosen, rejected
+
+    @property
+    def users(self) -> UserBatch:
+        """The users who chose, in batch order."""
+        return UserBatch(user_id=self.user_id, features=self.features)
+
+    def pooled(self, hidden: Tensor) -> PreferenceBatch:
+        """The same pairs with pooled trunk outputs [B, 2, d] in the place of text."""
+        segment = torch.tensor([CHOSEN, REJECTED], device=hidden.device).expand(len(self), 2)
+        blank = torch.zeros_like(segment)
+        return replace(self, input_ids=blank, segment=segment, position_ids=blank, hidden=hidden)
+
+    def __len__(self) -> int:
+        return self.user_id.shape[0]

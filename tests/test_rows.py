@@ -1,0 +1,174 @@
+"""Rows: what is accepted, every reason to refuse, and that no record is lost."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from plrhf.data.rows import Reason, Refusal, RefusedRow, parse_row, read_rows
+
+GOOD = {"prompt": "Write.", "chosen": "long text", "rejected": "short", "user_id": "ann"}
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    return {**GOOD, **changes}
+
+
+def without(name: str) -> dict[str, Any]:
+    return {key: value for key, value in GOOD.items() if key != name}
+
+
+def test_full_row_keeps_every_field() -> None:
+    raw = record(
+        prompt_id="p1",
+        pair_id="x1",
+        user_text="I like cats.",
+        user_features={"age": 31, "north": True, "job": "cook", "gap": None, "nan": math.nan},
+        split="val",
+        chosen_id="c",
+        rejected_id="r",
+        score=5,
+    )
+    row = parse_row(raw, "f:1")
+    assert (row.prompt, row.chosen, row.rejected) == ("Write.", "long text", "short")
+    assert (row.user_id, row.prompt_id, row.pair_id) == ("ann", "p1", "x1")
+    assert (row.user_text, row.split, row.chosen_id, row.rejected_id) == (
+        "I like cats.",
+        "val",
+        "c",
+        "r",
+    )
+    assert row.user_features == {"age": 31.0, "north": "true", "job": "cook"}
+
+
+def test_absent_optional_fields_are_none() -> None:
+    blank = dict.fromkeys(("user_text", "split", "pair_id", "user_features"))
+    row = parse_row(record(**blank, prompt_id=" ", chosen_id=math.nan), "f:1")
+    assert row == parse_row(GOOD, "f:1")
+    assert row.user_text is row.user_features is row.split is row.chosen_id is None
+
+
+def test_chat_prompt_becomes_messages_of_role_and_content() -> None:
+    messages = [{"role": "system", "content": ""}, {"content": "Hi", "role": "user", "n": 1}]
+    row = parse_row(record(prompt=messages), "f:1")
+    assert row.prompt == (
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "Hi"},
+    )
+
+
+REFUSED = [
+    (without("chosen"), Reason.MISSING_FIELD, "chosen=None"),
+    (record(user_id=None), Reason.MISSING_FIELD, "user_id=None"),
+    (record(user_id=" "), Reason.MISSING_FIELD, "user_id=' '"),
+    (record(prompt=[{"role": "user"}]), Reason.MISSING_FIELD, "prompt[0].content=None"),
+    (record(rejected=["short"]), Reason.NOT_TEXT, "rejected=['short'] is not allowed"),
+    (record(chosen=3), Reason.NOT_TEXT, "chosen=3 is not allowed: expected text."),
+    (record(user_id=["ann"]), Reason.NOT_TEXT, "user_id=['ann']"),
+    (record(user_id=7), Reason.NOT_TEXT, "user_id=7"),
+    (record(prompt=["Hi"]), Reason.NOT_TEXT, "prompt[0]='Hi'"),
+    (record(prompt=[{"role": "user", "content": 1}]), Reason.NOT_TEXT, "prompt[0].content=1"),
+    (record(user_text=["a"]), Reason.NOT_TEXT, "user_text=['a']"),
+    (record(prompt=" \n"), Reason.EMPTY_PROMPT, r"prompt=' \n'"),
+    (record(prompt=[]), Reason.EMPTY_PROMPT, "prompt=[]"),
+    (record(chosen="\t"), Reason.EMPTY_RESPONSE, r"chosen='\t'"),
+    (record(rejected=""), Reason.EMPTY_RESPONSE, "rejected=''"),
+    (record(rejected="long text \n"), Reason.SAME_RESPONSES, r"rejected='long text \n'"),
+    (record(split="dev"), Reason.UNKNOWN_SPLIT, "split='dev' is not allowed: expected train,"),
+    (record(chosen="\ud800"), Reason.BAD_UTF8, r"chosen='\ud800'"),
+    (record(user_features={"a\udcff": 1}), Reason.BAD_UTF8, "user_features="),
+    (record(user_features=[1]), Reason.BAD_USER_FEATURES, "user_features=[1]"),
+    (record(user_features={"age": math.inf}), Reason.BAD_USER_FEATURES, "user_features.age=inf"),
+    (record(user_features={"age": 10**400}), Reason.BAD_USER_FEATURES, "user_features.age=1000"),
+    (record(user_features={"tags": ["a"]}), Reason.BAD_USER_FEATURES, "user_features.tags=['a']"),
+    (record(user_features={3: "a"}), Reason.BAD_USER_FEATURES, "user_features=3"),
+]
+
+
+@pytest.mark.parametrize(("raw", "reason", "shown"), REFUSED)
+def test_refusal_names_place_field_value_and_cure(
+    raw: dict[str, Any], reason: Reason, shown: str
+) -> None:
+    with pytest.raises(RefusedRow) as caught:
+        parse_row(raw, "pairs.jsonl:17")
+    message = str(caught.value)
+    assert caught.value.reason is reason
+    assert message.startswith(f"pairs.jsonl:17: {shown}")
+    assert " is not allowed: expected " in message
+    assert "\n" not in message
+
+
+def test_whole_message() -> None:
+    with pytest.raises(RefusedRow) as caught:
+        parse_row(record(split="dev"), "a.csv:3")
+    assert str(caught.value) == (
+        "a.csv:3: split='dev' is not allowed: expected train, val or test. "
+        "Rename it, or leave split out of every row."
+    )
+
+
+def test_read_rows_counts_every_record() -> None:
+    records: list[tuple[str, Any]] = [
+        ("f:1", record(pair_id="x")),
+        ("f:2", record(pair_id="x", chosen="other")),
+        ("f:3", Refusal(Reason.BAD_JSON, "line='{' is not allowed")),
+        ("f:4", without("prompt")),
+        ("f:5", without("user_id")),
+        ("f:6", record(pair_id="y")),
+    ]
+    rows, report = read_rows(iter(records))
+    assert [row.pair_id for row in rows] == ["x", "y"]
+    assert report.read == 6
+    assert report.refused == {"duplicate pair id": 1, "bad JSON": 1, "missing field": 2}
+    assert report.examples["bad JSON"] == "f:3: line='{' is not allowed"
+    assert report.examples["missing field"].startswith("f:4: prompt=None")
+    assert report.examples["duplicate pair id"] == (
+        "f:2: pair_id='x' is not allowed: expected an id used once. "
+        "Give every row its own: f:1 has it too."
+    )
+
+
+def test_a_refused_row_does_not_use_up_its_pair_id() -> None:
+    records = [("f:1", record(pair_id="x", chosen="")), ("f:2", record(pair_id="x"))]
+    rows, report = read_rows(records)
+    assert len(rows) == 1
+    assert report.refused == {"empty response": 1}
+
+
+def test_error_mode_raises_the_first_refusal() -> None:
+    records = [("f:1", GOOD), ("f:2", record(chosen=[])), ("f:3", without("prompt"))]
+    with pytest.raises(ValueError, match=r"^f:2: chosen=\[\] is not allowed: expected text\."):
+        read_rows(records, on_bad_row="error")
+    refusal = Refusal(Reason.BAD_UTF8, "line=b'x' is not allowed")
+    with pytest.raises(ValueError, match=r"^f:9: line=b'x' is not allowed"):
+        read_rows([("f:9", refusal)], on_bad_row="error")
+
+
+def test_unknown_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="data.on_bad_row='skip' .*expected refuse or error"):
+        read_rows([], on_bad_row="skip")
+
+
+def test_derived_ids() -> None:
+    same_prompt = record(chosen="new")
+    rows, _ = read_rows([("f:1", GOOD), ("f:2", same_prompt), ("f:3", GOOD), ("f:4", GOOD)])
+    assert len({row.prompt_id for row in rows}) == 1
+    assert len({row.pair_id for row in rows}) == 4
+    assert [row.pair_id for row in rows[2:]] == [f"{rows[0].pair_id}-2", f"{rows[0].pair_id}-3"]
+    bob = parse_row(record(user_id="bob"), "f:1")
+    assert bob.prompt_id == rows[0].prompt_id
+    assert bob.pair_id != rows[0].pair_id
+
+
+def test_derived_ids_are_the_same_in_another_process() -> None:
+    code = (
+        "from plrhf.data.rows import parse_row;"
+        f"row = parse_row({GOOD!r}, 'f:1'); print(row.prompt_id, row.pair_id)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    here = parse_row(GOOD, "elsewhere:9")
+    assert out.stdout.split() == [here.prompt_id, here.pair_id]

@@ -1,0 +1,191 @@
+"""Splits: no prompt in two of them, fair treatment of seen and unseen users, every row counted."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from plrhf.data.rows import Row
+from plrhf.data.splits import Splits, assign, shuffle_users, split_rows
+
+SETTINGS: dict[str, Any] = {
+    "seed": 1,
+    "val_fraction": 0.1,
+    "test_fraction": 0.2,
+    "unseen_fraction": 0.0,
+    "min_pairs_per_user": 1,
+}
+
+
+def rows_of(user: str, counts: dict[str | None, int], prompts: int = 997) -> list[Row]:
+    """Rows of one user, so many of each own split."""
+    splits = [split for split, count in counts.items() for _ in range(count)]
+    return [
+        Row(
+            prompt="p",
+            chosen="a",
+            rejected="b",
+            user_id=user,
+            prompt_id=f"p{place * 31 % prompts}",
+            pair_id=f"{user}-{place}",
+            user_text=f"I am {user}",
+            user_features={"name": user},
+            split=split,
+        )
+        for place, split in enumerate(splits)
+    ]
+
+
+def split(rows: Iterable[Row], **changes: Any) -> Splits:
+    return split_rows(list(rows), **{**SETTINGS, **changes})
+
+
+def test_assign_is_fixed_and_even() -> None:
+    code = "from plrhf.data.splits import assign; print(assign('key', salt='s', seed=3))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(out.stdout) == assign("key", salt="s", seed=3)
+    assert assign("key", salt="s", seed=4) != assign("key", salt="s", seed=3)
+    assert assign("key", salt="t", seed=3) != assign("key", salt="s", seed=3)
+    places = [assign(str(n), salt="s", seed=0) for n in range(20_000)]
+    assert all(0 <= place < 1 for place in places)
+    tenths = Counter(int(place * 10) for place in places)
+    assert all(abs(tenths[tenth] - 2000) < 200 for tenth in range(10))  # 4.7 deviations
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_prompt_is_in_two_splits(seed: int) -> None:
+    rows = [row for user in range(13) for row in rows_of(f"u{user}", {None: 700})]
+    parts = split(rows, seed=seed)
+    prompts = [{row.prompt_id for row in part} for part in (parts.train, parts.val, parts.test)]
+    assert len(set.union(*prompts)) == sum(len(one) for one in prompts) == 700
+    assert abs(len(prompts[1]) - 70) < 40 and abs(len(prompts[2]) - 140) < 50
+    assert len(parts.train) + len(parts.val) + len(parts.test) == len(rows)
+    assert parts.dropped == {}
+
+
+def test_a_prompt_stays_where_it_is_when_rows_are_added() -> None:
+    few = rows_of("u", {None: 50})
+    more = rows_of("u", {None: 900})
+    kept = {row.pair_id for row in few}
+    assert [row for row in split(more).test if row.pair_id in kept] == split(few).test
+
+
+def test_own_split_is_used_and_order_kept() -> None:
+    rows = rows_of("b", {"test": 3, "train": 4}) + rows_of("a", {"train": 2, "val": 1})
+    parts = split(rows, val_fraction=0.9, test_fraction=0.05)
+    assert [row.pair_id for row in parts.train] == ["b-3", "b-4", "b-5", "b-6", "a-0", "a-1"]
+    assert [row.pair_id for row in parts.val] == ["a-2"]
+    assert [row.pair_id for row in parts.test] == ["b-0", "b-1", "b-2"]
+    assert parts.users == ("a", "b")
+
+
+def test_rows_with_and_without_a_split_are_refused() -> None:
+    rows = rows_of("a", {"train": 2, None: 5})
+    with pytest.raises(ValueError) as caught:
+        split(rows)
+    assert str(caught.value) == (
+        "split='2 of 7 rows' is not allowed: expected a split in all rows or in none. "
+        "Add or remove the rest."
+    )
+
+
+def test_minimum_counts_train_rows_and_test_rows_of_test_only_users() -> None:
+    rows = [
+        *rows_of("enough", {"train": 5, "val": 1, "test": 2}),
+        *rows_of("light", {"train": 4, "val": 9, "test": 9}),
+        *rows_of("new", {"test": 5}),
+        *rows_of("new_light", {"test": 4}),
+        *rows_of("no_train", {"val": 7, "test": 8}),
+    ]
+    parts = split(rows, min_pairs_per_user=5)
+    assert parts.users == ("enough",)
+    assert Counter(row.user_id for row in parts.test) == {"enough": 2, "new": 5}
+    assert {row.user_id for row in parts.train + parts.val} == {"enough"}
+    assert parts.dropped == {"user below data.min_pairs_per_user": 22 + 4 + 15}
+
+
+def test_user_with_val_but_no_train_rows_is_never_trained_nor_called_unseen() -> None:
+    rows = rows_of("a", {"train": 2, "test": 2}) + rows_of("b", {"val": 3, "test": 3})
+    parts = split(rows)
+    assert parts.users == ("a",)
+    assert parts.dropped == {"user below data.min_pairs_per_user": 6}
+
+
+def test_max_users_keeps_the_heaviest_with_ties_by_id() -> None:
+    train = {"d": 3, "c": 7, "b": 3, "a": 2}
+    rows = [row for user, n in train.items() for row in rows_of(user, {"train": n, "test": 1})]
+    rows += rows_of("new", {"test": 2})
+    parts = split(rows, max_users=2)
+    assert parts.users == ("b", "c")
+    assert {row.user_id for row in parts.test} == {"b", "c", "new"}
+    assert parts.dropped == {"user beyond data.max_users": 4 + 3}
+
+
+def test_unseen_users_keep_test_rows_only_and_face_the_same_minimum() -> None:
+    rows = [
+        row for n in range(300) for row in rows_of(f"u{n}", {"train": n % 7, "val": 1, "test": 2})
+    ]
+    parts = split(rows, unseen_fraction=0.3, min_pairs_per_user=4)
+    train_users = {row.user_id for row in parts.train}
+    test_users = {row.user_id for row in parts.test}
+    unseen = test_users - set(parts.users)
+    eligible = {f"u{n}" for n in range(300) if n % 7 >= 4}
+    assert train_users == {row.user_id for row in parts.val} == set(parts.users)
+    assert test_users == eligible
+    assert 0.15 < len(unseen) / len(eligible) < 0.45
+    assert unseen == {user for user in eligible if assign(user, salt="unseen user", seed=1) < 0.3}
+    total = len(parts.train) + len(parts.val) + len(parts.test) + sum(parts.dropped.values())
+    assert total == len(rows)
+    assert parts.dropped["unseen user outside test"] == sum(
+        int(user[1:]) % 7 + 1 for user in unseen
+    )
+    assert split(rows, unseen_fraction=0.3, seed=2).users != parts.users
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"val_fraction": -0.1}, "data.val_fraction=-0.1 is not allowed: expected 0 <= fraction"),
+        ({"test_fraction": 1.0}, "data.test_fraction=1.0 is not allowed: expected 0 <= fraction"),
+        ({"unseen_fraction": float("nan")}, "data.unseen_fraction=nan is not allowed"),
+        ({"val_fraction": 0.8}, "data.val_fraction=0.8 .* less than 1 - data.test_fraction = 0.8"),
+        ({"min_pairs_per_user": 0}, "data.min_pairs_per_user=0 is not allowed: expected 1 or"),
+        ({"max_users": 0}, "data.max_users=0 is not allowed: .* Set data.max_users=null"),
+    ],
+)
+def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        split(rows_of("a", {"train": 2, "test": 2}), **changes)
+
+
+def test_no_train_or_test_rows_is_an_error_with_the_cure() -> None:
+    with pytest.raises(ValueError) as caught:
+        split(rows_of("a", {"train": 2, "test": 3}), min_pairs_per_user=3)
+    assert str(caught.value) == (
+        "train rows=0 is not allowed: expected 1 or more. Lower data.min_pairs_per_user or "
+        "data.unseen_fraction, change data.test_fraction or give more prompts (5 rows on 5 "
+        "prompts were read, dropped: {'user below data.min_pairs_per_user': 5})."
+    )
+    with pytest.raises(ValueError, match="^test rows=0 is not allowed"):
+        split(rows_of("a", {"train": 2}))
+    with pytest.raises(ValueError, match="^train rows=0 is not allowed"):
+        split([])
+
+
+def test_shuffle_users_breaks_the_link_and_nothing_else() -> None:
+    rows = [row for n in range(9) for row in rows_of(f"u{n}", {"train": 10 * n + 3})]
+    shuffled = shuffle_users(rows, seed=5)
+    assert [row.pair_id for row in shuffled] == [row.pair_id for row in rows]
+    assert Counter(row.user_id for row in shuffled) == Counter(row.user_id for row in rows)
+    assert all(row.user_text == f"I am {row.user_id}" for row in shuffled)
+    assert all(row.user_features == {"name": row.user_id} for row in shuffled)
+    sizes = Counter(row.user_id for row in rows)
+    by_chance = sum((size / len(rows)) ** 2 for size in sizes.values())
+    same = [old.user_id == new.user_id for old, new in zip(rows, shuffled, strict=True)]
+    assert abs(sum(same) / len(rows) - by_chance) < 0.08
+    assert shuffle_users(rows, seed=5) == shuffled != shuffle_users(rows, seed=6)
