@@ -7,7 +7,7 @@ python eval.py eval=winrate run=DIR eval.against=DIR
 python eval.py eval=compare runs='runs/*' out=DIR   # one table, one report
 """
 
-from plrhf.tasks import eval_main
+from plrhf.cli import main
 
 if __name__ == "__main__":
-    eval_main()
+    main("eval", "plrhf.tasks.evaluate")

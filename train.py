@@ -6,7 +6,7 @@ python train.py data=jsonl data.path=rows.jsonl backbone=hf backbone.path=DIR
 python train.py -m encoder=none,lookup seed=1,2,3   # a sweep
 """
 
-from plrhf.run import train_main
+from plrhf.cli import main
 
 if __name__ == "__main__":
-    train_main()
+    main("train", "plrhf.run.train")

@@ -23,29 +23,28 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from plrhf.errors import bad_value
 from plrhf.types import PADDING, PROMPT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ENCODER_ONLY = frozenset(
-    {"bert", "roberta", "distilbert", "mpnet", "electra", "deberta-v2", "xlm-roberta"}
-)
 Trainable = Literal["lora", "frozen", "full"]
 
 
 def response_mask(segment: Tensor, dtype: torch.dtype) -> Tensor:
     """Additive attention mask of the packed layout, [R, L] -> [R, 1, L, L].
 
-    A position sees earlier positions of the prompt and of its own response, never the other
-    response; padding sees itself alone, so that no softmax is over nothing.
+    A position sees itself and earlier positions of the prompt and of its own response, never the
+    other response; padding, which nobody sees, sees the prompt: no softmax is over nothing.
     """
     length = segment.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
     query, key = segment[:, :, None], segment[:, None, :]
-    sees = causal & ((key == PROMPT) | (key == query)) & (key != PADDING)
-    sees |= torch.eye(length, dtype=torch.bool, device=segment.device)
+    sees = causal & ((key == PROMPT) | (key == query))
     mask = torch.zeros(sees.shape, dtype=dtype, device=segment.device)
     return mask.masked_fill(~sees, torch.finfo(dtype).min)[:, None]
 
@@ -88,13 +87,18 @@ class Backbone(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        # Embeddings and trunk are found on the bare model: LoRA layers are put into it in place.
-        self.trunk: nn.Module = model.base_model
         self.model: PreTrainedModel | PeftModel = model
         if trainable == "lora" and lora is not None:
             self.model = add_lora(model, **lora)
         elif trainable == "frozen":
             model.requires_grad_(False)
+
+    @property
+    def trunk(self) -> PreTrainedModel:
+        """The model without its language head; LoRA layers are put into it in place."""
+        # Not an attribute: its weights would stand in the state dict a second time.
+        bare: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return bare.base_model
 
     @property
     def config(self) -> Any:
@@ -109,7 +113,11 @@ class Backbone(nn.Module):
     @property
     def max_positions(self) -> int | None:
         """Positions the model was made for, or None where its config names no limit."""
-        return getattr(self.config, "max_position_embeddings", None)
+        limit = getattr(self.config, "max_position_embeddings", None)
+        table = getattr(getattr(self.trunk, "embeddings", None), "position_embeddings", None)
+        padding = getattr(table, "padding_idx", None)
+        # RoBERTa and its kin number positions from behind their padding index.
+        return limit if limit is None or padding is None else limit - padding - 1
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -131,7 +139,7 @@ class Backbone(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token ids [R, L] -> input embeddings [R, L, d]."""
-        return self.trunk.get_input_embeddings()(input_ids)  # type: ignore[operator]
+        return self.trunk.get_input_embeddings()(input_ids)
 
     def forward(self, inputs_embeds: Tensor, segment: Tensor, position_ids: Tensor) -> Tensor:
         """Last hidden states [R, T + L, d] of T user vectors followed by L text positions.
@@ -165,7 +173,8 @@ class Backbone(nn.Module):
         digest = hashlib.blake2b(digest_size=8)
         for name, value in sorted(self.named_parameters()):
             if not value.requires_grad:
-                total = float(value.detach().float().sum())
+                # Summed in double, whose rounding by device and thread count four digits hide.
+                total = float(value.detach().double().sum())
                 digest.update(f"{name} {tuple(value.shape)} {total:.4e}".encode())
         return digest.hexdigest()
 
@@ -200,14 +209,21 @@ class Backbone(nn.Module):
             if isinstance(self.model, PeftModel)
             else contextlib.nullcontext()
         )
-        with torch.no_grad(), adapters_off:
-            yield
-        self.train(was_training)
+        try:
+            with torch.no_grad(), adapters_off:
+                yield
+        finally:
+            self.train(was_training)
 
 
 def is_causal(config: Any) -> bool:
     """Whether a model of this config writes text left to right."""
-    return config.model_type not in ENCODER_ONLY or bool(getattr(config, "is_decoder", False))
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:  # BERT-like: as decoders too
+        return bool(getattr(config, "is_decoder", False))
+    own_code = getattr(config, "auto_map", None) or {}
+    return (
+        config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in own_code
+    )
 
 
 def add_lora(
@@ -259,22 +275,15 @@ def load_model(
         raise bad_value(
             "backbone.dtype", dtype, f"one of {sorted(DTYPES)}", "Set backbone.dtype=float32"
         )
-    if looks_local(path) and not Path(path, "config.json").is_file():
-        raise bad_value(
-            "backbone.path",
-            path,
-            "a model's directory (with config.json) or a hub name",
-            "Give the directory that save_pretrained wrote",
-        )
+    check_path(path)
     options = {"trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(path, **options)
-        causal = is_causal(config) and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        kind = AutoModelForCausalLM if causal else AutoModel
+        kind = AutoModelForCausalLM if is_causal(config) else AutoModel
         return kind.from_pretrained(
             path, dtype=DTYPES[dtype], attn_implementation=attention, **options
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise bad_value(
             "backbone.path",
             path,
@@ -303,6 +312,17 @@ def load_backbone(
 def looks_local(path: str) -> bool:
     """Whether a path is meant as a directory on disk rather than a hub name."""
     return path.startswith((".", "/", "~")) or Path(path).exists()
+
+
+def check_path(path: str) -> None:
+    """Raise where a path is meant as a directory and is not a model's."""
+    if looks_local(path) and not Path(path, "config.json").is_file():
+        raise bad_value(
+            "backbone.path",
+            path,
+            "a model's directory (with config.json) or a hub name",
+            "Give the directory that save_pretrained wrote",
+        )
 
 
 def load_tokenizer(
@@ -372,6 +392,7 @@ def tiny_gptj(
         n_layer=n_layers,
         n_head=n_heads,
         rotary_dim=min(64, width // n_heads),
+        activation_function="gelu_pytorch_tanh",  # gelu_new in one kernel
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -20,36 +24,72 @@ from plrhf.config import unknown_key
 from plrhf.errors import BadValue, bad_value
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-USAGE_ERROR = 2
+USAGE_ERROR, INTERRUPTED = 2, 130
 Settings = dict[str, Any]
 
+# Advice of libraries to their programmers, which the user of a run can do nothing about.
+NOT_FOR_THE_USER = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"`is_gradient_checkpointing` is deprecated",
+    r".*does not have many workers which may be a bottleneck",
+    r"The number of training batches .* is smaller than the logging interval",
+    r"Checkpoint directory .* exists and is not empty",
+)
 
-def main(config_name: str, task: Callable[[Settings], None]) -> None:
+
+def main(config_name: str, task: str) -> None:
     """Compose `conf/<config_name>.yaml` with the command line and run `task` on it.
 
     What the user can mend is one line on stderr and exit status 2; with ``debug=true`` a traceback.
+
+    Args:
+        task: dotted path of a function of settings, imported once the command line has been read,
+            so that a slip on it is answered at once.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through: they are worded here
-    overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     def composed(config: DictConfig) -> None:
-        task(resolved(config))
+        with worded_errors(config_name):  # here already, as Hydra writes a line of its own
+            settings = resolved(config)
+            run = hydra.utils.get_method(task)
+            quieten()
+            run(settings)
 
-    try:
+    with worded_errors(config_name):
         composed()
+
+
+@contextlib.contextmanager
+def worded_errors(config_name: str) -> Iterator[None]:
+    """Within it what the user can mend ends the process in one line, unless ``debug=true``."""
+    overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    try:
+        yield
     except (BadValue, HydraException, OmegaConfBaseException) as error:
-        if "debug=true" in overrides:
+        if "debug=true" in (one.lower() for one in overrides):
             raise
         print(f"error: {worded(error, config_name, overrides)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def quieten() -> None:
+    """Leave of what libraries say only what concerns the user; their warnings about a run stay."""
+    for library in ("lightning.fabric", "lightning.pytorch"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    for message in NOT_FOR_THE_USER:
+        warnings.filterwarnings("ignore", message=message)
 
 
 def resolved(config: DictConfig) -> Settings:
-    """The config as a plain dict, interpolations replaced, ``run_dir`` as Hydra has made it."""
+    """The config as a plain dict, interpolations replaced; in a sweep each job its own `run_dir`."""
     settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    if "run_dir" in settings:
-        settings["run_dir"] = HydraConfig.get().runtime.output_dir
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN and "run_dir" in settings:
+        settings["run_dir"] = hydra_config.runtime.output_dir
     return settings
 
 
@@ -57,30 +97,47 @@ def worded(error: Exception, config_name: str, overrides: list[str]) -> str:
     """One line for an error of ours, of Hydra or of OmegaConf."""
     if isinstance(error, BadValue):
         return str(error)
-    text = " ".join(str(error).split())
+    if isinstance(error, OverrideParseException):
+        return str(_unreadable(*_halves(error.override), error.message))
+    text = str(error)
     if found := re.search(r"Could not override '([^']+)'", text):
         return str(_unknown_override(found[1], config_name, overrides))
-    if found := re.search(r"Could not find '([^']+)' Available options in '[^']+': (.*)", text):
-        group, _, choice = found[1].rpartition("/")
-        options = ", ".join(found[2].split())
-        return str(bad_value(group, choice, f"one of {options}", f"Choose with {group}=NAME"))
     if found := re.search(
-        r"(?:Missing mandatory value|missing value)[^a-z]*(?:for|:)? ?(\S+)", text
+        r"Could not find '([^']+)'\s+Available options in '.*':\n((\t.*\n)+)", text
     ):
-        field = found[1].strip("'\"")
-        return str(bad_value(field, None, "a value, as there is no default", f"Set {field}=VALUE"))
-    return f"command line {overrides}: {text}"
+        group, _, choice = found[1].rpartition("/")
+        options = ", ".join(name for name in found[2].split() if name != "base")
+        return str(bad_value(group, choice, f"one of {options}", f"Choose with {group}=NAME"))
+    if found := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
+        cure = f"Add -m to run with each of them, or write {found[1]}=[{found[2]}] for a list"
+        return str(bad_value(found[1], found[2], "one value", cure))
+    if found := re.search(r"Missing mandatory value.*full_key: (\S+)", text, re.DOTALL):
+        cure = f"Set {found[1]}=VALUE"
+        return str(bad_value(found[1], None, "a value, as there is no default", cure))
+    return f"command line {' '.join(overrides)}: {' '.join(text.split())}"
+
+
+def _halves(override: str) -> tuple[str, str]:
+    """Key and value of an override, whatever stands before them."""
+    key, _, value = override.lstrip("+~").partition("=")
+    return key, value
+
+
+def _unreadable(key: str, value: str, reason: str) -> BadValue:
+    first = reason.splitlines()[0]
+    return bad_value(key, value, "a number, text, [list] or {mapping}", f"Quote it ({first})")
 
 
 def _unknown_override(key: str, config_name: str, overrides: list[str]) -> BadValue:
     """The error for an override of a key the config does not have."""
-    value = next(
-        (o.partition("=")[2] for o in overrides if o.lstrip("+").startswith(f"{key}=")), ""
-    )
-    others = [o for o in overrides if not o.lstrip("+").startswith(f"{key}=")]
+    given = dict(_halves(override) for override in overrides)
+    choices = [f"{name}={value}" for name, value in given.items() if (CONF / name).is_dir()]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose(config_name, overrides=others)
-    parent = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else config
-    keys = [str(name) for name in parent] if isinstance(parent, DictConfig) else []
-    return unknown_key(key, value, keys)
+        node: Any = hydra.compose(config_name, overrides=choices)
+    known, names = "", key.split(".")
+    while len(names) > 1 and isinstance(node, DictConfig) and names[0] in node:
+        node, known = node[names[0]], f"{known}{names.pop(0)}."
+    keys = [str(name) for name in node] if isinstance(node, DictConfig) else []
+    rest = "".join(f".{name}" for name in names[1:])
+    return unknown_key(f"{known}{names[0]}", given.get(key, ""), keys, rest=rest)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import json
 import typing
 from collections.abc import Mapping
+from inspect import Parameter
 from typing import Any
 
 from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
@@ -35,9 +37,9 @@ def locate(target: object, field: str) -> Any:
     return found
 
 
-def parameters(component: Any) -> dict[str, Any]:
-    """Names a constructor takes -> their types; ``**parts`` is followed up to the base classes."""
-    found: dict[str, Any] = {}
+def parameters(component: Any) -> dict[str, Parameter]:
+    """What a constructor takes, types resolved; ``**parts`` is followed up to the base classes."""
+    found: dict[str, Parameter] = {}
     functions = (
         [vars(c)["__init__"] for c in component.__mro__ if "__init__" in vars(c)]
         if inspect.isclass(component)
@@ -50,13 +52,20 @@ def parameters(component: Any) -> dict[str, Any]:
         signature = inspect.signature(function).parameters.values()
         for one in signature:
             if one.name != "self" and one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL):
-                found.setdefault(one.name, hints.get(one.name, Any))
+                found.setdefault(one.name, one.replace(annotation=hints.get(one.name, Any)))
         if not any(one.kind == one.VAR_KEYWORD for one in signature):
             break
     return found
 
 
-def build(settings: Mapping[str, Any], field: str, **provided: Any) -> Any:
+def kinds(component: Any) -> dict[str, Any]:
+    """Names a constructor takes -> their types."""
+    return {name: one.annotation for name, one in parameters(component).items()}
+
+
+def build(
+    settings: Mapping[str, Any], field: str, *, kind: type | None = None, **provided: Any
+) -> Any:
     """Construct what ``settings._target_`` names from its settings and what the run provides.
 
     Of `provided` only what the constructor names is handed over, so that an outsider's class asks
@@ -64,34 +73,59 @@ def build(settings: Mapping[str, Any], field: str, **provided: Any) -> Any:
 
     Args:
         settings: plain dict with ``_target_``. field: its name in the config, for messages.
+        kind: class that the target must be a subclass of.
 
     Raises:
-        ValueError: unknown or missing setting, or one of the wrong type.
+        ValueError: unknown or missing setting, one of the wrong type, or a target of another kind.
     """
-    component = locate(settings["_target_"], field)
+    component = locate(settings.get("_target_"), field)
+    if kind is not None and not (inspect.isclass(component) and issubclass(component, kind)):
+        raise bad_value(
+            f"{field}._target_",
+            settings.get("_target_"),
+            f"the dotted path of a subclass of {kind.__module__}.{kind.__qualname__}",
+            "Name such a class",
+        )
     takes = parameters(component)
+    own = {name: one for name, one in takes.items() if name not in provided}
+    given = accepted(settings, {name: one.annotation for name, one in own.items()}, field)
+    for name, one in own.items():
+        if one.default is Parameter.empty and name not in given:
+            raise bad_value(f"{field}.{name}", None, "a value", f"Set +{field}.{name}=VALUE")
+    return component(**given, **{k: v for k, v in provided.items() if k in takes})
+
+
+def accepted(settings: Mapping[str, Any], kinds: Mapping[str, Any], field: str) -> dict[str, Any]:
+    """The settings in `kinds`, name -> type, each as that type; ``name`` and ``_target_`` left out.
+
+    Raises:
+        ValueError: a setting that is not in `kinds`, or one of the wrong type.
+    """
     given = {k: v for k, v in settings.items() if k not in NOT_FOR_THE_CONSTRUCTOR}
+    prefix = f"{field}." if field else ""
     for name, value in given.items():
-        if name not in takes:
-            raise unknown_key(f"{field}.{name}", value, [k for k in takes if k not in provided])
-        given[name] = checked(value, takes[name], f"{field}.{name}")
-    offered = {
-        name: value for name, value in provided.items() if name in takes and name not in given
-    }
-    return component(**given, **offered)
+        if name not in kinds:
+            raise unknown_key(f"{prefix}{name}", value, list(kinds))
+        given[name] = checked(value, kinds[name], f"{prefix}{name}")
+    return given
 
 
-def unknown_key(field: str, value: object, allowed: list[str]) -> BadValue:
-    """The error for a key nobody reads, with the nearest one that is read."""
+def unknown_key(field: str, value: object, allowed: list[str], *, rest: str = "") -> BadValue:
+    """The error for a key nobody reads, with the nearest one that is read.
+
+    Args:
+        field: up to the first name that is unknown. rest: what was written after it.
+    """
     parent, _, name = field.rpartition(".")
     near = difflib.get_close_matches(name, allowed, n=1)
     prefix = f"{parent}." if parent else ""
-    cure = f"Write {prefix}{near[0]}" if near else "Remove it or correct its name"
-    return bad_value(field, value, f"one of the keys {', '.join(sorted(allowed))}", cure)
+    cure = f"Write {prefix}{near[0]}{rest}" if near else "Remove it or correct its name"
+    keys = ", ".join(sorted(allowed))
+    return bad_value(f"{field}{rest}", value, f"one of the keys {keys}", cure)
 
 
 def checked(value: Any, kind: Any, field: str) -> Any:
-    """`value` as the annotated type, e.g. 1 as 1.0 for a float.
+    """`value`, as YAML gives it, as the annotated type, e.g. 1 as 1.0 for a float, never "1" as 1.
 
     Raises:
         ValueError: it is of another type.
@@ -105,7 +139,9 @@ def checked(value: Any, kind: Any, field: str) -> Any:
             raise
         adapter = TypeAdapter(kind)
     try:
-        return adapter.validate_python(value)
+        # Read as JSON, which knows lists but no tuples and text but no paths, as YAML does.
+        return adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Input should be ")
-        raise bad_value(field, value, reason, f"Give {field} such a value") from error
+        reasons = [one["msg"].removeprefix("Input should be ") for one in error.errors()]
+        allowed = " or ".join(dict.fromkeys(reasons))
+        raise bad_value(field, value, allowed, f"Give {field} such a value") from error

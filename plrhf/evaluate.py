@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import Tensor
 from plrhf.cli import Settings
 from plrhf.data.module import PairDataset, PreferenceData
 from plrhf.data.rows import Row
-from plrhf.generate import generate
+from plrhf.errors import bad_value
+from plrhf.generate import check_room, generate
 from plrhf.metrics import choose_length_rule, summarise
 from plrhf.personal import PersonalModule
 from plrhf.policy import PersonalDPOPolicy
@@ -112,45 +114,86 @@ def write_evaluation(directory: Path, results: dict[str, Any], predictions: pd.D
     (directory / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
 
 
-def write_texts(
-    path: Path,
-    model: PersonalDPOPolicy,
-    data: PreferenceData,
-    *,
-    users: int | list[str],
-    prompts: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float = 1.0,
-    reference: bool = False,
-) -> None:
-    """Write prompts x users x responses as JSONL, true scores with them where the source knows.
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Which texts to write, and how.
 
     Args:
         users: ids of train users, or how many to take, evenly from all.
         prompts: how many distinct test prompts, the first ones of the test rows.
+        max_new_tokens, temperature, top_p: see `generate`.
         reference: let the reference write too; it writes once a prompt and each user judges it.
+        origin: the setting these come from, for messages.
     """
-    ids = evenly(data.splits.users, users) if isinstance(users, int) else users
-    index = [model.card.user_index(user, "eval.users") for user in ids]
-    rows = first_prompts(data.splits.test, prompts)
+
+    users: int | list[str | int]
+    prompts: int
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    reference: bool = False
+    origin: str = "eval"
+
+    def __post_init__(self) -> None:
+        n_users = self.users if isinstance(self.users, int) else len(self.users)
+        whole = "a whole number from 1"
+        for name, good, allowed in (
+            ("users", n_users >= 1, f"{whole}, or ids of train users"),
+            ("prompts", self.prompts >= 1, whole),
+            ("max_new_tokens", self.max_new_tokens >= 1, whole),
+            ("temperature", self.temperature >= 0, "a number from 0"),
+            ("top_p", 0 < self.top_p <= 1, "a number above 0, at most 1"),
+        ):
+            if not good:
+                field = f"{self.origin}.{name}"
+                raise bad_value(field, getattr(self, name), allowed, f"Set {field}=1")
+
+
+def texts_wanted(
+    model: PersonalModule, data: PreferenceData, texts: Texts
+) -> tuple[list[str], list[Row]]:
+    """Ids of the users and rows of the prompts that `write_texts` will write for.
+
+    Raises:
+        ValueError: a user the model was not trained on, or no room for so many tokens.
+    """
+    if isinstance(texts.users, int):
+        ids = evenly(data.splits.users, texts.users)
+    else:
+        ids = [str(user) for user in texts.users]
+    for user in ids:
+        model.card.user_index(user, f"{texts.origin}.users")
+    rows = first_prompts(data.splits.test, texts.prompts)
+    check_room(
+        model,
+        [data.to_tokens.prompt(row) for row in rows],
+        max_new_tokens=texts.max_new_tokens,
+        field=texts.origin,
+    )
+    return ids, rows
+
+
+def write_texts(path: Path, model: PersonalDPOPolicy, data: PreferenceData, texts: Texts) -> None:
+    """Write prompts x users x responses as JSONL, true scores with them where the source knows."""
+    ids, rows = texts_wanted(model, data, texts)
     how: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
+        "max_new_tokens": texts.max_new_tokens,
+        "temperature": texts.temperature,
+        "top_p": texts.top_p,
     }
+    index = torch.tensor([model.card.user_index(user) for user in ids])
     features = features_of(data, ids)
     asked = [(row, place) for row in rows for place in range(len(ids))]
     places = torch.tensor([place for _, place in asked])
-    batch = UserBatch(user_id=torch.tensor(index)[places], features=features[places])
-    tokens = [data.to_tokens.prompt(row) for row, _ in asked]
-    texts = {"policy": generate(model, data.to_tokens.tokenizer, tokens, batch, **how)}
-    if reference:
-        once = [data.to_tokens.prompt(row) for row in rows]
-        written = generate(model, data.to_tokens.tokenizer, once, None, **how)
-        texts["reference"] = [text for text in written for _ in ids]
+    batch = UserBatch(user_id=index[places], features=features[places])
+    tokenizer = data.to_tokens.tokenizer
+    prompts = [data.to_tokens.prompt(row) for row, _ in asked]
+    written = {"policy": generate(model, tokenizer, prompts, batch, **how)}
+    if texts.reference:
+        once = generate(model, tokenizer, prompts[:: len(ids)], None, **how)
+        written["reference"] = [text for text in once for _ in ids]
     with path.open("w") as file:
-        for writer, responses in texts.items():
+        for writer, responses in written.items():
             for (row, place), text in zip(asked, responses, strict=True):
                 record = {
                     "prompt": row.prompt,

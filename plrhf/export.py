@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from plrhf.aggregators import Aggregator
 from plrhf.backbone import Backbone, load_backbone
-from plrhf.config import build
+from plrhf.config import accepted, build, kinds, locate
 from plrhf.data.features import FeatureSchema
+from plrhf.encoders import UserEncoder
 from plrhf.errors import bad_value
 
 CARD, USER_MODEL = "plrhf.json", "user_encoder.safetensors"
@@ -28,7 +31,7 @@ class Card:
         model, encoder, aggregator, backbone: their settings, as in the config.
         users: ids of the train users; user index = place + 1.
         features: `FeatureSchema.to_dict`. text: settings of `RowTokenizer`.
-        fingerprint: of the frozen backbone's weights, see `fingerprint`.
+        fingerprint: of the frozen backbone's weights, see `Backbone.fingerprint`.
     """
 
     model: dict[str, Any]
@@ -38,7 +41,7 @@ class Card:
     users: list[str]
     features: dict[str, Any]
     text: dict[str, Any]
-    fingerprint: str = ""
+    fingerprint: str
     schema: int = SCHEMA
 
     def feature_schema(self) -> FeatureSchema:
@@ -67,6 +70,7 @@ def build_model(backbone: Backbone, card: Card, **provided: Any) -> Any:
     aggregator = build(
         card.aggregator,
         "aggregator",
+        kind=Aggregator,
         hidden_size=backbone.hidden_size,
         n_blocks=backbone.config.num_hidden_layers,
     )
@@ -74,6 +78,7 @@ def build_model(backbone: Backbone, card: Card, **provided: Any) -> Any:
     encoder = build(
         card.encoder,
         "encoder",
+        kind=UserEncoder,
         n_users=len(card.users),
         user_dim=aggregator.user_dim,
         n_numbers=len(schema.numbers),
@@ -83,6 +88,7 @@ def build_model(backbone: Backbone, card: Card, **provided: Any) -> Any:
     return build(
         card.model,
         "model",
+        kind=nn.Module,
         backbone=backbone,
         encoder=encoder,
         aggregator=aggregator,
@@ -103,7 +109,6 @@ def save_export(directory: Path, model: Any, card: Card, tokenizer: Any) -> None
     model.backbone.save(directory)
     save_file(user_model_state(model), directory / USER_MODEL)
     tokenizer.save_pretrained(directory)
-    card = replace(card, fingerprint=model.backbone.fingerprint())
     (directory / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
 
 
@@ -111,63 +116,91 @@ def read_card(directory: str | Path) -> Card:
     """The card of an export.
 
     Raises:
-        ValueError: no export there, or one of another version.
+        ValueError: no export there, or one of another version, or damaged.
     """
     path = Path(directory, CARD)
     if not path.is_file():
         raise bad_value("export", str(directory), f"a directory with {CARD}", "Give RUN_DIR/export")
-    content = json.loads(path.read_text())
-    if content.get("schema") != SCHEMA:
+    try:
+        content = json.loads(path.read_text())
+        schema = content["schema"]
+    except (ValueError, TypeError, KeyError) as error:
         raise bad_value(
-            f"{CARD} schema", content.get("schema"), f"{SCHEMA}", "Export the model anew"
-        )
-    return Card(**content)
+            "export", str(path), "a JSON object with a schema", f"Export anew ({error})"
+        ) from error
+    if schema != SCHEMA:
+        raise bad_value(f"{CARD} schema", schema, f"{SCHEMA}", "Export the model anew")
+    takes = kinds(Card)
+    given = accepted(content, takes, CARD)
+    for name in takes:
+        if name not in given:
+            raise bad_value(f"{CARD}.{name}", None, "a value", "Export the model anew")
+    return Card(**given)
 
 
 def load_export(
-    model_class: type[Model], directory: str | Path, *, backbone_path: str | None = None
+    model_class: type[Model],
+    directory: str | Path,
+    *,
+    backbone_path: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Model:
     """The model of an export, in eval mode; its card is `model.card`.
 
     Args:
         model_class: what the export must hold. directory: what `save_export` wrote.
         backbone_path: where the frozen backbone lies now, if it has moved.
+        trust_remote_code: let the backbone's repository bring its own code; no export can ask for it.
 
     Raises:
         ValueError: not an export, of another class, or a backbone with other weights.
     """
     card = read_card(directory)
-    settings = dict(card.backbone)
-    if backbone_path is not None:
-        settings["path"] = backbone_path
-    if settings["trainable"] == "full":
-        settings["path"] = str(Path(directory, "backbone"))
-    backbone = load_backbone(**settings)
-    model = build_model(backbone, card)
-    if not isinstance(model, model_class):
+    target = card.model.get("_target_")
+    found = locate(target, f"{CARD}.model")
+    if not (isinstance(found, type) and issubclass(found, model_class)):
         raise bad_value(
             "export",
-            type(model).__name__,
-            model_class.__name__,
-            f"Load it with {type(model).__name__}.from_pretrained",
+            target,
+            f"a {model_class.__name__}",
+            "Load it with from_pretrained of its own class",
         )
-    if settings["trainable"] != "full" and backbone.fingerprint() != card.fingerprint:
+    settings = {
+        **card.backbone,
+        "_target_": f"{load_backbone.__module__}.{load_backbone.__qualname__}",
+        "trust_remote_code": trust_remote_code,
+    }
+    if backbone_path is not None:
+        settings["path"] = backbone_path
+    if settings.get("trainable") == "full":
+        settings["path"] = str(Path(directory, "backbone"))
+    backbone: Backbone = build(settings, f"{CARD}.backbone")
+    if backbone.trainable != "full" and backbone.fingerprint() != card.fingerprint:
         raise bad_value(
             "backbone.path",
             settings["path"],
             "the backbone the model was trained on",
             "Give its directory as backbone_path",
         )
+    model = build_model(backbone, card)
     backbone.load_adapter(Path(directory))
-    state = load_file(Path(directory, USER_MODEL))
-    missing = [n for n in user_model_state(model) if n not in state]
-    if len(missing) > 0:
-        raise bad_value(
-            USER_MODEL,
-            missing[0],
-            "a file with every weight of the user model",
-            "Export the model anew",
-        )
-    model.load_state_dict(state, strict=False)
-    model.card = card  # type: ignore[assignment]
+    _load_user_model(model, Path(directory, USER_MODEL))
+    model.card = card
     return model.eval()
+
+
+def _load_user_model(model: Any, path: Path) -> None:
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise bad_value(
+            USER_MODEL, str(path), "a whole safetensors file", f"Export anew ({error})"
+        ) from error
+    own = user_model_state(model)
+    for name in {**own, **state}:
+        shapes = [tuple(one[name].shape) if name in one else None for one in (state, own)]
+        if shapes[0] != shapes[1]:
+            raise bad_value(
+                f"{USER_MODEL} {name}", shapes[0], f"shape {shapes[1]}", "Export the model anew"
+            )
+    model.load_state_dict(state, strict=False)

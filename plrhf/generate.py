@@ -48,6 +48,8 @@ def generate(
     ):
         if not good:
             raise bad_value(f"eval.{name}", value, allowed, f"Set eval.{name}=1")
+    check_room(model, prompts, max_new_tokens=max_new_tokens)
+    was_training = model.training
     model.eval()
     # Rows of like length together: least left padding.
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
@@ -72,7 +74,31 @@ def generate(
         )
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         written.update(zip(places, texts, strict=True))
+    model.train(was_training)
     return [written[place] for place in range(len(prompts))]
+
+
+def check_room(
+    model: PersonalModule,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    field: str = "eval",
+) -> None:
+    """Raise unless the backbone has the positions for prompts and as many new tokens.
+
+    Args:
+        field: the setting that holds `max_new_tokens`, for the message.
+    """
+    room = model.max_positions
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    if room is not None and longest + max_new_tokens > room:
+        raise bad_value(
+            f"{field}.max_new_tokens",
+            max_new_tokens,
+            f"at most {room - longest}, as a prompt takes {longest} of {room} positions",
+            f"Set a smaller {field}.max_new_tokens or data.max_prompt_tokens",
+        )
 
 
 def _write(

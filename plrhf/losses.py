@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from plrhf.errors import bad_value
+
 DPO_LOSSES = ("sigmoid", "ipo", "hinge", "cdpo")
 
 
@@ -58,7 +60,7 @@ def dpo(
             return (logits - 1 / (2 * beta)).square()
         case "hinge":
             return torch.relu(1 - beta * logits)
-    raise ValueError(f"loss={loss!r} is not allowed: expected one of {DPO_LOSSES}. Set model.loss.")
+    raise bad_value("loss", loss, f"one of {', '.join(DPO_LOSSES)}", "Set model.loss=sigmoid")
 
 
 def contexts(alpha: float) -> tuple[tuple[str, float], ...]:

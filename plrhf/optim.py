@@ -21,8 +21,9 @@ class Optim:
     """Settings of the optimiser; arXiv 2402.05133 uses AdamW, lr 5e-5, cosine, 150 warm-up steps.
 
     Args:
-        lr: for the language model (LoRA or full weights). user_lr: for user encoder and aggregator.
-        head_lr: for the reward head. Each > 0, per step.
+        lr: for the language model (LoRA or full weights). user_lr: for user encoder and aggregator,
+            but for the aggregator's layers on text alone.
+        head_lr: for the reward head and those layers. Each > 0, per step.
         weight_decay, user_weight_decay: decoupled decay of the two, >= 0; the latter also acts as
             the prior that keeps users near the generic one.
         warmup_steps: linear warm-up, then `schedule` ("cosine" to zero at the last step, "constant").

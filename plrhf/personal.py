@@ -30,7 +30,7 @@ class PersonalModule(LightningModule):
 
     Args:
         backbone, encoder, aggregator: the parts; the encoder is built to `aggregator.user_dim`.
-        n_users: users of the train rows.
+        n_users: user indices, the generic user's among them.
         optim: learning rates, decay, schedule.
         alpha: weight of the user-specific against the generic loss, in [0, 1].
     """
@@ -60,9 +60,17 @@ class PersonalModule(LightningModule):
         self.val_accuracy = UserAccuracy(n_users=n_users)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, *, backbone_path: str | None = None) -> Self:
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        backbone_path: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Self:
         """The model of a run's ``export/``; see `plrhf.export.load_export`."""
-        return load_export(cls, directory, backbone_path=backbone_path)
+        return load_export(
+            cls, directory, backbone_path=backbone_path, trust_remote_code=trust_remote_code
+        )
 
     @abstractmethod
     def margins(self, hidden: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
@@ -71,6 +79,12 @@ class PersonalModule(LightningModule):
     @abstractmethod
     def pair_loss(self, margins: Tensor, extra: Tensor) -> Tensor:
         """Loss of each pair and context, [C, B] -> [C, B]."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """Text positions the backbone has beside the user vectors, None for no limit."""
+        limit = self.backbone.max_positions
+        return None if limit is None else limit - self.aggregator.n_positions
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Parameters that are neither language model nor user model."""
@@ -120,10 +134,12 @@ class PersonalModule(LightningModule):
         return {"row": batch.row, **self.context_margins(batch)}
 
     def configure_optimizers(self) -> Any:
+        of_text = self.aggregator.text_parameters()
+        user = [*self.encoder.parameters(), *self.aggregator.parameters()]
         optimizer, schedule = self.optim.build(
             backbone=self.backbone.parameters(),
-            user=[*self.encoder.parameters(), *self.aggregator.parameters()],
-            head=self.head_parameters(),
+            user=[one for one in user if all(one is not other for other in of_text)],
+            head=[*self.head_parameters(), *of_text],
             total_steps=int(self.trainer.estimated_stepping_batches),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

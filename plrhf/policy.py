@@ -56,7 +56,7 @@ class PersonalDPOPolicy(PersonalModule):
                 "a causal language model",
                 "Use a causal backbone, or model=reward",
             )
-        if self.aggregator.output_size != self.backbone.hidden_size:
+        if not self.aggregator.unembeddable:
             raise bad_value(
                 "aggregator.layer_width",
                 self.aggregator.output_size,

@@ -12,7 +12,7 @@ from plrhf.backbone import Backbone
 from plrhf.errors import bad_value
 from plrhf.logprobs import response_logps
 from plrhf.optim import Optim
-from plrhf.types import CHOSEN, REJECTED, PreferenceBatch
+from plrhf.types import CHOSEN, PADDING, REJECTED, PreferenceBatch
 
 
 class SupervisedPolicy(LightningModule):
@@ -42,7 +42,7 @@ class SupervisedPolicy(LightningModule):
         """Negative log-likelihood a response token, in nats, over all tokens of the batch."""
         segment = batch.segment
         if self.responses == "chosen":
-            segment = segment.masked_fill(segment == REJECTED, -1)
+            segment = segment.masked_fill(segment == REJECTED, PADDING)
         hidden = self.backbone(self.backbone.embed(batch.input_ids), segment, batch.position_ids)
         logps = response_logps(
             hidden, batch.input_ids, segment, self.backbone.unembed, n_pairs=len(batch)

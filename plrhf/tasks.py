@@ -15,10 +15,11 @@ from rich.console import Console
 
 from plrhf import report
 from plrhf.backbone import load_tokenizer
-from plrhf.cli import Settings, main
+from plrhf.cli import Settings
+from plrhf.config import accepted, build
 from plrhf.data.module import PreferenceData, build_data
 from plrhf.errors import bad_value
-from plrhf.evaluate import predict, prepare, summarise_run, write_evaluation, write_texts
+from plrhf.evaluate import Texts, predict, prepare, summarise_run, write_evaluation, write_texts
 from plrhf.export import read_card
 from plrhf.personal import PersonalModule
 from plrhf.policy import PersonalDPOPolicy
@@ -26,15 +27,18 @@ from plrhf.reward import PersonalRewardModel
 from plrhf.stats import ACCURACIES, Outcomes, correctness, summarise_outcomes
 
 MODELS: dict[str, type[PersonalModule]] = {"reward": PersonalRewardModel, "dpo": PersonalDPOPolicy}
-
-
-def eval_main() -> None:
-    """Entry point of eval.py."""
-    main("eval", evaluate)
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("run", "runs", "out"), str | None),
+    "data": dict[str, Any] | None,
+    "eval": dict[str, Any],
+    "seed": int,
+    "debug": bool,
+}
 
 
 def evaluate(settings: Settings) -> None:
     """Do what ``eval.name`` says."""
+    accepted(settings, KINDS, "")
     tasks = {"score": score, "generate": write, "winrate": winrate, "compare": compare}
     tasks[settings["eval"]["name"]](settings)
 
@@ -43,8 +47,7 @@ def score(settings: Settings) -> None:
     """Evaluate a run again on its own rows, or on others, and write results and report."""
     run = _run_dir(settings)
     model, data, trainer, config = load_run(run, settings)
-    own_rows = settings["data"] is None
-    out = Path(settings["out"] or (run if own_rows else run / "eval"))
+    out = Path(settings["out"] or run / "eval")
     prepare(model, data, trainer)
     predictions = predict(model, data, trainer)
     how = json.loads((run / "results.json").read_text())["run"]
@@ -57,14 +60,15 @@ def score(settings: Settings) -> None:
 
 def write(settings: Settings) -> None:
     """Let a policy, and the reference if asked, write for many users: generations.jsonl, report."""
+    target = f"{Texts.__module__}.{Texts.__qualname__}"
+    texts: Texts = build({"_target_": target, **settings["eval"]}, "eval", origin="eval")
     run = _run_dir(settings)
     model, data, _, _ = load_run(run, settings)
     if not isinstance(model, PersonalDPOPolicy):
         raise bad_value("run", str(run), "a run of model=dpo", "Give a run that trained a policy")
     out = Path(settings["out"] or run)
     out.mkdir(parents=True, exist_ok=True)
-    options = {name: value for name, value in settings["eval"].items() if name != "name"}
-    write_texts(out / "generations.jsonl", model, data, **options)
+    write_texts(out / "generations.jsonl", model, data, texts)
     if (out / "results.json").is_file():
         report.write_report(out)
     print(f"texts: {out / 'generations.jsonl'}")
@@ -78,9 +82,11 @@ def winrate(settings: Settings) -> None:
     """
     run = _run_dir(settings)
     against = settings["eval"]["against"]
-    ours = _scores(run, "policy")
+    ours = _scores(run, "policy", field="run")
     theirs = (
-        _scores(run, "reference") if against == "reference" else _scores(Path(against), "policy")
+        _scores(run, "reference", field="run")
+        if against == "reference"
+        else _scores(Path(against), "policy", field="eval.against")
     )
     both = ours.join(theirs, how="inner", lsuffix="_ours", rsuffix="_theirs")
     if len(both) != len(ours) or len(both) == 0:
@@ -125,6 +131,8 @@ def compare(settings: Settings) -> None:
         )
     frame = report.compare(settings["runs"], settings["out"])
     Console().print(report.comparison_table(frame))
+    for path in frame.attrs["skipped"]:
+        print(f"skipped, as it holds no results.json: {path}")
     print(f"report: {Path(settings['out']) / 'report.html'}")
 
 
@@ -140,7 +148,6 @@ def load_run(
     lightning.seed_everything(config["seed"], verbose=False)
     export = run / "export"
     card = read_card(export)
-    model = MODELS[config["model"]["name"]].from_pretrained(export)
     if settings["data"] is None:
         data = build_data(config["data"])
         if list(data.splits.users) != card.users:
@@ -152,13 +159,15 @@ def load_run(
             )
     else:
         data = build_data(settings["data"], users=card.users, schema=card.feature_schema())
+    model = MODELS[config["model"]["name"]].from_pretrained(
+        export, trust_remote_code=config["backbone"]["trust_remote_code"]
+    )
     data.tokenize(
-        load_tokenizer(str(export)),
-        causal=model.backbone.causal,
-        max_positions=model.backbone.max_positions,
+        load_tokenizer(str(export)), causal=model.backbone.causal, max_positions=model.max_positions
     )
     trainer = Trainer(
-        accelerator=config["trainer"]["accelerator"],
+        # Elsewhere than where it was trained the run is evaluated on what there is.
+        accelerator="cpu" if config["trainer"]["accelerator"] == "cpu" else "auto",
         devices=1,
         logger=False,
         precision=config["trainer"]["precision"],
@@ -178,18 +187,18 @@ def _run_dir(settings: Settings) -> Path:
     return Path(run)
 
 
-def _scores(run: Path, writer: str) -> pd.DataFrame:
+def _scores(run: Path, writer: str, *, field: str) -> pd.DataFrame:
     """True scores of a run's texts, indexed by user and prompt."""
     path = run / "generations.jsonl"
     if not path.is_file():
         raise bad_value(
-            "run", str(run), f"a run with {path.name}", f"Write it: eval=generate run={run}"
+            field, str(run), f"a run with {path.name}", f"Write it: eval=generate run={run}"
         )
     texts: Any = pd.read_json(path, lines=True, dtype={"user_id": str, "prompt_id": str})
     texts = texts[texts["writer"] == writer]
     if len(texts) == 0 or texts["score"].isna().any():
         raise bad_value(
-            "run",
+            field,
             str(run),
             f"texts of the {writer} with true scores, which only data=personas knows",
             "Write them: eval=generate eval.reference=true",

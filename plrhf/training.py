@@ -2,21 +2,89 @@
 
 from __future__ import annotations
 
+import csv
+import os
 import random
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import Logger
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    EarlyStopping,
+    ModelCheckpoint,
+    RichProgressBar,
+)
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
 
 from plrhf.errors import bad_value
 
+Monitor = Literal["val/loss", "val/accuracy_micro", "val/accuracy_macro", "val/nll"]
 
-class RandomState(Callback):
-    """Puts the random generators into checkpoints and back, so that dropout goes on as it would have."""
+
+class MetricsFile(Logger):
+    """metrics.csv: every row on disk at once; columns grow as metrics come.
+
+    Args:
+        path: the file; one that is there is begun anew unless `go_on` is called.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        self.columns: list[str] = []
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Settings stand in config.yaml."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = {**metrics, "step": step}
+        self.rows.append(row)
+        if set(row) <= set(self.columns):
+            self._write([row], "a")
+        else:
+            self.columns = sorted({*self.columns, *row})
+            self._write(self.rows, "w")
+
+    def go_on(self, n_steps: int) -> None:
+        """Keep what an earlier process wrote about its first `n_steps` steps."""
+        if not self.path.is_file():
+            return
+        with self.path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["step"].isdecimal()]
+        self.rows = [row for row in rows if int(row["step"]) < n_steps]
+        self.columns = sorted({name for row in self.rows for name in row})
+        self._write(self.rows, "w")
+
+    def _write(self, rows: list[dict[str, Any]], mode: Literal["a", "w"]) -> None:
+        with self.path.open(mode, newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            if mode == "w":
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+class Resume(Callback):
+    """Restores what Lightning does not: random state, place in the data, metrics.csv, a stop.
+
+    The place in the data it does store, but forgets where a schedule's length is asked for.
+    """
 
     def __init__(self) -> None:
         self.restored: dict[str, Any] | None = None
@@ -25,6 +93,7 @@ class RandomState(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+        checkpoint["train_loader"] = trainer.train_dataloader.state_dict()  # type: ignore[union-attr]
         checkpoint["random_state"] = {
             "python": random.getstate(),
             "numpy": (kind, np.asarray(keys).tolist(), position, has_gauss, cached),
@@ -35,17 +104,111 @@ class RandomState(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self.restored = checkpoint["random_state"]
+        self.restored = {**checkpoint["random_state"], "loader": checkpoint["train_loader"]}
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsFile):
+                logger.go_on(checkpoint["global_step"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.restored is None:
             return
+        trainer.train_dataloader.load_state_dict(self.restored["loader"])  # type: ignore[union-attr]
         random.setstate(self.restored["python"])
         kind, keys, position, has_gauss, cached = self.restored["numpy"]
         np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
         torch.set_rng_state(self.restored["torch"])
-        if len(self.restored["cuda"]) > 0:
+        if len(self.restored["cuda"]) > 0 and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(self.restored["cuda"])
+        for stopping in trainer.early_stopping_callbacks:  # of an earlier process
+            if stopping.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
+                trainer.should_stop = True
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps ``last.ckpt``, written only where training can go on from exactly.
+
+    That is where a step is over with all that belongs to it: not before a validation that is due,
+    which Lightning would leave out on resuming, nor between batches whose gradients are summed,
+    which no checkpoint holds.
+
+    Args:
+        path: the file. every_n_steps: save also between validations, None: only after them (without
+            val pairs: after each epoch).
+    """
+
+    def __init__(self, path: Path, *, every_n_steps: int | None) -> None:
+        self.path, self.every_n_steps = path, every_n_steps
+        self.saved_at = 0
+
+    def _save(self, trainer: Trainer) -> None:
+        self.saved_at = trainer.global_step
+        trainer.save_checkpoint(self.path)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.saved_at = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        steps = trainer.global_step - self.saved_at
+        if self.every_n_steps is None or steps < self.every_n_steps or trainer.is_last_batch:
+            return
+        if not summing_gradients(trainer) and not validation_is_due(trainer):
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not summing_gradients(trainer):
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.enable_validation:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+
+def summing_gradients(trainer: Trainer) -> bool:
+    """Whether the batch just taken left its gradient for a later one to step with."""
+    n_summed = (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches
+    return n_summed != 0 and not trainer.is_last_batch
+
+
+def validation_is_due(trainer: Trainer) -> bool:
+    """Whether validation follows the batch just taken, which is not an epoch's last."""
+    every = trainer.val_check_batch
+    counts_batches = trainer.enable_validation and trainer.check_val_every_n_epoch is None
+    return counts_batches and (trainer.fit_loop.total_batch_idx + 1) % int(every or 1) == 0
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes checkpoints aside and renames them: a kill at any moment leaves the old or the new."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        part = f"{path}.part"
+        torch.save(checkpoint, part)
+        os.replace(part, path)
+
+
+def build_loggers(
+    *, run_dir: Path, tensorboard: bool = False, wandb: dict[str, Any] | None = None
+) -> list[Logger]:
+    """metrics.csv always, TensorBoard and Weights & Biases (arguments of its logger) if asked.
+
+    Raises:
+        ValueError: Weights & Biases is not installed.
+    """
+    loggers: list[Logger] = [MetricsFile(run_dir / "metrics.csv")]
+    if tensorboard:
+        loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
+    if wandb is not None:
+        if find_spec("wandb") is None:
+            raise bad_value(
+                "logger", "wandb", "csv or tensorboard, as wandb is not installed", "Install wandb"
+            )
+        loggers.append(WandbLogger(save_dir=run_dir, **wandb))
+    return loggers
 
 
 def build_trainer(
@@ -53,83 +216,143 @@ def build_trainer(
     run_dir: Path,
     loggers: list[Logger],
     has_val: bool,
-    monitor: str = "val/loss",
+    monitor: Monitor = "val/loss",
     patience: int | None = None,
     checkpoint_every_n_steps: int | None = None,
     val_every_n_steps: int | None = None,
     max_epochs: int | None = None,
     max_steps: int = -1,
     accelerator: str = "auto",
-    devices: int | str = 1,
-    precision: Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed"] = "32-true",
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
     accumulate_grad_batches: int = 1,
     gradient_clip_val: float | None = None,
     log_every_n_steps: int = 10,
     progress: bool = True,
 ) -> Trainer:
-    """A trainer that keeps the best checkpoint by `monitor` and the last, and stops early if asked.
+    """A trainer on one device that keeps the best checkpoint by `monitor` and the last.
 
     Args:
         run_dir: checkpoints go to its ``checkpoints/``.
-        has_val: whether there are val pairs; without them the last checkpoint is the best.
+        has_val: whether there are val pairs; without them the final weights are the best.
         monitor: a logged val metric, lower is better unless it is an accuracy.
         patience: validations without progress before stopping, None never.
-        checkpoint_every_n_steps: how much a kill may cost; None: at each validation only.
+        checkpoint_every_n_steps: how much a kill may cost; None: what lies between validations.
         val_every_n_steps: validate every so many steps, None once an epoch.
+        max_epochs, max_steps: where training ends, whichever comes first; -1 steps: no limit.
+        progress: show a progress bar where there is a terminal.
         others: as in `lightning.Trainer`.
+
+    Raises:
+        ValueError: a number out of range, no end to training, or a device this machine lacks.
     """
-    if max_epochs is None and max_steps == -1:
+    _check_ranges(
+        max_epochs=max_epochs,
+        max_steps=None if max_steps == -1 else max_steps,
+        patience=patience,
+        checkpoint_every_n_steps=checkpoint_every_n_steps,
+        val_every_n_steps=val_every_n_steps,
+        accumulate_grad_batches=accumulate_grad_batches,
+        log_every_n_steps=log_every_n_steps,
+    )
+    if gradient_clip_val is not None and not gradient_clip_val > 0:
         raise bad_value(
-            "trainer.max_steps",
-            max_steps,
-            "a number of steps, or trainer.max_epochs",
-            "Set trainer.max_steps=1000",
+            "trainer.gradient_clip_val",
+            gradient_clip_val,
+            "a number above 0, or null",
+            "Set trainer.gradient_clip_val=1.0",
         )
-    for name, value in (
-        ("accumulate_grad_batches", accumulate_grad_batches),
-        ("log_every_n_steps", log_every_n_steps),
-    ):
-        if value < 1:
+    val_every_n_batches = (
+        None if val_every_n_steps is None else val_every_n_steps * accumulate_grad_batches
+    )
+    try:
+        return Trainer(
+            default_root_dir=run_dir,
+            logger=loggers,
+            callbacks=_callbacks(
+                run_dir / "checkpoints",
+                monitor=monitor if has_val else None,
+                patience=patience,
+                every_n_steps=checkpoint_every_n_steps,
+            )
+            + ([RichProgressBar(leave=False)] if progress and Console().is_terminal else []),
+            plugins=[WholeFiles()],
+            max_epochs=max_epochs,
+            max_steps=max_steps,
+            accelerator=accelerator,
+            devices=1,
+            precision=precision,
+            accumulate_grad_batches=accumulate_grad_batches,
+            gradient_clip_val=gradient_clip_val,
+            log_every_n_steps=log_every_n_steps,
+            enable_progress_bar=progress and Console().is_terminal,
+            val_check_interval=1.0 if val_every_n_batches is None else val_every_n_batches,
+            check_val_every_n_epoch=1 if val_every_n_batches is None else None,
+            limit_val_batches=1.0 if has_val else 0,
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+        )
+    except MisconfigurationException as error:
+        raise bad_value(
+            "trainer.accelerator",
+            accelerator,
+            "a device this machine has, or auto",
+            f"Set trainer=cpu ({' '.join(str(error).split())})",
+        ) from error
+
+
+def _callbacks(
+    folder: Path, *, monitor: Monitor | None, patience: int | None, every_n_steps: int | None
+) -> list[Callback]:
+    callbacks: list[Callback] = [Resume()]
+    if monitor is not None:
+        mode = "max" if "accuracy" in monitor else "min"
+        if patience is not None:
+            callbacks.append(
+                EarlyStopping(
+                    monitor=monitor, mode=mode, patience=patience, check_on_train_epoch_end=False
+                )
+            )
+        callbacks.append(
+            ModelCheckpoint(
+                folder,
+                filename="best",
+                monitor=monitor,
+                mode=mode,
+                enable_version_counter=False,
+                save_on_train_epoch_end=False,
+            )
+        )
+    # After the other two, whose state it holds.
+    return [*callbacks, LastCheckpoint(folder / "last.ckpt", every_n_steps=every_n_steps)]
+
+
+def _check_ranges(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 1:
             raise bad_value(
                 f"trainer.{name}", value, "a whole number from 1", f"Set trainer.{name}=1"
             )
-    mode = "max" if "accuracy" in monitor else "min"
-    folder = run_dir / "checkpoints"
-    callbacks: list[Callback] = [RandomState()]
-    if has_val:
-        callbacks.append(
-            ModelCheckpoint(
-                folder, filename="best", monitor=monitor, mode=mode, enable_version_counter=False
-            )
+    if counts["max_epochs"] is None and counts["max_steps"] is None:
+        raise bad_value(
+            "trainer.max_steps",
+            -1,
+            "a number of steps, or trainer.max_epochs",
+            "Set trainer.max_steps=1000",
         )
-        if patience is not None:
-            callbacks.append(EarlyStopping(monitor=monitor, mode=mode, patience=patience))
-    callbacks.append(
-        ModelCheckpoint(
-            folder,
-            filename="last",
-            monitor=None,
-            enable_version_counter=False,
-            every_n_train_steps=checkpoint_every_n_steps,
-        )
-    )
-    if progress:
-        callbacks.append(RichProgressBar(leave=False))
-    return Trainer(
-        default_root_dir=run_dir,
-        logger=loggers,
-        callbacks=callbacks,
-        max_epochs=max_epochs,
-        max_steps=max_steps,
-        accelerator=accelerator,
-        devices=devices,
-        precision=precision,
-        accumulate_grad_batches=accumulate_grad_batches,
-        gradient_clip_val=gradient_clip_val,
-        log_every_n_steps=log_every_n_steps,
-        enable_progress_bar=progress,
-        val_check_interval=1.0 if val_every_n_steps is None else val_every_n_steps,
-        check_val_every_n_epoch=1 if val_every_n_steps is None else None,
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-    )
+
+
+def load_best(model: LightningModule, trainer: Trainer) -> None:
+    """Put the weights of the best checkpoint, chosen on val, into the model; none: leave it."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.best_model_path != "":
+            best = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
+            model.load_state_dict(best["state_dict"], strict=False)
+
+
+def fit(
+    model: LightningModule, data: LightningDataModule, trainer: Trainer, *, resume_from: Path | None
+) -> None:
+    """Train from the start or from a checkpoint; the model then has its best weights."""
+    model.train()  # from_pretrained leaves models in eval mode
+    trainer.fit(model, datamodule=data, ckpt_path=resume_from, weights_only=True)
+    load_best(model, trainer)

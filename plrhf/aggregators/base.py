@@ -23,11 +23,15 @@ class Aggregator(nn.Module, ABC):
         output_size: width of the hidden states it gives.
         after_trunk: whether the trunk is free of the user. A reward model then pools the trunk's
             outputs first and hands them over as `PreferenceBatch.hidden`, one a response.
+        unembeddable: whether its hidden states can be unembedded, as a policy must.
+        n_positions: how many of the backbone's positions user vectors take.
     """
 
     user_dim: int
     output_size: int
     after_trunk: bool = False
+    unembeddable: bool = True
+    n_positions: int = 0
 
     @abstractmethod
     def forward(self, backbone: Backbone, batch: PreferenceBatch, user: Tensor) -> Tensor:
@@ -40,6 +44,10 @@ class Aggregator(nn.Module, ABC):
         Returns:
             [C, R, L, output_size].
         """
+
+    def text_parameters(self) -> list[nn.Parameter]:
+        """Parameters that act on the text alone: they learn and decay like the head, not the user."""
+        return []
 
     @abstractmethod
     def decoding(
@@ -55,5 +63,5 @@ class Aggregator(nn.Module, ABC):
 def spread_over_rows(user: Tensor, batch: PreferenceBatch) -> Tensor:
     """One vector a pair and context -> one a row and context, [C * B, D] -> [C, R, D]."""
     n_pairs, n_rows = len(batch), batch.segment.shape[0]
-    per_context = user.view(-1, 1, n_pairs, user.shape[1])  # [C, 1, B, D]
+    per_context = user.view(len(user) // n_pairs, 1, n_pairs, user.shape[1])  # [C, 1, B, D]
     return per_context.expand(-1, n_rows // n_pairs, -1, -1).flatten(1, 2)

@@ -73,6 +73,7 @@ class FiLM(Aggregator):
         self.output_size = hidden_size if layer_width is None else layer_width
         self.layer: nn.Module = nn.Identity()
         if layer_width is not None:
+            self.unembeddable = False
             self.layer = nn.Sequential(
                 nn.LayerNorm(hidden_size, elementwise_affine=False),
                 nn.Dropout(layer_dropout),
@@ -81,6 +82,9 @@ class FiLM(Aggregator):
             )
         self.to_film = nn.Linear(self.user_dim, self.n_sites * 2 * self.output_size, bias=False)
         nn.init.zeros_(self.to_film.weight)
+
+    def text_parameters(self) -> list[nn.Parameter]:
+        return list(self.layer.parameters())
 
     def film(self, user: Tensor) -> Tensor:
         """User vectors [..., D] -> [..., n_sites, 2, d]: gamma and beta of each site."""

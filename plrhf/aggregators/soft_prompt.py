@@ -35,6 +35,7 @@ class ConcatSoftPrompt(Aggregator):
             )
         self.hidden_size = self.output_size = hidden_size
         self.user_dim = n_tokens * hidden_size
+        self.n_positions = n_tokens
 
     def _vectors(self, user: Tensor, dtype: torch.dtype) -> Tensor:
         n_tokens = user.shape[-1] // self.hidden_size  # 0 where there is no user model

@@ -10,7 +10,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from plrhf.config import build, locate, parameters
+from plrhf.config import NOT_FOR_THE_CONSTRUCTOR, build, locate, parameters, unknown_key
 from plrhf.data.features import FeatureSchema
 from plrhf.data.packing import Layout, RowTokenizer, Tokenizer, TokenPair, packed, two_rows
 from plrhf.data.rows import Row, read_rows
@@ -84,36 +84,35 @@ class OrderedBatches(Sampler[list[int]]):
 
     Args:
         n_rows: rows in all. batch_size: rows a batch (the last may hold fewer). seed: any integer.
+
+    Attributes:
+        served: batches given out since training began. It alone says where an epoch's next batch
+            lies, as Lightning neither exhausts this iterator nor tells a batch sampler the epoch.
     """
 
     def __init__(self, n_rows: int, *, batch_size: int, seed: int) -> None:
         self.n_rows, self.batch_size, self.seed = n_rows, batch_size, seed
-        self.epoch = 0
-        self.served = 0  # batches of this epoch already given out
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order; Lightning calls it before each epoch."""
-        self.epoch = epoch
+        self.served = 0
 
     def __len__(self) -> int:
         return -(-self.n_rows // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        epoch, first = divmod(self.served, max(1, len(self)))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(self.n_rows, generator=generator).tolist()
-        for batch in range(self.served, len(self)):
-            self.served = batch + 1
+        for batch in range(first, len(self)):
+            self.served += 1
             yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
-        self.served = 0
 
 
 class ResumableLoader(DataLoader):
-    """A loader whose place in the epoch Lightning stores in checkpoints and puts back."""
+    """A loader whose place Lightning stores in checkpoints and puts back."""
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches of the epoch have been served."""
+        """How many batches have been served."""
         sampler: Any = self.batch_sampler
-        return {"served": sampler.served % len(sampler)}
+        return {"served": sampler.served}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on after that many batches."""
@@ -210,7 +209,7 @@ class PreferenceData(LightningDataModule):
         """Turn the rows of every split into tokens, packed for causal models, else in two rows.
 
         Raises:
-            ValueError: the model has fewer positions than `max_tokens`.
+            ValueError: the model has fewer positions than `max_tokens`, or no train row fits.
         """
         if max_positions is not None and self.max_tokens > max_positions:
             raise bad_value(
@@ -228,6 +227,13 @@ class PreferenceData(LightningDataModule):
                 layout=packed if causal else two_rows,
                 user_index=self.user_index,
                 schema=self.schema,
+            )
+        if len(self.splits.train) > 0 and len(self.datasets["train"]) == 0:
+            raise bad_value(
+                "data.max_tokens",
+                self.max_tokens,
+                f"room for some of the {len(self.splits.train)} train rows, and none fits",
+                "Raise data.max_tokens",
             )
         self.truncated = dict(to_tokens.counts)
         self.to_tokens = to_tokens
@@ -258,9 +264,7 @@ class PreferenceData(LightningDataModule):
     def ordered_loader(self, split: str) -> DataLoader:
         """All pairs of a split, shortest first so that little is padding; always the same order."""
         dataset = self.datasets[split]
-        by_length = sorted(
-            range(len(dataset)), key=lambda place: _length(dataset.pairs[place])
-        )
+        by_length = sorted(range(len(dataset)), key=lambda place: _length(dataset.pairs[place]))
         size = self.eval_batch_size
         batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
         return _loader(dataset, batches)
@@ -305,7 +309,11 @@ def build_data(
     node: dict[str, Any], *, users: Sequence[str] | None = None, schema: FeatureSchema | None = None
 ) -> PreferenceData:
     """The data module of a config's ``data``: its source gets the settings its constructor names."""
-    own, of_source = parameters(PreferenceData), parameters(locate(node["_target_"], "data"))
+    own, of_source = parameters(PreferenceData), parameters(locate(node.get("_target_"), "data"))
+    allowed = {*own, *of_source, *NOT_FOR_THE_CONSTRUCTOR} - {"source", "users", "schema"}
+    for name, value in node.items():
+        if name not in allowed:
+            raise unknown_key(f"data.{name}", value, sorted(allowed))
     source = build({k: v for k, v in node.items() if k not in own or k in of_source}, "data")
     target = f"{PreferenceData.__module__}.{PreferenceData.__qualname__}"
     settings = {k: v for k, v in node.items() if k in own}

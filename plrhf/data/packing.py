@@ -17,6 +17,8 @@ from plrhf.types import CHOSEN, PADDING, PROMPT, REJECTED
 Tokenizer = Any
 """A transformers tokenizer; typed loosely so that this file does not import transformers."""
 
+ON_LONG_PROMPT = ("truncate", "error")
+
 Layout = Callable[[Sequence["TokenPair"]], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -37,11 +39,15 @@ class RowTokenizer:
 
     Args:
         tokenizer: with an end or separator token.
-        max_prompt_tokens: longest prompt, from 0 (a bidirectional encoder may do without).
+        max_prompt_tokens: longest prompt, start token included, from 1 (from 0 where there is a
+            start token: a bidirectional encoder may do without the text).
         max_tokens: longest prompt and response together.
         on_long_prompt: ``truncate`` (count it) or ``error``.
         separator: text between prompt and response, where no chat template says.
         use_user_text: put the row's `user_text` in front of the prompt.
+
+    Raises:
+        ValueError: `max_prompt_tokens` or `on_long_prompt` out of range.
 
     Attributes:
         counts: rows by what was done to them: "prompt truncated", "response too long".
@@ -69,6 +75,21 @@ class RowTokenizer:
         self.encoder_only = causal_end is None
         first = tokenizer.cls_token_id if self.encoder_only else tokenizer.bos_token_id
         self.start: tuple[int, ...] = () if first is None else (first,)
+        least = 1 - len(self.start)  # something must stand before a response's first token
+        if max_prompt_tokens < least:
+            raise bad_value(
+                "data.max_prompt_tokens",
+                max_prompt_tokens,
+                f"a whole number from {least}",
+                "Set data.max_prompt_tokens=512",
+            )
+        if on_long_prompt not in ON_LONG_PROMPT:
+            raise bad_value(
+                "data.on_long_prompt",
+                on_long_prompt,
+                " or ".join(ON_LONG_PROMPT),
+                "Set data.on_long_prompt=truncate",
+            )
         self._ids: dict[str, tuple[int, ...]] = {}
 
     def __call__(self, rows: Iterable[Row]) -> tuple[list[Row], list[TokenPair]]:
@@ -85,7 +106,7 @@ class RowTokenizer:
         return kept, pairs
 
     def prompt(self, row: Row) -> tuple[int, ...]:
-        """Prompt tokens, start token included, cut from the front to `max_prompt_tokens`."""
+        """Prompt tokens, special ones included, cut from the front to `max_prompt_tokens`."""
         if isinstance(row.prompt, str):
             text = row.prompt + self.separator
             if self.use_user_text and row.user_text is not None:
@@ -93,19 +114,20 @@ class RowTokenizer:
             ids = self._encode(text)
         else:
             ids = self._chat(row)
-        room = self.max_prompt_tokens
-        if len(self.start) + len(ids) > room:
+        end = (self.end,) if self.encoder_only else ()
+        special = len(self.start) + len(end)
+        room = max(0, self.max_prompt_tokens - special)
+        if len(ids) > room:
             if self.on_long_prompt == "error":
                 raise bad_value(
                     "prompt",
-                    f"{len(ids)} tokens (pair {row.pair_id})",
-                    f"at most data.max_prompt_tokens={room}",
+                    f"{special + len(ids)} tokens (pair {row.pair_id})",
+                    f"at most data.max_prompt_tokens={self.max_prompt_tokens}",
                     "Raise data.max_prompt_tokens, or set data.on_long_prompt=truncate",
                 )
             self.counts["prompt truncated"] += 1
-            ids = ids[len(ids) - max(0, room - len(self.start)) :]
-        end_of_prompt = (self.end,) if self.encoder_only and ids else ()
-        return self.start + ids + end_of_prompt
+            ids = ids[len(ids) - room :]
+        return self.start + ids + (end if len(ids) > 0 else ())
 
     def response(self, text: str) -> tuple[int, ...]:
         """Response tokens with the end token, which is learned and scored like any other."""

@@ -46,6 +46,10 @@ class FeatureMLPEncoder(UserEncoder):
         check_at_least("encoder.category_dim", category_dim, 1)
         if rank is not None:
             check_at_least("encoder.rank", rank, 1)
+        if not 0 <= dropout < 1:
+            raise bad_value(
+                "encoder.dropout", dropout, "a number from 0 to below 1", "Set encoder.dropout=0"
+            )
         if n_numbers + len(category_sizes) == 0:
             raise bad_value(
                 "encoder",
