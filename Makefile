@@ -2,8 +2,9 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 ENV := .venv/.installed
+QUICK := runs/quickstart
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test lint results
 
 $(ENV): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -11,11 +12,15 @@ $(ENV): pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
+# The embedded world: SFT, vanilla and personalised reward model, P-DPO policy, one table.
 quickstart: $(ENV)
-	$(BIN)/python train.py experiment=quickstart
+	$(BIN)/python train.py experiment=quickstart encoder=none run_dir=$(QUICK)/vanilla
+	$(BIN)/python train.py experiment=quickstart run_dir=$(QUICK)/personalised
+	$(BIN)/python train.py experiment=quickstart_policy run_dir=$(QUICK)/policy
+	$(BIN)/python eval.py eval=compare runs='$(QUICK)/*' out=$(QUICK)/report
 
 test: $(ENV)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(ENV)
 	$(BIN)/ruff format --check .

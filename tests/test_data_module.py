@@ -181,7 +181,7 @@ def test_shuffled_users_keep_their_number_of_rows_but_not_their_choices(tokenize
         ours, theirs = true.datasets[split], control.datasets[split]
         assert ours.pairs == theirs.pairs
         assert Counter(ours.user_id.tolist()) == Counter(theirs.user_id.tolist())
-    assert not true.datasets["train"].user_id.equal(control.datasets["train"].user_id)
+        assert not ours.user_id.equal(theirs.user_id)
     for row in control.datasets["train"].rows:
         expected = FEATURES[row.user_id] or None
         assert row.user_features == expected  # features move with their user

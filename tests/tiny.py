@@ -28,7 +28,9 @@ LORA = {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear"}
 AGGREGATORS = ("soft_prompt", "film_last", "film_every_block")
 
 
-def language_model(kind: str = "gptj", *, vocabulary: int = VOCABULARY) -> PreTrainedModel:
+def language_model(
+    kind: str = "gptj", *, vocabulary: int = VOCABULARY, positions: int = 128
+) -> PreTrainedModel:
     """A random ``gptj``, ``llama`` or (bidirectional) ``bert``, always the same one."""
     torch.manual_seed(0)
     if kind == "gptj":
@@ -37,7 +39,7 @@ def language_model(kind: str = "gptj", *, vocabulary: int = VOCABULARY) -> PreTr
             n_layers=N_LAYERS,
             width=WIDTH,
             n_heads=4,
-            max_positions=128,
+            max_positions=positions,
             eos_token_id=0,
         )
     shape: dict[str, Any] = {
@@ -46,7 +48,7 @@ def language_model(kind: str = "gptj", *, vocabulary: int = VOCABULARY) -> PreTr
         "num_hidden_layers": N_LAYERS,
         "num_attention_heads": 4,
         "intermediate_size": 48,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": positions,
         "pad_token_id": 0,
     }
     if kind == "llama":

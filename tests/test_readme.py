@@ -1,0 +1,129 @@
+"""Every command of the README runs, made small; files it names are stood in for by tiny ones."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import language_model
+from transformers import PreTrainedTokenizerFast
+
+from plrhf.backbone import tiny_gptj, train_tokenizer
+from plrhf.cli import main
+
+README = Path(__file__).parent.parent / "README.md"
+FENCE = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
+SMALL = ["trainer.max_steps=2", "trainer.max_epochs=null", "trainer.progress=false"]
+SMALL_WORLD = ["data.n_users=6", "data.n_unseen_users=2", "data.pairs_per_user=8", "data.n_prompts=40"]
+SMALL_BACKBONE = [
+    "backbone.tiny={vocab_size:300,n_layers:2,width:32,n_heads:2,max_positions:512}",
+    "backbone.sft.max_steps=2",
+    "backbone.sft.batch_size=8",
+]
+
+
+def blocks(language: str) -> list[str]:
+    return [text for kind, text in FENCE.findall(README.read_text()) if kind == language]
+
+
+def commands() -> list[str]:
+    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if "train.py" in line or "eval.py" in line]
+
+
+def rows(path: Path, n_users: int = 4) -> None:
+    """Preference rows as a newcomer would bring them: enough per user for every experiment."""
+    records = [
+        {
+            "prompt": f"Say something about thing {place % 10}.",
+            "chosen": f"It is good number {place} for user {user}.",
+            "rejected": f"It is bad number {place}, {user}.",
+            "user_id": f"user-{user}",
+        }
+        for user in range(n_users)
+        for place in range(140)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def save_models() -> None:
+    """A causal model and a bidirectional one, each with a tokenizer, as `save_pretrained` leaves them."""
+    tokenizer = train_tokenizer(["Say something about thing 1. It is good number 2."], vocab_size=300)
+    model = tiny_gptj(
+        vocab_size=300, n_layers=2, width=32, n_heads=2, max_positions=2048, eos_token_id=0
+    )
+    model.save_pretrained("language_model")
+    tokenizer.save_pretrained("language_model")
+    language_model("bert", vocabulary=300, positions=512).save_pretrained("sentence_encoder")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        cls_token="<|endoftext|>",
+        sep_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+    ).save_pretrained("sentence_encoder")
+
+
+def small(arguments: list[str]) -> list[str]:
+    """The command's overrides, and those that make it a matter of a second."""
+    given = " ".join(arguments)
+    extra = list(SMALL)
+    world = "data=jsonl" not in given and not re.search("experiment=(polis|ukp)", given)
+    extra += SMALL_WORLD if world else ["data.test_fraction=0.3", "data.max_tokens=128", "data.min_pairs_per_user=20"]
+    if re.search("experiment=(polis|ukp)", given):
+        extra.append("data.path=rows.jsonl")
+    if not re.search("backbone=(hf|gptj_6b)|experiment=(polis|ukpconvarg1 )", given + " "):
+        extra += SMALL_BACKBONE
+    elif "gptj_6b" in given:
+        extra += ["backbone.path=language_model", "backbone.pad_token=null", "trainer=cpu"]
+    return extra
+
+
+@pytest.mark.slow
+def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_models()
+    for name in ("rows.jsonl", "other.jsonl"):
+        rows(Path(name))
+    code = next(text for text in blocks("python") if text.startswith("# my_encoder.py"))
+    Path("my_encoder.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = commands()
+    assert len(found) > 15
+    run_dir = ""
+    for command in found:
+        words = [word for word in shlex.split(command) if not word.startswith("PYTHONPATH")]
+        arguments = [stand_in(word, command, run_dir) for word in words[2:]]
+        train = words[1] == "train.py"
+        if train:
+            arguments += small(arguments)
+            if not any(word.startswith("run_dir=") for word in arguments):
+                run_dir = f"runs/{len(list(Path().glob('runs/*')))}"
+                arguments.append(f"run_dir={run_dir}")
+        monkeypatch.setattr(sys, "argv", [words[1], *arguments])
+        try:
+            main("train" if train else "eval", "plrhf.run.train" if train else "plrhf.tasks.evaluate")
+        except SystemExit as stop:
+            pytest.fail(f"{command} ended with {stop.code} as {arguments}")
+
+
+def stand_in(word: str, command: str, run_dir: str) -> str:
+    """The argument with small files in the place of those a reader brings."""
+    if word == "backbone.path=DIR":
+        return "backbone.path=" + ("sentence_encoder" if "experiment" in command else "language_model")
+    return word.replace("RUN_DIR", run_dir)
+
+
+def test_numbers_name_their_command() -> None:
+    """Every table of figures stands under a block of commands or a `make` target."""
+    text = README.read_text()
+    results = text[text.index("## Results") : text.index("## Bigger")]
+    parts = re.split(r"\n(?=### )", results)[1:]
+    assert len(parts) > 0
+    for part in parts:
+        assert "```bash" in part, part.splitlines()[0]
+
+
