@@ -158,7 +158,9 @@ def load_run(
                 "Restore the file that the run read, or name other rows with data=",
             )
     else:
-        data = build_data({**settings["data"], **card.text}, users=card.users, schema=card.feature_schema())
+        data = build_data(
+            {**settings["data"], **card.text}, users=card.users, schema=card.feature_schema()
+        )
     model = MODELS[config["model"]["name"]].from_pretrained(
         export, trust_remote_code=config["backbone"]["trust_remote_code"]
     )

@@ -18,7 +18,12 @@ from plrhf.cli import main
 README = Path(__file__).parent.parent / "README.md"
 FENCE = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 SMALL = ["trainer.max_steps=2", "trainer.max_epochs=null", "trainer.progress=false"]
-SMALL_WORLD = ["data.n_users=6", "data.n_unseen_users=2", "data.pairs_per_user=8", "data.n_prompts=40"]
+SMALL_WORLD = [
+    "data.n_users=6",
+    "data.n_unseen_users=2",
+    "data.pairs_per_user=8",
+    "data.n_prompts=40",
+]
 SMALL_BACKBONE = [
     "backbone.tiny={vocab_size:300,n_layers:2,width:32,n_heads:2,max_positions:512}",
     "backbone.sft.max_steps=2",
@@ -31,7 +36,9 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    lines = [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    lines = [
+        line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()
+    ]
     return [line for line in lines if "train.py" in line or "eval.py" in line]
 
 
@@ -52,7 +59,9 @@ def rows(path: Path, n_users: int = 4) -> None:
 
 def save_models() -> None:
     """A causal model and a bidirectional one, each with a tokenizer, as `save_pretrained` leaves them."""
-    tokenizer = train_tokenizer(["Say something about thing 1. It is good number 2."], vocab_size=300)
+    tokenizer = train_tokenizer(
+        ["Say something about thing 1. It is good number 2."], vocab_size=300
+    )
     model = tiny_gptj(
         vocab_size=300, n_layers=2, width=32, n_heads=2, max_positions=2048, eos_token_id=0
     )
@@ -72,7 +81,11 @@ def small(arguments: list[str]) -> list[str]:
     given = " ".join(arguments)
     extra = list(SMALL)
     world = "data=jsonl" not in given and not re.search("experiment=(polis|ukp)", given)
-    extra += SMALL_WORLD if world else ["data.test_fraction=0.3", "data.max_tokens=128", "data.min_pairs_per_user=20"]
+    extra += (
+        SMALL_WORLD
+        if world
+        else ["data.test_fraction=0.3", "data.max_tokens=128", "data.min_pairs_per_user=20"]
+    )
     if re.search("experiment=(polis|ukp)", given):
         extra.append("data.path=rows.jsonl")
     if not re.search("backbone=(hf|gptj_6b)|experiment=(polis|ukpconvarg1 )", given + " "):
@@ -105,7 +118,9 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 arguments.append(f"run_dir={run_dir}")
         monkeypatch.setattr(sys, "argv", [words[1], *arguments])
         try:
-            main("train" if train else "eval", "plrhf.run.train" if train else "plrhf.tasks.evaluate")
+            main(
+                "train" if train else "eval", "plrhf.run.train" if train else "plrhf.tasks.evaluate"
+            )
         except SystemExit as stop:
             pytest.fail(f"{command} ended with {stop.code} as {arguments}")
 
@@ -113,7 +128,9 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def stand_in(word: str, command: str, run_dir: str) -> str:
     """The argument with small files in the place of those a reader brings."""
     if word == "backbone.path=DIR":
-        return "backbone.path=" + ("sentence_encoder" if "experiment" in command else "language_model")
+        return "backbone.path=" + (
+            "sentence_encoder" if "experiment" in command else "language_model"
+        )
     return word.replace("RUN_DIR", run_dir)
 
 
@@ -125,5 +142,3 @@ def test_numbers_name_their_command() -> None:
     assert len(parts) > 0
     for part in parts:
         assert "```bash" in part, part.splitlines()[0]
-
-
