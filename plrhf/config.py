@@ -120,8 +120,8 @@ def unknown_key(field: str, value: object, allowed: list[str], *, rest: str = ""
     near = difflib.get_close_matches(name, allowed, n=1)
     prefix = f"{parent}." if parent else ""
     cure = f"Write {prefix}{near[0]}{rest}" if near else "Remove it or correct its name"
-    keys = ", ".join(sorted(allowed))
-    return bad_value(f"{field}{rest}", value, f"one of the keys {keys}", cure)
+    keys = f"one of the keys {', '.join(sorted(allowed))}" if allowed else f"no key below {parent}"
+    return bad_value(f"{field}{rest}", value, keys, cure)
 
 
 def checked(value: Any, kind: Any, field: str) -> Any:

@@ -19,6 +19,7 @@ from plrhf.cli import Settings
 from plrhf.data.module import PairDataset, PreferenceData
 from plrhf.data.rows import Row
 from plrhf.errors import bad_value
+from plrhf.export import Card
 from plrhf.generate import check_room, generate
 from plrhf.metrics import choose_length_rule, summarise
 from plrhf.personal import PersonalModule
@@ -149,6 +150,20 @@ class Texts:
                 raise bad_value(field, getattr(self, name), allowed, f"Set {field}=1")
 
 
+def users_wanted(card: Card, texts: Texts) -> list[str]:
+    """Ids of the users that `write_texts` will write for.
+
+    Raises:
+        ValueError: a user the model was not trained on.
+    """
+    if isinstance(texts.users, int):
+        return evenly(card.users, texts.users)
+    ids = [str(user) for user in texts.users]
+    for user in ids:
+        card.user_index(user, f"{texts.origin}.users")
+    return ids
+
+
 def texts_wanted(
     model: PersonalModule, data: PreferenceData, texts: Texts
 ) -> tuple[list[str], list[Row]]:
@@ -157,12 +172,7 @@ def texts_wanted(
     Raises:
         ValueError: a user the model was not trained on, or no room for so many tokens.
     """
-    if isinstance(texts.users, int):
-        ids = evenly(data.splits.users, texts.users)
-    else:
-        ids = [str(user) for user in texts.users]
-    for user in ids:
-        model.card.user_index(user, f"{texts.origin}.users")
+    ids = users_wanted(model.card, texts)
     rows = first_prompts(data.splits.test, texts.prompts)
     check_room(
         model,

@@ -25,6 +25,7 @@ from plrhf.evaluate import (
     prepare,
     summarise_run,
     texts_wanted,
+    users_wanted,
     write_evaluation,
     write_texts,
 )
@@ -129,7 +130,9 @@ def _rehearse(settings: Settings, data: PreferenceData, optim: Optim) -> None:
         lora=node["lora"],
         gradient_checkpointing=node["gradient_checkpointing"],
     )
-    build_model(backbone, make_card(settings, data, backbone, ""), optim=optim)
+    card = make_card(settings, data, backbone, "")
+    build_model(backbone, card, optim=optim)
+    users_wanted(card, _samples(settings))
 
 
 def make_card(settings: Settings, data: PreferenceData, backbone: Backbone, path: str) -> Card:

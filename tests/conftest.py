@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from plrhf.backbone import train_tokenizer
 
+disable_progress_bar()  # as the command line does
 torch.set_num_threads(1)  # for models this small a second thread costs more than it brings
 
 
@@ -21,3 +25,27 @@ def fixed_seed() -> None:
 def tokenizer() -> Any:
     """Byte-pair tokenizer, 300 tokens, whose only special token ``<|endoftext|>`` is number 0."""
     return train_tokenizer(["Write about the sea.", "The sea is blue and wide."], vocab_size=300)
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where small runs keep their backbone, so that it is made once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def reward_run(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
+    """A finished run of a reward model: lookup, FiLM, LoRA. Not to be changed."""
+    run_dir = tmp_path_factory.mktemp("reward") / "run"
+    runs.launch("train", *runs.TINY, f"cache_dir={cache_dir}", f"run_dir={run_dir}")
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def policy_run(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
+    """A finished run of a policy: cluster mixture, soft prompt, LoRA. Not to be changed."""
+    run_dir = tmp_path_factory.mktemp("policy") / "run"
+    of_policy = ["model=dpo", "encoder=cluster", "aggregator=soft_prompt", "aggregator.n_tokens=2"]
+    of_policy += ["optim.lr=1e-2", "optim.user_lr=1e-1", "trainer.max_epochs=2"]
+    runs.launch("train", *runs.TINY, f"cache_dir={cache_dir}", f"run_dir={run_dir}", *of_policy)
+    return run_dir

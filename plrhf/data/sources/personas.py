@@ -223,7 +223,8 @@ class PersonasSource(Source):
                 "user_id": user_id,
                 "user_features": persona.features,
                 "prompt_id": prompt.prompt_id,
-                "pair_id": f"{user_id}-{SPLITS[split]}-{i:03d}",
+                # Kind and seed in it: pairs of two worlds are never taken for the same.
+                "pair_id": f"{self.kind}-{self.seed}-{user_id}-{SPLITS[split]}-{i:03d}",
                 "split": SPLITS[split],
             }
             yield row, float(margins[i]) * (1 - 2 * winner)

@@ -1,0 +1,296 @@
+"""What a user gets wrong is answered in one line: field, value, what is allowed, cure; status 2."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import ENVIRONMENT, TINY, command, launch, rows_of_world, save_model, write_rows
+
+TRAIN: dict[str, tuple[list[str], str]] = {
+    "unknown key": (
+        ["model.alhpa=1"],
+        "model.alhpa='1' is not allowed: expected one of the keys _target_, alpha, centring, name, "
+        "pooling, target_margin. Write model.alpha.",
+    ),
+    "unknown key among others that need a group": (
+        ["model=dpo", "model.beta=1", "model.betta=2"],
+        "model.betta='2' is not allowed: expected one of the keys _target_, alpha, beta, "
+        "label_smoothing, loss, name. Write model.beta.",
+    ),
+    "unknown section": (
+        ["modl.alpha=1"],
+        "modl.alpha='1' is not allowed: expected * Write model.alpha.",
+    ),
+    "unknown key, insisted on": (["+modell=1"], "modell=1 is not allowed: expected * Write model."),
+    "insisted on below": (
+        ["+encoder.slope=1"],
+        "encoder.slope=1 is not allowed: expected one of the keys init, offset_scale, rank. *",
+    ),
+    "unknown choice": (
+        ["encoder=lockup"],
+        "encoder='lockup' is not allowed: expected one of cluster, features, lookup, none, uniform. "
+        "Choose with encoder=NAME.",
+    ),
+    "group without its source": (["data=base"], "data._target_=None is not allowed: *"),
+    "no value": (
+        ["data=jsonl"],
+        "data.path=None is not allowed: expected a value, as there is no default. "
+        "Set data.path=VALUE.",
+    ),
+    "no backbone": (
+        ["backbone=hf"],
+        "backbone.path=None is not allowed: expected a directory or hub name. "
+        "Set backbone.path=DIR.",
+    ),
+    "list without -m": (
+        ["seed=0,1"],
+        "seed='0,1' is not allowed: expected one value. Add -m to run with each of them, or write "
+        "seed=[0,1] for a list.",
+    ),
+    "unreadable": (
+        ["model.alpha=[1"],
+        "model.alpha='[1' is not allowed: expected a number, text, *",
+    ),
+    "type": (["optim.lr=fast"], "optim.lr='fast' is not allowed: expected a valid number. *"),
+    "type of a seed": (["seed=1.5"], "seed=1.5 is not allowed: expected a valid integer*"),
+    "type in lora": (["backbone.lora.r=big"], "backbone.lora.r='big' is not allowed: expected a *"),
+    "type of a choice": (
+        ["model.pooling=max"],
+        "model.pooling='max' is not allowed: expected 'la*",
+    ),
+    "type in samples": (
+        ["samples.users=ann"],
+        "samples.users='ann' is not allowed: expected a val*",
+    ),
+    "range of alpha": (
+        ["model.alpha=7"],
+        "model.alpha=7.0 is not allowed: expected a number from 0 to 1. Set model.alpha=0.5.",
+    ),
+    "range of a rate": (
+        ["optim.lr=-1"],
+        "optim.lr=-1.0 is not allowed: expected a number above 0. *",
+    ),
+    "range of steps": (
+        ["trainer.max_steps=0"],
+        "trainer.max_steps=0 is not allowed: expected a whole number from 1. "
+        "Set trainer.max_steps=1.",
+    ),
+    "no end": (
+        ["trainer.max_epochs=null"],
+        "trainer.max_steps=-1 is not allowed: expected a number of steps, or trainer.max_epochs. *",
+    ),
+    "range of clipping": (
+        ["trainer.gradient_clip_val=0"],
+        "trainer.gradient_clip_val=0.0 is not *",
+    ),
+    "range of a fraction": (
+        ["data.unseen_fraction=1"],
+        "data.unseen_fraction=1.0 is not allowed: *",
+    ),
+    "range in sft": (
+        ["backbone.sft.lr=0"],
+        "backbone.sft.lr=0.0 is not allowed: expected a numbe*",
+    ),
+    "range in tiny": (["backbone.tiny.n_heads=0"], "backbone.tiny.n_heads=0 is not allowed: *"),
+    "key below nothing": (
+        ["backbone=hf", "backbone.tiny.width=32"],
+        "backbone.tiny.width='32' is not allowed: expected no key below backbone.tiny. *",
+    ),
+    "range in samples": (
+        ["samples.temperature=-1"],
+        "samples.temperature=-1.0 is not allowed: expected a number from 0. *",
+    ),
+    "range of a part": (
+        ["encoder.rank=0"],
+        "encoder.rank=0 is not allowed: expected a number fro*",
+    ),
+    "seed": (["seed=-1"], "seed=-1 is not allowed: expected a whole number from 0 to 2^32 - 1. *"),
+    "metric": (["trainer.monitor=val/auc"], "trainer.monitor='val/auc' is not allowed: expected *"),
+    "no features": (
+        ["encoder=features"],
+        "encoder='features' is not allowed: expected rows with *",
+    ),
+    "no such class": (
+        ["encoder._target_=my.Encoder"],
+        "encoder._target_='my.Encoder' is not allowed: expected the dotted path of an importable *",
+    ),
+    "no encoder": (
+        ["encoder._target_=shutil.rmtree"],
+        "encoder._target_='shutil.rmtree' is not allowed: expected the dotted path of a subclass *",
+    ),
+    "no file": (
+        ["data=jsonl", "data.path=gone.jsonl"],
+        "data.path='gone.jsonl' is not allowed: expected an existing file. "
+        "Check the spelling and the directory you start from.",
+    ),
+    "no model": (
+        ["backbone.path=./gone"],
+        "backbone.path='./gone' is not allowed: expected a model's directory (with config.json) or "
+        "a hub name. Give the directory that save_pretrained wrote.",
+    ),
+    "long prompt": (
+        ["data.on_long_prompt=error", "data.max_prompt_tokens=3"],
+        "prompt='* tokens (pair *)' is not allowed: expected at most data.max_prompt_tokens=3. *",
+    ),
+    "more tokens than positions": (
+        ["backbone.tiny.max_positions=64"],
+        "data.max_tokens=128 is not allowed: expected at most *64 positions. *",
+    ),
+    "more new tokens than positions": (
+        ["model=dpo", "samples.max_new_tokens=1024"],
+        "samples.max_new_tokens=1024 is not allowed: expected at most *",
+    ),
+    "unknown user": (
+        ["model=dpo", "samples.users=[bob]"],
+        "samples.users='bob' is not allowed: expected one of the 5 users the model was trained on *",
+    ),
+    "nothing to go on from": (
+        ["ckpt=last"],
+        "ckpt='last' is not allowed: expected a run that left *",
+    ),
+    "another checkpoint": (["ckpt=best"], "ckpt='best' is not allowed: expected 'last'*"),
+    "not a directory": (["run_dir=/dev/null/run"], "run_dir='/dev/null/run' is not allowed: *"),
+}
+
+
+def error_line(capsys: Any, entry: str, *overrides: str) -> str:
+    """What the user sees; all else about the error must be as it should."""
+    with pytest.raises(SystemExit) as exit_:
+        launch(entry, *overrides)
+    assert exit_.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n")
+    return err.removeprefix("error: ").removesuffix("\n")
+
+
+def assert_matches(line: str, expected: str) -> None:
+    """`expected`, in which * stands for anything."""
+    place = 0
+    for number, part in enumerate(expected.split("*")):
+        found = line.find(part, place)
+        assert found == 0 if number == 0 else found >= 0, line
+        place = found + len(part)
+    assert expected.endswith("*") or place == len(line), line
+
+
+@pytest.mark.parametrize("case", TRAIN)
+def test_train(case: str, tmp_path: Path, cache_dir: Path, capsys: Any) -> None:
+    overrides, expected = TRAIN[case]
+    tiny = [] if any(one.startswith(("data=", "backbone=")) for one in overrides) else TINY
+    started = time.monotonic()
+    own = [f"cache_dir={cache_dir}", f"run_dir={tmp_path / 'run'}"]
+    assert_matches(error_line(capsys, "train", *tiny, *own, *overrides), expected)
+    assert time.monotonic() - started < 10
+    assert not (tmp_path / "run").exists(), "a refused run leaves nothing"
+
+
+def test_what_is_refused_costs_no_backbone(tmp_path: Path, capsys: Any) -> None:
+    refused = ["model.alpha=7", "encoder.rank=0", "optim.lr=0", "trainer.patience=0"]
+    refused += ["backbone.lora.r=0", "aggregator.site=first", "backbone.tiny.max_positions=64"]
+    for override in refused:
+        error_line(capsys, "train", *TINY, f"cache_dir={tmp_path / 'cache'}", override)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_backbones_that_do_not_fit(tmp_path: Path, capsys: Any) -> None:
+    rows = [f"data.path={write_rows(tmp_path / 'rows.jsonl', rows_of_world())}", "data=jsonl"]
+    rows += ["backbone=hf", f"run_dir={tmp_path / 'run'}", "data.max_tokens=99"]
+    padless = save_model(tmp_path / "padless", pad_token=False)
+    line = error_line(capsys, "train", *rows, f"backbone.path={padless}")
+    assert line == (
+        f"backbone.pad_token=None is not allowed: expected a token of the vocabulary, as {padless} "
+        "has no pad token of its own. Set backbone.pad_token='<|endoftext|>'."
+    )
+    path = f"backbone.path={padless}"
+    line = error_line(capsys, "train", *rows, path, "backbone.pad_token=PAD")
+    assert_matches(line, "backbone.pad_token='PAD' is not allowed: expected a token of the *")
+    line = error_line(
+        capsys, "train", *rows, path, "backbone.pad_token='<|endoftext|>'", "data.max_tokens=4096"
+    )
+    assert_matches(line, "data.max_tokens=4096 is not allowed: expected at most * positions*")
+    encoder = save_model(tmp_path / "encoder", "bert")
+    for model in ("dpo", "sft"):
+        line = error_line(capsys, "train", *rows, f"backbone.path={encoder}", f"model={model}")
+        assert_matches(line, "backbone.path='bert' is not allowed: expected a causal language mod*")
+
+
+EVAL: dict[str, tuple[list[str], str]] = {
+    "no run": ([], "run=None is not allowed: expected the directory of a finished run. *"),
+    "not a run": (["run=/"], "run='/' is not allowed: expected the directory of a finished run. *"),
+    "unknown task": (
+        ["eval=scores"],
+        "eval='scores' is not allowed: expected one of compare, generate, score, winrate. *",
+    ),
+    "no runs": (
+        ["eval=compare", "out=x"],
+        "runs=None is not allowed: expected a glob of run directories. "
+        "Write eval=compare runs='DIR/*' out=DIR.",
+    ),
+    "no out": (["eval=compare", "runs=x"], "out=None is not allowed: expected a directory. *"),
+    "no such runs": (
+        ["eval=compare", "runs=gone/*", "out=x"],
+        "runs='gone/*' is not allowed: expected a glob of run directories, at least one of which *",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EVAL)
+def test_eval(case: str, capsys: Any) -> None:
+    overrides, expected = EVAL[case]
+    assert_matches(error_line(capsys, "eval", *overrides), expected)
+
+
+OF_RUN: dict[str, tuple[list[str], str]] = {
+    "unknown user": (
+        ["eval=generate", "eval.users=[bob]"],
+        "eval.users='bob' is not allowed: expected one of the 5 users the model was trained on "
+        "(ada-000, ben-001, cleo-002, dan-003, eva-004). Name one of them, *",
+    ),
+    "range": (
+        ["eval=generate", "eval.prompts=0"],
+        "eval.prompts=0 is not allowed: expected a who*",
+    ),
+    "key": (["eval=generate", "eval.user=1"], "eval.user='1' is not allowed: * Write eval.users."),
+    "no texts": (
+        ["eval=winrate", "eval.against=/"],
+        "eval.against='/' is not allowed: expected a run with generations.jsonl. *",
+    ),
+    "no file": (
+        ["data=jsonl", "data.path=gone.csv"],
+        "data.path='gone.csv' is not allowed: expected an existing file. *",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OF_RUN)
+def test_eval_of_a_run(case: str, policy_run: Path, capsys: Any) -> None:
+    overrides, expected = OF_RUN[case]
+    before = {path: path.stat().st_mtime_ns for path in policy_run.rglob("*")}
+    assert_matches(error_line(capsys, "eval", f"run={policy_run}", *overrides), expected)
+    assert {path: path.stat().st_mtime_ns for path in policy_run.rglob("*")} == before
+
+
+def test_texts_are_of_policies(reward_run: Path, capsys: Any) -> None:
+    line = error_line(capsys, "eval", f"run={reward_run}", "eval=generate")
+    assert_matches(line, "run='*' is not allowed: expected a run of model=dpo. *")
+
+
+def test_debug_gives_a_traceback(capsys: Any) -> None:
+    for overrides in (["model.alpha=7"], ["modl.alpha=7"], ["data=jsonl"]):
+        with pytest.raises(Exception) as error:
+            launch("train", *overrides, "debug=true")
+        assert not isinstance(error.value, SystemExit)
+
+
+@pytest.mark.parametrize("overrides", [["model.alpha=7"], ["-m", "encoder=none,lockup"]])
+def test_a_process_of_its_own(overrides: list[str], tmp_path: Path) -> None:
+    arguments = [*overrides, f"run_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}"]
+    asked = command("train", *arguments)
+    done = subprocess.run(asked, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run" / "0").exists() and not (tmp_path / "cache").exists()
