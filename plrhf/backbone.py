@@ -288,7 +288,7 @@ def load_model(
             "backbone.path",
             path,
             "a model's directory or a hub name that can be reached",
-            f"Check it ({str(error).splitlines()[0][:120]})",
+            f"Check it ({' '.join(str(error).split())[:120]})",
         ) from error
 
 
@@ -340,7 +340,7 @@ def load_tokenizer(
             "backbone.path",
             path,
             "a directory or hub name with a tokenizer",
-            f"Save the tokenizer beside the model ({str(error).splitlines()[0][:120]})",
+            f"Save the tokenizer beside the model ({' '.join(str(error).split())[:120]})",
         ) from error
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():

@@ -143,6 +143,8 @@ def checked(value: Any, kind: Any, field: str) -> Any:
         return adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         reasons = [one["msg"].removeprefix("Input should be ") for one in error.errors()]
-        in_yaml = [one.replace("array", "list").replace("an object", "a mapping") for one in reasons]
+        in_yaml = [
+            one.replace("array", "list").replace("an object", "a mapping") for one in reasons
+        ]
         allowed = " or ".join(dict.fromkeys(in_yaml))
         raise bad_value(field, value, allowed, f"Give {field} such a value") from error

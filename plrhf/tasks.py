@@ -23,10 +23,8 @@ from plrhf.evaluate import Texts, predict, prepare, summarise_run, write_evaluat
 from plrhf.export import read_card
 from plrhf.personal import PersonalModule
 from plrhf.policy import PersonalDPOPolicy
-from plrhf.reward import PersonalRewardModel
 from plrhf.stats import ACCURACIES, Outcomes, correctness, summarise_outcomes
 
-MODELS: dict[str, type[PersonalModule]] = {"reward": PersonalRewardModel, "dpo": PersonalDPOPolicy}
 KINDS: dict[str, Any] = {
     **dict.fromkeys(("run", "runs", "out"), str | None),
     "data": dict[str, Any] | None,
@@ -161,7 +159,7 @@ def load_run(
         data = build_data(
             {**settings["data"], **card.text}, users=card.users, schema=card.feature_schema()
         )
-    model = MODELS[config["model"]["name"]].from_pretrained(
+    model = PersonalModule.from_pretrained(
         export, trust_remote_code=config["backbone"]["trust_remote_code"]
     )
     data.tokenize(

@@ -7,7 +7,7 @@ import os
 import random
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -57,27 +57,33 @@ class MetricsFile(Logger):
         row = {**metrics, "step": step}
         self.rows.append(row)
         if set(row) <= set(self.columns):
-            self._write([row], "a")
+            with self.path.open("a", newline="") as file:
+                self._writer(file).writerow(row)
         else:
             self.columns = sorted({*self.columns, *row})
-            self._write(self.rows, "w")
+            self._write_all()
 
     def go_on(self, n_steps: int) -> None:
         """Keep what an earlier process wrote about its first `n_steps` steps."""
         if not self.path.is_file():
             return
-        with self.path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["step"].isdecimal()]
+        lines = self.path.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]  # a kill may cut the last one short
+        rows = list(csv.DictReader(whole))
         self.rows = [row for row in rows if int(row["step"]) < n_steps]
         self.columns = sorted({name for row in self.rows for name in row})
-        self._write(self.rows, "w")
+        self._write_all()
 
-    def _write(self, rows: list[dict[str, Any]], mode: Literal["a", "w"]) -> None:
-        with self.path.open(mode, newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            if mode == "w":
-                writer.writeheader()
-            writer.writerows(rows)
+    def _write_all(self) -> None:
+        part = self.path.with_name(f"{self.path.name}.part")
+        with part.open("w", newline="") as file:
+            writer = self._writer(file)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(part, self.path)
+
+    def _writer(self, file: IO[str]) -> csv.DictWriter[str]:
+        return csv.DictWriter(file, self.columns, lineterminator="\n")
 
 
 class Resume(Callback):

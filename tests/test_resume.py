@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,15 @@ import lightning
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
-from tiny import LORA, language_model, make_model
+from runs import TINY, check_run, launch
+from tiny import LORA, assert_same, language_model, make_model
 
 from plrhf.backbone import Backbone, train_tokenizer
 from plrhf.data.module import PreferenceData
 from plrhf.data.sources.personas import PersonasSource
 from plrhf.optim import Optim
 from plrhf.reward import PersonalRewardModel
-from plrhf.training import MetricsFile, build_trainer, fit
+from plrhf.training import MetricsFile, WholeFiles, build_trainer, fit
 
 N_USERS, N_ROWS = 3, 21
 
@@ -53,7 +56,13 @@ def world() -> PersonasSource:
 
 
 def fit_once(
-    run_dir: Path, tokenizer: Any, *, copies: Path | None = None, lr: float = 1e-2, **settings: Any
+    run_dir: Path,
+    tokenizer: Any,
+    *,
+    copies: Path | None = None,
+    extra: Sequence[Callback] = (),
+    lr: float = 1e-2,
+    **settings: Any,
 ) -> LightningModule:
     """3 users' 21 pairs in batches of 5, so 5 steps an epoch, the last of 1 pair; LoRA dropout."""
     lightning.seed_everything(0, verbose=False)
@@ -79,6 +88,7 @@ def fit_once(
     )
     if copies is not None:
         trainer.callbacks.append(Snapshots(run_dir, copies))
+    trainer.callbacks.extend(extra)
     fit(model, data, trainer, resume_from=last if last.is_file() else None)
     return model
 
@@ -113,23 +123,137 @@ SETTINGS = {
 }
 
 
+def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
+    last = torch.load(run_dir / "checkpoints/last.ckpt", weights_only=True)
+    return {"step": torch.tensor(last["global_step"]), **last["state_dict"]}
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_run_killed_before_any_step_ends_the_same(
     name: str, tmp_path: Path, tokenizer: Any
 ) -> None:
     run_dir, copies = tmp_path / "run", tmp_path / "copies"
     copies.mkdir()
-    whole = fit_once(run_dir, tokenizer, copies=copies, **SETTINGS[name])
-    expected = {key: value.clone() for key, value in whole.state_dict().items()}
-    metrics = (run_dir / "metrics.csv").read_text()
-    finished = tmp_path / "finished"
-    shutil.copytree(run_dir, finished)
-    snapshots = [*sorted(copies.iterdir()), finished]
-    assert len(snapshots) > 2
-    for snapshot in snapshots:
+    best = fit_once(run_dir, tokenizer, copies=copies, **SETTINGS[name]).state_dict()
+    final, metrics = final_state(run_dir), (run_dir / "metrics.csv").read_text()
+    killed = sorted(copies.iterdir())
+    assert len(killed) > 1
+    if "patience" in SETTINGS[name]:
+        assert final["step"] < SETTINGS[name].get("max_steps", 9 * 5)
+    finished = shutil.copytree(run_dir, tmp_path / "finished")
+    for snapshot in [*killed[:: -(-len(killed) // 5)], finished]:
         shutil.rmtree(run_dir)
         shutil.copytree(snapshot, run_dir)
-        resumed = fit_once(run_dir, tokenizer, **SETTINGS[name])
-        for key, value in resumed.state_dict().items():
-            assert torch.equal(value, expected[key]), f"{snapshot.name}: {key}"
+        resumed = fit_once(run_dir, tokenizer, **SETTINGS[name]).state_dict()
+        for found, expected in ((resumed, best), (final_state(run_dir), final)):
+            assert_same(found, expected, atol=0)
         assert (run_dir / "metrics.csv").read_text() == metrics, snapshot.name
+
+
+def test_a_finished_run_may_be_made_longer(tmp_path: Path, tokenizer: Any) -> None:
+    fit_once(tmp_path / "long", tokenizer, max_epochs=3)
+    fit_once(tmp_path / "short", tokenizer, max_epochs=2)
+    fit_once(tmp_path / "short", tokenizer, max_epochs=3)
+    assert_same(final_state(tmp_path / "short"), final_state(tmp_path / "long"), atol=0)
+
+
+def test_epochs_differ_in_order_and_take_every_pair(tmp_path: Path, tokenizer: Any) -> None:
+    taken: list[int] = []
+
+    class Taken(Callback):
+        def on_train_batch_start(self, _: Any, __: Any, batch: Any, ___: int) -> None:
+            taken.extend(batch.row.tolist())
+
+    fit_once(tmp_path / "run", tokenizer, extra=[Taken()], max_epochs=3)
+    epochs = [taken[start : start + N_ROWS] for start in range(0, len(taken), N_ROWS)]
+    assert len(epochs) == 3
+    assert all(sorted(epoch) == list(range(N_ROWS)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_a_kill_while_writing_leaves_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    WholeFiles().save_checkpoint({"step": 1}, path)
+    really = torch.save
+
+    def half(checkpoint: Any, to: Any) -> None:
+        really(checkpoint, to)
+        Path(to).write_bytes(Path(to).read_bytes()[:50])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        WholeFiles().save_checkpoint({"step": 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+
+
+def test_metrics_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("of an earlier run")
+    metrics = MetricsFile(path)
+    metrics.log_metrics({"b": 0.5, "epoch": 0}, 3)
+    assert path.read_text() == "b,epoch,step\n0.5,0,3\n"  # at once, a kill may come
+    metrics.log_metrics({"a": 0.25, "epoch": 0}, 4)
+    metrics.log_metrics({"b": 1e-9, "epoch": 1}, 5)
+    whole = "a,b,epoch,step\n,0.5,0,3\n0.25,,0,4\n,1e-09,1,5\n"
+    assert path.read_text() == whole
+    path.write_text(whole + ",0.2")  # the kill came in the middle of a row
+    again = MetricsFile(path)
+    again.go_on(5)  # steps 0 to 4 are done
+    again.log_metrics({"b": 1e-9, "epoch": 1}, 5)
+    assert path.read_text() == whole
+
+
+def test_going_on_through_the_entry_point(
+    reward_run: Path, cache_dir: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = Path(shutil.copytree(reward_run, tmp_path / "run"))
+    last = run / "checkpoints/last.ckpt"
+    content = torch.load(last, weights_only=True)
+    for state in content["callbacks"].values():  # Lightning notes where a run lies
+        for name, value in state.items():
+            if isinstance(value, str):
+                state[name] = value.replace(str(reward_run), str(run))
+    torch.save(content, last)
+    before = json.loads((run / "results.json").read_text())
+    (run / "results.json").unlink()
+
+    same = [*TINY, f"cache_dir={cache_dir}", f"run_dir={run}", "ckpt=last"]
+    launch("train", *same)  # it had finished, so nothing is left but to evaluate
+    check_run(run)
+    after = json.loads((run / "results.json").read_text())
+    for key in ("test", "oracle", "controls", "data"):
+        assert after[key] == before[key]
+    for name in ("metrics.csv", "predictions.parquet", "export/user_encoder.safetensors"):
+        assert (run / name).read_bytes() == (reward_run / name).read_bytes()
+
+    capsys.readouterr()
+    config = (run / "config.yaml").read_text()
+    for override, message in {
+        "encoder.rank=2": "encoder.rank=2 is not allowed: expected 4, which the run began with. "
+        "Repeat its command with ckpt=last.",
+        "seed=1": "seed=1 is not allowed: expected 0, which the run began with. "
+        "Repeat its command with ckpt=last.",
+    }.items():
+        with pytest.raises(SystemExit):
+            launch("train", *same, override)
+        assert capsys.readouterr().err == f"error: {message}\n"
+    assert (run / "config.yaml").read_text() == config
+
+
+def test_a_run_begun_anew_is_no_longer_finished(
+    reward_run: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(reward_run, tmp_path / "run"))
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr("plrhf.run.fit", killed)
+    with pytest.raises(InterruptedError):
+        launch("train", *TINY, f"cache_dir={cache_dir}", f"run_dir={run}", "seed=0")
+    assert not (run / "results.json").exists()
+    assert not (run / "metrics.csv").exists()
+    assert not (run / "checkpoints/last.ckpt").exists()

@@ -1,0 +1,155 @@
+"""eval.py on finished runs: scores again, other rows, texts, win rates, comparisons."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from runs import ENVIRONMENT, check_evaluation, command, launch, rows_of_world, world, write_rows
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def policy(policy_run: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to write into."""
+    return Path(shutil.copytree(policy_run, tmp_path / "policy"))
+
+
+@pytest.mark.parametrize("which", ["reward_run", "policy_run"])
+def test_a_run_scores_the_same_again(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    run = request.getfixturevalue(which)
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    before = contents(copy)
+    launch("eval", f"run={copy}")
+    after = contents(copy)
+    names = ("predictions.parquet", "results.json", "report.html")
+    assert after.keys() - before.keys() == {f"eval/{name}" for name in names}
+    assert {name: after[name] for name in before} == before
+    for name in names[:2]:
+        assert after[f"eval/{name}"] == before[name]
+    launch("eval", f"run={copy}", f"out={tmp_path / 'elsewhere'}")
+    assert (tmp_path / "elsewhere/results.json").read_bytes() == before["results.json"]
+
+
+def test_other_rows(reward_run: Path, tmp_path: Path) -> None:
+    own_world = rows_of_world(val_pairs_per_user=3, test_pairs_per_user=4)
+    rows = [row for row in own_world if row["split"] == "test"]
+    assert len(rows) == (5 + 2) * 4
+    for row in rows:  # a file of somebody's own, whose split is not ours
+        del row["split"]
+    rows += [{**row, "user_id": "nobody", "pair_id": f"n{i}"} for i, row in enumerate(rows[:3])]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    out = tmp_path / "out"
+    launch("eval", f"run={reward_run}", f"out={out}", "data=jsonl", f"data.path={path}")
+    results = check_evaluation(out, oracle=False)
+    predictions = pd.read_parquet(out / "predictions.parquet")
+    assert set(predictions["split"]) == {"test"}
+    kinds = predictions.groupby("user_kind")["user_id"].unique()
+    assert set(kinds["seen"]) == set(world().user_ids[:5])
+    assert set(kinds["unseen"]) == {*world().user_ids[5:], "nobody"}
+    assert results["test"]["seen"]["user"]["n_pairs"] == 5 * 4
+    assert results["test"]["unseen"]["user"]["n_pairs"] == 2 * 4 + 3
+    # Whom the model does not know, it answers as it does the generic user.
+    unseen = predictions[predictions["user_kind"] == "unseen"]
+    margins = unseen.pivot(index="pair_id", columns="context", values="margin")
+    assert (margins["user"] == margins["generic"]).all()
+    # The same pair gets the same answer as in the run.
+    own = pd.read_parquet(reward_run / "predictions.parquet")
+    both = own.merge(predictions, on=["pair_id", "context"])
+    assert len(both) == 2 * 7 * 4
+    assert both["margin_x"].sub(both["margin_y"]).abs().max() < 1e-6
+
+
+def test_texts_for_many_users(policy: Path) -> None:
+    asked = ["eval.users=3", "eval.prompts=2", "eval.max_new_tokens=5"]
+    launch("eval", f"run={policy}", "eval=generate", *asked)
+    texts = pd.read_json(policy / "generations.jsonl", lines=True)
+    columns = ["prompt", "prompt_id", "user_id", "profile", "writer", "response", "score"]
+    assert list(texts.columns) == columns
+    assert texts["writer"].value_counts().to_dict() == {"policy": 6, "reference": 6}
+    users = [world().user_ids[place] for place in (0, 1, 3)]  # 3 of 5, evenly
+    assert set(texts["user_id"]) == set(users)
+    assert texts["prompt_id"].nunique() == 2
+    for text in texts.itertuples():
+        assert text.score == pytest.approx(world().true_score(text.user_id, text.response))
+        assert text.profile == world().profile(text.user_id)
+    reference = texts[texts["writer"] == "reference"]
+    assert (reference.groupby("prompt_id")["response"].nunique() == 1).all()
+    page = (policy / "report.html").read_text()
+    assert texts["profile"][0] in page
+
+    launch("eval", f"run={policy}", "eval=generate", "eval.users=[dan-003]", "eval.prompts=1")
+    again = pd.read_json(policy / "generations.jsonl", lines=True)
+    assert set(again["user_id"]) == {"dan-003"}
+
+
+def test_win_rates(policy: Path, tmp_path: Path, capsys: Any) -> None:
+    asked = ["eval=generate", "eval.users=4", "eval.prompts=2", "eval.max_new_tokens=6"]
+    launch("eval", f"run={policy}", *asked)
+    launch("eval", f"run={policy}", "eval=winrate")
+    result = json.loads((policy / "winrate.json").read_text())
+    texts = pd.read_json(policy / "generations.jsonl", lines=True)
+    scores = texts.pivot(index=["user_id", "prompt_id"], columns="writer", values="score")
+    wins = scores["policy"].gt(scores["reference"]) + 0.5 * scores["policy"].eq(scores["reference"])
+    assert result["win_rate"]["value"] == wins.mean()
+    assert result["ties"] == scores["policy"].eq(scores["reference"]).mean()
+    assert (result["n_texts"], result["n_users"]) == (8, 4)
+    assert f"win rate of {policy} against reference: {wins.mean():.3f}" in capsys.readouterr().out
+
+    other = Path(shutil.copytree(policy, tmp_path / "other"))
+    records = [json.loads(line) for line in (other / "generations.jsonl").open()]
+    for record in records:
+        record["score"] -= 1
+    write_rows(other / "generations.jsonl", records)
+    launch("eval", f"run={policy}", "eval=winrate", f"eval.against={other}", f"out={tmp_path}")
+    result = json.loads((tmp_path / "winrate.json").read_text())
+    assert result["win_rate"] == {"value": 1.0, "ci95": [1.0, 1.0]}
+    assert result["against"] == str(other)
+
+    write_rows(other / "generations.jsonl", records[2:])
+    with pytest.raises(SystemExit):
+        launch("eval", f"run={policy}", "eval=winrate", f"eval.against={other}")
+    assert "expected texts for the same 8 prompts and users (has 6 of them)" in (
+        capsys.readouterr().err
+    )
+
+
+def test_comparison(reward_run: Path, policy_run: Path, tmp_path: Path, capsys: Any) -> None:
+    for name, run in (("one", reward_run), ("two", policy_run)):
+        shutil.copytree(run, tmp_path / "runs" / name)
+    (tmp_path / "runs/unfinished").mkdir()
+    launch("eval", "eval=compare", f"runs={tmp_path}/runs/*", f"out={tmp_path / 'out'}")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("comparison.csv", "comparison.md", "report.html")
+    }
+    frame = pd.read_csv(tmp_path / "out/comparison.csv")
+    assert {"one", "two"} <= set(frame["run"])
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/runs/unfinished" in out.replace("\n", "")
+    for run, name in ((reward_run, "one"), (policy_run, "two")):
+        value = json.loads((run / "results.json").read_text())["test"]["seen"]["user"]
+        row = frame[(frame["run"] == name)].iloc[0]
+        assert value["accuracy_micro"]["value"] in row.to_numpy()
+
+
+def test_a_process_of_its_own(reward_run: Path, tmp_path: Path) -> None:
+    asked = command("eval", f"run={reward_run}", f"out={tmp_path / 'out'}")
+    done = subprocess.run(asked, env=ENVIRONMENT, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.endswith(f"report: {tmp_path / 'out/report.html'}\n")
+    again = (tmp_path / "out/results.json").read_bytes()
+    assert again == (reward_run / "results.json").read_bytes()
