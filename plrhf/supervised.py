@@ -147,6 +147,13 @@ def train_supervised(
     else:
         tokenizer, backbone = _fresh_tiny(node["tiny"], data)
     data.tokenize(tokenizer, causal=backbone.causal, max_positions=backbone.max_positions)
+    if settings["trainer"]["monitor"] != "val/loss":
+        raise bad_value(
+            "trainer.monitor",
+            settings["trainer"]["monitor"],
+            "val/loss, as model=sft has no accuracy",
+            "Set trainer.monitor=val/loss",
+        )
     model = build(settings["model"], "model", kind=SupervisedPolicy, backbone=backbone, optim=optim)
     begin(settings, run_dir, resume_from=resume_from)
     fit(model, data, trainer, resume_from=resume_from)

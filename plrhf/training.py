@@ -114,6 +114,9 @@ class Resume(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile):
                 logger.go_on(checkpoint["global_step"])
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                _found_again(checkpoint["callbacks"][callback.state_key], callback.dirpath)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.restored is None:
@@ -128,6 +131,15 @@ class Resume(Callback):
         for stopping in trainer.early_stopping_callbacks:  # of an earlier process
             if stopping.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
                 trainer.should_stop = True
+
+
+def _found_again(state: dict[str, Any], folder: Any) -> None:
+    """Point the state of "best" to where the run lies now, which may have been moved."""
+    if state["best_model_path"] != "":
+        best = str(Path(folder, Path(state["best_model_path"]).name))
+        scores = dict.fromkeys([best], state["best_model_score"])
+        state.update(best_model_path=best, kth_best_model_path=best, best_k_models=scores)
+    state["dirpath"] = folder
 
 
 class LastCheckpoint(Checkpoint):
@@ -266,6 +278,10 @@ def build_trainer(
             gradient_clip_val,
             "a number above 0, or null",
             "Set trainer.gradient_clip_val=1.0",
+        )
+    if patience is not None and not has_val:
+        raise bad_value(
+            "trainer.patience", patience, "null without val pairs", "Set trainer.patience=null"
         )
     val_every_n_batches = (
         None if val_every_n_steps is None else val_every_n_steps * accumulate_grad_batches

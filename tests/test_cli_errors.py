@@ -110,6 +110,14 @@ TRAIN: dict[str, tuple[list[str], str]] = {
     ),
     "seed": (["seed=-1"], "seed=-1 is not allowed: expected a whole number from 0 to 2^32 - 1. *"),
     "metric": (["trainer.monitor=val/auc"], "trainer.monitor='val/auc' is not allowed: expected *"),
+    "metric of another model": (
+        ["model=sft", "trainer.monitor=val/nll"],
+        "trainer.monitor='val/nll' is not allowed: expected val/loss, as model=sft has no accuracy. *",
+    ),
+    "patience without val": (
+        ["data.val_pairs_per_user=0", "trainer.patience=3"],
+        "trainer.patience=3 is not allowed: expected null without val pairs. *",
+    ),
     "no features": (
         ["encoder=features"],
         "encoder='features' is not allowed: expected rows with *",

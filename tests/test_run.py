@@ -37,8 +37,10 @@ KINDS: dict[str, list[str]] = {
 
 @pytest.mark.parametrize("name", KINDS)
 def test_reward_models(name: str, tmp_path: Path, cache_dir: Path) -> None:
-    run_dir = tmp_path / "run"
+    run_dir, again = tmp_path / "run", tmp_path / "again"
     launch("train", *TINY, f"cache_dir={cache_dir}", f"run_dir={run_dir}", *KINDS[name])
+    launch("eval", f"run={run_dir}", f"out={again}")
+    assert (again / "results.json").read_bytes() == (run_dir / "results.json").read_bytes()
     if name == "shuffled":
         events = list((run_dir / "tensorboard").iterdir())
         assert any("tfevents" in path.name for path in events)
