@@ -46,7 +46,7 @@ def rows(path: Path, n_users: int = 4) -> None:
     """Preference rows as a newcomer would bring them: enough per user for every experiment."""
     records = [
         {
-            "prompt": f"Say something about thing {place % 10}.",
+            "prompt": f"Say something about thing {place % 35}.",
             "chosen": f"It is good number {place} for user {user}.",
             "rejected": f"It is bad number {place}, {user}.",
             "user_id": f"user-{user}",
@@ -81,11 +81,7 @@ def small(arguments: list[str]) -> list[str]:
     given = " ".join(arguments)
     extra = list(SMALL)
     world = "data=jsonl" not in given and not re.search("experiment=(polis|ukp)", given)
-    extra += (
-        SMALL_WORLD
-        if world
-        else ["data.test_fraction=0.3", "data.max_tokens=128", "data.min_pairs_per_user=20"]
-    )
+    extra += SMALL_WORLD if world else ["data.max_tokens=128", "data.min_pairs_per_user=20"]
     if re.search("experiment=(polis|ukp)", given):
         extra.append("data.path=rows.jsonl")
     if not re.search("backbone=(hf|gptj_6b)|experiment=(polis|ukpconvarg1 )", given + " "):
