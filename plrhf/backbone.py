@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from plrhf import gptj
+from plrhf import lora as lora_layers
 from plrhf.errors import bad_value
 from plrhf.types import PADDING, PROMPT
 
@@ -35,8 +38,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 Trainable = Literal["lora", "frozen", "full"]
 
 
-def response_mask(segment: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask of the packed layout, [R, L] -> [R, 1, L, L].
+def sees(segment: Tensor) -> Tensor:
+    """Which position sees which in the packed layout, [R, L] -> [R, L, L] bool.
 
     A position sees itself and earlier positions of the prompt and of its own response, never the
     other response; padding, which nobody sees, sees the prompt: no softmax is over nothing.
@@ -44,9 +47,13 @@ def response_mask(segment: Tensor, dtype: torch.dtype) -> Tensor:
     length = segment.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
     query, key = segment[:, :, None], segment[:, None, :]
-    sees = causal & ((key == PROMPT) | (key == query))
-    mask = torch.zeros(sees.shape, dtype=dtype, device=segment.device)
-    return mask.masked_fill(~sees, torch.finfo(dtype).min)[:, None]
+    return causal & ((key == PROMPT) | (key == query))
+
+
+def response_mask(segment: Tensor, dtype: torch.dtype) -> Tensor:
+    """`sees` as an additive attention mask, [R, L] -> [R, 1, L, L]."""
+    mask = torch.zeros((*segment.shape, segment.shape[1]), dtype=dtype, device=segment.device)
+    return mask.masked_fill(~sees(segment), torch.finfo(dtype).min)[:, None]
 
 
 class Backbone(nn.Module):
@@ -84,14 +91,22 @@ class Backbone(nn.Module):
             )
         self.causal = is_causal(model.config)
         self.trainable = trainable
-        self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model: PreTrainedModel | PeftModel = model
         if trainable == "lora" and lora is not None:
             self.model = add_lora(model, **lora)
+            for layer in self.model.modules():
+                if isinstance(layer, LoraLinear):
+                    lora_layers.fuse(layer)
         elif trainable == "frozen":
             model.requires_grad_(False)
+        # With another implementation of attention asked for, that one is used.
+        self.is_gptj = (
+            model.config.model_type == "gptj" and model.config._attn_implementation == "eager"
+        )
+        if self.is_gptj:
+            gptj.adopt(self.trunk)
 
     @property
     def trunk(self) -> PreTrainedModel:
@@ -156,10 +171,15 @@ class Backbone(nn.Module):
             )
             return output.last_hidden_state
         own = torch.arange(n_vectors, device=segment.device).expand(segment.shape[0], -1)
+        positions = torch.cat([own, position_ids + n_vectors], dim=1)
+        if self.is_gptj:
+            sincos: Any = self.trunk.h[0].attn.embed_positions
+            layout = gptj.packed(segment, positions, sincos, sees(segment))
+            return gptj.run(self.trunk, inputs_embeds, layout)
         output = self.trunk(
             inputs_embeds=inputs_embeds,
             attention_mask=response_mask(segment, inputs_embeds.dtype),
-            position_ids=torch.cat([own, position_ids + n_vectors], dim=1),
+            position_ids=positions,
             use_cache=False,
         )
         return output.last_hidden_state

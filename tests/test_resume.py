@@ -11,7 +11,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, LightningModule
 from runs import TINY, check_run, launch
 from tiny import LORA, assert_same, language_model, make_model
 
@@ -26,14 +26,22 @@ N_USERS, N_ROWS = 3, 21
 
 
 class Snapshots(Callback):
-    """Copies the run directory before every step, which is what a kill at that moment leaves."""
+    """Copies the run directory before steps and validations: what a kill at that moment leaves."""
 
     def __init__(self, run_dir: Path, copies: Path) -> None:
         self.run_dir, self.copies = run_dir, copies
 
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.copy("step")
+
+    def on_validation_start(self, *_: Any) -> None:
+        self.copy("validation")
+
+    def copy(self, moment: str) -> None:
         if (self.run_dir / "checkpoints/last.ckpt").is_file():
-            shutil.copytree(self.run_dir, self.copies / f"{len(list(self.copies.iterdir())):03d}")
+            shutil.copytree(
+                self.run_dir, self.copies / f"{len(list(self.copies.iterdir())):03d}-{moment}"
+            )
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +108,9 @@ SETTINGS = {
     "validation by steps": {"max_steps": 9, "val_every_n_steps": 2, "checkpoint_every_n_steps": 1},
     "validation by steps alone": {"max_steps": 10, "val_every_n_steps": 3},
     "summed gradients": {
-        "max_steps": 8,
+        "max_steps": 9,
         "accumulate_grad_batches": 2,
-        "val_every_n_steps": 1,
+        "val_every_n_steps": 2,
         "checkpoint_every_n_steps": 1,
     },
     "summed gradients, epochs": {
@@ -141,7 +149,8 @@ def test_a_run_killed_before_any_step_ends_the_same(
     if "patience" in SETTINGS[name]:
         assert final["step"] < SETTINGS[name].get("max_steps", 9 * 5)
     finished = shutil.copytree(run_dir, tmp_path / "finished")
-    for snapshot in [*killed[:: -(-len(killed) // 5)], finished]:
+    validating = [path for path in killed if "validation" in path.name]
+    for snapshot in [*killed[:: -(-len(killed) // 4)], *validating[:2], finished]:
         shutil.rmtree(run_dir)
         shutil.copytree(snapshot, run_dir)
         resumed = fit_once(run_dir, tokenizer, **SETTINGS[name]).state_dict()

@@ -182,8 +182,9 @@ def test_a_tiny_backbone_is_trained_once(tmp_path: Path, capsys: Any) -> None:
     assert backbones("encoder=none", "data.shuffle_users=true", "optim.user_lr=1", "seed=0") == 1
     assert "training the backbone first" not in capsys.readouterr().out
     assert backbones("data.pairs_per_user=13") == 2
-    assert backbones("backbone.sft.lr=1e-3") == 3
-    assert backbones("seed=1") == 4
+    assert backbones("data.val_pairs_per_user=2") == 3
+    assert backbones("backbone.sft.lr=1e-3") == 4
+    assert backbones("seed=1", "data.seed=0") == 5
 
 
 @pytest.mark.slow

@@ -127,15 +127,10 @@ def modulate(hidden: Tensor, film: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def modulated_blocks(backbone: Backbone, film: Tensor) -> Iterator[None]:
-    """Within it every block's output is modulated by its site of film [N, n_blocks, 2, d]."""
-    if backbone.gradient_checkpointing:
-        # Blocks run a second time in the backward pass, after this context has been left.
-        raise bad_value(
-            "aggregator.site",
-            "every_block",
-            "last where backbone.gradient_checkpointing is on",
-            "Set aggregator.site=last or backbone.gradient_checkpointing=false",
-        )
+    """Within it every block's output is modulated by its site of film [N, n_blocks, 2, d].
+
+    Gradient checkpointing runs `forward` again in the backward pass, not the hooks around it.
+    """
 
     def hook(site: int) -> Any:
         def replace(_module: nn.Module, _inputs: Any, output: Any) -> Any:

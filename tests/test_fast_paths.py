@@ -1,0 +1,162 @@
+"""The trunk's fast paths against their naive twins: values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import (
+    assert_same,
+    gradients,
+    language_model,
+    make_backbone,
+    make_batch,
+    make_model,
+    make_pairs,
+    perturb,
+)
+from torch import Tensor, nn
+
+from plrhf import lora
+from plrhf.backbone import Backbone
+from plrhf.policy import PersonalDPOPolicy
+from plrhf.reward import PersonalRewardModel
+from plrhf.types import PreferenceBatch
+
+
+def as_transformers(backbone: Backbone) -> Backbone:
+    """The same backbone, its trunk and LoRA layers run by transformers and PEFT alone."""
+    backbone.is_gptj = False
+    for module in backbone.modules():
+        vars(module).pop("forward", None)
+    return backbone
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("aggregator", ["soft_prompt", "film_last", "film_every_block"])
+@pytest.mark.parametrize("kind", [PersonalRewardModel, PersonalDPOPolicy])
+def test_gptj_trunk_is_that_of_transformers(
+    kind: Any, aggregator: str, checkpointing: bool
+) -> None:
+    found = []
+    for change in (lambda backbone: backbone, as_transformers):
+        backbone = change(make_backbone(gradient_checkpointing=checkpointing))
+        model = make_model(kind, backbone=backbone, aggregator=aggregator)
+        loss = model.train().loss(make_batch(make_pairs(), padding=3))[0]
+        loss.mean().backward()
+        found.append({"loss": loss.detach(), **gradients(model)})
+    assert_same(*found, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["no padding", "one prompt", "prompts of one token", "n_inner"])
+def test_gptj_trunk_for_rows_of_all_kinds(change: str) -> None:
+    pairs = make_pairs(5)
+    if change == "no padding":
+        pairs = [pairs[0]] * 5
+    elif change == "one prompt":
+        pairs = [type(pair)(pairs[0].prompt, pair.chosen, pair.rejected) for pair in pairs]
+    elif change == "prompts of one token":
+        pairs = [type(pair)(pair.prompt[:1], pair.chosen, pair.rejected) for pair in pairs]
+    found = []
+    for turn in (lambda backbone: backbone, as_transformers):
+        model = make_model(PersonalDPOPolicy, backbone=turn(make_backbone()))
+        loss = model.loss(make_batch(pairs))[0].mean()
+        loss.backward()
+        found.append({"loss": loss.detach(), **gradients(model)})
+    assert_same(*found, atol=1e-5)
+
+
+def test_gptj_with_part_of_its_dimensions_turned() -> None:
+    model = language_model()
+    for block in model.transformer.h:
+        block.attn.rotary_dim = 4
+        block.attn.embed_positions = block.attn.embed_positions[:, [0, 1, 4, 5]]
+    backbone = Backbone(model=model, trainable="frozen")
+    batch = make_batch(make_pairs())
+    found = run(backbone, batch)
+    read = (batch.segment > 0)[..., None]
+    expected = run(as_transformers(backbone), batch)
+    torch.testing.assert_close(found * read, expected * read, atol=1e-5, rtol=0)
+    assert expected.abs().max() > 0.1
+
+
+def run(backbone: Backbone, batch: PreferenceBatch) -> Tensor:
+    with torch.no_grad():
+        return backbone(backbone.embed(batch.input_ids), batch.segment, batch.position_ids)
+
+
+def lora_layer(change: Callable[[nn.Module], Any] | None = None) -> tuple[Any, Any]:
+    """A LoRA layer as PEFT has it, and the same one fused."""
+    layers = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        base = nn.Sequential(nn.Linear(5, 7))
+        options = {"r": 2, "lora_alpha": 6, "target_modules": ["0"]}
+        model = get_peft_model(base, LoraConfig(**options))  # type: ignore[arg-type]
+        perturb(model, "lora_B")
+        layers.append(model.base_model.model[0])
+    lora.fuse(layers[1])
+    for layer in layers:
+        if change is not None:
+            change(layer)
+    return layers[0], layers[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "is_plain"),
+    [
+        (None, True),
+        (lambda layer: layer.enable_adapters(False), False),
+        (lambda layer: layer.merge(), False),
+        (lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.0)}), True),
+        (lambda layer: layer.base_layer.weight.requires_grad_(True), False),
+    ],
+)
+def test_fused_lora_is_pefts(change: Any, is_plain: bool) -> None:
+    torch.manual_seed(4)
+    x, weight = torch.randn(3, 11, 5), torch.randn(3, 11, 7)
+    naive, fused = lora_layer(change)
+    assert lora.is_plain(fused) == is_plain
+    found = []
+    for layer in (naive, fused):
+        given = x.clone().requires_grad_()
+        output = layer(given)
+        (output * weight).sum().backward()
+        found.append({"y": output.detach(), "dx": given.grad, **gradients(layer)})
+    assert_same(*found, atol=1e-5)
+    assert len(found[0]) >= 2
+
+
+def test_fused_lora_leaves_dropout_to_peft() -> None:
+    _, layer = lora_layer(lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.5)}))
+    assert not lora.is_plain(layer)
+    torch.manual_seed(0)
+    x = torch.ones(2, 5)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert lora.is_plain(layer) and torch.equal(layer(x), layer(x))
+
+
+def test_fused_lora_in_mixed_precision() -> None:
+    naive, fused = lora_layer()
+    x = torch.randn(4, 5)
+    found = []
+    for layer in (naive, fused):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = layer(x)
+        assert output.dtype == torch.bfloat16
+        output.float().sum().backward()
+        found.append({"y": output.detach().float(), **gradients(layer)})
+    assert all(value.dtype == torch.float32 for value in found[1].values())
+    assert_same(*found, atol=0.05)
+
+
+def test_other_attention_is_left_to_transformers() -> None:
+    assert make_backbone().is_gptj
+    assert not make_backbone("llama").is_gptj
+    model = language_model()
+    model.config._attn_implementation = "flash_attention_2"
+    assert not Backbone(model=model, trainable="frozen").is_gptj
