@@ -174,12 +174,14 @@ class ChatEndpoint:
 
 def _check_url(url: str) -> None:
     parts = urlsplit(url)
-    # A name and password in it would be written with the settings, and are not shown here either.
-    if parts.scheme not in ("http", "https") or parts.hostname is None or "@" in parts.netloc:
+    # A password or a key in it would be written with the settings, and is not shown here either.
+    open_part = url.partition("?")[0].replace(parts.netloc, parts.netloc.rpartition("@")[2])
+    plain = "@" not in parts.netloc and parts.query == parts.fragment == ""
+    if parts.scheme not in ("http", "https") or parts.hostname is None or not plain:
         raise bad_value(
             "eval.judge.url",
-            url.replace(parts.netloc, parts.netloc.rpartition("@")[2]),
-            "an http or https address without user and password",
+            open_part,
+            "an http or https address without user, password and query",
             "Set eval.judge.url=http://localhost:8000/v1",
         )
 

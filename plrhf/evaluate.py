@@ -186,10 +186,12 @@ def read_texts(path: Path) -> list[Written]:
                 texts.append(line_of.validate_json(line, strict=True))
             except ValidationError as error:
                 first = error.errors()[0]
-                where = ".".join(["line", str(number), *map(str, first["loc"])])
-                cure = f"Write the texts anew with eval=generate ({first['msg']})"
+                reason = ": ".join([*map(str, first["loc"]), first["msg"]])
                 raise bad_value(
-                    f"{path.name} {where}", line.strip(), "a text of plrhf", cure
+                    f"{path.name}:{number}",
+                    line.strip(),
+                    f"a line as eval=generate writes it ({reason})",
+                    "Write the texts anew",
                 ) from error
     return texts
 

@@ -307,9 +307,9 @@ class ChatJudge(Judge):
                 raise bad_value(field, price, "a number from 0, or null", f"Set {field}=null")
         for name in ("model", "messages", "stream", "n"):
             if name in request:
-                cure = f"Remove {name} from it"
+                field = f"eval.judge.request.{name}"
                 raise bad_value(
-                    f"eval.judge.request.{name}", request[name], "left to the judge", cure
+                    field, request[name], "no such field, as the judge sets it", f"Remove {field}"
                 )
         self.endpoint = ChatEndpoint(
             url=url,

@@ -94,7 +94,8 @@ def winrate(settings: Settings) -> None:
         if against == "reference"
         else _texts(Path(against), "policy", field="eval.against")
     )
-    shared = ours.keys() & theirs.keys()
+    # Users of two worlds may share an id, and then neither taste nor true scores.
+    shared = [key for key in ours if key in theirs and _same_task(ours[key], theirs[key])]
     if len(shared) != len(ours):
         raise bad_value(
             "eval.against",
@@ -195,6 +196,10 @@ def _winrate_settings(node: Settings) -> Settings:
             "eval.judge", node["judge"], "a judge's settings", "Choose one with eval/judge=NAME"
         )
     return accepted(node, {"against": str, "judge": dict[str, Any]}, "eval")
+
+
+def _same_task(one: Written, other: Written) -> bool:
+    return (one.prompt, one.profile) == (other.prompt, other.profile)
 
 
 def _judging(result: dict[str, Any]) -> str:

@@ -279,7 +279,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "password": (
         {"url": "http://me:pass@host/v1"},
         "eval.judge.url='http://host/v1' is not allowed: expected an http or https address without "
-        "user and password. Set eval.judge.url=http://localhost:8000/v1.",
+        "user, password and query. Set eval.judge.url=http://localhost:8000/v1.",
+    ),
+    "key in the address": (
+        {"url": f"https://host/v1?key={KEY}"},
+        "eval.judge.url='https://host/v1' is not allowed: ",
     ),
     "no key": (
         {"key_variable": "NO_SUCH_KEY"},
@@ -293,7 +297,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "price": ({"input_price": -1.0}, "eval.judge.input_price=-1.0 is not allowed: expected a num"),
     "request": (
         {"request": {"n": 3}},
-        "eval.judge.request.n=3 is not allowed: expected left to the judge. Remove n from it.",
+        "eval.judge.request.n=3 is not allowed: expected no such field, as the judge sets it. "
+        "Remove eval.judge.request.n.",
     ),
 }
 
@@ -305,6 +310,16 @@ def test_settings_are_refused(case: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         ChatJudge(**{**good, **settings})
     assert str(error.value).startswith(message)
+
+
+def test_urllib3_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plrhf.endpoint.find_spec", lambda name: None)
+    with pytest.raises(ValueError) as error:
+        ChatJudge(url="http://localhost:1/v1", model="m", cache=tmp_path / "x", request={})
+    assert str(error.value) == (
+        "eval/judge='chat' is not allowed: expected preferences or reward, as urllib3 is not "
+        "installed. Install plrhf[judge]."
+    )
 
 
 def test_a_chat_judge_must_read_something_about_the_user(tmp_path: Path) -> None:

@@ -132,12 +132,21 @@ def test_win_rates(policy: Path, tmp_path: Path, capsys: Any) -> None:
     assert result["win_rate"] == {"value": 1.0, "ci95": [1.0, 1.0]}
     assert result["against"] == str(other)
 
-    write_rows(other / "generations.jsonl", records[2:])
-    with pytest.raises(SystemExit):
-        launch("eval", f"run={policy}", "eval=winrate", f"eval.against={other}")
-    assert "expected texts for the same 8 prompts and users (has 6 of them)" in (
-        capsys.readouterr().err
-    )
+    unscored = {name: value for name, value in records[1].items() if name != "score"}
+    for texts, said in (
+        (records[2:], "expected texts for the same 8 prompts and users (has 6 of them)"),
+        # The user of another world, who only goes by the same name.
+        ([{**records[0], "profile": "Prefers dull answers."}, *records[1:]], "(has 7 of them)"),
+        (
+            [records[0], unscored],
+            " is not allowed: expected a line as eval=generate writes it (score: Field required). "
+            "Write the texts anew.",
+        ),
+    ):
+        write_rows(other / "generations.jsonl", texts)
+        with pytest.raises(SystemExit):
+            launch("eval", f"run={policy}", "eval=winrate", f"eval.against={other}")
+        assert said in capsys.readouterr().err
 
 
 @pytest.fixture
