@@ -3,7 +3,7 @@
 python eval.py run=DIR                              # the run's own test rows again
 python eval.py run=DIR data=jsonl data.path=F       # other rows
 python eval.py eval=generate run=DIR                # texts for many users
-python eval.py eval=winrate run=DIR eval.against=DIR
+python eval.py eval=winrate run=DIR eval.against=DIR  # eval/judge=preferences, reward, chat
 python eval.py eval=compare runs='runs/*' out=DIR   # one table, one report
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ import pandas as pd
 import torch
 from lightning import Trainer
 from lightning.fabric.utilities import move_data_to_device
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from plrhf.cli import Settings
 from plrhf.data.module import PairDataset, PreferenceData
-from plrhf.data.rows import Row
+from plrhf.data.rows import Features, Message, Row
 from plrhf.errors import bad_value
 from plrhf.export import Card
 from plrhf.generate import check_room, generate
@@ -150,6 +151,51 @@ class Texts:
                 raise bad_value(field, getattr(self, name), allowed, f"Set {field}=1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """One line of generations.jsonl: a text, who wrote it, and for whom.
+
+    Attributes:
+        profile: what a person may read about the user; what the user says of themselves where the
+            source has no better.
+        writer: "policy" or "reference".
+        score: how much the user likes the text, in log odds; None where nobody knows.
+    """
+
+    prompt: str | tuple[Message, ...]
+    prompt_id: str
+    user_id: str
+    profile: str | None
+    user_features: Features | None
+    writer: str
+    response: str
+    score: float | None
+
+
+def read_texts(path: Path) -> list[Written]:
+    """The texts that `write_texts` left.
+
+    Raises:
+        ValueError: a line holds no such text.
+    """
+    line_of = TypeAdapter(Written)
+    texts = []
+    with path.open() as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                texts.append(line_of.validate_json(line, strict=True))
+            except ValidationError as error:
+                first = error.errors()[0]
+                reason = ": ".join([*map(str, first["loc"]), first["msg"]])
+                raise bad_value(
+                    f"{path.name}:{number}",
+                    line.strip(),
+                    f"a line as eval=generate writes it ({reason})",
+                    "Write the texts anew",
+                ) from error
+    return texts
+
+
 def users_wanted(card: Card, texts: Texts) -> list[str]:
     """Ids of the users that `write_texts` will write for.
 
@@ -202,19 +248,24 @@ def write_texts(path: Path, model: PersonalDPOPolicy, data: PreferenceData, text
     if texts.reference:
         once = generate(model, tokenizer, prompts[:: len(ids)], None, **how)
         written["reference"] = [text for text in once for _ in ids]
+    first = first_rows(data)
     with path.open("w") as file:
         for writer, responses in written.items():
             for (row, place), text in zip(asked, responses, strict=True):
-                record = {
-                    "prompt": row.prompt,
-                    "prompt_id": row.prompt_id,
-                    "user_id": ids[place],
-                    "profile": data.source.profile(ids[place]),
-                    "writer": writer,
-                    "response": text,
-                    "score": data.source.true_score(ids[place], text),
-                }
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                user = ids[place]
+                profile = data.source.profile(user)
+                own = first.get(user)
+                one = Written(
+                    prompt=row.prompt,
+                    prompt_id=row.prompt_id,
+                    user_id=user,
+                    profile=own.user_text if profile is None and own is not None else profile,
+                    user_features=None if own is None else own.user_features,
+                    writer=writer,
+                    response=text,
+                    score=data.source.true_score(user, text),
+                )
+                file.write(json.dumps(asdict(one), ensure_ascii=False) + "\n")
 
 
 def evenly(items: Sequence[str], count: int) -> list[str]:
@@ -231,10 +282,14 @@ def first_prompts(rows: Sequence[Row], count: int) -> list[Row]:
     return list(distinct.values())[:count]
 
 
+def first_rows(data: PreferenceData) -> dict[str, Row]:
+    """The first row of each user, which says what is known of them."""
+    return {row.user_id: row for row in reversed([*data.splits.train, *data.splits.test])}
+
+
 def features_of(data: PreferenceData, users: Sequence[str]) -> Tensor:
     """Encoded features of users, [N, F], from their first rows."""
-    known = {
-        row.user_id: row.user_features for row in reversed([*data.splits.train, *data.splits.test])
-    }
-    encoded = [data.schema.encode(known.get(user)) for user in users]
+    first = first_rows(data)
+    known = [first[user].user_features if user in first else None for user in users]
+    encoded = [data.schema.encode(features) for features in known]
     return torch.tensor(encoded, dtype=torch.float32).view(len(users), data.schema.n_features)

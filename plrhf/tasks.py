@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import lightning
-import numpy as np
-import pandas as pd
 import yaml
 from lightning import Trainer
 from rich.console import Console
@@ -19,11 +18,20 @@ from plrhf.cli import Settings
 from plrhf.config import accepted, build
 from plrhf.data.module import PreferenceData, build_data
 from plrhf.errors import bad_value
-from plrhf.evaluate import Texts, predict, prepare, summarise_run, write_evaluation, write_texts
+from plrhf.evaluate import (
+    Texts,
+    Written,
+    predict,
+    prepare,
+    read_texts,
+    summarise_run,
+    write_evaluation,
+    write_texts,
+)
 from plrhf.export import read_card
+from plrhf.judges import Contest, Judge, win_rates
 from plrhf.personal import PersonalModule
 from plrhf.policy import PersonalDPOPolicy
-from plrhf.stats import ACCURACIES, Outcomes, correctness, summarise_outcomes
 
 KINDS: dict[str, Any] = {
     **dict.fromkeys(("run", "runs", "out"), str | None),
@@ -73,48 +81,42 @@ def write(settings: Settings) -> None:
 
 
 def winrate(settings: Settings) -> None:
-    """How often a run's texts please their users more than another's, by the users' true preferences.
+    """How often a run's texts please their users more than another's, as a judge sees it.
 
     Both texts answer the same prompt for the same user; ties count one half; the interval is a
     bootstrap over users.
     """
-    run = _run_dir(settings)
-    against = settings["eval"]["against"]
-    ours = _scores(run, "policy", field="run")
+    asked = _winrate_settings(settings["eval"])
+    run, against = _run_dir(settings), asked["against"]
+    ours = _texts(run, "policy", field="run")
     theirs = (
-        _scores(run, "reference", field="run")
+        _texts(run, "reference", field="run")
         if against == "reference"
-        else _scores(Path(against), "policy", field="eval.against")
+        else _texts(Path(against), "policy", field="eval.against")
     )
-    both = ours.join(theirs, how="inner", lsuffix="_ours", rsuffix="_theirs")
-    if len(both) != len(ours) or len(both) == 0:
+    # Users of two worlds may share an id, and then neither taste nor true scores.
+    shared = [key for key in ours if key in theirs and _same_task(ours[key], theirs[key])]
+    if len(shared) != len(ours):
         raise bad_value(
             "eval.against",
             against,
-            f"texts for the same {len(ours)} prompts and users (has {len(both)} of them)",
+            f"texts for the same {len(ours)} prompts and users (has {len(shared)} of them)",
             "Write both with the same eval=generate options",
         )
-    margin = (both["score_ours"] - both["score_theirs"]).to_numpy()
-    users, prompts = (both.index.get_level_values(level).to_numpy() for level in (0, 1))
-    pair = np.array([f"{user} {prompt}" for user, prompt in zip(users, prompts, strict=True)])
-    outcomes = Outcomes(pair_id=pair, user_id=users, margin=margin, correct=correctness(margin))
-    found = summarise_outcomes(outcomes, names=ACCURACIES)
-    result = {
-        "run": str(run),
-        "against": against,
-        "win_rate": found["accuracy_micro"],
-        "ties": float((margin == 0).mean()),
-        "n_texts": len(both),
-        "n_users": found["n_users"],
-    }
+    judge: Judge = build(asked["judge"], "eval.judge", kind=Judge)
+    contests = [Contest(ours=text, theirs=theirs[key]) for key, text in ours.items()]
+    found = win_rates(contests, judge.compare(contests))
+    result = {"run": str(run), "against": against, "judge": asked["judge"], **found}
     out = Path(settings["out"] or run)
     out.mkdir(parents=True, exist_ok=True)
     (out / "winrate.json").write_text(json.dumps(result, indent=2) + "\n")
-    low, high = result["win_rate"]["ci95"]
+    low, high = result["win_rate"]["ci95"] or (math.nan, math.nan)
     print(
         f"win rate of {run} against {against}: {result['win_rate']['value']:.3f} "
-        f"[{low:.3f}, {high:.3f}] over {len(both)} texts, {result['ties']:.3f} ties"
+        f"[{low:.3f}, {high:.3f}] over {result['n_texts']} texts, {result['ties']:.3f} ties"
     )
+    if result["cost"] is not None:
+        print(_judging(result))
 
 
 def compare(settings: Settings) -> None:
@@ -187,20 +189,46 @@ def _run_dir(settings: Settings) -> Path:
     return Path(run)
 
 
-def _scores(run: Path, writer: str, *, field: str) -> pd.DataFrame:
-    """True scores of a run's texts, indexed by user and prompt."""
+def _winrate_settings(node: Settings) -> Settings:
+    """``against`` and ``judge`` of eval=winrate, of the right type."""
+    if isinstance(node["judge"], str):
+        raise bad_value(
+            "eval.judge", node["judge"], "a judge's settings", "Choose one with eval/judge=NAME"
+        )
+    return accepted(node, {"against": str, "judge": dict[str, Any]}, "eval")
+
+
+def _same_task(one: Written, other: Written) -> bool:
+    return (one.prompt, one.profile) == (other.prompt, other.profile)
+
+
+def _judging(result: dict[str, Any]) -> str:
+    """What a judge who was asked did: cost, position bias, answers that were none."""
+    answers, cost = result["answers"], result["cost"]
+    price = "not known" if cost["price"] is None else f"{cost['price']:.4f}"
+    return (
+        f"judge: {cost['questions']} questions, {cost['from_cache']} answered before; "
+        f"{cost['input_tokens']} + {cost['output_tokens']} tokens, price {price}; "
+        f"prefers the first text {result['first_position_wins']:.3f}; "
+        f"{answers['refused']} refused, {answers['unparseable']} unparseable"
+    )
+
+
+def _texts(run: Path, writer: str, *, field: str) -> dict[tuple[str, str], Written]:
+    """A run's texts by one writer, by user and prompt."""
     path = run / "generations.jsonl"
     if not path.is_file():
         raise bad_value(
             field, str(run), f"a run with {path.name}", f"Write it: eval=generate run={run}"
         )
-    texts: Any = pd.read_json(path, lines=True, dtype={"user_id": str, "prompt_id": str})
-    texts = texts[texts["writer"] == writer]
-    if len(texts) == 0 or texts["score"].isna().any():
+    texts = {
+        (text.user_id, text.prompt_id): text for text in read_texts(path) if text.writer == writer
+    }
+    if len(texts) == 0:
         raise bad_value(
             field,
             str(run),
-            f"texts of the {writer} with true scores, which only data=personas knows",
+            f"a run with texts of the {writer}",
             "Write them: eval=generate eval.reference=true",
         )
-    return texts.set_index(["user_id", "prompt_id"])[["score"]]
+    return texts

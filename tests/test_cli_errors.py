@@ -267,6 +267,21 @@ OF_RUN: dict[str, tuple[list[str], str]] = {
         ["eval=winrate", "eval.against=/"],
         "eval.against='/' is not allowed: expected a run with generations.jsonl. *",
     ),
+    "judge by a dot": (
+        ["eval=winrate", "eval.judge=chat"],
+        "eval.judge='chat' is not allowed: expected a judge's settings. Choose one with "
+        "eval/judge=NAME.",
+    ),
+    "no such judge": (
+        ["eval=winrate", "eval/judge=oracle"],
+        "eval/judge='oracle' is not allowed: expected one of chat, preferences, reward. Choose "
+        "with eval/judge=NAME.",
+    ),
+    "no endpoint": (
+        ["eval=winrate", "eval/judge=chat"],
+        "eval.judge.url=None is not allowed: expected a value, as there is no default. Set "
+        "eval.judge.url=VALUE.",
+    ),
     "no file": (
         ["data=jsonl", "data.path=gone.csv"],
         "data.path='gone.csv' is not allowed: expected an existing file. *",

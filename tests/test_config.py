@@ -19,6 +19,7 @@ from plrhf.data.module import build_data
 from plrhf.encoders import UserEncoder
 from plrhf.evaluate import Texts
 from plrhf.export import build_model
+from plrhf.judges import Judge
 from plrhf.optim import Optim
 from plrhf.policy import PersonalDPOPolicy
 from plrhf.reward import PersonalRewardModel
@@ -162,6 +163,20 @@ def test_tasks(task: str) -> None:
     assert settings["data"] is None and settings["eval"]["name"] == task
     if task == "generate":
         build({"_target_": "plrhf.evaluate.Texts", **settings["eval"]}, "eval")
+
+
+@pytest.mark.parametrize("judge", options("eval/judge"))
+def test_judges(judge: str, tmp_path: Path) -> None:
+    own = {"chat": ["eval.judge.url=http://localhost:1/v1", "eval.judge.model=m"]}
+    own["reward"] = [f"eval.judge.export={tmp_path}"]
+    asked = ["eval=winrate", f"eval/judge={judge}", *own.get(judge, [])]
+    node = composed(*asked, config="eval")["eval"]["judge"]
+    assert node["name"] == judge
+    if judge == "reward":  # its settings pass, and there is no model
+        with pytest.raises(ValueError, match=r"^export='.*' is not allowed"):
+            build(node, "eval.judge", kind=Judge)
+    else:
+        assert isinstance(build(node, "eval.judge", kind=Judge), Judge)
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))

@@ -19,7 +19,7 @@ LAYERS = (
     ("config", "errors", "logprobs", "losses", "stats", "types"),
     ("aggregators", "backbone", "data", "encoders", "export", "metrics", "optim", "training"),
     ("personal", "policy", "reward", "sft"),
-    ("cli", "evaluate", "generate", "report", "run", "supervised", "tasks"),
+    ("cli", "endpoint", "evaluate", "generate", "judges", "report", "run", "supervised", "tasks"),
 )
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 
@@ -37,9 +37,10 @@ SAME_LAYER = {
     "reward": {"personal"},
     # Entry points use what does the work.
     "evaluate": {"cli", "generate"},
+    "judges": {"endpoint", "evaluate"},
     "run": {"cli", "evaluate", "report", "supervised"},
     "supervised": {"cli"},
-    "tasks": {"cli", "evaluate", "report"},
+    "tasks": {"cli", "evaluate", "judges", "report"},
 }
 
 ONLY_IN = {"transformers": {"backbone"}, "peft": {"backbone"}, "deepspeed": {"zero"}}

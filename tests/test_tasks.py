@@ -10,7 +10,19 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from runs import ENVIRONMENT, check_evaluation, command, launch, rows_of_world, world, write_rows
+from chat_server import completion, serving, shown
+from runs import (
+    ENVIRONMENT,
+    TINY,
+    check_evaluation,
+    command,
+    launch,
+    rows_of_world,
+    world,
+    write_rows,
+)
+
+from plrhf.evaluate import read_texts
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -78,8 +90,8 @@ def test_texts_for_many_users(policy: Path) -> None:
     asked = ["eval.users=3", "eval.prompts=2", "eval.max_new_tokens=5"]
     launch("eval", f"run={policy}", "eval=generate", *asked)
     texts = pd.read_json(policy / "generations.jsonl", lines=True)
-    columns = ["prompt", "prompt_id", "user_id", "profile", "writer", "response", "score"]
-    assert list(texts.columns) == columns
+    columns = ["prompt", "prompt_id", "user_id", "profile", "user_features", "writer", "response"]
+    assert list(texts.columns) == [*columns, "score"]
     assert texts["writer"].value_counts().to_dict() == {"policy": 6, "reference": 6}
     users = [world().user_ids[place] for place in (0, 1, 3)]  # 3 of 5, evenly
     assert set(texts["user_id"]) == set(users)
@@ -120,12 +132,105 @@ def test_win_rates(policy: Path, tmp_path: Path, capsys: Any) -> None:
     assert result["win_rate"] == {"value": 1.0, "ci95": [1.0, 1.0]}
     assert result["against"] == str(other)
 
-    write_rows(other / "generations.jsonl", records[2:])
+    unscored = {name: value for name, value in records[1].items() if name != "score"}
+    for texts, said in (
+        (records[2:], "expected texts for the same 8 prompts and users (has 6 of them)"),
+        # The user of another world, who only goes by the same name.
+        ([{**records[0], "profile": "Prefers dull answers."}, *records[1:]], "(has 7 of them)"),
+        (
+            [records[0], unscored],
+            " is not allowed: expected a line as eval=generate writes it (score: Field required). "
+            "Write the texts anew.",
+        ),
+    ):
+        write_rows(other / "generations.jsonl", texts)
+        with pytest.raises(SystemExit):
+            launch("eval", f"run={policy}", "eval=winrate", f"eval.against={other}")
+        assert said in capsys.readouterr().err
+
+
+@pytest.fixture
+def rival(policy: Path, tmp_path: Path) -> Path:
+    """A run whose texts are longer than the policy's, but for the first, which is shorter."""
+    other = Path(shutil.copytree(policy, tmp_path / "rival"))
+    records = [json.loads(line) for line in (other / "generations.jsonl").open()]
+    for run, texts in (
+        (policy, ["It is wide."] * 4),
+        (other, ["Blue.", *["It is very wide."] * 3]),
+    ):
+        for record, text in zip(records, texts, strict=True):
+            record["response"] = text
+        write_rows(run / "generations.jsonl", records)
+    return other
+
+
+def test_win_rates_by_an_endpoint(
+    policy: Path, rival: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shorter(body: dict[str, Any], _: int) -> Any:
+        first, second = shown(body)
+        return completion("A" if len(first) < len(second) else "B")
+
+    monkeypatch.setenv("A_KEY", "sk-secret")
+    out = tmp_path / "out"
+    with serving(shorter) as server:
+        asked = [f"run={policy}", "eval=winrate", "eval/judge=chat", f"eval.against={rival}"]
+        asked += [f"out={out}", f"eval.judge.cache={out / 'replies.jsonl'}"]
+        asked += [f"eval.judge.url={server.url}", "eval.judge.model=m", "eval.judge.input_price=2"]
+        launch("eval", *asked, "eval.judge.key_variable=A_KEY", "eval.judge.output_price=0.5")
+    assert {one["Authorization"] for one in server.headers} == {"Bearer sk-secret"}
+    assert len(server.bodies) == 2 * 4  # 2 users, 2 prompts
+    profile = world().profile(world().user_ids[0])
+    assert any(profile in body["messages"][-1]["content"] for body in server.bodies)
+    result = json.loads((out / "winrate.json").read_text())
+    assert result["win_rate"]["value"] == 0.75
+    users = {name: one["n_texts"] for name, one in result["per_user"].items()}
+    assert users == {world().user_ids[0]: 2, world().user_ids[2]: 2}
+    assert (result["first_position_wins"], result["n_unanswered"]) == (0.5, 0)
+    assert result["cost"]["price"] == pytest.approx(8 * (100 * 2 + 2 * 0.5) / 1e6)
+    assert (result["judge"]["model"], result["against"]) == ("m", str(rival))
+    assert (
+        "judge: 8 questions, 0 answered before; 800 + 16 tokens, price 0.0016; prefers the first "
+        "text 0.500; 0 refused, 0 unparseable\n"
+    ) in capsys.readouterr().out
+    assert not any(b"sk-secret" in content for content in contents(tmp_path).values())
+
+
+@pytest.mark.parametrize("users", ["own", "held_out"])
+def test_win_rates_by_a_reward_model(
+    users: str, policy: Path, rival: Path, reward_run: Path, capsys: Any
+) -> None:
+    export = reward_run / "export"
+    asked = ["eval=winrate", "eval/judge=reward", f"eval.judge.export={export}"]
+    asked += [f"eval.against={rival}", f"eval.judge.users={users}"]
+    launch("eval", f"run={policy}", *asked)
+    result = json.loads((policy / "winrate.json").read_text())
+    assert (result["judge"]["users"], result["n_texts"], result["n_users"]) == (users, 4, 2)
+    assert result["cost"] is result["first_position_wins"] is None
+    # The other way round whoever won has lost.
+    launch("eval", f"run={rival}", *asked[:3], f"eval.against={policy}", asked[4])
+    turned = json.loads((rival / "winrate.json").read_text())
+    assert turned["win_rate"]["value"] == 1 - result["win_rate"]["value"]
+    assert "judge:" not in capsys.readouterr().out
+
     with pytest.raises(SystemExit):
-        launch("eval", f"run={policy}", "eval=winrate", f"eval.against={other}")
-    assert "expected texts for the same 8 prompts and users (has 6 of them)" in (
-        capsys.readouterr().err
-    )
+        launch("eval", f"run={policy}", *asked[:2], asked[3], f"eval.judge.export={policy}/export")
+    assert "expected a PersonalRewardModel" in capsys.readouterr().err
+
+
+def test_what_is_known_of_users_goes_with_their_texts(tmp_path: Path, cache_dir: Path) -> None:
+    rows = rows_of_world(features=True, n_users=3, n_unseen_users=0)
+    for row in rows:
+        row["user_text"] = f"I am {row['user_id']}."
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    small = [*(one for one in TINY if not one.startswith("data.")), "data.max_prompt_tokens=64"]
+    small += [f"cache_dir={cache_dir}", f"run_dir={tmp_path / 'run'}", "trainer.max_steps=1"]
+    launch("train", *small, "model=dpo", "data=jsonl", f"data.path={path}", "encoder=features")
+    texts = read_texts(tmp_path / "run/generations.jsonl")
+    assert [one.writer for one in texts] == ["policy"] * 4
+    for one in texts:
+        assert one.profile == f"I am {one.user_id}." and one.score is None
+        assert one.user_features == {"age": 20 + len(one.user_id), "sea": "north"}
 
 
 def test_comparison(reward_run: Path, policy_run: Path, tmp_path: Path, capsys: Any) -> None:
