@@ -13,7 +13,7 @@ import yaml
 from lightning import Trainer
 from rich.console import Console
 
-from plrhf import report
+from plrhf import report, tables
 from plrhf.backbone import Backbone, tiny_gptj
 from plrhf.cli import Settings
 from plrhf.config import accepted, build
@@ -117,7 +117,7 @@ def train_personal(
         write_texts(run_dir / "generations.jsonl", model, data, _samples(settings))
     report.write_report(run_dir)
     console = Console()
-    console.print(report.closing_table(results))
+    console.print(tables.closing_table(results))
     console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True)
 
 

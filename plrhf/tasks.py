@@ -13,7 +13,7 @@ import yaml
 from lightning import Trainer
 from rich.console import Console
 
-from plrhf import report
+from plrhf import comparison, report, tables
 from plrhf.backbone import load_tokenizer
 from plrhf.cli import Settings
 from plrhf.config import accepted, build
@@ -52,7 +52,7 @@ def score(settings: Settings) -> None:
     results = summarise_run(predictions, config, data, how)
     write_evaluation(out, results, predictions)
     page = report.write_report(out)
-    Console().print(report.closing_table(results))
+    Console().print(tables.closing_table(results))
     print(f"report: {page}")
 
 
@@ -128,7 +128,7 @@ def compare(settings: Settings) -> None:
             "Write eval=compare runs='DIR/*' out=DIR",
         )
     frame = report.compare(settings["runs"], settings["out"])
-    Console().print(report.comparison_table(frame))
+    Console().print(comparison.comparison_table(frame))
     for path in frame.attrs["skipped"]:
         print(f"skipped, as it holds no results.json: {path}")
     print(f"report: {Path(settings['out']) / 'report.html'}")

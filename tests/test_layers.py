@@ -19,7 +19,10 @@ LAYERS = (
     ("config", "errors", "logprobs", "losses", "stats", "types"),
     ("aggregators", "backbone", "data", "encoders", "export", "metrics", "optim", "training"),
     ("personal", "policy", "reward", "sft"),
-    ("cli", "evaluate", "generate", "report", "run", "supervised", "tasks"),
+    (
+        *("cli", "comparison", "evaluate", "figures", "finished", "generate", "report", "run"),
+        *("supervised", "tables", "tasks"),
+    ),
 )
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 
@@ -35,11 +38,15 @@ SAME_LAYER = {
     # What both models share.
     "policy": {"personal"},
     "reward": {"personal"},
+    # What a page shows, and what it is made from.
+    "comparison": {"finished", "tables"},
+    "figures": {"finished", "tables"},
+    "report": {"comparison", "figures", "finished", "tables"},
     # Entry points use what does the work.
     "evaluate": {"cli", "generate"},
-    "run": {"cli", "evaluate", "report", "supervised"},
+    "run": {"cli", "evaluate", "report", "supervised", "tables"},
     "supervised": {"cli"},
-    "tasks": {"cli", "evaluate", "report"},
+    "tasks": {"cli", "comparison", "evaluate", "report", "tables"},
 }
 
 ONLY_IN = {"transformers": {"backbone"}, "peft": {"backbone"}, "deepspeed": {"zero"}}

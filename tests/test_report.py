@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from plrhf import report
+from plrhf import comparison, report, tables
 from plrhf.metrics import summarise
 
 # Seen users of 5, 2 and 7 pairs, an unseen one of 3.
@@ -231,7 +231,7 @@ def test_run_names_are_text_and_tell_runs_apart(runs: Path, tmp_path: Path) -> N
     assert reader.text.count("a/$x|<i>[red]") == 3  # seen and unseen rows, and the figure
     assert r"| a/$x\|<i>[red] |" in (tmp_path / "out" / "comparison.md").read_text()
     console = Console(width=120, record=True, file=StringIO())
-    console.print(report.comparison_table(frame))
+    console.print(comparison.comparison_table(frame))
     assert "a/$x|<i>[red]" in console.export_text()
 
 
@@ -247,7 +247,7 @@ def test_glob_without_results_is_refused(runs: Path, tmp_path: Path, found: str)
 def test_closing_table_fits_a_terminal(runs: Path) -> None:
     results = json.loads((runs / "lookup" / "results.json").read_text())
     console = Console(width=100, record=True, file=StringIO())
-    console.print(report.closing_table(results))
+    console.print(tables.closing_table(results))
     text = console.export_text()
     assert re.search(r"user context +64\.3 ", text)
     assert re.search(r"oracle +85\.7 ", text)
