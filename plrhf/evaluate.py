@@ -16,8 +16,9 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from plrhf.cli import Settings
-from plrhf.data.module import PairDataset, PreferenceData
+from plrhf.data.module import PairData, PairDataset, PreferenceData
 from plrhf.data.rows import Row
+from plrhf.data.splits import Splits, prompt_kinds
 from plrhf.errors import bad_value
 from plrhf.export import Card
 from plrhf.generate import check_room, generate
@@ -31,8 +32,8 @@ from plrhf.types import PreferenceBatch, UserBatch
 RESULTS_SCHEMA = 1
 
 
-def prepare(model: PersonalModule, data: PreferenceData, trainer: Trainer) -> None:
-    """Compute once what training would compute again and again: reference, or frozen trunk."""
+def prepare(model: PersonalModule, data: PairData, trainer: Trainer) -> None:
+    """Compute once what would be computed again and again: reference, or frozen trunk."""
     device = trainer.strategy.root_device
     model.to(device)
     model.eval()
@@ -68,20 +69,21 @@ def predict(model: PersonalModule, data: PreferenceData, trainer: Trainer) -> pd
             true = [oracle[row.pair_id] for row in dataset.rows]
             margins["oracle"] = torch.tensor(true, dtype=torch.float64)
         frames += [
-            _frame(dataset, split, context, values.numpy(), set(data.splits.users))
+            _frame(dataset, split, context, values.numpy(), data.splits)
             for context, values in margins.items()
         ]
     return pd.concat(frames, ignore_index=True)
 
 
 def _frame(
-    dataset: PairDataset, split: str, context: str, margins: Any, seen: set[str]
+    dataset: PairDataset, split: str, context: str, margins: Any, splits: Splits
 ) -> pd.DataFrame:
-    rows, pairs = dataset.rows, dataset.pairs
+    rows, pairs, seen = dataset.rows, dataset.pairs, set(splits.users)
     return pd.DataFrame(
         {
             "split": split,
             "user_kind": ["seen" if row.user_id in seen else "unseen" for row in rows],
+            "prompt_kind": prompt_kinds(rows, splits),
             "context": context,
             "user_id": [row.user_id for row in rows],
             "pair_id": [row.pair_id for row in rows],

@@ -106,9 +106,10 @@ def train_personal(
     if isinstance(model, PersonalDPOPolicy):
         texts_wanted(model, data, _samples(settings))
     begin(settings, run_dir, resume_from=resume_from)
-    prepare(model, data, trainer)
+    prepare(model, data.part("train", "val"), trainer)
     fit(model, data, trainer, resume_from=resume_from)
     save_export(run_dir / "export", model, card, tokenizer)
+    prepare(model, data.part("test"), trainer)
     predictions = predict(model, data, trainer)
     how = {"command": " ".join(["python", *sys.argv]), "versions": _versions()}
     results = summarise_run(predictions, settings, data, how)

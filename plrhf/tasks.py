@@ -46,7 +46,7 @@ def score(settings: Settings) -> None:
     run = _run_dir(settings)
     model, data, trainer, config = load_run(run, settings)
     out = Path(settings["out"] or run / "eval")
-    prepare(model, data, trainer)
+    prepare(model, data.part("val", "test"), trainer)
     predictions = predict(model, data, trainer)
     how = json.loads((run / "results.json").read_text())["run"]
     results = summarise_run(predictions, config, data, how)

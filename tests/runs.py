@@ -33,6 +33,7 @@ TINY = [
 COLUMNS = {
     "split": "str",
     "user_kind": "str",
+    "prompt_kind": "str",
     "context": "str",
     "user_id": "str",
     "pair_id": "str",

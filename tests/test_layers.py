@@ -35,6 +35,7 @@ SAME_LAYER = {
     # The aggregator owns the backbone call; an export writes and reads all parts.
     "aggregators": {"backbone"},
     "export": {"aggregators", "backbone", "data", "encoders"},
+    "training": {"data"},  # what is open to fit
     # What both models share.
     "policy": {"personal"},
     "reward": {"personal"},

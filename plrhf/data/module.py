@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -120,7 +121,98 @@ class ResumableLoader(DataLoader):
         sampler.served = state["served"]
 
 
-class PreferenceData(LightningDataModule):
+class OpenSplits(dict[str, PairDataset]):
+    """Datasets by split; a split that is not among them says why it cannot be had."""
+
+    def __missing__(self, split: str) -> PairDataset:
+        raise LookupError(
+            f"{split} pairs are closed here: only {', '.join(self)} may be looked at while a model "
+            "is trained and its best checkpoint chosen"
+        )
+
+
+class PairData(LightningDataModule):
+    """Tokenised pairs of some splits and the loaders over them, and nothing of other splits.
+
+    Args:
+        datasets: split -> its pairs.
+        seed: of batch order.
+        batch_size, eval_batch_size: pairs a step on this process.
+    """
+
+    def __init__(
+        self,
+        datasets: Mapping[str, PairDataset],
+        *,
+        seed: int,
+        batch_size: int,
+        eval_batch_size: int,
+    ) -> None:
+        super().__init__()
+        self.datasets = OpenSplits(datasets)
+        self.seed, self.batch_size, self.eval_batch_size = seed, batch_size, eval_batch_size
+
+    def part(self, *splits: str) -> PairData:
+        """The same pairs of these splits alone: who holds the part cannot reach the rest."""
+        return PairData(
+            {split: self.datasets[split] for split in splits},
+            seed=self.seed,
+            batch_size=self.batch_size,
+            eval_batch_size=self.eval_batch_size,
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        dataset = self.datasets["train"]
+        batches = OrderedBatches(len(dataset), batch_size=self.batch_size, seed=self.seed)
+        return _loader(dataset, batches, kind=ResumableLoader)
+
+    def val_dataloader(self) -> DataLoader:
+        return self.ordered_loader("val")
+
+    def ordered_loader(self, split: str) -> DataLoader:
+        """All pairs of a split, shortest first so that little is padding; always the same order."""
+        dataset = self.datasets[split]
+        by_length = sorted(range(len(dataset)), key=lambda place: _length(dataset.pairs[place]))
+        size = self.eval_batch_size
+        batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+        return _loader(dataset, batches)
+
+    def precompute_reference(self, reference: Callable[[PreferenceBatch], Tensor]) -> None:
+        """Keep `reference(batch)` [B, 2] of every pair: the reference never changes."""
+        for split, dataset in self.datasets.items():
+            found = torch.zeros(len(dataset), 2)
+            for batch in self.ordered_loader(split):
+                found[batch.row] = reference(batch)
+            dataset.ref_logps = found
+
+    def precompute_hidden(self, pool: Callable[[PreferenceBatch], Tensor]) -> None:
+        """Keep `pool(batch)` [B, 2, d] of every pair, each distinct text computed once."""
+        for dataset in self.datasets.values():
+            if len(dataset) == 0:
+                continue
+            texts, places = dataset.texts()
+            alone = PairDataset(
+                [dataset.rows[0]] * len(texts),
+                texts,
+                layout=packed,
+                user_index={},
+                schema=FeatureSchema.fit(()),
+            )
+            order = sorted(range(len(texts)), key=lambda place: _length(texts[place]))
+            size = self.eval_batch_size
+            pooled = [
+                (places_now, pool(alone.batch(places_now))[:, 0])
+                for places_now in (
+                    order[start : start + size] for start in range(0, len(order), size)
+                )
+            ]
+            hidden = torch.zeros(len(texts), pooled[0][1].shape[1])
+            for places_now, values in pooled:
+                hidden[places_now] = values
+            dataset.hidden = hidden[places]
+
+
+class PreferenceData(PairData):
     """Train, val and test pairs of a source.
 
     Reading and splitting happen on construction, so that a tokenizer can be learned from the train
@@ -146,6 +238,7 @@ class PreferenceData(LightningDataModule):
         on_bad_row: str = "refuse",
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
+        seen_prompt_test_fraction: float = 0.0,
         unseen_fraction: float = 0.0,
         min_pairs_per_user: int = 1,
         max_users: int | None = None,
@@ -158,7 +251,7 @@ class PreferenceData(LightningDataModule):
         users: Sequence[str] | None = None,
         schema: FeatureSchema | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__({}, seed=seed, batch_size=batch_size, eval_batch_size=eval_batch_size)
         for name, value in (
             ("batch_size", batch_size),
             ("eval_batch_size", eval_batch_size),
@@ -168,8 +261,7 @@ class PreferenceData(LightningDataModule):
                 raise bad_value(
                     f"data.{name}", value, "a whole number from 1", f"Set data.{name}=32"
                 )
-        self.source, self.seed = source, seed
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.source = source
         rows, self.report = read_rows(source.records(), on_bad_row=on_bad_row)
         if users is None:
             self.splits = split_rows(
@@ -177,6 +269,7 @@ class PreferenceData(LightningDataModule):
                 seed=seed,
                 val_fraction=val_fraction,
                 test_fraction=test_fraction,
+                seen_prompt_test_fraction=seen_prompt_test_fraction,
                 unseen_fraction=unseen_fraction,
                 min_pairs_per_user=min_pairs_per_user,
                 max_users=max_users,
@@ -195,7 +288,6 @@ class PreferenceData(LightningDataModule):
             "use_user_text": use_user_text,
         }
         self.max_tokens = max_tokens
-        self.datasets: dict[str, PairDataset] = {}
         self.truncated: dict[str, int] = {}
 
     @property
@@ -253,57 +345,6 @@ class PreferenceData(LightningDataModule):
         """Users of test rows that the train rows do not have."""
         return {row.user_id for row in self.splits.test} - set(self.splits.users)
 
-    def train_dataloader(self) -> DataLoader:
-        dataset = self.datasets["train"]
-        batches = OrderedBatches(len(dataset), batch_size=self.batch_size, seed=self.seed)
-        return _loader(dataset, batches, kind=ResumableLoader)
-
-    def val_dataloader(self) -> DataLoader:
-        return self.ordered_loader("val")
-
-    def ordered_loader(self, split: str) -> DataLoader:
-        """All pairs of a split, shortest first so that little is padding; always the same order."""
-        dataset = self.datasets[split]
-        by_length = sorted(range(len(dataset)), key=lambda place: _length(dataset.pairs[place]))
-        size = self.eval_batch_size
-        batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
-        return _loader(dataset, batches)
-
-    def precompute_reference(self, reference: Callable[[PreferenceBatch], Tensor]) -> None:
-        """Keep `reference(batch)` [B, 2] of every train and val pair: the reference never changes."""
-        for split in ("train", "val"):
-            dataset = self.datasets[split]
-            found = torch.zeros(len(dataset), 2)
-            for batch in self.ordered_loader(split):
-                found[batch.row] = reference(batch)
-            dataset.ref_logps = found
-
-    def precompute_hidden(self, pool: Callable[[PreferenceBatch], Tensor]) -> None:
-        """Keep `pool(batch)` [B, 2, d] of every pair, each distinct text computed once."""
-        for dataset in self.datasets.values():
-            if len(dataset) == 0:
-                continue
-            texts, places = dataset.texts()
-            alone = PairDataset(
-                [dataset.rows[0]] * len(texts),
-                texts,
-                layout=packed,
-                user_index={},
-                schema=FeatureSchema.fit(()),
-            )
-            order = sorted(range(len(texts)), key=lambda place: _length(texts[place]))
-            size = self.eval_batch_size
-            pooled = [
-                (places_now, pool(alone.batch(places_now))[:, 0])
-                for places_now in (
-                    order[start : start + size] for start in range(0, len(order), size)
-                )
-            ]
-            hidden = torch.zeros(len(texts), pooled[0][1].shape[1])
-            for places_now, values in pooled:
-                hidden[places_now] = values
-            dataset.hidden = hidden[places]
-
 
 def build_data(
     node: dict[str, Any], *, users: Sequence[str] | None = None, schema: FeatureSchema | None = None
@@ -347,10 +388,8 @@ def as_test(rows: Sequence[Row], users: Sequence[str]) -> Splits:
 
 def shuffled(splits: Splits, *, seed: int) -> Splits:
     """The same splits with users permuted over train rows and over val rows; test keeps the truth."""
-    return Splits(
+    return replace(
+        splits,
         train=shuffle_users(splits.train, seed=seed),
         val=shuffle_users(splits.val, seed=seed + 1),
-        test=splits.test,
-        users=splits.users,
-        dropped=splits.dropped,
     )
