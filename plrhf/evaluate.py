@@ -97,7 +97,11 @@ def _frame(
 
 
 def summarise_run(
-    predictions: pd.DataFrame, settings: Settings, data: PreferenceData, how: dict[str, Any]
+    predictions: pd.DataFrame,
+    settings: Settings,
+    data: PreferenceData,
+    probes: dict[str, Any] | None,
+    how: dict[str, Any],
 ) -> dict[str, Any]:
     """results.json from predictions; the length rule's direction is read off val, never off test."""
     longer_wins = choose_length_rule(predictions[predictions["split"] == "val"])
@@ -106,6 +110,7 @@ def summarise_run(
         "config": settings,
         **summarise(predictions, longer_wins=longer_wins),
         "data": data.counts(),
+        "probes": probes,
         "run": how,
     }
 

@@ -15,6 +15,11 @@ from plrhf.errors import bad_value
 from plrhf.metrics import outcomes
 from plrhf.stats import Outcomes
 
+ROLES = {
+    "plrhf.encoders.NoneEncoder": "vanilla",
+    "plrhf.encoders.UniformEncoder": "uniform control",
+}
+PERSONALISED, SHUFFLED = "personalised", "shuffled control"
 SETTINGS = ("model", "data", "encoder", "aggregator", "seed")
 
 
@@ -31,6 +36,11 @@ class Run:
     def settings(self) -> dict[str, str]:
         """What tells runs apart, as text."""
         return {key: _component(self.results["config"], key) for key in SETTINGS}
+
+    @property
+    def role(self) -> str:
+        """What the run is in a comparison; see `role`."""
+        return role(self.results["config"])
 
     def outcomes(self, user_kind: str, context: str = "user") -> Outcomes:
         """The run's test pairs of one kind of user."""
@@ -55,6 +65,17 @@ def read_run(run_dir: Path | str, *, name: str | None = None) -> Run:
         results=json.loads((path / "results.json").read_text(encoding="utf-8")),
         predictions=pd.read_parquet(path / "predictions.parquet"),
     )
+
+
+def role(config: Mapping[str, Any]) -> str:
+    """What a run is in a comparison, by its settings alone, so that no control passes as a result.
+
+    Shuffled ids come first: whatever is trained on them is a control. Encoders count by class, as
+    an outsider's may go by any name.
+    """
+    if config["data"].get("shuffle_users") is True:
+        return SHUFFLED
+    return ROLES.get(config["encoder"]["_target_"], PERSONALISED)
 
 
 def _component(config: Mapping[str, Any], key: str) -> str:

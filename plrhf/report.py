@@ -33,6 +33,7 @@ from plrhf.tables import (
     headline,
     interval_note,
     key_table,
+    latex,
     markdown,
     percent,
     points,
@@ -80,22 +81,26 @@ def write_report(run_dir: Path | str) -> Path:
     return _write(run.path / "report.html", page)
 
 
-def compare(runs: str | Sequence[Path], out: Path | str) -> pd.DataFrame:
-    """Set finished runs side by side; leaves comparison.csv, comparison.md and report.html in out.
+def compare(
+    runs: str | Sequence[Path], out: Path | str, *, baseline: Path | str | None = None
+) -> pd.DataFrame:
+    """Set finished runs side by side; leaves comparison.csv, .md, .tex and report.html in out.
 
-    Differences are paired with the run of encoder none, same model, same seed and same test pairs,
-    where there is one. Directories without results are skipped and named.
+    Differences are paired with the vanilla run of the same model, data, seed and test pairs, where
+    there is one. Directories without results are skipped and named.
 
     Args:
         runs: a glob of run directories, or the directories.
         out: directory to write to, made where it is not there.
+        baseline: a run's directory, to pair all runs with that one instead.
 
     Returns:
         One row a run, then oracle and length-only for each test set; intervals in columns ending
         in ``_low`` and ``_high``; ``attrs["skipped"]`` names what was skipped.
 
     Raises:
-        ValueError: no directory matches, or none of them holds results.
+        ValueError: no directory matches, none of them holds results, or a run does not hold the
+            pairs of the baseline.
     """
     found = sorted(Path(path) for path in (glob.glob(runs) if isinstance(runs, str) else runs))
     finished = [path for path in found if (path / "results.json").is_file()]
@@ -107,7 +112,10 @@ def compare(runs: str | Sequence[Path], out: Path | str) -> pd.DataFrame:
             "Give the runs' own directories, quoted: eval=compare 'runs=outputs/*' out=comparison",
         )
     named = zip(finished, names(finished), strict=True)
-    frame = comparison_frame([read_run(path, name=name) for path, name in named])
+    frame = comparison_frame(
+        [read_run(path, name=name) for path, name in named],
+        baseline=None if baseline is None else read_run(baseline),
+    )
     frame.attrs["skipped"] = [str(path) for path in found if path.is_dir() and path not in finished]
     _write_comparison(frame, Path(out))
     return frame
@@ -191,6 +199,7 @@ def _write_comparison(frame: pd.DataFrame, out: Path) -> None:
     if len(skipped) > 0:
         notes.append(f"Skipped, as without results.json: {', '.join(skipped)}.")
     _write(out / "comparison.md", markdown(table, "\n\n".join(notes)))
+    _write(out / "comparison.tex", latex(table, "\n".join(notes)))
     figures = [comparison_bars(frame)]
     sections = [Section("Test results", " ".join(notes), table=table, figures=figures)]
     subtitle = f"{len(frame)} rows{shared}"

@@ -33,6 +33,7 @@ from plrhf.export import Card, build_model, save_export
 from plrhf.optim import Optim
 from plrhf.personal import PersonalModule
 from plrhf.policy import PersonalDPOPolicy
+from plrhf.probes import probe
 from plrhf.supervised import (
     begin,
     cached_tiny,
@@ -105,6 +106,9 @@ def train_personal(
     data.tokenize(tokenizer, causal=backbone.causal, max_positions=model.max_positions)
     if isinstance(model, PersonalDPOPolicy):
         texts_wanted(model, data, _samples(settings))
+    probes = probe(data.splits)
+    for line in [] if probes is None else probes["warnings"]:
+        print(f"warning: {line}")
     begin(settings, run_dir, resume_from=resume_from)
     prepare(model, data.part("train", "val"), trainer)
     fit(model, data, trainer, resume_from=resume_from)
@@ -112,7 +116,7 @@ def train_personal(
     prepare(model, data.part("test"), trainer)
     predictions = predict(model, data, trainer)
     how = {"command": " ".join(["python", *sys.argv]), "versions": _versions()}
-    results = summarise_run(predictions, settings, data, how)
+    results = summarise_run(predictions, settings, data, probes, how)
     write_evaluation(run_dir, results, predictions)
     if isinstance(model, PersonalDPOPolicy):
         write_texts(run_dir / "generations.jsonl", model, data, _samples(settings))

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import pandas as pd
 import rich.box
 import rich.table
 from rich.text import Text
 
-from plrhf.metrics import USER_KINDS
+from plrhf.finished import SHUFFLED, role
+from plrhf.metrics import PROMPT_KINDS, USER_KINDS
 from plrhf.stats import Estimate
 
 FEW_USERS = 20  # below it, percentile intervals over users are too narrow
@@ -72,6 +74,19 @@ def markdown(table: Table, note: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def latex(table: Table, note: str) -> str:
+    """One booktabs tabular a group, the note in front as a comment."""
+    align = "".join("l" if at in table.texts else "r" for at in range(len(table.columns)))
+    parts = [f"% {line}" for line in note.splitlines() if line]
+    for name, rows in table.groups:
+        if len(rows) > 0:
+            cells = pd.DataFrame([[str(cell) for cell in row] for row in rows])
+            cells.columns = pd.Index(table.columns)
+            tabular = cells.to_latex(index=False, escape=True, column_format=align)
+            parts += ["", f"% {name}", tabular.rstrip()]
+    return "\n".join(parts) + "\n"
+
+
 def estimate_cell(estimate: Estimate, number: str, *, scale: float = 1.0) -> Cell:
     """An estimate in the format ``number``, such as ``.3f``."""
     if estimate["value"] is None:
@@ -93,8 +108,12 @@ def points(estimate: Estimate) -> Cell:
 
 def headline_rows(results: Mapping[str, Any], kind: str) -> list[tuple[str, Mapping[str, Any]]]:
     rule = results["controls"]["length_only"]
+    shuffled = role(results["config"]) == SHUFFLED
     rows = [
-        ("user context", results["test"][kind]["user"]),
+        (
+            "user context, ids shuffled" if shuffled else "user context",
+            results["test"][kind]["user"],
+        ),
         ("generic context", results["test"][kind]["generic"]),
         ("length only", rule[kind]),
     ]
@@ -108,6 +127,12 @@ def headline(results: Mapping[str, Any]) -> Table:
     groups = []
     for kind in USER_KINDS:
         rows = headline_rows(results, kind)
+        size = rows[0][1]
+        by_prompt = [
+            (f"user context, {prompts} prompts", cell["user"])
+            for prompts in PROMPT_KINDS
+            if (cell := results["cells"][f"{kind}_user_{prompts}_prompt"]) is not None
+        ]
         shown = [
             [
                 Cell(name),
@@ -117,11 +142,12 @@ def headline(results: Mapping[str, Any]) -> Table:
                 estimate_cell(cell["nll"], ".3f"),
                 estimate_cell(cell["ece"], ".3f"),
             ]
-            for name, cell in rows
+            for name, cell in (*rows, *(by_prompt if len(by_prompt) > 1 else ()))
             if cell["n_pairs"] > 0
         ]
-        size = rows[0][1]
         title = f"{kind.capitalize()} users: {size['n_users']:,}, with {size['n_pairs']:,} pairs"
+        if len(by_prompt) == 1 and results["cells"][f"{kind}_user_seen_prompt"] is not None:
+            title += " on seen prompts"
         groups.append((title, shown))
     columns = ["", "accuracy, %", "mean of users, %", "worst tenth, %", "nll, nats", "ECE"]
     return Table(columns, groups)

@@ -23,6 +23,7 @@ from plrhf.evaluate import Texts, predict, prepare, summarise_run, write_evaluat
 from plrhf.export import read_card
 from plrhf.personal import PersonalModule
 from plrhf.policy import PersonalDPOPolicy
+from plrhf.probes import probe
 from plrhf.stats import ACCURACIES, Outcomes, correctness, summarise_outcomes
 
 KINDS: dict[str, Any] = {
@@ -49,7 +50,7 @@ def score(settings: Settings) -> None:
     prepare(model, data.part("val", "test"), trainer)
     predictions = predict(model, data, trainer)
     how = json.loads((run / "results.json").read_text())["run"]
-    results = summarise_run(predictions, config, data, how)
+    results = summarise_run(predictions, config, data, probe(data.splits), how)
     write_evaluation(out, results, predictions)
     page = report.write_report(out)
     Console().print(tables.closing_table(results))
@@ -127,7 +128,8 @@ def compare(settings: Settings) -> None:
             "a glob of run directories" if name == "runs" else "a directory",
             "Write eval=compare runs='DIR/*' out=DIR",
         )
-    frame = report.compare(settings["runs"], settings["out"])
+    baseline = settings["eval"]["baseline"]
+    frame = report.compare(settings["runs"], settings["out"], baseline=baseline)
     Console().print(comparison.comparison_table(frame))
     for path in frame.attrs["skipped"]:
         print(f"skipped, as it holds no results.json: {path}")

@@ -17,7 +17,10 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = (
     ("config", "errors", "logprobs", "losses", "stats", "types"),
-    ("aggregators", "backbone", "data", "encoders", "export", "metrics", "optim", "training"),
+    (
+        *("aggregators", "backbone", "data", "encoders", "export", "metrics", "optim", "probes"),
+        "training",
+    ),
     ("personal", "policy", "reward", "sft"),
     (
         *("cli", "comparison", "evaluate", "figures", "finished", "generate", "report", "run"),
@@ -35,7 +38,9 @@ SAME_LAYER = {
     # The aggregator owns the backbone call; an export writes and reads all parts.
     "aggregators": {"backbone"},
     "export": {"aggregators", "backbone", "data", "encoders"},
-    "training": {"data"},  # what is open to fit
+    # What is open to fit; what of the rows gives choices away.
+    "probes": {"data"},
+    "training": {"data"},
     # What both models share.
     "policy": {"personal"},
     "reward": {"personal"},
@@ -47,6 +52,7 @@ SAME_LAYER = {
     "evaluate": {"cli", "generate"},
     "run": {"cli", "evaluate", "report", "supervised", "tables"},
     "supervised": {"cli"},
+    "tables": {"finished"},
     "tasks": {"cli", "comparison", "evaluate", "report", "tables"},
 }
 

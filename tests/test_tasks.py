@@ -63,6 +63,9 @@ def test_other_rows(reward_run: Path, tmp_path: Path) -> None:
     assert set(kinds["unseen"]) == {*world().user_ids[5:], "nobody"}
     assert results["test"]["seen"]["user"]["n_pairs"] == 5 * 4
     assert results["test"]["unseen"]["user"]["n_pairs"] == 2 * 4 + 3
+    # Without the rows of training nobody knows which prompts were seen, nor can a probe be fitted.
+    assert set(predictions["prompt_kind"]) == {"unknown"}
+    assert set(results["cells"].values()) == {None} and results["probes"] is None
     # Whom the model does not know, it answers as it does the generic user.
     unseen = predictions[predictions["user_kind"] == "unseen"]
     margins = unseen.pivot(index="pair_id", columns="context", values="margin")
@@ -134,7 +137,7 @@ def test_comparison(reward_run: Path, policy_run: Path, tmp_path: Path, capsys: 
     (tmp_path / "runs/unfinished").mkdir()
     launch("eval", "eval=compare", f"runs={tmp_path}/runs/*", f"out={tmp_path / 'out'}")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("comparison.csv", "comparison.md", "report.html")
+        *("comparison.csv", "comparison.md", "comparison.tex", "report.html")
     }
     frame = pd.read_csv(tmp_path / "out/comparison.csv")
     assert {"one", "two"} <= set(frame["run"])
