@@ -70,7 +70,7 @@ def _with_holm(frame: pd.DataFrame) -> pd.DataFrame:
     given = [None if pd.isna(p) else float(p) for column in columns for p in frame[column]]
     adjusted = pd.Series(holm(given), dtype=float).to_numpy().reshape(len(columns), -1)
     for kind, values in zip(USER_KINDS, adjusted, strict=True):
-        frame.insert(frame.columns.get_loc(f"{kind}_p_value") + 1, f"{kind}_p_holm", values)
+        frame[f"{kind}_p_holm"] = values
     return frame
 
 
@@ -175,7 +175,9 @@ def _run_row(run: Run, baseline: Run | None) -> dict[str, Any]:
     for kind in USER_KINDS:
         row |= _paired_columns(run, baseline, kind)
     for name, cell in run.results["cells"].items():
-        of_user = {"accuracy_micro": NO_ESTIMATE, "n_pairs": 0} if cell is None else cell["user"]
+        of_user: dict[str, Any] = {"accuracy_micro": NO_ESTIMATE, "n_pairs": 0}
+        if cell is not None:
+            of_user = cell["user"]
         row |= _columns(f"{name}_accuracy_micro", of_user["accuracy_micro"])
         row[f"{name}_n_pairs"] = of_user["n_pairs"]
     return row
@@ -203,6 +205,7 @@ def _paired_columns(run: Run, baseline: Run | None, kind: str) -> dict[str, Any]
         **_columns(f"{kind}_difference_macro", difference["accuracy_macro"]),
         **_columns(f"{kind}_effect_size", difference["effect_size"]),
         f"{kind}_p_value": difference["p_value"],
+        f"{kind}_p_holm": None,  # known once all runs are
         **_columns(f"{kind}_gain_recovered", gain),
         **_columns(f"{kind}_price_nll", price),
     }

@@ -235,7 +235,7 @@ def test_controls_are_recognised_from_settings(runs: Path, tmp_path: Path) -> No
     wrong = {"ann": 2, "bob": 1, "cid": 2, "dan": 1}
     make_run(runs / "best", predictions(PERSONAL), encoder="lookup", shuffled=True)
     make_run(runs / "same", predictions(wrong), encoder="uniform")
-    make_run(runs / "bare", predictions(VANILLA), encoder="none", shuffled=True)
+    make_run(runs / "bare", predictions(VANILLA, oracle=ORACLE), encoder="none", shuffled=True)
     frame = report.compare(str(runs / "*"), tmp_path / "out").set_index("run")
     assert frame["role"].to_dict() == {
         "bare": "shuffled control",
