@@ -16,7 +16,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from plrhf.cli import Settings
-from plrhf.data.module import PairData, PairDataset, PreferenceData
+from plrhf.data.module import PairDataset, PreferenceData
 from plrhf.data.rows import Row
 from plrhf.data.splits import Splits, prompt_kinds
 from plrhf.errors import bad_value
@@ -32,7 +32,7 @@ from plrhf.types import PreferenceBatch, UserBatch
 RESULTS_SCHEMA = 1
 
 
-def prepare(model: PersonalModule, data: PairData, trainer: Trainer) -> None:
+def prepare(model: PersonalModule, data: PreferenceData, trainer: Trainer) -> None:
     """Compute once what would be computed again and again: reference, or frozen trunk."""
     device = trainer.strategy.root_device
     model.to(device)
@@ -100,7 +100,7 @@ def summarise_run(
     predictions: pd.DataFrame,
     settings: Settings,
     data: PreferenceData,
-    probes: dict[str, Any] | None,
+    probes: dict[str, Any],
     how: dict[str, Any],
 ) -> dict[str, Any]:
     """results.json from predictions; the length rule's direction is read off val, never off test."""

@@ -47,8 +47,8 @@ MARKS = tuple(
 CAPITALS = re.compile(r"[A-Z]")
 
 
-def probe(splits: Splits) -> dict[str, Any] | None:
-    """The key ``probes`` of results.json; None without train rows, where nothing can be fitted.
+def probe(splits: Splits) -> dict[str, Any]:
+    """The key ``probes`` of results.json; empty without train rows, where nothing can be fitted.
 
     Returns:
         ``overlap``: for two splits, how many pairs of the later one share a user, prompt, ... with
@@ -56,7 +56,7 @@ def probe(splits: Splits) -> dict[str, Any] | None:
         train that sees nothing else; ``warnings``: a line for each probe that found something.
     """
     if len(splits.train) == 0:
-        return None
+        return {}
     found: dict[str, Any] = {
         "overlap": overlap(splits),
         "format_only": blind_accuracy(splits, format_features),

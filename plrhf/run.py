@@ -11,6 +11,7 @@ from typing import Any, Literal
 import lightning
 import yaml
 from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from plrhf import report, tables
@@ -107,8 +108,7 @@ def train_personal(
     if isinstance(model, PersonalDPOPolicy):
         texts_wanted(model, data, _samples(settings))
     probes = probe(data.splits)
-    for line in [] if probes is None else probes["warnings"]:
-        print(f"warning: {line}")
+    _warn(probes["warnings"])
     begin(settings, run_dir, resume_from=resume_from)
     prepare(model, data.part("train", "val"), trainer)
     fit(model, data, trainer, resume_from=resume_from)
@@ -124,6 +124,12 @@ def train_personal(
     console = Console()
     console.print(tables.closing_table(results))
     console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True)
+
+
+@rank_zero_only
+def _warn(lines: list[str]) -> None:
+    for line in lines:
+        print(f"warning: {line}")
 
 
 def _rehearse(settings: Settings, data: PreferenceData, optim: Optim) -> None:

@@ -24,7 +24,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-from plrhf.data.module import PairData
+from plrhf.data.module import PreferenceData
 from plrhf.errors import bad_value
 
 Monitor = Literal["val/loss", "val/accuracy_micro", "val/accuracy_macro", "val/nll"]
@@ -373,7 +373,7 @@ def load_best(model: LightningModule, trainer: Trainer) -> None:
 
 
 def fit(
-    model: LightningModule, data: PairData, trainer: Trainer, *, resume_from: Path | None
+    model: LightningModule, data: PreferenceData, trainer: Trainer, *, resume_from: Path | None
 ) -> None:
     """Train from the start or from a checkpoint; the model then has its best weights.
 

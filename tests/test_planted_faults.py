@@ -39,7 +39,6 @@ def caught(rows: list[dict[str, Any]], **settings: Any) -> list[str]:
     """Names of the probes that find something in the rows."""
     how: dict[str, Any] = {"seed": 1, "batch_size": 9, "eval_batch_size": 9, **settings}
     found = probe(PreferenceData(source=Rows(rows), **how).splits)
-    assert found is not None
     return [line.removeprefix("probe ").split(":")[0] for line in found["warnings"]]
 
 

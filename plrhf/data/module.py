@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning import LightningDataModule
@@ -131,88 +132,7 @@ class OpenSplits(dict[str, PairDataset]):
         )
 
 
-class PairData(LightningDataModule):
-    """Tokenised pairs of some splits and the loaders over them, and nothing of other splits.
-
-    Args:
-        datasets: split -> its pairs.
-        seed: of batch order.
-        batch_size, eval_batch_size: pairs a step on this process.
-    """
-
-    def __init__(
-        self,
-        datasets: Mapping[str, PairDataset],
-        *,
-        seed: int,
-        batch_size: int,
-        eval_batch_size: int,
-    ) -> None:
-        super().__init__()
-        self.datasets = OpenSplits(datasets)
-        self.seed, self.batch_size, self.eval_batch_size = seed, batch_size, eval_batch_size
-
-    def part(self, *splits: str) -> PairData:
-        """The same pairs of these splits alone: who holds the part cannot reach the rest."""
-        return PairData(
-            {split: self.datasets[split] for split in splits},
-            seed=self.seed,
-            batch_size=self.batch_size,
-            eval_batch_size=self.eval_batch_size,
-        )
-
-    def train_dataloader(self) -> DataLoader:
-        dataset = self.datasets["train"]
-        batches = OrderedBatches(len(dataset), batch_size=self.batch_size, seed=self.seed)
-        return _loader(dataset, batches, kind=ResumableLoader)
-
-    def val_dataloader(self) -> DataLoader:
-        return self.ordered_loader("val")
-
-    def ordered_loader(self, split: str) -> DataLoader:
-        """All pairs of a split, shortest first so that little is padding; always the same order."""
-        dataset = self.datasets[split]
-        by_length = sorted(range(len(dataset)), key=lambda place: _length(dataset.pairs[place]))
-        size = self.eval_batch_size
-        batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
-        return _loader(dataset, batches)
-
-    def precompute_reference(self, reference: Callable[[PreferenceBatch], Tensor]) -> None:
-        """Keep `reference(batch)` [B, 2] of every pair: the reference never changes."""
-        for split, dataset in self.datasets.items():
-            found = torch.zeros(len(dataset), 2)
-            for batch in self.ordered_loader(split):
-                found[batch.row] = reference(batch)
-            dataset.ref_logps = found
-
-    def precompute_hidden(self, pool: Callable[[PreferenceBatch], Tensor]) -> None:
-        """Keep `pool(batch)` [B, 2, d] of every pair, each distinct text computed once."""
-        for dataset in self.datasets.values():
-            if len(dataset) == 0:
-                continue
-            texts, places = dataset.texts()
-            alone = PairDataset(
-                [dataset.rows[0]] * len(texts),
-                texts,
-                layout=packed,
-                user_index={},
-                schema=FeatureSchema.fit(()),
-            )
-            order = sorted(range(len(texts)), key=lambda place: _length(texts[place]))
-            size = self.eval_batch_size
-            pooled = [
-                (places_now, pool(alone.batch(places_now))[:, 0])
-                for places_now in (
-                    order[start : start + size] for start in range(0, len(order), size)
-                )
-            ]
-            hidden = torch.zeros(len(texts), pooled[0][1].shape[1])
-            for places_now, values in pooled:
-                hidden[places_now] = values
-            dataset.hidden = hidden[places]
-
-
-class PreferenceData(PairData):
+class PreferenceData(LightningDataModule):
     """Train, val and test pairs of a source.
 
     Reading and splitting happen on construction, so that a tokenizer can be learned from the train
@@ -251,7 +171,7 @@ class PreferenceData(PairData):
         users: Sequence[str] | None = None,
         schema: FeatureSchema | None = None,
     ) -> None:
-        super().__init__({}, seed=seed, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        super().__init__()
         for name, value in (
             ("batch_size", batch_size),
             ("eval_batch_size", eval_batch_size),
@@ -261,7 +181,8 @@ class PreferenceData(PairData):
                 raise bad_value(
                     f"data.{name}", value, "a whole number from 1", f"Set data.{name}=32"
                 )
-        self.source = source
+        self.source, self.seed = source, seed
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         rows, self.report = read_rows(source.records(), on_bad_row=on_bad_row)
         if users is None:
             self.splits = split_rows(
@@ -288,6 +209,7 @@ class PreferenceData(PairData):
             "use_user_text": use_user_text,
         }
         self.max_tokens = max_tokens
+        self.datasets: dict[str, PairDataset] = {}
         self.truncated: dict[str, int] = {}
 
     @property
@@ -330,6 +252,14 @@ class PreferenceData(PairData):
         self.truncated = dict(to_tokens.counts)
         self.to_tokens = to_tokens
 
+    def part(self, *splits: str) -> Self:
+        """The tokenised pairs of these splits alone: who is given it cannot reach the others."""
+        part = copy(self)
+        part.datasets = OpenSplits({split: self.datasets[split] for split in splits})
+        for name in ("splits", "source"):  # the rows of all splits, and where they come from
+            vars(part).pop(name, None)
+        return part
+
     def counts(self) -> dict[str, Any]:
         """What became of every row read: the "data" part of results.json."""
         return {
@@ -344,6 +274,57 @@ class PreferenceData(PairData):
     def unseen_users(self) -> set[str]:
         """Users of test rows that the train rows do not have."""
         return {row.user_id for row in self.splits.test} - set(self.splits.users)
+
+    def train_dataloader(self) -> DataLoader:
+        dataset = self.datasets["train"]
+        batches = OrderedBatches(len(dataset), batch_size=self.batch_size, seed=self.seed)
+        return _loader(dataset, batches, kind=ResumableLoader)
+
+    def val_dataloader(self) -> DataLoader:
+        return self.ordered_loader("val")
+
+    def ordered_loader(self, split: str) -> DataLoader:
+        """All pairs of a split, shortest first so that little is padding; always the same order."""
+        dataset = self.datasets[split]
+        by_length = sorted(range(len(dataset)), key=lambda place: _length(dataset.pairs[place]))
+        size = self.eval_batch_size
+        batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+        return _loader(dataset, batches)
+
+    def precompute_reference(self, reference: Callable[[PreferenceBatch], Tensor]) -> None:
+        """Keep `reference(batch)` [B, 2] of every pair: the reference never changes."""
+        for split in self.datasets:
+            dataset = self.datasets[split]
+            found = torch.zeros(len(dataset), 2)
+            for batch in self.ordered_loader(split):
+                found[batch.row] = reference(batch)
+            dataset.ref_logps = found
+
+    def precompute_hidden(self, pool: Callable[[PreferenceBatch], Tensor]) -> None:
+        """Keep `pool(batch)` [B, 2, d] of every pair, each distinct text computed once."""
+        for dataset in self.datasets.values():
+            if len(dataset) == 0:
+                continue
+            texts, places = dataset.texts()
+            alone = PairDataset(
+                [dataset.rows[0]] * len(texts),
+                texts,
+                layout=packed,
+                user_index={},
+                schema=FeatureSchema.fit(()),
+            )
+            order = sorted(range(len(texts)), key=lambda place: _length(texts[place]))
+            size = self.eval_batch_size
+            pooled = [
+                (places_now, pool(alone.batch(places_now))[:, 0])
+                for places_now in (
+                    order[start : start + size] for start in range(0, len(order), size)
+                )
+            ]
+            hidden = torch.zeros(len(texts), pooled[0][1].shape[1])
+            for places_now, values in pooled:
+                hidden[places_now] = values
+            dataset.hidden = hidden[places]
 
 
 def build_data(
