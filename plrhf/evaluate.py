@@ -19,6 +19,7 @@ from torch import Tensor
 from plrhf.cli import Settings
 from plrhf.data.module import PairDataset, PreferenceData
 from plrhf.data.rows import Features, Message, Row
+from plrhf.data.splits import Splits, prompt_kinds
 from plrhf.errors import bad_value
 from plrhf.export import Card
 from plrhf.generate import check_room, generate
@@ -33,7 +34,7 @@ RESULTS_SCHEMA = 1
 
 
 def prepare(model: PersonalModule, data: PreferenceData, trainer: Trainer) -> None:
-    """Compute once what training would compute again and again: reference, or frozen trunk."""
+    """Compute once what would be computed again and again: reference, or frozen trunk."""
     device = trainer.strategy.root_device
     model.to(device)
     model.eval()
@@ -69,20 +70,21 @@ def predict(model: PersonalModule, data: PreferenceData, trainer: Trainer) -> pd
             true = [oracle[row.pair_id] for row in dataset.rows]
             margins["oracle"] = torch.tensor(true, dtype=torch.float64)
         frames += [
-            _frame(dataset, split, context, values.numpy(), set(data.splits.users))
+            _frame(dataset, split, context, values.numpy(), data.splits)
             for context, values in margins.items()
         ]
     return pd.concat(frames, ignore_index=True)
 
 
 def _frame(
-    dataset: PairDataset, split: str, context: str, margins: Any, seen: set[str]
+    dataset: PairDataset, split: str, context: str, margins: Any, splits: Splits
 ) -> pd.DataFrame:
-    rows, pairs = dataset.rows, dataset.pairs
+    rows, pairs, seen = dataset.rows, dataset.pairs, set(splits.users)
     return pd.DataFrame(
         {
             "split": split,
             "user_kind": ["seen" if row.user_id in seen else "unseen" for row in rows],
+            "prompt_kind": prompt_kinds(rows, splits),
             "context": context,
             "user_id": [row.user_id for row in rows],
             "pair_id": [row.pair_id for row in rows],
@@ -96,7 +98,11 @@ def _frame(
 
 
 def summarise_run(
-    predictions: pd.DataFrame, settings: Settings, data: PreferenceData, how: dict[str, Any]
+    predictions: pd.DataFrame,
+    settings: Settings,
+    data: PreferenceData,
+    probes: dict[str, Any],
+    how: dict[str, Any],
 ) -> dict[str, Any]:
     """results.json from predictions; the length rule's direction is read off val, never off test."""
     longer_wins = choose_length_rule(predictions[predictions["split"] == "val"])
@@ -105,6 +111,7 @@ def summarise_run(
         "config": settings,
         **summarise(predictions, longer_wins=longer_wins),
         "data": data.counts(),
+        "probes": probes,
         "run": how,
     }
 

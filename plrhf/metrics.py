@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from plrhf.stats import (
 )
 
 USER_KINDS = ("seen", "unseen")
+PROMPT_KINDS = ("seen", "unseen")
 
 
 def user_counts(margins: Tensor, user_id: Tensor, n_users: int) -> Tensor:
@@ -85,13 +87,21 @@ class UserAccuracy(Metric):
         return accuracy_from_counts(self.counts)
 
 
-def outcomes(predictions: pd.DataFrame, *, user_kind: str, context: str) -> Outcomes:
-    """The test pairs of one kind of user, as a model saw them in one context (maybe none)."""
+def outcomes(
+    predictions: pd.DataFrame, *, user_kind: str, context: str, prompt_kind: str | None = None
+) -> Outcomes:
+    """The test pairs of one kind of user, as a model saw them in one context (maybe none).
+
+    Args:
+        prompt_kind: on seen or unseen prompts only, None: on all.
+    """
     rows = predictions[
         (predictions["split"] == "test")
         & (predictions["user_kind"] == user_kind)
         & (predictions["context"] == context)
     ]
+    if prompt_kind is not None:
+        rows = rows[rows["prompt_kind"] == prompt_kind]
     return _outcomes(rows, rows["margin"], rows["correct"])
 
 
@@ -131,7 +141,7 @@ def summarise(
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The keys ``test``, ``oracle`` and ``controls`` of results.json, from predictions alone.
+    """The keys test, cells, oracle and controls of results.json, from predictions alone.
 
     Args:
         predictions: the table of predictions.parquet; only its test rows count.
@@ -154,13 +164,38 @@ def summarise(
         )
         for kind in USER_KINDS
     }
+    test = {kind: {"user": user[kind], "generic": generic[kind]} for kind in USER_KINDS}
     rule = "the longer response wins" if longer_wins else "the shorter response wins"
     has_oracle = (predictions["context"] == "oracle").any()
     return {
-        "test": {kind: {"user": user[kind], "generic": generic[kind]} for kind in USER_KINDS},
+        "test": test,
+        "cells": {
+            f"{kind}_user_{prompts}_prompt": _cell(predictions, kind, prompts, test[kind], summary)
+            for kind in USER_KINDS
+            for prompts in PROMPT_KINDS
+        },
         "oracle": cells("oracle") if has_oracle else None,
         "controls": {"length_only": {"rule": rule, **lengths}},
     }
+
+
+def _cell(
+    predictions: pd.DataFrame,
+    user_kind: str,
+    prompt_kind: str,
+    whole: dict[str, Any],
+    summary: Callable[[Outcomes], dict[str, Any]],
+) -> dict[str, Any] | None:
+    """Both contexts of one kind of user on one kind of prompt; None without pairs."""
+    cell = {}
+    for context in ("user", "generic"):
+        found = outcomes(predictions, user_kind=user_kind, context=context, prompt_kind=prompt_kind)
+        if len(found) == 0:
+            return None
+        # All pairs are of this kind, as a rule: nothing to resample again.
+        everything = len(found) == whole[context]["n_pairs"]
+        cell[context] = whole[context] if everything else summary(found)
+    return cell
 
 
 def _extra_tokens(rows: pd.DataFrame) -> Array:

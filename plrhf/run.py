@@ -11,9 +11,10 @@ from typing import Any, Literal
 import lightning
 import yaml
 from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from plrhf import report
+from plrhf import report, tables
 from plrhf.backbone import Backbone, tiny_gptj
 from plrhf.cli import Settings
 from plrhf.config import accepted, build
@@ -33,6 +34,7 @@ from plrhf.export import Card, build_model, save_export
 from plrhf.optim import Optim
 from plrhf.personal import PersonalModule
 from plrhf.policy import PersonalDPOPolicy
+from plrhf.probes import probe
 from plrhf.supervised import (
     begin,
     cached_tiny,
@@ -105,20 +107,29 @@ def train_personal(
     data.tokenize(tokenizer, causal=backbone.causal, max_positions=model.max_positions)
     if isinstance(model, PersonalDPOPolicy):
         texts_wanted(model, data, _samples(settings))
+    probes = probe(data.splits)
+    _warn(probes["warnings"])
     begin(settings, run_dir, resume_from=resume_from)
-    prepare(model, data, trainer)
+    prepare(model, data.part("train", "val"), trainer)
     fit(model, data, trainer, resume_from=resume_from)
     save_export(run_dir / "export", model, card, tokenizer)
+    prepare(model, data.part("test"), trainer)
     predictions = predict(model, data, trainer)
     how = {"command": " ".join(["python", *sys.argv]), "versions": _versions()}
-    results = summarise_run(predictions, settings, data, how)
+    results = summarise_run(predictions, settings, data, probes, how)
     write_evaluation(run_dir, results, predictions)
     if isinstance(model, PersonalDPOPolicy):
         write_texts(run_dir / "generations.jsonl", model, data, _samples(settings))
     report.write_report(run_dir)
     console = Console()
-    console.print(report.closing_table(results))
+    console.print(tables.closing_table(results))
     console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True)
+
+
+@rank_zero_only
+def _warn(lines: list[str]) -> None:
+    for line in lines:
+        print(f"warning: {line}")
 
 
 def _rehearse(settings: Settings, data: PreferenceData, optim: Optim) -> None:

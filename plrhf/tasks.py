@@ -12,7 +12,7 @@ import yaml
 from lightning import Trainer
 from rich.console import Console
 
-from plrhf import report
+from plrhf import comparison, report, tables
 from plrhf.backbone import load_tokenizer
 from plrhf.cli import Settings
 from plrhf.config import accepted, build
@@ -32,6 +32,7 @@ from plrhf.export import read_card
 from plrhf.judges import Contest, Judge, win_rates
 from plrhf.personal import PersonalModule
 from plrhf.policy import PersonalDPOPolicy
+from plrhf.probes import probe
 
 KINDS: dict[str, Any] = {
     **dict.fromkeys(("run", "runs", "out"), str | None),
@@ -54,13 +55,13 @@ def score(settings: Settings) -> None:
     run = _run_dir(settings)
     model, data, trainer, config = load_run(run, settings)
     out = Path(settings["out"] or run / "eval")
-    prepare(model, data, trainer)
+    prepare(model, data.part("val", "test"), trainer)
     predictions = predict(model, data, trainer)
     how = json.loads((run / "results.json").read_text())["run"]
-    results = summarise_run(predictions, config, data, how)
+    results = summarise_run(predictions, config, data, probe(data.splits), how)
     write_evaluation(out, results, predictions)
     page = report.write_report(out)
-    Console().print(report.closing_table(results))
+    Console().print(tables.closing_table(results))
     print(f"report: {page}")
 
 
@@ -129,8 +130,9 @@ def compare(settings: Settings) -> None:
             "a glob of run directories" if name == "runs" else "a directory",
             "Write eval=compare runs='DIR/*' out=DIR",
         )
-    frame = report.compare(settings["runs"], settings["out"])
-    Console().print(report.comparison_table(frame))
+    baseline = settings["eval"]["baseline"]
+    frame = report.compare(settings["runs"], settings["out"], baseline=baseline)
+    Console().print(comparison.comparison_table(frame))
     for path in frame.attrs["skipped"]:
         print(f"skipped, as it holds no results.json: {path}")
     print(f"report: {Path(settings['out']) / 'report.html'}")

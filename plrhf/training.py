@@ -11,7 +11,7 @@ from typing import IO, Any, Literal
 
 import numpy as np
 import torch
-from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import (
     Checkpoint,
@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
+from plrhf.data.module import PreferenceData
 from plrhf.errors import bad_value
 
 Monitor = Literal["val/loss", "val/accuracy_micro", "val/accuracy_macro", "val/nll"]
@@ -372,9 +373,13 @@ def load_best(model: LightningModule, trainer: Trainer) -> None:
 
 
 def fit(
-    model: LightningModule, data: LightningDataModule, trainer: Trainer, *, resume_from: Path | None
+    model: LightningModule, data: PreferenceData, trainer: Trainer, *, resume_from: Path | None
 ) -> None:
-    """Train from the start or from a checkpoint; the model then has its best weights."""
+    """Train from the start or from a checkpoint; the model then has its best weights.
+
+    Of the data only train and val are handed on: what trains and selects cannot reach test.
+    """
     model.train()  # from_pretrained leaves models in eval mode
-    trainer.fit(model, datamodule=data, ckpt_path=resume_from, weights_only=True)
+    open_data = data.part("train", "val")
+    trainer.fit(model, datamodule=open_data, ckpt_path=resume_from, weights_only=True)
     load_best(model, trainer)

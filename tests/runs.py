@@ -33,6 +33,7 @@ TINY = [
 COLUMNS = {
     "split": "str",
     "user_kind": "str",
+    "prompt_kind": "str",
     "context": "str",
     "user_id": "str",
     "pair_id": "str",
@@ -123,7 +124,7 @@ def check_evaluation(directory: Path, *, oracle: bool = True) -> dict[str, Any]:
     assert not predictions.duplicated(["pair_id", "context"]).any()
 
     results = json.loads((directory / "results.json").read_text())
-    keys = {"schema", "config", "test", "oracle", "controls", "data", "run"}
+    keys = {"schema", "config", "test", "cells", "oracle", "controls", "data", "probes", "run"}
     assert set(results) == keys and results["schema"] == 1
     assert set(results["run"]) == {"command", "versions"}
     counts = {"read", "refused", "dropped", "truncated", "rows", "users"}

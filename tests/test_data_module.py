@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections import Counter
 from collections.abc import Iterator
 from math import isnan
@@ -173,6 +174,25 @@ def test_evaluation_goes_through_all_rows_shortest_first(tokenizer: Any) -> None
         ]
         assert lengths == sorted(lengths)
     assert served(data.val_dataloader()) == served(data.ordered_loader("val"))
+
+
+def test_a_part_holds_nothing_of_other_splits(tokenizer: Any) -> None:
+    data = make_data(tokenizer)
+    part = data.part("train", "val")
+    assert served(part.train_dataloader()) == served(data.train_dataloader())
+    assert served(part.val_dataloader()) == served(data.val_dataloader())
+    message = "^test pairs are closed here: only train, val may be looked at while"
+    with pytest.raises(LookupError, match=message):
+        part.datasets["test"]
+    with pytest.raises(LookupError, match=message):
+        part.ordered_loader("test")
+    with pytest.raises(LookupError, match=message):
+        part.part("test")
+    assert not {"splits", "source"} & vars(part).keys()
+    held = pickle.dumps(part)  # with all that it leads to
+    for split, is_held in (("train", True), ("val", True), ("test", False)):
+        found = {one["pair_id"].encode() in held for one in RECORDS if one["split"] == split}
+        assert found == {is_held}, split
 
 
 def test_shuffled_users_keep_their_number_of_rows_but_not_their_choices(tokenizer: Any) -> None:

@@ -16,12 +16,13 @@ ROOT = Path(plrhf.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = (
-    ("config", "errors", "logprobs", "losses", "stats", "types"),
-    ("aggregators", "backbone", "data", "encoders", "export", "metrics", "optim", "training"),
-    ("personal", "policy", "reward", "sft"),
-    ("cli", "endpoint", "evaluate", "generate", "judges", "report", "run", "supervised", "tasks"),
+    "config errors logprobs losses stats types",
+    "aggregators backbone data encoders export gptj lora metrics optim probes training",
+    "personal policy reward sft",
+    "cli comparison endpoint evaluate figures finished generate judges report run supervised tables "
+    "tasks",
 )
-LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units}
+LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units.split()}
 
 SAME_LAYER = {
     # How errors look and what batches hold: under everything.
@@ -29,18 +30,28 @@ SAME_LAYER = {
     "logprobs": {"types"},
     "losses": {"errors"},
     "stats": {"errors"},
+    # The backbone's fast paths.
+    "backbone": {"gptj", "lora"},
     # The aggregator owns the backbone call; an export writes and reads all parts.
     "aggregators": {"backbone"},
     "export": {"aggregators", "backbone", "data", "encoders"},
+    # What is open to fit; what of the rows gives choices away.
+    "probes": {"data"},
+    "training": {"data"},
     # What both models share.
     "policy": {"personal"},
     "reward": {"personal"},
+    # What a page shows, and what it is made from.
+    "comparison": {"finished", "tables"},
+    "figures": {"finished", "tables"},
+    "report": {"comparison", "figures", "finished", "tables"},
     # Entry points use what does the work.
     "evaluate": {"cli", "generate"},
     "judges": {"endpoint", "evaluate"},
-    "run": {"cli", "evaluate", "report", "supervised"},
+    "run": {"cli", "evaluate", "report", "supervised", "tables"},
     "supervised": {"cli"},
-    "tasks": {"cli", "evaluate", "judges", "report"},
+    "tables": {"finished"},
+    "tasks": {"cli", "comparison", "evaluate", "judges", "report", "tables"},
 }
 
 ONLY_IN = {"transformers": {"backbone"}, "peft": {"backbone"}, "deepspeed": {"zero"}}

@@ -31,6 +31,7 @@ def predictions() -> pd.DataFrame:
         {
             "split": "val" if number >= 17 else "test",
             "user_kind": "unseen" if owner == "dan" else "seen",
+            "prompt_kind": "seen" if number % 3 == 0 else "unseen",
             "context": context,
             "user_id": owner,
             "pair_id": f"pair-{number}",
@@ -96,6 +97,35 @@ def test_summary_by_hand() -> None:
     assert seen["generic"]["accuracy_micro"]["value"] == 0
     assert unseen["user"]["accuracy_micro"] == {"value": pytest.approx(2 / 3), "ci95": None}
     assert summary["oracle"] is None
+
+
+def test_four_cells_by_hand() -> None:
+    cells = summarise(predictions(), longer_wins=True, n_resamples=50)["cells"]
+    assert list(cells) == [
+        f"{user}_user_{prompt}_prompt"
+        for user in ("seen", "unseen")
+        for prompt in ("seen", "unseen")
+    ]
+    # Every third pair is on a seen prompt: margins 1 4 0 -1 -3 of the seen users' 14, and 2 of dan's.
+    seen_seen, seen_unseen, unseen_seen, unseen_unseen = cells.values()
+    sizes = [(cell["user"]["n_pairs"], cell["user"]["n_users"]) for cell in cells.values()]
+    assert sizes == [(5, 3), (9, 3), (1, 1), (2, 1)]
+    assert seen_seen["user"]["accuracy_micro"]["value"] == pytest.approx(2.5 / 5)
+    assert seen_unseen["user"]["accuracy_micro"]["value"] == pytest.approx(4.5 / 9)
+    assert seen_seen["user"]["accuracy_macro"]["value"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert unseen_seen["user"]["accuracy_micro"]["value"] == 0
+    assert unseen_unseen["user"]["accuracy_micro"]["value"] == 1
+    assert seen_seen["generic"]["accuracy_micro"]["value"] == 0
+
+
+def test_a_cell_without_pairs_is_null_and_one_with_all_is_the_whole() -> None:
+    table = predictions().assign(prompt_kind="unseen")
+    summary = summarise(table, longer_wins=True, n_resamples=50)
+    assert summary["cells"]["seen_user_seen_prompt"] is None
+    assert summary["cells"]["unseen_user_unseen_prompt"] == summary["test"]["unseen"]
+    unknown = summarise(table.assign(prompt_kind="unknown"), longer_wins=True, n_resamples=50)
+    assert set(unknown["cells"].values()) == {None}
+    assert unknown["test"] == summary["test"]
 
 
 @pytest.mark.parametrize(("longer", "expected"), [(True, 9 / 14), (False, 5 / 14)])

@@ -14,11 +14,16 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from plrhf import report
+from plrhf import comparison, report, tables
 from plrhf.metrics import summarise
 
 # Seen users of 5, 2 and 7 pairs, an unseen one of 3.
 OWNERS = ["ann"] * 5 + ["bob"] * 2 + ["cid"] * 7 + ["dan"] * 3
+TARGETS = {
+    "lookup": "plrhf.encoders.LookupEncoder",
+    "none": "plrhf.encoders.NoneEncoder",
+    "uniform": "plrhf.encoders.UniformEncoder",
+}
 SIZES = {"ann": 5, "bob": 2, "cid": 7, "dan": 3}
 
 
@@ -36,17 +41,20 @@ def predictions(right: dict[str, int], *, oracle: dict[str, int] | None = None) 
         table["user_kind"] = np.where(table["user_id"] == "dan", "unseen", "seen")
         tables.append(table.assign(split="test", context=context))
     whole = pd.concat(tables, ignore_index=True)
-    return whole.assign(prompt_id="prompt-0", chosen_tokens=9, rejected_tokens=7)
+    whole = whole.assign(prompt_id="prompt-0", prompt_kind="unseen")
+    return whole.assign(chosen_tokens=9, rejected_tokens=7)
 
 
-def make_run(run_dir: Path, table: pd.DataFrame, *, encoder: str, seed: int = 1) -> Path:
+def make_run(
+    run_dir: Path, table: pd.DataFrame, *, encoder: str, seed: int = 1, shuffled: bool = False
+) -> Path:
     run_dir.mkdir(parents=True)
     table.to_parquet(run_dir / "predictions.parquet")
     config = {
         "model": {"_target_": "plrhf.reward.PersonalRewardModel", "name": "reward"},
-        "encoder": {"name": encoder},
+        "encoder": {"name": encoder, "_target_": TARGETS[encoder]},
         "aggregator": {"_target_": "my.module.MyAggregator"},
-        "data": {"name": "personas"},
+        "data": {"name": "personas", "shuffle_users": shuffled},
         "seed": seed,
     }
     results = {
@@ -167,7 +175,8 @@ def test_report_of_thousands_of_users_stays_small(tmp_path: Path) -> None:
     table = pd.DataFrame({"user_id": np.arange(n_rows) // 3, "pair_id": np.arange(n_rows)})
     margin = np.sin(np.arange(n_rows))
     table = table.assign(margin=margin, correct=0.5 * (np.sign(margin) + 1), split="test")
-    table = table.assign(user_kind="seen", context="user", chosen_tokens=3, rejected_tokens=4)
+    table = table.assign(user_kind="seen", context="user", prompt_kind="unseen")
+    table = table.assign(chosen_tokens=3, rejected_tokens=4)
     path = report.write_report(make_run(tmp_path / "run", table, encoder="none"))
     assert path.stat().st_size < 400_000
 
@@ -182,7 +191,8 @@ def test_comparison_by_hand(runs: Path, tmp_path: Path) -> None:
     assert list(frame.index) == ["lookup", "other", "vanilla", "oracle", "length only"]
     lookup, vanilla = frame.loc["lookup"], frame.loc["vanilla"]
     assert lookup["seen_accuracy_micro"] == pytest.approx(9 / 14)
-    assert lookup["vanilla"] == "vanilla"
+    assert (lookup["role"], vanilla["role"]) == ("personalised", "vanilla")
+    assert lookup["baseline"] == "vanilla"
     assert lookup["seen_difference_micro"] == pytest.approx(3 / 14)
     assert lookup["seen_difference_macro"] == pytest.approx((1 / 5 + 0 + 2 / 7) / 3)
     assert lookup["seen_gain_recovered"] == pytest.approx(3 / 6)
@@ -203,7 +213,7 @@ def test_comparison_files(runs: Path, tmp_path: Path) -> None:
         frame["seen_accuracy_micro"].to_numpy()
     )
     words = (out / "comparison.md").read_text()
-    assert re.search(r"\| lookup \| lookup \| 64\.3 \[.*\| \+21\.4 \[", words)
+    assert re.search(r"\| lookup \| personalised \| lookup \| 64\.3 \[.*\| \+21\.4 \[", words)
     assert f"Skipped, as without results.json: {runs / 'sft'}." in words
     page, reader = read_page(out / "report.html")
     assert "+21.4" in reader.text
@@ -221,6 +231,108 @@ def test_runs_on_other_pairs_are_not_paired(runs: Path, tmp_path: Path) -> None:
     assert "oracle (elsewhere)" not in frame.index
 
 
+def test_controls_are_recognised_from_settings(runs: Path, tmp_path: Path) -> None:
+    wrong = {"ann": 2, "bob": 1, "cid": 2, "dan": 1}
+    make_run(runs / "best", predictions(PERSONAL), encoder="lookup", shuffled=True)
+    make_run(runs / "same", predictions(wrong), encoder="uniform")
+    make_run(runs / "bare", predictions(VANILLA, oracle=ORACLE), encoder="none", shuffled=True)
+    frame = report.compare(str(runs / "*"), tmp_path / "out").set_index("run")
+    assert frame["role"].to_dict() == {
+        "bare": "shuffled control",
+        "best": "shuffled control",
+        "lookup": "personalised",
+        "other": "personalised",
+        "same": "uniform control",
+        "vanilla": "vanilla",
+        "oracle": "oracle",
+        "length only": "length control",
+    }
+    # Shuffling makes other data for a baseline in no other way.
+    baselines = frame["baseline"].dropna().to_dict()
+    assert baselines == dict.fromkeys(("bare", "best", "lookup", "same"), "vanilla")
+    assert re.search(
+        r"\| best \| shuffled control \|", (tmp_path / "out/comparison.md").read_text()
+    )
+    page, _ = read_page(report.write_report(runs / "best"))
+    assert "user context, ids shuffled" in page
+
+
+def test_tests_and_price_of_the_comparison(runs: Path, tmp_path: Path) -> None:
+    make_run(runs / "third", predictions(ORACLE), encoder="lookup")
+    frame = report.compare(str(runs / "*"), tmp_path / "out").set_index("run")
+    lookup = frame.loc["lookup"]
+    gaps = np.array([1 / 5, 0, 2 / 7])
+    assert lookup["seen_effect_size"] == pytest.approx(gaps.mean() / gaps.std(ddof=1))
+    # In the generic context 7 of 14 are right, of the vanilla run's 6; margins are 1.5 or -0.5.
+    gain = np.log1p(np.exp(-1.5)) - np.log1p(np.exp(0.5))
+    assert lookup["seen_price_nll"] == pytest.approx(gain / 14)
+    # p of four differences: two runs, two kinds of users, the unseen one alone and so without p.
+    p_values = frame["seen_p_value"].dropna()
+    assert set(p_values.index) == {"lookup", "third"}
+    assert frame["unseen_p_value"].isna().all() and frame["unseen_p_holm"].isna().all()
+    low, high = sorted(p_values)
+    adjusted = frame["seen_p_holm"].dropna()
+    assert sorted(adjusted) == pytest.approx(sorted([min(1, 2 * low), max(2 * low, high)]))
+    assert frame.loc["lookup", "seen_user_unseen_prompt_n_pairs"] == 14
+    assert frame.loc["lookup", "seen_user_unseen_prompt_accuracy_micro"] == pytest.approx(9 / 14)
+    assert frame.loc["lookup", "seen_user_seen_prompt_n_pairs"] == 0
+
+
+def test_any_run_can_be_the_baseline(runs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    frame = report.compare(str(runs / "*"), out, baseline=runs / "lookup").set_index("run")
+    assert frame["baseline"].dropna().to_dict() == {"other": "lookup", "vanilla": "lookup"}
+    assert frame.loc["vanilla", "seen_difference_micro"] == pytest.approx(-3 / 14)
+    elsewhere = predictions(PERSONAL)
+    elsewhere["pair_id"] = elsewhere["pair_id"] + "-b"
+    make_run(runs / "elsewhere", elsewhere, encoder="lookup")
+    with pytest.raises(ValueError, match="two tables that hold the same pairs of the same users"):
+        report.compare(str(runs / "*"), out, baseline=runs / "lookup")
+
+
+def test_the_nearest_vanilla_run_is_the_baseline(runs: Path, tmp_path: Path) -> None:
+    for name in ("a-vanilla", "z-vanilla", "lookup"):
+        make = make_run(tmp_path / name, predictions(VANILLA), encoder="none")
+        results = json.loads((make / "results.json").read_text())
+        results["config"]["aggregator"] = {"name": "film", "site": "last"}
+        if name == "a-vanilla":
+            results["config"]["aggregator"]["site"] = "every_block"
+        if name == "lookup":
+            results["config"]["encoder"] = {"name": "lookup", "_target_": TARGETS["lookup"]}
+        (make / "results.json").write_text(json.dumps(results))
+    paths = [tmp_path / name for name in ("a-vanilla", "lookup", "z-vanilla")]
+    frame = report.compare(paths, tmp_path / "out").set_index("run")
+    assert frame.loc["lookup", "baseline"] == "z-vanilla"
+    other_data = json.loads((paths[2] / "results.json").read_text())
+    other_data["config"]["data"]["pairs_per_user"] = 7
+    (paths[2] / "results.json").write_text(json.dumps(other_data))
+    frame = report.compare(paths, tmp_path / "out").set_index("run")
+    assert frame.loc["lookup", "baseline"] == "a-vanilla"
+
+
+def test_latex_table(runs: Path, tmp_path: Path) -> None:
+    make_run(runs / "50%_off & on", predictions(PERSONAL), encoder="lookup")
+    report.compare(str(runs / "*"), tmp_path / "out")
+    text = (tmp_path / "out/comparison.tex").read_text()
+    assert text.count(r"\begin{tabular}{llll") == 2 == text.count(r"\bottomrule")
+    assert r"50\%\_off \& on & personalised & lookup" in text
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len({len(re.findall(r"(?<!\\)&", row)) for row in rows}) == 1
+
+
+def test_seen_prompts_are_shown_apart(tmp_path: Path) -> None:
+    table = predictions(PERSONAL)
+    table["prompt_kind"] = np.where(table["pair_id"].isin(["pair-0", "pair-4"]), "seen", "unseen")
+    both = make_run(tmp_path / "both", table, encoder="lookup")
+    _, reader = read_page(report.write_report(both))
+    assert "user context, seen prompts" in reader.text
+    assert "50.0" in reader.text  # ann's first pair right, her fifth wrong
+    whole = make_run(tmp_path / "all", table.assign(prompt_kind="seen"), encoder="lookup")
+    _, reader = read_page(report.write_report(whole))
+    assert "Seen users: 3, with 14 pairs on seen prompts" in reader.text
+    assert "user context, seen prompts" not in reader.text
+
+
 def test_run_names_are_text_and_tell_runs_apart(runs: Path, tmp_path: Path) -> None:
     odd = make_run(tmp_path / "a" / "$x|<i>[red]", predictions(PERSONAL), encoder="lookup")
     twins = [make_run(tmp_path / at / "0", predictions(VANILLA), encoder="none") for at in "bc"]
@@ -231,7 +343,7 @@ def test_run_names_are_text_and_tell_runs_apart(runs: Path, tmp_path: Path) -> N
     assert reader.text.count("a/$x|<i>[red]") == 3  # seen and unseen rows, and the figure
     assert r"| a/$x\|<i>[red] |" in (tmp_path / "out" / "comparison.md").read_text()
     console = Console(width=120, record=True, file=StringIO())
-    console.print(report.comparison_table(frame))
+    console.print(comparison.comparison_table(frame))
     assert "a/$x|<i>[red]" in console.export_text()
 
 
@@ -247,7 +359,7 @@ def test_glob_without_results_is_refused(runs: Path, tmp_path: Path, found: str)
 def test_closing_table_fits_a_terminal(runs: Path) -> None:
     results = json.loads((runs / "lookup" / "results.json").read_text())
     console = Console(width=100, record=True, file=StringIO())
-    console.print(report.closing_table(results))
+    console.print(tables.closing_table(results))
     text = console.export_text()
     assert re.search(r"user context +64\.3 ", text)
     assert re.search(r"oracle +85\.7 ", text)

@@ -24,6 +24,8 @@ from runs import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from plrhf.finished import role
+
 KINDS: dict[str, list[str]] = {
     "vanilla": ["encoder=none"],
     "uniform": ["encoder=uniform", "model.pooling=last"],
@@ -53,6 +55,11 @@ def test_reward_models(name: str, tmp_path: Path, cache_dir: Path) -> None:
     assert results["test"]["seen"]["user"]["n_pairs"] == 5 * 4
     assert results["test"]["unseen"]["user"]["n_pairs"] == 2 * 4
     assert results["data"]["rows"] == {"train": 70, "val": 15, "test": 28}
+    roles = {"vanilla": "vanilla", "uniform": "uniform control", "shuffled": "shuffled control"}
+    assert role(results["config"]) == roles.get(name, "personalised")
+    assert results["cells"]["seen_user_unseen_prompt"] == results["test"]["seen"]
+    assert results["cells"]["seen_user_seen_prompt"] is None
+    assert results["probes"]["overlap"]["train_test"]["prompt"] == 0
     if name in ("vanilla", "uniform"):
         assert results["test"]["seen"]["user"] == results["test"]["seen"]["generic"]
 
@@ -112,6 +119,31 @@ def test_rows_of_files(tmp_path: Path) -> None:
         assert results["data"]["refused"] == {"empty response": 1}
         tables.append(pd.read_parquet(run_dir / "predictions.parquet"))
     pd.testing.assert_frame_equal(*tables)
+
+
+def test_pairs_on_seen_prompts_and_warnings_of_probes(tmp_path: Path, capsys: Any) -> None:
+    model = save_model(tmp_path / "gptj")
+    rows = rows_of_world(n_users=8, pairs_per_user=60, n_prompts=60)
+    for row in rows:
+        del row["split"]
+        row["rejected"] = str([row["rejected"]])
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    run_dir = tmp_path / "run"
+    kept = ["data.seen_prompt_test_fraction=0.2", "data.unseen_fraction=0.3"]
+    launch("train", *ROWS, *hf(model), *kept, f"data.path={path}", f"run_dir={run_dir}")
+    results = check_run(run_dir, oracle=False)
+    cells = results["cells"]
+    assert all(cell["user"]["n_pairs"] > 0 for cell in cells.values())
+    for kind in ("seen", "unseen"):
+        sizes = [cells[f"{kind}_user_{p}_prompt"]["user"]["n_pairs"] for p in ("seen", "unseen")]
+        assert sum(sizes) == results["test"][kind]["user"]["n_pairs"]
+    predictions = pd.read_parquet(run_dir / "predictions.parquet")
+    assert set(predictions["prompt_kind"][predictions["split"] == "val"]) == {"unseen"}
+    assert results["probes"]["format_only"]["accuracy"]["value"] == 1
+    (line,) = [one for one in results["probes"]["warnings"] if "format_only" in one]
+    out = capsys.readouterr().out.splitlines()
+    assert [one for one in out if "format_only" in one] == [f"warning: {line}"]
+    assert not any("probe prompt" in one for one in out)
 
 
 def test_bidirectional_backbone(tmp_path: Path) -> None:

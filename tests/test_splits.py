@@ -6,12 +6,13 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from plrhf.data.rows import Row
-from plrhf.data.splits import Splits, assign, shuffle_users, split_rows
+from plrhf.data.splits import Splits, assign, prompt_kinds, shuffle_users, split_rows
 
 SETTINGS: dict[str, Any] = {
     "seed": 1,
@@ -66,6 +67,40 @@ def test_no_prompt_is_in_two_splits(seed: int) -> None:
     assert abs(len(prompts[1]) - 70) < 40 and abs(len(prompts[2]) - 140) < 50
     assert len(parts.train) + len(parts.val) + len(parts.test) == len(rows)
     assert parts.dropped == {}
+
+
+def test_test_pairs_on_seen_prompts_come_out_of_train_alone() -> None:
+    rows = [row for user in range(13) for row in rows_of(f"u{user}", {None: 300}, prompts=101)]
+    rows = [replace(row, prompt=f"About {row.prompt_id}") for row in rows]
+    plain = split(rows, unseen_fraction=0.3)
+    kept = split(rows, unseen_fraction=0.3, seen_prompt_test_fraction=0.25)
+    assert not plain.shared_prompts and kept.shared_prompts
+    assert (kept.val, kept.users) == (plain.val, plain.users)
+    before = {row.pair_id for row in plain.test}
+    moved = [row for row in kept.test if row.pair_id not in before]
+    assert before < {row.pair_id for row in kept.test}
+    assert set(prompt_kinds(plain.test, plain)) == {"unseen"}
+    kinds = Counter(
+        (row.user_id in kept.users, kind, row.pair_id in before)
+        for row, kind in zip(kept.test, prompt_kinds(kept.test, kept), strict=True)
+    )
+    assert set(kinds) == {(seen, *rest) for seen in (True, False) for rest in CELLS}
+    of_seen = [row for row in moved if row.user_id in kept.users]
+    assert len(of_seen) + len(kept.train) == len(plain.train)
+    assert abs(len(of_seen) / len(plain.train) - 0.25) < 0.04
+
+
+CELLS = (("seen", False), ("unseen", True))  # a prompt's kind, and whether it was test anyway
+
+
+def test_a_prompt_is_known_by_text_or_id_and_unknown_without_train_rows() -> None:
+    train, by_id, by_text, other = (
+        replace(rows_of("a", {"train": 1})[0], prompt=prompt, prompt_id=name)
+        for prompt, name in (("Tea?", "p1"), ("Tea!", "p1"), ("Tea?", "p2"), ("Tea!", "p3"))
+    )
+    parts = Splits(train=[train], val=[], test=[by_id, by_text, other], users=("a",), dropped={})
+    assert prompt_kinds(parts.test, parts) == ["seen", "seen", "unseen"]
+    assert prompt_kinds(parts.test, replace(parts, train=[])) == ["unknown"] * 3
 
 
 def test_a_prompt_stays_where_it_is_when_rows_are_added() -> None:
@@ -155,6 +190,12 @@ def test_unseen_users_keep_test_rows_only_and_face_the_same_minimum() -> None:
         ({"unseen_fraction": float("nan")}, "data.unseen_fraction=nan is not allowed"),
         ({"val_fraction": 0.8}, "data.val_fraction=0.8 .* less than 1 - data.test_fraction = 0.8"),
         ({"min_pairs_per_user": 0}, "data.min_pairs_per_user=0 is not allowed: expected 1 or"),
+        ({"seen_prompt_test_fraction": 1}, "data.seen_prompt_test_fraction=1 is not .* < 1"),
+        (
+            {"seen_prompt_test_fraction": 0.1},
+            "data.seen_prompt_test_fraction=0.1 is not allowed: expected 0 where rows carry a split. "
+            "Put such pairs into test in the rows",
+        ),
         ({"max_users": 0}, "data.max_users=0 is not allowed: .* Set data.max_users=null"),
     ],
 )

@@ -75,6 +75,9 @@ def test_other_rows(reward_run: Path, tmp_path: Path) -> None:
     assert set(kinds["unseen"]) == {*world().user_ids[5:], "nobody"}
     assert results["test"]["seen"]["user"]["n_pairs"] == 5 * 4
     assert results["test"]["unseen"]["user"]["n_pairs"] == 2 * 4 + 3
+    # Without the rows of training nobody knows which prompts were seen, nor can a probe be fitted.
+    assert set(predictions["prompt_kind"]) == {"unknown"}
+    assert set(results["cells"].values()) == {None} and results["probes"] == {}
     # Whom the model does not know, it answers as it does the generic user.
     unseen = predictions[predictions["user_kind"] == "unseen"]
     margins = unseen.pivot(index="pair_id", columns="context", values="margin")
@@ -239,7 +242,7 @@ def test_comparison(reward_run: Path, policy_run: Path, tmp_path: Path, capsys: 
     (tmp_path / "runs/unfinished").mkdir()
     launch("eval", "eval=compare", f"runs={tmp_path}/runs/*", f"out={tmp_path / 'out'}")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("comparison.csv", "comparison.md", "report.html")
+        *("comparison.csv", "comparison.md", "comparison.tex", "report.html")
     }
     frame = pd.read_csv(tmp_path / "out/comparison.csv")
     assert {"one", "two"} <= set(frame["run"])
@@ -249,6 +252,13 @@ def test_comparison(reward_run: Path, policy_run: Path, tmp_path: Path, capsys: 
         value = json.loads((run / "results.json").read_text())["test"]["seen"]["user"]
         row = frame[(frame["run"] == name)].iloc[0]
         assert value["accuracy_micro"]["value"] in row.to_numpy()
+    assert set(frame["role"].dropna()) == {"personalised", "oracle", "length control"}
+    assert frame["baseline"].isna().all()  # neither run is vanilla
+    chosen = f"eval.baseline={tmp_path}/runs/one"
+    launch("eval", "eval=compare", chosen, f"runs={tmp_path}/runs/*", f"out={tmp_path / 'out'}")
+    frame = pd.read_csv(tmp_path / "out/comparison.csv").set_index("run")
+    assert frame["baseline"].dropna().to_dict() == {"two": "one"}
+    assert 0 < frame.loc["two", "seen_p_value"] <= frame.loc["two", "seen_p_holm"] <= 1
 
 
 def test_a_process_of_its_own(reward_run: Path, tmp_path: Path) -> None:

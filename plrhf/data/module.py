@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from copy import copy
+from dataclasses import replace
+from typing import Any, Self
 
 import torch
 from lightning import LightningDataModule
@@ -120,6 +122,16 @@ class ResumableLoader(DataLoader):
         sampler.served = state["served"]
 
 
+class OpenSplits(dict[str, PairDataset]):
+    """Datasets by split; a split that is not among them says why it cannot be had."""
+
+    def __missing__(self, split: str) -> PairDataset:
+        raise LookupError(
+            f"{split} pairs are closed here: only {', '.join(self)} may be looked at while a model "
+            "is trained and its best checkpoint chosen"
+        )
+
+
 class PreferenceData(LightningDataModule):
     """Train, val and test pairs of a source.
 
@@ -146,6 +158,7 @@ class PreferenceData(LightningDataModule):
         on_bad_row: str = "refuse",
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
+        seen_prompt_test_fraction: float = 0.0,
         unseen_fraction: float = 0.0,
         min_pairs_per_user: int = 1,
         max_users: int | None = None,
@@ -177,6 +190,7 @@ class PreferenceData(LightningDataModule):
                 seed=seed,
                 val_fraction=val_fraction,
                 test_fraction=test_fraction,
+                seen_prompt_test_fraction=seen_prompt_test_fraction,
                 unseen_fraction=unseen_fraction,
                 min_pairs_per_user=min_pairs_per_user,
                 max_users=max_users,
@@ -238,6 +252,14 @@ class PreferenceData(LightningDataModule):
         self.truncated = dict(to_tokens.counts)
         self.to_tokens = to_tokens
 
+    def part(self, *splits: str) -> Self:
+        """The tokenised pairs of these splits alone: who is given it cannot reach the others."""
+        part = copy(self)
+        part.datasets = OpenSplits({split: self.datasets[split] for split in splits})
+        for name in ("splits", "source"):  # the rows of all splits, and where they come from
+            vars(part).pop(name, None)
+        return part
+
     def counts(self) -> dict[str, Any]:
         """What became of every row read: the "data" part of results.json."""
         return {
@@ -270,8 +292,8 @@ class PreferenceData(LightningDataModule):
         return _loader(dataset, batches)
 
     def precompute_reference(self, reference: Callable[[PreferenceBatch], Tensor]) -> None:
-        """Keep `reference(batch)` [B, 2] of every train and val pair: the reference never changes."""
-        for split in ("train", "val"):
+        """Keep `reference(batch)` [B, 2] of every pair: the reference never changes."""
+        for split in self.datasets:
             dataset = self.datasets[split]
             found = torch.zeros(len(dataset), 2)
             for batch in self.ordered_loader(split):
@@ -347,10 +369,8 @@ def as_test(rows: Sequence[Row], users: Sequence[str]) -> Splits:
 
 def shuffled(splits: Splits, *, seed: int) -> Splits:
     """The same splits with users permuted over train rows and over val rows; test keeps the truth."""
-    return Splits(
+    return replace(
+        splits,
         train=shuffle_users(splits.train, seed=seed),
         val=shuffle_users(splits.val, seed=seed + 1),
-        test=splits.test,
-        users=splits.users,
-        dropped=splits.dropped,
     )

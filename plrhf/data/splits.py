@@ -26,6 +26,7 @@ class Splits:
     test: list[Row]
     users: tuple[str, ...]  # seen users, sorted; user index in the model = place + 1
     dropped: dict[str, int]  # reason -> rows that are in no split
+    shared_prompts: bool = False  # whether test was meant to hold pairs on prompts of train
 
 
 def assign(key: str, *, salt: str, seed: int) -> float:
@@ -46,12 +47,14 @@ def split_rows(
     unseen_fraction: float,
     min_pairs_per_user: int,
     max_users: int | None = None,
+    seen_prompt_test_fraction: float = 0.0,
 ) -> Splits:
     """Divide rows into train, val and test by prompt, and hold back unseen users.
 
     1. A row's split is its own where the rows carry one (all or none must; the val and test
        fractions are then not used), otherwise that of its ``prompt_id``, drawn by salted hash, so
-       that no prompt is in two splits.
+       that no prompt is in two splits. Of the train rows, `seen_prompt_test_fraction` then go to
+       test by a hash of their own: the test pairs on prompts that are seen.
     2. Users with fewer than `min_pairs_per_user` train rows are dropped whole. A user with test
        rows only is unseen by construction and held to the same minimum on these, so that a light
        user of real data does not come back in as an unseen one.
@@ -65,7 +68,12 @@ def split_rows(
         ValueError: a setting out of range, rows with and without a split, no train or test rows.
     """
     _check_settings(val_fraction, test_fraction, unseen_fraction, min_pairs_per_user, max_users)
+    _check_seen_prompts(seen_prompt_test_fraction, rows)
     names = _split_names(rows, seed=seed, val_fraction=val_fraction, test_fraction=test_fraction)
+    for place, row in enumerate(rows):
+        if names[place] == "train":
+            drawn = assign(row.pair_id, salt="seen prompt", seed=seed) < seen_prompt_test_fraction
+            names[place] = "test" if drawn else "train"
     train_pairs, other_pairs = _pair_counts(rows, names)
     all_users = {row.user_id for row in rows}
     # A user with val rows but no train rows is neither trained nor unseen: below the minimum.
@@ -92,7 +100,25 @@ def split_rows(
         else:
             parts[name].append(row)
     _check_not_empty(parts, dropped, rows)
-    return Splits(**parts, users=tuple(sorted(seen)), dropped=dict(dropped))
+    return Splits(
+        **parts,
+        users=tuple(sorted(seen)),
+        dropped=dict(dropped),
+        shared_prompts=seen_prompt_test_fraction > 0,
+    )
+
+
+def prompt_keys(row: Row) -> tuple[str, str]:
+    """What a prompt is recognised by: its id, and its text, as one text may go by two ids."""
+    return f"id {row.prompt_id}", f"text {row.prompt}"
+
+
+def prompt_kinds(rows: Sequence[Row], splits: Splits) -> list[str]:
+    """Whether each row's prompt is one of train: "seen", "unseen"; "unknown" without train rows."""
+    if len(splits.train) == 0:
+        return ["unknown"] * len(rows)
+    trained = {key for row in splits.train for key in prompt_keys(row)}
+    return ["unseen" if trained.isdisjoint(prompt_keys(row)) else "seen" for row in rows]
 
 
 def shuffle_users(rows: Sequence[Row], *, seed: int) -> list[Row]:
@@ -170,6 +196,17 @@ def _check_settings(
     if max_users is not None and max_users < 1:
         cure = "Set data.max_users=null to keep all"
         raise bad_value("data.max_users", max_users, "1 or more, or null", cure)
+
+
+def _check_seen_prompts(fraction: float, rows: Sequence[Row]) -> None:
+    if not 0 <= fraction < 1:
+        cure = "Set data.seen_prompt_test_fraction=0.1"
+        raise bad_value("data.seen_prompt_test_fraction", fraction, "0 <= fraction < 1", cure)
+    if fraction > 0 and any(row.split is not None for row in rows):
+        cure = "Put such pairs into test in the rows, or leave split out of every row"
+        raise bad_value(
+            "data.seen_prompt_test_fraction", fraction, "0 where rows carry a split", cure
+        )
 
 
 def _check_not_empty(

@@ -1,0 +1,245 @@
+"""Figures of a page: inline SVG whose colours follow the page (light, dark, print)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from plrhf.finished import Run
+from plrhf.metrics import USER_KINDS
+from plrhf.stats import Estimate, Outcomes, reliability, user_sums
+from plrhf.tables import headline_rows
+
+CURVE_POINTS = 300
+# Placeholders, one a role: `_drawing` turns each into the page's CSS variable of that name.
+INK, MUTED, GRID, ACCENT, WARM = "#010101", "#020202", "#030303", "#040404", "#050505"
+ROLES = {INK: "ink", MUTED: "muted", GRID: "grid", ACCENT: "accent", WARM: "warm"}
+KIND_COLOURS = {"seen": ACCENT, "unseen": WARM}
+KIND_MARKERS = {"seen": "o", "unseen": "D"}
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "text.color": INK,
+    "text.parse_math": False,  # a run may be called $x$
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "legend.frameon": False,
+    "savefig.transparent": True,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "plrhf",
+}
+
+
+class Drawing(NamedTuple):
+    """An inline figure."""
+
+    svg: Markup
+    caption: str = ""
+    wide: bool = False
+
+
+def _axes(width: float = 4.7, height: float = 3.0) -> tuple[Figure, Axes]:
+    """An empty panel, in inches; two of the default width stand side by side on a page."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _drawing(figure: Figure, label: str, *, caption: str = "", wide: bool = False) -> Drawing:
+    """The figure as inline SVG with the page's colours and fonts, ids made its own by the label."""
+    buffer = StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (width|height|version|xmlns|xmlns:xlink)="[^"]*"', "", svg, count=5)
+    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    for placeholder, role in ROLES.items():
+        svg = svg.replace(placeholder, f"var(--{role})")
+    prefix = re.sub(r"\W+", "-", label.lower())
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    return Drawing(Markup(svg), caption, wide)  # matplotlib escapes what it writes
+
+
+@rc_context(STYLE)
+def learning_curves(metrics: pd.DataFrame) -> list[Drawing]:
+    """Loss and accuracy of train and val by step, from the sparse rows of Lightning's CSVLogger."""
+    drawings = []
+    for title, pattern in (("Loss and nll, nats", r"loss|nll"), ("Accuracy", r"accuracy")):
+        columns = [
+            column
+            for column in metrics.columns
+            if re.match(rf"(train|val)/.*({pattern})", column) and metrics[column].notna().any()
+        ]
+        if len(columns) == 0:
+            continue
+        figure, axes = _axes()
+        styles = {"train": iter("-:" * 9), "val": iter(("-", "--", "-.", ":") * 9)}
+        for column in columns:
+            split = column.split("/")[0]
+            points = _thinned(metrics[["step", column]].dropna())
+            colour, width = (MUTED, 1.0) if split == "train" else (ACCENT, 1.8)
+            line: dict[str, Any] = {
+                "color": colour,
+                "linewidth": width,
+                "linestyle": next(styles[split]),
+            }
+            marker = "o" if len(points) <= 30 else None
+            axes.plot(
+                points["step"], points[column], label=column, marker=marker, markersize=3, **line
+            )
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.legend(labelcolor=INK)
+        drawings.append(_drawing(figure, title))
+    return drawings
+
+
+def _thinned(points: pd.DataFrame) -> pd.DataFrame:
+    """At most CURVE_POINTS points [step, value], each the mean of its neighbours."""
+    size = -(-len(points) // CURVE_POINTS)
+    return points.groupby(np.arange(len(points)) // max(1, size)).mean()
+
+
+def user_figures(run: Run) -> list[Drawing]:
+    kinds = [kind for kind in USER_KINDS if len(run.outcomes(kind)) > 0]
+    bars = [_user_bars(run.outcomes(kind), kind) for kind in kinds]
+    return [*bars, _seen_against_unseen(run.results), _reliability_diagram(run, kinds)]
+
+
+@rc_context(STYLE)
+def _user_bars(personal: Outcomes, kind: str) -> Drawing:
+    """Each user's accuracy, sorted, the worst tenth marked; all bars in two paths, for 10,000."""
+    sums = user_sums(personal)
+    means = np.sort(sums.correct / sums.count) * 100
+    n_worst = max(1, len(means) // 10)
+    figure, axes = _axes(9.6, 2.4)
+    gap = 0.2 if len(means) <= 150 else 0.0
+    for start, stop, colour, name in (
+        (0, n_worst, WARM, "worst tenth"),
+        (n_worst, len(means), ACCENT, "other users"),
+    ):
+        if stop > start:
+            heights = np.stack([means[start:stop], np.zeros(stop - start)], axis=1).ravel()
+            places = np.arange(start, stop)
+            edges = np.append(np.stack([places, places + 1 - gap], axis=1).ravel(), stop)
+            axes.stairs(heights, edges, fill=True, color=colour, label=name, linewidth=0)
+    mean = float(means.mean())
+    axes.axhline(mean, color=INK, linewidth=1, linestyle="--", label=f"mean {mean:.1f}")
+    axes.axhline(50, color=MUTED, linewidth=0.8)
+    axes.set(xlim=(-0.5, len(means) + 0.5), ylim=(0, 100), ylabel="accuracy, %")
+    axes.set_title(f"{kind.capitalize()} users, user context, from worst to best")
+    axes.set_xticks([])
+    axes.grid(visible=False, axis="x")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, ncols=3, labelcolor=INK)
+    pairs = f"{sums.count.min():.0f} to {sums.count.max():.0f} pairs a user; the line is 50%."
+    caption = f"{pairs} With few pairs a user, much of the spread is chance."
+    return _drawing(figure, f"Accuracy of {kind} users", caption=caption, wide=True)
+
+
+@rc_context(STYLE)
+def _seen_against_unseen(results: Mapping[str, Any]) -> Drawing:
+    """Micro accuracy with intervals, by context and kind of user."""
+    names = [name for name, _ in headline_rows(results, "seen")]
+    figure, axes = _axes()
+    for shift, kind in zip((-0.13, 0.13), USER_KINDS, strict=True):
+        cells = [cell["accuracy_micro"] for _, cell in headline_rows(results, kind)]
+        _dots(axes, np.arange(len(names)) + shift, cells, kind)
+    axes.axvline(50, color=MUTED, linewidth=0.8)
+    axes.set_yticks(range(len(names)), names, color=INK)
+    axes.invert_yaxis()
+    axes.set_xlabel("accuracy, %")
+    axes.set_title("Seen against unseen users, 95% intervals")
+    axes.grid(visible=False, axis="y")
+    figure.legend(loc="outside lower right", ncols=2, labelcolor=INK)
+    return _drawing(figure, "Seen against unseen users")
+
+
+def _dots(axes: Axes, places: np.ndarray, cells: Sequence[Estimate], kind: str) -> None:
+    shown = [
+        (at, cell) for at, cell in zip(places, cells, strict=True) if cell["value"] is not None
+    ]
+    values = [100 * cell["value"] for _, cell in shown if cell["value"] is not None]
+    for at, cell in shown:
+        if cell["ci95"] is not None:
+            low, high = cell["ci95"]
+            axes.plot([100 * low, 100 * high], [at, at], color=KIND_COLOURS[kind], linewidth=1.6)
+    marker: dict[str, Any] = {
+        "marker": "o" if kind == "seen" else "D",
+        "linestyle": "",
+        "markersize": 5,
+    }
+    if len(values) > 0:
+        at_all = [at for at, _ in shown]
+        axes.plot(values, at_all, color=KIND_COLOURS[kind], label=f"{kind} users", **marker)
+
+
+@rc_context(STYLE)
+def _reliability_diagram(run: Run, kinds: Sequence[str]) -> Drawing:
+    """Accuracy against confidence by bin, marker area by share of pairs (Guo et al. 2017)."""
+    figure, axes = _axes()
+    axes.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=0.8, linestyle="--", label="calibrated")
+    for kind in kinds:
+        confident, accurate, count = reliability(run.outcomes(kind))
+        colour = KIND_COLOURS[kind]
+        axes.plot(confident, accurate, color=colour, linewidth=1.2)
+        marker = KIND_MARKERS[kind]
+        area = 8 + 160 * count / count.sum()
+        axes.scatter(
+            confident,
+            accurate,
+            area,
+            color=colour,
+            marker=marker,
+            alpha=0.75,
+            label=f"{kind} users",
+        )
+    axes.set(xlabel="confidence, sigma(|margin|)", ylabel="accuracy")
+    axes.set_title("Reliability, user context; area: share of pairs")
+    legend = figure.legend(loc="outside lower right", ncols=3, labelcolor=INK)
+    for handle in legend.legend_handles[1:]:
+        handle.set_sizes([24])  # type: ignore[union-attr]
+    return _drawing(figure, "Reliability diagram")
+
+
+@rc_context(STYLE)
+def comparison_bars(frame: pd.DataFrame) -> Drawing:
+    """Micro accuracy of each run as bars from chance, 50%, with intervals."""
+    figure, axes = _axes(9.6, 1.0 + 0.42 * len(frame))
+    for shift, kind in zip((-0.2, 0.2), USER_KINDS, strict=True):
+        columns = [f"{kind}_accuracy_micro{end}" for end in ("", "_low", "_high")]
+        value, low, high = (100 * frame[column].to_numpy(dtype=float) for column in columns)
+        places = np.arange(len(frame)) + shift
+        axes.barh(
+            places, value - 50, 0.36, left=50, color=KIND_COLOURS[kind], label=f"{kind} users"
+        )
+        axes.errorbar(
+            value, places, xerr=[value - low, high - value], fmt="none", ecolor=INK, elinewidth=1
+        )
+    axes.axvline(50, color=MUTED, linewidth=0.8)
+    axes.set_yticks(range(len(frame)), frame["run"], color=INK)
+    axes.invert_yaxis()
+    axes.set_xlabel("accuracy, %; bars start at chance, 50%")
+    axes.grid(visible=False, axis="y")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, labelcolor=INK)
+    return _drawing(figure, "Accuracy by run", wide=True)
