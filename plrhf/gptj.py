@@ -37,16 +37,16 @@ class Packed:
     turns: Tensor
 
 
-def packed(segment: Tensor, position_ids: Tensor, sincos: Tensor, mask: Tensor) -> Packed:
+def packed(trunk: Any, segment: Tensor, position_ids: Tensor, mask: Tensor) -> Packed:
     """`Packed` of rows whose prompts come first.
 
     Args:
         segment, position_ids: [R, L] int64. mask: [R, L, L] bool, whether a position sees another.
-        sincos: [positions, rotary], sines then cosines.
     """
     # One short of the shortest prompt: its last position is what predicts a response's first token.
     start = max(0, int((segment == PROMPT).sum(dim=1).min()) - 1)
-    sin, cos = sincos.float()[position_ids].chunk(2, dim=-1)
+    sincos = trunk.h[0].attn.embed_positions  # [positions, rotary], sines then cosines
+    sin, cos = sincos.to(segment.device).float()[position_ids].chunk(2, dim=-1)
     return Packed(start, mask[:, None, start:], torch.complex(cos, sin)[:, :, None])
 
 
@@ -116,7 +116,11 @@ def attention(attn: Any, normed: Tensor, read: Tensor, layout: Packed) -> Tensor
     )
     if first < start:
         of_prompt = scaled_dot_product_attention(
-            *(one[:, :, :start] for one in (query, key, value)), is_causal=True, dropout_p=dropout
+            query[:, :, :start],
+            key[:, :, :start],
+            value[:, :, :start],
+            is_causal=True,
+            dropout_p=dropout,
         )
         found = torch.cat([of_prompt, found], dim=2)
     return attn.resid_dropout(attn.out_proj(found.transpose(1, 2).flatten(2)))

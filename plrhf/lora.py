@@ -13,7 +13,7 @@ class _LoRALinear(torch.autograd.Function):
     """y = x W^T + b + scaling * (x A^T) B^T (Hu et al. 2021, arXiv 2106.09685, eq. 3), W and b frozen."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
