@@ -197,6 +197,16 @@ class Backbone(nn.Module):
                 digest.update(f"{name} {tuple(value.shape)} {total:.4e}".encode())
         return digest.hexdigest()
 
+    def digest(self) -> str:
+        """Hash of every bit of the frozen weights, thirty-two hexadecimal digits."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, value in sorted(self.named_parameters()):
+            if not value.requires_grad:
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                bits: Any = value.detach().cpu().contiguous().view(torch.uint8).numpy()
+                digest.update(bits)
+        return digest.hexdigest()
+
     def save(self, directory: Path) -> None:
         """Write what was learned: the PEFT adapter, or the whole model to ``backbone/``."""
         if isinstance(self.model, PeftModel):

@@ -17,8 +17,9 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from plrhf.cli import Settings
+from plrhf.data.known import KnownTexts
 from plrhf.data.module import PairDataset, PreferenceData
-from plrhf.data.rows import Features, Message, Row
+from plrhf.data.rows import Features, Message, Row, content_hash
 from plrhf.data.splits import Splits, prompt_kinds
 from plrhf.errors import bad_value
 from plrhf.export import Card
@@ -33,8 +34,14 @@ from plrhf.types import PreferenceBatch, UserBatch
 RESULTS_SCHEMA = 1
 
 
-def prepare(model: PersonalModule, data: PreferenceData, trainer: Trainer) -> None:
-    """Compute once what would be computed again and again: reference, or frozen trunk."""
+def prepare(
+    model: PersonalModule, data: PreferenceData, trainer: Trainer, *, cache_dir: Path | None = None
+) -> None:
+    """Compute once what would be computed again and again: reference, or frozen trunk.
+
+    Args:
+        cache_dir: keeps it for other runs too: neither depends on user model, seed or loss.
+    """
     device = trainer.strategy.root_device
     model.to(device)
     model.eval()
@@ -42,11 +49,22 @@ def prepare(model: PersonalModule, data: PreferenceData, trainer: Trainer) -> No
     def on_device(batch: PreferenceBatch) -> PreferenceBatch:
         return move_data_to_device(batch, device)
 
+    def known(*what: str) -> KnownTexts | None:
+        if cache_dir is None:
+            return None
+        key = content_hash(model.backbone.digest(), trainer.precision, *what)
+        return KnownTexts(cache_dir / f"texts-{key}")
+
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         if isinstance(model, PersonalDPOPolicy):
-            data.precompute_reference(lambda batch: model.reference_logps(on_device(batch)).cpu())
+            data.precompute_reference(
+                lambda batch: model.reference_logps(on_device(batch)).cpu(), known("reference")
+            )
         elif isinstance(model, PersonalRewardModel) and model.pooled_suffices:
-            data.precompute_hidden(lambda batch: model.pooled_trunk(on_device(batch)).cpu())
+            data.precompute_hidden(
+                lambda batch: model.pooled_trunk(on_device(batch)).cpu(),
+                known("pooled", model.pooling),
+            )
     model.train()
 
 

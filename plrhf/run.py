@@ -110,10 +110,11 @@ def train_personal(
     probes = probe(data.splits)
     _warn(probes["warnings"])
     begin(settings, run_dir, resume_from=resume_from)
-    prepare(model, data.part("train", "val"), trainer)
+    cache_dir = Path(settings["cache_dir"])
+    prepare(model, data.part("train", "val"), trainer, cache_dir=cache_dir)
     fit(model, data, trainer, resume_from=resume_from)
     save_export(run_dir / "export", model, card, tokenizer)
-    prepare(model, data.part("test"), trainer)
+    prepare(model, data.part("test"), trainer, cache_dir=cache_dir)
     predictions = predict(model, data, trainer)
     how = {"command": " ".join(["python", *sys.argv]), "versions": _versions()}
     results = summarise_run(predictions, settings, data, probes, how)

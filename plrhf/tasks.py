@@ -55,7 +55,8 @@ def score(settings: Settings) -> None:
     run = _run_dir(settings)
     model, data, trainer, config = load_run(run, settings)
     out = Path(settings["out"] or run / "eval")
-    prepare(model, data.part("val", "test"), trainer)
+    cache_dir = Path(config["cache_dir"])
+    prepare(model, data.part("val", "test"), trainer, cache_dir=cache_dir)
     predictions = predict(model, data, trainer)
     how = json.loads((run / "results.json").read_text())["run"]
     results = summarise_run(predictions, config, data, probe(data.splits), how)

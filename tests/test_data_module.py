@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from plrhf.aggregators import FiLM
 from plrhf.backbone import Backbone, tiny_gptj
-from plrhf.data.module import OrderedBatches, PreferenceData, as_test, build_data
+from plrhf.data.module import OrderedBatches, PreferenceData, as_test, build_data, coupled
 from plrhf.data.packing import TokenPair
 from plrhf.data.rows import parse_row
 from plrhf.data.sources.base import Source
@@ -28,6 +28,7 @@ from plrhf.encoders import LookupEncoder
 from plrhf.optim import Optim
 from plrhf.policy import PersonalDPOPolicy
 from plrhf.reward import PersonalRewardModel
+from plrhf.types import CHOSEN, REJECTED
 
 SENTENCE = "write about the sea is blue wide and calm boats sail far away home ."
 WORDS = SENTENCE.split()
@@ -289,7 +290,8 @@ def test_hidden_states_computed_beforehand_change_nothing(
 
     @torch.no_grad()
     def pool(batch: Any) -> Tensor:
-        seen.append(len(batch))
+        responses = [(batch.segment == mark).any(dim=1).sum() for mark in (CHOSEN, REJECTED)]
+        seen.append(int(sum(responses)))
         return model.pooled_trunk(batch)
 
     data.precompute_hidden(pool)
@@ -334,7 +336,7 @@ def test_reference_computed_beforehand_changes_nothing(tokenizer: Any) -> None:
     for (row, expected), batch in zip(online.items(), data.ordered_loader("train"), strict=True):
         assert batch.row.equal(row)
         torch.testing.assert_close(policy.loss(batch)[0], expected, atol=1e-5, rtol=0)
-    assert data.datasets["val"].ref_logps.shape == (5, 2)
+    assert data.datasets["val"].ref_logps[torch.arange(5)].shape == (5, 2)
 
 
 @pytest.fixture(scope="module")
@@ -472,14 +474,22 @@ def test_texts_by_hand(tokenizer: Any) -> None:
         TokenPair((9,), (2,), (3,)),
     ]
     texts, places = dataset.texts()
-    assert [(text.prompt[0], text.chosen[0], text.rejected) for text in texts] == [
-        (1, 2, ()),
-        (1, 3, ()),
-        (1, 4, ()),
-        (9, 2, ()),
-        (9, 3, ()),
-    ]
+    assert texts == [((1,), (2,)), ((1,), (3,)), ((1,), (4,)), ((9,), (2,)), ((9,), (3,))]
     assert places.tolist() == [[0, 1], [1, 2], [3, 4]]
+
+
+def test_texts_of_one_prompt_share_a_row_by_hand() -> None:
+    texts = [((1,), (2,)), ((9,), (2,)), ((1,), (3,)), ((1,), (4,)), ((9,), (5,))]
+    pairs, places = coupled(texts, together=True)
+    assert pairs == [
+        TokenPair((1,), (2,), (3,)),
+        TokenPair((9,), (2,), (5,)),
+        TokenPair((1,), (4,), ()),
+    ]
+    assert places.tolist() == [[0, 2], [1, 4], [3, 5]]
+    pairs, places = coupled(texts[:2], together=False)
+    assert pairs == [TokenPair((1,), (2,), ()), TokenPair((9,), (2,), ())]
+    assert places.tolist() == [[0, 2], [1, 2]]
 
 
 BAD = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from plrhf.config import NOT_FOR_THE_CONSTRUCTOR, build, locate, parameters, unknown_key
 from plrhf.data.features import FeatureSchema
+from plrhf.data.known import KnownTexts, Text
 from plrhf.data.packing import Layout, RowTokenizer, Tokenizer, TokenPair, packed, two_rows
 from plrhf.data.rows import Row, read_rows
 from plrhf.data.sources.base import Source
@@ -22,12 +23,24 @@ from plrhf.errors import bad_value
 from plrhf.types import GENERIC_USER, PreferenceBatch
 
 
+@dataclass
+class OfTexts:
+    """A value of each pair's two texts, kept once a distinct text."""
+
+    values: Tensor  # [M, ...] float32
+    places: Tensor  # [N, 2] int64: chosen, rejected
+
+    def __getitem__(self, at: Tensor) -> Tensor:
+        """Values [B, 2, ...] of the pairs at places [B]."""
+        return self.values[self.places[at]]
+
+
 class PairDataset:
     """Tokenised pairs of one split, and what was computed for them beforehand.
 
     Attributes:
-        ref_logps: [N, 2] reference log-probabilities, or None.
-        hidden: [N, 2, d] pooled trunk outputs (chosen, rejected), or None.
+        ref_logps: reference log-probabilities of chosen and rejected, [N, 2], or None.
+        hidden: pooled trunk outputs, [N, 2, d], or None.
     """
 
     def __init__(
@@ -46,8 +59,8 @@ class PairDataset:
         self.features = torch.tensor(features, dtype=torch.float32).view(
             len(rows), schema.n_features
         )
-        self.ref_logps: Tensor | None = None
-        self.hidden: Tensor | None = None
+        self.ref_logps: OfTexts | None = None
+        self.hidden: OfTexts | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -68,9 +81,9 @@ class PairDataset:
         )
         return batch if self.hidden is None else batch.pooled(self.hidden[at])
 
-    def texts(self) -> tuple[list[TokenPair], Tensor]:
-        """Distinct (prompt, response) texts, as pairs without a rejected response, and [N, 2] places."""
-        places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    def texts(self) -> tuple[list[Text], Tensor]:
+        """Distinct (prompt, response) texts, and which of them each pair's two are, [N, 2]."""
+        places: dict[Text, int] = {}
         of_pair = [
             [
                 places.setdefault((pair.prompt, text), len(places))
@@ -78,7 +91,37 @@ class PairDataset:
             ]
             for pair in self.pairs
         ]
-        return [TokenPair(prompt, text, ()) for prompt, text in places], torch.tensor(of_pair)
+        return list(places), torch.tensor(of_pair, dtype=torch.int64).view(-1, 2)
+
+    @classmethod
+    def of_tokens(cls, pairs: Sequence[TokenPair]) -> Self:
+        """Pairs in one row each, for what concerns their text alone: every user is the generic one."""
+        row = Row(prompt="", chosen="", rejected="", user_id="", prompt_id="", pair_id="")
+        schema = FeatureSchema.fit(())
+        return cls([row] * len(pairs), pairs, layout=packed, user_index={}, schema=schema)
+
+
+def coupled(texts: Sequence[Text], *, together: bool) -> tuple[list[TokenPair], Tensor]:
+    """Texts as pairs: two of one prompt in each if `together`, else one and an empty response.
+
+    Returns:
+        The pairs, and the places [P, 2] of their responses in `texts`, N for an empty one.
+    """
+    pairs, places = [], []
+    waiting: dict[tuple[int, ...], int] = {}
+    for place, (prompt, response) in enumerate(texts):
+        if together and prompt in waiting:
+            first = waiting.pop(prompt)
+            pairs.append(TokenPair(prompt, texts[first][1], response))
+            places.append([first, place])
+        elif together:
+            waiting[prompt] = place
+        else:
+            waiting[(place,)] = place
+    for place in waiting.values():
+        pairs.append(TokenPair(*texts[place], ()))
+        places.append([place, len(texts)])
+    return pairs, torch.tensor(places, dtype=torch.int64).view(-1, 2)
 
 
 class OrderedBatches(Sampler[list[int]]):
@@ -291,40 +334,58 @@ class PreferenceData(LightningDataModule):
         batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
         return _loader(dataset, batches)
 
-    def precompute_reference(self, reference: Callable[[PreferenceBatch], Tensor]) -> None:
+    def precompute_reference(
+        self, reference: Callable[[PreferenceBatch], Tensor], known: KnownTexts | None = None
+    ) -> None:
         """Keep `reference(batch)` [B, 2] of every pair: the reference never changes."""
-        for split in self.datasets:
-            dataset = self.datasets[split]
-            found = torch.zeros(len(dataset), 2)
-            for batch in self.ordered_loader(split):
-                found[batch.row] = reference(batch)
-            dataset.ref_logps = found
-
-    def precompute_hidden(self, pool: Callable[[PreferenceBatch], Tensor]) -> None:
-        """Keep `pool(batch)` [B, 2, d] of every pair, each distinct text computed once."""
         for dataset in self.datasets.values():
-            if len(dataset) == 0:
-                continue
-            texts, places = dataset.texts()
-            alone = PairDataset(
-                [dataset.rows[0]] * len(texts),
-                texts,
-                layout=packed,
-                user_index={},
-                schema=FeatureSchema.fit(()),
-            )
-            order = sorted(range(len(texts)), key=lambda place: _length(texts[place]))
-            size = self.eval_batch_size
-            pooled = [
-                (places_now, pool(alone.batch(places_now))[:, 0])
-                for places_now in (
-                    order[start : start + size] for start in range(0, len(order), size)
-                )
-            ]
-            hidden = torch.zeros(len(texts), pooled[0][1].shape[1])
-            for places_now, values in pooled:
-                hidden[places_now] = values
-            dataset.hidden = hidden[places]
+            dataset.ref_logps = self._of_texts(dataset, reference, known)
+
+    def precompute_hidden(
+        self, pool: Callable[[PreferenceBatch], Tensor], known: KnownTexts | None = None
+    ) -> None:
+        """Keep `pool(batch)` [B, 2, d] of every pair."""
+        for dataset in self.datasets.values():
+            dataset.hidden = self._of_texts(dataset, pool, known)
+
+    def _of_texts(
+        self,
+        dataset: PairDataset,
+        compute: Callable[[PreferenceBatch], Tensor],
+        known: KnownTexts | None,
+    ) -> OfTexts | None:
+        """`compute` [B, 2, ...] of every pair, each text that is not known computed once."""
+        texts, places = dataset.texts()
+        values, missing = (None, [*range(len(texts))]) if known is None else known.find(texts)
+        if len(missing) > 0:
+            new = [texts[place] for place in missing]
+            found = self._computed(new, compute, together=dataset.layout is packed)
+            if known is not None:
+                known.add(new, found)
+            values = torch.zeros(len(texts), *found.shape[1:]) if values is None else values
+            values[missing] = found
+        return None if values is None else OfTexts(values, places)
+
+    def _computed(
+        self,
+        texts: Sequence[Text],
+        compute: Callable[[PreferenceBatch], Tensor],
+        *,
+        together: bool,
+    ) -> Tensor:
+        """`compute` of every text [N, ...], two of one prompt in a row if `together`."""
+        pairs, places = coupled(texts, together=together)
+        blank = PairDataset.of_tokens(pairs)
+        order = sorted(range(len(pairs)), key=lambda place: _length(pairs[place]))
+        values: Tensor | None = None
+        for start in range(0, len(order), self.eval_batch_size):
+            now = order[start : start + self.eval_batch_size]
+            found = compute(blank.batch(now))  # [B, 2, ...]
+            if values is None:
+                values = torch.zeros(len(texts) + 1, *found.shape[2:])
+            values[places[now]] = found.float()
+        assert values is not None
+        return values[: len(texts)]
 
 
 def build_data(
