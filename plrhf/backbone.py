@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import snapshot_download
+from lightning.pytorch.utilities import rank_zero_only
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -24,6 +28,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.initialization import no_init_weights
+from transformers.integrations.deepspeed import prevent_arange_dtype_change
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -31,11 +37,13 @@ from transformers.models.auto.modeling_auto import (
 
 from plrhf import gptj
 from plrhf import lora as lora_layers
-from plrhf.errors import bad_value
+from plrhf.errors import BadValue, bad_value
 from plrhf.types import PADDING, PROMPT
+from plrhf.zero import gathered, is_sharded
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Trainable = Literal["lora", "frozen", "full"]
+Shards = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 def sees(segment: Tensor) -> Tensor:
@@ -150,7 +158,9 @@ class Backbone(nn.Module):
 
     def vocabulary(self) -> Tensor:
         """Input embeddings of all tokens, [V, d], detached."""
-        return self.trunk.get_input_embeddings().weight.detach()  # type: ignore[operator]
+        weight: Any = self.trunk.get_input_embeddings().weight
+        with gathered([weight]):
+            return weight.detach().clone() if is_sharded(weight) else weight.detach()
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token ids [R, L] -> input embeddings [R, L, d]."""
@@ -185,7 +195,11 @@ class Backbone(nn.Module):
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., d] -> logits [..., V]."""
-        return self.model.get_output_embeddings()(hidden)
+        head: Any = self.model.get_output_embeddings()
+        if isinstance(head, nn.Linear) and is_sharded(head.weight):
+            # As a module it would be gathered at every call, and processes differ in their calls.
+            return nn.functional.linear(hidden, head.weight, head.bias)
+        return head(hidden)
 
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits of the frozen weights: another model's are others."""
@@ -193,8 +207,9 @@ class Backbone(nn.Module):
         for name, value in sorted(self.named_parameters()):
             if not value.requires_grad:
                 # Summed in double, whose rounding by device and thread count four digits hide.
-                total = float(value.detach().double().sum())
-                digest.update(f"{name} {tuple(value.shape)} {total:.4e}".encode())
+                with gathered([value]):
+                    shape, total = tuple(value.shape), float(value.detach().double().sum())
+                digest.update(f"{name} {shape} {total:.4e}".encode())
         return digest.hexdigest()
 
     def digest(self) -> str:
@@ -202,18 +217,53 @@ class Backbone(nn.Module):
         digest = hashlib.blake2b(digest_size=16)
         for name, value in sorted(self.named_parameters()):
             if not value.requires_grad:
-                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                bits: Any = value.detach().cpu().contiguous().view(torch.uint8).numpy()
-                digest.update(bits)
+                with gathered([value]):
+                    digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                    bits: Any = value.detach().cpu().contiguous().view(torch.uint8).numpy()
+                    digest.update(bits)
         return digest.hexdigest()
 
     def save(self, directory: Path) -> None:
         """Write what was learned: the PEFT adapter, or the whole model to ``backbone/``."""
         if isinstance(self.model, PeftModel):
-            self.model.save_pretrained(str(directory))
-            (directory / "README.md").unlink(missing_ok=True)  # PEFT's template, not filled in
+            learned = [one for one in self.model.parameters() if one.requires_grad]
+            with gathered(learned):
+                if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+                    self.model.save_pretrained(str(directory))
+                    (directory / "README.md").unlink(
+                        missing_ok=True
+                    )  # PEFT's template, not filled in
         elif self.trainable == "full":
-            self.model.save_pretrained(directory / "backbone")
+            self.save_whole(directory / "backbone")
+
+    def save_whole(self, directory: Path, *, shard_bytes: int = 2**30) -> None:
+        """Write the plain Hugging Face model with what was learned folded in.
+
+        Sharded weights are gathered a few at a time, and rank 0 writes files of `shard_bytes`.
+        """
+        if not any(is_sharded(one) for one in self.model.parameters()):
+            self.merged().save_pretrained(directory)
+            return
+        writer = ShardWriter(directory, shard_bytes=shard_bytes)
+        lora = isinstance(self.model, PeftModel)
+        bare: Any = self.model.get_base_model() if lora else self.model
+        written: set[int] = set()
+        module: Any
+        for path, module in bare.named_modules():
+            if isinstance(module, LoraLinear):
+                with gathered(list(module.parameters())), torch.no_grad():
+                    for name, value in module.get_base_layer().named_parameters():
+                        if name == "weight":
+                            value = value + module.get_delta_weight("default")
+                        writer.add(f"{path}.{name}", value)
+                written.update(id(one) for one in module.parameters())
+        for name, value in bare.named_parameters():
+            if id(value) not in written:
+                with gathered([value]):
+                    writer.add(name, value)
+        writer.close()
+        if writer.writes:
+            bare.config.save_pretrained(directory)
 
     def merged(self) -> PreTrainedModel:
         """The plain Hugging Face model with what was learned folded into its weights."""
@@ -243,6 +293,46 @@ class Backbone(nn.Module):
                 yield
         finally:
             self.train(was_training)
+
+
+class ShardWriter:
+    """Writes tensors to safetensors files of a limited size, with the index that transformers reads.
+
+    Args:
+        directory: where to; made if need be. shard_bytes: size from which a file is closed.
+    """
+
+    def __init__(self, directory: Path, *, shard_bytes: int) -> None:
+        self.directory, self.shard_bytes = directory, shard_bytes
+        self.held: dict[str, Tensor] = {}
+        self.file_of: dict[str, str] = {}
+        self.n_files = self.n_bytes = 0
+        self.writes = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Take a whole tensor, which may go once this has returned."""
+        if self.writes:
+            self.held[name] = value.detach().cpu().clone()
+            if sum(one.nbytes for one in self.held.values()) >= self.shard_bytes:
+                self._flush()
+
+    def close(self) -> None:
+        """Write what is left, and the index."""
+        if not self.writes:
+            return
+        self._flush()
+        index = {"metadata": {"total_size": self.n_bytes}, "weight_map": self.file_of}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (self.directory / "model.safetensors.index.json").write_text(text)
+
+    def _flush(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.n_files += 1
+        file = f"model-{self.n_files:05d}.safetensors"
+        save_file(self.held, self.directory / file, metadata={"format": "pt"})
+        self.file_of |= dict.fromkeys(self.held, file)
+        self.n_bytes += sum(one.nbytes for one in self.held.values())
+        self.held = {}
 
 
 def is_causal(config: Any) -> bool:
@@ -294,8 +384,12 @@ def load_model(
     dtype: str = "float32",
     attention: str | None = None,
     trust_remote_code: bool = False,
+    shards: Shards | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM, or a bidirectional encoder, by directory or hub name.
+
+    Args:
+        shards: context in which parameters are sharded as they are made; None: the model is whole.
 
     Raises:
         ValueError: no model there, or a dtype outside `DTYPES`.
@@ -309,9 +403,17 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(path, **options)
         kind = AutoModelForCausalLM if is_causal(config) else AutoModel
+        if shards is not None:
+            with prevent_arange_dtype_change(), shards(), no_init_weights():
+                model = kind.from_config(
+                    config, dtype=DTYPES[dtype], attn_implementation=attention, **options
+                )
+            return fill_shards(model, path)
         return kind.from_pretrained(
             path, dtype=DTYPES[dtype], attn_implementation=attention, **options
         )
+    except BadValue:
+        raise
     except (OSError, ValueError) as error:
         raise bad_value(
             "backbone.path",
@@ -319,6 +421,47 @@ def load_model(
             "a model's directory or a hub name that can be reached",
             f"Check it ({' '.join(str(error).split())[:120]})",
         ) from error
+
+
+def fill_shards(model: PreTrainedModel, path: str) -> PreTrainedModel:
+    """Put the weights at `path` into a sharded model, one tensor after the other.
+
+    Raises:
+        ValueError: no safetensors files there, or some that lack weights of the model.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        patterns = ["*.safetensors", "*.safetensors.index.json"]
+        folder = Path(snapshot_download(path, allow_patterns=patterns))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = [one.name for one in (folder / "model.safetensors",) if one.is_file()]
+    own = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    missing = {name for name, _ in model.named_parameters()}
+    first = torch.distributed.get_rank() == 0
+    for file in (folder / name for name in names):
+        with safe_open(file, "pt") as weights:
+            in_file = list(weights.keys())
+        for name in in_file:
+            known = (name, f"{model.base_model_prefix}.{name}")
+            found = next((one for one in known if one in own), None)
+            if found is None:
+                continue
+            with gathered([own[found]], write=True), torch.no_grad():
+                if first or not is_sharded(own[found]):
+                    with safe_open(file, "pt") as weights:  # anew: its pages go with each tensor
+                        own[found].copy_(weights.get_tensor(name))
+            missing.discard(found)
+    if len(missing) > 0:
+        raise bad_value(
+            "backbone.path",
+            path,
+            f"safetensors files with all weights (lacking {sorted(missing)[0]})",
+            "Save the model anew with save_pretrained",
+        )
+    return model.eval()
 
 
 def load_backbone(
@@ -330,9 +473,16 @@ def load_backbone(
     trainable: Trainable = "lora",
     lora: dict[str, Any] | None = None,
     gradient_checkpointing: bool = False,
+    shards: Shards | None = None,
 ) -> Backbone:
     """A `Backbone` over the model at `path`; see `load_model` and `Backbone` for the settings."""
-    model = load_model(path, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code)
+    model = load_model(
+        path,
+        dtype=dtype,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+        shards=shards,
+    )
     return Backbone(
         model=model, trainable=trainable, lora=lora, gradient_checkpointing=gradient_checkpointing
     )

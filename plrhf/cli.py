@@ -31,6 +31,7 @@ Settings = dict[str, Any]
 NOT_FOR_THE_USER = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     r"`is_gradient_checkpointing` is deprecated",
+    r"`torch\.distributed\.\w+` is deprecated",
     r".*does not have many workers which may be a bottleneck",
     r"The number of training batches .* is smaller than the logging interval",
     r"Checkpoint directory .* exists and is not empty",
@@ -70,7 +71,8 @@ def worded_errors(config_name: str) -> Iterator[None]:
     except (BadValue, HydraException, OmegaConfBaseException) as error:
         if "debug=true" in (one.lower() for one in overrides):
             raise
-        print(f"error: {worded(error, config_name, overrides)}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one tells
+            print(f"error: {worded(error, config_name, overrides)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -78,7 +80,7 @@ def worded_errors(config_name: str) -> Iterator[None]:
 
 def quieten() -> None:
     """Leave of what libraries say only what concerns the user; their warnings about a run stay."""
-    for library in ("lightning.fabric", "lightning.pytorch"):
+    for library in ("lightning.fabric", "lightning.pytorch", "root"):
         logging.getLogger(library).setLevel(logging.WARNING)
     for message in NOT_FOR_THE_USER:
         warnings.filterwarnings("ignore", message=message)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from lightning import Trainer
+from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.utilities import rank_zero_only
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -34,6 +36,17 @@ from plrhf.types import PreferenceBatch, UserBatch
 RESULTS_SCHEMA = 1
 
 
+class Prepare(Callback):
+    """Prepares the data once the model is where it will train, and before it does."""
+
+    def __init__(self, data: PreferenceData, *, cache_dir: Path) -> None:
+        self.data, self.cache_dir = data, cache_dir
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PersonalModule)
+        prepare(pl_module, self.data, trainer, cache_dir=self.cache_dir)
+
+
 def prepare(
     model: PersonalModule, data: PreferenceData, trainer: Trainer, *, cache_dir: Path | None = None
 ) -> None:
@@ -42,48 +55,67 @@ def prepare(
     Args:
         cache_dir: keeps it for other runs too: neither depends on user model, seed or loss.
     """
-    device = trainer.strategy.root_device
-    model.to(device)
-    model.eval()
-
-    def on_device(batch: PreferenceBatch) -> PreferenceBatch:
-        return move_data_to_device(batch, device)
+    ask, total = _asker(model, trainer), _totaller(trainer)
 
     def known(*what: str) -> KnownTexts | None:
-        if cache_dir is None:
+        # Several processes would have to agree on what is known.
+        if cache_dir is None or trainer.world_size > 1:
             return None
         key = content_hash(model.backbone.digest(), trainer.precision, *what)
         return KnownTexts(cache_dir / f"texts-{key}")
 
-    with torch.no_grad(), trainer.precision_plugin.forward_context():
+    with evaluating(model, trainer):
         if isinstance(model, PersonalDPOPolicy):
-            data.precompute_reference(
-                lambda batch: model.reference_logps(on_device(batch)).cpu(), known("reference")
-            )
+            data.precompute_reference(ask("reference_logps"), known("reference"), total=total)
         elif isinstance(model, PersonalRewardModel) and model.pooled_suffices:
-            data.precompute_hidden(
-                lambda batch: model.pooled_trunk(on_device(batch)).cpu(),
-                known("pooled", model.pooling),
-            )
+            pooled = known("pooled", model.pooling)
+            data.precompute_hidden(ask("pooled_trunk"), pooled, total=total)
     model.train()
+
+
+@contextlib.contextmanager
+def evaluating(model: PersonalModule, trainer: Trainer) -> Iterator[None]:
+    """Within it the model is on the trainer's device, without dropout or gradient."""
+    model.to(trainer.strategy.root_device)
+    model.eval()
+    with torch.no_grad(), trainer.precision_plugin.forward_context():
+        yield
+
+
+def _asker(model: PersonalModule, trainer: Trainer) -> Callable[[str], Any]:
+    """Name of a method -> what it says of a batch, on the CPU, by way of what holds the weights."""
+    device = trainer.strategy.root_device
+    holder = model if trainer.model is None else trainer.model
+
+    def ask(method: str) -> Callable[[PreferenceBatch], Tensor]:
+        return lambda batch: holder(move_data_to_device(batch, device), method).cpu()
+
+    return ask
+
+
+def _totaller(trainer: Trainer) -> Callable[[Tensor], Tensor]:
+    """The sum of a CPU tensor over all processes."""
+    strategy = trainer.strategy
+
+    def total(values: Tensor) -> Tensor:
+        summed: Any = strategy.reduce(values.to(strategy.root_device), reduce_op="sum")
+        return summed.cpu()
+
+    return total
 
 
 def predict(model: PersonalModule, data: PreferenceData, trainer: Trainer) -> pd.DataFrame:
     """predictions.parquet: one row a val or test pair and context, oracle included where known."""
-    device = trainer.strategy.root_device
-    model.to(device)
-    model.eval()
+    ask, total = _asker(model, trainer), _totaller(trainer)
     oracle = data.source.oracle_margins()
     frames = []
     for split in ("val", "test"):
         dataset = data.datasets[split]
         margins: dict[str, Tensor] = {}
-        for batch in data.ordered_loader(split) if len(dataset) > 0 else ():
-            with trainer.precision_plugin.forward_context():
-                found = model.context_margins(move_data_to_device(batch, device))
-            for context, values in found.items():
-                whole = margins.setdefault(context, torch.zeros(len(dataset), dtype=torch.float64))
-                whole[batch.row] = values.double().cpu()
+        if len(dataset) > 0:
+            with evaluating(model, trainer):
+                found = data.collect(split, ask("both_margins"), total=total)
+            margins = dict(zip(("user", "generic"), found.double().T, strict=True))
         if oracle is not None:
             true = [oracle[row.pair_id] for row in dataset.rows]
             margins["oracle"] = torch.tensor(true, dtype=torch.float64)
@@ -273,6 +305,8 @@ def write_texts(path: Path, model: PersonalDPOPolicy, data: PreferenceData, text
     if texts.reference:
         once = generate(model, tokenizer, prompts[:: len(ids)], None, **how)
         written["reference"] = [text for text in once for _ in ids]
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        return
     first = first_rows(data)
     with path.open("w") as file:
         for writer, responses in written.items():

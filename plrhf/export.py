@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from plrhf.config import accepted, build, kinds, locate
 from plrhf.data.features import FeatureSchema
 from plrhf.encoders import UserEncoder
 from plrhf.errors import bad_value
+from plrhf.zero import gathered
 
 CARD, USER_MODEL = "plrhf.json", "user_encoder.safetensors"
 SCHEMA = 1
@@ -105,11 +107,14 @@ def user_model_state(model: Any) -> dict[str, Tensor]:
 
 def save_export(directory: Path, model: Any, card: Card, tokenizer: Any) -> None:
     """Write `directory`: PEFT adapter and user model as safetensors, tokenizer, plrhf.json."""
-    directory.mkdir(parents=True, exist_ok=True)
     model.backbone.save(directory)
-    save_file(user_model_state(model), directory / USER_MODEL)
-    tokenizer.save_pretrained(directory)
-    (directory / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
+    named = model.named_parameters()
+    with gathered([one for name, one in named if not name.startswith("backbone.")]):
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            directory.mkdir(parents=True, exist_ok=True)
+            save_file(user_model_state(model), directory / USER_MODEL)
+            tokenizer.save_pretrained(directory)
+            (directory / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
 
 
 def read_card(directory: str | Path) -> Card:

@@ -9,10 +9,12 @@ from typing import Any, Self
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from plrhf import losses
 from plrhf.aggregators import Aggregator
 from plrhf.backbone import Backbone
+from plrhf.data.rows import content_hash
 from plrhf.encoders import UserEncoder
 from plrhf.errors import bad_value
 from plrhf.export import Card, load_export
@@ -58,6 +60,7 @@ class PersonalModule(LightningModule):
         self.alpha = alpha if encoder.personal else 1.0
         self.strict_loading = False  # checkpoints leave out frozen weights
         self.val_accuracy = UserAccuracy(n_users=n_users)
+        self.val_loss = MeanMetric().set_dtype(torch.float64)  # Lightning's own mean rounds counts
 
     @classmethod
     def from_pretrained(
@@ -106,21 +109,23 @@ class PersonalModule(LightningModule):
         return losses.mixed(self.pair_loss(margins, extra), alpha=self.alpha), margins[0]
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        loss, margins = self.loss(batch)
-        self.log("train/loss", loss.mean(), prog_bar=True, batch_size=len(batch))
-        accuracy = (margins.detach() > 0).float().mean()
-        self.log("train/accuracy", accuracy, prog_bar=True, batch_size=len(batch))
-        return loss.mean()
+        pair_losses, margins = self.loss(batch)
+        loss, accuracy = batch.mean(pair_losses), batch.mean((margins.detach() > 0).float())
+        for name, value in (("loss", loss), ("accuracy", accuracy)):
+            self.log(f"train/{name}", value, prog_bar=True, batch_size=len(batch), sync_dist=True)
+        return loss
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         loss, margins = self.loss(batch)
-        self.val_accuracy.update(margins, batch.user_id)
-        # Weighted by pairs, so the epoch's value is the mean over rows and not over batches.
-        self.log("val/loss", loss.mean(), prog_bar=True, batch_size=len(batch), on_epoch=True)
+        counted = batch.counted()
+        self.val_accuracy.update(margins[counted], batch.user_id[counted])
+        self.val_loss.update(loss[counted])
 
     def on_validation_epoch_end(self) -> None:
+        self.log("val/loss", self.val_loss.compute().float(), prog_bar=True)
         for name, value in self.val_accuracy.compute().items():
             self.log(f"val/{name}", value, prog_bar=name == "accuracy_micro")
+        self.val_loss.reset()
         self.val_accuracy.reset()
 
     @torch.no_grad()
@@ -130,8 +135,13 @@ class PersonalModule(LightningModule):
         margins, _ = self.margins(self.hidden(batch, names), batch)
         return {"user": margins[0], "generic": margins[-1]}
 
-    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Tensor]:
-        return {"row": batch.row, **self.context_margins(batch)}
+    def both_margins(self, batch: PreferenceBatch) -> Tensor:
+        """`context_margins` as [B, 2]: user, generic."""
+        return torch.stack(list(self.context_margins(batch).values()), dim=1)
+
+    def forward(self, batch: PreferenceBatch, method: str) -> Any:
+        """What the method of this name says of a batch: where weights are sharded, engines come in here."""
+        return getattr(self, method)(batch)
 
     def configure_optimizers(self) -> Any:
         of_text = self.aggregator.text_parameters()
@@ -149,3 +159,28 @@ class PersonalModule(LightningModule):
         frozen = {name for name, value in self.named_parameters() if not value.requires_grad}
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name not in frozen}
+        checkpoint["made_for"] = self._made_for()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another model's checkpoint, and say in what they differ."""
+        before = checkpoint.get("made_for", {})
+        for name, value in self._made_for().items():
+            if before.get(name) != value:
+                raise bad_value(
+                    "ckpt",
+                    f"made for {name} {before.get(name)}",
+                    f"a checkpoint made for {name} {value}",
+                    "Give the rows and settings it was made with, or begin anew without ckpt=last",
+                )
+
+    def _made_for(self) -> dict[str, str]:
+        """What the learned weights belong to, short enough to be shown."""
+        if not hasattr(self, "card"):
+            return {}
+        return {
+            "users": f"{len(self.card.users)} ({content_hash(self.card.users)})",
+            "model": str(self.card.model["name"]),
+            "encoder": f"{self.card.encoder['name']} ({content_hash(self.card.encoder)})",
+            "aggregator": f"{self.card.aggregator['name']} ({content_hash(self.card.aggregator)})",
+            "backbone": self.card.fingerprint,  # not where it lies: that may change
+        }

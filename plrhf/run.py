@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning
+import pandas as pd
 import yaml
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -21,6 +22,7 @@ from plrhf.config import accepted, build
 from plrhf.data.module import PreferenceData, build_data
 from plrhf.errors import bad_value
 from plrhf.evaluate import (
+    Prepare,
     Texts,
     predict,
     prepare,
@@ -44,7 +46,7 @@ from plrhf.supervised import (
     train_supervised,
     trainer_of,
 )
-from plrhf.training import fit
+from plrhf.training import fit, processes, read_checkpoint, shards_of
 
 PACKAGES = ("plrhf", "torch", "lightning", "transformers", "peft")
 PARTS = ("data", "backbone", "encoder", "aggregator", "model", "optim")
@@ -68,7 +70,8 @@ def train(settings: Settings) -> None:
     lightning.seed_everything(settings["seed"], verbose=False)
     if settings["model"]["name"] == "sft":
         train_supervised(settings, data, trainer, run_dir, resume_from=resume_from)
-        print(f"supervised model: {run_dir / 'export'}")
+        if trainer.is_global_zero:
+            print(f"supervised model: {run_dir / 'export'}")
     else:
         train_personal(settings, data, trainer, run_dir, resume_from=resume_from)
 
@@ -81,6 +84,7 @@ def check_settings(settings: Settings) -> None:
     for name in ("run_dir", "cache_dir"):
         _check_writable(name, settings[name])
     check_backbone(settings["backbone"])
+    _check_precision(settings)
     build(settings["optim"], "optim")
     _samples(settings)
 
@@ -99,34 +103,51 @@ def train_personal(
     if path is None:
         _rehearse(settings, data, optim)
         path = cached_tiny(settings, data)
-    lightning.seed_everything(settings["seed"], verbose=False)
-    tokenizer, backbone = open_backbone(settings["backbone"], path)
-    card = make_card(settings, data, backbone, path)
-    model: PersonalModule = build_model(backbone, card, optim=optim)
-    model.card = card
-    data.tokenize(tokenizer, causal=backbone.causal, max_positions=model.max_positions)
-    if isinstance(model, PersonalDPOPolicy):
-        texts_wanted(model, data, _samples(settings))
-    probes = probe(data.splits)
-    _warn(probes["warnings"])
-    begin(settings, run_dir, resume_from=resume_from)
-    cache_dir = Path(settings["cache_dir"])
-    prepare(model, data.part("train", "val"), trainer, cache_dir=cache_dir)
-    fit(model, data, trainer, resume_from=resume_from)
-    save_export(run_dir / "export", model, card, tokenizer)
-    prepare(model, data.part("test"), trainer, cache_dir=cache_dir)
-    predictions = predict(model, data, trainer)
+    with processes(trainer):
+        data.deal(rank=trainer.global_rank, world_size=trainer.world_size)
+        lightning.seed_everything(settings["seed"], verbose=False)
+        tokenizer, backbone = open_backbone(settings["backbone"], path, shards=shards_of(trainer))
+        card = make_card(settings, data, backbone, path)
+        model: PersonalModule = build_model(backbone, card, optim=optim)
+        model.card = card
+        data.tokenize(tokenizer, causal=backbone.causal, max_positions=model.max_positions)
+        if isinstance(model, PersonalDPOPolicy):
+            texts_wanted(model, data, _samples(settings))
+        probes = probe(data.splits)
+        _warn(probes["warnings"])
+        begin(settings, run_dir, resume_from=resume_from)
+        cache_dir = Path(settings["cache_dir"])
+        before = Prepare(data.part("train", "val"), cache_dir=cache_dir)
+        trainer.callbacks.append(before)  # type: ignore[attr-defined]
+        fit(model, data, trainer, resume_from=resume_from)
+        save_export(run_dir / "export", model, card, tokenizer)
+        prepare(model, data.part("test"), trainer, cache_dir=cache_dir)
+        predictions = predict(model, data, trainer)
+        lightning.seed_everything(settings["seed"], verbose=False)  # all processes write alike
+        if isinstance(model, PersonalDPOPolicy):
+            write_texts(run_dir / "generations.jsonl", model, data, _samples(settings))
+    conclude(settings, data, predictions, probes, run_dir)
+
+
+@rank_zero_only
+def conclude(
+    settings: Settings,
+    data: PreferenceData,
+    predictions: pd.DataFrame,
+    probes: Settings,
+    run_dir: Path,
+) -> None:
+    """Write predictions, results and report, and show the table."""
     how = {"command": " ".join(["python", *sys.argv]), "versions": _versions()}
     results = summarise_run(predictions, settings, data, probes, how)
     write_evaluation(run_dir, results, predictions)
-    if isinstance(model, PersonalDPOPolicy):
-        write_texts(run_dir / "generations.jsonl", model, data, _samples(settings))
     report.write_report(run_dir)
     console = Console()
     console.print(tables.closing_table(results))
     console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True)
 
 
+@rank_zero_only
 @rank_zero_only
 def _warn(lines: list[str]) -> None:
     for line in lines:
@@ -180,6 +201,7 @@ def checkpoint_of(settings: Settings, run_dir: Path) -> Path | None:
     for part in ("seed", *PARTS):
         if settings[part] != before[part]:
             raise _changed(part, settings[part], before[part])
+    read_checkpoint(path)
     return path
 
 
@@ -192,6 +214,20 @@ def _changed(field: str, now: Any, before: Any) -> Exception:
     return bad_value(
         field, now, f"{before!r}, which the run began with", "Repeat its command with ckpt=last"
     )
+
+
+def _check_precision(settings: Settings) -> None:
+    """Raise where sharded weights, which all have the trainer's precision, should have another."""
+    trainer, dtype = settings["trainer"], settings["backbone"]["dtype"]
+    names = {"32-true": "float32", "bf16-mixed": "bfloat16", "16-mixed": "float16"}
+    wanted = names.get(trainer["precision"], dtype)
+    if trainer["zero3"] is not None and dtype != wanted:
+        raise bad_value(
+            "backbone.dtype",
+            dtype,
+            f"{wanted} under trainer.zero3 with trainer.precision={trainer['precision']}",
+            f"Set backbone.dtype={wanted}",
+        )
 
 
 def _check_writable(field: str, path: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor
+from torchmetrics import MeanMetric
 
 from plrhf.backbone import Backbone
 from plrhf.errors import bad_value
@@ -37,27 +38,42 @@ class SupervisedPolicy(LightningModule):
                 "Use a causal backbone",
             )
         self.backbone, self.optim, self.responses = backbone, optim, responses
+        self.strict_loading = False  # checkpoints leave out frozen weights
+        self.val_loss = MeanMetric().set_dtype(torch.float64)
 
     def nll(self, batch: PreferenceBatch) -> Tensor:
         """Negative log-likelihood a response token, in nats, over all tokens of the batch."""
         segment = batch.segment
         if self.responses == "chosen":
             segment = segment.masked_fill(segment == REJECTED, PADDING)
+        segment = segment.masked_fill(~batch.counted()[:, None], PADDING)
         hidden = self.backbone(self.backbone.embed(batch.input_ids), segment, batch.position_ids)
         logps = response_logps(
             hidden, batch.input_ids, segment, self.backbone.unembed, n_pairs=len(batch)
         )
         n_tokens = ((segment == CHOSEN) | (segment == REJECTED)).sum()
-        return -logps.sum() / n_tokens
+        return -logps.sum() / self._mean_over_processes(n_tokens)
+
+    def _mean_over_processes(self, count: Tensor) -> Tensor:
+        """A count of this process's share as what processes have on average."""
+        if self._trainer is None:
+            return count
+        mean: Any = self.trainer.strategy.reduce(count.float(), reduce_op="mean")
+        return mean
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         loss = self.nll(batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
         return loss
 
     @torch.no_grad()
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        self.log("val/loss", self.nll(batch), prog_bar=True, batch_size=len(batch), on_epoch=True)
+        n_pairs = self._mean_over_processes(batch.counted().sum())
+        self.val_loss.update(self.nll(batch), weight=n_pairs)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/loss", self.val_loss.compute().float(), prog_bar=True)
+        self.val_loss.reset()
 
     def configure_optimizers(self) -> Any:
         optimizer, schedule = self.optim.build(

@@ -12,9 +12,11 @@ from typing import Any, Literal
 import lightning
 import yaml
 from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_only
 
 from plrhf.backbone import (
     Backbone,
+    Shards,
     add_lora,
     check_path,
     load_backbone,
@@ -30,7 +32,7 @@ from plrhf.data.rows import Row, content_hash
 from plrhf.errors import bad_value
 from plrhf.optim import Optim
 from plrhf.sft import SupervisedPolicy
-from plrhf.training import build_loggers, build_trainer, fit
+from plrhf.training import build_loggers, build_trainer, fit, processes, shards_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,11 @@ class Recipe:
 def check_backbone(node: Settings) -> None:
     """Refuse settings of ``backbone`` by name and type before anything is loaded or trained."""
     own = {"path": str | None, "tiny": dict[str, Any] | None, "sft": dict[str, Any]}
-    accepted(node, {**kinds(load_backbone), **kinds(load_tokenizer), **own}, "backbone")
+    accepted(
+        node,
+        {**_without(kinds(load_backbone), "shards"), **kinds(load_tokenizer), **own},
+        "backbone",
+    )
     if node["lora"] is not None:
         accepted(node["lora"], _without(kinds(add_lora), "model"), "backbone.lora")
     build({"_target_": f"{__name__}.Recipe", **node["sft"]}, "backbone.sft")
@@ -87,19 +93,24 @@ def check_backbone(node: Settings) -> None:
                 )
 
 
-def open_backbone(node: Settings, path: str) -> tuple[Tokenizer, Backbone]:
-    """Tokenizer and backbone at `path`, by the settings ``backbone``."""
+def open_backbone(
+    node: Settings, path: str, *, shards: Shards | None = None
+) -> tuple[Tokenizer, Backbone]:
+    """Tokenizer and backbone at `path`, by the settings ``backbone``; `shards` as in `load_model`."""
     check_path(path)
     tokenizer = load_tokenizer(
         path, pad_token=node["pad_token"], trust_remote_code=node["trust_remote_code"]
     )
     target = f"{load_backbone.__module__}.{load_backbone.__qualname__}"
-    return tokenizer, build({"_target_": target, **load_options(node), "path": path}, "backbone")
+    return tokenizer, build(
+        {"_target_": target, **load_options(node), "path": path}, "backbone", shards=shards
+    )
 
 
 def load_options(node: Settings) -> Settings:
     """Those settings of ``backbone`` that `load_backbone` takes."""
-    return {name: value for name, value in node.items() if name in kinds(load_backbone)}
+    taken = _without(kinds(load_backbone), "shards")
+    return {name: value for name, value in node.items() if name in taken}
 
 
 def trainer_of(settings: Settings, data: PreferenceData, run_dir: Path) -> Trainer:
@@ -118,6 +129,7 @@ def trainer_of(settings: Settings, data: PreferenceData, run_dir: Path) -> Train
     )
 
 
+@rank_zero_only
 def begin(settings: Settings, run_dir: Path, *, resume_from: Path | None) -> None:
     """Make the run directory and write config.yaml; begun anew, an old run is no longer finished."""
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -140,13 +152,6 @@ def train_supervised(
     Where ``backbone.path`` is null a tiny model with a tokenizer of its own is made first, and kept
     in the cache for runs on the same rows.
     """
-    node = settings["backbone"]
-    optim: Optim = build(settings["optim"], "optim")
-    if node["path"] is not None:
-        tokenizer, backbone = open_backbone(node, node["path"])
-    else:
-        tokenizer, backbone = _fresh_tiny(node["tiny"], data)
-    data.tokenize(tokenizer, causal=backbone.causal, max_positions=backbone.max_positions)
     if settings["trainer"]["monitor"] != "val/loss":
         raise bad_value(
             "trainer.monitor",
@@ -154,14 +159,26 @@ def train_supervised(
             "val/loss, as model=sft has no accuracy",
             "Set trainer.monitor=val/loss",
         )
-    model = build(settings["model"], "model", kind=SupervisedPolicy, backbone=backbone, optim=optim)
-    begin(settings, run_dir, resume_from=resume_from)
-    fit(model, data, trainer, resume_from=resume_from)
-    export = run_dir / "export"
-    backbone.merged().save_pretrained(export)
-    tokenizer.save_pretrained(export)
-    if node["path"] is None:
-        _into_cache(export, cache_folder(settings, data))
+    node = settings["backbone"]
+    optim: Optim = build(settings["optim"], "optim")
+    with processes(trainer):
+        data.deal(rank=trainer.global_rank, world_size=trainer.world_size)
+        if node["path"] is not None:
+            tokenizer, backbone = open_backbone(node, node["path"], shards=shards_of(trainer))
+        else:
+            tokenizer, backbone = _fresh_tiny(node["tiny"], data)
+        data.tokenize(tokenizer, causal=backbone.causal, max_positions=backbone.max_positions)
+        model = build(
+            settings["model"], "model", kind=SupervisedPolicy, backbone=backbone, optim=optim
+        )
+        begin(settings, run_dir, resume_from=resume_from)
+        fit(model, data, trainer, resume_from=resume_from)
+        export = run_dir / "export"
+        backbone.save_whole(export)
+        if trainer.is_global_zero:
+            tokenizer.save_pretrained(export)
+            if node["path"] is None:
+                _into_cache(export, cache_folder(settings, data))
 
 
 def cached_tiny(settings: Settings, data: PreferenceData) -> str:
@@ -199,6 +216,7 @@ def supervised_settings(settings: Settings) -> Settings:
         },
         "trainer": {
             **settings["trainer"],
+            **{"devices": 1, "num_nodes": 1, "zero3": None},  # made before other processes are
             "max_steps": sft["max_steps"],
             "max_epochs": None,
             "patience": None,

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import random
+import signal
+import zlib
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, Any, Literal
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import (
@@ -21,11 +29,15 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
+from plrhf.config import build
 from plrhf.data.module import PreferenceData
 from plrhf.errors import bad_value
+from plrhf.zero import Stage3, stage3
 
 Monitor = Literal["val/loss", "val/accuracy_micro", "val/accuracy_macro", "val/nll"]
 
@@ -54,6 +66,7 @@ class MetricsFile(Logger):
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Settings stand in config.yaml."""
 
+    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         row = {**metrics, "step": step}
         self.rows.append(row)
@@ -64,6 +77,7 @@ class MetricsFile(Logger):
             self.columns = sorted({*self.columns, *row})
             self._write_all()
 
+    @rank_zero_only
     def go_on(self, n_steps: int) -> None:
         """Keep what an earlier process wrote about its first `n_steps` steps."""
         if not self.path.is_file():
@@ -101,17 +115,21 @@ class Resume(Callback):
     ) -> None:
         kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
         checkpoint["train_loader"] = trainer.train_dataloader.state_dict()  # type: ignore[union-attr]
-        checkpoint["random_state"] = {
+        own = {
             "python": random.getstate(),
             "numpy": (kind, np.asarray(keys).tolist(), position, has_gauss, cached),
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
+        checkpoint["random_states"] = of_all_processes(own)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self.restored = {**checkpoint["random_state"], "loader": checkpoint["train_loader"]}
+        self.restored = {"loader": checkpoint["train_loader"]}
+        states = checkpoint["random_states"]
+        if trainer.global_rank < len(states):
+            self.restored |= states[trainer.global_rank]
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile):
                 logger.go_on(checkpoint["global_step"])
@@ -120,18 +138,34 @@ class Resume(Callback):
                 _found_again(checkpoint["callbacks"][callback.state_key], callback.dirpath)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_rank > 0:  # each process draws dropout of its own
+            torch.manual_seed(torch.initial_seed() + trainer.global_rank)
         if self.restored is None:
             return
         trainer.train_dataloader.load_state_dict(self.restored["loader"])  # type: ignore[union-attr]
-        random.setstate(self.restored["python"])
-        kind, keys, position, has_gauss, cached = self.restored["numpy"]
-        np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-        torch.set_rng_state(self.restored["torch"])
-        if len(self.restored["cuda"]) > 0 and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(self.restored["cuda"])
+        self._restore_random_state(self.restored)
         for stopping in trainer.early_stopping_callbacks:  # of an earlier process
             if stopping.stopping_reason != EarlyStoppingReason.NOT_STOPPED:
                 trainer.should_stop = True
+
+    def _restore_random_state(self, state: dict[str, Any]) -> None:
+        if "torch" not in state:  # a process that the earlier run did not have
+            return
+        random.setstate(state["python"])
+        kind, keys, position, has_gauss, cached = state["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+        torch.set_rng_state(state["torch"])
+        if len(state["cuda"]) > 0 and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def of_all_processes(own: Any) -> list[Any]:
+    """What each process of the run has, by rank."""
+    if not torch.distributed.is_initialized():
+        return [own]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, own)
+    return found
 
 
 def _found_again(state: dict[str, Any], folder: Any) -> None:
@@ -204,10 +238,58 @@ class WholeFiles(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        part = f"{path}.part"
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.part")
         torch.save(checkpoint, part)
+        _on_disk(part)  # else a power cut could leave the new name with old content
         os.replace(part, path)
+        _on_disk(path.parent)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+
+def _on_disk(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, on the CPU, its checksums compared; nothing of it is unpickled.
+
+    Raises:
+        ValueError: it is cut short or altered, or not a checkpoint of a run.
+    """
+    try:
+        with ZipFile(path) as archive:  # as torch.save writes, a CRC-32 with each record
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise BadZipFile(f"checksum of {damaged}")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (BadZipFile, OSError, RuntimeError, UnpicklingError, zlib.error, EOFError) as error:
+        raise bad_value(
+            "ckpt",
+            str(path),
+            "a whole checkpoint, as train.py wrote it",
+            f"Begin anew without ckpt=last ({' '.join(str(error).split())[:120]})",
+        ) from error
+    needed = {"state_dict", "optimizer_states", "loops", "random_states", "train_loader"}
+    if not (isinstance(content, dict) and needed <= content.keys()):
+        found = sorted(content)[:3] if isinstance(content, dict) else type(content).__name__
+        raise bad_value(
+            "ckpt",
+            str(path),
+            f"a checkpoint of train.py (it holds {found})",
+            "Begin anew without it",
+        )
+    return content
 
 
 def build_loggers(
@@ -242,13 +324,16 @@ def build_trainer(
     max_epochs: int | None = None,
     max_steps: int = -1,
     accelerator: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    zero3: dict[str, Any] | None = None,
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
     accumulate_grad_batches: int = 1,
     gradient_clip_val: float | None = None,
     log_every_n_steps: int = 10,
     progress: bool = True,
 ) -> Trainer:
-    """A trainer on one device that keeps the best checkpoint by `monitor` and the last.
+    """A trainer that keeps the best checkpoint by `monitor` and the last.
 
     Args:
         run_dir: checkpoints go to its ``checkpoints/``.
@@ -258,6 +343,8 @@ def build_trainer(
         checkpoint_every_n_steps: how much a kill may cost; None: what lies between validations.
         val_every_n_steps: validate every so many steps, None once an epoch.
         max_epochs, max_steps: where training ends, whichever comes first; -1 steps: no limit.
+        devices, num_nodes: processes a node and nodes; more than one process needs zero3.
+        zero3: settings of `plrhf.zero.stage3`; None: one process without DeepSpeed.
         progress: show a progress bar where there is a terminal.
         others: as in `lightning.Trainer`.
 
@@ -272,7 +359,13 @@ def build_trainer(
         val_every_n_steps=val_every_n_steps,
         accumulate_grad_batches=accumulate_grad_batches,
         log_every_n_steps=log_every_n_steps,
+        devices=devices,
+        num_nodes=num_nodes,
     )
+    if zero3 is None and devices * num_nodes > 1:
+        raise bad_value(
+            "trainer.devices", devices, "1 without ZeRO", "Choose trainer=zero3 for more processes"
+        )
     if gradient_clip_val is not None and not gradient_clip_val > 0:
         raise bad_value(
             "trainer.gradient_clip_val",
@@ -302,7 +395,10 @@ def build_trainer(
             max_epochs=max_epochs,
             max_steps=max_steps,
             accelerator=accelerator,
-            devices=1,
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy=_strategy(zero3, accelerator, accumulate_grad_batches, gradient_clip_val),
+            use_distributed_sampler=False,  # the data module deals out each batch itself
             precision=precision,
             accumulate_grad_batches=accumulate_grad_batches,
             gradient_clip_val=gradient_clip_val,
@@ -321,6 +417,23 @@ def build_trainer(
             "a device this machine has, or auto",
             f"Set trainer=cpu ({' '.join(str(error).split())})",
         ) from error
+
+
+def _strategy(
+    zero3: dict[str, Any] | None,
+    accelerator: str,
+    accumulate_grad_batches: int,
+    gradient_clip_val: float | None,
+) -> Strategy | str:
+    if zero3 is None:
+        return "auto"
+    return build(
+        {"_target_": f"{stage3.__module__}.{stage3.__qualname__}", **zero3},
+        "trainer.zero3",
+        on_cpu=accelerator == "cpu",
+        accumulate_grad_batches=accumulate_grad_batches,
+        gradient_clip_val=gradient_clip_val,
+    )
 
 
 def _callbacks(
@@ -364,12 +477,58 @@ def _check_ranges(**counts: int | None) -> None:
         )
 
 
-def load_best(model: LightningModule, trainer: Trainer) -> None:
+def _check_accumulation(data: PreferenceData, trainer: Trainer) -> None:
+    """Raise where an epoch ends between summed batches: Lightning steps there, DeepSpeed does not."""
+    n_summed = trainer.accumulate_grad_batches
+    if n_summed > 1 and isinstance(trainer.strategy, Stage3):
+        n_batches = len(data.train_dataloader())
+        if n_batches % n_summed != 0:
+            raise bad_value(
+                "trainer.accumulate_grad_batches",
+                n_summed,
+                f"a divisor of the {n_batches} batches of an epoch under trainer.zero3",
+                "Set it to 1, or change data.batch_size",
+            )
+
+
+def load_best(trainer: Trainer) -> None:
     """Put the weights of the best checkpoint, chosen on val, into the model; none: leave it."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.best_model_path != "":
-            best = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
-            model.load_state_dict(best["state_dict"], strict=False)
+            best = read_checkpoint(Path(callback.best_model_path))
+            trainer.strategy.load_model_state_dict(best, strict=False)
+
+
+@contextlib.contextmanager
+def processes(trainer: Trainer) -> Iterator[None]:
+    """Within it the trainer's other processes run and are connected, if it has any.
+
+    They start before there is a model, so that one can be built in shards. An error in this process
+    ends them: they would wait for it for ever.
+    """
+    launcher = trainer.strategy.launcher
+    if launcher is None:
+        yield
+        return
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise bad_value(
+            "trainer.devices",
+            trainer.num_devices,
+            "1 in a sweep, whose runs would each start the whole sweep again",
+            "Start each run by itself",
+        )
+    launcher.launch(trainer.strategy.setup_environment)
+    try:
+        yield
+    except BaseException:
+        launcher.kill(signal.SIGKILL)
+        raise
+
+
+def shards_of(trainer: Trainer) -> Any:
+    """The context in which the trainer's models are sharded as they are made, None if they are not."""
+    strategy = trainer.strategy
+    return strategy.model_sharded_context if isinstance(strategy, Stage3) else None
 
 
 def fit(
@@ -379,7 +538,8 @@ def fit(
 
     Of the data only train and val are handed on: what trains and selects cannot reach test.
     """
+    _check_accumulation(data, trainer)
     model.train()  # from_pretrained leaves models in eval mode
     open_data = data.part("train", "val")
     trainer.fit(model, datamodule=open_data, ckpt_path=resume_from, weights_only=True)
-    load_best(model, trainer)
+    load_best(trainer)

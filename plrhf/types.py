@@ -40,6 +40,7 @@ class PreferenceBatch:
     row: Tensor  # [B] int64, place of the pair in its split
     ref_logps: Tensor | None = None  # [B, 2] float32, reference log-probability of chosen, rejected
     hidden: Tensor | None = None  # [B, 2, d] pooled trunk outputs: chosen, rejected
+    weight: Tensor | None = None  # [B] float32, see `PairDataset.share`; None: a batch of its own
 
     @property
     def users(self) -> UserBatch:
@@ -51,6 +52,18 @@ class PreferenceBatch:
         segment = torch.tensor([CHOSEN, REJECTED], device=hidden.device).expand(len(self), 2)
         blank = torch.zeros_like(segment)
         return replace(self, input_ids=blank, segment=segment, position_ids=blank, hidden=hidden)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of values [B] over the batch's pairs, of which this process may have a share.
+
+        The mean of it over all processes is the mean over all pairs.
+        """
+        return values.mean() if self.weight is None else (values * self.weight).sum()
+
+    def counted(self) -> Tensor:
+        """Whether each pair counts, [B] bool: one taken to keep step with other processes does not."""
+        everything = torch.ones_like(self.user_id, dtype=torch.bool)
+        return everything if self.weight is None else self.weight > 0
 
     def __len__(self) -> int:
         return self.user_id.shape[0]

@@ -138,7 +138,7 @@ def test_trainers(trainer: str, card_of: Any, tmp_path: Path) -> None:
     settings = composed(f"trainer={trainer}")
     given = accepted(settings["trainer"], kinds(build_trainer), "trainer")
     assert given.keys() == kinds(build_trainer).keys() - {"run_dir", "loggers", "has_val"}
-    if trainer == "gpu" and not torch.cuda.is_available():
+    if settings["trainer"]["accelerator"] == "gpu" and not torch.cuda.is_available():
         with pytest.raises(ValueError, match=r"^trainer\.accelerator='gpu' is not allowed"):
             trainer_of(settings, card_of(settings)[0], tmp_path)
     else:

@@ -156,6 +156,37 @@ def test_an_iterator_left_at_its_last_batch_starts_the_next_epoch() -> None:
     assert list(left) == list(exhausted)
 
 
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_processes_share_every_batch(world_size: int, tokenizer: Any) -> None:
+    whole = make_data(tokenizer)  # 17 train rows in fours, so the last batch is of one
+    shares = []
+    for rank in range(world_size):
+        data = make_data(tokenizer)
+        data.deal(rank=rank, world_size=world_size)
+        shares.append(data)
+    for name in ("train", "test"):
+        loaders = [
+            one.train_dataloader() if name == "train" else one.ordered_loader("test")
+            for one in (whole, *shares)
+        ]
+        for batch, *parts in zip(*loaders, strict=True):
+            counted = [row for part in parts for row in part.row[part.counted()].tolist()]
+            assert sorted(counted) == sorted(batch.row.tolist())  # each once, none twice
+            assert all(len(part) > 0 for part in parts)
+            mean = sum(part.mean(part.row.double()) for part in parts) / world_size
+            torch.testing.assert_close(mean, batch.mean(batch.row.double()))
+
+
+def test_values_are_collected_over_processes(tokenizer: Any) -> None:
+    found = []
+    for rank in range(2):
+        data = make_data(tokenizer)
+        data.deal(rank=rank, world_size=2)
+        found.append(data.collect("test", lambda batch: 1 + batch.row[:, None].float()))
+    assert sum(found).squeeze(1).tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert all((one == 0).any() for one in found)
+
+
 def test_loaders_leave_the_global_generator_alone(tokenizer: Any) -> None:
     data = make_data(tokenizer)
     before = torch.get_rng_state()

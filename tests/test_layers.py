@@ -17,7 +17,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = (
     "config errors logprobs losses stats types",
-    "aggregators backbone data encoders export gptj lora metrics optim probes training",
+    "aggregators backbone data encoders export gptj lora metrics optim probes training zero",
     "personal policy reward sft",
     "cli comparison endpoint evaluate figures finished generate judges report run supervised tables "
     "tasks",
@@ -31,13 +31,13 @@ SAME_LAYER = {
     "losses": {"errors"},
     "stats": {"errors"},
     # The backbone's fast paths.
-    "backbone": {"gptj", "lora"},
+    "backbone": {"gptj", "lora", "zero"},
     # The aggregator owns the backbone call; an export writes and reads all parts.
     "aggregators": {"backbone"},
-    "export": {"aggregators", "backbone", "data", "encoders"},
+    "export": {"aggregators", "backbone", "data", "encoders", "zero"},
     # What is open to fit; what of the rows gives choices away.
     "probes": {"data"},
-    "training": {"data"},
+    "training": {"data", "zero"},
     # What both models share.
     "policy": {"personal"},
     "reward": {"personal"},

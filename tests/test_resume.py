@@ -18,9 +18,10 @@ from tiny import LORA, assert_same, language_model, make_model
 from plrhf.backbone import Backbone, train_tokenizer
 from plrhf.data.module import PreferenceData
 from plrhf.data.sources.personas import PersonasSource
+from plrhf.errors import BadValue
 from plrhf.optim import Optim
 from plrhf.reward import PersonalRewardModel
-from plrhf.training import MetricsFile, WholeFiles, build_trainer, fit
+from plrhf.training import MetricsFile, WholeFiles, build_trainer, fit, read_checkpoint
 
 N_USERS, N_ROWS = 3, 21
 
@@ -194,7 +195,7 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "checkpoints" / "last.ckpt"
-    WholeFiles().save_checkpoint({"step": 1}, path)
+    WholeFiles().save_checkpoint(complete(step=1), path)
     really = torch.save
 
     def half(checkpoint: Any, to: Any) -> None:
@@ -204,8 +205,71 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(KeyboardInterrupt):
-        WholeFiles().save_checkpoint({"step": 2}, path)
-    assert torch.load(path, weights_only=True) == {"step": 1}
+        WholeFiles().save_checkpoint(complete(step=2), path)
+    assert read_checkpoint(path)["step"] == 1
+
+
+def complete(**content: Any) -> dict[str, Any]:
+    needed = ("state_dict", "optimizer_states", "loops", "random_states", "train_loader")
+    return {**dict.fromkeys(needed, {}), **content}
+
+
+def test_a_checkpoint_is_whole_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    values = torch.arange(700.0)
+    WholeFiles().save_checkpoint(complete(state_dict={"weight": values}), path)
+    assert torch.equal(read_checkpoint(path)["state_dict"]["weight"], values)
+    assert [one.name for one in tmp_path.iterdir()] == ["last.ckpt"]
+    whole = path.read_bytes()
+    place = whole.index(values[300:310].numpy().tobytes())
+    flipped = bytearray(whole)
+    flipped[place] ^= 1
+    start = f"ckpt='{path}' is not allowed: expected a whole checkpoint, as train.py wrote it. "
+    for content in (bytes(flipped), whole[:-100], whole[:1500], b"", b"of another program\n" * 9):
+        path.write_bytes(content)
+        with pytest.raises(BadValue) as error:
+            read_checkpoint(path)
+        assert str(error.value).startswith(start) and "\n" not in str(error.value)
+
+
+def test_a_file_of_weights_alone_is_no_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save({"weight": torch.ones(3)}, path)
+    with pytest.raises(BadValue) as error:
+        read_checkpoint(path)
+    assert str(error.value) == (
+        f"ckpt='{path}' is not allowed: expected a checkpoint of train.py (it holds ['weight']). "
+        "Begin anew without it."
+    )
+
+
+@pytest.mark.parametrize("part", ["users", "encoder", "backbone"])
+def test_a_checkpoint_made_for_something_else(part: str, reward_run: Path) -> None:
+    model = PersonalRewardModel.from_pretrained(reward_run / "export")
+    checkpoint = torch.load(reward_run / "checkpoints/last.ckpt", weights_only=True)
+    model.on_load_checkpoint(checkpoint)  # its own
+    own = checkpoint["made_for"][part]
+    checkpoint["made_for"][part] = "another"
+    with pytest.raises(BadValue) as error:
+        model.on_load_checkpoint(checkpoint)
+    assert str(error.value).startswith(
+        f"ckpt='made for {part} another' is not allowed: expected a "
+    )
+    assert str(error.value).count(own) == 1
+
+
+def test_a_damaged_checkpoint_ends_the_run_in_one_line(
+    reward_run: Path, cache_dir: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = Path(shutil.copytree(reward_run, tmp_path / "run"))
+    last = run / "checkpoints/last.ckpt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        launch("train", *TINY, f"cache_dir={cache_dir}", f"run_dir={run}", "ckpt=last")
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: ckpt='{str(last)[:20]}") and err.count("\n") == 1
 
 
 def test_metrics_file(tmp_path: Path) -> None:

@@ -42,9 +42,10 @@ class ConcatSoftPrompt(Aggregator):
         return user.to(dtype).unflatten(-1, (n_tokens, self.hidden_size))
 
     def forward(self, backbone: Backbone, batch: PreferenceBatch, user: Tensor) -> Tensor:
-        vectors = self._vectors(spread_over_rows(user, batch), backbone.vocabulary().dtype)
+        text = backbone.embed(batch.input_ids)  # [R, L, d]
+        vectors = self._vectors(spread_over_rows(user, batch), text.dtype)
         n_contexts, n_rows, n_tokens, _ = vectors.shape  # [C, R, T, d]
-        text = backbone.embed(batch.input_ids).expand(n_contexts, -1, -1, -1)  # [C, R, L, d]
+        text = text.expand(n_contexts, -1, -1, -1)  # [C, R, L, d]
         hidden = backbone(
             torch.cat([vectors, text], dim=2).flatten(0, 1),
             batch.segment.repeat(n_contexts, 1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -21,6 +22,13 @@ from plrhf.data.sources.base import Source
 from plrhf.data.splits import Splits, shuffle_users, split_rows
 from plrhf.errors import bad_value
 from plrhf.types import GENERIC_USER, PreferenceBatch
+
+Total = Callable[[Tensor], Tensor]
+
+
+def whole(values: Tensor) -> Tensor:
+    """The sum over processes where there is one."""
+    return values
 
 
 @dataclass
@@ -80,6 +88,19 @@ class PairDataset:
             ref_logps=None if self.ref_logps is None else self.ref_logps[at],
         )
         return batch if self.hidden is None else batch.pooled(self.hidden[at])
+
+    def share(self, places: Sequence[int], *, rank: int, world_size: int) -> PreferenceBatch:
+        """What one of several processes takes of the batch at these places.
+
+        Weights make the mean over processes of weighted sums the mean over the whole batch. Where
+        there are fewer pairs than processes, some take one of weight 0, as all must take part.
+        """
+        own = places[rank::world_size]
+        if world_size == 1:
+            return self.batch(own)
+        weight = world_size / len(places) if len(own) > 0 else 0.0
+        batch = self.batch(own if len(own) > 0 else places[:1])
+        return replace(batch, weight=torch.full((len(batch),), weight))
 
     def texts(self) -> tuple[list[Text], Tensor]:
         """Distinct (prompt, response) texts, and which of them each pair's two are, [N, 2]."""
@@ -184,7 +205,7 @@ class PreferenceData(LightningDataModule):
     Args:
         source: where rows come from.
         seed: of splits and batch order.
-        batch_size, eval_batch_size: pairs a step on this process.
+        batch_size, eval_batch_size: pairs a step, over all processes.
         users, schema: those of a trained model, to evaluate it on other rows: all rows (of split
             "test", where rows have one) are then test rows. None: both are taken from the train rows.
         shuffle_users: permute users over train rows and over val rows, the control that must lose.
@@ -254,6 +275,7 @@ class PreferenceData(LightningDataModule):
         self.max_tokens = max_tokens
         self.datasets: dict[str, PairDataset] = {}
         self.truncated: dict[str, int] = {}
+        self.rank, self.world_size = 0, 1
 
     @property
     def n_users(self) -> int:
@@ -318,10 +340,14 @@ class PreferenceData(LightningDataModule):
         """Users of test rows that the train rows do not have."""
         return {row.user_id for row in self.splits.test} - set(self.splits.users)
 
+    def deal(self, *, rank: int, world_size: int) -> None:
+        """Let this process's loaders give its share of every batch; the order of pairs stays."""
+        self.rank, self.world_size = rank, world_size
+
     def train_dataloader(self) -> DataLoader:
         dataset = self.datasets["train"]
         batches = OrderedBatches(len(dataset), batch_size=self.batch_size, seed=self.seed)
-        return _loader(dataset, batches, kind=ResumableLoader)
+        return self._loader(dataset, batches, kind=ResumableLoader)
 
     def val_dataloader(self) -> DataLoader:
         return self.ordered_loader("val")
@@ -329,37 +355,65 @@ class PreferenceData(LightningDataModule):
     def ordered_loader(self, split: str) -> DataLoader:
         """All pairs of a split, shortest first so that little is padding; always the same order."""
         dataset = self.datasets[split]
-        by_length = sorted(range(len(dataset)), key=lambda place: _length(dataset.pairs[place]))
-        size = self.eval_batch_size
-        batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
-        return _loader(dataset, batches)
+        return self._loader(dataset, self._by_length(dataset))
+
+    def _loader(
+        self, dataset: PairDataset, batches: Any, kind: type[DataLoader] = DataLoader
+    ) -> DataLoader:
+        # A generator of its own: a loader otherwise draws from the global one, which resuming must not.
+        return kind(
+            range(len(dataset)),  # type: ignore[arg-type]
+            batch_sampler=batches,
+            collate_fn=partial(dataset.share, rank=self.rank, world_size=self.world_size),
+            generator=torch.Generator(),
+        )
+
+    def collect(
+        self, split: str, ask: Callable[[PreferenceBatch], Tensor], *, total: Total = whole
+    ) -> Tensor:
+        """`ask(batch)` [B, ...] of every pair of a split, [N, ...], over all processes.
+
+        Args:
+            total: sum of a tensor over processes.
+        """
+        dataset = self.datasets[split]
+        return total(_placed(len(dataset), self.ordered_loader(split), ask))
 
     def precompute_reference(
-        self, reference: Callable[[PreferenceBatch], Tensor], known: KnownTexts | None = None
+        self,
+        reference: Callable[[PreferenceBatch], Tensor],
+        known: KnownTexts | None = None,
+        *,
+        total: Total = whole,
     ) -> None:
         """Keep `reference(batch)` [B, 2] of every pair: the reference never changes."""
         for dataset in self.datasets.values():
-            dataset.ref_logps = self._of_texts(dataset, reference, known)
+            dataset.ref_logps = self._of_texts(dataset, reference, known, total)
 
     def precompute_hidden(
-        self, pool: Callable[[PreferenceBatch], Tensor], known: KnownTexts | None = None
+        self,
+        pool: Callable[[PreferenceBatch], Tensor],
+        known: KnownTexts | None = None,
+        *,
+        total: Total = whole,
     ) -> None:
         """Keep `pool(batch)` [B, 2, d] of every pair."""
         for dataset in self.datasets.values():
-            dataset.hidden = self._of_texts(dataset, pool, known)
+            dataset.hidden = self._of_texts(dataset, pool, known, total)
 
     def _of_texts(
         self,
         dataset: PairDataset,
         compute: Callable[[PreferenceBatch], Tensor],
         known: KnownTexts | None,
+        total: Total,
     ) -> OfTexts | None:
         """`compute` [B, 2, ...] of every pair, each text that is not known computed once."""
         texts, places = dataset.texts()
         values, missing = (None, [*range(len(texts))]) if known is None else known.find(texts)
         if len(missing) > 0:
             new = [texts[place] for place in missing]
-            found = self._computed(new, compute, together=dataset.layout is packed)
+            found = total(self._computed(new, compute, together=dataset.layout is packed))
             if known is not None:
                 known.add(new, found)
             values = torch.zeros(len(texts), *found.shape[1:]) if values is None else values
@@ -373,19 +427,40 @@ class PreferenceData(LightningDataModule):
         *,
         together: bool,
     ) -> Tensor:
-        """`compute` of every text [N, ...], two of one prompt in a row if `together`."""
+        """`compute` of every text [N, ...], two of one prompt in a row if `together`.
+
+        Zero for those of other processes' shares.
+        """
         pairs, places = coupled(texts, together=together)
         blank = PairDataset.of_tokens(pairs)
         order = sorted(range(len(pairs)), key=lambda place: _length(pairs[place]))
         values: Tensor | None = None
         for start in range(0, len(order), self.eval_batch_size):
             now = order[start : start + self.eval_batch_size]
-            found = compute(blank.batch(now))  # [B, 2, ...]
+            batch = blank.share(now, rank=self.rank, world_size=self.world_size)
+            found, counted = compute(batch), batch.counted()  # [B, 2, ...]
             if values is None:
                 values = torch.zeros(len(texts) + 1, *found.shape[2:])
-            values[places[now]] = found.float()
+            values[places[batch.row[counted]]] = found[counted].float()
         assert values is not None
         return values[: len(texts)]
+
+    def _by_length(self, dataset: PairDataset) -> list[list[int]]:
+        order = sorted(range(len(dataset)), key=lambda place: _length(dataset.pairs[place]))
+        size = self.eval_batch_size
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _placed(n_pairs: int, loader: DataLoader, ask: Callable[[PreferenceBatch], Tensor]) -> Tensor:
+    """`ask(batch)` put at the batch's places in [n_pairs, ...]; zero where this process has no pair."""
+    found: Tensor | None = None
+    for batch in loader:
+        values, counted = ask(batch), batch.counted()
+        if found is None:
+            found = values.new_zeros(n_pairs, *values.shape[1:])
+        found[batch.row[counted]] = values[counted]
+    assert found is not None
+    return found
 
 
 def build_data(
@@ -402,16 +477,6 @@ def build_data(
     settings = {k: v for k, v in node.items() if k in own}
     return build(
         {"_target_": target, **settings}, "data", source=source, users=users, schema=schema
-    )
-
-
-def _loader(dataset: PairDataset, batches: Any, kind: type[DataLoader] = DataLoader) -> DataLoader:
-    # A generator of its own: a loader otherwise draws from the global one, which resuming must not.
-    return kind(
-        range(len(dataset)),  # type: ignore[arg-type]
-        batch_sampler=batches,
-        collate_fn=dataset.batch,
-        generator=torch.Generator(),
     )
 
 
