@@ -253,9 +253,8 @@ class Backbone(nn.Module):
             if isinstance(module, LoraLinear):
                 with gathered(list(module.parameters())), torch.no_grad():
                     for name, value in module.get_base_layer().named_parameters():
-                        if name == "weight":
-                            value = value + module.get_delta_weight("default")
-                        writer.add(f"{path}.{name}", value)
+                        change = module.get_delta_weight("default") if name == "weight" else 0
+                        writer.add(f"{path}.{name}", value + change)
                 written.update(id(one) for one in module.parameters())
         for name, value in bare.named_parameters():
             if id(value) not in written:

@@ -135,6 +135,9 @@ class PersonalModule(LightningModule):
         margins, _ = self.margins(self.hidden(batch, names), batch)
         return {"user": margins[0], "generic": margins[-1]}
 
+    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Tensor]:
+        return {"row": batch.row, **self.context_margins(batch)}
+
     def both_margins(self, batch: PreferenceBatch) -> Tensor:
         """`context_margins` as [B, 2]: user, generic."""
         return torch.stack(list(self.context_margins(batch).values()), dim=1)

@@ -134,7 +134,7 @@ class Stage3(DeepSpeedStrategy):
         from deepspeed.utils import safe_get_full_fp32_param
 
         assert self.lightning_module is not None
-        named = dict(self.lightning_module.named_parameters())
+        named: dict[str, Any] = dict(self.lightning_module.named_parameters())
         whole = self.lightning_module.state_dict()
         state = {name: value for name, value in whole.items() if name not in named}
         for name, parameter in named.items():
