@@ -245,8 +245,9 @@ class Backbone(nn.Module):
             self.merged().save_pretrained(directory)
             return
         writer = ShardWriter(directory, shard_bytes=shard_bytes)
-        lora = isinstance(self.model, PeftModel)
-        bare: Any = self.model.get_base_model() if lora else self.model
+        bare: Any = self.model
+        if isinstance(bare, PeftModel):
+            bare = bare.get_base_model()
         written: set[int] = set()
         module: Any
         for path, module in bare.named_modules():
