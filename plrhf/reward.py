@@ -75,7 +75,9 @@ class PersonalRewardModel(PersonalModule):
     def hidden(self, batch: PreferenceBatch, names: tuple[str, ...]) -> Tensor:
         # Free of the user, trunk outputs are pooled before the user comes in: once for all contexts.
         if self.aggregator.after_trunk and batch.hidden is None:
-            batch = batch.pooled(self.pooled_trunk(batch))
+            pooled = self.pooled_trunk(batch).flatten(0, 1)
+            texts = torch.arange(len(pooled), device=pooled.device).view(len(batch), 2)
+            batch = batch.pooled(pooled, texts)
         return super().hidden(batch, names)
 
     def rewards(self, hidden: Tensor, batch: PreferenceBatch) -> Tensor:

@@ -79,7 +79,10 @@ class PairDataset:
             row=at,
             ref_logps=None if self.ref_logps is None else self.ref_logps[at],
         )
-        return batch if self.hidden is None else batch.pooled(self.hidden[at])
+        if self.hidden is None:
+            return batch
+        distinct, texts = self.hidden.places[at].unique(return_inverse=True)
+        return batch.pooled(self.hidden.values[distinct], texts)
 
     def texts(self) -> tuple[list[Text], Tensor]:
         """Distinct (prompt, response) texts, and which of them each pair's two are, [N, 2]."""
