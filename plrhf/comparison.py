@@ -53,13 +53,13 @@ def comparison_frame(runs: Sequence[Run], *, baseline: Run | None = None) -> pd.
             worlds.append(run)
     for world in worlds:
         suffix = f" ({world.name})" if len(worlds) > 1 else ""
-        references = {
-            "oracle": world.results["oracle"],
-            "length only": world.results["controls"]["length_only"],
-        }
+        references = (
+            ("oracle", "oracle", world.results["oracle"]),
+            ("length only", "length", world.results["controls"]["length_only"]),
+        )
         rows += [
-            {"run": f"{name}{suffix}", "role": name, **_accuracy_columns(cells)}
-            for name, cells in references.items()
+            {"run": f"{name}{suffix}", "role": role, **_accuracy_columns(cells)}
+            for name, role, cells in references
             if cells is not None
         ]
     return _with_holm(pd.DataFrame(rows))

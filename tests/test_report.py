@@ -20,6 +20,7 @@ from plrhf.metrics import summarise
 # Seen users of 5, 2 and 7 pairs, an unseen one of 3.
 OWNERS = ["ann"] * 5 + ["bob"] * 2 + ["cid"] * 7 + ["dan"] * 3
 TARGETS = {
+    "cluster": "plrhf.encoders.ClusterMixtureEncoder",
     "lookup": "plrhf.encoders.LookupEncoder",
     "none": "plrhf.encoders.NoneEncoder",
     "uniform": "plrhf.encoders.UniformEncoder",
@@ -245,7 +246,7 @@ def test_controls_are_recognised_from_settings(runs: Path, tmp_path: Path) -> No
         "same": "uniform",
         "vanilla": "vanilla",
         "oracle": "oracle",
-        "length only": "length only",
+        "length only": "length",
     }
     # Shuffling makes other data for a baseline in no other way.
     baselines = frame["baseline"].dropna().to_dict()
