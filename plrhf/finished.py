@@ -17,9 +17,9 @@ from plrhf.stats import Outcomes
 
 ROLES = {
     "plrhf.encoders.NoneEncoder": "vanilla",
-    "plrhf.encoders.UniformEncoder": "uniform control",
+    "plrhf.encoders.UniformEncoder": "uniform",
 }
-PERSONALISED, SHUFFLED = "personalised", "shuffled control"
+PERSONAL, SHUFFLED = "personal", "shuffled"
 SETTINGS = ("model", "data", "encoder", "aggregator", "seed")
 
 
@@ -75,7 +75,7 @@ def role(config: Mapping[str, Any]) -> str:
     """
     if config["data"].get("shuffle_users") is True:
         return SHUFFLED
-    return ROLES.get(config["encoder"]["_target_"], PERSONALISED)
+    return ROLES.get(config["encoder"]["_target_"], PERSONAL)
 
 
 def _component(config: Mapping[str, Any], key: str) -> str:

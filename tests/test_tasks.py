@@ -252,7 +252,7 @@ def test_comparison(reward_run: Path, policy_run: Path, tmp_path: Path, capsys: 
         value = json.loads((run / "results.json").read_text())["test"]["seen"]["user"]
         row = frame[(frame["run"] == name)].iloc[0]
         assert value["accuracy_micro"]["value"] in row.to_numpy()
-    assert set(frame["role"].dropna()) == {"personalised", "oracle", "length control"}
+    assert set(frame["role"].dropna()) == {"personal", "oracle", "length"}
     assert frame["baseline"].isna().all()  # neither run is vanilla
     chosen = f"eval.baseline={tmp_path}/runs/one"
     launch("eval", "eval=compare", chosen, f"runs={tmp_path}/runs/*", f"out={tmp_path / 'out'}")
