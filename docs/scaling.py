@@ -59,7 +59,7 @@ def models() -> None:
 
 
 def by_gpus(axes: Any) -> None:
-    counts = [1, 2, 4, 8, 16, 32, 64]
+    counts = [1, 2, 4, 8, 16, 32]
     plans = [planned(gpus=count, stage=3) for count in counts]
     parts = {
         "weights": [p.weights / GB for p in plans],
@@ -88,7 +88,7 @@ def by_users(axes: Any) -> None:
 
 
 def by_length(axes: Any) -> None:
-    lengths = [250, 500, 1000, 2000]
+    lengths = [300, 600, 1200, 2400]
     for name, overrides in {
         "GPT-J 6B": ["backbone.gradient_checkpointing=false"],
         "GPT-J 6B, recomputing": [],

@@ -80,7 +80,7 @@ class Plan:
 
     Attributes:
         weights, gradients, optimiser: of all but the tables of single users.
-        user_tables: weights, gradients and optimiser of those.
+        user_tables: weights, gradients and optimiser of those, and right answers counted by user.
         gathered: weights and gradients that stage 3 holds whole for a moment.
         training, evaluation: what a step of each holds beyond that.
         communication: received in one optimiser step.
@@ -308,13 +308,14 @@ def _shared_out(
     else:  # AdamW on a GPU takes the roots of all second moments at once
         training = max(training, _bytes(learned))
     prompt, response = _lengths(data)
+    counts = model.val_accuracy.counts.nbytes  # of the exact accuracy, whole on every GPU
     return Plan(
         parameters=_count(every),
         trainable=_count(trainable),
         weights=share * (_bytes(every, width) - _bytes(users, width)),
         gradients=share * _bytes(rest, width),
         optimiser=share * optimiser(rest),
-        user_tables=share * (2 * _bytes(users, width) + optimiser(users)),
+        user_tables=share * (2 * _bytes(users, width) + optimiser(users)) + counts,
         gathered=gathered,
         training=training,
         evaluation=steps.evaluation,

@@ -19,6 +19,7 @@ from plrhf.plan import GB, Machine, Plan, forecast, model_of_shapes
 from plrhf.policy import PersonalDPOPolicy
 from plrhf.types import PreferenceBatch
 
+COUNTS = 3 * 8 * (211 + 1)  # of right answers by user, float64
 NO_FEATURES = FeatureSchema(moments={}, codes={})
 PROMPT, RESPONSE, PAIRS, EVAL_PAIRS, N_USERS = 23, 34, 5, 9, 211
 SHAPE = [
@@ -142,7 +143,7 @@ def test_forecast_is_what_is_measured(case: str) -> None:
     plan = forecast(settings, Machine(), n_users=N_USERS, schema=NO_FEATURES)
     found = measured(settings)
     learned = plan.weights + plan.gradients + plan.optimiser + plan.user_tables
-    exact = found["weights"] + found["gradients"] + found["optimiser"]
+    exact = found["weights"] + found["gradients"] + found["optimiser"] + COUNTS
     assert learned == exact
     # With a frozen trunk a step holds next to nothing: AdamW's temporaries are most of it.
     assert plan.training == pytest.approx(found["training"], rel=0.15, abs=1e5)
@@ -171,7 +172,7 @@ def test_shares_of_zero_3() -> None:
     assert plan.weights == 2 * (every - table) / 4
     assert plan.gradients == 2 * (learned - table) / 4
     assert plan.optimiser == 16 * (learned - table) / 4
-    assert plan.user_tables == (2 + 2 + 16) * table / 4
+    assert plan.user_tables == (2 + 2 + 16) * table / 4 + COUNTS
     assert plan.gathered == 2 * (every + 200_000_000)
     assert plan.communication == pytest.approx(3 / 4 * 3 * (2 * 2 * every + 2 * learned))
     assert plan.pairs == 5 * 3 * 4
@@ -183,7 +184,8 @@ def test_shares_of_zero_3() -> None:
 def test_a_hundred_million_users() -> None:
     rank = forecast_of("encoder.rank=4", n_users=10**8)
     table = 4 * 4 * (10**8 + 1)  # bytes
-    assert rank.user_tables == table * (1 + 1 + 2)
+    counts = 3 * 8 * (10**8 + 1)
+    assert rank.user_tables == table * (1 + 1 + 2) + counts
     sharded = forecast_of(
         "encoder=cluster",
         "encoder.n_clusters=12",
@@ -192,7 +194,7 @@ def test_a_hundred_million_users() -> None:
         gpus=8,
         stage=3,
     )
-    assert sharded.user_tables == pytest.approx((10**8 + 1) * 12 * (2 + 2 + 16) / 8)
+    assert sharded.user_tables == pytest.approx((10**8 + 1) * 12 * (2 + 2 + 16) / 8 + counts)
     # The table of 1.2e9 numbers is whole on every GPU for a moment, and so is its gradient.
     assert sharded.gathered == pytest.approx(2 * 2 * (10**8 + 1) * 12, rel=0.01)
 
