@@ -51,7 +51,7 @@ def planned(*overrides: str, users: int = 1000, **machine: Any) -> Plan:
 def models() -> None:
     """A table of what each model needs of a GPU."""
     for name, overrides in MODELS.items():
-        for n_gpus in (1, 8):
+        for n_gpus in (8,) if "70B" in name else (1, 8):  # whose weights alone fill two
             plan = planned(*overrides, gpus=n_gpus, stage=0 if n_gpus == 1 else 3)
             parts = (plan.weights, plan.gradients + plan.optimiser, plan.gathered, plan.training)
             cells = [f"{part / GB:.1f}" for part in (*parts, plan.total, plan.communication)]
@@ -59,7 +59,7 @@ def models() -> None:
 
 
 def by_gpus(axes: Any) -> None:
-    counts = [1, 2, 4, 8, 16, 32]
+    counts = [1, 4, 16, 64]
     plans = [planned(gpus=count, stage=3) for count in counts]
     parts = {
         "weights": [p.weights / GB for p in plans],
@@ -76,7 +76,7 @@ def by_gpus(axes: Any) -> None:
 
 
 def by_users(axes: Any) -> None:
-    counts = [10**power for power in range(3, 9)]
+    counts = [10**4, 10**6, 10**8]
     for name, overrides in ENCODERS.items():
         plans = [planned(*overrides, ONE_BLOCK, users=n, gpus=8, stage=3) for n in counts]
         tables = [plan.user_tables / GB for plan in plans]
@@ -88,7 +88,7 @@ def by_users(axes: Any) -> None:
 
 
 def by_length(axes: Any) -> None:
-    lengths = [300, 600, 1200, 2400]
+    lengths = [300, 600, 1200]
     for name, overrides in {
         "GPT-J 6B": ["backbone.gradient_checkpointing=false"],
         "GPT-J 6B, recomputing": [],
