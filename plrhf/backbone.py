@@ -321,6 +321,50 @@ def load_model(
         ) from error
 
 
+def empty_model(
+    *,
+    path: str | None,
+    architecture: dict[str, Any] | None = None,
+    tiny: dict[str, Any] | None = None,
+    dtype: str = "float32",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A model of which nothing but the shape is there: on the meta device, no weights read.
+
+    Args:
+        path: whose config.json says the shape, unless `architecture` does: model_type and what
+            differs from that type's defaults, as `AutoConfig.for_model` takes them.
+        tiny: shape of `tiny_gptj` where both are None. others: as in `load_model`.
+
+    Raises:
+        ValueError: no config there, or an architecture transformers does not know.
+    """
+    with torch.device("meta"):
+        if architecture is None and path is None:
+            return tiny_gptj(**(tiny or {}), eos_token_id=0)
+        try:
+            config = (
+                AutoConfig.for_model(**architecture)
+                if architecture is not None
+                else AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+            )
+            kind = AutoModelForCausalLM if is_causal(config) else AutoModel
+            return kind.from_config(
+                config,
+                dtype=DTYPES[dtype],
+                attn_implementation=attention,
+                trust_remote_code=trust_remote_code,
+            )
+        except (OSError, ValueError, TypeError) as error:
+            raise bad_value(
+                "backbone.path" if architecture is None else "backbone.architecture",
+                path if architecture is None else architecture,
+                "a shape: a config.json that can be reached, or an architecture with its model_type",
+                f"Set backbone.architecture={{model_type:NAME}} ({' '.join(str(error).split())[:120]})",
+            ) from error
+
+
 def load_backbone(
     *,
     path: str,

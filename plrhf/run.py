@@ -18,6 +18,7 @@ from plrhf import report, tables
 from plrhf.backbone import Backbone, tiny_gptj
 from plrhf.cli import Settings
 from plrhf.config import accepted, build
+from plrhf.data.features import FeatureSchema
 from plrhf.data.module import PreferenceData, build_data
 from plrhf.errors import bad_value
 from plrhf.evaluate import (
@@ -33,6 +34,7 @@ from plrhf.evaluate import (
 from plrhf.export import Card, build_model, save_export
 from plrhf.optim import Optim
 from plrhf.personal import PersonalModule
+from plrhf.plan import Machine, forecast, plan_table
 from plrhf.policy import PersonalDPOPolicy
 from plrhf.probes import probe
 from plrhf.supervised import (
@@ -54,13 +56,17 @@ KINDS: dict[str, Any] = {
     "cache_dir": str,
     "ckpt": Literal["last"] | None,
     "debug": bool,
-    **dict.fromkeys((*PARTS, "trainer", "logger", "samples"), dict[str, Any]),
+    "plan": bool,
+    **dict.fromkeys((*PARTS, "trainer", "logger", "samples", "plan_for"), dict[str, Any]),
 }
 
 
 def train(settings: Settings) -> None:
     """Run `settings` and leave everything in ``run_dir``; see docs/architecture.md for the files."""
     check_settings(settings)
+    if settings["plan"]:
+        print_plan(settings)
+        return
     run_dir = Path(settings["run_dir"])
     resume_from = checkpoint_of(settings, run_dir)
     data = build_data(settings["data"])
@@ -83,6 +89,21 @@ def check_settings(settings: Settings) -> None:
     check_backbone(settings["backbone"])
     build(settings["optim"], "optim")
     _samples(settings)
+    _machine(settings)
+
+
+def print_plan(settings: Settings) -> None:
+    """Print what the run would need; weights are not read, and data only to count their users."""
+    if settings["model"]["name"] == "sft":
+        raise bad_value("plan", True, "false for model=sft", "Plan model=reward or model=dpo")
+    machine = _machine(settings)
+    if machine.users is None:
+        data = build_data(settings["data"])
+        n_users, schema = data.n_users, data.schema
+    else:
+        n_users, schema = machine.users, FeatureSchema(moments={}, codes={})
+    plan = forecast(settings, machine, n_users=n_users, schema=schema)
+    Console().print(plan_table(plan, settings, machine))
 
 
 def train_personal(
@@ -204,6 +225,11 @@ def _check_writable(field: str, path: str) -> None:
 def _samples(settings: Settings) -> Texts:
     target = f"{Texts.__module__}.{Texts.__qualname__}"
     return build({"_target_": target, **settings["samples"]}, "samples", origin="samples")
+
+
+def _machine(settings: Settings) -> Machine:
+    target = f"{Machine.__module__}.{Machine.__qualname__}"
+    return build({"_target_": target, **settings["plan_for"]}, "plan_for")
 
 
 def _versions() -> dict[str, str]:

@@ -71,7 +71,8 @@ class Recipe:
 
 def check_backbone(node: Settings) -> None:
     """Refuse settings of ``backbone`` by name and type before anything is loaded or trained."""
-    own = {"path": str | None, "tiny": dict[str, Any] | None, "sft": dict[str, Any]}
+    own = {"path": str | None, "sft": dict[str, Any]}
+    own |= dict.fromkeys(("architecture", "tiny"), dict[str, Any] | None)
     accepted(node, {**kinds(load_backbone), **kinds(load_tokenizer), **own}, "backbone")
     if node["lora"] is not None:
         accepted(node["lora"], _without(kinds(add_lora), "model"), "backbone.lora")

@@ -19,8 +19,8 @@ LAYERS = (
     "config errors logprobs losses stats types",
     "aggregators backbone data encoders export gptj lora metrics optim probes training",
     "personal policy reward sft",
-    "cli comparison endpoint evaluate figures finished generate judges report run supervised tables "
-    "tasks",
+    "cli comparison endpoint evaluate figures finished generate judges plan report run supervised "
+    "tables tasks",
 )
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units.split()}
 
@@ -48,7 +48,8 @@ SAME_LAYER = {
     # Entry points use what does the work.
     "evaluate": {"cli", "generate"},
     "judges": {"endpoint", "evaluate"},
-    "run": {"cli", "evaluate", "report", "supervised", "tables"},
+    "plan": {"cli"},
+    "run": {"cli", "evaluate", "plan", "report", "supervised", "tables"},
     "supervised": {"cli"},
     "tables": {"finished"},
     "tasks": {"cli", "comparison", "evaluate", "judges", "report", "tables"},
