@@ -1,4 +1,4 @@
-"""What eval.py does with finished runs: score, generate, winrate, compare."""
+"""What eval.py does with finished runs: score, generate, winrate, adapt, compare."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from plrhf.evaluate import Texts, predict, prepare, summarise_run, write_evaluat
 from plrhf.export import read_card
 from plrhf.personal import PersonalModule
 from plrhf.policy import PersonalDPOPolicy
+from plrhf.shots import Shots, learning_curve, shots_table
 from plrhf.stats import ACCURACIES, Outcomes, correctness, summarise_outcomes
 
 KINDS: dict[str, Any] = {
@@ -37,7 +38,13 @@ KINDS: dict[str, Any] = {
 def evaluate(settings: Settings) -> None:
     """Do what ``eval.name`` says."""
     accepted(settings, KINDS, "")
-    tasks = {"score": score, "generate": write, "winrate": winrate, "compare": compare}
+    tasks = {
+        "score": score,
+        "generate": write,
+        "winrate": winrate,
+        "adapt": adapt,
+        "compare": compare,
+    }
     tasks[settings["eval"]["name"]](settings)
 
 
@@ -115,6 +122,23 @@ def winrate(settings: Settings) -> None:
         f"win rate of {run} against {against}: {result['win_rate']['value']:.3f} "
         f"[{low:.3f}, {high:.3f}] over {len(both)} texts, {result['ties']:.3f} ties"
     )
+
+
+def adapt(settings: Settings) -> None:
+    """Measure how well new users are known after a few of their pairs: adapt.json and a table."""
+    target = f"{Shots.__module__}.{Shots.__qualname__}"
+    options: Shots = build({"_target_": target, **settings["eval"]}, "eval")
+    run = _run_dir(settings)
+    model, data, trainer, _ = load_run(run, settings)
+    model.to(trainer.strategy.root_device)
+    with trainer.precision_plugin.forward_context():
+        result = learning_curve(model, data, options, seed=settings["seed"])
+    out = Path(settings["out"] or run)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / ("adapt.json" if options.users == "unseen" else "adapt_seen.json")
+    path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    Console().print(shots_table(result))
+    print(f"curve: {path}")
 
 
 def compare(settings: Settings) -> None:

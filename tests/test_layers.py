@@ -19,7 +19,7 @@ LAYERS = (
     ("config", "errors", "logprobs", "losses", "stats", "types"),
     ("aggregators", "backbone", "data", "encoders", "export", "metrics", "optim", "training"),
     ("personal", "policy", "reward", "sft"),
-    ("cli", "evaluate", "generate", "report", "run", "supervised", "tasks"),
+    ("adapt", "cli", "evaluate", "generate", "report", "run", "shots", "supervised", "tasks"),
 )
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 
@@ -38,8 +38,9 @@ SAME_LAYER = {
     # Entry points use what does the work.
     "evaluate": {"cli", "generate"},
     "run": {"cli", "evaluate", "report", "supervised"},
+    "shots": {"adapt"},
     "supervised": {"cli"},
-    "tasks": {"cli", "evaluate", "report"},
+    "tasks": {"cli", "evaluate", "report", "shots"},
 }
 
 ONLY_IN = {"transformers": {"backbone"}, "peft": {"backbone"}, "deepspeed": {"zero"}}
