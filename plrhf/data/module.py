@@ -281,28 +281,34 @@ class PreferenceData(LightningDataModule):
     def precompute_hidden(self, pool: Callable[[PreferenceBatch], Tensor]) -> None:
         """Keep `pool(batch)` [B, 2, d] of every pair, each distinct text computed once."""
         for dataset in self.datasets.values():
-            if len(dataset) == 0:
-                continue
-            texts, places = dataset.texts()
-            alone = PairDataset(
-                [dataset.rows[0]] * len(texts),
-                texts,
-                layout=packed,
-                user_index={},
-                schema=FeatureSchema.fit(()),
-            )
-            order = sorted(range(len(texts)), key=lambda place: _length(texts[place]))
-            size = self.eval_batch_size
-            pooled = [
-                (places_now, pool(alone.batch(places_now))[:, 0])
-                for places_now in (
-                    order[start : start + size] for start in range(0, len(order), size)
-                )
-            ]
-            hidden = torch.zeros(len(texts), pooled[0][1].shape[1])
-            for places_now, values in pooled:
-                hidden[places_now] = values
-            dataset.hidden = hidden[places]
+            keep_hidden(dataset, pool, batch_size=self.eval_batch_size)
+
+
+def keep_hidden(
+    dataset: PairDataset, pool: Callable[[PreferenceBatch], Tensor], *, batch_size: int
+) -> None:
+    """Keep `pool(batch)` [B, 2, d] of every pair in `dataset.hidden`, each distinct text once."""
+    if len(dataset) == 0:
+        return
+    texts, places = dataset.texts()
+    alone = PairDataset(
+        [dataset.rows[0]] * len(texts),
+        texts,
+        layout=packed,
+        user_index={},
+        schema=FeatureSchema.fit(()),
+    )
+    order = sorted(range(len(texts)), key=lambda place: _length(texts[place]))
+    pooled = [
+        (places_now, pool(alone.batch(places_now))[:, 0])
+        for places_now in (
+            order[start : start + batch_size] for start in range(0, len(order), batch_size)
+        )
+    ]
+    hidden = torch.zeros(len(texts), pooled[0][1].shape[1])
+    for places_now, values in pooled:
+        hidden[places_now] = values
+    dataset.hidden = hidden[places]
 
 
 def build_data(
