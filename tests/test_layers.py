@@ -19,8 +19,8 @@ LAYERS = (
     "config errors logprobs losses stats types",
     "aggregators backbone data encoders export gptj lora metrics optim probes training",
     "personal policy reward sft",
-    "cli comparison endpoint evaluate figures finished generate judges plan report run supervised "
-    "tables tasks",
+    "adapt cli comparison endpoint evaluate figures finished generate judges plan report run shots "
+    "supervised tables tasks",
 )
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units.split()}
 
@@ -50,9 +50,10 @@ SAME_LAYER = {
     "judges": {"endpoint", "evaluate"},
     "plan": {"cli"},
     "run": {"cli", "evaluate", "plan", "report", "supervised", "tables"},
+    "shots": {"adapt"},
     "supervised": {"cli"},
     "tables": {"finished"},
-    "tasks": {"cli", "comparison", "evaluate", "judges", "report", "tables"},
+    "tasks": {"cli", "comparison", "evaluate", "judges", "report", "shots", "tables"},
 }
 
 ONLY_IN = {"transformers": {"backbone"}, "peft": {"backbone"}, "deepspeed": {"zero"}}
