@@ -231,7 +231,8 @@ def trace(model: PersonalModule, data: Settings, n_features: int, *, half: str |
     batch = fake_batch(model, data, data["batch_size"], n_features)
     pooled = isinstance(model, PersonalRewardModel) and model.pooled_suffices
     if pooled:
-        batch = batch.pooled(torch.zeros(len(batch), 2, model.backbone.hidden_size))
+        texts = torch.arange(2 * len(batch)).view(-1, 2)
+        batch = batch.pooled(torch.zeros(2 * len(batch), model.backbone.hidden_size), texts)
     elif isinstance(model, PersonalDPOPolicy):
         batch.ref_logps = torch.zeros(len(batch), 2)
     with tally_of(batch, data) as tally:
