@@ -33,6 +33,7 @@ from plrhf.judges import Contest, Judge, win_rates
 from plrhf.personal import PersonalModule
 from plrhf.policy import PersonalDPOPolicy
 from plrhf.probes import probe
+from plrhf.users import write_users
 
 KINDS: dict[str, Any] = {
     **dict.fromkeys(("run", "runs", "out"), str | None),
@@ -61,6 +62,7 @@ def score(settings: Settings) -> None:
     how = json.loads((run / "results.json").read_text())["run"]
     results = summarise_run(predictions, config, data, probe(data.splits), how)
     write_evaluation(out, results, predictions)
+    write_users(out / "users.json", model, data)
     page = report.write_report(out)
     Console().print(tables.closing_table(results))
     print(f"report: {page}")
