@@ -168,8 +168,8 @@ def probes_section(run: Run) -> Section | None:
     if probes is None or len(probes) == 0:
         return None
     found = {name: value for name, value in probes.items() if name != "warnings"}
-    table, warnings = key_table(found, "count"), probes.get("warnings", [])
-    note = "What splits share, and what form and length alone give away. Of 0.5 nothing is."
+    table, warnings = key_table(found, "found"), probes.get("warnings", [])
+    note = "What splits share, and what form and length alone give away, 0.5 being chance."
     return Section("Leak probes", note, warnings=warnings, table=table)
 
 

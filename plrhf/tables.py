@@ -172,16 +172,22 @@ def interval_note(results: Mapping[str, Any]) -> str:
 def few_shot_table(adapted: Mapping[str, Any]) -> Table:
     """The curves of adapt.json as rows, one a number of pairs, and the gain recovered where known."""
     curves = {name: curve for name, curve in adapted["curves"].items() if curve is not None}
+    over = adapted.get("over_generic") or {}  # paired, so narrower than the curves are apart
     recovered = adapted["gain_recovered"] or {}
     rows = [
         [
             Cell(f"{shots}"),
             *(percent(curve[place]) for curve in curves.values()),
+            *(points(curve[place]) for curve in over.values()),
             *(estimate_cell(curve[place], "z.2f") for curve in recovered.values()),
         ]
         for place, shots in enumerate(adapted["shots"])
     ]
-    heads = [*(f"{name}, %" for name in curves), *(f"gain, {name}" for name in recovered)]
+    heads = [
+        *(f"{name}, %" for name in curves),
+        *(f"{name} over generic, points" for name in over),
+        *(f"gain, {name}" for name in recovered),
+    ]
     return Table(["pairs given", *heads], [("", rows)])
 
 
@@ -195,7 +201,7 @@ def key_table(tree: Mapping[str, Any], heading: str) -> Table | None:
         else:
             plain.append([Cell(_words(key)), _shown(value)])
     groups = [("", plain)] * (len(plain) > 0) + [group for group in groups if len(group[1]) > 0]
-    texts = (0,) if heading == "count" else (0, 1)
+    texts = (0, 1) if heading == "value" else (0,)
     return Table(["", heading], groups, texts) if len(groups) > 0 else None
 
 

@@ -170,6 +170,10 @@ def test_few_shot_table_by_hand() -> None:
     rows = table.groups[0][1]
     assert [str(cell) for cell in rows[1]][:2] == ["4", "62.5 [57.5, 67.5]"]
     assert [row[-1].value for row in rows] == ["0.00", "0.33", "0.67"]
+    paired = {"adapted": constant(0.125)}
+    with_paired = few_shot_table({**ADAPTED, "over_generic": paired})
+    assert with_paired.columns[5] == "adapted over generic, points"
+    assert str(with_paired.groups[0][1][0][5]) == "+12.5 [+7.5, +17.5]"
     # Human data have no oracle, and no gain to recover.
     people = {**ADAPTED, "curves": {**ADAPTED["curves"], "oracle": None}, "gain_recovered": None}
     assert len(few_shot_table(people).columns) == 4
@@ -228,6 +232,20 @@ def test_notebooks_show_what_the_page_shows(whole: Path) -> None:
     assert section is not None
     html = section._repr_html_()
     assert html.count("<svg") == 2 and "cluster 1" in html and "<body" not in html
+
+
+def test_a_map_of_a_thousand_users_stays_small(whole: Path) -> None:
+    weights = [0.1] * 10
+    users = [
+        {**person(f"user-{n}", f"g{n % 13}", weights, (n / 7, n % 7)), "profile": "x" * 100}
+        for n in range(1000)
+    ]
+    generic = {"at": [0, 0], "weights": weights}
+    learned = {**LEARNED, "users": users, "generic": generic, "n_users": 123_456}
+    (whole / "users.json").write_text(json.dumps(learned))
+    path = report.write_report(whole)
+    assert path.stat().st_size < 1_500_000
+    assert "1,000 of 123,456 train users. Point" in path.read_text()
 
 
 def browser_log(page: Path, *flags: str) -> str:
