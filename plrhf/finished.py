@@ -78,6 +78,21 @@ def role(config: Mapping[str, Any]) -> str:
     return ROLES.get(config["encoder"]["_target_"], PERSONAL)
 
 
+def read_users(run: Run) -> pd.DataFrame:
+    """users.json as a table: one row a user, the generic user last.
+
+    Raises:
+        ValueError: the run's encoder tells no users apart, so there is none.
+    """
+    path = run.path / "users.json"
+    if not path.is_file():
+        raise bad_value(
+            "run", str(run.path), "a run that left users.json", "Train with encoder=lookup"
+        )
+    learned = json.loads(path.read_text(encoding="utf-8"))
+    return pd.DataFrame([*learned["users"], {"user_id": "generic user", **learned["generic"]}])
+
+
 def _component(config: Mapping[str, Any], key: str) -> str:
     """Name of a part of the config: its name, or the last word of its dotted path."""
     part = config.get(key)

@@ -47,6 +47,7 @@ from plrhf.supervised import (
     trainer_of,
 )
 from plrhf.training import fit
+from plrhf.users import write_users
 
 PACKAGES = ("plrhf", "torch", "lightning", "transformers", "peft")
 PARTS = ("data", "backbone", "encoder", "aggregator", "model", "optim")
@@ -140,6 +141,7 @@ def train_personal(
     how = {"command": " ".join(["python", *sys.argv]), "versions": _versions()}
     results = summarise_run(predictions, settings, data, probes, how)
     write_evaluation(run_dir, results, predictions)
+    write_users(run_dir / "users.json", model, data)
     if isinstance(model, PersonalDPOPolicy):
         write_texts(run_dir / "generations.jsonl", model, data, _samples(settings))
     report.write_report(run_dir)

@@ -34,6 +34,7 @@ from plrhf.personal import PersonalModule
 from plrhf.policy import PersonalDPOPolicy
 from plrhf.probes import probe
 from plrhf.shots import Shots, learning_curve, shots_table
+from plrhf.users import write_users
 
 KINDS: dict[str, Any] = {
     **dict.fromkeys(("run", "runs", "out"), str | None),
@@ -68,6 +69,7 @@ def score(settings: Settings) -> None:
     how = json.loads((run / "results.json").read_text())["run"]
     results = summarise_run(predictions, config, data, probe(data.splits), how)
     write_evaluation(out, results, predictions)
+    write_users(out / "users.json", model, data)
     page = report.write_report(out)
     Console().print(tables.closing_table(results))
     print(f"report: {page}")

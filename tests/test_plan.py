@@ -107,7 +107,8 @@ def measured(settings: dict[str, Any]) -> dict[str, float]:
     batch = real_batch(PAIRS)
     pooled = settings["backbone"]["trainable"] == "frozen"
     if pooled:
-        batch = batch.pooled(torch.randn(PAIRS, 2, model.backbone.hidden_size))
+        texts = torch.arange(2 * PAIRS).view(-1, 2)
+        batch = batch.pooled(torch.randn(2 * PAIRS, model.backbone.hidden_size), texts)
     elif isinstance(model, PersonalDPOPolicy):
         batch.ref_logps = torch.randn(PAIRS, 2)
 

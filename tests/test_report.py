@@ -158,7 +158,7 @@ def test_page_is_self_contained_and_follows_the_theme(runs: Path) -> None:
     assert re.search(r"https?:|<link|<img|@import|src=", page) is None
     assert page.count("<svg") == 6  # two curves, bars of seen and unseen, dots, reliability
     assert len(set(reader.ids)) == len(reader.ids)
-    inline = set(re.findall(r"#[0-9a-f]{6}\b", page[page.index("<body>") :]))
+    inline = set(re.findall(r"#[0-9a-f]{6}\b", page[page.index("<body") :]))
     assert inline == set(), "a figure's colour does not follow the page"
 
 
@@ -339,7 +339,8 @@ def test_run_names_are_text_and_tell_runs_apart(runs: Path, tmp_path: Path) -> N
     assert frame["run"].tolist()[:3] == ["a/$x|<i>[red]", "b/0", "c/0"]
     page, reader = read_page(tmp_path / "out" / "report.html")
     assert "<i>" not in page
-    assert reader.text.count("a/$x|<i>[red]") == 3  # seen and unseen rows, and the figure
+    # Rows of seen and unseen users, the figure, and where it was made.
+    assert reader.text.count("a/$x|<i>[red]") == 4
     assert r"| a/$x\|<i>[red] |" in (tmp_path / "out" / "comparison.md").read_text()
     console = Console(width=120, record=True, file=StringIO())
     console.print(comparison.comparison_table(frame))

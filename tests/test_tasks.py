@@ -48,10 +48,10 @@ def test_a_run_scores_the_same_again(
     before = contents(copy)
     launch("eval", f"run={copy}")
     after = contents(copy)
-    names = ("predictions.parquet", "results.json", "report.html")
+    names = ("predictions.parquet", "results.json", "users.json", "report.html")
     assert after.keys() - before.keys() == {f"eval/{name}" for name in names}
     assert {name: after[name] for name in before} == before
-    for name in names[:2]:
+    for name in names[:3]:
         assert after[f"eval/{name}"] == before[name]
     launch("eval", f"run={copy}", f"out={tmp_path / 'elsewhere'}")
     assert (tmp_path / "elsewhere/results.json").read_bytes() == before["results.json"]

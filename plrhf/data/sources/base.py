@@ -32,6 +32,10 @@ class Source(ABC):
         """Return what a person may read about this user, or None."""
         return None
 
+    def group(self, user_id: str) -> str | None:
+        """Return the kind of user this one is known to be, by which a map is coloured, or None."""
+        return None
+
 
 def id_as_text(value: object) -> object:
     """Return whole numbers as text and anything else as it is: tables often number their users.
