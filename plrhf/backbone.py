@@ -183,6 +183,23 @@ class Backbone(nn.Module):
         )
         return output.last_hidden_state
 
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        """Key-value cache of left-padded prompts [N, L] but for their last token, for `generate`.
+
+        Rows of one prompt are computed once. None where prompts have one token.
+        """
+        if input_ids.shape[1] < 2:
+            return None
+        both = torch.stack([input_ids, attention_mask], dim=1)  # padding is any token, masked
+        distinct, at = both.unique(dim=0, return_inverse=True)
+        ids, mask = distinct[:, 0, :-1], distinct[:, 1, :-1]
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        cache: Any = self.trunk(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True
+        ).past_key_values
+        cache.batch_select_indices(at)
+        return cache
+
     def unembed(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., d] -> logits [..., V]."""
         return self.model.get_output_embeddings()(hidden)
