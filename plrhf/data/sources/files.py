@@ -6,7 +6,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +71,9 @@ def data_files(
     places = [path] if isinstance(path, str) else list(path)
     files: list[Path] = []
     for place in places:
-        root = hub.download() if hub is not None and place == hub.name else Path(place)
+        root = Path(place)
+        if hub is not None and place == hub.name and not root.exists():
+            root = hub.download()
         if root.is_dir():
             folder = root / within if within is not None and (root / within).is_dir() else root
             files += sorted(one for one in folder.rglob("*") if is_data(one) and one.is_file())
@@ -100,7 +102,7 @@ def read_files(paths: Iterable[Path]) -> Iterator[tuple[str, Record]]:
         ValueError: a file is damaged.
     """
     for path in paths:
-        read = json_lines
+        read: Callable[[Path], Iterator[tuple[int, Record]]] = json_lines
         if path.name.lower().endswith(".parquet"):
             read = parquet_rows
         elif path.name.lower().endswith(".json") and _holds_a_list(path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from plrhf.data.rows import Features, Reason, Refusal, content_hash
 from plrhf.data.sources.base import Source, prompts_apart, refusal
@@ -165,11 +165,11 @@ class PrismSource(Source):
             unseen = is_unseen(user, seed=self.seed, unseen_fraction=self.unseen_fraction)
             n_train = 0 if unseen else int(len(ids) * (1 - self.test_fraction))
             # A hash rather than a generator: a dialogue more leaves the others where they are.
-            ids.sort(key=lambda one: assign(one, salt="dialogue", seed=self.seed))
-            for place, one in enumerate(ids):
-                draw = assign(one, salt="val dialogue", seed=self.seed)
+            ids.sort(key=lambda dialogue: assign(dialogue, salt="dialogue", seed=self.seed))
+            for place, dialogue in enumerate(ids):
+                draw = assign(dialogue, salt="val dialogue", seed=self.seed)
                 is_val = place > 0 and draw < self.val_fraction
-                splits[one] = "test" if place >= n_train else "val" if is_val else "train"
+                splits[dialogue] = "test" if place >= n_train else "val" if is_val else "train"
         return splits
 
 
@@ -201,7 +201,7 @@ def _person(record: Mapping[str, Any]) -> _Person:
     return _Person("\n".join(parts) if len(parts) > 0 else None, features)
 
 
-def _is_history(value: object) -> bool:
+def _is_history(value: object) -> TypeGuard[list[Mapping[str, Any]]]:
     return isinstance(value, list) and all(
         isinstance(one, Mapping)
         and isinstance(one.get("turn"), int)

@@ -78,8 +78,10 @@ class PsoupsSource(Source):
         for user in PREFERENCES:
             seen: set[str] = set()
             for where, record in read_files([files[user]]):
-                is_row = not isinstance(record, Refusal)
-                yield where, self._row(record, user, seen) if is_row else record
+                if isinstance(record, Refusal):
+                    yield where, record
+                else:
+                    yield where, self._row(record, user, seen)
 
     def profile(self, user_id: str) -> str | None:
         """Return the preference as upstream words it."""

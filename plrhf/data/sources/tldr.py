@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 
@@ -207,7 +207,7 @@ def _comparison(record: Mapping[str, Any]) -> _Comparison | Refusal:
     )
 
 
-def _are_summaries(value: object) -> bool:
+def _are_summaries(value: object) -> TypeGuard[Sequence[Mapping[str, Any]]]:
     return (
         isinstance(value, Sequence)
         and len(value) == 2
