@@ -104,7 +104,8 @@ def check_run(run_dir: Path, *, oracle: bool = True, generations: bool = False) 
     settings = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert "${" not in (run_dir / "config.yaml").read_text()
     assert "last.ckpt" in {path.name for path in (run_dir / "checkpoints").iterdir()}
-    assert {path.suffix for path in (run_dir / "export").iterdir()} <= {".json", ".safetensors"}
+    suffixes = {path.suffix for path in (run_dir / "export").iterdir()}
+    assert suffixes <= {".json", ".safetensors", ".jinja"}  # the last: a chat template
     assert {"epoch", "step", "val/loss"} <= set(pd.read_csv(run_dir / "metrics.csv").columns)
     results = check_evaluation(run_dir, oracle=oracle)
     assert results["config"] == settings

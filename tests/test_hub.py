@@ -117,7 +117,8 @@ def test_a_missing_column_is_one_error(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_lines(tmp_path / "broken/train.jsonl", [{"prompt": ["a"]}, {"prompt": {"a": 1}}])
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/train.parquet").write_text("no table")
     with pytest.raises(ValueError) as caught:
         read(tmp_path / "broken")
     assert str(caught.value).startswith(f"data.path='{tmp_path}/broken' is not allowed: expected a")

@@ -109,7 +109,11 @@ ODD: dict[str, tuple[Any, int, dict[str, int]]] = {
     # What was not asked cannot stand in a later turn's history either.
     "no question": (TWO_TURNS[1:], 0, {"empty prompt": 1, "missing field": 1}),
     "none chosen": (changed(2, if_chosen=False), 1, {"turn without chosen and rejected reply": 1}),
-    "all chosen": (changed(6, if_chosen=True), 2, {"turn without chosen and rejected reply": 1}),
+    "all chosen": (
+        changed(6, if_chosen=True),
+        2,
+        {"turn without chosen and rejected reply": 1, "no response preferred": 1},
+    ),
     "two chosen": (changed(3, if_chosen=True), 2, {"no response preferred": 1}),
     "no list": ("Is honey healthy?", 0, {"record unlike the dataset's": 1}),
     "no turn": (changed(1, turn=None), 0, {"record unlike the dataset's": 1}),
