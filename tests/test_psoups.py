@@ -10,13 +10,20 @@ from upstream import judgment, write_soups
 
 from plrhf.data.rows import ReadReport, Row, read_rows
 from plrhf.data.sources.psoups import PREFERENCES, PsoupsSource
-from plrhf.data.splits import split_rows
+from plrhf.data.splits import Splits, split_rows
+from plrhf.probes import overlap
 
 USERS = ["P1A", "P1B", "P2A", "P2B", "P3A", "P3B"]
 
 
 def read(path: Path, **settings: Any) -> tuple[list[Row], ReadReport]:
     return read_rows(PsoupsSource(path=str(path), **settings).records())
+
+
+def divided(rows: list[Row]) -> Splits:
+    """As the data module does."""
+    fractions = {"val_fraction": 0.2, "test_fraction": 0.3, "unseen_fraction": 0.0}
+    return split_rows(rows, seed=0, min_pairs_per_user=1, **fractions)
 
 
 @pytest.mark.parametrize("folder", ["", "rm_training"])
@@ -65,19 +72,14 @@ def test_splits_by_pair_and_by_prompt(tmp_path: Path) -> None:
     sizes = [sum(row.split == name for row in rows) for name in ("train", "val", "test")]
     assert sum(sizes) == 60 and min(sizes) >= 4 and sizes[0] > 20
     assert len(of_split["train"] & of_split["test"]) > 5  # what `disjoint` is for
+    assert overlap(divided(rows))["train_test"]["prompt"] > 10
     assert [row.split for row in read(path, seed=2)[0]] != [row.split for row in read(path)[0]]
 
     rows, _ = read(path, protocol="disjoint")
-    splits = split_rows(
-        rows,
-        seed=0,
-        val_fraction=0.2,
-        test_fraction=0.3,
-        unseen_fraction=0.0,
-        min_pairs_per_user=1,
-    )
-    train, test = ({row.prompt_id for row in part} for part in (splits.train, splits.test))
-    assert train.isdisjoint(test) and splits.users == tuple(USERS)
+    splits = divided(rows)
+    shared = overlap(splits)
+    assert {shared[one]["prompt"] for one in ("train_val", "train_test", "val_test")} == {0}
+    assert splits.users == tuple(USERS)
 
 
 def test_prompt_as_a_chat_message(tmp_path: Path) -> None:
