@@ -96,7 +96,10 @@ class PersonalModule(LightningModule):
             "user": lambda: self.encoder(batch.users),
             "generic": lambda: self.encoder.generic(len(batch)),
         }
-        user = torch.cat([vectors[name]() for name in names])  # [C * B, user_dim]
+        return self.hidden_for(batch, torch.cat([vectors[name]() for name in names]))
+
+    def hidden_for(self, batch: PreferenceBatch, user: Tensor) -> Tensor:
+        """Hidden states of the batch for user vectors [C * B, user_dim], [C, R, L, d]."""
         return self.aggregator(self.backbone, batch, user)
 
     def loss(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,8 @@ LAYERS = (
     "config errors logprobs losses stats types",
     "aggregators backbone data encoders export gptj lora metrics optim probes training",
     "personal policy reward sft",
-    "cli comparison endpoint evaluate figures finished generate judges report run supervised tables "
-    "tasks",
+    "adapt cli comparison endpoint evaluate figures finished generate judges report run shots "
+    "supervised tables tasks",
 )
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units.split()}
 
@@ -49,9 +49,10 @@ SAME_LAYER = {
     "evaluate": {"cli", "generate"},
     "judges": {"endpoint", "evaluate"},
     "run": {"cli", "evaluate", "report", "supervised", "tables"},
+    "shots": {"adapt"},
     "supervised": {"cli"},
     "tables": {"finished"},
-    "tasks": {"cli", "comparison", "evaluate", "judges", "report", "tables"},
+    "tasks": {"cli", "comparison", "evaluate", "judges", "report", "shots", "tables"},
 }
 
 ONLY_IN = {"transformers": {"backbone"}, "peft": {"backbone"}, "deepspeed": {"zero"}}
