@@ -87,7 +87,7 @@ def learning_curve(
     dataset = dataset_of(model, data.to_tokens, [*given, *asked], batch_size=data.eval_batch_size)
     given_ids = {row.pair_id for row in given}
     trials, left_out = draw_trials(dataset.rows, given_ids, options, seed=seed)
-    curve = _Curve(model, dataset, prior, trials, batch_size=data.eval_batch_size)
+    curve = Curve(model, dataset, prior, trials, batch_size=data.eval_batch_size)
     margins: dict[str, list[np.ndarray]] = {name: [] for name in ("adapted", "pooled", "generic")}
     generic = curve.margins(torch.zeros(curve.n_trials, len(prior.factor)), curve.own)
     for k in options.shots:
@@ -184,7 +184,7 @@ def _too_few(rooms: Sequence[int], options: Shots) -> Exception:
     )
 
 
-class _Curve:
+class Curve:
     """Trials as new users of one table, numbered from 1 by draw and user, and the pairs they are asked."""
 
     def __init__(
@@ -257,7 +257,7 @@ def summarised(outcomes: Mapping[str, Sequence[Outcomes]]) -> dict[str, Any]:
             for who, found in fitted.items()
         }
     return {
-        "curves": {"oracle": None, **curves},
+        "curves": {**curves, "oracle": curves.get("oracle")},
         "over_generic": over,
         "gain_recovered": recovered,
     }

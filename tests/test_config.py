@@ -163,6 +163,8 @@ def test_tasks(task: str) -> None:
     assert settings["data"] is None and settings["eval"]["name"] == task
     if task == "generate":
         build({"_target_": "plrhf.evaluate.Texts", **settings["eval"]}, "eval")
+    if task == "adapt":
+        build({"_target_": "plrhf.shots.Shots", **settings["eval"]}, "eval")
 
 
 @pytest.mark.parametrize("judge", options("eval/judge"))
