@@ -12,7 +12,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from plrhf.data.module import PairDataset
+from plrhf.data.module import PairDataset, keep_hidden
 from plrhf.data.packing import RowTokenizer, Tokenizer, packed, two_rows
 from plrhf.data.rows import Row, parse_row
 from plrhf.encoders import UserEncoder
@@ -77,7 +77,7 @@ class Prior:
             )
         self.shapes = {name: table.shape[1:] for name, table in tables.items()}
         flat = torch.cat(
-            [table.detach().flatten(1) for table in tables.values()], dim=1
+            [table.detach().reshape(len(table), -1) for table in tables.values()], dim=1
         )  # [n+1, D]
         self.generic = flat[GENERIC_USER]
         departures = flat[GENERIC_USER + 1 :] - self.generic
@@ -159,13 +159,21 @@ def dataset_of(
         user_index={},
         schema=model.card.feature_schema(),
     )
-    everything = range(len(dataset))
-    batches = batches_of(dataset, everything, [GENERIC_USER] * len(dataset), batch_size=batch_size)
+    if len(dataset) == 0:
+        return dataset
+    device = next(model.parameters()).device
     with torch.no_grad():
         if isinstance(model, PersonalDPOPolicy):
-            dataset.ref_logps = gathered(model.reference_logps, batches, model)
+            generic = [GENERIC_USER] * len(dataset)
+            batches = batches_of(dataset, range(len(dataset)), generic, batch_size=batch_size)
+            dataset.ref_logps = gathered(model.reference_logps, batches, device)
         elif isinstance(model, PersonalRewardModel) and model.aggregator.after_trunk:
-            dataset.hidden = gathered(model.pooled_trunk, batches, model)
+            pool = model.pooled_trunk
+            keep_hidden(
+                dataset,
+                lambda batch: pool(move_data_to_device(batch, device)).cpu(),
+                batch_size=batch_size,
+            )
     return dataset
 
 
@@ -194,10 +202,9 @@ def batches_of(
 def gathered(
     compute: Callable[[PreferenceBatch], Tensor],
     batches: Sequence[PreferenceBatch],
-    model: PersonalModule,
+    device: torch.device,
 ) -> Tensor:
-    """`compute` of all batches on the model's device, [N, ...] on the CPU in order of `row`."""
-    device = next(model.parameters()).device
+    """`compute` of all batches on the device, [N, ...] on the CPU in order of `row`."""
     values = [compute(move_data_to_device(batch, device)).detach().cpu() for batch in batches]
     rows = torch.cat([batch.row for batch in batches])
     return torch.cat(values)[rows.argsort()]

@@ -142,23 +142,23 @@ def solved(model: Any, batch: Any, scale: float) -> np.ndarray:
     return minimize(objective, np.zeros(2), method="Nelder-Mead", options={"xatol": 1e-6}).x
 
 
-@pytest.mark.parametrize("scale", [0.5, 3.0])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_the_fit_is_the_most_likely_user(scale: float) -> None:
     model = make_model(PersonalRewardModel, aggregator="film_last").eval()
     with torch.no_grad():
-        model.head.weight *= 5  # so that pairs say something against the prior
+        model.head.weight *= 30  # so that pairs say something against the prior
     prior = Prior(model.encoder, scale=scale)
-    pairs = make_pairs(11)
+    pairs, owners = make_pairs(11), [1, 1, 2, 1, 2, 2, 1, 2, 4, 2, 1]
     one, other = (
-        make_batch(pairs[:7], users=[1, 1, 2, 1, 2, 2, 1]),
-        make_batch(pairs[7:], users=[2, 4, 2, 1]),
+        make_batch(pairs[:7], users=owners[:7]),
+        make_batch(pairs[7:], users=owners[7:]),
     )
     with torch.no_grad():
         batches = [batch.pooled(model.pooled_trunk(batch)) for batch in (one, other)]
     t = fit_users(model, batches, prior, n_users=4, steps=40)
     rows = prior.tables(t)["offsets.weight"]
     for user in (1, 2, 4):  # each alone, and by other means
-        own = [pair for pair, of in zip(pairs, (1, 1, 2, 1, 2, 2, 1, 2, 4, 2, 1)) if of == user]
+        own = [pair for pair, of in zip(pairs, owners, strict=True) if of == user]
         expected = solved(model, make_batch(own, users=[1] * len(own)), scale)
         np.testing.assert_allclose(rows[user].numpy(), expected, atol=2e-3)
         assert np.abs(expected).max() > 0.05

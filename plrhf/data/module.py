@@ -342,53 +342,55 @@ class PreferenceData(LightningDataModule):
     ) -> None:
         """Keep `reference(batch)` [B, 2] of every pair: the reference never changes."""
         for dataset in self.datasets.values():
-            dataset.ref_logps = self._of_texts(dataset, reference, known)
+            dataset.ref_logps = of_texts(dataset, reference, self.eval_batch_size, known)
 
     def precompute_hidden(
         self, pool: Callable[[PreferenceBatch], Tensor], known: KnownTexts | None = None
     ) -> None:
         """Keep `pool(batch)` [B, 2, d] of every pair."""
         for dataset in self.datasets.values():
-            dataset.hidden = self._of_texts(dataset, pool, known)
+            dataset.hidden = of_texts(dataset, pool, self.eval_batch_size, known)
 
-    def _of_texts(
-        self,
-        dataset: PairDataset,
-        compute: Callable[[PreferenceBatch], Tensor],
-        known: KnownTexts | None,
-    ) -> OfTexts | None:
-        """`compute` [B, 2, ...] of every pair, each text that is not known computed once."""
-        texts, places = dataset.texts()
-        values, missing = (None, [*range(len(texts))]) if known is None else known.find(texts)
-        if len(missing) > 0:
-            new = [texts[place] for place in missing]
-            found = self._computed(new, compute, together=dataset.layout is packed)
-            if known is not None:
-                known.add(new, found)
-            values = torch.zeros(len(texts), *found.shape[1:]) if values is None else values
-            values[missing] = found
-        return None if values is None else OfTexts(values, places)
 
-    def _computed(
-        self,
-        texts: Sequence[Text],
-        compute: Callable[[PreferenceBatch], Tensor],
-        *,
-        together: bool,
-    ) -> Tensor:
-        """`compute` of every text [N, ...], two of one prompt in a row if `together`."""
-        pairs, places = coupled(texts, together=together)
-        blank = PairDataset.of_tokens(pairs)
-        order = sorted(range(len(pairs)), key=lambda place: _length(pairs[place]))
-        values: Tensor | None = None
-        for start in range(0, len(order), self.eval_batch_size):
-            now = order[start : start + self.eval_batch_size]
-            found = compute(blank.batch(now))  # [B, 2, ...]
-            if values is None:
-                values = torch.zeros(len(texts) + 1, *found.shape[2:])
-            values[places[now]] = found.float()
-        assert values is not None
-        return values[: len(texts)]
+def of_texts(
+    dataset: PairDataset,
+    compute: Callable[[PreferenceBatch], Tensor],
+    batch_size: int,
+    known: KnownTexts | None = None,
+) -> OfTexts | None:
+    """`compute` [B, 2, ...] of every pair, each text that is not known computed once."""
+    texts, places = dataset.texts()
+    values, missing = (None, [*range(len(texts))]) if known is None else known.find(texts)
+    if len(missing) > 0:
+        new = [texts[place] for place in missing]
+        found = _computed(new, compute, batch_size, together=dataset.layout is packed)
+        if known is not None:
+            known.add(new, found)
+        values = torch.zeros(len(texts), *found.shape[1:]) if values is None else values
+        values[missing] = found
+    return None if values is None else OfTexts(values, places)
+
+
+def _computed(
+    texts: Sequence[Text],
+    compute: Callable[[PreferenceBatch], Tensor],
+    batch_size: int,
+    *,
+    together: bool,
+) -> Tensor:
+    """`compute` of every text [N, ...], two of one prompt in a row if `together`."""
+    pairs, places = coupled(texts, together=together)
+    blank = PairDataset.of_tokens(pairs)
+    order = sorted(range(len(pairs)), key=lambda place: _length(pairs[place]))
+    values: Tensor | None = None
+    for start in range(0, len(order), batch_size):
+        now = order[start : start + batch_size]
+        found = compute(blank.batch(now))  # [B, 2, ...]
+        if values is None:
+            values = torch.zeros(len(texts) + 1, *found.shape[2:])
+        values[places[now]] = found.float()
+    assert values is not None
+    return values[: len(texts)]
 
 
 def build_data(
