@@ -222,7 +222,9 @@ class Curve:
         batches = batches_of(self.dataset, self.asked, owners, batch_size=self.batch_size)
         with torch.no_grad():
             found = gathered(
-                lambda batch: scores(self.model, batch, tables)[0], batches, self.model
+                lambda batch: scores(self.model, batch, tables)[0],
+                batches,
+                self.prior.factor.device,
             )
         return found.double().numpy()
 

@@ -231,7 +231,7 @@ EVAL: dict[str, tuple[list[str], str]] = {
     "not a run": (["run=/"], "run='/' is not allowed: expected the directory of a finished run. *"),
     "unknown task": (
         ["eval=scores"],
-        "eval='scores' is not allowed: expected one of compare, generate, score, winrate. *",
+        "eval='scores' is not allowed: expected one of adapt, compare, generate, score, winrate. *",
     ),
     "no runs": (
         ["eval=compare", "out=x"],
