@@ -12,7 +12,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from plrhf.data.module import PairDataset, keep_hidden
+from plrhf.data.module import OfTexts, PairDataset, of_texts
 from plrhf.data.packing import RowTokenizer, Tokenizer, packed, two_rows
 from plrhf.data.rows import Row, parse_row
 from plrhf.encoders import UserEncoder
@@ -159,21 +159,18 @@ def dataset_of(
         user_index={},
         schema=model.card.feature_schema(),
     )
-    if len(dataset) == 0:
-        return dataset
     device = next(model.parameters()).device
+
+    def on_device(compute: Callable[[PreferenceBatch], Tensor]) -> OfTexts | None:
+        return of_texts(
+            dataset, lambda batch: compute(move_data_to_device(batch, device)).cpu(), batch_size
+        )
+
     with torch.no_grad():
         if isinstance(model, PersonalDPOPolicy):
-            generic = [GENERIC_USER] * len(dataset)
-            batches = batches_of(dataset, range(len(dataset)), generic, batch_size=batch_size)
-            dataset.ref_logps = gathered(model.reference_logps, batches, device)
+            dataset.ref_logps = on_device(model.reference_logps)
         elif isinstance(model, PersonalRewardModel) and model.aggregator.after_trunk:
-            pool = model.pooled_trunk
-            keep_hidden(
-                dataset,
-                lambda batch: pool(move_data_to_device(batch, device)).cpu(),
-                batch_size=batch_size,
-            )
+            dataset.hidden = on_device(model.pooled_trunk)
     return dataset
 
 
