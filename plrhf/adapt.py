@@ -151,30 +151,26 @@ def dataset_of(
 
     Rows too long are left out and counted by `to_tokens`.
     """
-    fitting, pairs = to_tokens(rows)
+    kept, pairs = to_tokens(rows)
     dataset = PairDataset(
-        fitting,
+        kept,
         pairs,
         layout=packed if model.backbone.causal else two_rows,
         user_index={},
         schema=model.card.feature_schema(),
     )
-    if len(dataset) == 0:
-        return dataset
     device = next(model.parameters()).device
 
-    def kept(compute: Callable[[PreferenceBatch], Tensor]) -> OfTexts | None:
+    def on_device(compute: Callable[[PreferenceBatch], Tensor]) -> OfTexts | None:
         return of_texts(
-            dataset,
-            lambda batch: compute(move_data_to_device(batch, device)).cpu(),
-            batch_size=batch_size,
+            dataset, lambda batch: compute(move_data_to_device(batch, device)).cpu(), batch_size
         )
 
     with torch.no_grad():
         if isinstance(model, PersonalDPOPolicy):
-            dataset.ref_logps = kept(model.reference_logps)
+            dataset.ref_logps = on_device(model.reference_logps)
         elif isinstance(model, PersonalRewardModel) and model.aggregator.after_trunk:
-            dataset.hidden = kept(model.pooled_trunk)
+            dataset.hidden = on_device(model.pooled_trunk)
     return dataset
 
 

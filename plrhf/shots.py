@@ -266,22 +266,28 @@ def summarised(outcomes: Mapping[str, Sequence[Outcomes]]) -> dict[str, Any]:
 
 
 def shots_table(result: Mapping[str, Any]) -> rich.table.Table:
-    """adapt.json as a table for the terminal, a line a number of pairs given."""
-    of_oracle = "" if result["gain_recovered"] is None else ", gain recovered of the oracle's"
+    """adapt.json as a table for the terminal, a line a number of pairs given.
+
+    Beside the curves stands the gain: as a share of the oracle's where there is one, else in points
+    over the generic user.
+    """
     table = rich.table.Table(
         title=f"{result['n_users']} {result['users']} users, {result['n_draws']} draws: "
-        f"accuracy in per cent{of_oracle}"
+        "accuracy in per cent"
     )
     curves = {name: found for name, found in result["curves"].items() if found is not None}
-    gains = result["gain_recovered"] or {}
-    for column in ("pairs", *curves, *(f"gain, {name}" for name in gains)):
-        table.add_column(column, justify="right")
+    columns = [(name, found, 100, 1) for name, found in curves.items()]
+    if result["gain_recovered"] is None:
+        gains = result["over_generic"].items()
+        columns += [(f"{name}, over generic", found, 100, 1) for name, found in gains]
+    else:
+        gains = result["gain_recovered"].items()
+        columns += [(f"{name}, of oracle's gain", found, 1, 2) for name, found in gains]
+    for heading in ("pairs", *(name for name, *_ in columns)):
+        table.add_column(heading, justify="right")
     for place, k in enumerate(result["shots"]):
-        table.add_row(
-            str(k),
-            *(_shown(found[place], 100, 1) for found in curves.values()),
-            *(_shown(found[place], 1, 2) for found in gains.values()),
-        )
+        cells = [_shown(found[place], scale, digits) for _, found, scale, digits in columns]
+        table.add_row(str(k), *cells)
     return table
 
 

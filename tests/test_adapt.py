@@ -153,14 +153,7 @@ def test_the_fit_is_the_most_likely_user(scale: float) -> None:
         make_batch(pairs[:7], users=owners[:7]),
         make_batch(pairs[7:], users=owners[7:]),
     )
-    with torch.no_grad():
-        batches = [
-            batch.pooled(
-                model.pooled_trunk(batch).flatten(0, 1), torch.arange(2 * len(batch)).view(-1, 2)
-            )
-            for batch in (one, other)
-        ]
-    t = fit_users(model, batches, prior, n_users=4, steps=40)
+    t = fit_users(model, [one, other], prior, n_users=4, steps=40)
     rows = prior.tables(t)["offsets.weight"]
     for user in (1, 2, 4):  # each alone, and by other means
         own = [pair for pair, of in zip(pairs, owners, strict=True) if of == user]

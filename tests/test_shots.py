@@ -19,7 +19,7 @@ from plrhf.data.packing import packed
 from plrhf.data.rows import Row
 from plrhf.data.sources.jsonl import JsonlSource
 from plrhf.reward import PersonalRewardModel
-from plrhf.shots import Curve, Shots, Trial, draw_trials, rows_of_users, summarised
+from plrhf.shots import Curve, Shots, Trial, draw_trials, rows_of_users, shots_table, summarised
 from plrhf.stats import Outcomes, correctness
 
 
@@ -126,8 +126,7 @@ def test_a_model_that_knows_how_people_differ_learns_who_this_is() -> None:
     pairs = make_pairs(len(people))
     schema = FeatureSchema.fit(())
     dataset = PairDataset(people, pairs, layout=packed, user_index={}, schema=schema)
-    every = torch.arange(len(hidden) * 2).view(-1, 2)
-    dataset.hidden = OfTexts(hidden.flatten(0, 1), every)
+    dataset.hidden = OfTexts(hidden.flatten(0, 1), torch.arange(2 * len(people)).view(-1, 2))
     trials, _ = draw_trials(people, set(), Shots(shots=[24], draws=3), seed=0)
     curve = Curve(model, dataset, Prior(model.encoder), trials, batch_size=50)
     t = curve.fit(24, steps=30)
@@ -167,9 +166,27 @@ def test_curves_by_hand() -> None:
     recovered = result["gain_recovered"]
     assert [one["value"] for one in recovered["adapted"]] == [0.0, 0.5]
     assert [one["value"] for one in recovered["pooled"]] == [0.0, -0.25]
+    about = {"shots": [0, 8], "users": "unseen", "n_users": 2, "n_draws": 1}
+    assert lines(shots_table({**about, **result}))[1] == [
+        *("8", "75.0", "37.5", "50.0", "100.0", "0.50", "-0.25"),
+    ]
     del found["oracle"]
     result = summarised(found)
     assert result["curves"]["oracle"] is None and result["gain_recovered"] is None
+    assert lines(shots_table({**about, **result}))[1] == [
+        "8",
+        "75.0",
+        "37.5",
+        "50.0",
+        "25.0",
+        "-12.5",
+    ]
+
+
+def lines(table: Any) -> list[list[str]]:
+    """Values of a table's lines, without intervals."""
+    columns = [[cell.split("\n")[0] for cell in column.cells] for column in table.columns]
+    return [list(line) for line in zip(*columns, strict=True)]
 
 
 @pytest.mark.parametrize(

@@ -342,31 +342,28 @@ class PreferenceData(LightningDataModule):
     ) -> None:
         """Keep `reference(batch)` [B, 2] of every pair: the reference never changes."""
         for dataset in self.datasets.values():
-            dataset.ref_logps = of_texts(
-                dataset, reference, batch_size=self.eval_batch_size, known=known
-            )
+            dataset.ref_logps = of_texts(dataset, reference, self.eval_batch_size, known)
 
     def precompute_hidden(
         self, pool: Callable[[PreferenceBatch], Tensor], known: KnownTexts | None = None
     ) -> None:
         """Keep `pool(batch)` [B, 2, d] of every pair."""
         for dataset in self.datasets.values():
-            dataset.hidden = of_texts(dataset, pool, batch_size=self.eval_batch_size, known=known)
+            dataset.hidden = of_texts(dataset, pool, self.eval_batch_size, known)
 
 
 def of_texts(
     dataset: PairDataset,
     compute: Callable[[PreferenceBatch], Tensor],
-    *,
     batch_size: int,
     known: KnownTexts | None = None,
 ) -> OfTexts | None:
-    """`compute` [B, 2, ...] of every pair, each distinct text that is not known computed once."""
+    """`compute` [B, 2, ...] of every pair, each text that is not known computed once."""
     texts, places = dataset.texts()
     values, missing = (None, [*range(len(texts))]) if known is None else known.find(texts)
     if len(missing) > 0:
         new = [texts[place] for place in missing]
-        found = _computed(new, compute, batch_size=batch_size, together=dataset.layout is packed)
+        found = _computed(new, compute, batch_size, together=dataset.layout is packed)
         if known is not None:
             known.add(new, found)
         values = torch.zeros(len(texts), *found.shape[1:]) if values is None else values
@@ -377,8 +374,8 @@ def of_texts(
 def _computed(
     texts: Sequence[Text],
     compute: Callable[[PreferenceBatch], Tensor],
-    *,
     batch_size: int,
+    *,
     together: bool,
 ) -> Tensor:
     """`compute` of every text [N, ...], two of one prompt in a row if `together`."""
