@@ -32,6 +32,7 @@ from plrhf.tables import (
     Cell,
     Table,
     few_shot_table,
+    grid_table,
     headline,
     interval_note,
     key_table,
@@ -63,6 +64,7 @@ def write_report(run_dir: Path | str) -> Path:
         learning_section(run),
         data_section(run),
         probes_section(run),
+        overlap_section(run),
         provenance_section(run),
     ]
     title = f"Run {run.name}"
@@ -162,15 +164,24 @@ def data_section(run: Run) -> Section | None:
     return None if table is None else Section("Data", note, table=table)
 
 
-def probes_section(run: Run) -> Section | None:
-    """Leak probes and their warnings; None in results from before there were any."""
+def overlap_section(run: Run) -> Section | None:
+    """What splits share; None without leak probes."""
     probes = run.results.get("probes")
     if probes is None or len(probes) == 0:
         return None
-    found = {name: value for name, value in probes.items() if name != "warnings"}
-    table, warnings = key_table(found, "found"), probes.get("warnings", [])
-    note = "What splits share, and what form and length alone give away, 0.5 being chance."
-    return Section("Leak probes", note, warnings=warnings, table=table)
+    note = "Pairs of the later split, and how many of them share something with the earlier one."
+    return Section("Overlap of splits", note, table=grid_table(probes["overlap"]))
+
+
+def probes_section(run: Run) -> Section | None:
+    """What can be told without reading, and the warnings of all probes; None without probes."""
+    probes = run.results.get("probes")
+    if probes is None or len(probes) == 0:
+        return None
+    blind = {name: value for name, value in probes.items() if name not in ("overlap", "warnings")}
+    note = "What form alone and length alone give away on val, 0.5 being chance."
+    warnings = probes["warnings"]
+    return Section("Leak probes", note, warnings=warnings, table=key_table(blind, "found"))
 
 
 def provenance_section(run: Run) -> Section | None:

@@ -191,6 +191,16 @@ def few_shot_table(adapted: Mapping[str, Any]) -> Table:
     return Table(["pairs given", *heads], [("", rows)])
 
 
+def grid_table(tree: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A mapping of mappings of the same keys: one row an outer key, one column an inner one."""
+    columns = next(iter(tree.values())).keys()
+    rows = [
+        [Cell(_words(name)), *(_shown(inner[column]) for column in columns)]
+        for name, inner in tree.items()
+    ]
+    return Table(["", *map(_words, columns)], [("", rows)])
+
+
 def key_table(tree: Mapping[str, Any], heading: str) -> Table | None:
     """A nested mapping as rows, grouped by its first keys where these hold mappings."""
     plain, groups = [], []

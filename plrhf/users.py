@@ -143,7 +143,7 @@ def _nearest(
         own = {name: vectors[names.index(name)] for name in evenly(names, N_OWNERS)}
     owners = {"generic user": generic[0], **own}
     table = torch.nn.functional.normalize(model.backbone.vocabulary().float(), dim=1)  # [V, d]
-    decode = data.to_tokens.tokenizer.decode
+    tokenizer = data.to_tokens.tokenizer
     found = []
     for owner, vector in owners.items():
         each = torch.nn.functional.normalize(vector.float().view(n_tokens, -1), dim=1)  # [T, d]
@@ -152,9 +152,18 @@ def _nearest(
             {
                 "owner": owner,
                 "vectors": [
-                    [[decode([place]), round(value, 4)] for place, value in zip(*row, strict=True)]
+                    [
+                        [_written(tokenizer, place), round(value, 4)]
+                        for place, value in zip(*row, strict=True)
+                    ]
                     for row in zip(token.tolist(), cosine.tolist(), strict=True)
                 ],
             }
         )
     return found
+
+
+def _written(tokenizer: Any, token: int) -> str:
+    """A token as text, or by its name where it is but a piece of a character."""
+    text = tokenizer.decode([token])
+    return tokenizer.convert_ids_to_tokens([token])[0] if "\ufffd" in text else text

@@ -24,7 +24,7 @@ from test_report import (
 from plrhf import report, sweeps
 from plrhf.drawing import drawing, panel, with_hover
 from plrhf.finished import Run, read_run
-from plrhf.tables import few_shot_table, key_table
+from plrhf.tables import few_shot_table, grid_table, key_table
 from plrhf.usermap import cluster_table, groups_of, token_table
 
 BROWSER = next(
@@ -74,8 +74,8 @@ ADAPTED: dict[str, Any] = {
     "n_users": 7,
     "n_draws": 3,
 }
-PROBES = {
-    "overlap": {"train-val": {"prompt": 1234}},
+PROBES: dict[str, Any] = {
+    "overlap": {"train_val": {"pairs": 1234, "prompt": 5}, "train_test": {"pairs": 9, "prompt": 0}},
     "length_only": {"accuracy": {"value": 0.625, "ci95": [0.5, 0.75]}, "n_pairs": 9},
     "warnings": ["length_only: 0.625 [0.500, 0.750] on val <above chance>"],
 }
@@ -102,7 +102,8 @@ def test_every_section_is_there_and_text_is_escaped(whole: Path) -> None:
     titles = re.findall(r"<h2>(.*)</h2>", page)
     assert titles == [
         *("Test results", "Accuracy by user", "User model", "Soft prompts in words", "New users"),
-        *("Generations", "Learning curves", "Data", "Leak probes", "How it was made"),
+        *("Generations", "Learning curves", "Data", "Leak probes"),
+        *("Overlap of splits", "How it was made"),
     ]
     assert re.findall(r'<a href="#([\w-]+)"', page) == re.findall(r'<section id="([\w-]+)"', page)
     assert len(set(reader.ids)) == len(reader.ids)
@@ -180,11 +181,14 @@ def test_few_shot_table_by_hand() -> None:
 
 
 def test_probes_show_counts_and_estimates() -> None:
-    table = key_table({name: PROBES[name] for name in ("overlap", "length_only")}, "count")
+    grid = grid_table(PROBES["overlap"])
+    assert list(grid.columns) == ["", "pairs", "prompt"]
+    rows = [[cell.value for cell in row] for row in grid.groups[0][1]]
+    assert rows == [["train val", "1,234", "5"], ["train test", "9", "0"]]
+    table = key_table({"length_only": PROBES["length_only"]}, "found")
     assert table is not None
     shown = {name: {row[0].value: str(row[1]) for row in rows} for name, rows in table.groups}
     assert shown == {
-        "overlap": {"train-val · prompt": "1,234"},
         "length only": {"accuracy": "0.625 [0.500, 0.750]", "n pairs": "9"},
     }
 
