@@ -144,6 +144,8 @@ def adapt(settings: Settings) -> None:
     path = out / ("adapt.json" if options.users == "unseen" else "adapt_seen.json")
     path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     Console().print(shots_table(result))
+    if (out / "results.json").is_file():
+        report.write_report(out)
     print(f"curve: {path}")
 
 

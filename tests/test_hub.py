@@ -121,7 +121,8 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "broken/train.parquet").write_text("no table")
     with pytest.raises(ValueError) as caught:
         read(tmp_path / "broken")
-    assert str(caught.value).startswith(f"data.path='{tmp_path}/broken' is not allowed: expected a")
+    assert str(caught.value).startswith("data.path='")
+    assert "is not allowed: expected a dataset that can be loaded" in str(caught.value)
     assert "\n" not in str(caught.value)
 
     def load(*names: Any, **options: Any) -> None:
