@@ -4,7 +4,7 @@ BIN := .venv/bin
 ENV := .venv/.installed
 QUICK := runs/quickstart
 
-.PHONY: quickstart test lint results
+.PHONY: quickstart test lint benchmark
 
 $(ENV): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -26,3 +26,8 @@ lint: $(ENV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Steps a second and memory beside TRL's, one table; OUT=file.json
+OUT ?= benchmark.json
+benchmark: $(ENV)
+	$(BIN)/python benchmarks/against_trl.py --out $(OUT)

@@ -193,6 +193,23 @@ class Backbone(nn.Module):
         )
         return output.last_hidden_state
 
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        """Key-value cache of left-padded prompts [N, L] but for their last token, for `generate`.
+
+        Rows of one prompt are computed once. None where prompts have one token.
+        """
+        if input_ids.shape[1] < 2:
+            return None
+        both = torch.stack([input_ids, attention_mask], dim=1)  # padding is any token, masked
+        distinct, at = both.unique(dim=0, return_inverse=True)
+        ids, mask = distinct[:, 0, :-1], distinct[:, 1, :-1]
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        cache: Any = self.trunk(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True
+        ).past_key_values
+        cache.batch_select_indices(at)
+        return cache
+
     def unembed(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., d] -> logits [..., V]."""
         head: Any = self.model.get_output_embeddings()
@@ -462,6 +479,50 @@ def fill_shards(model: PreTrainedModel, path: str) -> PreTrainedModel:
             "Save the model anew with save_pretrained",
         )
     return model.eval()
+
+
+def empty_model(
+    *,
+    path: str | None,
+    architecture: dict[str, Any] | None = None,
+    tiny: dict[str, Any] | None = None,
+    dtype: str = "float32",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A model of which nothing but the shape is there: on the meta device, no weights read.
+
+    Args:
+        path: whose config.json says the shape, unless `architecture` does: model_type and what
+            differs from that type's defaults, as `AutoConfig.for_model` takes them.
+        tiny: shape of `tiny_gptj` where both are None. others: as in `load_model`.
+
+    Raises:
+        ValueError: no config there, or an architecture transformers does not know.
+    """
+    with torch.device("meta"):
+        if architecture is None and path is None:
+            return tiny_gptj(**(tiny or {}), eos_token_id=0)
+        try:
+            config = (
+                AutoConfig.for_model(**architecture)
+                if architecture is not None
+                else AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+            )
+            kind = AutoModelForCausalLM if is_causal(config) else AutoModel
+            return kind.from_config(
+                config,
+                dtype=DTYPES[dtype],
+                attn_implementation=attention,
+                trust_remote_code=trust_remote_code,
+            )
+        except (OSError, ValueError, TypeError) as error:
+            raise bad_value(
+                "backbone.path" if architecture is None else "backbone.architecture",
+                path if architecture is None else architecture,
+                "a shape: a config.json that can be reached, or an architecture with its model_type",
+                f"Set backbone.architecture={{model_type:NAME}} ({' '.join(str(error).split())[:120]})",
+            ) from error
 
 
 def load_backbone(

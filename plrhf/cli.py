@@ -30,6 +30,8 @@ Settings = dict[str, Any]
 # Advice of libraries to their programmers, which the user of a run can do nothing about.
 NOT_FOR_THE_USER = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"Accessing the data pointer of FakeTensor is deprecated",
+    r"`gradient_checkpointing_enable` is deprecated",
     r"`is_gradient_checkpointing` is deprecated",
     r"`torch\.distributed\.\w+` is deprecated",
     r".*does not have many workers which may be a bottleneck",

@@ -30,7 +30,8 @@ COMPARISON_NOTE = (
     "paired. Effect: mean over users of that difference, in its standard deviations. p: of no "
     "difference, two-sided, adjusted for all differences of the table (Holm). Gain: share of what "
     "the oracle wins over the baseline; no interval where the oracle's own lead may be 0. Price: nll "
-    "of the generic context less the baseline's, in nats. Controls and oracle are in the role column."
+    "of the generic context less the baseline's, in nats. Uniform, shuffled and length only are "
+    "controls."
 )
 # A baseline may differ in these: they are not what rows are read and divided by.
 BESIDE_THE_DATA = ("shuffle_users", "batch_size", "eval_batch_size")
@@ -52,13 +53,13 @@ def comparison_frame(runs: Sequence[Run], *, baseline: Run | None = None) -> pd.
             worlds.append(run)
     for world in worlds:
         suffix = f" ({world.name})" if len(worlds) > 1 else ""
-        references = {
-            "oracle": ("oracle", world.results["oracle"]),
-            "length only": ("length control", world.results["controls"]["length_only"]),
-        }
+        references = (
+            ("oracle", "oracle", world.results["oracle"]),
+            ("length only", "length", world.results["controls"]["length_only"]),
+        )
         rows += [
             {"run": f"{name}{suffix}", "role": role, **_accuracy_columns(cells)}
-            for name, (role, cells) in references.items()
+            for name, role, cells in references
             if cells is not None
         ]
     return _with_holm(pd.DataFrame(rows))

@@ -55,7 +55,7 @@ def prepare(
     Args:
         cache_dir: keeps it for other runs too: neither depends on user model, seed or loss.
     """
-    ask, total = _asker(model, trainer), _totaller(trainer)
+    ask = _asker(model, trainer)
 
     def known(*what: str) -> KnownTexts | None:
         # Several processes would have to agree on what is known.
@@ -66,10 +66,9 @@ def prepare(
 
     with evaluating(model, trainer):
         if isinstance(model, PersonalDPOPolicy):
-            data.precompute_reference(ask("reference_logps"), known("reference"), total=total)
+            data.precompute_reference(ask(model.reference_logps), known("reference"))
         elif isinstance(model, PersonalRewardModel) and model.pooled_suffices:
-            pooled = known("pooled", model.pooling)
-            data.precompute_hidden(ask("pooled_trunk"), pooled, total=total)
+            data.precompute_hidden(ask(model.pooled_trunk), known("pooled", model.pooling))
     model.train()
 
 
@@ -82,31 +81,28 @@ def evaluating(model: PersonalModule, trainer: Trainer) -> Iterator[None]:
         yield
 
 
-def _asker(model: PersonalModule, trainer: Trainer) -> Callable[[str], Any]:
-    """Name of a method -> what it says of a batch, on the CPU, by way of what holds the weights."""
-    device = trainer.strategy.root_device
-    holder = model if trainer.model is None else trainer.model
+def engine(model: PersonalModule, trainer: Trainer) -> Callable[..., Any]:
+    """What to ask ``(function, *arguments)`` that the model's weights are needed for.
 
-    def ask(method: str) -> Callable[[PreferenceBatch], Tensor]:
-        return lambda batch: holder(move_data_to_device(batch, device), method).cpu()
+    Where they are sharded it is DeepSpeed's engine that makes them whole in time.
+    """
+    return model if trainer.model is None else trainer.model
+
+
+def _asker(model: PersonalModule, trainer: Trainer) -> Callable[..., Any]:
+    """A function of a batch -> the same on CPU tensors, asked by way of the `engine`."""
+    device = trainer.strategy.root_device
+    through = engine(model, trainer)
+
+    def ask(function: Callable[[PreferenceBatch], Tensor]) -> Callable[[PreferenceBatch], Tensor]:
+        return lambda batch: through(function, move_data_to_device(batch, device)).cpu()
 
     return ask
 
 
-def _totaller(trainer: Trainer) -> Callable[[Tensor], Tensor]:
-    """The sum of a CPU tensor over all processes."""
-    strategy = trainer.strategy
-
-    def total(values: Tensor) -> Tensor:
-        summed: Any = strategy.reduce(values.to(strategy.root_device), reduce_op="sum")
-        return summed.cpu()
-
-    return total
-
-
 def predict(model: PersonalModule, data: PreferenceData, trainer: Trainer) -> pd.DataFrame:
     """predictions.parquet: one row a val or test pair and context, oracle included where known."""
-    ask, total = _asker(model, trainer), _totaller(trainer)
+    ask = _asker(model, trainer)
     oracle = data.source.oracle_margins()
     frames = []
     for split in ("val", "test"):
@@ -114,7 +110,7 @@ def predict(model: PersonalModule, data: PreferenceData, trainer: Trainer) -> pd
         margins: dict[str, Tensor] = {}
         if len(dataset) > 0:
             with evaluating(model, trainer):
-                found = data.collect(split, ask("both_margins"), total=total)
+                found = data.collect(split, ask(model.both_margins))
             margins = dict(zip(("user", "generic"), found.double().T, strict=True))
         if oracle is not None:
             true = [oracle[row.pair_id] for row in dataset.rows]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,7 +116,42 @@ def save_export(directory: Path, model: Any, card: Card, tokenizer: Any) -> None
             directory.mkdir(parents=True, exist_ok=True)
             save_file(user_model_state(model), directory / USER_MODEL)
             tokenizer.save_pretrained(directory)
-            (directory / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
+            (directory / CARD).write_text(_text_of(card))
+
+
+def replace_users(
+    directory: str | Path, users: Sequence[str], tables: Mapping[str, Tensor]
+) -> None:
+    """Give an export other users: their ids, and the encoder's `tables` of one row a user.
+
+    Args:
+        tables: by name in the encoder, [1 + number of users, ...]; other weights stay as they are.
+
+    Raises:
+        ValueError: a table with another number of rows, so that rows are not those of users.
+    """
+    for name, table in tables.items():
+        if len(table) != len(users) + 1:
+            raise bad_value(
+                f"encoder {name}",
+                f"{len(table)} rows",
+                f"{len(users) + 1}, one a user and the generic user's",
+                "Let user_parameters() name only parameters whose row u belongs to user u",
+            )
+    model_file, card_file = Path(directory, USER_MODEL), Path(directory, CARD)
+    rows = {f"encoder.{name}": table.detach().contiguous() for name, table in tables.items()}
+    state = {**load_file(model_file), **rows}
+    card = replace(read_card(directory), users=list(users))
+    # Both aside first, as an export with one of them new and the other old does not load.
+    parts = [one.with_name(f"{one.name}.part") for one in (model_file, card_file)]
+    save_file(state, parts[0])
+    parts[1].write_text(_text_of(card))
+    os.replace(parts[0], model_file)
+    os.replace(parts[1], card_file)
+
+
+def _text_of(card: Card) -> str:
+    return json.dumps(asdict(card), indent=2) + "\n"
 
 
 def read_card(directory: str | Path) -> Card:

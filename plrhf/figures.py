@@ -1,84 +1,35 @@
-"""Figures of a page: inline SVG whose colours follow the page (light, dark, print)."""
+"""Figures of one run, and the bars of several."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from io import StringIO
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from plrhf.drawing import (
+    ACCENT,
+    INK,
+    KIND_COLOURS,
+    KIND_MARKERS,
+    MUTED,
+    STYLE,
+    WARM,
+    Drawing,
+    drawing,
+    panel,
+)
 from plrhf.finished import Run
 from plrhf.metrics import USER_KINDS
 from plrhf.stats import Estimate, Outcomes, reliability, user_sums
 from plrhf.tables import headline_rows
 
+N_LOWEST = 5  # users named under the bars
 CURVE_POINTS = 300
-# Placeholders, one a role: `_drawing` turns each into the page's CSS variable of that name.
-INK, MUTED, GRID, ACCENT, WARM = "#010101", "#020202", "#030303", "#040404", "#050505"
-ROLES = {INK: "ink", MUTED: "muted", GRID: "grid", ACCENT: "accent", WARM: "warm"}
-KIND_COLOURS = {"seen": ACCENT, "unseen": WARM}
-KIND_MARKERS = {"seen": "o", "unseen": "D"}
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "text.color": INK,
-    "text.parse_math": False,  # a run may be called $x$
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": GRID,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "legend.frameon": False,
-    "savefig.transparent": True,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "plrhf",
-}
-
-
-class Drawing(NamedTuple):
-    """An inline figure."""
-
-    svg: Markup
-    caption: str = ""
-    wide: bool = False
-
-
-def _axes(width: float = 4.7, height: float = 3.0) -> tuple[Figure, Axes]:
-    """An empty panel, in inches; two of the default width stand side by side on a page."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _drawing(figure: Figure, label: str, *, caption: str = "", wide: bool = False) -> Drawing:
-    """The figure as inline SVG with the page's colours and fonts, ids made its own by the label."""
-    buffer = StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' (width|height|version|xmlns|xmlns:xlink)="[^"]*"', "", svg, count=5)
-    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
-    for placeholder, role in ROLES.items():
-        svg = svg.replace(placeholder, f"var(--{role})")
-    prefix = re.sub(r"\W+", "-", label.lower())
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-    return Drawing(Markup(svg), caption, wide)  # matplotlib escapes what it writes
 
 
 @rc_context(STYLE)
@@ -93,7 +44,7 @@ def learning_curves(metrics: pd.DataFrame) -> list[Drawing]:
         ]
         if len(columns) == 0:
             continue
-        figure, axes = _axes()
+        figure, axes = panel()
         styles = {"train": iter("-:" * 9), "val": iter(("-", "--", "-.", ":") * 9)}
         for column in columns:
             split = column.split("/")[0]
@@ -111,7 +62,7 @@ def learning_curves(metrics: pd.DataFrame) -> list[Drawing]:
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.legend(labelcolor=INK)
-        drawings.append(_drawing(figure, title))
+        drawings.append(drawing(figure, title))
     return drawings
 
 
@@ -121,19 +72,20 @@ def _thinned(points: pd.DataFrame) -> pd.DataFrame:
     return points.groupby(np.arange(len(points)) // max(1, size)).mean()
 
 
-def user_figures(run: Run) -> list[Drawing]:
+def user_bars(run: Run) -> list[Drawing]:
+    """Each user's accuracy, for each kind of user that has test pairs."""
     kinds = [kind for kind in USER_KINDS if len(run.outcomes(kind)) > 0]
-    bars = [_user_bars(run.outcomes(kind), kind) for kind in kinds]
-    return [*bars, _seen_against_unseen(run.results), _reliability_diagram(run, kinds)]
+    return [_bars_of(run.outcomes(kind), kind) for kind in kinds]
 
 
 @rc_context(STYLE)
-def _user_bars(personal: Outcomes, kind: str) -> Drawing:
+def _bars_of(personal: Outcomes, kind: str) -> Drawing:
     """Each user's accuracy, sorted, the worst tenth marked; all bars in two paths, for 10,000."""
     sums = user_sums(personal)
-    means = np.sort(sums.correct / sums.count) * 100
+    own = sums.correct / sums.count * 100
+    means = np.sort(own)
     n_worst = max(1, len(means) // 10)
-    figure, axes = _axes(9.6, 2.4)
+    figure, axes = panel(9.6, 2.4)
     gap = 0.2 if len(means) <= 150 else 0.0
     for start, stop, colour, name in (
         (0, n_worst, WARM, "worst tenth"),
@@ -152,16 +104,21 @@ def _user_bars(personal: Outcomes, kind: str) -> Drawing:
     axes.set_xticks([])
     axes.grid(visible=False, axis="x")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, ncols=3, labelcolor=INK)
-    pairs = f"{sums.count.min():.0f} to {sums.count.max():.0f} pairs a user; the line is 50%."
-    caption = f"{pairs} With few pairs a user, much of the spread is chance."
-    return _drawing(figure, f"Accuracy of {kind} users", caption=caption, wide=True)
+    fewest, most = (f"{end:.0f}" for end in (sums.count.min(), sums.count.max()))
+    pairs = f"{fewest if fewest == most else f'{fewest} to {most}'} pairs a user"
+    names = np.unique(personal.user_id.astype(str))  # in the order of the sums
+    lowest = ", ".join(f"{names[at]} {own[at]:.0f}" for at in own.argsort(kind="stable")[:N_LOWEST])
+    caption = (
+        f"{pairs}: with few, much of the spread is chance. The grey line is 50%. Lowest: {lowest}."
+    )
+    return drawing(figure, f"Accuracy of {kind} users", caption=caption, wide=True)
 
 
 @rc_context(STYLE)
-def _seen_against_unseen(results: Mapping[str, Any]) -> Drawing:
+def seen_against_unseen(results: Mapping[str, Any]) -> Drawing:
     """Micro accuracy with intervals, by context and kind of user."""
     names = [name for name, _ in headline_rows(results, "seen")]
-    figure, axes = _axes()
+    figure, axes = panel()
     for shift, kind in zip((-0.13, 0.13), USER_KINDS, strict=True):
         cells = [cell["accuracy_micro"] for _, cell in headline_rows(results, kind)]
         _dots(axes, np.arange(len(names)) + shift, cells, kind)
@@ -172,7 +129,7 @@ def _seen_against_unseen(results: Mapping[str, Any]) -> Drawing:
     axes.set_title("Seen against unseen users, 95% intervals")
     axes.grid(visible=False, axis="y")
     figure.legend(loc="outside lower right", ncols=2, labelcolor=INK)
-    return _drawing(figure, "Seen against unseen users")
+    return drawing(figure, "Seen against unseen users")
 
 
 def _dots(axes: Axes, places: np.ndarray, cells: Sequence[Estimate], kind: str) -> None:
@@ -195,11 +152,13 @@ def _dots(axes: Axes, places: np.ndarray, cells: Sequence[Estimate], kind: str) 
 
 
 @rc_context(STYLE)
-def _reliability_diagram(run: Run, kinds: Sequence[str]) -> Drawing:
+def reliability_diagram(run: Run) -> Drawing:
     """Accuracy against confidence by bin, marker area by share of pairs (Guo et al. 2017)."""
-    figure, axes = _axes()
+    figure, axes = panel()
     axes.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=0.8, linestyle="--", label="calibrated")
-    for kind in kinds:
+    for kind in USER_KINDS:
+        if len(run.outcomes(kind)) == 0:
+            continue
         confident, accurate, count = reliability(run.outcomes(kind))
         colour = KIND_COLOURS[kind]
         axes.plot(confident, accurate, color=colour, linewidth=1.2)
@@ -219,13 +178,13 @@ def _reliability_diagram(run: Run, kinds: Sequence[str]) -> Drawing:
     legend = figure.legend(loc="outside lower right", ncols=3, labelcolor=INK)
     for handle in legend.legend_handles[1:]:
         handle.set_sizes([24])  # type: ignore[union-attr]
-    return _drawing(figure, "Reliability diagram")
+    return drawing(figure, "Reliability diagram")
 
 
 @rc_context(STYLE)
 def comparison_bars(frame: pd.DataFrame) -> Drawing:
     """Micro accuracy of each run as bars from chance, 50%, with intervals."""
-    figure, axes = _axes(9.6, 1.0 + 0.42 * len(frame))
+    figure, axes = panel(9.6, 1.0 + 0.42 * len(frame))
     for shift, kind in zip((-0.2, 0.2), USER_KINDS, strict=True):
         columns = [f"{kind}_accuracy_micro{end}" for end in ("", "_low", "_high")]
         value, low, high = (100 * frame[column].to_numpy(dtype=float) for column in columns)
@@ -242,4 +201,43 @@ def comparison_bars(frame: pd.DataFrame) -> Drawing:
     axes.set_xlabel("accuracy, %; bars start at chance, 50%")
     axes.grid(visible=False, axis="y")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, labelcolor=INK)
-    return _drawing(figure, "Accuracy by run", wide=True)
+    return drawing(figure, "Accuracy by run", wide=True)
+
+
+CURVES = {
+    "adapted": (ACCENT, "-"),
+    "pooled": (WARM, "--"),
+    "generic": (MUTED, "-."),
+    "oracle": (INK, ":"),
+}
+
+
+@rc_context(STYLE)
+def few_shot_curves(
+    adapted: Mapping[str, Any], *, label: str = "Accuracy by pairs given"
+) -> Drawing:
+    """Accuracy on a new user's other pairs by the number k given, from adapt.json, bands of 95%."""
+    figure, axes = panel(9.6, 3.2)
+    places = np.arange(len(adapted["shots"]))
+    for name, (colour, dashes) in CURVES.items():
+        curve = adapted["curves"][name]
+        if curve is None:
+            continue
+        values, low, high = _percents(curve)
+        axes.plot(
+            places, values, color=colour, linestyle=dashes, marker="o", markersize=3.5, label=name
+        )
+        axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.set_xticks(places, [str(shots) for shots in adapted["shots"]])
+    axes.set(xlabel="pairs of the new user", ylabel="accuracy, %")
+    axes.set_title(label)
+    figure.legend(loc="outside lower right", ncols=4, labelcolor=INK)
+    return drawing(figure, label, wide=True)
+
+
+def _percents(curve: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values and both ends of the intervals, NaN where there is none."""
+    missing = [np.nan, np.nan]
+    ends = [missing if one["ci95"] is None else one["ci95"] for one in curve]
+    low, high = 100 * np.array(ends, dtype=float).reshape(-1, 2).T
+    return 100 * np.array([one["value"] for one in curve], dtype=float), low, high

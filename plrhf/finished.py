@@ -17,9 +17,9 @@ from plrhf.stats import Outcomes
 
 ROLES = {
     "plrhf.encoders.NoneEncoder": "vanilla",
-    "plrhf.encoders.UniformEncoder": "uniform control",
+    "plrhf.encoders.UniformEncoder": "uniform",
 }
-PERSONALISED, SHUFFLED = "personalised", "shuffled control"
+PERSONAL, SHUFFLED = "personal", "shuffled"
 SETTINGS = ("model", "data", "encoder", "aggregator", "seed")
 
 
@@ -75,7 +75,22 @@ def role(config: Mapping[str, Any]) -> str:
     """
     if config["data"].get("shuffle_users") is True:
         return SHUFFLED
-    return ROLES.get(config["encoder"]["_target_"], PERSONALISED)
+    return ROLES.get(config["encoder"]["_target_"], PERSONAL)
+
+
+def read_users(run: Run) -> pd.DataFrame:
+    """users.json as a table: one row a user, the generic user last.
+
+    Raises:
+        ValueError: the run's encoder tells no users apart, so there is none.
+    """
+    path = run.path / "users.json"
+    if not path.is_file():
+        raise bad_value(
+            "run", str(run.path), "a run that left users.json", "Train with encoder=lookup"
+        )
+    learned = json.loads(path.read_text(encoding="utf-8"))
+    return pd.DataFrame([*learned["users"], {"user_id": "generic user", **learned["generic"]}])
 
 
 def _component(config: Mapping[str, Any], key: str) -> str:

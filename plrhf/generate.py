@@ -113,7 +113,7 @@ def _write(
     top_p: float,
 ) -> Tensor:
     """New tokens [N, up to max_new_tokens] of one batch; padding after the end token."""
-    how = (
+    how: dict[str, Any] = (
         {"do_sample": False}
         if temperature == 0
         else {
@@ -129,7 +129,13 @@ def _write(
     else:
         writer = contextlib.nullcontext()
         user = model.encoder(move_data_to_device(users, input_ids.device))
-    with writer, model.aggregator.decoding(model.backbone, input_ids, mask, user) as inputs:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(writer)
+        if model.aggregator.after_trunk:  # prompts are read alike for all users
+            how["past_key_values"] = model.backbone.prefill(input_ids, mask)
+        inputs = stack.enter_context(
+            model.aggregator.decoding(model.backbone, input_ids, mask, user)
+        )
         output = model.backbone.model.generate(  # type: ignore[operator]
             **inputs,
             **how,

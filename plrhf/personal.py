@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from lightning import LightningModule
@@ -21,6 +22,8 @@ from plrhf.export import Card, load_export
 from plrhf.metrics import UserAccuracy
 from plrhf.optim import Optim
 from plrhf.types import PreferenceBatch
+
+T = TypeVar("T")
 
 
 class PersonalModule(LightningModule):
@@ -99,7 +102,10 @@ class PersonalModule(LightningModule):
             "user": lambda: self.encoder(batch.users),
             "generic": lambda: self.encoder.generic(len(batch)),
         }
-        user = torch.cat([vectors[name]() for name in names])  # [C * B, user_dim]
+        return self.hidden_for(batch, torch.cat([vectors[name]() for name in names]))
+
+    def hidden_for(self, batch: PreferenceBatch, user: Tensor) -> Tensor:
+        """Hidden states of the batch for user vectors [C * B, user_dim], [C, R, L, d]."""
         return self.aggregator(self.backbone, batch, user)
 
     def loss(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
@@ -142,9 +148,9 @@ class PersonalModule(LightningModule):
         """`context_margins` as [B, 2]: user, generic."""
         return torch.stack(list(self.context_margins(batch).values()), dim=1)
 
-    def forward(self, batch: PreferenceBatch, method: str) -> Any:
-        """What the method of this name says of a batch: where weights are sharded, engines come in here."""
-        return getattr(self, method)(batch)
+    def forward(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What a function that needs the weights says: where they are sharded, engines come in here."""
+        return function(*arguments)
 
     def configure_optimizers(self) -> Any:
         of_text = self.aggregator.text_parameters()

@@ -1,7 +1,6 @@
 """A run's report.html and the comparison of several runs: what the pages say.
 
-Made from nothing but the files of run directories. Pages are self-contained: styles inline, figures
-as SVG, every value escaped.
+Made from nothing but the files of run directories. A notebook shows the same sections.
 """
 
 from __future__ import annotations
@@ -9,27 +8,31 @@ from __future__ import annotations
 import glob
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from plrhf.comparison import COMPARISON_NOTE, comparison, comparison_frame, names
 from plrhf.errors import bad_value
 from plrhf.figures import (
-    Drawing,
     comparison_bars,
+    few_shot_curves,
     learning_curves,
-    user_figures,
+    reliability_diagram,
+    seen_against_unseen,
+    user_bars,
 )
 from plrhf.finished import Run, read_run
 from plrhf.metrics import USER_KINDS
+from plrhf.page import Section, Tile, write_page
 from plrhf.stats import paired_difference
+from plrhf.sweeps import sweep_curves
 from plrhf.tables import (
     Cell,
     Table,
+    few_shot_table,
+    grid_table,
     headline,
     interval_note,
     key_table,
@@ -38,47 +41,157 @@ from plrhf.tables import (
     percent,
     points,
 )
+from plrhf.usermap import cluster_table, token_table, user_map, weight_bars
 
-
-@dataclass(frozen=True)
-class Section:
-    """A part of a page; what is empty is left out."""
-
-    title: str
-    note: str = ""
-    table: Table | None = None
-    figures: Sequence[Drawing] = ()
-    samples: Sequence[Mapping[str, Any]] = ()
-    text_name: str = ""
-    text: str = ""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One of the figures a page opens with."""
-
-    name: str
-    cell: Cell
+N_SHOWN = 3  # users and prompts of the sample generations
 
 
 def write_report(run_dir: Path | str) -> Path:
     """Write a run's report.html from the files of its directory, and return its path.
 
-    Needs results.json and predictions.parquet; metrics.csv, generations.jsonl and config.yaml add
-    their sections where they are.
+    Needs results.json and predictions.parquet; users.json, adapt.json, generations.jsonl,
+    metrics.csv and config.yaml add their sections where they are.
     """
     run = read_run(run_dir)
     settings = ", ".join(f"{key} {value}" for key, value in run.settings.items())
     sections = [
-        Section("Test results", interval_note(run.results), table=headline(run.results)),
-        *_curves_section(run.path / "metrics.csv"),
-        Section("Users", figures=user_figures(run)),
-        *_samples_section(run.path / "generations.jsonl"),
-        *_data_section(run.results),
-        *_provenance_sections(run),
+        results_section(run),
+        users_section(run),
+        user_model_section(run),
+        tokens_section(run),
+        new_users_section(run),
+        generations_section(run),
+        learning_section(run),
+        data_section(run),
+        probes_section(run),
+        overlap_section(run),
+        provenance_section(run),
     ]
-    page = _page(f"Run {run.name}", settings, sections, _tiles(run))
-    return _write(run.path / "report.html", page)
+    title = f"Run {run.name}"
+    return write_page(run.path / "report.html", title, settings, sections, _tiles(run))
+
+
+def results_section(run: Run) -> Section:
+    """The headline table, seen against unseen users, and calibration."""
+    figures = [seen_against_unseen(run.results), reliability_diagram(run)]
+    note = interval_note(run.results)
+    return Section("Test results", note, table=headline(run.results), figures=figures)
+
+
+def users_section(run: Run) -> Section:
+    """Each user's accuracy."""
+    return Section("Accuracy by user", figures=user_bars(run))
+
+
+def user_model_section(run: Run) -> Section | None:
+    """Where user vectors lie and which clusters users are of; None where users are not told apart."""
+    learned = _json(run.path / "users.json")
+    if learned is None or len(learned["users"]) == 0:
+        return None
+    note = (
+        "User vectors on their first two principal components: who lie together are treated alike. "
+        "Colours are kinds of users where these are known, else their largest cluster."
+    )
+    if learned["generic"]["weights"] is None:
+        return Section("User model", note, figures=[user_map(run, learned)])
+    figures = [user_map(run, learned), weight_bars(learned)]
+    return Section("User model", note, table=cluster_table(learned), figures=figures)
+
+
+def tokens_section(run: Run) -> Section | None:
+    """Words nearest to the soft prompt vectors; None without a soft prompt."""
+    learned = _json(run.path / "users.json")
+    if learned is None or len(learned["nearest_tokens"]) == 0:
+        return None
+    note = (
+        "Tokens of the vocabulary nearest to each soft prompt vector, with the cosine of the first. "
+        "Far from 1, a vector is like no word: read with care."
+    )
+    return Section("Soft prompts in words", note, table=token_table(learned))
+
+
+def new_users_section(run: Run) -> Section | None:
+    """What a few pairs of a new user give, as eval=adapt left it; None before that."""
+    adapted = _json(run.path / "adapt.json")
+    if adapted is None:
+        return None
+    note = (
+        f"Only the user's own parameters are fitted, on k pairs of each of {adapted['n_users']} new "
+        f"users, and tested on their other pairs; {adapted['n_draws']} draws. Pooled: the same "
+        "fitted on pairs of somebody else, which should gain nothing."
+    )
+    figures = [few_shot_curves(adapted)]
+    return Section("New users", note, table=few_shot_table(adapted), figures=figures)
+
+
+def learning_section(run: Run) -> Section | None:
+    """Loss and accuracy by step; None without metrics.csv."""
+    path = run.path / "metrics.csv"
+    figures = learning_curves(pd.read_csv(path)) if path.is_file() else []
+    return Section("Learning curves", figures=figures) if len(figures) > 0 else None
+
+
+def generations_section(run: Run) -> Section | None:
+    """What is written for different users on the same prompt; None without generations.jsonl.
+
+    The first users and prompts of the file: eval=generate with eval.users=[...] chooses them.
+    """
+    path = run.path / "generations.jsonl"
+    if not path.is_file():
+        return None
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    users = list(dict.fromkeys(row["user_id"] for row in rows))[:N_SHOWN]
+    by_prompt: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["user_id"] in users:
+            people = by_prompt.setdefault(_prompt_text(row["prompt"]), {})
+            person = _person(row)
+            people.setdefault(person["user_id"], person)
+    samples = [
+        {"prompt": prompt, "people": list(people.values())} for prompt, people in by_prompt.items()
+    ]
+    note = (
+        "What the model writes for different users on the same prompt. "
+        "Others: eval=generate with eval.users=[...]."
+    )
+    return Section("Generations", note, samples=samples[:N_SHOWN])
+
+
+def data_section(run: Run) -> Section | None:
+    """Counts of rows."""
+    table = key_table(run.results.get("data", {}), "count")
+    note = "Rows read, refused by reason, truncated or dropped, and kept in each split."
+    return None if table is None else Section("Data", note, table=table)
+
+
+def overlap_section(run: Run) -> Section | None:
+    """What splits share; None without leak probes."""
+    probes = run.results.get("probes")
+    if probes is None or len(probes) == 0:
+        return None
+    note = "Pairs of the later split, and how many of them share something with the earlier one."
+    return Section("Overlap of splits", note, table=grid_table(probes["overlap"]))
+
+
+def probes_section(run: Run) -> Section | None:
+    """What can be told without reading, and the warnings of all probes; None without probes."""
+    probes = run.results.get("probes")
+    if probes is None or len(probes) == 0:
+        return None
+    blind = {name: value for name, value in probes.items() if name not in ("overlap", "warnings")}
+    note = "What form alone and length alone give away on val, 0.5 being chance."
+    warnings = probes["warnings"]
+    return Section("Leak probes", note, warnings=warnings, table=key_table(blind, "found"))
+
+
+def provenance_section(run: Run) -> Section | None:
+    """The command, versions and all settings."""
+    table = key_table(run.results.get("run", {}), "value")
+    config = run.path / "config.yaml"
+    text = config.read_text(encoding="utf-8") if config.is_file() else ""
+    if table is None and text == "":
+        return None
+    return Section("How it was made", table=table, text_name="config.yaml", text=text)
 
 
 def compare(
@@ -102,6 +215,19 @@ def compare(
         ValueError: no directory matches, none of them holds results, or a run does not hold the
             pairs of the baseline.
     """
+    there, skipped = read_runs(runs)
+    frame = comparison_frame(there, baseline=None if baseline is None else read_run(baseline))
+    frame.attrs["skipped"] = skipped
+    _write_comparison(frame, there, Path(out))
+    return frame
+
+
+def read_runs(runs: str | Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The finished runs of a glob, or of directories, and the directories without results.
+
+    Raises:
+        ValueError: no directory matches, or none of them holds results.
+    """
     found = sorted(Path(path) for path in (glob.glob(runs) if isinstance(runs, str) else runs))
     finished = [path for path in found if (path / "results.json").is_file()]
     if len(finished) == 0:
@@ -112,13 +238,48 @@ def compare(
             "Give the runs' own directories, quoted: eval=compare 'runs=outputs/*' out=comparison",
         )
     named = zip(finished, names(finished), strict=True)
-    frame = comparison_frame(
-        [read_run(path, name=name) for path, name in named],
-        baseline=None if baseline is None else read_run(baseline),
+    skipped = [str(path) for path in found if path.is_dir() and path not in finished]
+    return [read_run(path, name=name) for path, name in named], skipped
+
+
+def comparison_section(frame: pd.DataFrame) -> Section:
+    """The frame of `compare` as a table and bars."""
+    table, _ = comparison(frame)
+    return Section(
+        "Test results", " ".join(_notes(frame)), table=table, figures=[comparison_bars(frame)]
     )
-    frame.attrs["skipped"] = [str(path) for path in found if path.is_dir() and path not in finished]
-    _write_comparison(frame, Path(out))
-    return frame
+
+
+def sweeps_section(runs: Sequence[Run]) -> Section | None:
+    """Accuracy over each setting in which otherwise equal runs differ; None where there is none."""
+    figures = sweep_curves(runs)
+    note = (
+        "Runs that differ in this setting and in seed alone; lines are means over seeds, bars 95% "
+        "intervals over users."
+    )
+    return Section("Curves over settings", note, figures=figures) if len(figures) > 0 else None
+
+
+def few_shot_section(runs: Sequence[Run]) -> Section | None:
+    """Few-shot curves of the runs that eval=adapt has seen; None where there are none."""
+    adapted = {run.name: _json(run.path / "adapt.json") for run in runs}
+    figures = [
+        few_shot_curves(one, label=f"{name}: accuracy by pairs given")
+        for name, one in adapted.items()
+        if one is not None
+    ]
+    return Section("New users", figures=figures) if len(figures) > 0 else None
+
+
+def commands_section(runs: Sequence[Run]) -> Section:
+    """The exact command and versions of each run."""
+    rows = []
+    for run in runs:
+        how = run.results.get("run", {"command": "–", "versions": {}})
+        versions = ", ".join(f"{name} {number}" for name, number in how["versions"].items())
+        rows.append([Cell(run.name), Cell(how["command"]), Cell(versions)])
+    table = Table(["run", "command", "versions"], [("", rows)], (0, 1, 2))
+    return Section("How they were made", table=table)
 
 
 def _tiles(run: Run) -> list[Tile]:
@@ -136,36 +297,18 @@ def _tiles(run: Run) -> list[Tile]:
     return tiles
 
 
-def _curves_section(path: Path) -> list[Section]:
-    if not path.is_file():
-        return []
-    figures = learning_curves(pd.read_csv(path))
-    return [Section("Learning curves", figures=figures)] if len(figures) > 0 else []
-
-
-def _samples_section(path: Path, n_users: int = 3, n_prompts: int = 3) -> list[Section]:
-    """The first prompts that the first users of generations.jsonl were answered on."""
-    if not path.is_file():
-        return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    users = list(dict.fromkeys(row["user_id"] for row in rows))[:n_users]
-    rows = [row for row in rows if row["user_id"] in users]
-    by_prompt: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        prompt = _prompt_text(row["prompt"])
+def _person(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A text as shown; the reference's, which knows no user, under its own name."""
+    if row.get("writer") == "reference":
+        known = {"user_id": "reference, for everybody", "profile": None, "score": None}
+    else:
         score = row.get("score")
-        person = {
+        known = {
             "user_id": row["user_id"],
             "profile": row.get("profile"),
-            "response": row["response"],
             "score": None if score is None else format(score, ".2f"),
         }
-        by_prompt.setdefault(prompt, {}).setdefault(row["user_id"], person)
-    samples = [
-        {"prompt": prompt, "people": list(people.values())} for prompt, people in by_prompt.items()
-    ]
-    note = "What the model writes for different users on the same prompt."
-    return [Section("Sample generations", note, samples=samples[:n_prompts])]
+    return {**known, "response": row["response"]}
 
 
 def _prompt_text(prompt: Any) -> str:
@@ -175,51 +318,30 @@ def _prompt_text(prompt: Any) -> str:
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
-def _data_section(results: Mapping[str, Any]) -> list[Section]:
-    table = key_table(results.get("data", {}), "count")
-    note = "Rows read, refused by reason, truncated or dropped, and kept in each split."
-    return [] if table is None else [Section("Data", note, table=table)]
+def _notes(frame: pd.DataFrame) -> list[str]:
+    skipped = frame.attrs["skipped"]
+    named = [f"Skipped, as without results.json: {', '.join(skipped)}."] * (len(skipped) > 0)
+    return [COMPARISON_NOTE, *named]
 
 
-def _provenance_sections(run: Run) -> list[Section]:
-    table = key_table(run.results.get("run", {}), "value")
-    config = run.path / "config.yaml"
-    text = config.read_text(encoding="utf-8") if config.is_file() else ""
-    if table is None and text == "":
-        return []
-    return [Section("How it was made", table=table, text_name="config.yaml", text=text)]
-
-
-def _write_comparison(frame: pd.DataFrame, out: Path) -> None:
+def _write_comparison(frame: pd.DataFrame, runs: Sequence[Run], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     frame.to_csv(out / "comparison.csv", index=False)
     table, shared = comparison(frame)
-    skipped = frame.attrs["skipped"]
-    notes = [COMPARISON_NOTE]
-    if len(skipped) > 0:
-        notes.append(f"Skipped, as without results.json: {', '.join(skipped)}.")
-    _write(out / "comparison.md", markdown(table, "\n\n".join(notes)))
-    _write(out / "comparison.tex", latex(table, "\n".join(notes)))
-    figures = [comparison_bars(frame)]
-    sections = [Section("Test results", " ".join(notes), table=table, figures=figures)]
+    words = markdown(table, "\n\n".join(_notes(frame)))
+    (out / "comparison.md").write_text(words, encoding="utf-8")
+    words = latex(table, "\n".join(_notes(frame)))
+    (out / "comparison.tex").write_text(words, encoding="utf-8")
+    sections = [
+        comparison_section(frame),
+        sweeps_section(runs),
+        few_shot_section(runs),
+        commands_section(runs),
+    ]
     subtitle = f"{len(frame)} rows{shared}"
-    _write(out / "report.html", _page("Comparison of runs", subtitle, sections))
+    write_page(out / "report.html", "Comparison of runs", subtitle, sections)
 
 
-def _page(
-    title: str, subtitle: str, sections: Sequence[Section], tiles: Sequence[Tile] = ()
-) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.get_template("report.html.j2")
-    return template.render(title=title, subtitle=subtitle, sections=sections, tiles=tiles)
-
-
-def _write(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
-    return path
+def _json(path: Path) -> Any:
+    """What the file holds, None where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

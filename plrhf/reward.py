@@ -72,11 +72,13 @@ class PersonalRewardModel(PersonalModule):
     def head_parameters(self) -> list[nn.Parameter]:
         return list(self.head.parameters())
 
-    def hidden(self, batch: PreferenceBatch, names: tuple[str, ...]) -> Tensor:
+    def hidden_for(self, batch: PreferenceBatch, user: Tensor) -> Tensor:
         # Free of the user, trunk outputs are pooled before the user comes in: once for all contexts.
         if self.aggregator.after_trunk and batch.hidden is None:
-            batch = batch.pooled(self.pooled_trunk(batch))
-        return super().hidden(batch, names)
+            pooled = self.pooled_trunk(batch).flatten(0, 1)
+            texts = torch.arange(len(pooled), device=pooled.device).view(len(batch), 2)
+            batch = batch.pooled(pooled, texts)
+        return super().hidden_for(batch, user)
 
     def rewards(self, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
         """Hidden states [C, R, L, d] -> rewards [C, B, 2] float32 (chosen, rejected).

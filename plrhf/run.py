@@ -19,11 +19,13 @@ from plrhf import report, tables
 from plrhf.backbone import Backbone, tiny_gptj
 from plrhf.cli import Settings
 from plrhf.config import accepted, build
+from plrhf.data.features import FeatureSchema
 from plrhf.data.module import PreferenceData, build_data
 from plrhf.errors import bad_value
 from plrhf.evaluate import (
     Prepare,
     Texts,
+    engine,
     predict,
     prepare,
     summarise_run,
@@ -35,6 +37,7 @@ from plrhf.evaluate import (
 from plrhf.export import Card, build_model, save_export
 from plrhf.optim import Optim
 from plrhf.personal import PersonalModule
+from plrhf.plan import Machine, forecast, plan_table
 from plrhf.policy import PersonalDPOPolicy
 from plrhf.probes import probe
 from plrhf.supervised import (
@@ -46,7 +49,8 @@ from plrhf.supervised import (
     train_supervised,
     trainer_of,
 )
-from plrhf.training import fit, processes, read_checkpoint, shards_of
+from plrhf.training import fit, processes, read_checkpoint, shards_of, share_of
+from plrhf.users import write_users
 
 PACKAGES = ("plrhf", "torch", "lightning", "transformers", "peft")
 PARTS = ("data", "backbone", "encoder", "aggregator", "model", "optim")
@@ -56,13 +60,17 @@ KINDS: dict[str, Any] = {
     "cache_dir": str,
     "ckpt": Literal["last"] | None,
     "debug": bool,
-    **dict.fromkeys((*PARTS, "trainer", "logger", "samples"), dict[str, Any]),
+    "plan": bool,
+    **dict.fromkeys((*PARTS, "trainer", "logger", "samples", "plan_for"), dict[str, Any]),
 }
 
 
 def train(settings: Settings) -> None:
     """Run `settings` and leave everything in ``run_dir``; see docs/architecture.md for the files."""
     check_settings(settings)
+    if settings["plan"]:
+        print_plan(settings)
+        return
     run_dir = Path(settings["run_dir"])
     resume_from = checkpoint_of(settings, run_dir)
     data = build_data(settings["data"])
@@ -87,6 +95,21 @@ def check_settings(settings: Settings) -> None:
     _check_precision(settings)
     build(settings["optim"], "optim")
     _samples(settings)
+    _machine(settings)
+
+
+def print_plan(settings: Settings) -> None:
+    """Print what the run would need; weights are not read, and data only to count their users."""
+    if settings["model"]["name"] == "sft":
+        raise bad_value("plan", True, "false for model=sft", "Plan model=reward or model=dpo")
+    machine = _machine(settings)
+    if machine.users is None:
+        data = build_data(settings["data"])
+        n_users, schema = data.n_users, data.schema
+    else:
+        n_users, schema = machine.users, FeatureSchema(moments={}, codes={})
+    plan = forecast(settings, machine, n_users=n_users, schema=schema)
+    Console().print(plan_table(plan, settings, machine))
 
 
 def train_personal(
@@ -104,7 +127,7 @@ def train_personal(
         _rehearse(settings, data, optim)
         path = cached_tiny(settings, data)
     with processes(trainer):
-        data.deal(rank=trainer.global_rank, world_size=trainer.world_size)
+        data.deal(share_of(trainer))
         lightning.seed_everything(settings["seed"], verbose=False)
         tokenizer, backbone = open_backbone(settings["backbone"], path, shards=shards_of(trainer))
         card = make_card(settings, data, backbone, path)
@@ -123,9 +146,12 @@ def train_personal(
         save_export(run_dir / "export", model, card, tokenizer)
         prepare(model, data.part("test"), trainer, cache_dir=cache_dir)
         predictions = predict(model, data, trainer)
-        lightning.seed_everything(settings["seed"], verbose=False)  # all processes write alike
+        ask = engine(model, trainer)
+        ask(write_users, run_dir / "users.json", model, data)
         if isinstance(model, PersonalDPOPolicy):
-            write_texts(run_dir / "generations.jsonl", model, data, _samples(settings))
+            lightning.seed_everything(settings["seed"], verbose=False)  # all processes draw alike
+            samples = _samples(settings)
+            ask(write_texts, run_dir / "generations.jsonl", model, data, samples)
     conclude(settings, data, predictions, probes, run_dir)
 
 
@@ -147,7 +173,6 @@ def conclude(
     console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True)
 
 
-@rank_zero_only
 @rank_zero_only
 def _warn(lines: list[str]) -> None:
     for line in lines:
@@ -240,6 +265,11 @@ def _check_writable(field: str, path: str) -> None:
 def _samples(settings: Settings) -> Texts:
     target = f"{Texts.__module__}.{Texts.__qualname__}"
     return build({"_target_": target, **settings["samples"]}, "samples", origin="samples")
+
+
+def _machine(settings: Settings) -> Machine:
+    target = f"{Machine.__module__}.{Machine.__qualname__}"
+    return build({"_target_": target, **settings["plan_for"]}, "plan_for")
 
 
 def _versions() -> dict[str, str]:

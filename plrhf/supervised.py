@@ -32,7 +32,7 @@ from plrhf.data.rows import Row, content_hash
 from plrhf.errors import bad_value
 from plrhf.optim import Optim
 from plrhf.sft import SupervisedPolicy
-from plrhf.training import build_loggers, build_trainer, fit, processes, shards_of
+from plrhf.training import build_loggers, build_trainer, fit, processes, shards_of, share_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +73,9 @@ class Recipe:
 
 def check_backbone(node: Settings) -> None:
     """Refuse settings of ``backbone`` by name and type before anything is loaded or trained."""
-    own = {"path": str | None, "tiny": dict[str, Any] | None, "sft": dict[str, Any]}
-    accepted(
-        node,
-        {**_without(kinds(load_backbone), "shards"), **kinds(load_tokenizer), **own},
-        "backbone",
-    )
+    own = {"path": str | None, "sft": dict[str, Any]}
+    own |= dict.fromkeys(("architecture", "tiny"), dict[str, Any] | None)
+    accepted(node, {**_of_backbone(), **kinds(load_tokenizer), **own}, "backbone")
     if node["lora"] is not None:
         accepted(node["lora"], _without(kinds(add_lora), "model"), "backbone.lora")
     build({"_target_": f"{__name__}.Recipe", **node["sft"]}, "backbone.sft")
@@ -109,8 +106,7 @@ def open_backbone(
 
 def load_options(node: Settings) -> Settings:
     """Those settings of ``backbone`` that `load_backbone` takes."""
-    taken = _without(kinds(load_backbone), "shards")
-    return {name: value for name, value in node.items() if name in taken}
+    return {name: value for name, value in node.items() if name in _of_backbone()}
 
 
 def trainer_of(settings: Settings, data: PreferenceData, run_dir: Path) -> Trainer:
@@ -162,7 +158,7 @@ def train_supervised(
     node = settings["backbone"]
     optim: Optim = build(settings["optim"], "optim")
     with processes(trainer):
-        data.deal(rank=trainer.global_rank, world_size=trainer.world_size)
+        data.deal(share_of(trainer))
         if node["path"] is not None:
             tokenizer, backbone = open_backbone(node, node["path"], shards=shards_of(trainer))
         else:
@@ -279,6 +275,11 @@ def _into_cache(export: Path, folder: Path) -> None:
         except OSError:
             if not folder.is_dir():  # else another process was first with the same model
                 raise
+
+
+def _of_backbone() -> dict[str, Any]:
+    """The settings of ``backbone`` that `load_backbone` takes; shards are the trainer's."""
+    return _without(kinds(load_backbone), "shards")
 
 
 def _without(names: dict[str, Any], *left_out: str) -> dict[str, Any]:

@@ -169,24 +169,56 @@ def interval_note(results: Mapping[str, Any]) -> str:
     )
 
 
+def few_shot_table(adapted: Mapping[str, Any]) -> Table:
+    """The curves of adapt.json as rows, one a number of pairs, and the gain recovered where known."""
+    curves = {name: curve for name, curve in adapted["curves"].items() if curve is not None}
+    over = adapted.get("over_generic") or {}  # paired, so narrower than the curves are apart
+    recovered = adapted["gain_recovered"] or {}
+    rows = [
+        [
+            Cell(f"{shots}"),
+            *(percent(curve[place]) for curve in curves.values()),
+            *(points(curve[place]) for curve in over.values()),
+            *(estimate_cell(curve[place], "z.2f") for curve in recovered.values()),
+        ]
+        for place, shots in enumerate(adapted["shots"])
+    ]
+    heads = [
+        *(f"{name}, %" for name in curves),
+        *(f"{name} over generic, points" for name in over),
+        *(f"gain, {name}" for name in recovered),
+    ]
+    return Table(["pairs given", *heads], [("", rows)])
+
+
+def grid_table(tree: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A mapping of mappings of the same keys: one row an outer key, one column an inner one."""
+    columns = next(iter(tree.values())).keys()
+    rows = [
+        [Cell(_words(name)), *(_shown(inner[column]) for column in columns)]
+        for name, inner in tree.items()
+    ]
+    return Table(["", *map(_words, columns)], [("", rows)])
+
+
 def key_table(tree: Mapping[str, Any], heading: str) -> Table | None:
     """A nested mapping as rows, grouped by its first keys where these hold mappings."""
     plain, groups = [], []
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            rows = [[Cell(name), Cell(shown)] for name, shown in _flat(value)]
+            rows = [[Cell(name), shown] for name, shown in _flat(value)]
             groups.append((_words(key), rows))
         else:
-            plain.append([Cell(_words(key)), Cell(_shown(value))])
+            plain.append([Cell(_words(key)), _shown(value)])
     groups = [("", plain)] * (len(plain) > 0) + [group for group in groups if len(group[1]) > 0]
-    texts = (0,) if heading == "count" else (0, 1)
+    texts = (0, 1) if heading == "value" else (0,)
     return Table(["", heading], groups, texts) if len(groups) > 0 else None
 
 
-def _flat(tree: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _flat(tree: Mapping[str, Any]) -> list[tuple[str, Cell]]:
     rows = []
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value.keys() != Estimate.__annotations__.keys():
             rows += [(f"{_words(key)} · {name}", shown) for name, shown in _flat(value)]
         else:
             rows.append((_words(key), _shown(value)))
@@ -197,5 +229,8 @@ def _words(key: str) -> str:
     return key.replace("_", " ")
 
 
-def _shown(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+def _shown(value: Any) -> Cell:
+    if isinstance(value, Mapping):
+        return estimate_cell(value, ".3f")  # type: ignore[arg-type]
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return Cell(f"{value:,}" if whole else str(value))

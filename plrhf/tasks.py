@@ -1,4 +1,4 @@
-"""What eval.py does with finished runs: score, generate, winrate, compare."""
+"""What eval.py does with finished runs: score, generate, winrate, adapt, compare."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ from plrhf.judges import Contest, Judge, win_rates
 from plrhf.personal import PersonalModule
 from plrhf.policy import PersonalDPOPolicy
 from plrhf.probes import probe
+from plrhf.shots import Shots, learning_curve, shots_table
+from plrhf.users import write_users
 
 KINDS: dict[str, Any] = {
     **dict.fromkeys(("run", "runs", "out"), str | None),
@@ -46,7 +48,13 @@ KINDS: dict[str, Any] = {
 def evaluate(settings: Settings) -> None:
     """Do what ``eval.name`` says."""
     accepted(settings, KINDS, "")
-    tasks = {"score": score, "generate": write, "winrate": winrate, "compare": compare}
+    tasks = {
+        "score": score,
+        "generate": write,
+        "winrate": winrate,
+        "adapt": adapt,
+        "compare": compare,
+    }
     tasks[settings["eval"]["name"]](settings)
 
 
@@ -61,6 +69,7 @@ def score(settings: Settings) -> None:
     how = json.loads((run / "results.json").read_text())["run"]
     results = summarise_run(predictions, config, data, probe(data.splits), how)
     write_evaluation(out, results, predictions)
+    write_users(out / "users.json", model, data)
     page = report.write_report(out)
     Console().print(tables.closing_table(results))
     print(f"report: {page}")
@@ -119,6 +128,25 @@ def winrate(settings: Settings) -> None:
     )
     if result["cost"] is not None:
         print(_judging(result))
+
+
+def adapt(settings: Settings) -> None:
+    """Measure how well new users are known after a few of their pairs: adapt.json and a table."""
+    target = f"{Shots.__module__}.{Shots.__qualname__}"
+    options: Shots = build({"_target_": target, **settings["eval"]}, "eval")
+    run = _run_dir(settings)
+    model, data, trainer, _ = load_run(run, settings)
+    model.to(trainer.strategy.root_device)
+    with trainer.precision_plugin.forward_context():
+        result = learning_curve(model, data, options, seed=settings["seed"])
+    out = Path(settings["out"] or run)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / ("adapt.json" if options.users == "unseen" else "adapt_seen.json")
+    path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    Console().print(shots_table(result))
+    if (out / "results.json").is_file():
+        report.write_report(out)
+    print(f"curve: {path}")
 
 
 def compare(settings: Settings) -> None:

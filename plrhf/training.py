@@ -33,9 +33,10 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
+from torch import Tensor
 
 from plrhf.config import build
-from plrhf.data.module import PreferenceData
+from plrhf.data.module import PreferenceData, Share
 from plrhf.errors import bad_value
 from plrhf.zero import Stage3, stage3
 
@@ -523,6 +524,17 @@ def processes(trainer: Trainer) -> Iterator[None]:
     except BaseException:
         launcher.kill(signal.SIGKILL)
         raise
+
+
+def share_of(trainer: Trainer) -> Share:
+    """What the trainer's process takes of every batch."""
+    strategy = trainer.strategy
+
+    def total(values: Tensor) -> Tensor:
+        summed: Any = strategy.reduce(values.to(strategy.root_device), reduce_op="sum")
+        return summed.cpu()
+
+    return Share(trainer.global_rank, trainer.world_size, total)
 
 
 def shards_of(trainer: Trainer) -> Any:

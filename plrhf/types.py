@@ -39,7 +39,8 @@ class PreferenceBatch:
     position_ids: Tensor  # [R, L] int64, text positions from 0 (user vectors not counted)
     row: Tensor  # [B] int64, place of the pair in its split
     ref_logps: Tensor | None = None  # [B, 2] float32, reference log-probability of chosen, rejected
-    hidden: Tensor | None = None  # [B, 2, d] pooled trunk outputs: chosen, rejected
+    hidden: Tensor | None = None  # [M, d] pooled trunk outputs of the batch's distinct texts
+    texts: Tensor | None = None  # [B, 2] int64, which of them are chosen and rejected
     weight: Tensor | None = None  # [B] float32, see `PairDataset.share`; None: a batch of its own
 
     @property
@@ -47,11 +48,18 @@ class PreferenceBatch:
         """The users who chose, in batch order."""
         return UserBatch(user_id=self.user_id, features=self.features)
 
-    def pooled(self, hidden: Tensor) -> PreferenceBatch:
-        """The same pairs with pooled trunk outputs [B, 2, d] in the place of text."""
+    def pooled(self, hidden: Tensor, texts: Tensor) -> PreferenceBatch:
+        """The same pairs with pooled trunk outputs [M, d] in the place of text, `texts` [B, 2]."""
         segment = torch.tensor([CHOSEN, REJECTED], device=hidden.device).expand(len(self), 2)
         blank = torch.zeros_like(segment)
-        return replace(self, input_ids=blank, segment=segment, position_ids=blank, hidden=hidden)
+        return replace(
+            self,
+            input_ids=blank,
+            segment=segment,
+            position_ids=blank,
+            hidden=hidden,
+            texts=texts,
+        )
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of values [B] over the batch's pairs, of which this process may have a share.

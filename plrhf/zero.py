@@ -114,6 +114,10 @@ class Stage3(DeepSpeedStrategy):
             assert self.parallel_devices is not None
             places = range(len(self.parallel_devices))
             self.parallel_devices = [torch.device("cpu", place) for place in places]
+            import deepspeed
+
+            # A compiled extension: a run killed while it builds leaves a lock all later ones wait for.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             DDPStrategy.setup_environment(self)  # past DeepSpeedStrategy's check for CUDA
         else:
             super().setup_environment()

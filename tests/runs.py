@@ -100,11 +100,15 @@ def check_run(run_dir: Path, *, oracle: bool = True, generations: bool = False) 
     """Assert the run directory's contract, and return results.json."""
     names = {"config.yaml", "metrics.csv", "checkpoints", "predictions.parquet", "results.json"}
     names |= {"report.html", "export"} | ({"generations.jsonl"} if generations else set())
-    assert {path.name for path in run_dir.iterdir()} == names
     settings = yaml.safe_load((run_dir / "config.yaml").read_text())
+    alike = ("plrhf.encoders.NoneEncoder", "plrhf.encoders.UniformEncoder")
+    personal = settings["encoder"]["_target_"] not in alike
+    names |= {"users.json"} if personal else set()
+    assert {path.name for path in run_dir.iterdir()} == names
     assert "${" not in (run_dir / "config.yaml").read_text()
     assert "last.ckpt" in {path.name for path in (run_dir / "checkpoints").iterdir()}
-    assert {path.suffix for path in (run_dir / "export").iterdir()} <= {".json", ".safetensors"}
+    suffixes = {path.suffix for path in (run_dir / "export").iterdir()}
+    assert suffixes <= {".json", ".safetensors", ".jinja"}  # the last: a chat template
     assert {"epoch", "step", "val/loss"} <= set(pd.read_csv(run_dir / "metrics.csv").columns)
     results = check_evaluation(run_dir, oracle=oracle)
     assert results["config"] == settings

@@ -157,7 +157,8 @@ def test_film_leaves_no_hook_behind() -> None:
 def test_film_layer_by_hand() -> None:
     aggregator = film(layer_width=5, user_dim=2, layer_dropout=0.5).eval()
     nn.init.normal_(aggregator.to_film.weight)
-    batch = make_batch(make_pairs(3)).pooled(torch.randn(3, 2, WIDTH))
+    texts = torch.tensor([[0, 1], [2, 3], [1, 0]])
+    batch = make_batch(make_pairs(3)).pooled(torch.randn(4, WIDTH), texts)
     user = torch.randn(3, 2)
     found = aggregator(make_backbone(), batch, user)
     assert batch.hidden is not None
@@ -166,7 +167,7 @@ def test_film_layer_by_hand() -> None:
         nn.functional.layer_norm(batch.hidden, (WIDTH,)) @ linear.weight.T + linear.bias
     )
     gamma, beta = (user @ aggregator.to_film.weight.T).view(3, 2, 1, 5).unbind(1)
-    torch.testing.assert_close(found[0], (1 + gamma) * layer + beta)
+    torch.testing.assert_close(found[0], (1 + gamma) * layer[texts] + beta)
     assert aggregator.output_size == 5 and not aggregator.unembeddable
     assert list(map(id, aggregator.text_parameters())) == [id(linear.weight), id(linear.bias)]
 

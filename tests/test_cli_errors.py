@@ -161,6 +161,17 @@ TRAIN: dict[str, tuple[list[str], str]] = {
         "ckpt='last' is not allowed: expected a run that left *",
     ),
     "another checkpoint": (["ckpt=best"], "ckpt='best' is not allowed: expected 'last'*"),
+    "plan for nothing": (
+        ["plan_for.gpus=0"],
+        "plan_for.gpus=0 is not allowed: expected a whole number from 1. Set plan_for.gpus=8.",
+    ),
+    "memory of nothing": (["plan_for.gpu_memory_gb=0"], "plan_for.gpu_memory_gb=0.0 is not *"),
+    "stage": (["plan_for.stage=2"], "plan_for.stage=2 is not allowed: expected 0 or 3. *"),
+    "plan of another model": (["plan=true", "model=sft"], "plan=True is not allowed: expected *"),
+    "unknown architecture": (
+        ["plan=true", "backbone.architecture={model_type:gptk}"],
+        "backbone.architecture={'model_type': 'gptk'} is not allowed: expected a shape: *",
+    ),
     "not a directory": (["run_dir=/dev/null/run"], "run_dir='/dev/null/run' is not allowed: *"),
 }
 
@@ -231,7 +242,7 @@ EVAL: dict[str, tuple[list[str], str]] = {
     "not a run": (["run=/"], "run='/' is not allowed: expected the directory of a finished run. *"),
     "unknown task": (
         ["eval=scores"],
-        "eval='scores' is not allowed: expected one of compare, generate, score, winrate. *",
+        "eval='scores' is not allowed: expected one of adapt, compare, generate, score, winrate. *",
     ),
     "no runs": (
         ["eval=compare", "out=x"],

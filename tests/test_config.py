@@ -11,6 +11,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from runs import ROOT, rows_of_world, save_model, write_rows
+from upstream import (
+    many_comparisons,
+    many_dialogues,
+    write_comparisons,
+    write_prism,
+    write_soups,
+)
 
 from plrhf.backbone import Backbone, tiny_gptj
 from plrhf.cli import CONF
@@ -47,10 +54,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Stand-ins for what a config only names: rows, and models in directories."""
     folder = tmp_path_factory.mktemp("files")
     rows = rows_of_world(features=True)
+    (folder / "hub").mkdir()
     return {
         "rows": write_rows(folder / "rows.jsonl", rows),
         "gptj": save_model(folder / "gptj"),
         "bert": save_model(folder / "bert", "bert"),
+        "hub": write_rows(folder / "hub/train.jsonl", rows).parent,
+        "tldr": write_comparisons(folder / "tldr", many_comparisons()),
+        "psoups": write_soups(folder / "psoups"),
+        "prism": write_prism(folder / "prism", *many_dialogues()),
     }
 
 
@@ -60,7 +72,8 @@ def card_of(files: dict[str, Path]) -> Any:
 
     def make(settings: dict[str, Any]) -> Any:
         data = build_data(composed("data=jsonl", f"data.path={files['rows']}")["data"])
-        node = {**settings["backbone"], "path": str(files["gptj"])}
+        # The stand-in knows no other tokenizer's padding.
+        node = {**settings["backbone"], "path": str(files["gptj"]), "pad_token": None}
         _, backbone = open_backbone(node, node["path"])
         return data, backbone, make_card({**settings, "backbone": node}, data, backbone, "")
 
@@ -104,8 +117,12 @@ def test_models(model: str, card_of: Any) -> None:
 
 
 @pytest.mark.parametrize("data", options("data"))
-def test_data(data: str, files: dict[str, Path]) -> None:
+def test_data(
+    data: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     own = {"jsonl": [f"data.path={files['rows']}"], "personas": ["data.n_users=3"]}
+    own |= {name: [f"data.path={files[name]}"] for name in ("hub", "tldr", "psoups", "prism")}
     settings = composed(f"data={data}", *own[data], "seed=5")
     built = build_data(settings["data"])
     assert built.seed == 5 and built.n_users > 0
@@ -163,6 +180,8 @@ def test_tasks(task: str) -> None:
     assert settings["data"] is None and settings["eval"]["name"] == task
     if task == "generate":
         build({"_target_": "plrhf.evaluate.Texts", **settings["eval"]}, "eval")
+    if task == "adapt":
+        build({"_target_": "plrhf.shots.Shots", **settings["eval"]}, "eval")
 
 
 @pytest.mark.parametrize("judge", options("eval/judge"))

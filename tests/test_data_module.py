@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from plrhf.aggregators import FiLM
 from plrhf.backbone import Backbone, tiny_gptj
-from plrhf.data.module import OrderedBatches, PreferenceData, as_test, build_data, coupled
+from plrhf.data.module import OrderedBatches, PreferenceData, Share, as_test, build_data, coupled
 from plrhf.data.packing import TokenPair
 from plrhf.data.rows import parse_row
 from plrhf.data.sources.base import Source
@@ -162,7 +162,7 @@ def test_processes_share_every_batch(world_size: int, tokenizer: Any) -> None:
     shares = []
     for rank in range(world_size):
         data = make_data(tokenizer)
-        data.deal(rank=rank, world_size=world_size)
+        data.deal(Share(rank, world_size))
         shares.append(data)
     for name in ("train", "test"):
         loaders = [
@@ -181,7 +181,7 @@ def test_values_are_collected_over_processes(tokenizer: Any) -> None:
     found = []
     for rank in range(2):
         data = make_data(tokenizer)
-        data.deal(rank=rank, world_size=2)
+        data.deal(Share(rank, 2))
         found.append(data.collect("test", lambda batch: 1 + batch.row[:, None].float()))
     assert sum(found).squeeze(1).tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert all((one == 0).any() for one in found)

@@ -80,6 +80,22 @@ def test_many_users_at_once_equal_one_at_a_time(kind: str, aggregator: str) -> N
 
 
 @both_kinds
+def test_users_of_one_prompt_share_its_reading(kind: str) -> None:
+    policy = make_policy(kind, "film_last")
+    read: list[tuple[int, ...]] = []
+    embeddings = policy.backbone.trunk.get_input_embeddings()
+    embeddings.register_forward_hook(lambda _module, _in, output: read.append(output.shape[:2]))
+    prompts = [(5, 6, 7), (8, 9), (5, 6, 7), (5, 6, 7), (4,)]
+    together = write(policy, prompts, user_batch(1, 2, 3, 4, 5))
+    assert read[0] == (3, 2)  # three prompts, without their last tokens
+    assert all(shape == (5, 1) for shape in read[1:]) and len(read) == 1 + N_NEW
+    alone = [
+        write(policy, [prompt], user_batch(user))[0] for user, prompt in enumerate(prompts, start=1)
+    ]
+    assert together == alone
+
+
+@both_kinds
 @all_aggregators
 @torch.no_grad()
 def test_equals_step_by_step_without_a_cache(kind: str, aggregator: str) -> None:

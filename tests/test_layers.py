@@ -19,8 +19,8 @@ LAYERS = (
     "config errors logprobs losses stats types",
     "aggregators backbone data encoders export gptj lora metrics optim probes training zero",
     "personal policy reward sft",
-    "cli comparison endpoint evaluate figures finished generate judges report run supervised tables "
-    "tasks",
+    "adapt cli comparison drawing endpoint evaluate figures finished generate judges page plan report "
+    "run shots supervised sweeps tables tasks usermap users",
 )
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units.split()}
 
@@ -43,15 +43,21 @@ SAME_LAYER = {
     "reward": {"personal"},
     # What a page shows, and what it is made from.
     "comparison": {"finished", "tables"},
-    "figures": {"finished", "tables"},
-    "report": {"comparison", "figures", "finished", "tables"},
+    "figures": {"drawing", "finished", "tables"},
+    "page": {"drawing", "tables"},
+    "report": {"comparison", "figures", "finished", "page", "sweeps", "tables", "usermap"},
+    "sweeps": {"drawing", "finished"},
+    "usermap": {"drawing", "finished", "tables"},
+    "users": {"evaluate"},
     # Entry points use what does the work.
     "evaluate": {"cli", "generate"},
     "judges": {"endpoint", "evaluate"},
-    "run": {"cli", "evaluate", "report", "supervised", "tables"},
+    "plan": {"cli"},
+    "run": {"cli", "evaluate", "plan", "report", "supervised", "tables", "users"},
+    "shots": {"adapt"},
     "supervised": {"cli"},
     "tables": {"finished"},
-    "tasks": {"cli", "comparison", "evaluate", "judges", "report", "tables"},
+    "tasks": {"cli", "comparison", "evaluate", "judges", "report", "shots", "tables", "users"},
 }
 
 ONLY_IN = {"transformers": {"backbone"}, "peft": {"backbone"}, "deepspeed": {"zero"}}

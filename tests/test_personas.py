@@ -227,6 +227,7 @@ def test_types_share_a_vector_and_individuals_do_not() -> None:
     vectors = {(types[user], tuple(clusters.true_vector(user))) for user in types}
     assert len(vectors) == 3
     assert all(clusters.profile(user).startswith(f"Type {types[user]}. Pref") for user in types)
+    assert all(clusters.group(user) == f"type {types[user]}" for user in types)
     individual = PersonasSource(kind="individual", n_users=37, seed=1)
     assert len({tuple(individual.true_vector(user)) for user in individual.user_ids}) == 57
     assert individual.true_type(individual.user_ids[0]) is None
@@ -255,6 +256,7 @@ def test_profile_says_what_the_vector_says() -> None:
             "hedging": ("confident", "cautious"),
         }[ATTRIBUTES[strongest]][int(vector[strongest] > 0)]
         assert source.profile(user).startswith(f"Prefers {word}")
+        assert source.group(user) == f"prefers {word}"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -137,9 +137,9 @@ def test_a_monitor_that_looks_at_test(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_shuffled_ids_scored_as_personal(reward_run: Path, tmp_path: Path) -> None:
     config = json.loads((reward_run / "results.json").read_text())["config"]
-    assert role(config) == "personalised"
+    assert role(config) == "personal"
     config["data"]["shuffle_users"] = True
-    assert role(config) == "shuffled control"
+    assert role(config) == "shuffled"
 
 
 def test_vectors_that_belong_to_other_users(

@@ -20,6 +20,7 @@ from plrhf.metrics import summarise
 # Seen users of 5, 2 and 7 pairs, an unseen one of 3.
 OWNERS = ["ann"] * 5 + ["bob"] * 2 + ["cid"] * 7 + ["dan"] * 3
 TARGETS = {
+    "cluster": "plrhf.encoders.ClusterMixtureEncoder",
     "lookup": "plrhf.encoders.LookupEncoder",
     "none": "plrhf.encoders.NoneEncoder",
     "uniform": "plrhf.encoders.UniformEncoder",
@@ -157,7 +158,7 @@ def test_page_is_self_contained_and_follows_the_theme(runs: Path) -> None:
     assert re.search(r"https?:|<link|<img|@import|src=", page) is None
     assert page.count("<svg") == 6  # two curves, bars of seen and unseen, dots, reliability
     assert len(set(reader.ids)) == len(reader.ids)
-    inline = set(re.findall(r"#[0-9a-f]{6}\b", page[page.index("<body>") :]))
+    inline = set(re.findall(r"#[0-9a-f]{6}\b", page[page.index("<body") :]))
     assert inline == set(), "a figure's colour does not follow the page"
 
 
@@ -191,7 +192,7 @@ def test_comparison_by_hand(runs: Path, tmp_path: Path) -> None:
     assert list(frame.index) == ["lookup", "other", "vanilla", "oracle", "length only"]
     lookup, vanilla = frame.loc["lookup"], frame.loc["vanilla"]
     assert lookup["seen_accuracy_micro"] == pytest.approx(9 / 14)
-    assert (lookup["role"], vanilla["role"]) == ("personalised", "vanilla")
+    assert (lookup["role"], vanilla["role"]) == ("personal", "vanilla")
     assert lookup["baseline"] == "vanilla"
     assert lookup["seen_difference_micro"] == pytest.approx(3 / 14)
     assert lookup["seen_difference_macro"] == pytest.approx((1 / 5 + 0 + 2 / 7) / 3)
@@ -213,7 +214,7 @@ def test_comparison_files(runs: Path, tmp_path: Path) -> None:
         frame["seen_accuracy_micro"].to_numpy()
     )
     words = (out / "comparison.md").read_text()
-    assert re.search(r"\| lookup \| personalised \| lookup \| 64\.3 \[.*\| \+21\.4 \[", words)
+    assert re.search(r"\| lookup \| personal \| lookup \| 64\.3 \[.*\| \+21\.4 \[", words)
     assert f"Skipped, as without results.json: {runs / 'sft'}." in words
     page, reader = read_page(out / "report.html")
     assert "+21.4" in reader.text
@@ -238,21 +239,19 @@ def test_controls_are_recognised_from_settings(runs: Path, tmp_path: Path) -> No
     make_run(runs / "bare", predictions(VANILLA, oracle=ORACLE), encoder="none", shuffled=True)
     frame = report.compare(str(runs / "*"), tmp_path / "out").set_index("run")
     assert frame["role"].to_dict() == {
-        "bare": "shuffled control",
-        "best": "shuffled control",
-        "lookup": "personalised",
-        "other": "personalised",
-        "same": "uniform control",
+        "bare": "shuffled",
+        "best": "shuffled",
+        "lookup": "personal",
+        "other": "personal",
+        "same": "uniform",
         "vanilla": "vanilla",
         "oracle": "oracle",
-        "length only": "length control",
+        "length only": "length",
     }
     # Shuffling makes other data for a baseline in no other way.
     baselines = frame["baseline"].dropna().to_dict()
     assert baselines == dict.fromkeys(("bare", "best", "lookup", "same"), "vanilla")
-    assert re.search(
-        r"\| best \| shuffled control \|", (tmp_path / "out/comparison.md").read_text()
-    )
+    assert re.search(r"\| best \| shuffled \|", (tmp_path / "out/comparison.md").read_text())
     page, _ = read_page(report.write_report(runs / "best"))
     assert "user context, ids shuffled" in page
 
@@ -315,7 +314,7 @@ def test_latex_table(runs: Path, tmp_path: Path) -> None:
     report.compare(str(runs / "*"), tmp_path / "out")
     text = (tmp_path / "out/comparison.tex").read_text()
     assert text.count(r"\begin{tabular}{llll") == 2 == text.count(r"\bottomrule")
-    assert r"50\%\_off \& on & personalised & lookup" in text
+    assert r"50\%\_off \& on & personal & lookup" in text
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert len({len(re.findall(r"(?<!\\)&", row)) for row in rows}) == 1
 
@@ -340,7 +339,8 @@ def test_run_names_are_text_and_tell_runs_apart(runs: Path, tmp_path: Path) -> N
     assert frame["run"].tolist()[:3] == ["a/$x|<i>[red]", "b/0", "c/0"]
     page, reader = read_page(tmp_path / "out" / "report.html")
     assert "<i>" not in page
-    assert reader.text.count("a/$x|<i>[red]") == 3  # seen and unseen rows, and the figure
+    # Rows of seen and unseen users, the figure, and where it was made.
+    assert reader.text.count("a/$x|<i>[red]") == 4
     assert r"| a/$x\|<i>[red] |" in (tmp_path / "out" / "comparison.md").read_text()
     console = Console(width=120, record=True, file=StringIO())
     console.print(comparison.comparison_table(frame))

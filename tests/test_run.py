@@ -55,8 +55,8 @@ def test_reward_models(name: str, tmp_path: Path, cache_dir: Path) -> None:
     assert results["test"]["seen"]["user"]["n_pairs"] == 5 * 4
     assert results["test"]["unseen"]["user"]["n_pairs"] == 2 * 4
     assert results["data"]["rows"] == {"train": 70, "val": 15, "test": 28}
-    roles = {"vanilla": "vanilla", "uniform": "uniform control", "shuffled": "shuffled control"}
-    assert role(results["config"]) == roles.get(name, "personalised")
+    roles = {"vanilla": "vanilla", "uniform": "uniform", "shuffled": "shuffled"}
+    assert role(results["config"]) == roles.get(name, "personal")
     assert results["cells"]["seen_user_unseen_prompt"] == results["test"]["seen"]
     assert results["cells"]["seen_user_seen_prompt"] is None
     assert results["probes"]["overlap"]["train_test"]["prompt"] == 0

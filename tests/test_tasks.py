@@ -48,10 +48,10 @@ def test_a_run_scores_the_same_again(
     before = contents(copy)
     launch("eval", f"run={copy}")
     after = contents(copy)
-    names = ("predictions.parquet", "results.json", "report.html")
+    names = ("predictions.parquet", "results.json", "users.json", "report.html")
     assert after.keys() - before.keys() == {f"eval/{name}" for name in names}
     assert {name: after[name] for name in before} == before
-    for name in names[:2]:
+    for name in names[:3]:
         assert after[f"eval/{name}"] == before[name]
     launch("eval", f"run={copy}", f"out={tmp_path / 'elsewhere'}")
     assert (tmp_path / "elsewhere/results.json").read_bytes() == before["results.json"]
@@ -252,7 +252,7 @@ def test_comparison(reward_run: Path, policy_run: Path, tmp_path: Path, capsys: 
         value = json.loads((run / "results.json").read_text())["test"]["seen"]["user"]
         row = frame[(frame["run"] == name)].iloc[0]
         assert value["accuracy_micro"]["value"] in row.to_numpy()
-    assert set(frame["role"].dropna()) == {"personalised", "oracle", "length control"}
+    assert set(frame["role"].dropna()) == {"personal", "oracle", "length"}
     assert frame["baseline"].isna().all()  # neither run is vanilla
     chosen = f"eval.baseline={tmp_path}/runs/one"
     launch("eval", "eval=compare", chosen, f"runs={tmp_path}/runs/*", f"out={tmp_path / 'out'}")

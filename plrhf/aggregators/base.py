@@ -22,7 +22,7 @@ class Aggregator(nn.Module, ABC):
         user_dim: width of the user vectors it needs; the encoder is built to it.
         output_size: width of the hidden states it gives.
         after_trunk: whether the trunk is free of the user. A reward model then pools the trunk's
-            outputs first and hands them over as `PreferenceBatch.hidden`, one a response.
+            outputs first and hands them over as `PreferenceBatch.hidden`, one a distinct text.
         unembeddable: whether its hidden states can be unembedded, as a policy must.
         n_positions: how many of the backbone's positions user vectors take.
     """

@@ -95,12 +95,15 @@ class FiLM(Aggregator):
     def forward(self, backbone: Backbone, batch: PreferenceBatch, user: Tensor) -> Tensor:
         film = self.film(spread_over_rows(user, batch))  # [C, R, n_sites, 2, d]
         if self.after_trunk:
-            hidden = batch.hidden
-            if hidden is None:
-                hidden = backbone(
-                    backbone.embed(batch.input_ids), batch.segment, batch.position_ids
+            if batch.hidden is None:
+                hidden = self.layer(
+                    backbone(backbone.embed(batch.input_ids), batch.segment, batch.position_ids)
                 )
-            return modulate(self.layer(hidden), film[:, :, 0])
+            else:
+                # The layer once a distinct text; of two ways to index, this one's backward is faster.
+                assert batch.texts is not None
+                hidden = nn.functional.embedding(batch.texts, self.layer(batch.hidden))
+            return modulate(hidden, film[:, :, 0])
         n_contexts, n_rows = film.shape[:2]
         text = backbone.embed(batch.input_ids).repeat(n_contexts, 1, 1)
         with modulated_blocks(backbone, film.flatten(0, 1)):

@@ -23,12 +23,21 @@ from plrhf.data.splits import Splits, shuffle_users, split_rows
 from plrhf.errors import bad_value
 from plrhf.types import GENERIC_USER, PreferenceBatch
 
-Total = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Share:
+    """What one of several processes takes of every batch, and how results of all come together.
+
+    Args:
+        total: the sum of a CPU tensor over all processes.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    total: Callable[[Tensor], Tensor] = lambda values: values
 
 
-def whole(values: Tensor) -> Tensor:
-    """The sum over processes where there is one."""
-    return values
+EVERYTHING = Share()  # of the only process
 
 
 @dataclass
@@ -87,18 +96,21 @@ class PairDataset:
             row=at,
             ref_logps=None if self.ref_logps is None else self.ref_logps[at],
         )
-        return batch if self.hidden is None else batch.pooled(self.hidden[at])
+        if self.hidden is None:
+            return batch
+        distinct, texts = self.hidden.places[at].unique(return_inverse=True)
+        return batch.pooled(self.hidden.values[distinct], texts)
 
-    def share(self, places: Sequence[int], *, rank: int, world_size: int) -> PreferenceBatch:
-        """What one of several processes takes of the batch at these places.
+    def share(self, places: Sequence[int], share: Share) -> PreferenceBatch:
+        """What a process takes of the batch at these places.
 
         Weights make the mean over processes of weighted sums the mean over the whole batch. Where
         there are fewer pairs than processes, some take one of weight 0, as all must take part.
         """
-        own = places[rank::world_size]
-        if world_size == 1:
-            return self.batch(own)
-        weight = world_size / len(places) if len(own) > 0 else 0.0
+        if share.world_size == 1:
+            return self.batch(places)
+        own = places[share.rank :: share.world_size]
+        weight = share.world_size / len(places) if len(own) > 0 else 0.0
         batch = self.batch(own if len(own) > 0 else places[:1])
         return replace(batch, weight=torch.full((len(batch),), weight))
 
@@ -275,7 +287,7 @@ class PreferenceData(LightningDataModule):
         self.max_tokens = max_tokens
         self.datasets: dict[str, PairDataset] = {}
         self.truncated: dict[str, int] = {}
-        self.rank, self.world_size = 0, 1
+        self.share = EVERYTHING
 
     @property
     def n_users(self) -> int:
@@ -340,9 +352,9 @@ class PreferenceData(LightningDataModule):
         """Users of test rows that the train rows do not have."""
         return {row.user_id for row in self.splits.test} - set(self.splits.users)
 
-    def deal(self, *, rank: int, world_size: int) -> None:
+    def deal(self, share: Share) -> None:
         """Let this process's loaders give its share of every batch; the order of pairs stays."""
-        self.rank, self.world_size = rank, world_size
+        self.share = share
 
     def train_dataloader(self) -> DataLoader:
         dataset = self.datasets["train"]
@@ -355,7 +367,10 @@ class PreferenceData(LightningDataModule):
     def ordered_loader(self, split: str) -> DataLoader:
         """All pairs of a split, shortest first so that little is padding; always the same order."""
         dataset = self.datasets[split]
-        return self._loader(dataset, self._by_length(dataset))
+        by_length = sorted(range(len(dataset)), key=lambda place: _length(dataset.pairs[place]))
+        size = self.eval_batch_size
+        batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+        return self._loader(dataset, batches)
 
     def _loader(
         self, dataset: PairDataset, batches: Any, kind: type[DataLoader] = DataLoader
@@ -364,91 +379,78 @@ class PreferenceData(LightningDataModule):
         return kind(
             range(len(dataset)),  # type: ignore[arg-type]
             batch_sampler=batches,
-            collate_fn=partial(dataset.share, rank=self.rank, world_size=self.world_size),
+            collate_fn=partial(dataset.share, share=self.share),
             generator=torch.Generator(),
         )
 
-    def collect(
-        self, split: str, ask: Callable[[PreferenceBatch], Tensor], *, total: Total = whole
-    ) -> Tensor:
-        """`ask(batch)` [B, ...] of every pair of a split, [N, ...], over all processes.
-
-        Args:
-            total: sum of a tensor over processes.
-        """
+    def collect(self, split: str, ask: Callable[[PreferenceBatch], Tensor]) -> Tensor:
+        """`ask(batch)` [B, ...] of every pair of a split, [N, ...], over all processes."""
         dataset = self.datasets[split]
-        return total(_placed(len(dataset), self.ordered_loader(split), ask))
+        return self.share.total(_placed(len(dataset), self.ordered_loader(split), ask))
 
     def precompute_reference(
-        self,
-        reference: Callable[[PreferenceBatch], Tensor],
-        known: KnownTexts | None = None,
-        *,
-        total: Total = whole,
+        self, reference: Callable[[PreferenceBatch], Tensor], known: KnownTexts | None = None
     ) -> None:
         """Keep `reference(batch)` [B, 2] of every pair: the reference never changes."""
         for dataset in self.datasets.values():
-            dataset.ref_logps = self._of_texts(dataset, reference, known, total)
+            size = self.eval_batch_size
+            dataset.ref_logps = of_texts(dataset, reference, size, known, share=self.share)
 
     def precompute_hidden(
-        self,
-        pool: Callable[[PreferenceBatch], Tensor],
-        known: KnownTexts | None = None,
-        *,
-        total: Total = whole,
+        self, pool: Callable[[PreferenceBatch], Tensor], known: KnownTexts | None = None
     ) -> None:
         """Keep `pool(batch)` [B, 2, d] of every pair."""
         for dataset in self.datasets.values():
-            dataset.hidden = self._of_texts(dataset, pool, known, total)
+            size = self.eval_batch_size
+            dataset.hidden = of_texts(dataset, pool, size, known, share=self.share)
 
-    def _of_texts(
-        self,
-        dataset: PairDataset,
-        compute: Callable[[PreferenceBatch], Tensor],
-        known: KnownTexts | None,
-        total: Total,
-    ) -> OfTexts | None:
-        """`compute` [B, 2, ...] of every pair, each text that is not known computed once."""
-        texts, places = dataset.texts()
-        values, missing = (None, [*range(len(texts))]) if known is None else known.find(texts)
-        if len(missing) > 0:
-            new = [texts[place] for place in missing]
-            found = total(self._computed(new, compute, together=dataset.layout is packed))
-            if known is not None:
-                known.add(new, found)
-            values = torch.zeros(len(texts), *found.shape[1:]) if values is None else values
-            values[missing] = found
-        return None if values is None else OfTexts(values, places)
 
-    def _computed(
-        self,
-        texts: Sequence[Text],
-        compute: Callable[[PreferenceBatch], Tensor],
-        *,
-        together: bool,
-    ) -> Tensor:
-        """`compute` of every text [N, ...], two of one prompt in a row if `together`.
+def of_texts(
+    dataset: PairDataset,
+    compute: Callable[[PreferenceBatch], Tensor],
+    batch_size: int,
+    known: KnownTexts | None = None,
+    *,
+    share: Share = EVERYTHING,
+) -> OfTexts | None:
+    """`compute` [B, 2, ...] of every pair, each text that is not known computed once."""
+    texts, places = dataset.texts()
+    values, missing = (None, [*range(len(texts))]) if known is None else known.find(texts)
+    if len(missing) > 0:
+        new = [texts[place] for place in missing]
+        together = dataset.layout is packed
+        found = share.total(_computed(new, compute, batch_size, share, together=together))
+        if known is not None:
+            known.add(new, found)
+        values = torch.zeros(len(texts), *found.shape[1:]) if values is None else values
+        values[missing] = found
+    return None if values is None else OfTexts(values, places)
 
-        Zero for those of other processes' shares.
-        """
-        pairs, places = coupled(texts, together=together)
-        blank = PairDataset.of_tokens(pairs)
-        order = sorted(range(len(pairs)), key=lambda place: _length(pairs[place]))
-        values: Tensor | None = None
-        for start in range(0, len(order), self.eval_batch_size):
-            now = order[start : start + self.eval_batch_size]
-            batch = blank.share(now, rank=self.rank, world_size=self.world_size)
-            found, counted = compute(batch), batch.counted()  # [B, 2, ...]
-            if values is None:
-                values = torch.zeros(len(texts) + 1, *found.shape[2:])
-            values[places[batch.row[counted]]] = found[counted].float()
-        assert values is not None
-        return values[: len(texts)]
 
-    def _by_length(self, dataset: PairDataset) -> list[list[int]]:
-        order = sorted(range(len(dataset)), key=lambda place: _length(dataset.pairs[place]))
-        size = self.eval_batch_size
-        return [order[start : start + size] for start in range(0, len(order), size)]
+def _computed(
+    texts: Sequence[Text],
+    compute: Callable[[PreferenceBatch], Tensor],
+    batch_size: int,
+    share: Share,
+    *,
+    together: bool,
+) -> Tensor:
+    """`compute` of every text [N, ...], two of one prompt in a row if `together`.
+
+    Zero for those of other processes' shares.
+    """
+    pairs, places = coupled(texts, together=together)
+    blank = PairDataset.of_tokens(pairs)
+    order = sorted(range(len(pairs)), key=lambda place: _length(pairs[place]))
+    values: Tensor | None = None
+    for start in range(0, len(order), batch_size):
+        batch = blank.share(order[start : start + batch_size], share)
+        found, counted = compute(batch), batch.counted()  # [B, 2, ...]
+        if values is None:
+            values = torch.zeros(len(texts) + 1, *found.shape[2:])
+        values[places[batch.row[counted]]] = found[counted].float()
+    assert values is not None
+    return values[: len(texts)]
 
 
 def _placed(n_pairs: int, loader: DataLoader, ask: Callable[[PreferenceBatch], Tensor]) -> Tensor:

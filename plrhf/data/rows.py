@@ -40,6 +40,28 @@ class Reason(StrEnum):
     BAD_JSON = "bad JSON"
     NOT_AN_OBJECT = "not a JSON object"
     BAD_CSV = "bad CSV"
+    BAD_SHAPE = "record unlike the dataset's"
+    TIE = "no response preferred"
+    # Left out by a source's protocol: nothing is wrong with them.
+    OTHER_POLICY = "policy not of the paper's selection"
+    UNSEEN_OUTSIDE_TEST = "unseen user outside test"
+    PROMPT_IN_TWO_SPLITS = "prompt of a later split"
+    REPEATED = "repeated judgment"
+    NO_PAIR = "turn without chosen and rejected reply"
+    NO_CONVERSATION = "user without a finished conversation"
+
+
+BY_PROTOCOL = frozenset(
+    {
+        Reason.OTHER_POLICY,
+        Reason.UNSEEN_OUTSIDE_TEST,
+        Reason.PROMPT_IN_TWO_SPLITS,
+        Reason.REPEATED,
+        Reason.NO_PAIR,
+        Reason.NO_CONVERSATION,
+    }
+)
+"""Reasons that say what a dataset's protocol leaves out; with ``on_bad_row=error`` they count too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +112,8 @@ class ReadReport:
 def content_hash(*content: object) -> str:
     """Return 16 hexadecimal digits that depend on the JSON-able content alone, in any process."""
     text = json.dumps(content, ensure_ascii=False, sort_keys=True)
-    return blake2b(text.encode(), digest_size=8).hexdigest()
+    # Sources hash text before it is checked, lone surrogates included.
+    return blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 def parse_row(raw: Mapping[str, Any], where: str) -> Row:
@@ -166,7 +189,8 @@ def read_rows(
 
     Args:
         records: pairs of place and record (or the source's refusal), as `Source.records` yields.
-        on_bad_row: ``refuse`` counts a bad row and goes on, ``error`` raises its `RefusedRow`.
+        on_bad_row: ``refuse`` counts a bad row and goes on, ``error`` raises its `RefusedRow`;
+            what a protocol leaves out (`BY_PROTOCOL`) is counted either way.
     """
     if on_bad_row not in ON_BAD_ROW:
         cure = "Set data.on_bad_row=refuse to count bad rows and go on"
@@ -188,7 +212,7 @@ def read_rows(
                 allowed = "an id used once"
                 _refuse(Reason.DUPLICATE_PAIR_ID, where, "pair_id", row.pair_id, allowed, cure)
         except RefusedRow as refused:
-            if on_bad_row == "error":
+            if on_bad_row == "error" and refused.reason not in BY_PROTOCOL:
                 raise
             report.refused[refused.reason.value] += 1
             report.examples.setdefault(refused.reason.value, str(refused))

@@ -38,6 +38,11 @@ def assign(key: str, *, salt: str, seed: int) -> float:
     return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: more could round up to 1.0
 
 
+def is_unseen(user_id: str, *, seed: int, unseen_fraction: float) -> bool:
+    """Whether the user is among the fraction drawn to be unseen; sources that draw them agree."""
+    return assign(user_id, salt="unseen user", seed=seed) < unseen_fraction
+
+
 def split_rows(
     rows: Sequence[Row],
     *,
@@ -85,7 +90,7 @@ def split_rows(
     enough = {user for user, count in pairs.items() if count >= min_pairs_per_user}
     trainable = sorted(enough & train_pairs.keys(), key=lambda user: (-train_pairs[user], user))
     kept = set(trainable[:max_users])
-    seen = {u for u in kept if assign(u, salt="unseen user", seed=seed) >= unseen_fraction}
+    seen = {u for u in kept if not is_unseen(u, seed=seed, unseen_fraction=unseen_fraction)}
     beyond = set(trainable).difference(kept)
 
     parts: dict[str, list[Row]] = {name: [] for name in SPLITS}

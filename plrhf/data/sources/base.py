@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from plrhf.data.rows import Refusal
+from plrhf.data.rows import SPLITS, Reason, Refusal
+from plrhf.errors import bad_value
 
 
 class Source(ABC):
@@ -31,6 +32,10 @@ class Source(ABC):
         """Return what a person may read about this user, or None."""
         return None
 
+    def group(self, user_id: str) -> str | None:
+        """Return the kind of user this one is known to be, by which a map is coloured, or None."""
+        return None
+
 
 def id_as_text(value: object) -> object:
     """Return whole numbers as text and anything else as it is: tables often number their users.
@@ -42,3 +47,29 @@ def id_as_text(value: object) -> object:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value) if isinstance(value, int) else value
+
+
+def refusal(reason: Reason, field: str, value: object, allowed: str, cure: str) -> Refusal:
+    """Return why a record gives no row, in the form of every error."""
+    return Refusal(reason, str(bad_value(field, value, allowed, cure)))
+
+
+def prompts_apart(
+    records: Iterable[tuple[str, Mapping[str, Any] | Refusal]],
+) -> Iterator[tuple[str, Mapping[str, Any] | Refusal]]:
+    """Yield the records, refusing those whose prompt a later split has too: test keeps all of its
+    own, then val, so that no ``prompt_id`` is in two splits."""
+    kept = list(records)
+    last: dict[str, int] = {}  # prompt_id -> place of the last split it is in
+    for _, record in kept:
+        if not isinstance(record, Refusal):
+            place = SPLITS.index(record["split"])
+            last[record["prompt_id"]] = max(place, last.get(record["prompt_id"], 0))
+    for where, record in kept:
+        if isinstance(record, Refusal) or record["split"] == SPLITS[last[record["prompt_id"]]]:
+            yield where, record
+        else:
+            allowed = f"a prompt that {SPLITS[last[record['prompt_id']]]} does not have"
+            cure = "Set data.protocol=paper to keep it"
+            reason = Reason.PROMPT_IN_TWO_SPLITS
+            yield where, refusal(reason, "split", record["split"], allowed, cure)

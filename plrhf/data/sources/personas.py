@@ -160,6 +160,14 @@ class PersonasSource(Source):
             return who.format(**persona.features) + taste
         return taste
 
+    def group(self, user_id: str) -> str:
+        """Name the user's type, or else their strongest preference."""
+        persona = self._persona(user_id)
+        if persona.type is not None:
+            return f"type {persona.type}"
+        strongest = int(np.abs(persona.vector).argmax())
+        return f"prefers {POLES[ATTRIBUTES[strongest]][int(persona.vector[strongest] > 0)]}"
+
     def _persona(self, user_id: str) -> Persona:
         if user_id not in self._personas:
             first, last = self.user_ids[0], self.user_ids[-1]

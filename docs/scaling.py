@@ -1,0 +1,120 @@
+"""The figure and tables of scaling.md, from plrhf.plan alone: python docs/scaling.py"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from plrhf.cli import CONF
+from plrhf.data.features import FeatureSchema
+from plrhf.plan import GB, Machine, Plan, forecast
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the backend has been chosen)
+
+HERE = Path(__file__).parent
+TLDR = [
+    *("model=dpo", "data=jsonl", "data.path=unread", "backbone=gptj_6b", "trainer=gpu"),
+    *("data.max_prompt_tokens=550", "data.max_tokens=600", "data.batch_size=4"),
+    *("data.eval_batch_size=8", "aggregator=soft_prompt", "encoder=lookup", "encoder.rank=4"),
+]
+ALL_LINEAR = "backbone.lora.target_modules=all-linear"
+LLAMA = "{model_type:llama,vocab_size:128256,num_key_value_heads:8,hidden_size:%d,"
+LLAMA += "intermediate_size:%d,num_hidden_layers:%d,num_attention_heads:%d}"
+MODELS = {
+    "GPT-J 6B": [],
+    "Llama 3 8B": [f"backbone.architecture={LLAMA % (4096, 14336, 32, 32)}", ALL_LINEAR],
+    "Llama 3 70B": [f"backbone.architecture={LLAMA % (8192, 28672, 80, 64)}", ALL_LINEAR],
+}
+ENCODERS = {
+    "lookup, full (10 x 4096)": ["encoder.rank=null"],
+    "clusters, K = 10": ["encoder=cluster", "encoder.n_clusters=10"],
+    "lookup, rank 4": [],
+}
+ONE_BLOCK = "backbone.architecture={model_type:gptj,n_layer:1}"
+
+
+def planned(*overrides: str, users: int = 1000, **machine: Any) -> Plan:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        node = compose("train", overrides=[*TLDR, *overrides])
+    settings: Any = OmegaConf.to_container(node, resolve=True)
+    return forecast(
+        settings, Machine(**machine), n_users=users, schema=FeatureSchema(moments={}, codes={})
+    )
+
+
+def models() -> None:
+    """A table of what each model needs of a GPU."""
+    for name, overrides in MODELS.items():
+        for n_gpus in (8,) if "70B" in name else (1, 8):  # whose weights alone fill two
+            plan = planned(*overrides, gpus=n_gpus, stage=0 if n_gpus == 1 else 3)
+            parts = (plan.weights, plan.gradients + plan.optimiser, plan.gathered, plan.training)
+            cells = [f"{part / GB:.1f}" for part in (*parts, plan.total, plan.communication)]
+            print(f"| {name} | {n_gpus} | {' | '.join(cells)} |", flush=True)
+
+
+def by_gpus(axes: Any) -> None:
+    counts = [1, 4, 16, 64]
+    plans = [planned(gpus=count, stage=3) for count in counts]
+    parts = {
+        "weights": [p.weights / GB for p in plans],
+        "gathered": [p.gathered / GB for p in plans],
+        "activations": [p.training / GB for p in plans],
+        "learned and its optimiser": [
+            (p.gradients + p.optimiser + p.user_tables) / GB for p in plans
+        ],
+    }
+    axes.stackplot(counts, list(parts.values()), labels=list(parts))
+    axes.set(xscale="log", xlabel="GPUs (ZeRO-3)", ylabel="GB a GPU", title="GPT-J 6B, P-DPO")
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.legend(frameon=False, fontsize=8)
+
+
+def by_users(axes: Any) -> None:
+    counts = [10**4, 10**6, 10**8]
+    for name, overrides in ENCODERS.items():
+        plans = [planned(*overrides, ONE_BLOCK, users=n, gpus=8, stage=3) for n in counts]
+        tables = [plan.user_tables / GB for plan in plans]
+        print(name, *(f"{n:.0e}: {table:.4g} GB" for n, table in zip(counts, tables, strict=True)))
+        axes.loglog(counts, tables, marker="o", label=name)
+    axes.axhline(80, color="grey", linestyle=":")
+    axes.set(xlabel="users", ylabel="GB a GPU", title="User tables on 8 GPUs")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def by_length(axes: Any) -> None:
+    lengths = [300, 600, 1200]
+    for name, overrides in {
+        "GPT-J 6B": ["backbone.gradient_checkpointing=false"],
+        "GPT-J 6B, recomputing": [],
+        "Llama 3 8B, recomputing": MODELS["Llama 3 8B"],
+    }.items():
+        needed = []
+        for length in lengths:
+            rows = [f"data.max_prompt_tokens={length - 100}", f"data.max_tokens={length - 50}"]
+            needed.append(planned(*overrides, *rows, stage=3).training / GB / 4)
+        cells = (f"{n}: {gb:.3g} GB" for n, gb in zip(lengths, needed, strict=True))
+        print(name, *cells, flush=True)
+        axes.loglog(lengths, needed, marker="o", label=name)
+    axes.set(xlabel="tokens a row", ylabel="GB a pair", title="Activations")
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.legend(frameon=False, fontsize=8)
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    models()
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    by_gpus(axes[0])
+    by_users(axes[1])
+    by_length(axes[2])
+    figure.savefig(HERE / "scaling.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Notebooks run from a small run, hold no logic, and are kept without outputs."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from runs import ENVIRONMENT, ROOT
+from test_report_parts import ADAPTED
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LOGIC = (ast.FunctionDef, ast.ClassDef, ast.If, ast.For, ast.While, ast.comprehension, ast.Lambda)
+
+
+def code_cells(path: Path) -> list[nbformat.NotebookNode]:
+    cells = nbformat.read(path, as_version=4).cells
+    return [cell for cell in cells if cell.cell_type == "code"]
+
+
+def test_the_three_are_there() -> None:
+    assert [path.stem for path in NOTEBOOKS] == ["ablation", "new_users", "users"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_stripped_and_without_logic(path: Path) -> None:
+    nbformat.validate(nbformat.read(path, as_version=4))
+    for cell in code_cells(path):
+        assert cell.outputs == [] and cell.execution_count is None
+        found = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, LOGIC)]
+        assert found == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("ablation", ["Test results", "How they were made"]),
+        ("users", ["Test results", "Accuracy by user", "User model", "Soft prompts in words"]),
+        ("new_users", ["Test results", "New users"]),
+    ],
+)
+def test_executed_from_a_small_run(
+    name: str, shown: list[str], policy_run: Path, reward_run: Path, tmp_path: Path
+) -> None:
+    for run, source in (("policy", policy_run), ("reward", reward_run)):
+        shutil.copytree(source, tmp_path / run, ignore=shutil.ignore_patterns("checkpoints"))
+    (tmp_path / "policy" / "adapt.json").write_text(json.dumps(ADAPTED))
+    book = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    (settings,) = [cell for cell in book.cells if "parameters" in cell.metadata.get("tags", [])]
+    settings.source = "RUNS, OUT, RUN = '[pr]*', 'out', 'policy'"
+    resources = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(book, timeout=120, resources=resources).execute(env=ENVIRONMENT)
+    outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
+    pages = "".join(output.get("data", {}).get("text/html", "") for output in outputs)
+    assert [title for title in shown if f"<h2>{title}</h2>" not in pages] == []
