@@ -34,6 +34,7 @@ NOT_FOR_THE_USER = (
     r"`gradient_checkpointing_enable` is deprecated",
     r"`is_gradient_checkpointing` is deprecated",
     r"`torch\.distributed\.\w+` is deprecated",
+    r"It is recommended to use `self.log\('val/.*sync_dist=True\)`",  # these are of all processes
     r".*does not have many workers which may be a bottleneck",
     r"The number of training batches .* is smaller than the logging interval",
     r"Checkpoint directory .* exists and is not empty",
@@ -86,6 +87,12 @@ def quieten() -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
     for message in NOT_FOR_THE_USER:
         warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("DeepSpeed").addFilter(_concerns_the_user)
+
+
+def _concerns_the_user(record: logging.LogRecord) -> bool:
+    # Said of every CPU run that saves a model, as accelerate then imports DeepSpeed where it is.
+    return not str(record.msg).startswith("Setting accelerator to CPU")
 
 
 def resolved(config: DictConfig) -> Settings:

@@ -63,7 +63,7 @@ def stage3(
             "Set trainer.zero3.nvme_path=DIR",
         )
     if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would say that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else a GPU that is there
     zero: dict[str, Any] = {
         "stage": 3,
         "contiguous_gradients": True,

@@ -12,7 +12,7 @@ from tiny import make_backbone, make_model
 from torch import Tensor
 
 from plrhf.data.known import KnownTexts
-from plrhf.data.module import PairDataset, PreferenceData
+from plrhf.data.module import EVERYTHING, PairDataset, PreferenceData
 from plrhf.data.packing import TokenPair
 from plrhf.evaluate import prepare
 from plrhf.policy import PersonalDPOPolicy
@@ -47,6 +47,7 @@ def test_half_written_and_damaged_files_are_passed_over(tmp_path: Path) -> None:
 def prepared(model: Any, cache_dir: Path, pairs: list[TokenPair]) -> tuple[Any, list[int]]:
     """A dataset of these pairs prepared for the model, and how many rows each batch had."""
     data = object.__new__(PreferenceData)
+    data.share = EVERYTHING
     data.eval_batch_size = 2
     data.datasets = {"train": PairDataset.of_tokens(pairs)}
     rows: list[int] = []
