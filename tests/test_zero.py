@@ -33,7 +33,7 @@ MODELS = {
     "dpo": ["model=dpo", "aggregator=soft_prompt", "aggregator.n_tokens=2", "encoder=cluster"],
 }
 MODELS["dpo"] += ["encoder.init=vocabulary", "encoder.n_clusters=3"]
-ON = {1: "trainer=cpu", 2: "trainer=zero3_cpu"}
+ON = {1: ["trainer=cpu"], 2: ["trainer=zero3_cpu", "trainer.zero3.persistent_below=0"]}
 
 
 def train(run_dir: Path, cache_dir: Path, *overrides: str) -> None:
@@ -62,9 +62,9 @@ def test_two_processes_learn_what_one_learns(
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     settings, to_the_end = [*SETTINGS, *MODELS[name]], f"trainer.max_steps={MORE_STEPS}"
-    train(one, cache_dir, *settings, ON[1], to_the_end)
-    train(two, cache_dir, *settings, ON[2], f"trainer.max_steps={STEPS}")
-    train(two, cache_dir, *settings, ON[then_on], to_the_end, "ckpt=last")
+    train(one, cache_dir, *settings, *ON[1], to_the_end)
+    train(two, cache_dir, *settings, *ON[2], f"trainer.max_steps={STEPS}")
+    train(two, cache_dir, *settings, *ON[then_on], to_the_end, "ckpt=last")
 
     assert len(losses(one, "train/loss")) == MORE_STEPS
     for metric in ("train/loss", "train/accuracy", "val/loss", "val/accuracy_macro"):
@@ -89,12 +89,12 @@ def test_two_processes_learn_what_one_learns(
 def test_supervised_on_two_processes(tmp_path: Path, cache_dir: Path) -> None:
     first = tmp_path / "first"
     settings = [*SETTINGS, "model=sft", "data.batch_size=15", "optim.lr=1e-3"]
-    train(first, cache_dir, *settings, ON[1], "trainer.max_steps=2")
+    train(first, cache_dir, *settings, *ON[1], "trainer.max_steps=2")
     settings += ["backbone=hf", f"backbone.path={first / 'export'}"]
     one, two = tmp_path / "one", tmp_path / "two"
-    train(one, cache_dir, *settings, ON[1], "trainer.max_steps=7")
-    train(two, cache_dir, *settings, ON[2], "trainer.max_steps=4")
-    train(two, cache_dir, *settings, ON[2], "trainer.max_steps=7", "ckpt=last")
+    train(one, cache_dir, *settings, *ON[1], "trainer.max_steps=7")
+    train(two, cache_dir, *settings, *ON[2], "trainer.max_steps=4")
+    train(two, cache_dir, *settings, *ON[2], "trainer.max_steps=7", "ckpt=last")
     for metric in ("train/loss", "val/loss"):
         assert losses(two, metric) == pytest.approx(losses(one, metric), abs=1e-4), metric
     models = [AutoModelForCausalLM.from_pretrained(run / "export") for run in (one, two)]
@@ -109,7 +109,7 @@ def test_supervised_on_two_processes(tmp_path: Path, cache_dir: Path) -> None:
 def test_a_killed_process_ends_all_and_the_run_goes_on(
     rank: int, tmp_path: Path, cache_dir: Path
 ) -> None:
-    settings = [*SETTINGS, *MODELS["reward"], ON[2], "trainer.checkpoint_every_n_steps=1"]
+    settings = [*SETTINGS, *MODELS["reward"], *ON[2], "trainer.checkpoint_every_n_steps=1"]
     settings += [f"trainer.max_steps={3 * MORE_STEPS}", f"cache_dir={cache_dir}"]
     run = tmp_path / "run"
     process = subprocess.Popen(
