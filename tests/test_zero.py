@@ -90,7 +90,7 @@ def test_supervised_on_two_processes(tmp_path: Path, cache_dir: Path) -> None:
     first = tmp_path / "first"
     settings = [*SETTINGS, "model=sft", "data.batch_size=15", "optim.lr=1e-3"]
     train(first, cache_dir, *settings, *ON[1], "trainer.max_steps=2")
-    settings += ["backbone=hf", f"backbone.path={first / 'export'}"]
+    settings.append(f"backbone.path={first / 'export'}")
     one, two = tmp_path / "one", tmp_path / "two"
     train(one, cache_dir, *settings, *ON[1], "trainer.max_steps=7")
     train(two, cache_dir, *settings, *ON[2], "trainer.max_steps=4")
