@@ -19,24 +19,25 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the backend has been chose
 
 HERE = Path(__file__).parent
 TLDR = [
-    *("model=dpo", "data=jsonl", "data.path=unread", "backbone=gptj_6b", "trainer=gpu"),
+    *("model=dpo", "data=jsonl", "data.path=unread", "trainer=gpu"),
     *("data.max_prompt_tokens=550", "data.max_tokens=600", "data.batch_size=4"),
-    *("data.eval_batch_size=8", "aggregator=soft_prompt", "encoder=lookup", "encoder.rank=4"),
+    *("data.eval_batch_size=8", "aggregator=soft_prompt"),
 ]
-ALL_LINEAR = "backbone.lora.target_modules=all-linear"
+GPTJ = ["backbone=gptj_6b"]
+LIKE_GPTJ = ["backbone=hf", "backbone.dtype=bfloat16", "backbone.gradient_checkpointing=true"]
 LLAMA = "{model_type:llama,vocab_size:128256,num_key_value_heads:8,hidden_size:%d,"
 LLAMA += "intermediate_size:%d,num_hidden_layers:%d,num_attention_heads:%d}"
 MODELS = {
-    "GPT-J 6B": [],
-    "Llama 3 8B": [f"backbone.architecture={LLAMA % (4096, 14336, 32, 32)}", ALL_LINEAR],
-    "Llama 3 70B": [f"backbone.architecture={LLAMA % (8192, 28672, 80, 64)}", ALL_LINEAR],
+    "GPT-J 6B": GPTJ,
+    "Llama 3 8B": [*LIKE_GPTJ, f"backbone.architecture={LLAMA % (4096, 14336, 32, 32)}"],
+    "Llama 3 70B": [*LIKE_GPTJ, f"backbone.architecture={LLAMA % (8192, 28672, 80, 64)}"],
 }
 ENCODERS = {
     "lookup, full (10 x 4096)": ["encoder.rank=null"],
     "clusters, K = 10": ["encoder=cluster", "encoder.n_clusters=10"],
     "lookup, rank 4": [],
 }
-ONE_BLOCK = "backbone.architecture={model_type:gptj,n_layer:1}"
+ONE_BLOCK = [*GPTJ, "+backbone.architecture.n_layer=1"]
 
 
 def planned(*overrides: str, users: int = 1000, **machine: Any) -> Plan:
@@ -60,7 +61,7 @@ def models() -> None:
 
 def by_gpus(axes: Any) -> None:
     counts = [1, 4, 16, 64]
-    plans = [planned(gpus=count, stage=3) for count in counts]
+    plans = [planned(*GPTJ, gpus=count, stage=3) for count in counts]
     parts = {
         "weights": [p.weights / GB for p in plans],
         "gathered": [p.gathered / GB for p in plans],
@@ -78,7 +79,7 @@ def by_gpus(axes: Any) -> None:
 def by_users(axes: Any) -> None:
     counts = [10**4, 10**6, 10**8]
     for name, overrides in ENCODERS.items():
-        plans = [planned(*overrides, ONE_BLOCK, users=n, gpus=8, stage=3) for n in counts]
+        plans = [planned(*ONE_BLOCK, *overrides, users=n, gpus=8, stage=3) for n in counts]
         tables = [plan.user_tables / GB for plan in plans]
         print(name, *(f"{n:.0e}: {table:.4g} GB" for n, table in zip(counts, tables, strict=True)))
         axes.loglog(counts, tables, marker="o", label=name)
@@ -90,8 +91,8 @@ def by_users(axes: Any) -> None:
 def by_length(axes: Any) -> None:
     lengths = [300, 600, 1200]
     for name, overrides in {
-        "GPT-J 6B": ["backbone.gradient_checkpointing=false"],
-        "GPT-J 6B, recomputing": [],
+        "GPT-J 6B": [*GPTJ, "backbone.gradient_checkpointing=false"],
+        "GPT-J 6B, recomputing": GPTJ,
         "Llama 3 8B, recomputing": MODELS["Llama 3 8B"],
     }.items():
         needed = []

@@ -20,7 +20,7 @@ from plrhf.encoders import UserEncoder
 from plrhf.errors import bad_value
 from plrhf.export import Card, load_export
 from plrhf.metrics import UserAccuracy
-from plrhf.optim import Optim
+from plrhf.optim import Optim, RowAdamW, clip_gradients
 from plrhf.types import PreferenceBatch
 
 T = TypeVar("T")
@@ -162,6 +162,35 @@ class PersonalModule(LightningModule):
             total_steps=int(self.trainer.estimated_stepping_batches),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        self._catch_up(batch.user_id)
+
+    def on_validation_start(self) -> None:
+        self._catch_up()
+
+    def on_train_end(self) -> None:
+        self._catch_up()
+
+    def _catch_up(self, rows: Tensor | None = None) -> None:
+        """Let rows of sparse tables, all or those of a batch, be what they should be by now."""
+        for optimizer in self.trainer.optimizers:
+            if isinstance(optimizer, RowAdamW):
+                optimizer.catch_up(rows)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        own = [one for one in self.parameters() if one.grad is not None]
+        if gradient_clip_val is not None and any(one.grad.is_sparse for one in own):  # type: ignore[union-attr]
+            clip_gradients(own, gradient_clip_val)  # which torch's own cannot
+        else:
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is learned only: frozen weights are the backbone's and lie where it came from."""

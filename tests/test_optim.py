@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from math import cos, pi
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from plrhf.optim import Optim
+from plrhf.optim import Optim, RowAdamW, clip_gradients
 
 
 def weight(*, trainable: bool = True) -> nn.Parameter:
@@ -115,3 +116,86 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         Optim(**settings)
     assert str(caught.value) == message
+
+
+def table_and_weight(*, sparse: bool) -> tuple[nn.Embedding, nn.Parameter, RowAdamW]:
+    torch.manual_seed(0)
+    table = nn.Embedding(7, 3, sparse=sparse)
+    weight = nn.Parameter(torch.randn(3))
+    groups = [
+        {"params": [table.weight], "lr": 0.1, "weight_decay": 0.5},
+        {"params": [weight], "lr": 0.01, "weight_decay": 0.0},
+    ]
+    return table, weight, RowAdamW(groups)
+
+
+def step(table: nn.Embedding, weight: nn.Parameter, optimizer: RowAdamW, rows: list[int]) -> None:
+    optimizer.catch_up(torch.tensor(rows))
+    optimizer.zero_grad()
+    ((table(torch.tensor(rows)) @ weight).exp() * torch.arange(1, len(rows) + 1)).sum().backward()
+    clip_gradients([table.weight, weight], 2.0)
+    optimizer.step()
+
+
+def test_rows_that_always_have_a_gradient_are_stepped_as_by_adamw() -> None:
+    dense, sparse = (table_and_weight(sparse=kind) for kind in (False, True))
+    for _ in range(6):
+        for table, weight, optimizer in (dense, sparse):
+            step(table, weight, optimizer, [0, 4, 1, 2, 2, 3, 5, 6])
+    torch.testing.assert_close(sparse[0].weight, dense[0].weight, atol=1e-6, rtol=0)
+    torch.testing.assert_close(sparse[1], dense[1], atol=1e-6, rtol=0)
+
+
+def test_rows_without_a_gradient_decay_and_wait() -> None:
+    dense, sparse = (table_and_weight(sparse=kind) for kind in (False, True))
+    start = dense[0].weight.detach().clone()
+    for rows in ([1, 2], [2], [5, 2], [2, 2]):
+        for table, weight, optimizer in (dense, sparse):
+            step(table, weight, optimizer, rows)
+    sparse[2].catch_up()
+    # Never seen: four steps of decay, as by dense AdamW. Always seen: the same as by dense AdamW.
+    torch.testing.assert_close(sparse[0].weight[3], start[3] * (1 - 0.1 * 0.5) ** 4)
+    for row in (0, 3, 4, 6, 2):
+        torch.testing.assert_close(sparse[0].weight[row], dense[0].weight[row], atol=1e-6, rtol=0)
+    # Seen in the third step only, by hand: decay, moments from zero, bias as after three steps.
+    table = table_and_weight(sparse=True)
+    for rows in ([2], [2]):
+        step(*table, rows)
+    table[2].catch_up()
+    before = table[0].weight[5].detach().clone()
+    step(*table, [5])
+    moment = table[2].state[table[0].weight]
+    first, second = moment["exp_avg"][5] / (1 - 0.9**3), moment["exp_avg_sq"][5] / (1 - 0.999**3)
+    by_hand = before * (1 - 0.1 * 0.5) - 0.1 * first / (second.sqrt() + 1e-8)
+    torch.testing.assert_close(table[0].weight[5], by_hand)
+
+
+def test_sparse_steps_go_on_from_a_checkpoint() -> None:
+    whole, half = table_and_weight(sparse=True), table_and_weight(sparse=True)
+    steps = [[1], [2, 4], [1, 3], [6]]
+    for rows in steps:
+        step(*whole, rows)
+    for rows in steps[:2]:
+        step(*half, rows)
+    table, weight, optimizer = table_and_weight(sparse=True)
+    table.load_state_dict(half[0].state_dict())
+    weight.data.copy_(half[1].data)
+    optimizer.load_state_dict(copy.deepcopy(half[2].state_dict()))
+    for rows in steps[2:]:
+        step(table, weight, optimizer, rows)
+    optimizer.catch_up()
+    whole[2].catch_up()
+    assert table.weight.equal(whole[0].weight)
+
+
+def test_clipping_is_torchs() -> None:
+    gradients = []
+    for sparse in (False, True):
+        table, weight, _ = table_and_weight(sparse=sparse)
+        (table(torch.tensor([1, 1, 4])) @ weight).sum().backward()
+        clip = clip_gradients if sparse else nn.utils.clip_grad_norm_
+        clip([table.weight, weight], 0.3)
+        found = table.weight.grad
+        assert found is not None and weight.grad is not None
+        gradients.append((found.to_dense() if sparse else found, weight.grad))
+    torch.testing.assert_close(gradients[0], gradients[1])

@@ -112,6 +112,8 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             if not any(word.startswith("run_dir=") for word in arguments):
                 run_dir = f"runs/{len(list(Path().glob('runs/*')))}"
                 arguments.append(f"run_dir={run_dir}")
+        if "eval=adapt" in arguments:
+            arguments.append("eval.shots=[0,1,2]")  # of the few pairs there are
         monkeypatch.setattr(sys, "argv", [words[1], *arguments])
         try:
             main(
@@ -119,6 +121,9 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             )
         except SystemExit as stop:
             pytest.fail(f"{command} ended with {stop.code} as {arguments}")
+        if "eval=adapt" in command:
+            code = next(text for text in blocks("python") if "plrhf.adapt" in text)
+            exec(code.replace("RUN_DIR", run_dir), {})
 
 
 def stand_in(word: str, command: str, run_dir: str) -> str:

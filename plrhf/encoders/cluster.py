@@ -19,6 +19,7 @@ class ClusterMixtureEncoder(UserEncoder):
         n_clusters: K, from 2.
         init: how the V_k start; see `initial_vectors`.
         weight_scale: standard deviation of the starting w_u.
+        sparse: update the rows of a batch's users alone (see `optim.RowAdamW`): for many users.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class ClusterMixtureEncoder(UserEncoder):
         n_clusters: int = 10,
         init: Init = "vocabulary",
         weight_scale: float = 0.1,
+        sparse: bool = False,
     ) -> None:
         super().__init__()
         check_at_least("encoder.n_clusters", n_clusters, 2)
@@ -37,7 +39,7 @@ class ClusterMixtureEncoder(UserEncoder):
         self.clusters = nn.Parameter(  # [K, user_dim]
             initial_vectors(n_clusters, user_dim, init=init, vocabulary=vocabulary)
         )
-        self.weights = nn.Embedding(n_users + 1, n_clusters)
+        self.weights = nn.Embedding(n_users + 1, n_clusters, sparse=sparse)
         nn.init.normal_(self.weights.weight, std=weight_scale)
 
     def mixture(self, user_id: Tensor) -> Tensor:

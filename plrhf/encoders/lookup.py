@@ -22,6 +22,7 @@ class LookupEncoder(UserEncoder):
         rank: r, or None for o_u of full width.
         init: how e_0, and the o_u (or S), start; see `initial_vectors`.
         offset_scale: factor on the starting o_u, so that users start near the generic one.
+        sparse: update the rows of a batch's users alone (see `optim.RowAdamW`): for many users.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class LookupEncoder(UserEncoder):
         rank: int | None = None,
         init: Init = "vocabulary",
         offset_scale: float = 0.1,
+        sparse: bool = False,
     ) -> None:
         super().__init__()
         if rank is not None:
@@ -49,7 +51,9 @@ class LookupEncoder(UserEncoder):
                 initial_vectors(rank, user_dim, init=init, vocabulary=vocabulary)
             )
         # padding_idx keeps o_0 at zero: its row gets no gradient.
-        self.offsets = nn.Embedding(n_users + 1, offsets.shape[1], padding_idx=GENERIC_USER)
+        self.offsets = nn.Embedding(
+            n_users + 1, offsets.shape[1], padding_idx=GENERIC_USER, sparse=sparse
+        )
         with torch.no_grad():
             self.offsets.weight.copy_(offset_scale * offsets)
             self.offsets.weight[GENERIC_USER].zero_()

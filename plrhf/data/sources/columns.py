@@ -69,8 +69,8 @@ def _head(column: str, present: Collection[str]) -> str:
 
 def _reach(record: Mapping[str, Any], column: str) -> Any:
     """Return the value at a column's path, None where the path ends early."""
-    if column in record:
-        return record[column]
+    if column in record or "." not in column:
+        return record.get(column)
     value: Any = record
     for step in column.split("."):
         try:
