@@ -34,6 +34,7 @@ NOT_FOR_THE_USER = (
     r"`gradient_checkpointing_enable` is deprecated",
     r"`is_gradient_checkpointing` is deprecated",
     r"`torch\.distributed\.\w+` is deprecated",
+    r"Since DeepSpeed handles gradient clipping internally",
     r"It is recommended to use `self.log\('val/.*sync_dist=True\)`",  # these are of all processes
     r".*does not have many workers which may be a bottleneck",
     r"The number of training batches .* is smaller than the logging interval",
@@ -91,8 +92,10 @@ def quieten() -> None:
 
 
 def _concerns_the_user(record: logging.LogRecord) -> bool:
-    # Said of every CPU run that saves a model, as accelerate then imports DeepSpeed where it is.
-    return not str(record.msg).startswith("Setting accelerator to CPU")
+    # The first is said in every CPU run that saves a model, as accelerate then imports DeepSpeed
+    # where it is installed; the other of our own AdamW.
+    noise = ("Setting accelerator to CPU", "**** You are using ZeRO with an untested optimizer")
+    return not str(record.msg).startswith(noise)
 
 
 def resolved(config: DictConfig) -> Settings:

@@ -92,7 +92,7 @@ def check_settings(settings: Settings) -> None:
     for name in ("run_dir", "cache_dir"):
         _check_writable(name, settings[name])
     check_backbone(settings["backbone"])
-    _check_precision(settings)
+    _check_shards(settings)
     build(settings["optim"], "optim")
     _samples(settings)
     _machine(settings)
@@ -241,12 +241,21 @@ def _changed(field: str, now: Any, before: Any) -> Exception:
     )
 
 
-def _check_precision(settings: Settings) -> None:
-    """Raise where sharded weights, which all have the trainer's precision, should have another."""
+def _check_shards(settings: Settings) -> None:
+    """Raise where weights are sharded and settings do not go with that: all have one precision."""
     trainer, dtype = settings["trainer"], settings["backbone"]["dtype"]
+    if trainer["zero3"] is None:
+        return
+    if settings["encoder"].get("sparse") is True:
+        raise bad_value(
+            "encoder.sparse",
+            True,
+            "false under trainer.zero3, whose gradients are dense",
+            "Set encoder.sparse=false",
+        )
     names = {"32-true": "float32", "bf16-mixed": "bfloat16", "16-mixed": "float16"}
     wanted = names.get(trainer["precision"], dtype)
-    if trainer["zero3"] is not None and dtype != wanted:
+    if dtype != wanted:
         raise bad_value(
             "backbone.dtype",
             dtype,

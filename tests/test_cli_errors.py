@@ -28,7 +28,7 @@ TRAIN: dict[str, tuple[list[str], str]] = {
     "unknown key, insisted on": (["+modell=1"], "modell=1 is not allowed: expected * Write model."),
     "insisted on below": (
         ["+encoder.slope=1"],
-        "encoder.slope=1 is not allowed: expected one of the keys init, offset_scale, rank. *",
+        "encoder.slope=1 is not allowed: expected one of the keys init, offset_scale, rank, sparse. *",
     ),
     "unknown choice": (
         ["encoder=lockup"],
@@ -45,6 +45,16 @@ TRAIN: dict[str, tuple[list[str], str]] = {
         ["backbone=hf"],
         "backbone.path=None is not allowed: expected a directory or hub name. "
         "Set backbone.path=DIR.",
+    ),
+    "sparse tables under ZeRO": (
+        ["trainer=zero3_cpu", "encoder=lookup", "encoder.sparse=true"],
+        "encoder.sparse=True is not allowed: expected false under trainer.zero3, whose gradients are "
+        "dense. Set encoder.sparse=false.",
+    ),
+    "another precision under ZeRO": (
+        ["trainer=zero3_cpu", "backbone.dtype=bfloat16"],
+        "backbone.dtype='bfloat16' is not allowed: expected float32 under trainer.zero3 with "
+        "trainer.precision=32-true. Set backbone.dtype=float32.",
     ),
     "list without -m": (
         ["seed=0,1"],

@@ -38,10 +38,16 @@ ON = {1: ["trainer=cpu"], 2: ["trainer=zero3_cpu", "trainer.zero3.persistent_bel
 
 def train(run_dir: Path, cache_dir: Path, *overrides: str) -> None:
     places = (f"run_dir={run_dir}", f"cache_dir={cache_dir}")
+    extensions = run_dir.with_name("extensions")
     done = subprocess.run(
-        command("train", *overrides, *places), env=ENVIRONMENT, capture_output=True, text=True
+        command("train", *overrides, *places),
+        env={**ENVIRONMENT, "TORCH_EXTENSIONS_DIR": str(extensions)},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
+    assert not extensions.exists()  # a run killed while building one would block all later runs
+    assert "WARNING" not in done.stdout and done.stderr == ""
 
 
 def losses(run_dir: Path, name: str) -> list[float]:
