@@ -87,6 +87,27 @@ class UserAccuracy(Metric):
         return accuracy_from_counts(self.counts)
 
 
+class ExactMean(Metric):
+    """Mean over all batches and processes, summed in float64: Lightning's own rounds counts."""
+
+    full_state_update = False
+    is_differentiable = False
+    sums: Tensor  # [2]: weighted values, weights
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", default=torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor, weight: Tensor) -> None:
+        """Add values and their weights, both [B] or 0-dim."""
+        values, weight = values.detach().double(), weight.double()
+        self.sums += torch.stack([(values * weight).sum(), weight.sum()])
+
+    def compute(self) -> Tensor:
+        """The mean, 0-dim float64."""
+        return self.sums[0] / self.sums[1]
+
+
 def outcomes(
     predictions: pd.DataFrame, *, user_kind: str, context: str, prompt_kind: str | None = None
 ) -> Outcomes:

@@ -10,7 +10,6 @@ from typing import Any, Self, TypeVar
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from plrhf import losses
 from plrhf.aggregators import Aggregator
@@ -19,7 +18,7 @@ from plrhf.data.rows import content_hash
 from plrhf.encoders import UserEncoder
 from plrhf.errors import bad_value
 from plrhf.export import Card, load_export
-from plrhf.metrics import UserAccuracy
+from plrhf.metrics import ExactMean, UserAccuracy
 from plrhf.optim import Optim, RowAdamW, clip_gradients
 from plrhf.types import PreferenceBatch
 
@@ -63,7 +62,7 @@ class PersonalModule(LightningModule):
         self.alpha = alpha if encoder.personal else 1.0
         self.strict_loading = False  # checkpoints leave out frozen weights
         self.val_accuracy = UserAccuracy(n_users=n_users)
-        self.val_loss = MeanMetric().set_dtype(torch.float64)  # Lightning's own mean rounds counts
+        self.val_loss = ExactMean()
 
     @classmethod
     def from_pretrained(
@@ -125,7 +124,7 @@ class PersonalModule(LightningModule):
         loss, margins = self.loss(batch)
         counted = batch.counted()
         self.val_accuracy.update(margins[counted], batch.user_id[counted])
-        self.val_loss.update(loss[counted])
+        self.val_loss.update(loss, counted)
 
     def on_validation_epoch_end(self) -> None:
         self.log("val/loss", self.val_loss.compute().float(), prog_bar=True)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from plrhf.backbone import Backbone
 from plrhf.errors import bad_value
 from plrhf.logprobs import response_logps
+from plrhf.metrics import ExactMean
 from plrhf.optim import Optim
 from plrhf.types import CHOSEN, PADDING, REJECTED, PreferenceBatch
 
@@ -39,7 +39,7 @@ class SupervisedPolicy(LightningModule):
             )
         self.backbone, self.optim, self.responses = backbone, optim, responses
         self.strict_loading = False  # checkpoints leave out frozen weights
-        self.val_loss = MeanMetric().set_dtype(torch.float64)
+        self.val_loss = ExactMean()
 
     def nll(self, batch: PreferenceBatch) -> Tensor:
         """Negative log-likelihood a response token, in nats, over all tokens of the batch."""
@@ -69,7 +69,7 @@ class SupervisedPolicy(LightningModule):
     @torch.no_grad()
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         n_pairs = self._mean_over_processes(batch.counted().sum())
-        self.val_loss.update(self.nll(batch), weight=n_pairs)
+        self.val_loss.update(self.nll(batch), n_pairs)
 
     def on_validation_epoch_end(self) -> None:
         self.log("val/loss", self.val_loss.compute().float(), prog_bar=True)

@@ -12,6 +12,7 @@ import torch
 from torchmetrics.utilities import dim_zero_sum
 
 from plrhf.metrics import (
+    ExactMean,
     UserAccuracy,
     accuracy_from_counts,
     choose_length_rule,
@@ -46,6 +47,16 @@ def predictions() -> pd.DataFrame:
         for number, (owner, margin) in enumerate(zip(owners, margins, strict=True))
     ]
     return pd.DataFrame(rows)
+
+
+def test_a_mean_counts_what_has_weight() -> None:
+    mean = ExactMean()
+    mean.update(torch.tensor([1.0, 7.0, 4.0]), torch.tensor([True, False, True]))
+    mean.update(torch.tensor(2.0**-30), torch.tensor(3))
+    assert mean.compute().item() == 1.0 + 3 * 2.0**-30 / 5  # which float32 cannot tell from 1
+    mean.reset()
+    mean.update(torch.tensor(3.0), torch.tensor(1))
+    assert mean.compute().item() == 3.0
 
 
 def test_sums_do_not_depend_on_batches() -> None:
