@@ -41,8 +41,8 @@ def make(folder: Path, pairs: Path, aggregator: str) -> tuple[PersonalDPOPolicy,
     data = PreferenceData(
         source=JsonlSource(path=str(pairs)),
         seed=0,
-        batch_size=shared.BATCH,
-        eval_batch_size=shared.BATCH,
+        batch_size=shared.BATCH[pairs.stem],
+        eval_batch_size=4,
         max_prompt_tokens=1600,
         max_tokens=2000,
         separator=" ",
@@ -138,7 +138,7 @@ def main() -> None:
     args = parser.parse_args()
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as scratch:
-        folder, pairs = Path(scratch, "backbone"), Path(scratch, "pairs.jsonl")
+        folder, pairs = Path(scratch, "backbone"), Path(scratch, f"{args.shape}.jsonl")
         shared.write_backbone(folder, layers=6, width=256, vocabulary=2048)
         shared.write_pairs(pairs, shape=args.shape, vocabulary=2048)
         made = {name: make(folder, pairs, args.aggregator) for name in VARIANTS}

@@ -143,3 +143,31 @@ def test_numbers_name_their_command() -> None:
     assert len(parts) > 0
     for part in parts:
         assert "```bash" in part, part.splitlines()[0]
+
+
+def speed_table() -> list[str]:
+    """The lines of the table of speeds, from what `make benchmark` wrote."""
+    found = json.loads((README.parent / "docs/benchmark.json").read_text())
+    columns = {
+        "dpo": ("vs_authors_recipe", "vs_precomputed_reference", "soft_prompt_vs_authors_recipe"),
+        "reward": ("vs_trl",),
+    }
+    lines = []
+    for shape, ratios in found["ratios"].items():
+        cells = [
+            f"{found[part][shape][model][key]:.1f}"
+            for part in ("ratios", "memory")
+            for model, keys in columns.items()
+            for key in keys
+            if part == "ratios" or key == "vs_authors_recipe"
+        ]
+        half = ratios["dpo"]["bfloat16_vs_float32"]
+        lines.append(f"| {shape} | {' | '.join(cells)} | {half:.1f} |")
+    return lines
+
+
+def test_speeds_are_those_of_the_benchmark() -> None:
+    lines = speed_table()
+    assert len(lines) > 0
+    for line in lines:
+        assert line in README.read_text(), line

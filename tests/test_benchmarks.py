@@ -1,0 +1,28 @@
+"""The benchmarks run, made small: their figures are for docs, not for tests."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.mark.slow
+def test_steps_beside_trl(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    methods = ["dpo ours", "dpo TRL, authors' recipe", "reward ours", "reward TRL"]
+    small = ["--layers", "1", "--width", "64", "--vocabulary", "50", "--steps", "1", "--turns", "1"]
+    command = [sys.executable, str(BENCHMARKS / "against_trl.py"), "--out", str(out), *small]
+    subprocess.run([*command, "--shapes", "chat", "--methods", *methods], check=True, timeout=400)
+    found = json.loads(out.read_text())
+    assert found["ratios"]["chat"]["dpo"]["vs_authors_recipe"] > 0
+    assert found["memory"]["chat"]["reward"]["vs_trl"] > 0
+    assert [run["method"] for run in found["runs"]] == methods
+    # Twice the rows, and the reference besides, are more work, however fast it is done.
+    flops = {run["method"]: run["flops_a_step"] for run in found["runs"]}
+    assert flops["dpo TRL, authors' recipe"] > 2 * flops["dpo ours"]
