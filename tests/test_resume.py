@@ -214,8 +214,9 @@ def complete(**content: Any) -> dict[str, Any]:
     return {**dict.fromkeys(needed, {}), **content}
 
 
-def test_a_checkpoint_is_whole_or_refused(tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
+def test_a_checkpoint_is_whole_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # messages shorten long paths
+    path = Path("last.ckpt")
     values = torch.arange(700.0)
     WholeFiles().save_checkpoint(complete(state_dict={"weight": values}), path)
     assert torch.equal(read_checkpoint(path)["state_dict"]["weight"], values)
@@ -232,8 +233,11 @@ def test_a_checkpoint_is_whole_or_refused(tmp_path: Path) -> None:
         assert str(error.value).startswith(start) and "\n" not in str(error.value)
 
 
-def test_a_file_of_weights_alone_is_no_checkpoint(tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
+def test_a_file_of_weights_alone_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("last.ckpt")
     torch.save({"weight": torch.ones(3)}, path)
     with pytest.raises(BadValue) as error:
         read_checkpoint(path)
