@@ -13,7 +13,6 @@ import pandas as pd
 import yaml
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
 
 from plrhf import report, tables
 from plrhf.backbone import Backbone, tiny_gptj
@@ -109,7 +108,7 @@ def print_plan(settings: Settings) -> None:
     else:
         n_users, schema = machine.users, FeatureSchema(moments={}, codes={})
     plan = forecast(settings, machine, n_users=n_users, schema=schema)
-    Console().print(plan_table(plan, settings, machine))
+    tables.console().print(plan_table(plan, settings, machine))
 
 
 def train_personal(
@@ -168,7 +167,7 @@ def conclude(
     results = summarise_run(predictions, settings, data, probes, how)
     write_evaluation(run_dir, results, predictions)
     report.write_report(run_dir)
-    console = Console()
+    console = tables.console()
     console.print(tables.closing_table(results))
     console.print(f"report: {run_dir / 'report.html'}", soft_wrap=True)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 import rich.box
 import rich.table
+from rich.console import Console
 from rich.text import Text
 
 from plrhf.finished import SHUFFLED, role
@@ -234,3 +235,9 @@ def _shown(value: Any) -> Cell:
         return estimate_cell(value, ".3f")  # type: ignore[arg-type]
     whole = isinstance(value, int) and not isinstance(value, bool)
     return Cell(f"{value:,}" if whole else str(value))
+
+
+def console() -> Console:
+    """The terminal; where there is none, room for a whole table."""
+    found = Console()
+    return found if found.is_terminal else Console(width=max(110, found.width))

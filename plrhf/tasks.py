@@ -10,7 +10,6 @@ from typing import Any
 import lightning
 import yaml
 from lightning import Trainer
-from rich.console import Console
 
 from plrhf import comparison, report, tables
 from plrhf.backbone import load_tokenizer
@@ -71,7 +70,7 @@ def score(settings: Settings) -> None:
     write_evaluation(out, results, predictions)
     write_users(out / "users.json", model, data)
     page = report.write_report(out)
-    Console().print(tables.closing_table(results))
+    tables.console().print(tables.closing_table(results))
     print(f"report: {page}")
 
 
@@ -143,7 +142,7 @@ def adapt(settings: Settings) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / ("adapt.json" if options.users == "unseen" else "adapt_seen.json")
     path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    Console().print(shots_table(result))
+    tables.console().print(shots_table(result))
     if (out / "results.json").is_file():
         report.write_report(out)
     print(f"curve: {path}")
@@ -161,7 +160,7 @@ def compare(settings: Settings) -> None:
         )
     baseline = settings["eval"]["baseline"]
     frame = report.compare(settings["runs"], settings["out"], baseline=baseline)
-    Console().print(comparison.comparison_table(frame))
+    tables.console().print(comparison.comparison_table(frame))
     for path in frame.attrs["skipped"]:
         print(f"skipped, as it holds no results.json: {path}")
     print(f"report: {Path(settings['out']) / 'report.html'}")
