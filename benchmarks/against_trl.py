@@ -177,8 +177,8 @@ def memory() -> dict[str, float]:
     return {"now": now, "peak": peak}
 
 
-def train_ours(method: Method, folder: Path, pairs: Path, turns: Turns) -> None:
-    """Train with this package; the first step waits for orders."""
+def make_ours(method: Method, folder: Path, pairs: Path) -> tuple[Any, Any]:
+    """This package's model for a method, and its pairs, reference computed."""
     import lightning
 
     from plrhf.aggregators import ConcatSoftPrompt, FiLM
@@ -218,6 +218,14 @@ def train_ours(method: Method, folder: Path, pairs: Path, turns: Turns) -> None:
     data.tokenize(load_tokenizer(str(folder)), causal=True, max_positions=model.max_positions)
     if isinstance(model, PersonalDPOPolicy):
         data.precompute_reference(model.reference_logps)
+    return model, data
+
+
+def train_ours(method: Method, folder: Path, pairs: Path, turns: Turns) -> None:
+    """Train with this package; the first step waits for orders."""
+    import lightning
+
+    model, data = make_ours(method, folder, pairs)
 
     class Gate(lightning.Callback):
         def on_train_start(self, *_: Any) -> None:

@@ -96,8 +96,7 @@ def step(model: PersonalDPOPolicy, optimizer: Any, batch: PreferenceBatch) -> fl
     model.loss(batch)[0].mean().backward()
     clip_gradients([one for one in model.parameters() if one.grad is not None], 1.0)
     optimizer.step()
-    seconds = time.perf_counter() - began
-    return seconds
+    return time.perf_counter() - began
 
 
 def held(model: PersonalDPOPolicy, optimizer: Any) -> int:

@@ -19,51 +19,14 @@ from types import MethodType
 from typing import Any
 
 import against_trl as shared
-import lightning
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from plrhf.aggregators import ConcatSoftPrompt, FiLM
-from plrhf.backbone import load_backbone, load_tokenizer
-from plrhf.data.module import PreferenceData
 from plrhf.data.packing import two_rows
-from plrhf.data.sources.jsonl import JsonlSource
-from plrhf.encoders import LookupEncoder
-from plrhf.policy import PersonalDPOPolicy
+from plrhf.logprobs import response_logps
 from plrhf.types import PreferenceBatch
-
-
-def make(folder: Path, pairs: Path, aggregator: str) -> tuple[PersonalDPOPolicy, PreferenceData]:
-    """The policy of the benchmark and its pairs, reference computed."""
-    lightning.seed_everything(0, verbose=False)
-    data = PreferenceData(
-        source=JsonlSource(path=str(pairs)),
-        seed=0,
-        batch_size=shared.BATCH[pairs.stem],
-        eval_batch_size=4,
-        max_prompt_tokens=1600,
-        max_tokens=2000,
-        separator=" ",
-    )
-    lora = {**shared.LORA, "target_modules": shared.TARGETS}
-    backbone = load_backbone(path=str(folder), lora=lora)
-    width, n_blocks = backbone.hidden_size, backbone.config.num_hidden_layers
-    part: Any = (
-        FiLM(hidden_size=width, n_blocks=n_blocks)
-        if aggregator == "film"
-        else ConcatSoftPrompt(hidden_size=width, n_tokens=shared.N_TOKENS)
-    )
-    encoder = LookupEncoder(
-        n_users=data.n_users, user_dim=part.user_dim, vocabulary=backbone.vocabulary()
-    )
-    model = PersonalDPOPolicy(
-        backbone=backbone, encoder=encoder, aggregator=part, n_users=data.n_users + 1
-    )
-    data.tokenize(load_tokenizer(str(folder)), causal=True, max_positions=model.max_positions)
-    data.precompute_reference(model.reference_logps)
-    return model.train(), data
 
 
 def as_it_is(model: Any, batch: PreferenceBatch) -> PreferenceBatch:
@@ -95,8 +58,6 @@ def logits_everywhere(model: Any, batch: PreferenceBatch) -> PreferenceBatch:
     """Logits of all positions, of which those of the responses are then used."""
 
     def logps(self: Any, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
-        from plrhf.logprobs import response_logps
-
         logits = self.backbone.unembed(hidden).float()
         return response_logps(
             logits, batch.input_ids, batch.segment, lambda one: one, n_pairs=len(batch)
@@ -141,12 +102,13 @@ def main() -> None:
         folder, pairs = Path(scratch, "backbone"), Path(scratch, f"{args.shape}.jsonl")
         shared.write_backbone(folder, layers=6, width=256, vocabulary=2048)
         shared.write_pairs(pairs, shape=args.shape, vocabulary=2048)
-        made = {name: make(folder, pairs, args.aggregator) for name in VARIANTS}
+        method = shared.Method("ours", "dpo", "plrhf", aggregator=args.aggregator)
+        made = {name: shared.make_ours(method, folder, pairs) for name in VARIANTS}
         made["prompt twice (two rows a pair)"][1].datasets["train"].layout = two_rows
         batches = {name: list(data.train_dataloader()) for name, (_, data) in made.items()}
         for turn in range(1 + args.turns):  # the first warms up
             for name, change in VARIANTS.items():
-                model = made[name][0]
+                model = made[name][0].train()
                 batch = change(model, batches[name][turn])
                 began = time.perf_counter()
                 model.loss(batch)[0].mean().backward()

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -229,6 +230,7 @@ class Backbone(nn.Module):
                 digest.update(f"{name} {shape} {total:.4e}".encode())
         return digest.hexdigest()
 
+    @cached_property
     def digest(self) -> str:
         """Hash of every bit of the frozen weights, thirty-two hexadecimal digits."""
         digest = hashlib.blake2b(digest_size=16)

@@ -61,7 +61,7 @@ def prepare(
         # Several processes would have to agree on what is known.
         if cache_dir is None or trainer.world_size > 1:
             return None
-        key = content_hash(model.backbone.digest(), trainer.precision, *what)
+        key = content_hash(model.backbone.digest, trainer.precision, *what)
         return KnownTexts(cache_dir / f"texts-{key}")
 
     with evaluating(model, trainer):
