@@ -20,12 +20,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from plrhf.config import unknown_key
+from plrhf.config import Settings, unknown_key
 from plrhf.errors import BadValue, bad_value
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 USAGE_ERROR, INTERRUPTED = 2, 130
-Settings = dict[str, Any]
 
 # Advice of libraries to their programmers, which the user of a run can do nothing about.
 NOT_FOR_THE_USER = (

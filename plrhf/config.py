@@ -16,6 +16,7 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, Val
 from plrhf.errors import BadValue, bad_value
 
 NOT_FOR_THE_CONSTRUCTOR = ("_target_", "name")
+Settings = dict[str, Any]  # a config as a plain dict
 
 
 def locate(target: object, field: str) -> Any:

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from plrhf.cli import Settings
+from plrhf.config import Settings
 from plrhf.data.known import KnownTexts
 from plrhf.data.module import PairDataset, PreferenceData
 from plrhf.data.rows import Features, Message, Row, content_hash

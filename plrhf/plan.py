@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from plrhf.backbone import DTYPES, Backbone, empty_model
-from plrhf.cli import Settings
+from plrhf.config import Settings
 from plrhf.data.features import FeatureSchema
 from plrhf.errors import bad_value
 from plrhf.export import Card, build_model

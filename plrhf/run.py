@@ -16,8 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from plrhf import report, tables
 from plrhf.backbone import Backbone, tiny_gptj
-from plrhf.cli import Settings
-from plrhf.config import accepted, build
+from plrhf.config import Settings, accepted, build
 from plrhf.data.features import FeatureSchema
 from plrhf.data.module import PreferenceData, build_data
 from plrhf.errors import bad_value

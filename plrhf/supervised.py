@@ -24,8 +24,7 @@ from plrhf.backbone import (
     tiny_gptj,
     train_tokenizer,
 )
-from plrhf.cli import Settings
-from plrhf.config import accepted, build, kinds
+from plrhf.config import Settings, accepted, build, kinds
 from plrhf.data.module import PreferenceData, build_data
 from plrhf.data.packing import Tokenizer
 from plrhf.data.rows import Row, content_hash

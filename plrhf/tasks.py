@@ -13,8 +13,7 @@ from lightning import Trainer
 
 from plrhf import comparison, report, tables
 from plrhf.backbone import load_tokenizer
-from plrhf.cli import Settings
-from plrhf.config import accepted, build
+from plrhf.config import Settings, accepted, build
 from plrhf.data.module import PreferenceData, build_data
 from plrhf.errors import bad_value
 from plrhf.evaluate import (

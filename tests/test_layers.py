@@ -50,14 +50,12 @@ SAME_LAYER = {
     "usermap": {"drawing", "finished", "tables"},
     "users": {"evaluate"},
     # Entry points use what does the work.
-    "evaluate": {"cli", "generate"},
+    "evaluate": {"generate"},
     "judges": {"endpoint", "evaluate"},
-    "plan": {"cli"},
-    "run": {"cli", "evaluate", "plan", "report", "supervised", "tables", "users"},
+    "run": {"evaluate", "plan", "report", "supervised", "tables", "users"},
     "shots": {"adapt"},
-    "supervised": {"cli"},
     "tables": {"finished"},
-    "tasks": {"cli", "comparison", "evaluate", "judges", "report", "shots", "tables", "users"},
+    "tasks": {"comparison", "evaluate", "judges", "report", "shots", "tables", "users"},
 }
 
 ONLY_IN = {"transformers": {"backbone"}, "peft": {"backbone"}, "deepspeed": {"zero"}}
