@@ -116,8 +116,10 @@ class PersonalModule(LightningModule):
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         pair_losses, margins = self.loss(batch)
         loss, accuracy = batch.mean(pair_losses), batch.mean((margins.detach() > 0).float())
-        for name, value in (("loss", loss), ("accuracy", accuracy)):
-            self.log(f"train/{name}", value, prog_bar=True, batch_size=len(batch), sync_dist=True)
+        for name, value in (("train/loss", loss), ("train/accuracy", accuracy)):
+            self.log(  # loggers are told by `training.StepMetrics`
+                name, value, prog_bar=True, logger=False, batch_size=len(batch), sync_dist=True
+            )
         return loss
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:

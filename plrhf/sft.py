@@ -63,7 +63,9 @@ class SupervisedPolicy(LightningModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         loss = self.nll(batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
+        self.log(  # loggers are told by `training.StepMetrics`
+            "train/loss", loss, prog_bar=True, logger=False, batch_size=len(batch), sync_dist=True
+        )
         return loss
 
     @torch.no_grad()

@@ -178,6 +178,25 @@ def _found_again(state: dict[str, Any], folder: Any) -> None:
     state["dirpath"] = folder
 
 
+class StepMetrics(Callback):
+    """Hands loggers a step's train metrics while no checkpoint holds the step yet.
+
+    Lightning would after all callbacks: a kill after the checkpoint would lose the line for good,
+    as going on begins with the next step. One before it leaves a line that `go_on` drops.
+    """
+
+    def __init__(self, every_n_steps: int) -> None:
+        self.every_n_steps = every_n_steps
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if summing_gradients(trainer) or trainer.global_step % self.every_n_steps != 0:
+            return
+        found = trainer.callback_metrics.items()
+        row = {name: value.item() for name, value in found if name.startswith("train/")}
+        for logger in trainer.loggers:
+            logger.log_metrics({**row, "epoch": trainer.current_epoch}, trainer.global_step - 1)
+
+
 class LastCheckpoint(Checkpoint):
     """Keeps ``last.ckpt``, written only where training can go on from exactly.
 
@@ -390,6 +409,7 @@ def build_trainer(
                 monitor=monitor if has_val else None,
                 patience=patience,
                 every_n_steps=checkpoint_every_n_steps,
+                log_every_n_steps=log_every_n_steps,
             )
             + ([RichProgressBar(leave=False)] if progress and Console().is_terminal else []),
             plugins=[WholeFiles()],
@@ -403,7 +423,6 @@ def build_trainer(
             precision=precision,
             accumulate_grad_batches=accumulate_grad_batches,
             gradient_clip_val=gradient_clip_val,
-            log_every_n_steps=log_every_n_steps,
             enable_progress_bar=progress and Console().is_terminal,
             val_check_interval=1.0 if val_every_n_batches is None else val_every_n_batches,
             check_val_every_n_epoch=1 if val_every_n_batches is None else None,
@@ -438,9 +457,14 @@ def _strategy(
 
 
 def _callbacks(
-    folder: Path, *, monitor: Monitor | None, patience: int | None, every_n_steps: int | None
+    folder: Path,
+    *,
+    monitor: Monitor | None,
+    patience: int | None,
+    every_n_steps: int | None,
+    log_every_n_steps: int,
 ) -> list[Callback]:
-    callbacks: list[Callback] = [Resume()]
+    callbacks: list[Callback] = [Resume(), StepMetrics(log_every_n_steps)]
     if monitor is not None:
         mode = "max" if "accuracy" in monitor else "min"
         if patience is not None:

@@ -27,13 +27,16 @@ N_USERS, N_ROWS = 3, 21
 
 
 class Snapshots(Callback):
-    """Copies the run directory before steps and validations: what a kill at that moment leaves."""
+    """Copies the run directory around steps and before validations: what a kill then leaves."""
 
     def __init__(self, run_dir: Path, copies: Path) -> None:
         self.run_dir, self.copies = run_dir, copies
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.copy("step")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.copy("saved")
 
     def on_validation_start(self, *_: Any) -> None:
         self.copy("validation")
@@ -151,7 +154,8 @@ def test_a_run_killed_before_any_step_ends_the_same(
         assert final["step"] < SETTINGS[name].get("max_steps", 9 * 5)
     finished = shutil.copytree(run_dir, tmp_path / "finished")
     validating = [path for path in killed if "validation" in path.name]
-    for snapshot in [*killed[:: -(-len(killed) // 4)], *validating[:2], finished]:
+    saved = [path for path in killed if "saved" in path.name]
+    for snapshot in [*killed[:: -(-len(killed) // 4)], *saved[1:2], *validating[:2], finished]:
         shutil.rmtree(run_dir)
         shutil.copytree(snapshot, run_dir)
         resumed = fit_once(run_dir, tokenizer, **SETTINGS[name]).state_dict()
