@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 from plrhf.errors import bad_value
 
@@ -23,7 +24,7 @@ Statistic = Callable[[Array], Array]
 """Weights [R, U], how often each of U users was drawn in each of R resamples, to values [R]."""
 
 N_RESAMPLES = 2000
-N_PAIRED_RESAMPLES = 10_000  # p reaches down to 0.0002, enough for Holm over a sweep of 200
+N_PAIRED_RESAMPLES = 10_000  # p of many users reaches down to 0.0002, enough for Holm over 200
 N_BINS = 15
 _BLOCK = 2_000_000  # weights held at once, 16 MB
 
@@ -164,10 +165,10 @@ def bootstrap(
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """Each statistic with its 95% percentile interval over users, all on the same resamples.
+    """Each statistic with its 95% interval over users, all on the same resamples.
 
-    The interval is None for fewer than two users, and where a resample gives no finite value; with
-    fewer than about 20 users it is too narrow (with 6 it covers the truth 87% of the time).
+    The interval is the expanded percentile one, see `tail_share`; None for fewer than two users, and
+    where a resample gives no finite value.
     """
     values, samples = _drawn(statistics, n_users=n_users, n_resamples=n_resamples, seed=seed)
     return {name: _estimate(values[name], samples[name], n_users) for name in statistics}
@@ -200,10 +201,26 @@ def _resamples(n_users: int, n_resamples: int, seed: int) -> Iterator[Array]:
         yield weights.astype(np.float64)
 
 
+def tail_share(n_users: int) -> float:
+    """Share of resamples beyond each end of a 95% interval: less than 0.025, the fewer users the less.
+
+    Phi(sqrt(n / (n - 1)) t) with t the 0.025 quantile of Student's t of n - 1 degrees of freedom:
+    resamples spread too little by the root, and percentiles are those of a normal distribution
+    (Hesterberg 2015, arXiv 1411.5279, expanded percentile interval).
+    """
+    return float(ndtr(np.sqrt(n_users / (n_users - 1)) * stdtrit(n_users - 1, 0.025)))
+
+
+def _p_value(share: float, n_users: int) -> float:
+    """Two-sided p from the share of resamples on the other side of 0: 0.05 where it is `tail_share`."""
+    return min(1.0, 2 * float(stdtr(n_users - 1, np.sqrt((n_users - 1) / n_users) * ndtri(share))))
+
+
 def _estimate(value: float, samples: Array, n_users: int) -> Estimate:
     interval = None
     if n_users > 1 and np.isfinite(samples).all():
-        interval = [float(end) for end in np.quantile(samples, (0.025, 0.975))]
+        tail = tail_share(n_users)
+        interval = [float(end) for end in np.quantile(samples, (tail, 1 - tail))]
     return {"value": value if np.isfinite(value) else None, "ci95": interval}
 
 
@@ -272,8 +289,8 @@ def paired_test(
 ) -> PairedTest:
     """Differences in accuracy with intervals, effect size, and p, all from the same resamples.
 
-    p is twice the share of resampled differences on the other side of 0, counting one resample
-    more (Davison & Hinkley 1997, eq. 4.11), so it is below 0.05 where the interval excludes 0. The
+    p comes from the share of resampled differences on the other side of 0, counting one resample
+    more (Davison & Hinkley 1997, eq. 4.11), and is below 0.05 where the interval excludes 0. The
     effect size is Cohen's d of paired values, d_z, over users.
 
     Raises:
@@ -295,7 +312,7 @@ def paired_test(
         "accuracy_micro": estimates["accuracy_micro"],
         "accuracy_macro": estimates["accuracy_macro"],
         "effect_size": estimates["effect_size"],
-        "p_value": min(1.0, float(2 * beyond / (n_resamples + 1))) if n_users > 1 else None,
+        "p_value": _p_value(min(0.5, beyond / (n_resamples + 1)), n_users) if n_users > 1 else None,
     }
 
 

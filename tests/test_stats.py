@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
@@ -96,8 +97,29 @@ def test_interval_is_that_of_a_loop_over_resamples() -> None:
     generator = np.random.default_rng(7)
     macros = [generator.choice(means, size=17).mean() for _ in range(4000)]
     cell = stats.summarise_outcomes(outcomes, n_resamples=4000, seed=2)
-    expected = np.quantile(macros, (0.025, 0.975))
+    tail = stats.tail_share(17)
+    expected = np.quantile(macros, (tail, 1 - tail))
     assert cell["accuracy_macro"]["ci95"] == pytest.approx(expected, abs=0.006)
+
+
+def test_tail_share_by_tables() -> None:
+    # t of 0.025 is 2.0930 for 19 degrees of freedom; 1.02598 times that is 2.1474, and Phi of it
+    # 0.98412. Of thousands of users nothing is left to make up for.
+    assert stats.tail_share(20) == pytest.approx(1 - 0.98412, abs=2e-5)
+    assert stats.tail_share(100_000) == pytest.approx(0.025, abs=1e-5)
+
+
+def test_interval_of_a_mean_is_student_s() -> None:
+    """Where means of users are normal, the interval is the one of a textbook."""
+    users = np.repeat(np.arange(12), 400)
+    accuracy = scipy.stats.norm(0.6, 0.05).ppf((np.arange(12) + 0.5) / 12)
+    correct = np.arange(400)[None] < np.round(400 * accuracy)[:, None]
+    cell = stats.summarise_outcomes(
+        table(np.where(correct.ravel(), 1.0, -1.0), users), n_resamples=40_000
+    )
+    means = correct.mean(axis=1)
+    expected = scipy.stats.t.interval(0.95, 11, means.mean(), scipy.stats.sem(means))
+    assert cell["accuracy_macro"]["ci95"] == pytest.approx(expected, abs=0.002)
 
 
 def test_seed_decides_the_interval_alone() -> None:
@@ -152,8 +174,9 @@ def test_paired_test_by_hand() -> None:
     expected = np.mean(gaps) / np.std(gaps, ddof=1)
     assert test["effect_size"]["value"] == pytest.approx(expected)
     assert test["effect_size"]["ci95"] is None  # some resamples hold one user thrice
-    # No difference where only bob is drawn, 1 resample in 27; none is below 0.
-    assert test["p_value"] == pytest.approx(2 / 27, abs=0.03)
+    # No difference where only bob is drawn, 1 resample in 27, none below 0: z = -1.786, and t of 2
+    # degrees of freedom is that over sqrt(3 / 2), -1.458, beyond which lies 0.141 on each side.
+    assert test["p_value"] == pytest.approx(0.282, abs=0.05)
     reverse = stats.paired_test(table(), table(better), n_resamples=999)
     assert reverse["p_value"] == test["p_value"]
     assert reverse["effect_size"]["value"] == pytest.approx(-expected)
