@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -263,62 +263,69 @@ def users_wanted(card: Card, texts: Texts) -> list[str]:
     return ids
 
 
-def texts_wanted(
-    model: PersonalModule, data: PreferenceData, texts: Texts
-) -> tuple[list[str], list[Row]]:
-    """Ids of the users and rows of the prompts that `write_texts` will write for.
+def texts_wanted(model: PersonalModule, data: PreferenceData, texts: Texts) -> list[Row]:
+    """What `write_texts` will answer: a row a prompt and user, each with what its user says.
 
     Raises:
         ValueError: a user the model was not trained on, or no room for so many tokens.
     """
-    ids = users_wanted(model.card, texts)
-    rows = first_prompts(data.splits.test, texts.prompts)
+    first = first_rows(data)
+    own = {user: first.get(user) for user in users_wanted(model.card, texts)}
+    asked = [
+        replace(
+            row,
+            user_id=user,
+            user_text=None if said is None else said.user_text,
+            user_features=None if said is None else said.user_features,
+        )
+        for row in first_prompts(data.splits.test, texts.prompts)
+        for user, said in own.items()
+    ]
     check_room(
         model,
-        [data.to_tokens.prompt(row) for row in rows],
+        [data.to_tokens.prompt(row) for row in asked],
         max_new_tokens=texts.max_new_tokens,
         field=texts.origin,
     )
-    return ids, rows
+    return asked
 
 
 def write_texts(path: Path, model: PersonalDPOPolicy, data: PreferenceData, texts: Texts) -> None:
-    """Write prompts x users x responses as JSONL, true scores with them where the source knows."""
-    ids, rows = texts_wanted(model, data, texts)
+    """Write prompts x users x responses as JSONL, true scores with them where the source knows.
+
+    The reference writes once for all who would ask it the same: everybody, unless users speak.
+    """
+    asked = texts_wanted(model, data, texts)
     how: dict[str, Any] = {
         "max_new_tokens": texts.max_new_tokens,
         "temperature": texts.temperature,
         "top_p": texts.top_p,
     }
-    index = torch.tensor([model.card.user_index(user) for user in ids])
-    features = features_of(data, ids)
-    asked = [(row, place) for row in rows for place in range(len(ids))]
-    places = torch.tensor([place for _, place in asked])
-    batch = UserBatch(user_id=index[places], features=features[places])
     tokenizer = data.to_tokens.tokenizer
-    prompts = [data.to_tokens.prompt(row) for row, _ in asked]
-    written = {"policy": generate(model, tokenizer, prompts, batch, **how)}
+    prompts = [data.to_tokens.prompt(row) for row in asked]
+    ids = [row.user_id for row in asked]
+    index = torch.tensor([model.card.user_index(user) for user in ids])
+    users = UserBatch(user_id=index, features=features_of(data, ids))
+    written = {"policy": generate(model, tokenizer, prompts, users, **how)}
     if texts.reference:
-        once = generate(model, tokenizer, prompts[:: len(ids)], None, **how)
-        written["reference"] = [text for text in once for _ in ids]
+        distinct = list(dict.fromkeys(prompts))
+        once = dict(zip(distinct, generate(model, tokenizer, distinct, None, **how), strict=True))
+        written["reference"] = [once[prompt] for prompt in prompts]
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         return
-    first = first_rows(data)
     with path.open("w") as file:
         for writer, responses in written.items():
-            for (row, place), text in zip(asked, responses, strict=True):
-                user = ids[place]
-                profile = data.source.profile(user)
-                own = first.get(user)
+            for row, text in zip(asked, responses, strict=True):
+                profile = data.source.profile(row.user_id)
                 one = Written(
                     prompt=row.prompt,
                     prompt_id=row.prompt_id,
-                    user_id=user,
-                    profile=own.user_text if profile is None and own is not None else profile,
-                    user_features=None if own is None else own.user_features,
+                    user_id=row.user_id,
+                    profile=row.user_text if profile is None else profile,
+                    user_features=row.user_features,
                     writer=writer,
                     response=text,
-                    score=data.source.true_score(user, text),
+                    score=data.source.true_score(row.user_id, text),
                 )
                 file.write(json.dumps(asdict(one), ensure_ascii=False) + "\n")
 

@@ -42,6 +42,25 @@ class Run:
         """What the run is in a comparison; see `role`."""
         return role(self.results["config"])
 
+    @cached_property
+    def learned(self) -> Any:
+        """users.json: what the user model learned; None where users are not told apart."""
+        return self._json("users.json")
+
+    @cached_property
+    def adapted(self) -> Any:
+        """adapt.json: what new users' pairs gave; None before eval=adapt."""
+        return self._json("adapt.json")
+
+    @cached_property
+    def winrate(self) -> Any:
+        """winrate.json: how the run's texts fared; None before eval=winrate."""
+        return self._json("winrate.json")
+
+    def _json(self, name: str) -> Any:
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
     def outcomes(self, user_kind: str, context: str = "user") -> Outcomes:
         """The run's test pairs of one kind of user."""
         return outcomes(self.predictions, user_kind=user_kind, context=context)
@@ -84,13 +103,12 @@ def read_users(run: Run) -> pd.DataFrame:
     Raises:
         ValueError: the run's encoder tells no users apart, so there is none.
     """
-    path = run.path / "users.json"
-    if not path.is_file():
+    if run.learned is None:
         raise bad_value(
             "run", str(run.path), "a run that left users.json", "Train with encoder=lookup"
         )
-    learned = json.loads(path.read_text(encoding="utf-8"))
-    return pd.DataFrame([*learned["users"], {"user_id": "generic user", **learned["generic"]}])
+    generic = {"user_id": "generic user", **run.learned["generic"]}
+    return pd.DataFrame([*run.learned["users"], generic])
 
 
 def _component(config: Mapping[str, Any], key: str) -> str:

@@ -40,6 +40,7 @@ from plrhf.tables import (
     markdown,
     percent,
     points,
+    winrate_table,
 )
 from plrhf.usermap import cluster_table, token_table, user_map, weight_bars
 
@@ -50,7 +51,7 @@ def write_report(run_dir: Path | str) -> Path:
     """Write a run's report.html from the files of its directory, and return its path.
 
     Needs results.json and predictions.parquet; users.json, adapt.json, generations.jsonl,
-    metrics.csv and config.yaml add their sections where they are.
+    winrate.json, metrics.csv and config.yaml add their sections where they are.
     """
     run = read_run(run_dir)
     settings = ", ".join(f"{key} {value}" for key, value in run.settings.items())
@@ -61,6 +62,7 @@ def write_report(run_dir: Path | str) -> Path:
         tokens_section(run),
         new_users_section(run),
         generations_section(run),
+        winrate_section([run]),
         learning_section(run),
         data_section(run),
         probes_section(run),
@@ -85,7 +87,7 @@ def users_section(run: Run) -> Section:
 
 def user_model_section(run: Run) -> Section | None:
     """Where user vectors lie and which clusters users are of; None where users are not told apart."""
-    learned = _json(run.path / "users.json")
+    learned = run.learned
     if learned is None or len(learned["users"]) == 0:
         return None
     note = (
@@ -100,19 +102,18 @@ def user_model_section(run: Run) -> Section | None:
 
 def tokens_section(run: Run) -> Section | None:
     """Words nearest to the soft prompt vectors; None without a soft prompt."""
-    learned = _json(run.path / "users.json")
-    if learned is None or len(learned["nearest_tokens"]) == 0:
+    if run.learned is None or len(run.learned["nearest_tokens"]) == 0:
         return None
     note = (
         "Tokens of the vocabulary nearest to each soft prompt vector, with the cosine of the first. "
         "Far from 1, a vector is like no word: read with care."
     )
-    return Section("Soft prompts in words", note, table=token_table(learned))
+    return Section("Soft prompts in words", note, table=token_table(run.learned))
 
 
 def new_users_section(run: Run) -> Section | None:
     """What a few pairs of a new user give, as eval=adapt left it; None before that."""
-    adapted = _json(run.path / "adapt.json")
+    adapted = run.adapted
     if adapted is None:
         return None
     note = (
@@ -122,6 +123,20 @@ def new_users_section(run: Run) -> Section | None:
     )
     figures = [few_shot_curves(adapted)]
     return Section("New users", note, table=few_shot_table(adapted), figures=figures)
+
+
+def winrate_section(runs: Sequence[Run]) -> Section | None:
+    """How often users like the runs' texts better, as eval=winrate left it; None before that."""
+    judged = [run for run in runs if run.winrate is not None]
+    if len(judged) == 0:
+        return None
+    note = (
+        "How often the judge finds the run's text better for its user than the other's on the same "
+        "prompt, ties one half; 95% intervals over users. A judge who reads one text after the "
+        "other is asked in both orders: at 100% for the first text it has not read them."
+    )
+    table = winrate_table([(run.name, run.winrate) for run in judged])
+    return Section("Win rates", note, table=table)
 
 
 def learning_section(run: Run) -> Section | None:
@@ -262,11 +277,10 @@ def sweeps_section(runs: Sequence[Run]) -> Section | None:
 
 def few_shot_section(runs: Sequence[Run]) -> Section | None:
     """Few-shot curves of the runs that eval=adapt has seen; None where there are none."""
-    adapted = {run.name: _json(run.path / "adapt.json") for run in runs}
     figures = [
-        few_shot_curves(one, label=f"{name}: accuracy by pairs given")
-        for name, one in adapted.items()
-        if one is not None
+        few_shot_curves(run.adapted, label=f"{run.name}: accuracy by pairs given")
+        for run in runs
+        if run.adapted is not None
     ]
     return Section("New users", figures=figures) if len(figures) > 0 else None
 
@@ -336,12 +350,8 @@ def _write_comparison(frame: pd.DataFrame, runs: Sequence[Run], out: Path) -> No
         comparison_section(frame),
         sweeps_section(runs),
         few_shot_section(runs),
+        winrate_section(runs),
         commands_section(runs),
     ]
     subtitle = f"{len(frame)} rows{shared}"
     write_page(out / "report.html", "Comparison of runs", subtitle, sections)
-
-
-def _json(path: Path) -> Any:
-    """What the file holds, None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -16,7 +16,7 @@ from plrhf.finished import SHUFFLED, role
 from plrhf.metrics import PROMPT_KINDS, USER_KINDS
 from plrhf.stats import Estimate
 
-FEW_USERS = 20  # below it, percentile intervals over users are too narrow
+FEW_USERS = 10  # below it, intervals over users are too narrow
 
 
 class Cell(NamedTuple):
@@ -190,6 +190,31 @@ def few_shot_table(adapted: Mapping[str, Any]) -> Table:
         *(f"gain, {name}" for name in recovered),
     ]
     return Table(["pairs given", *heads], [("", rows)])
+
+
+def winrate_table(judged: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    """Runs by name, each with its winrate.json, as rows."""
+    rows = []
+    for name, result in judged:
+        first, judge = result["first_position_wins"], result["judge"]
+        who = judge["_target_"].rpartition(".")[2] + (
+            f" {judge['model']}" if "model" in judge else ""
+        )
+        rows.append(
+            [
+                Cell(name),
+                Cell(result["against"]),
+                Cell(who),
+                percent(result["win_rate"]),
+                percent(result["win_rate_macro"]),
+                Cell(f"{100 * result['ties']:.1f}"),
+                *(Cell(f"{result[count]:,}") for count in ("n_texts", "n_users", "n_unanswered")),
+                Cell("–" if first is None else f"{100 * first:.1f}"),
+            ]
+        )
+    columns = ["run", "against", "judge", "win rate, %", "mean of users, %", "ties, %"]
+    columns += ["texts", "users", "unanswered", "first text wins, %"]
+    return Table(columns, [("", rows)], (0, 1, 2))
 
 
 def grid_table(tree: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -119,6 +119,8 @@ def winrate(settings: Settings) -> None:
     out = Path(settings["out"] or run)
     out.mkdir(parents=True, exist_ok=True)
     (out / "winrate.json").write_text(json.dumps(result, indent=2) + "\n")
+    if (out / "results.json").is_file():
+        report.write_report(out)
     low, high = result["win_rate"]["ci95"] or (math.nan, math.nan)
     print(
         f"win rate of {run} against {against}: {result['win_rate']['value']:.3f} "

@@ -24,7 +24,7 @@ from test_report import (
 from plrhf import report, sweeps
 from plrhf.drawing import drawing, panel, with_hover
 from plrhf.finished import Run, read_run
-from plrhf.tables import few_shot_table, grid_table, key_table
+from plrhf.tables import few_shot_table, grid_table, key_table, winrate_table
 from plrhf.usermap import cluster_table, groups_of, token_table
 
 BROWSER = next(
@@ -74,6 +74,21 @@ ADAPTED: dict[str, Any] = {
     "n_users": 7,
     "n_draws": 3,
 }
+JUDGED: dict[str, Any] = {
+    "run": "runs/policy",
+    "against": "runs/<vanilla>",
+    "judge": {"_target_": "plrhf.judges.ChatJudge", "name": "chat", "model": "small-1"},
+    "win_rate": {"value": 0.625, "ci95": [0.5, 0.75]},
+    "win_rate_macro": {"value": 0.6, "ci95": None},
+    "ties": 0.125,
+    "n_texts": 1234,
+    "n_users": 7,
+    "n_unanswered": 3,
+    "per_user": {},
+    "first_position_wins": 0.55,
+    "answers": {"questions": 2474, "refused": 1, "unparseable": 4},
+    "cost": None,
+}
 PROBES: dict[str, Any] = {
     "overlap": {"train_val": {"pairs": 1234, "prompt": 5}, "train_test": {"pairs": 9, "prompt": 0}},
     "length_only": {"accuracy": {"value": 0.625, "ci95": [0.5, 0.75]}, "n_pairs": 9},
@@ -88,6 +103,7 @@ def whole(tmp_path: Path) -> Path:
     add_optional_files(run_dir)
     (run_dir / "users.json").write_text(json.dumps(LEARNED))
     (run_dir / "adapt.json").write_text(json.dumps(ADAPTED))
+    (run_dir / "winrate.json").write_text(json.dumps(JUDGED))
     results = json.loads((run_dir / "results.json").read_text())
     results |= {
         "probes": PROBES,
@@ -102,7 +118,7 @@ def test_every_section_is_there_and_text_is_escaped(whole: Path) -> None:
     titles = re.findall(r"<h2>(.*)</h2>", page)
     assert titles == [
         *("Test results", "Accuracy by user", "User model", "Soft prompts in words", "New users"),
-        *("Generations", "Learning curves", "Data", "Leak probes"),
+        *("Generations", "Win rates", "Learning curves", "Data", "Leak probes"),
         *("Overlap of splits", "How it was made"),
     ]
     assert re.findall(r'<a href="#([\w-]+)"', page) == re.findall(r'<section id="([\w-]+)"', page)
@@ -178,6 +194,27 @@ def test_few_shot_table_by_hand() -> None:
     # Human data have no oracle, and no gain to recover.
     people = {**ADAPTED, "curves": {**ADAPTED["curves"], "oracle": None}, "gain_recovered": None}
     assert len(few_shot_table(people).columns) == 4
+
+
+def test_win_rates_by_hand(whole: Path, tmp_path: Path) -> None:
+    by_scores = {
+        **JUDGED,
+        "judge": {"_target_": "my_judge.Mine", "name": "preferences"},
+        "first_position_wins": None,
+    }
+    (row,), (other,) = (
+        winrate_table([(name, result)]).groups[0][1]
+        for name, result in (("policy", JUDGED), ("other", by_scores))
+    )
+    assert [str(cell) for cell in row] == [
+        *("policy", "runs/<vanilla>", "ChatJudge small-1", "62.5 [50.0, 75.0]", "60.0", "12.5"),
+        *("1,234", "7", "3", "55.0"),
+    ]
+    assert [cell.value for cell in other][2] == "Mine" and other[-1].value == "–"
+    make_run(tmp_path / "vanilla", predictions(VANILLA), encoder="none")
+    report.compare([whole, tmp_path / "vanilla"], tmp_path / "out")
+    page, reader = read_page(tmp_path / "out" / "report.html")
+    assert "Win rates" in reader.text and page.count("runs/&lt;vanilla&gt;") == 1
 
 
 def test_probes_show_counts_and_estimates() -> None:

@@ -124,6 +124,7 @@ def test_win_rates(policy: Path, tmp_path: Path, capsys: Any) -> None:
     assert result["ties"] == scores["policy"].eq(scores["reference"]).mean()
     assert (result["n_texts"], result["n_users"]) == (8, 4)
     assert f"win rate of {policy} against reference: {wins.mean():.3f}" in capsys.readouterr().out
+    assert "<h2>Win rates</h2>" in (policy / "report.html").read_text()
 
     other = Path(shutil.copytree(policy, tmp_path / "other"))
     records = [json.loads(line) for line in (other / "generations.jsonl").open()]
