@@ -19,10 +19,16 @@ from runs import (
     launch,
     rows_of_world,
     world,
+    world_tokenizer,
     write_rows,
 )
+from tiny import make_model
 
-from plrhf.evaluate import read_texts
+from plrhf.data.module import PreferenceData
+from plrhf.data.sources.jsonl import JsonlSource
+from plrhf.evaluate import Texts, read_texts, write_texts
+from plrhf.export import Card
+from plrhf.policy import PersonalDPOPolicy
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -110,6 +116,47 @@ def test_texts_for_many_users(policy: Path) -> None:
     launch("eval", f"run={policy}", "eval=generate", "eval.users=[dan-003]", "eval.prompts=1")
     again = pd.read_json(policy / "generations.jsonl", lines=True)
     assert set(again["user_id"]) == {"dan-003"}
+
+
+@pytest.mark.parametrize("speaking", [True, False])
+def test_users_speak_for_themselves(
+    speaking: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of_world()
+    for row in rows:
+        row["user_text"] = f"I am {row['user_id']}."
+    data = PreferenceData(
+        source=JsonlSource(path=str(write_rows(tmp_path / "rows.jsonl", rows))),
+        seed=0,
+        batch_size=7,
+        eval_batch_size=7,
+        use_user_text=speaking,
+    )
+    data.tokenize(world_tokenizer(), causal=True)
+    policy = make_model(PersonalDPOPolicy)
+    policy.card = Card(
+        **dict.fromkeys(("model", "encoder", "aggregator", "backbone", "text"), {}),
+        users=list(data.splits.users),
+        features=data.schema.to_dict(),
+        fingerprint="",
+    )
+    asked: list[int] = []
+
+    def echo(_: Any, tokenizer: Any, prompts: Any, users: Any, **__: Any) -> list[str]:
+        asked.append(len(prompts))
+        return tokenizer.batch_decode(prompts, skip_special_tokens=True)
+
+    monkeypatch.setattr("plrhf.evaluate.generate", echo)
+    options = Texts(users=3, prompts=2, max_new_tokens=4, reference=True)
+    write_texts(tmp_path / "texts.jsonl", policy, data, options)
+    texts = read_texts(tmp_path / "texts.jsonl")
+    assert len(texts) == 12 and len({text.user_id for text in texts}) == 3
+    for text in texts:
+        said = f"I am {text.user_id}."
+        assert text.profile == said
+        assert text.response == (f"{said}\n" if speaking else "") + f"{text.prompt}\n"
+    # The reference knows users by what they say alone.
+    assert asked == [6, 6 if speaking else 2]
 
 
 def test_win_rates(policy: Path, tmp_path: Path, capsys: Any) -> None:
