@@ -92,7 +92,7 @@ def stage3(
         accumulate_grad_batches, gradient_clip_val: as the trainer has them.
 
     Raises:
-        ValueError: no DeepSpeed.
+        ValueError: no DeepSpeed, or none that can use NVMe where it is to.
     """
     if find_spec("deepspeed") is None:
         raise bad_value(
@@ -103,6 +103,8 @@ def stage3(
         )
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else a GPU that is there
+    if "nvme" in (zero3.offload_optimizer, zero3.offload_parameters):
+        _check_nvme()
     config = {
         "zero_optimization": zero3.optimization(on_cpu=on_cpu),
         "zero_allow_untested_optimizer": True,  # torch's AdamW, whose state one process can read
@@ -112,6 +114,19 @@ def stage3(
         "gradient_clipping": 0.0 if gradient_clip_val is None else gradient_clip_val,
     }
     return Stage3(config=config, on_cpu=on_cpu)
+
+
+def _check_nvme() -> None:
+    """Raise where DeepSpeed could not compile what it reads and writes NVMe by."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise bad_value(
+            "trainer.zero3",
+            "nvme",
+            "offloading to cpu, as DeepSpeed finds no libaio and compiler here",
+            "Install libaio-dev, or offload to cpu",
+        )
 
 
 class Stage3(DeepSpeedStrategy):

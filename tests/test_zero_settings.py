@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,16 +16,19 @@ import torch
 from lightning import Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from runs import ENVIRONMENT, ROOT, TINY, check_run, command, save_model
+from safetensors.torch import load_file
 from test_config import composed
 
 from plrhf.config import build
 from plrhf.data.features import FeatureSchema
 from plrhf.errors import BadValue
 from plrhf.plan import forecast
+from plrhf.reward import PersonalRewardModel
 from plrhf.training import build_trainer, processes
 from plrhf.zero import Zero3
 
 SMALL = [*TINY, "data.n_users=3", "data.batch_size=14", "trainer.max_steps=3"]
+SMALL += ["data.max_prompt_tokens=40", "data.max_tokens=110", "samples.prompts=1"]
 SMALL += ["trainer=zero3_cpu", "trainer.zero3.persistent_below=0", "backbone.lora.r=2"]
 NO_FEATURES = FeatureSchema(moments={}, codes={})
 
@@ -40,10 +44,10 @@ def test_settings_reach_deepspeed(tmp_path: Path) -> None:
 
     node = composed(
         *("trainer=zero3_cpu", "trainer.zero3.offload_optimizer=cpu", "trainer.devices=1"),
-        *("trainer.zero3.offload_parameters=nvme", f"trainer.zero3.nvme_path={tmp_path}"),
-        *("trainer.zero3.bucket_size=7000", "trainer.zero3.live_parameters=11000"),
-        *("trainer.zero3.persistent_below=13", "trainer.precision=bf16-mixed"),
+        *("trainer.zero3.offload_parameters=cpu", "trainer.zero3.bucket_size=7000"),
+        *("trainer.zero3.live_parameters=11000", "trainer.zero3.persistent_below=13"),
         *("trainer.accumulate_grad_batches=3", "trainer.gradient_clip_val=0.25"),
+        "trainer.precision=bf16-mixed",
     )["trainer"]
     del node["name"]
     strategy: Any = build_trainer(run_dir=tmp_path, loggers=[], has_val=True, **node).strategy
@@ -51,8 +55,7 @@ def test_settings_reach_deepspeed(tmp_path: Path) -> None:
     read = DeepSpeedConfig(strategy.config)  # as DeepSpeed itself understands it
     zero = read.zero_config
     assert zero.stage == 3 and read.bfloat16_config.enabled
-    assert (zero.offload_optimizer.device, zero.offload_param.device) == ("cpu", "nvme")
-    assert zero.offload_param.nvme_path == tmp_path
+    assert zero.offload_optimizer.device == zero.offload_param.device == "cpu"
     assert not zero.offload_optimizer.pin_memory  # which is for copies to a GPU
     assert zero.reduce_bucket_size == zero.prefetch_bucket_size == 7000
     assert (zero.max_live_parameters, zero.param_persistence_threshold) == (11000, 13)
@@ -67,6 +70,19 @@ def test_nothing_is_offloaded_unless_asked_for() -> None:
     assert found["overlap_comm"]
     asked = Zero3(offload_optimizer="cpu").optimization(on_cpu=False)
     assert asked["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    on_disk = Zero3(offload_parameters="nvme", nvme_path="disk").optimization(on_cpu=True)
+    assert on_disk["offload_param"] == {"device": "nvme", "pin_memory": False, "nvme_path": "disk"}
+
+
+def test_nvme_needs_what_deepspeed_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = SimpleNamespace(is_compatible=lambda verbose: False)
+    monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder", lambda: lacking)
+    with pytest.raises(BadValue) as error:
+        trainer_of(tmp_path, zero3={"offload_optimizer": "nvme", "nvme_path": str(tmp_path)})
+    assert str(error.value) == (
+        "trainer.zero3='nvme' is not allowed: expected offloading to cpu, as DeepSpeed finds no libaio "
+        "and compiler here. Install libaio-dev, or offload to cpu."
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,22 +155,70 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
+TRAIN_COUNTING = """
+import runpy
+import deepspeed
+from plrhf import run
+
+now, most, gather, save_export = 0, 0, deepspeed.zero.GatheredParameters, run.save_export
+
+
+class Counted(gather):
+    def __enter__(self):
+        global now, most
+        now += sum(one.ds_numel for one in self.params)
+        most = max(now, most)
+        super().__enter__()
+
+    def __exit__(self, *error):
+        global now
+        now -= sum(one.ds_numel for one in self.params)
+        super().__exit__(*error)
+
+
+def counting(directory, model, *others):
+    deepspeed.zero.GatheredParameters = Counted
+    save_export(directory, model, *others)
+    deepspeed.zero.GatheredParameters = gather
+    zero = model.trainer.strategy.model.optimizer
+    flat = zero.fp32_partitioned_groups_flat  # each with its moments; gradients come for a step
+    (bucket,) = zero.ipg_buckets.values()
+    shards = sum(one.ds_tensor.nbytes for one in model.parameters())
+    held = shards + zero.grad_partitions_flat_buffer.nbytes + 4 * sum(one.nbytes for one in flat)
+    print("gathered:", most, "held:", held, "bucket:", bucket.buffer.nbytes)
+
+
+run.save_export = counting
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
-def test_runs_that_others_start(launcher: str, tmp_path: Path, cache_dir: Path) -> None:
-    """SLURM's variables stand in for SLURM: Lightning knows no more of it."""
+def test_runs_that_others_start(launcher: str, tmp_path: Path) -> None:
+    """SLURM's variables stand in for SLURM: Lightning knows no more of it.
+
+    Also: what is exported is gathered, and no weight of the language model beside it.
+    """
     run = tmp_path / "run"
-    overrides = [*SMALL, f"run_dir={run}", f"cache_dir={cache_dir}", "aggregator=soft_prompt"]
-    overrides += ["encoder.rank=null", "aggregator.n_tokens=2"]
+    overrides = [*SMALL, f"run_dir={run}", f"backbone.path={save_model(tmp_path / 'model')}"]
+    overrides += ["aggregator=soft_prompt", "aggregator.n_tokens=2", "encoder.rank=null"]
     if launcher == "torchrun":
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        starts = [([sys.executable, *start, *command("train", *overrides)[1:]], {})]
+        (tmp_path / "counting.py").write_text(TRAIN_COUNTING)
+        line = [sys.executable, *start, str(tmp_path / "counting.py"), *overrides]
+        starts = [(line, {"DS_ACCELERATOR": "cpu"})]
     else:
         port = {"MASTER_PORT": str(free_port())}
         starts = [(command("train", *overrides), port | of_slurm(rank, 2)) for rank in (0, 1)]
     started = [
         subprocess.Popen(
-            line, env=ENVIRONMENT | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            line,
+            env=ENVIRONMENT | own,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for line, own in starts
     ]
@@ -163,6 +227,18 @@ def test_runs_that_others_start(launcher: str, tmp_path: Path, cache_dir: Path) 
     assert "".join(out for out, _ in said).count("report: ") == 1
     check_run(run)
     assert_checkpoint_is_as_forecast(run, overrides)
+    if launcher == "torchrun":
+        (line,) = set(re.findall(r"gathered: .*", said[0][0]))  # the same of both processes
+        gathered, held, bucket = (int(n) for n in re.findall(r"\d+", line))
+        files = ("adapter_model.safetensors", "user_encoder.safetensors")
+        sizes = [sum(one.numel() for one in load_file(run / "export" / f).values()) for f in files]
+        assert gathered == max(sizes)
+        PersonalRewardModel.from_pretrained(run / "export")
+        plan = forecast(composed(*overrides), n_users=3, schema=NO_FEATURES)
+        tables = plan.user_tables - 3 * 8 * (3 + 1)  # less the counts of right answers by user
+        planned = plan.weights + plan.gradients + plan.optimiser + tables
+        assert planned == pytest.approx(held, rel=0.01)
+        assert plan.gathered == plan.parameters * 4 + bucket
 
 
 def assert_checkpoint_is_as_forecast(run: Path, overrides: list[str]) -> None:
