@@ -512,8 +512,8 @@ def processes(trainer: Trainer) -> Iterator[None]:
     started them already. An error in this process ends those that it started: they would wait for it
     for ever.
     """
-    strategy = trainer.strategy
-    if not isinstance(strategy, Stage3):
+    launcher = trainer.strategy.launcher
+    if launcher is None:
         yield
         return
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -524,12 +524,7 @@ def processes(trainer: Trainer) -> Iterator[None]:
             "Start each run by itself",
         )
     _check_started(trainer)
-    launcher = strategy.launcher
-    if launcher is None:
-        strategy.setup_environment()
-        yield
-        return
-    launcher.launch(strategy.setup_environment)
+    launcher.launch(trainer.strategy.setup_environment)
     try:
         yield
     except BaseException:
