@@ -330,9 +330,7 @@ def _shared_out(
         training = max(training, _bytes(learned))
     prompt, response = _lengths(data)
     n_summed = trainer["accumulate_grad_batches"]
-    received = 2 * _bytes(every, width) + _bytes(
-        learned, width
-    )  # a batch: weights twice, gradients
+    received = 2 * _bytes(every, width) + _bytes(learned, width)  # weights twice, gradients once
     return Plan(
         parameters=_count(every),
         trainable=_count(trainable),
@@ -344,7 +342,7 @@ def _shared_out(
         host=away["cpu"],
         nvme=away["nvme"],
         communication=received * n_summed * (1 - share),
-        checkpoint=3 * FLOAT * _count(learned),
+        checkpoint=3 * (_bytes(learned) if zero3 is None else FLOAT * _count(learned)),
         row_tokens=prompt + 2 * response + model.aggregator.n_positions,
         pairs=data["batch_size"] * n_summed,
         n_users=n_users,

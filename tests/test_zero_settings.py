@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from lightning import Trainer
@@ -29,7 +30,8 @@ from plrhf.zero import Zero3
 
 SMALL = [*TINY, "data.n_users=3", "data.batch_size=14", "trainer.max_steps=3"]
 SMALL += ["data.max_prompt_tokens=40", "data.max_tokens=110", "samples.prompts=1"]
-SMALL += ["trainer=zero3_cpu", "trainer.zero3.persistent_below=0", "backbone.lora.r=2"]
+SMALL += ["trainer.log_every_n_steps=1", "backbone.lora.r=2", "backbone.lora.dropout=0"]
+ON_TWO = ["trainer=zero3_cpu", "trainer.zero3.persistent_below=0"]
 NO_FEATURES = FeatureSchema(moments={}, codes={})
 
 
@@ -201,7 +203,12 @@ def test_runs_that_others_start(launcher: str, tmp_path: Path) -> None:
     Also: what is exported is gathered, and no weight of the language model beside it.
     """
     run = tmp_path / "run"
-    overrides = [*SMALL, f"run_dir={run}", f"backbone.path={save_model(tmp_path / 'model')}"]
+    overrides = [
+        *SMALL,
+        *ON_TWO,
+        f"run_dir={run}",
+        f"backbone.path={save_model(tmp_path / 'model')}",
+    ]
     if launcher == "torchrun":
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         (tmp_path / "counting.py").write_text(TRAIN_COUNTING)
@@ -254,27 +261,36 @@ def assert_checkpoint_is_as_forecast(run: Path, overrides: list[str]) -> None:
 
 OFFLOAD = ["trainer.zero3.offload_optimizer=cpu", "trainer.zero3.offload_parameters=cpu"]
 HALF = ["trainer.precision=bf16-mixed", "backbone.dtype=bfloat16"]
+RECOMPUTING = ["model=dpo", "aggregator=soft_prompt", "aggregator.n_tokens=2", "encoder.rank=null"]
+RECOMPUTING += ["backbone.gradient_checkpointing=true", "backbone.lora.target_modules=all-linear"]
+
+
+def train(run: Path, *overrides: str) -> None:
+    line = command("train", *SMALL, *RECOMPUTING, *overrides, f"run_dir={run}")
+    done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "WARNING" not in done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "settings"), [("gptj", OFFLOAD), ("llama", HALF), ("llama", [*OFFLOAD, *HALF])]
-)
-def test_offloading_in_half_precision_and_recomputing(
-    kind: str, settings: list[str], tmp_path: Path
-) -> None:
-    """Each alone and together, with LoRA beside frozen weights, on two processes."""
+def test_what_is_offloaded_learns_and_goes_on_all_the_same(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    backbone = f"backbone.path={save_model(tmp_path / 'model')}"
+    train(one, backbone)
+    train(two, backbone, *ON_TWO, *OFFLOAD, "trainer.max_steps=2")
+    train(two, backbone, *ON_TWO, *OFFLOAD, "ckpt=last")
+    curves = [pd.read_csv(run / "metrics.csv")["train/loss"].dropna() for run in (one, two)]
+    assert len(curves[0]) == 3
+    assert list(curves[1]) == pytest.approx(list(curves[0]), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_offloading_in_half_precision_and_recomputing(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    overrides = [*SMALL, *settings, "model=dpo", "aggregator=soft_prompt", "encoder.rank=null"]
-    overrides += ["aggregator.n_tokens=2", "backbone.gradient_checkpointing=true"]
-    overrides += [f"backbone.path={save_model(tmp_path / 'model', kind)}"]
-    overrides += ["backbone.lora.target_modules=all-linear", f"run_dir={run}"]
-    done = subprocess.run(
-        command("train", *overrides), env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert "WARNING" not in done.stdout
+    backbone = f"backbone.path={save_model(tmp_path / 'model', 'llama')}"
+    train(run, backbone, *ON_TWO, *OFFLOAD, *HALF)
     check_run(run, generations=True)
+    overrides = [*SMALL, *RECOMPUTING, backbone, *ON_TWO, *OFFLOAD, *HALF]
     assert_checkpoint_is_as_forecast(run, overrides)
 
 
