@@ -12,17 +12,17 @@ from omegaconf import OmegaConf
 
 from plrhf.cli import CONF
 from plrhf.data.features import FeatureSchema
-from plrhf.plan import GB, Machine, Plan, forecast
+from plrhf.plan import GB, Plan, forecast
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend has been chosen)
 
 HERE = Path(__file__).parent
 TLDR = [
-    *("model=dpo", "data=jsonl", "data.path=unread", "trainer=gpu"),
-    *("data.max_prompt_tokens=550", "data.max_tokens=600", "data.batch_size=4"),
-    *("data.eval_batch_size=8", "aggregator=soft_prompt"),
+    *("model=dpo", "data=jsonl", "data.path=unread", "aggregator=soft_prompt"),
+    *("data.max_prompt_tokens=550", "data.max_tokens=600"),
 ]
+PAIRS, EVAL_PAIRS = 4, 8  # of a GPU
 GPTJ = ["backbone=gptj_6b"]
 LIKE_GPTJ = ["backbone=hf", "backbone.dtype=bfloat16", "backbone.gradient_checkpointing=true"]
 LLAMA = "{model_type:llama,vocab_size:128256,num_key_value_heads:8,hidden_size:%d,"
@@ -40,28 +40,35 @@ ENCODERS = {
 ONE_BLOCK = [*GPTJ, "+backbone.architecture.n_layer=1"]
 
 
-def planned(*overrides: str, users: int = 1000, **machine: Any) -> Plan:
+OFFLOAD = ["trainer.zero3.offload_optimizer=cpu", "trainer.zero3.offload_parameters=cpu"]
+
+
+def planned(*overrides: str, users: int = 1000, gpus: int | None = None) -> Plan:
+    """The plan on one GPU without shards, or of ZeRO-3 on that many."""
+    how = ["trainer=gpu"] if gpus is None else ["trainer=zero3", f"trainer.devices={gpus}"]
+    n_gpus = 1 if gpus is None else gpus
+    how += [f"data.batch_size={n_gpus * PAIRS}", f"data.eval_batch_size={n_gpus * EVAL_PAIRS}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        node = compose("train", overrides=[*TLDR, *overrides])
+        node = compose("train", overrides=[*TLDR, *how, *overrides])
     settings: Any = OmegaConf.to_container(node, resolve=True)
-    return forecast(
-        settings, Machine(**machine), n_users=users, schema=FeatureSchema(moments={}, codes={})
-    )
+    return forecast(settings, n_users=users, schema=FeatureSchema(moments={}, codes={}))
 
 
 def models() -> None:
-    """A table of what each model needs of a GPU."""
+    """A table of what each model needs of a GPU; offloaded, one GPU is enough."""
     for name, overrides in MODELS.items():
-        for n_gpus in (8,) if "70B" in name else (1, 8):  # whose weights alone fill two
-            plan = planned(*overrides, gpus=n_gpus, stage=0 if n_gpus == 1 else 3)
-            parts = (plan.weights, plan.gradients + plan.optimiser, plan.gathered, plan.training)
-            cells = [f"{part / GB:.1f}" for part in (*parts, plan.total, plan.communication)]
-            print(f"| {name} | {n_gpus} | {' | '.join(cells)} |", flush=True)
+        whole = [(None, "1", [])] if "70B" not in name else []  # whose weights alone fill two
+        for gpus, label, more in [*whole, (1, "1, offloaded", OFFLOAD), (8, "8", [])]:
+            plan = planned(*overrides, *more, gpus=gpus)
+            learned = plan.gradients + plan.optimiser
+            parts = (plan.weights, learned, plan.gathered, plan.training, plan.total)
+            cells = [f"{part / GB:.1f}" for part in (*parts, plan.host, plan.communication)]
+            print(f"| {name} | {label} | {' | '.join(cells)} |", flush=True)
 
 
 def by_gpus(axes: Any) -> None:
     counts = [1, 4, 16, 64]
-    plans = [planned(*GPTJ, gpus=count, stage=3) for count in counts]
+    plans = [planned(*GPTJ, gpus=count) for count in counts]
     parts = {
         "weights": [p.weights / GB for p in plans],
         "gathered": [p.gathered / GB for p in plans],
@@ -79,7 +86,7 @@ def by_gpus(axes: Any) -> None:
 def by_users(axes: Any) -> None:
     counts = [10**4, 10**6, 10**8]
     for name, overrides in ENCODERS.items():
-        plans = [planned(*ONE_BLOCK, *overrides, users=n, gpus=8, stage=3) for n in counts]
+        plans = [planned(*ONE_BLOCK, *overrides, users=n, gpus=8) for n in counts]
         tables = [plan.user_tables / GB for plan in plans]
         print(name, *(f"{n:.0e}: {table:.4g} GB" for n, table in zip(counts, tables, strict=True)))
         axes.loglog(counts, tables, marker="o", label=name)
@@ -98,7 +105,7 @@ def by_length(axes: Any) -> None:
         needed = []
         for length in lengths:
             rows = [f"data.max_prompt_tokens={length - 100}", f"data.max_tokens={length - 50}"]
-            needed.append(planned(*overrides, *rows, stage=3).training / GB / 4)
+            needed.append(planned(*overrides, *rows, gpus=1).training / GB / PAIRS)
         cells = (f"{n}: {gb:.3g} GB" for n, gb in zip(lengths, needed, strict=True))
         print(name, *cells, flush=True)
         axes.loglog(lengths, needed, marker="o", label=name)

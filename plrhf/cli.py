@@ -25,6 +25,7 @@ from plrhf.errors import BadValue, bad_value
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 USAGE_ERROR, INTERRUPTED = 2, 130
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # as Lightning, torchrun and SLURM tell a process
 
 # Advice of libraries to their programmers, which the user of a run can do nothing about.
 NOT_FOR_THE_USER = (
@@ -74,7 +75,9 @@ def worded_errors(config_name: str) -> Iterator[None]:
     except (BadValue, HydraException, OmegaConfBaseException) as error:
         if "debug=true" in (one.lower() for one in overrides):
             raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one tells
+        if all(
+            os.environ.get(name, "0") == "0" for name in RANKS
+        ):  # of several processes one tells
             print(f"error: {worded(error, config_name, overrides)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ import contextlib
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -20,20 +20,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from plrhf.backbone import DTYPES, Backbone, empty_model
-from plrhf.config import Settings
+from plrhf.config import Settings, build
 from plrhf.data.features import FeatureSchema
 from plrhf.errors import bad_value
 from plrhf.export import Card, build_model
 from plrhf.personal import PersonalModule
 from plrhf.policy import PersonalDPOPolicy
 from plrhf.reward import PersonalRewardModel
+from plrhf.training import check_devices
 from plrhf.types import PreferenceBatch
+from plrhf.zero import Offload, Zero3
 
 GB = 1e9
 HEADROOM = 0.1  # of a GPU: CUDA's own share and fragmentation, which no count of tensors sees
 HALF = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
-LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: kept gathered at most
-REDUCE_BUCKET = 200_000_000  # Lightning's reduce_bucket_size: gradients reduced at once
 FLOAT = 4  # bytes
 MASTER_BYTES = (
     16  # float32 copy, two moments, float32 gradient of a parameter; arXiv 1910.02054, 3.1
@@ -42,29 +42,20 @@ MASTER_BYTES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What is planned for, ``plan_for``.
+    """What is planned for and no other setting says, ``plan_for``.
 
     Args:
-        gpus: how many. gpu_memory_gb: of each, 1e9 bytes.
-        stage: 3 shards weights, gradients and optimiser over all GPUs (ZeRO); 0 repeats them.
+        gpu_memory_gb: of each GPU, 1e9 bytes.
         users: train users, or None for those of the data, which are then read.
     """
 
-    gpus: int = 1
     gpu_memory_gb: float = 80.0
-    stage: Literal[0, 3] = 0
     users: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("gpus", 1), ("users", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise bad_value(
-                    f"plan_for.{name}",
-                    value,
-                    f"a whole number from {least}",
-                    f"Set plan_for.{name}=8",
-                )
+        if self.users is not None and self.users < 0:
+            allowed = "a whole number from 0"
+            raise bad_value("plan_for.users", self.users, allowed, "Set plan_for.users=1000")
         if not self.gpu_memory_gb > 0:
             raise bad_value(
                 "plan_for.gpu_memory_gb",
@@ -83,7 +74,9 @@ class Plan:
         user_tables: weights, gradients and optimiser of those, and right answers counted by user.
         gathered: weights and gradients that stage 3 holds whole for a moment.
         training, evaluation: what a step of each holds beyond that.
+        host, nvme: of weights, gradients and optimiser, what a GPU has wait outside of it.
         communication: received in one optimiser step.
+        checkpoint: of the whole run: what is learned and its moments.
         row_tokens, pairs, n_users: row length with user vectors, pairs a step over all GPUs, users.
     """
 
@@ -96,7 +89,10 @@ class Plan:
     gathered: float
     training: float
     evaluation: float
+    host: float
+    nvme: float
     communication: float
+    checkpoint: float
     row_tokens: int
     pairs: int
     n_users: int
@@ -151,8 +147,8 @@ class Tally(TorchDispatchMode):
         self.live -= n_bytes
 
 
-def forecast(settings: Settings, machine: Machine, *, n_users: int, schema: FeatureSchema) -> Plan:
-    """What training by `settings` needs of each GPU of `machine`.
+def forecast(settings: Settings, *, n_users: int, schema: FeatureSchema) -> Plan:
+    """What training by `settings` needs of each of the GPUs that ``trainer`` names.
 
     Rows are taken as long as ``data`` lets them be with the longest prompt: prompts of
     max_prompt_tokens, responses that fill max_tokens.
@@ -160,19 +156,34 @@ def forecast(settings: Settings, machine: Machine, *, n_users: int, schema: Feat
     Args:
         n_users: train users. schema: of their features.
     """
-    half = HALF.get(settings["trainer"]["precision"])
+    trainer = settings["trainer"]
+    check_devices(**{name: trainer[name] for name in ("devices", "num_nodes", "zero3")})
+    half, zero3 = HALF.get(trainer["precision"]), zero3_of(trainer)
     backbone = empty_backbone(settings["backbone"])
     with FakeTensorMode(allow_non_fake_inputs=True):  # on the CPU, where autocast is known
         backbone.to_empty(device="cpu")
         model = model_of_shapes(settings, backbone, n_users=n_users, schema=schema)
-        if machine.stage == 3:
+        if zero3 is not None:
             for one in model.backbone.parameters():
                 one.ds_id = 0  # type: ignore[attr-defined]  # DeepSpeed's mark: LoRA goes by it
                 if half is not None:  # DeepSpeed casts weights where others autocast
                     one.data = one.data.to(DTYPES[half])
             half = None
-        steps = trace(model, settings["data"], schema.n_features, half=half)
-    return _shared_out(settings, machine, model, steps, n_users=n_users)
+        steps = trace(model, settings["data"], schema.n_features, n_gpus=n_gpus(trainer), half=half)
+    return _shared_out(settings, zero3, model, steps, n_users=n_users)
+
+
+def n_gpus(trainer: Settings) -> int:
+    """GPUs of all nodes together."""
+    return trainer["devices"] * trainer["num_nodes"]
+
+
+def zero3_of(trainer: Settings) -> Zero3 | None:
+    """How weights, gradients and optimiser are sharded, None: not at all."""
+    if trainer["zero3"] is None:
+        return None
+    target = f"{Zero3.__module__}.{Zero3.__qualname__}"
+    return build({"_target_": target, **trainer["zero3"]}, "trainer.zero3")
 
 
 def empty_backbone(node: Settings) -> Backbone:
@@ -218,17 +229,20 @@ class Steps:
     reached: list[nn.Parameter]
 
 
-def trace(model: PersonalModule, data: Settings, n_features: int, *, half: str | None) -> Steps:
+def trace(
+    model: PersonalModule, data: Settings, n_features: int, *, n_gpus: int, half: str | None
+) -> Steps:
     """Take a training step and a batch of evaluation, and see what they hold.
 
     Evaluation is that of test pairs, whose reference is not computed beforehand.
 
     Args:
         model: on fake tensors. data: settings, of which the lengths and batch sizes are read.
+        n_gpus: each takes its share of a batch.
         half: dtype of autocast, None for none.
     """
     cast = torch.autocast("cpu", dtype=DTYPES[half]) if half else contextlib.nullcontext()
-    batch = fake_batch(model, data, data["batch_size"], n_features)
+    batch = fake_batch(model, data, -(-data["batch_size"] // n_gpus), n_features)
     pooled = isinstance(model, PersonalRewardModel) and model.pooled_suffices
     if pooled:
         texts = torch.arange(2 * len(batch)).view(-1, 2)
@@ -243,7 +257,7 @@ def trace(model: PersonalModule, data: Settings, n_features: int, *, half: str |
     reached = [one for one in model.parameters() if one.grad is not None]
     model.zero_grad()
 
-    batch = fake_batch(model, data, data["eval_batch_size"], n_features)
+    batch = fake_batch(model, data, -(-data["eval_batch_size"] // n_gpus), n_features)
     with tally_of(batch, data) as evaluation, torch.no_grad(), cast:
         model.eval()
         model.pooled_trunk(batch) if pooled else model.context_margins(batch)  # type: ignore[operator]
@@ -285,46 +299,66 @@ def _lengths(data: Settings) -> tuple[int, int]:
 
 
 def _shared_out(
-    settings: Settings, machine: Machine, model: PersonalModule, steps: Steps, *, n_users: int
+    settings: Settings, zero3: Zero3 | None, model: PersonalModule, steps: Steps, *, n_users: int
 ) -> Plan:
     """The plan from a model's parameters and the peaks of its steps."""
     trainer, data = settings["trainer"], settings["data"]
-    sharded = machine.stage == 3
-    width = 2 if sharded and trainer["precision"] in HALF else None
-    every, users = list(model.parameters()), list(model.encoder.user_parameters())
+    share = 1.0 if zero3 is None else 1 / n_gpus(trainer)
+    every, of_users = list(model.parameters()), {id(p) for p in model.encoder.user_parameters()}
     trainable = [one for one in every if one.requires_grad]
-    learned = trainable if sharded else steps.reached
-    rest = [one for one in learned if all(one is not other for other in users)]
+    learned = steps.reached if zero3 is None else trainable
+    width = 2 if zero3 is not None and trainer["precision"] in HALF else None
 
-    def optimiser(parameters: list[nn.Parameter]) -> int:
-        return MASTER_BYTES * _count(parameters) if sharded else 2 * _bytes(parameters)
+    def held(*, tables: bool) -> dict[str, float]:
+        """Bytes a GPU has of the tables of single users, or of all else."""
+        own, taught = (
+            [one for one in group if (id(one) in of_users) == tables] for group in (every, learned)
+        )
+        states = 2 * _bytes(taught) if zero3 is None else MASTER_BYTES * _count(taught)
+        parts = {"weights": _bytes(own, width), "gradients": _bytes(taught, width)}
+        return {name: share * n for name, n in {**parts, "optimiser": states}.items()}
 
-    share = 1 / machine.gpus if sharded else 1.0
-    training, gathered, received = float(steps.training), 0.0, 2.0 * _bytes(learned)
-    if sharded:
-        live = min(_count(every), max(LIVE_PARAMETERS, _largest(every)))
-        gathered = (live + max(REDUCE_BUCKET, _largest(learned))) * (width or FLOAT)
-        received = 2 * _bytes(every, width) + _bytes(learned, width)
-        received *= trainer["accumulate_grad_batches"]
-    else:  # AdamW on a GPU takes the roots of all second moments at once
+    rest, users = held(tables=False), held(tables=True)
+    away = {"cpu": 0.0, "nvme": 0.0}
+    for name, place in ({} if zero3 is None else _places(zero3)).items():
+        if place is not None:
+            away[place] += rest[name] + users[name]
+            rest[name] = users[name] = 0.0
+    training = float(steps.training)
+    if zero3 is None:  # AdamW on a GPU takes the roots of all second moments at once
         training = max(training, _bytes(learned))
     prompt, response = _lengths(data)
-    counts = model.val_accuracy.counts.nbytes  # of the exact accuracy, whole on every GPU
+    n_summed = trainer["accumulate_grad_batches"]
+    received = 2 * _bytes(every, width) + _bytes(learned, width)  # weights twice, gradients once
     return Plan(
         parameters=_count(every),
         trainable=_count(trainable),
-        weights=share * (_bytes(every, width) - _bytes(users, width)),
-        gradients=share * _bytes(rest, width),
-        optimiser=share * optimiser(rest),
-        user_tables=share * (2 * _bytes(users, width) + optimiser(users)) + counts,
-        gathered=gathered,
+        **rest,
+        user_tables=sum(users.values()) + model.val_accuracy.counts.nbytes,  # exact, so not sharded
+        gathered=0 if zero3 is None else _gathered(zero3, every, learned) * (width or FLOAT),
         training=training,
         evaluation=steps.evaluation,
-        communication=received * (machine.gpus - 1) / machine.gpus,
+        host=away["cpu"],
+        nvme=away["nvme"],
+        communication=received * n_summed * (1 - share),
+        checkpoint=3 * (_bytes(learned) if zero3 is None else FLOAT * _count(learned)),
         row_tokens=prompt + 2 * response + model.aggregator.n_positions,
-        pairs=data["batch_size"] * trainer["accumulate_grad_batches"] * machine.gpus,
+        pairs=data["batch_size"] * n_summed,
         n_users=n_users,
     )
+
+
+def _places(zero3: Zero3) -> dict[str, Offload | None]:
+    """Where parts wait that are not at work; None: on the GPU."""
+    learning = zero3.offload_optimizer
+    return {"weights": zero3.offload_parameters, "gradients": learning, "optimiser": learning}
+
+
+def _gathered(zero3: Zero3, every: list[nn.Parameter], learned: list[nn.Parameter]) -> int:
+    """Numbers that a GPU holds whole: weights at work, and gradients on their way into shards."""
+    live = min(_count(every), max(zero3.live_parameters, _largest(every)))
+    too_large = _largest(learned) if _largest(learned) > zero3.bucket_size else 0
+    return live + zero3.bucket_size + too_large
 
 
 def plan_table(plan: Plan, settings: Settings, machine: Machine) -> Table:
@@ -332,9 +366,10 @@ def plan_table(plan: Plan, settings: Settings, machine: Machine) -> Table:
     node = settings["backbone"]
     own = "tiny" if node["tiny"] is not None else node["path"]
     name = own if node["architecture"] is None else f"{node['name']} (backbone.architecture)"
-    how = "ZeRO stage 3" if machine.stage == 3 else "everything on every GPU"
+    trainer = settings["trainer"]
+    how = "no shards" if trainer["zero3"] is None else "ZeRO stage 3"
     table = Table(
-        title=f"model={settings['model']['name']} on {name}, {machine.gpus} GPUs, {how}",
+        title=f"model={settings['model']['name']} on {name}, GPUs: {n_gpus(trainer)}, {how}",
         caption=f"{100 * HEADROOM:.0f}% of a GPU are left to CUDA and fragmentation",
     )
     table.add_column("", no_wrap=True)
@@ -349,7 +384,13 @@ def plan_table(plan: Plan, settings: Settings, machine: Machine) -> Table:
     fits = "fits" if plan.fits(machine.gpu_memory_gb) else "does not fit"
     table.add_row("memory a GPU", f"{plan.total / GB:,.2f} GB", "the larger of the two steps")
     table.add_row("", fits, f"{machine.gpu_memory_gb:g} GB a GPU")
+    for what, n_bytes in (("host memory a GPU", plan.host), ("NVMe a GPU", plan.nvme)):
+        if n_bytes > 0:
+            table.add_row(what, f"{n_bytes / GB:,.2f} GB", "what is offloaded")
     table.add_row("communication a step", f"{plan.communication / GB:,.2f} GB", "a GPU receives")
+    table.add_row(
+        "checkpoint", f"{plan.checkpoint / GB:,.2f} GB", "what is learned, and its moments"
+    )
     return table
 
 
@@ -370,8 +411,8 @@ def _memory(plan: Plan) -> list[tuple[str, float, str]]:
         ("optimiser", plan.optimiser, ""),
         ("user tables", plan.user_tables, "weights, gradients, optimiser of users"),
         ("gathered", plan.gathered, "weights and gradients not in shards"),
-        ("activations, training", plan.training, "of data.batch_size pairs"),
-        ("activations, evaluation", plan.evaluation, "of data.eval_batch_size pairs"),
+        ("activations, training", plan.training, "of a share of data.batch_size pairs"),
+        ("activations, evaluation", plan.evaluation, "of a share of data.eval_batch_size"),
     ]
 
 

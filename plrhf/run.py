@@ -106,7 +106,7 @@ def print_plan(settings: Settings) -> None:
         n_users, schema = data.n_users, data.schema
     else:
         n_users, schema = machine.users, FeatureSchema(moments={}, codes={})
-    plan = forecast(settings, machine, n_users=n_users, schema=schema)
+    plan = forecast(settings, n_users=n_users, schema=schema)
     tables.console().print(plan_table(plan, settings, machine))
 
 

@@ -182,7 +182,8 @@ def cached_tiny(settings: Settings, data: PreferenceData) -> str:
     folder = cache_folder(supervised, data)
     if not folder.is_dir():
         steps = settings["backbone"]["sft"]["max_steps"]
-        print(f"training the backbone first ({steps} steps), kept in {folder}")
+        say = rank_zero_only(print)  # torchrun starts all processes before there is a backbone
+        say(f"training the backbone first ({steps} steps), kept in {folder}")
         lightning.seed_everything(settings["seed"], verbose=False)
         with tempfile.TemporaryDirectory() as scratch:
             run_dir = Path(scratch)

@@ -38,7 +38,7 @@ from torch import Tensor
 from plrhf.config import build
 from plrhf.data.module import PreferenceData, Share
 from plrhf.errors import bad_value
-from plrhf.zero import Stage3, stage3
+from plrhf.zero import Stage3, Zero3, stage3
 
 Monitor = Literal["val/loss", "val/accuracy_micro", "val/accuracy_macro", "val/nll"]
 
@@ -364,7 +364,7 @@ def build_trainer(
         val_every_n_steps: validate every so many steps, None once an epoch.
         max_epochs, max_steps: where training ends, whichever comes first; -1 steps: no limit.
         devices, num_nodes: processes a node and nodes; more than one process needs zero3.
-        zero3: settings of `plrhf.zero.stage3`; None: one process without DeepSpeed.
+        zero3: settings of `plrhf.zero.Zero3`; None: one process without DeepSpeed.
         progress: show a progress bar where there is a terminal.
         others: as in `lightning.Trainer`.
 
@@ -382,10 +382,7 @@ def build_trainer(
         devices=devices,
         num_nodes=num_nodes,
     )
-    if zero3 is None and devices * num_nodes > 1:
-        raise bad_value(
-            "trainer.devices", devices, "1 without ZeRO", "Choose trainer=zero3 for more processes"
-        )
+    check_devices(devices=devices, num_nodes=num_nodes, zero3=zero3)
     if gradient_clip_val is not None and not gradient_clip_val > 0:
         raise bad_value(
             "trainer.gradient_clip_val",
@@ -439,6 +436,14 @@ def build_trainer(
         ) from error
 
 
+def check_devices(*, devices: int, num_nodes: int, zero3: dict[str, Any] | None) -> None:
+    """Raise where there are several processes and nothing that lets them work together."""
+    if zero3 is None and devices * num_nodes > 1:
+        raise bad_value(
+            "trainer.devices", devices, "1 without ZeRO", "Choose trainer=zero3 for more processes"
+        )
+
+
 def _strategy(
     zero3: dict[str, Any] | None,
     accelerator: str,
@@ -447,9 +452,8 @@ def _strategy(
 ) -> Strategy | str:
     if zero3 is None:
         return "auto"
-    return build(
-        {"_target_": f"{stage3.__module__}.{stage3.__qualname__}", **zero3},
-        "trainer.zero3",
+    return stage3(
+        build({"_target_": f"{Zero3.__module__}.{Zero3.__qualname__}", **zero3}, "trainer.zero3"),
         on_cpu=accelerator == "cpu",
         accumulate_grad_batches=accumulate_grad_batches,
         gradient_clip_val=gradient_clip_val,
@@ -528,8 +532,9 @@ def load_best(trainer: Trainer) -> None:
 def processes(trainer: Trainer) -> Iterator[None]:
     """Within it the trainer's other processes run and are connected, if it has any.
 
-    They start before there is a model, so that one can be built in shards. An error in this process
-    ends them: they would wait for it for ever.
+    They start before there is a model, so that one can be built in shards; torchrun and SLURM have
+    started them already. An error in this process ends those that it started: they would wait for it
+    for ever.
     """
     launcher = trainer.strategy.launcher
     if launcher is None:
@@ -542,12 +547,27 @@ def processes(trainer: Trainer) -> Iterator[None]:
             "1 in a sweep, whose runs would each start the whole sweep again",
             "Start each run by itself",
         )
+    _check_started(trainer)
     launcher.launch(trainer.strategy.setup_environment)
     try:
         yield
     except BaseException:
         launcher.kill(signal.SIGKILL)
         raise
+
+
+def _check_started(trainer: Trainer) -> None:
+    """Raise where torchrun or SLURM started other processes than the trainer was told of."""
+    environment = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
+    try:
+        environment.validate_settings(trainer.num_devices, trainer.num_nodes)
+    except ValueError as error:
+        raise bad_value(
+            "trainer.devices",
+            trainer.num_devices,
+            f"with trainer.num_nodes={trainer.num_nodes} the processes a node that were started",
+            f"Set both to what was started ({' '.join(str(error).split())})",
+        ) from error
 
 
 def share_of(trainer: Trainer) -> Share:

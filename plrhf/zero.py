@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -17,29 +18,81 @@ from plrhf.errors import bad_value
 Offload = Literal["cpu", "nvme"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Zero3:
+    """What can be chosen of ZeRO stage 3, ``trainer.zero3``.
+
+    Args:
+        offload_optimizer: where gradients and the optimiser's state wait and are updated, None: on the
+            device. offload_parameters: where shards of the weights wait, None: on the device.
+        nvme_path: directory for what is offloaded to ``nvme``.
+        bucket_size: numbers communicated at once, from 1: more is faster and takes more memory.
+        live_parameters: numbers of weights kept gathered at most, from 0: fewer take less memory and
+            are gathered more often.
+        persistent_below: parameters of fewer numbers than this are not sharded, from 0.
+
+    Raises:
+        ValueError: a number out of range, or a missing nvme_path.
+    """
+
+    offload_optimizer: Offload | None = None
+    offload_parameters: Offload | None = None
+    nvme_path: str | None = None
+    bucket_size: int = 50_000_000
+    live_parameters: int = 1_000_000_000
+    persistent_below: int = 100_000
+
+    def __post_init__(self) -> None:
+        for name, least in (("bucket_size", 1), ("live_parameters", 0), ("persistent_below", 0)):
+            value, field = getattr(self, name), f"trainer.zero3.{name}"
+            if value < least:
+                allowed = f"a whole number from {least}"
+                raise bad_value(field, value, allowed, f"Set {field}={least}")
+        if "nvme" in (self.offload_optimizer, self.offload_parameters) and self.nvme_path is None:
+            raise bad_value(
+                "trainer.zero3.nvme_path",
+                None,
+                "a directory where something is offloaded to nvme",
+                "Set trainer.zero3.nvme_path=DIR",
+            )
+
+    def optimization(self, *, on_cpu: bool) -> dict[str, Any]:
+        """The settings as DeepSpeed's ``zero_optimization``."""
+        chosen: dict[str, Any] = {
+            "stage": 3,
+            "contiguous_gradients": True,
+            "overlap_comm": not on_cpu,
+            "reduce_bucket_size": self.bucket_size,
+            "stage3_prefetch_bucket_size": self.bucket_size,
+            "stage3_max_live_parameters": self.live_parameters,
+            "stage3_param_persistence_threshold": self.persistent_below,
+        }
+        for name, device in (
+            ("offload_optimizer", self.offload_optimizer),
+            ("offload_param", self.offload_parameters),
+        ):
+            if device is not None:
+                chosen[name] = {"device": device, "pin_memory": not on_cpu}
+                if device == "nvme":
+                    chosen[name]["nvme_path"] = self.nvme_path
+        return chosen
+
+
 def stage3(
+    zero3: Zero3,
     *,
     on_cpu: bool,
     accumulate_grad_batches: int,
     gradient_clip_val: float | None,
-    offload_optimizer: Offload | None = None,
-    offload_parameters: Offload | None = None,
-    nvme_path: str | None = None,
-    bucket_size: int = 50_000_000,
-    persistent_below: int = 100_000,
 ) -> Stage3:
     """The strategy that shards weights, gradients and optimiser over all processes.
 
     Args:
         on_cpu: processes are CPU processes, which talk over gloo.
         accumulate_grad_batches, gradient_clip_val: as the trainer has them.
-        offload_optimizer, offload_parameters: where they wait, None: on the device.
-        nvme_path: directory for what is offloaded to ``nvme``.
-        bucket_size: parameters communicated at once, from 1: more is faster and takes more memory.
-        persistent_below: parameters of fewer numbers than this are not sharded, from 0.
 
     Raises:
-        ValueError: a number out of range, a missing nvme_path, or no DeepSpeed.
+        ValueError: no DeepSpeed, or none that can use NVMe where it is to.
     """
     if find_spec("deepspeed") is None:
         raise bad_value(
@@ -48,45 +101,32 @@ def stage3(
             "null, as DeepSpeed is not installed",
             "Install plrhf[zero], or set trainer=gpu",
         )
-    for name, value, least in (
-        ("bucket_size", bucket_size, 1),
-        ("persistent_below", persistent_below, 0),
-    ):
-        if value < least:
-            field = f"trainer.zero3.{name}"
-            raise bad_value(field, value, f"a whole number from {least}", f"Set {field}={least}")
-    if "nvme" in (offload_optimizer, offload_parameters) and nvme_path is None:
-        raise bad_value(
-            "trainer.zero3.nvme_path",
-            None,
-            "a directory where something is offloaded to nvme",
-            "Set trainer.zero3.nvme_path=DIR",
-        )
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else a GPU that is there
-    zero: dict[str, Any] = {
-        "stage": 3,
-        "contiguous_gradients": True,
-        "overlap_comm": not on_cpu,
-        "reduce_bucket_size": bucket_size,
-        "stage3_prefetch_bucket_size": bucket_size,
-        "stage3_param_persistence_threshold": persistent_below,
-    }
-    for name, device in (
-        ("offload_optimizer", offload_optimizer),
-        ("offload_param", offload_parameters),
-    ):
-        if device is not None:
-            zero[name] = {"device": device, "nvme_path": nvme_path, "pin_memory": not on_cpu}
+    if "nvme" in (zero3.offload_optimizer, zero3.offload_parameters):
+        _check_nvme()
     config = {
-        "zero_optimization": zero,
+        "zero_optimization": zero3.optimization(on_cpu=on_cpu),
         "zero_allow_untested_optimizer": True,  # torch's AdamW, whose state one process can read
-        "zero_force_ds_cpu_optimizer": False,
+        "zero_force_ds_cpu_optimizer": False,  # offloaded too: DeepSpeed's own has to be compiled
         "train_micro_batch_size_per_gpu": 1,  # used in DeepSpeed's own logs alone
         "gradient_accumulation_steps": accumulate_grad_batches,
         "gradient_clipping": 0.0 if gradient_clip_val is None else gradient_clip_val,
     }
     return Stage3(config=config, on_cpu=on_cpu)
+
+
+def _check_nvme() -> None:
+    """Raise where DeepSpeed could not compile what it reads and writes NVMe by."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise bad_value(
+            "trainer.zero3",
+            "nvme",
+            "offloading to cpu, as DeepSpeed finds no libaio and compiler here",
+            "Install libaio-dev, or offload to cpu",
+        )
 
 
 class Stage3(DeepSpeedStrategy):

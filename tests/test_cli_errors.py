@@ -172,11 +172,10 @@ TRAIN: dict[str, tuple[list[str], str]] = {
     ),
     "another checkpoint": (["ckpt=best"], "ckpt='best' is not allowed: expected 'last'*"),
     "plan for nothing": (
-        ["plan_for.gpus=0"],
-        "plan_for.gpus=0 is not allowed: expected a whole number from 1. Set plan_for.gpus=8.",
+        ["plan_for.users=-1"],
+        "plan_for.users=-1 is not allowed: expected a whole number from 0. Set plan_for.users=1000.",
     ),
     "memory of nothing": (["plan_for.gpu_memory_gb=0"], "plan_for.gpu_memory_gb=0.0 is not *"),
-    "stage": (["plan_for.stage=2"], "plan_for.stage=2 is not allowed: expected 0 or 3. *"),
     "plan of another model": (["plan=true", "model=sft"], "plan=True is not allowed: expected *"),
     "unknown architecture": (
         ["plan=true", "backbone.architecture={model_type:gptk}"],

@@ -51,6 +51,7 @@ def test_the_authors_experiments(name: str, upstream: dict[str, Path], tmp_path:
         *(f"experiment={name}", f"data.path={upstream[name]}", f"backbone.path={model}"),
         *("backbone.pad_token=null", "backbone.dtype=float32", "trainer=cpu", "samples.users=1"),
         *("trainer.max_steps=2", "trainer.accumulate_grad_batches=2", "samples.prompts=1"),
+        *("data.batch_size=4", "data.eval_batch_size=8"),
         *("trainer.val_every_n_steps=1", "data.val_fraction=0.3", "data.test_fraction=0.3"),
         *("data.max_prompt_tokens=40", "data.max_tokens=110", "samples.max_new_tokens=4"),
         UNSEEN.get(name, "data.unseen_fraction=0.4"),
@@ -74,4 +75,5 @@ def test_the_authors_settings(name: str) -> None:
     assert node.encoder.get("n_clusters") == (10 if name == "prism_llama3_8b" else None)
     assert {key: node.optim[key] for key in OF_ALL} == OF_ALL
     assert node.trainer.max_epochs == epochs
-    assert node.data.batch_size * node.trainer.accumulate_grad_batches == 32
+    assert (node.data.batch_size, node.trainer.accumulate_grad_batches) == (32, 1)
+    assert (node.trainer.name, node.trainer.devices, node.trainer.num_nodes) == ("zero3", 8, 1)

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from plrhf.backbone import Backbone, tiny_gptj
 from plrhf.data.features import FeatureSchema
-from plrhf.plan import GB, Machine, Plan, forecast, model_of_shapes
+from plrhf.errors import BadValue
+from plrhf.plan import GB, Plan, forecast, model_of_shapes
 from plrhf.policy import PersonalDPOPolicy
 from plrhf.types import PreferenceBatch
 
@@ -48,9 +49,8 @@ MEASURED = {
 }
 
 
-def forecast_of(*overrides: str, n_users: int = N_USERS, **machine: Any) -> Plan:
-    settings = composed(*SHAPE, *overrides)
-    return forecast(settings, Machine(**machine), n_users=n_users, schema=NO_FEATURES)
+def forecast_of(*overrides: str, n_users: int = N_USERS) -> Plan:
+    return forecast(composed(*SHAPE, *overrides), n_users=n_users, schema=NO_FEATURES)
 
 
 def real_model(settings: dict[str, Any]) -> Any:
@@ -141,7 +141,7 @@ def measured(settings: dict[str, Any]) -> dict[str, float]:
 @pytest.mark.parametrize("case", MEASURED)
 def test_forecast_is_what_is_measured(case: str) -> None:
     settings = composed(*SHAPE, *MEASURED[case])
-    plan = forecast(settings, Machine(), n_users=N_USERS, schema=NO_FEATURES)
+    plan = forecast(settings, n_users=N_USERS, schema=NO_FEATURES)
     found = measured(settings)
     learned = plan.weights + plan.gradients + plan.optimiser + plan.user_tables
     exact = found["weights"] + found["gradients"] + found["optimiser"] + COUNTS
@@ -165,21 +165,54 @@ def test_parameters_of_gpt_j() -> None:
     assert plan.gradients == 4 * lora and plan.optimiser == 8 * lora
 
 
+SHARDED = [
+    *("model=dpo", "encoder.rank=4", "trainer=zero3", "trainer.devices=2", "trainer.num_nodes=2"),
+    *("trainer.accumulate_grad_batches=3", "data.batch_size=20", "data.eval_batch_size=36"),
+]
+TABLE = (N_USERS + 1) * 4  # numbers
+
+
 def test_shares_of_zero_3() -> None:
-    overrides = ["model=dpo", "trainer.precision=bf16-mixed", "trainer.accumulate_grad_batches=3"]
-    plan = forecast_of(*overrides, "encoder.rank=4", gpus=4, stage=3)
-    table = (N_USERS + 1) * 4
+    plan = forecast_of(*SHARDED)
     every, learned = plan.parameters, plan.trainable
-    assert plan.weights == 2 * (every - table) / 4
-    assert plan.gradients == 2 * (learned - table) / 4
-    assert plan.optimiser == 16 * (learned - table) / 4
-    assert plan.user_tables == (2 + 2 + 16) * table / 4 + COUNTS
-    assert plan.gathered == 2 * (every + 200_000_000)
+    assert plan.weights == 2 * (every - TABLE) / 4
+    assert plan.gradients == 2 * (learned - TABLE) / 4
+    assert plan.optimiser == 16 * (learned - TABLE) / 4
+    assert plan.user_tables == (2 + 2 + 16) * TABLE / 4 + COUNTS
+    assert plan.gathered == 2 * (every + 50_000_000)
+    assert plan.host == plan.nvme == 0
     assert plan.communication == pytest.approx(3 / 4 * 3 * (2 * 2 * every + 2 * learned))
-    assert plan.pairs == 5 * 3 * 4
-    alone = forecast_of(*overrides, "encoder.rank=4")
+    assert plan.pairs == 20 * 3
+    on_one = ["trainer=gpu", "trainer.devices=1", "trainer.num_nodes=1"]
+    alone = forecast_of(*SHARDED, *on_one, "data.batch_size=5", "data.eval_batch_size=9")
     assert alone.communication == alone.gathered == 0
     assert alone.training > plan.training  # autocast keeps float32 weights cast; ZeRO-3 has none
+
+
+def test_more_gpus_than_one_need_zero() -> None:
+    with pytest.raises(BadValue, match="trainer.devices=3 is not allowed: expected 1 without ZeRO"):
+        forecast_of("trainer.devices=3")
+
+
+def test_what_a_gpu_gathers_and_offloads() -> None:
+    plan = forecast_of(*SHARDED)
+    every, learned = plan.parameters, plan.trainable
+    fewer = ["trainer.zero3.live_parameters=60000", "trainer.zero3.bucket_size=11"]
+    largest = 1501 * 48, 2 * 48 * 48  # the embedding; of what is learned FiLM's scale and shift
+    assert forecast_of(*SHARDED, *fewer).gathered == 2 * (largest[0] + 11 + largest[1])
+
+    learning = "trainer.zero3.offload_optimizer=cpu"
+    on_host = forecast_of(*SHARDED, learning)
+    assert (on_host.gradients, on_host.optimiser) == (0, 0)
+    assert on_host.weights == plan.weights and on_host.gathered == plan.gathered
+    assert on_host.user_tables == 2 * TABLE / 4 + COUNTS
+    assert on_host.host == (2 + 16) * learned / 4 and on_host.nvme == 0
+    assert on_host.total == pytest.approx(plan.total - on_host.host)
+
+    on_disk = [learning, "trainer.zero3.offload_parameters=nvme", "trainer.zero3.nvme_path=disk"]
+    everything = forecast_of(*SHARDED, *on_disk)
+    assert (everything.weights, everything.user_tables) == (0, COUNTS)
+    assert everything.nvme == 2 * every / 4 and everything.host == on_host.host
 
 
 def test_a_hundred_million_users() -> None:
@@ -187,17 +220,11 @@ def test_a_hundred_million_users() -> None:
     table = 4 * 4 * (10**8 + 1)  # bytes
     counts = 3 * 8 * (10**8 + 1)
     assert rank.user_tables == table * (1 + 1 + 2) + counts
-    sharded = forecast_of(
-        "encoder=cluster",
-        "encoder.n_clusters=12",
-        "trainer.precision=bf16-mixed",
-        n_users=10**8,
-        gpus=8,
-        stage=3,
-    )
+    clusters = ["encoder=cluster", "encoder.n_clusters=12", "trainer=zero3"]
+    sharded = forecast_of(*clusters, n_users=10**8)
     assert sharded.user_tables == pytest.approx((10**8 + 1) * 12 * (2 + 2 + 16) / 8 + counts)
     # The table of 1.2e9 numbers is whole on every GPU for a moment, and so is its gradient.
-    assert sharded.gathered == pytest.approx(2 * 2 * (10**8 + 1) * 12, rel=0.01)
+    assert sharded.gathered == 2 * (2 * (10**8 + 1) * 12 + 50_000_000)
 
 
 def test_bidirectional_encoders_have_two_rows_a_pair() -> None:

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 
 from plrhf.errors import BadValue
 from plrhf.training import build_trainer
-from plrhf.zero import stage3
 
 STEPS, MORE_STEPS = 6, 11  # of 5 an epoch
 SETTINGS = [
@@ -143,27 +142,6 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(
 def test_more_processes_need_zero(tmp_path: Path) -> None:
     with pytest.raises(BadValue, match="trainer.devices=2 is not allowed: expected 1 without ZeRO"):
         build_trainer(run_dir=tmp_path, loggers=[], has_val=True, max_epochs=1, devices=2)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"bucket_size": 0},
-            "trainer.zero3.bucket_size=0 is not allowed: expected a whole number from 1. "
-            "Set trainer.zero3.bucket_size=1.",
-        ),
-        (
-            {"offload_parameters": "nvme"},
-            "trainer.zero3.nvme_path=None is not allowed: expected a directory where something is "
-            "offloaded to nvme. Set trainer.zero3.nvme_path=DIR.",
-        ),
-    ],
-)
-def test_settings_of_stage_3(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(BadValue) as error:
-        stage3(on_cpu=True, accumulate_grad_batches=1, gradient_clip_val=None, **settings)
-    assert str(error.value) == message
 
 
 def test_deepspeed_is_loaded_for_sharded_runs_alone() -> None:
