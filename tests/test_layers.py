@@ -19,8 +19,8 @@ LAYERS = (
     "config errors logprobs losses stats types",
     "aggregators backbone data encoders export gptj lora metrics optim probes training zero",
     "personal policy reward sft",
-    "adapt cli comparison drawing endpoint evaluate figures finished generate judges page plan report "
-    "run shots supervised sweeps tables tasks usermap users",
+    "adapt cli comparison drawing endpoint evaluate figures finished generate jobs judges page plan "
+    "report run shots supervised sweeps tables tasks usermap users",
 )
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units.split()}
 
@@ -50,6 +50,7 @@ SAME_LAYER = {
     "usermap": {"drawing", "finished", "tables"},
     "users": {"evaluate"},
     # Entry points use what does the work.
+    "cli": {"jobs"},
     "evaluate": {"cli", "generate"},
     "judges": {"endpoint", "evaluate"},
     "plan": {"cli"},
