@@ -81,6 +81,12 @@ def is_finished(settings: Mapping[str, Any]) -> bool:
     return True
 
 
+def why_failed(folder: Path) -> str:
+    """What a job of a sweep failed by, in one line behind a colon; empty where none failed here."""
+    path = folder / FAILED
+    return f": {path.read_text(encoding='utf-8').splitlines()[0]}" if path.is_file() else ""
+
+
 class Ending(Callback):
     """Names at a sweep's end the jobs that failed, and ends with status 1 if there are any."""
 
@@ -94,7 +100,7 @@ class Ending(Callback):
             return
         print(f"{len(failures)} jobs failed; each folder's {FAILED} says more:", file=sys.stderr)
         for path in failures:
-            print(f"  {path.parent}: {path.read_text().splitlines()[0]}", file=sys.stderr)
+            print(f"  {path.parent}{why_failed(path.parent)}", file=sys.stderr)
         sys.exit(SOME_FAILED)
 
 

@@ -222,10 +222,8 @@ def checkpoint_of(settings: Settings, run_dir: Path) -> Path | None:
     if not path.is_file():
         raise bad_value("ckpt", "last", f"a run that left {path}", "Set run_dir to that run's")
     before: Settings = yaml.safe_load((run_dir / "config.yaml").read_text())
-    parts = ("seed", *PARTS)
-    difference = first_difference(
-        *({name: one[name] for name in parts} for one in (settings, before))
-    )
+    ours, theirs = ({name: one[name] for name in ("seed", *PARTS)} for one in (settings, before))
+    difference = first_difference(ours, theirs)
     if difference is not None:
         field, now, then = difference
         raise bad_value(

@@ -20,7 +20,7 @@ LAYERS = (
     "aggregators backbone data encoders export gptj lora metrics optim probes training zero",
     "personal policy reward sft",
     "adapt cli comparison drawing endpoint evaluate figures finished generate jobs judges page plan "
-    "report run shots supervised sweeps tables tasks usermap users",
+    "report run seeds shots supervised sweeps tables tasks usermap users",
 )
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units.split()}
 
@@ -45,7 +45,8 @@ SAME_LAYER = {
     "comparison": {"finished", "tables"},
     "figures": {"drawing", "finished", "tables"},
     "page": {"drawing", "tables"},
-    "report": {"comparison", "figures", "finished", "page", "sweeps", "tables", "usermap"},
+    "report": {"comparison", "figures", "finished", "page", "seeds", "sweeps", "tables", "usermap"},
+    "seeds": {"comparison", "finished", "sweeps", "tables"},
     "sweeps": {"drawing", "finished"},
     "usermap": {"drawing", "finished", "tables"},
     "users": {"evaluate"},
@@ -58,7 +59,8 @@ SAME_LAYER = {
     "shots": {"adapt"},
     "supervised": {"cli"},
     "tables": {"finished"},
-    "tasks": {"cli", "comparison", "evaluate", "judges", "report", "shots", "tables", "users"},
+    "tasks": {"cli", "comparison", "evaluate", "jobs", "judges"}
+    | {"report", "shots", "tables", "users"},
 }
 
 ONLY_IN = {"transformers": {"backbone"}, "peft": {"backbone"}, "deepspeed": {"zero"}}
