@@ -98,7 +98,8 @@ class Ending(Callback):
         failures = _failures(config)
         if len(failures) == 0:
             return
-        print(f"{len(failures)} jobs failed; each folder's {FAILED} says more:", file=sys.stderr)
+        head = f"{len(failures)} of the jobs failed; {FAILED} in its folder says more:"
+        print(head, file=sys.stderr)
         for path in failures:
             print(f"  {path.parent}{why_failed(path.parent)}", file=sys.stderr)
         sys.exit(SOME_FAILED)

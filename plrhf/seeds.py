@@ -47,7 +47,10 @@ def over_seeds(runs: Sequence[Run]) -> list[Run]:
         settings = flattened(run.results["config"])
         key = tuple((name, settings[name]) for name in sorted(settings))
         groups.setdefault(key, {}).setdefault(run.settings["seed"], run)
-    return [_pooled(list(group.values())) for group in groups.values()]
+    return [
+        _pooled([group[seed] for seed in sorted(group, key=lambda seed: (len(seed), seed))])
+        for group in groups.values()
+    ]
 
 
 def at_base(runs: Sequence[Run]) -> list[Run]:

@@ -21,7 +21,7 @@ from upstream import (
 
 from plrhf.backbone import Backbone, tiny_gptj
 from plrhf.cli import CONF
-from plrhf.config import accepted, build, checked, kinds, parameters
+from plrhf.config import accepted, build, checked, kinds, locate, parameters
 from plrhf.data.module import build_data
 from plrhf.encoders import UserEncoder
 from plrhf.evaluate import Texts
@@ -198,11 +198,16 @@ def test_judges(judge: str, tmp_path: Path) -> None:
         assert isinstance(build(node, "eval.judge", kind=Judge), Judge)
 
 
-@pytest.mark.parametrize("experiment", options("experiment"))
+SWEEPS = [f"ablation/{name}" for name in options("experiment/ablation")]
+
+
+@pytest.mark.parametrize("experiment", [*options("experiment"), *SWEEPS])
 def test_experiments(experiment: str, files: dict[str, Path], card_of: Any, tmp_path: Path) -> None:
     overrides = [f"experiment={experiment}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         node: Any = OmegaConf.to_container(compose("train", overrides=overrides))
+    if experiment == "ablation/soft_prompt":  # what others are made to do with a soft prompt
+        overrides = ["experiment=[ablation/user_models,ablation/soft_prompt]"]
     if "path" in node["data"]:
         overrides.append(f"data.path={files['rows']}")
     if node["backbone"]["tiny"] is None:
@@ -215,6 +220,26 @@ def test_experiments(experiment: str, files: dict[str, Path], card_of: Any, tmp_
         trainer_of(settings, data, tmp_path)
     if settings["model"]["name"] != "sft":
         build_model(backbone, card, optim=build(settings["optim"], "optim"))
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_each_job_of_a_sweep_composes(sweep: str) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        node = compose("train", overrides=[f"experiment={sweep}"], return_hydra_config=True)
+    grid = node.hydra.sweeper.params
+    assert (grid is None) == (sweep in ("ablation/backbone", "ablation/soft_prompt"))
+    for name, values in (grid or {}).items():
+        for value in str(values).split(","):
+            settings = composed(f"experiment={sweep}", f"{name}={value}")
+            check_settings(settings)
+            assert settings["data"]["seed"] == settings["seed"] != 1000  # not the backbone's
+            for part in (settings[key] for key in ("encoder", "aggregator", "model", "optim")):
+                locate_and_check(part)
+
+
+def locate_and_check(part: dict[str, Any]) -> None:
+    """Refuse settings that the constructor they are meant for does not take."""
+    accepted(part, kinds(locate(part["_target_"], "part")), "part")
 
 
 class Part:
