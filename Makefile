@@ -52,14 +52,14 @@ ablation: $(BACKBONE)
 	sweep experiment=ablation/user_models data.kind=individual encoder=lookup data.shuffle_users=true $(INTO)/shuffled; \
 	sweep experiment=ablation/features data.shuffle_users=true $(INTO)/shuffled-features; \
 	sweep experiment=ablation/n_clusters data.kind=clusters encoder.n_clusters=4 data.shuffle_users=true $(INTO)/shuffled-clusters; \
+	sweep 'experiment=[ablation/user_models,ablation/soft_prompt]' $(INTO)/soft_prompt; \
+	sweep 'experiment=[ablation/features,ablation/soft_prompt]' $(INTO)/soft_prompt-features; \
+	sweep 'experiment=[ablation/n_clusters,ablation/soft_prompt]' encoder.n_clusters=4 $(INTO)/soft_prompt-clusters; \
 	sweep experiment=ablation/pairs_per_user $(INTO)/pairs_per_user; \
 	sweep experiment=ablation/pairs_per_user encoder=cluster encoder.n_clusters=4 $(INTO)/pairs_per_user-clusters; \
 	sweep experiment=ablation/alpha $(INTO)/alpha; \
 	sweep experiment=ablation/n_users $(INTO)/n_users; \
 	sweep experiment=ablation/init $(INTO)/init; \
-	sweep 'experiment=[ablation/user_models,ablation/soft_prompt]' $(INTO)/soft_prompt; \
-	sweep 'experiment=[ablation/features,ablation/soft_prompt]' $(INTO)/soft_prompt-features; \
-	sweep 'experiment=[ablation/n_clusters,ablation/soft_prompt]' encoder.n_clusters=4 $(INTO)/soft_prompt-clusters; \
 	sweep experiment=ablation/n_tokens $(INTO)/n_tokens; \
 	$(BIN)/python eval.py eval=compare runs='$(ABLATION)/sweeps/*/*' out=$(ABLATION)/report || failed=1; \
 	exit $$failed
