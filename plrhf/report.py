@@ -27,11 +27,12 @@ from plrhf.finished import Run, read_run
 from plrhf.metrics import USER_KINDS
 from plrhf.page import Section, Tile, write_page
 from plrhf.seeds import (
-    SEEDS_NOTE,
     at_base,
+    base_values,
     curves_table,
     over_seeds,
     seeds_frame,
+    seeds_note,
     seeds_table,
 )
 from plrhf.stats import paired_difference
@@ -230,16 +231,17 @@ def compare(
     frame.attrs["skipped"] = skipped
     pooled = over_seeds(there)
     several = baseline is None and any("by_seed" in run.results for run in pooled)
-    of_seeds = seeds_frame(at_base(pooled)) if several else None
+    base = base_values(pooled)
+    of_seeds = seeds_frame(at_base(pooled, base)) if several else None
     frame.attrs["over_seeds"] = None if of_seeds is None else seeds_table(of_seeds)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     table, shared = comparison(frame)
     _write_tables(out / "comparison", frame, table, _notes(frame))
     if of_seeds is not None:
-        _write_tables(out / "over_seeds", of_seeds, frame.attrs["over_seeds"], [SEEDS_NOTE])
+        _write_tables(out / "over_seeds", of_seeds, frame.attrs["over_seeds"], [seeds_note(base)])
     sections = [
-        *([] if of_seeds is None else [seeds_section(of_seeds)]),
+        *([] if of_seeds is None else [seeds_section(of_seeds, base)]),
         sweeps_section(pooled),
         comparison_section(frame, folded=of_seeds is not None),
         few_shot_section(there),
@@ -270,9 +272,9 @@ def read_runs(runs: str | Sequence[Path]) -> tuple[list[Run], list[str]]:
     return [read_run(path, name=name) for path, name in named], skipped
 
 
-def seeds_section(frame: pd.DataFrame) -> Section:
-    """The frame of `seeds_frame` as a table."""
-    return Section("Test results over seeds", SEEDS_NOTE, table=seeds_table(frame))
+def seeds_section(frame: pd.DataFrame, base: Mapping[str, Any]) -> Section:
+    """The frame of `seeds_frame` as a table, of runs at `base_values`."""
+    return Section("Test results over seeds", seeds_note(base), table=seeds_table(frame))
 
 
 def comparison_section(frame: pd.DataFrame, *, folded: bool = False) -> Section:

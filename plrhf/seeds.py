@@ -7,7 +7,7 @@ the seed itself does to it stands beside it, one value a seed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -34,7 +34,7 @@ SEEDS_NOTE = (
     "context, in brackets 95% intervals over the users of all seeds, below them each seed's own "
     "value. Over baseline, p (Holm, over this table) and gain as for single runs; over next best: "
     "less the accuracy of the best other encoder with the same aggregator on the same pairs, paired, "
-    "in points. Rows are at the settings most runs share; other values are in the curves below."
+    "in points."
 )
 OF_ENCODER = ("encoder", "aggregator")
 SWAPPED = {"chosen_tokens": "rejected_tokens", "rejected_tokens": "chosen_tokens"}
@@ -53,15 +53,29 @@ def over_seeds(runs: Sequence[Run]) -> list[Run]:
     ]
 
 
-def at_base(runs: Sequence[Run]) -> list[Run]:
-    """Those that have, of each number that makes a curve, the value that most runs have."""
+def base_values(runs: Sequence[Run]) -> dict[str, Any]:
+    """Of each number that makes a curve, the value that most runs have."""
     flat = [flattened(run.results["config"]) for run in runs]
-    kept = list(range(len(runs)))
-    for axis in curves(runs):
-        values = Counter(settings[axis] for settings in flat if axis in settings)
-        base, _ = values.most_common(1)[0]
-        kept = [place for place in kept if flat[place].get(axis, base) == base]
-    return [runs[place] for place in kept]
+    return {
+        axis: Counter(one[axis] for one in flat if axis in one).most_common(1)[0][0]
+        for axis in curves(runs)
+    }
+
+
+def seeds_note(base: Mapping[str, Any]) -> str:
+    """What the table shows, and at which of `base_values`."""
+    at = ", ".join(f"{axis}={value}" for axis, value in base.items())
+    return f"{SEEDS_NOTE} At {at}; other values are in the curves." if at else SEEDS_NOTE
+
+
+def at_base(runs: Sequence[Run], base: Mapping[str, Any]) -> list[Run]:
+    """The runs that have all of `base_values`."""
+    flat = [flattened(run.results["config"]) for run in runs]
+    return [
+        run
+        for run, settings in zip(runs, flat, strict=True)
+        if all(settings.get(axis, value) == value for axis, value in base.items())
+    ]
 
 
 def seeds_frame(runs: Sequence[Run]) -> pd.DataFrame:
@@ -103,13 +117,19 @@ def curves_table(runs: Sequence[Run]) -> Table | None:
     """Accuracy at each value of each setting that makes a curve; None where none does."""
     groups = []
     for setting, families in curves(runs).items():
+        points_of = [(value, run, family) for family in families for value, run in family.runs]
         rows = [
-            [Cell(family.name), Cell(f"{value:g}"), *_of_contexts(run)]
-            for family in families
-            for value, run in family.runs
+            [
+                Cell(family.name),
+                Cell(f"{value:g}"),
+                *_of_contexts(run),
+                points(_over_next(run, [one for at, one, _ in points_of if at == value], "seen")),
+            ]
+            for value, run, family in points_of
         ]
         groups.append((setting, rows))
     columns = ["runs", "value", "seen users, %", "without the user, %", "unseen users, %"]
+    columns.append("over next best, seen users")
     return Table(columns, groups, (0,)) if len(groups) > 0 else None
 
 
@@ -162,9 +182,9 @@ def _over_next(run: Run, runs: Sequence[Run], kind: str) -> Estimate:
         for other in runs
         if other.settings["encoder"] != run.settings["encoder"]
         and all(other.settings[key] == run.settings[key] for key in alike)
-        and len(other.outcomes(kind)) > 0
+        and same_pairs(other.outcomes(kind), run.outcomes(kind))
     ]
-    if len(others) == 0:
+    if len(others) == 0 or len(run.outcomes(kind)) == 0:
         return NO_ESTIMATE
     best = max(others, key=accuracy)
     return paired_difference(run.outcomes(kind), best.outcomes(kind))["accuracy_micro"]

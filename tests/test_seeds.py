@@ -12,7 +12,15 @@ from test_report import ORACLE, PERSONAL, VANILLA, make_run, predictions, read_p
 
 from plrhf import report, sweeps, tables
 from plrhf.finished import Run, read_run
-from plrhf.seeds import at_base, curves_table, over_seeds, seeds_frame, seeds_table
+from plrhf.seeds import (
+    at_base,
+    base_values,
+    curves_table,
+    over_seeds,
+    seeds_frame,
+    seeds_note,
+    seeds_table,
+)
 
 WORSE = {"ann": 2, "bob": 1, "cid": 1, "dan": 2}  # 4 of 14 seen
 
@@ -130,7 +138,10 @@ def test_points_of_curves_are_left_to_the_curves(tmp_path: Path) -> None:
     for alpha, right in ((0.0, WORSE), (0.5, PERSONAL), (1.0, ORACLE)):
         runs += [made(tmp_path, right, seed, "lookup", model_alpha=alpha) for seed in (1, 2)]
     pooled = over_seeds(runs)
-    assert [run.settings["encoder"] for run in at_base(pooled)] == ["none", "lookup"]
+    base = base_values(pooled)
+    assert base == {"model.alpha": 0.5}
+    assert [run.settings["encoder"] for run in at_base(pooled, base)] == ["none", "lookup"]
+    assert seeds_note(base).endswith(" At model.alpha=0.5; other values are in the curves.")
     table = curves_table(pooled)
     assert table is not None
     ((setting, rows),) = table.groups
@@ -138,11 +149,28 @@ def test_points_of_curves_are_left_to_the_curves(tmp_path: Path) -> None:
     shown = [[cell.value for cell in row] for row in rows]
     # Without the user: 7 of 14 in `predictions`.
     assert shown == [
-        ["user context", "0", "28.6", "50.0", "66.7"],
-        ["user context", "0.5", "64.3", "50.0", "33.3"],
-        ["user context", "1", "85.7", "50.0", "100.0"],
+        ["user context", "0", "28.6", "50.0", "66.7", "–"],
+        ["user context", "0.5", "64.3", "50.0", "33.3", "–"],
+        ["user context", "1", "85.7", "50.0", "100.0", "–"],
     ]
     assert curves_table(pooled[:1]) is None
+
+
+def test_the_next_best_of_a_curve_is_at_the_same_value(tmp_path: Path) -> None:
+    runs = [
+        made(tmp_path, right, 1, encoder, model_alpha=alpha)
+        for encoder, alpha, right in (
+            ("lookup", 0.0, WORSE),  # 4 of 14
+            ("lookup", 1.0, ORACLE),  # 12
+            ("cluster", 0.0, PERSONAL),  # 9
+            ("cluster", 1.0, VANILLA),  # 6
+        )
+    ]
+    table = curves_table(runs)
+    assert table is not None
+    shown = {(row[0].value, row[1].value): row[-1].value for row in table.groups[0][1]}
+    gaps = {("lookup", "0"): -5, ("lookup", "1"): 6, ("cluster", "0"): 5, ("cluster", "1"): -6}
+    assert shown == {key: f"{100 * gap / 14:+.1f}" for key, gap in gaps.items()}
 
 
 def test_families_are_told_apart_by_their_settings(tmp_path: Path) -> None:
