@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -222,24 +223,51 @@ def test_experiments(experiment: str, files: dict[str, Path], card_of: Any, tmp_
         build_model(backbone, card, optim=build(settings["optim"], "optim"))
 
 
-@pytest.mark.parametrize("sweep", SWEEPS)
-def test_each_job_of_a_sweep_composes(sweep: str) -> None:
+def jobs_of(*overrides: str) -> list[dict[str, Any]]:
+    """Settings of jobs of a sweep in which each value of each parameter is there at least once."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        node = compose("train", overrides=[f"experiment={sweep}"], return_hydra_config=True)
-    grid = node.hydra.sweeper.params
-    assert (grid is None) == (sweep in ("ablation/backbone", "ablation/soft_prompt"))
-    for name, values in (grid or {}).items():
-        for value in str(values).split(","):
-            settings = composed(f"experiment={sweep}", f"{name}={value}")
-            check_settings(settings)
-            assert settings["data"]["seed"] == settings["seed"] != 1000  # not the backbone's
-            for part in (settings[key] for key in ("encoder", "aggregator", "model", "optim")):
-                locate_and_check(part)
+        node = compose("train", overrides=list(overrides), return_hydra_config=True)
+    given = {override.split("=")[0] for override in overrides}
+    grid = {
+        name: str(values).split(",")
+        for name, values in (node.hydra.sweeper.params or {}).items()
+        if name not in given
+    }
+    longest = max((len(values) for values in grid.values()), default=1)
+    return [
+        composed(
+            *overrides, *(f"{name}={values[n % len(values)]}" for name, values in grid.items())
+        )
+        for n in range(longest)
+    ]
 
 
-def locate_and_check(part: dict[str, Any]) -> None:
-    """Refuse settings that the constructor they are meant for does not take."""
-    accepted(part, kinds(locate(part["_target_"], "part")), "part")
+def check_job(settings: dict[str, Any]) -> None:
+    """Assert that a job of the ablation would be taken, as far as that shows without its data."""
+    check_settings(settings)
+    assert settings["data"]["seed"] == settings["seed"]
+    for name in ("encoder", "aggregator", "model", "optim"):
+        part = settings[name]
+        accepted(part, kinds(locate(part["_target_"], name)), name)
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_sweeps_by_themselves(sweep: str) -> None:
+    own_seed = composed("experiment=ablation/backbone")["seed"]
+    for settings in jobs_of(f"experiment={sweep}"):
+        check_job(settings)
+        assert (settings["seed"] == own_seed) == (sweep == "ablation/backbone")
+
+
+def test_sweeps_of_make_ablation() -> None:
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    sweeps = [shlex.split(line.rstrip("; \\"))[1:] for line in lines if line.startswith("\tsweep ")]
+    folders = [words[-1] for words in sweeps]
+    assert len(set(folders)) == len(folders) > 10
+    assert all(folder.startswith("$(INTO)/") for folder in folders)
+    for words in sweeps:
+        for settings in jobs_of(*words[:-1]):
+            check_job(settings)
 
 
 class Part:
