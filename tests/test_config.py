@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -223,8 +224,8 @@ def test_experiments(experiment: str, files: dict[str, Path], card_of: Any, tmp_
         build_model(backbone, card, optim=build(settings["optim"], "optim"))
 
 
-def jobs_of(*overrides: str) -> list[dict[str, Any]]:
-    """Settings of jobs of a sweep in which each value of each parameter is there at least once."""
+def jobs_of(*overrides: str) -> Iterator[dict[str, Any]]:
+    """Settings of jobs of a sweep, until each value of each parameter was there."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         node = compose("train", overrides=list(overrides), return_hydra_config=True)
     given = {override.split("=")[0] for override in overrides}
@@ -233,13 +234,9 @@ def jobs_of(*overrides: str) -> list[dict[str, Any]]:
         for name, values in (node.hydra.sweeper.params or {}).items()
         if name not in given
     }
-    longest = max((len(values) for values in grid.values()), default=1)
-    return [
-        composed(
-            *overrides, *(f"{name}={values[n % len(values)]}" for name, values in grid.items())
-        )
-        for n in range(longest)
-    ]
+    for n in range(max((len(values) for values in grid.values()), default=1)):
+        own = (f"{name}={values[n % len(values)]}" for name, values in grid.items())
+        yield composed(*overrides, *own)
 
 
 def check_job(settings: dict[str, Any]) -> None:
@@ -266,8 +263,7 @@ def test_sweeps_of_make_ablation() -> None:
     assert len(set(folders)) == len(folders) > 10
     assert all(folder.startswith("$(INTO)/") for folder in folders)
     for words in sweeps:
-        for settings in jobs_of(*words[:-1]):
-            check_job(settings)
+        check_job(next(jobs_of(*words[:-1])))
 
 
 class Part:
