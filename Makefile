@@ -4,7 +4,7 @@ BIN := .venv/bin
 ENV := .venv/.installed
 QUICK := runs/quickstart
 
-.PHONY: quickstart test lint benchmark
+.PHONY: quickstart test lint benchmark ablation
 
 $(ENV): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -31,3 +31,35 @@ lint: $(ENV)
 OUT ?= benchmark.json
 benchmark: $(ENV)
 	$(BIN)/python benchmarks/against_trl.py --out $(OUT)
+
+# User models x aggregators x worlds, controls, curves over settings; one report. JOBS at a time. Begun
+# again it goes on where it stopped; a failed job costs no other, and is named at the end.
+JOBS ?= 2
+ABLATION := runs/ablation
+BACKBONE := $(ABLATION)/backbone/export
+SWEEP = $(BIN)/python train.py -m hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
+INTO := run_dir=$(ABLATION)/sweeps
+
+$(BACKBONE): $(ENV)
+	$(BIN)/python train.py experiment=ablation/backbone run_dir=$(@D)
+	touch $@
+
+ablation: $(BACKBONE)
+	failed=0; sweep() { $(SWEEP) "$$@" || failed=1; }; \
+	sweep experiment=ablation/user_models $(INTO)/film; \
+	sweep experiment=ablation/features $(INTO)/film-features; \
+	sweep experiment=ablation/n_clusters $(INTO)/film-clusters; \
+	sweep experiment=ablation/user_models data.kind=individual encoder=lookup data.shuffle_users=true $(INTO)/shuffled; \
+	sweep experiment=ablation/features data.shuffle_users=true $(INTO)/shuffled-features; \
+	sweep experiment=ablation/n_clusters data.kind=clusters encoder.n_clusters=4 data.shuffle_users=true $(INTO)/shuffled-clusters; \
+	sweep 'experiment=[ablation/user_models,ablation/soft_prompt]' $(INTO)/soft_prompt; \
+	sweep 'experiment=[ablation/features,ablation/soft_prompt]' $(INTO)/soft_prompt-features; \
+	sweep 'experiment=[ablation/n_clusters,ablation/soft_prompt]' encoder.n_clusters=4 $(INTO)/soft_prompt-clusters; \
+	sweep experiment=ablation/pairs_per_user $(INTO)/pairs_per_user; \
+	sweep experiment=ablation/pairs_per_user encoder=cluster encoder.n_clusters=4 $(INTO)/pairs_per_user-clusters; \
+	sweep experiment=ablation/alpha $(INTO)/alpha; \
+	sweep experiment=ablation/n_users $(INTO)/n_users; \
+	sweep experiment=ablation/init $(INTO)/init; \
+	sweep experiment=ablation/n_tokens $(INTO)/n_tokens; \
+	$(BIN)/python eval.py eval=compare runs='$(ABLATION)/sweeps/*/*' out=$(ABLATION)/report || failed=1; \
+	exit $$failed

@@ -22,10 +22,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from plrhf.config import Settings, unknown_key
 from plrhf.errors import BadValue, bad_value
+from plrhf.jobs import is_finished, job
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 USAGE_ERROR, INTERRUPTED = 2, 130
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # as Lightning, torchrun and SLURM tell a process
+FOR_THE_USER = (BadValue, HydraException, OmegaConfBaseException)
 
 # Advice of libraries to their programmers, which the user of a run can do nothing about.
 NOT_FOR_THE_USER = (
@@ -56,6 +58,9 @@ def main(config_name: str, task: str) -> None:
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     def composed(config: DictConfig) -> None:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            one_of_many(config, config_name, task)
+            return
         with worded_errors(config_name):  # here already, as Hydra writes a line of its own
             settings = resolved(config)
             run = hydra.utils.get_method(task)
@@ -66,18 +71,37 @@ def main(config_name: str, task: str) -> None:
         composed()
 
 
+def one_of_many(config: DictConfig, config_name: str, task: str) -> None:
+    """Run `task` as a job of a sweep, in whatever process the launcher runs it in."""
+    hydra_config = HydraConfig.get()
+    overrides, folder = list(hydra_config.overrides.task), Path(hydra_config.runtime.output_dir)
+
+    def line(error: Exception) -> str:
+        if isinstance(error, FOR_THE_USER):
+            return worded(error, config_name, overrides)
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+    with job(folder, overrides, f"{config_name}.py", line):
+        settings = resolved(config)
+        if "run_dir" in settings and is_finished(settings):
+            print("finished before")
+            return
+        run = hydra.utils.get_method(task)
+        quieten()
+        run(settings)
+
+
 @contextlib.contextmanager
 def worded_errors(config_name: str) -> Iterator[None]:
     """Within it what the user can mend ends the process in one line, unless ``debug=true``."""
     overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
     try:
         yield
-    except (BadValue, HydraException, OmegaConfBaseException) as error:
+    except FOR_THE_USER as error:
         if "debug=true" in (one.lower() for one in overrides):
             raise
-        if all(
-            os.environ.get(name, "0") == "0" for name in RANKS
-        ):  # of several processes one tells
+        first = all(os.environ.get(name, "0") == "0" for name in RANKS)
+        if first:  # of several processes one tells
             print(f"error: {worded(error, config_name, overrides)}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
     except KeyboardInterrupt:

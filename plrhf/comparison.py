@@ -62,10 +62,10 @@ def comparison_frame(runs: Sequence[Run], *, baseline: Run | None = None) -> pd.
             for name, role, cells in references
             if cells is not None
         ]
-    return _with_holm(pd.DataFrame(rows))
+    return with_holm(pd.DataFrame(rows))
 
 
-def _with_holm(frame: pd.DataFrame) -> pd.DataFrame:
+def with_holm(frame: pd.DataFrame) -> pd.DataFrame:
     """Adjust the p of all runs and kinds of users as one family, for as such they are looked at."""
     columns = [f"{kind}_p_value" for kind in USER_KINDS]
     given = [None if pd.isna(p) else float(p) for column in columns for p in frame[column]]
@@ -95,14 +95,14 @@ def comparison(frame: pd.DataFrame) -> tuple[Table, str]:
                 Cell(str(row["run"])),
                 Cell(str(row["role"])),
                 *(Cell("" if pd.isna(row[key]) else str(row[key])) for key in varied),
-                percent(_estimate_in(row, f"{kind}_accuracy_micro")),
-                percent(_estimate_in(row, f"{kind}_accuracy_macro")),
-                percent(_estimate_in(row, f"{kind}_accuracy_worst10")),
-                points(_estimate_in(row, f"{kind}_difference_micro")),
-                estimate_cell(_estimate_in(row, f"{kind}_effect_size"), "+z.2f"),
-                _p_cell(row[f"{kind}_p_holm"]),
-                estimate_cell(_estimate_in(row, f"{kind}_gain_recovered"), "z.2f"),
-                estimate_cell(_estimate_in(row, f"{kind}_price_nll"), "+z.3f"),
+                percent(estimate_in(row, f"{kind}_accuracy_micro")),
+                percent(estimate_in(row, f"{kind}_accuracy_macro")),
+                percent(estimate_in(row, f"{kind}_accuracy_worst10")),
+                points(estimate_in(row, f"{kind}_difference_micro")),
+                estimate_cell(estimate_in(row, f"{kind}_effect_size"), "+z.2f"),
+                p_cell(row[f"{kind}_p_holm"]),
+                estimate_cell(estimate_in(row, f"{kind}_gain_recovered"), "z.2f"),
+                estimate_cell(estimate_in(row, f"{kind}_price_nll"), "+z.3f"),
             ]
             for _, row in frame.iterrows()
             if row[f"{kind}_n_pairs"] > 0
@@ -114,7 +114,7 @@ def comparison(frame: pd.DataFrame) -> tuple[Table, str]:
     return table, "".join(f", {words}" for words in shared)
 
 
-def _p_cell(p_value: float) -> Cell:
+def p_cell(p_value: float) -> Cell:
     if pd.isna(p_value):
         return Cell("–")
     return Cell("<0.001" if p_value < 0.001 else f"{p_value:.3f}")
@@ -179,7 +179,7 @@ def _run_row(run: Run, baseline: Run | None) -> dict[str, Any]:
         of_user: dict[str, Any] = {"accuracy_micro": NO_ESTIMATE, "n_pairs": 0}
         if cell is not None:
             of_user = cell["user"]
-        row |= _columns(f"{name}_accuracy_micro", of_user["accuracy_micro"])
+        row |= columns_of(f"{name}_accuracy_micro", of_user["accuracy_micro"])
         row[f"{name}_n_pairs"] = of_user["n_pairs"]
     return row
 
@@ -202,13 +202,13 @@ def _paired_columns(run: Run, baseline: Run | None, kind: str) -> dict[str, Any]
         if len(oracle) > 0:
             gain = gain_recovered(personal, theirs, oracle)
     return {
-        **_columns(f"{kind}_difference_micro", difference["accuracy_micro"]),
-        **_columns(f"{kind}_difference_macro", difference["accuracy_macro"]),
-        **_columns(f"{kind}_effect_size", difference["effect_size"]),
+        **columns_of(f"{kind}_difference_micro", difference["accuracy_micro"]),
+        **columns_of(f"{kind}_difference_macro", difference["accuracy_macro"]),
+        **columns_of(f"{kind}_effect_size", difference["effect_size"]),
         f"{kind}_p_value": difference["p_value"],
         f"{kind}_p_holm": None,  # known once all runs are
-        **_columns(f"{kind}_gain_recovered", gain),
-        **_columns(f"{kind}_price_nll", price),
+        **columns_of(f"{kind}_gain_recovered", gain),
+        **columns_of(f"{kind}_price_nll", price),
     }
 
 
@@ -216,18 +216,18 @@ def _accuracy_columns(cells: Mapping[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for kind in USER_KINDS:
         for name in ("accuracy_micro", "accuracy_macro", "accuracy_worst10"):
-            row |= _columns(f"{kind}_{name}", cells[kind][name])
+            row |= columns_of(f"{kind}_{name}", cells[kind][name])
         row |= {f"{kind}_{name}": cells[kind][name] for name in ("n_pairs", "n_users")}
     return row
 
 
-def _columns(name: str, estimate: Estimate) -> dict[str, float | None]:
+def columns_of(name: str, estimate: Estimate) -> dict[str, float | None]:
     low, high = (None, None) if estimate["ci95"] is None else estimate["ci95"]
     return {name: estimate["value"], f"{name}_low": low, f"{name}_high": high}
 
 
-def _estimate_in(row: pd.Series, name: str) -> Estimate:
-    """The inverse of `_columns`."""
+def estimate_in(row: pd.Series, name: str) -> Estimate:
+    """The inverse of `columns_of`."""
     value, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
     if pd.isna(value):
         return NO_ESTIMATE

@@ -149,3 +149,15 @@ def checked(value: Any, kind: Any, field: str) -> Any:
         ]
         allowed = " or ".join(dict.fromkeys(in_yaml))
         raise bad_value(field, value, allowed, f"Give {field} such a value") from error
+
+
+def first_difference(now: Any, before: Any, field: str = "") -> tuple[str, Any, Any] | None:
+    """The first setting in which two configs differ, as (dotted name, now, before), or None."""
+    if isinstance(now, Mapping) and isinstance(before, Mapping):
+        for name in dict.fromkeys((*now, *before)):
+            below = f"{field}.{name}" if field else str(name)
+            found = first_difference(now.get(name), before.get(name), below)
+            if found is not None:
+                return found
+        return None
+    return None if now == before else (field, now, before)

@@ -17,12 +17,13 @@ from plrhf.tables import Cell, Table
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page; a notebook shows it as the page does."""
+    """A part of a page; a notebook shows it as the page does. A folded table opens at a click."""
 
     title: str
     note: str = ""
     warnings: Sequence[str] = ()
     table: Table | None = None
+    folded: bool = False
     figures: Sequence[Drawing] = ()
     samples: Sequence[Mapping[str, Any]] = ()
     text_name: str = ""

@@ -26,6 +26,15 @@ from plrhf.figures import (
 from plrhf.finished import Run, read_run
 from plrhf.metrics import USER_KINDS
 from plrhf.page import Section, Tile, write_page
+from plrhf.seeds import (
+    at_base,
+    base_values,
+    curves_table,
+    over_seeds,
+    seeds_frame,
+    seeds_note,
+    seeds_table,
+)
 from plrhf.stats import paired_difference
 from plrhf.sweeps import sweep_curves
 from plrhf.tables import (
@@ -215,7 +224,8 @@ def compare(
     """Set finished runs side by side; leaves comparison.csv, .md, .tex and report.html in out.
 
     Differences are paired with the vanilla run of the same model, data, seed and test pairs, where
-    there is one. Directories without results are skipped and named.
+    there is one. Directories without results are skipped and named. Where runs differ in seed alone,
+    over_seeds.csv, .md and .tex and the page's first table have one row for them.
 
     Args:
         runs: a glob of run directories, or the directories.
@@ -224,7 +234,8 @@ def compare(
 
     Returns:
         One row a run, then oracle and length-only for each test set; intervals in columns ending
-        in ``_low`` and ``_high``; ``attrs["skipped"]`` names what was skipped.
+        in ``_low`` and ``_high``; ``attrs["skipped"]`` names what was skipped, ``attrs["over_seeds"]``
+        is the table over seeds, or None.
 
     Raises:
         ValueError: no directory matches, none of them holds results, or a run does not hold the
@@ -233,7 +244,26 @@ def compare(
     there, skipped = read_runs(runs)
     frame = comparison_frame(there, baseline=None if baseline is None else read_run(baseline))
     frame.attrs["skipped"] = skipped
-    _write_comparison(frame, there, Path(out))
+    pooled = over_seeds(there)
+    several = baseline is None and any("by_seed" in run.results for run in pooled)
+    base = base_values(pooled)
+    of_seeds = seeds_frame(at_base(pooled, base)) if several else None
+    frame.attrs["over_seeds"] = None if of_seeds is None else seeds_table(of_seeds)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    table, shared = comparison(frame)
+    _write_tables(out / "comparison", frame, table, _notes(frame))
+    if of_seeds is not None:
+        _write_tables(out / "over_seeds", of_seeds, frame.attrs["over_seeds"], [seeds_note(base)])
+    sections = [
+        *([] if of_seeds is None else [seeds_section(of_seeds, base)]),
+        sweeps_section(pooled),
+        comparison_section(frame, folded=of_seeds is not None),
+        few_shot_section(there),
+        commands_section(there, folded=of_seeds is not None),
+    ]
+    subtitle = f"{len(there)} runs{shared}"
+    write_page(out / "report.html", "Comparison of runs", subtitle, sections)
     return frame
 
 
@@ -257,12 +287,17 @@ def read_runs(runs: str | Sequence[Path]) -> tuple[list[Run], list[str]]:
     return [read_run(path, name=name) for path, name in named], skipped
 
 
-def comparison_section(frame: pd.DataFrame) -> Section:
-    """The frame of `compare` as a table and bars."""
+def seeds_section(frame: pd.DataFrame, base: Mapping[str, Any]) -> Section:
+    """The frame of `seeds_frame` as a table, of runs at `base_values`."""
+    return Section("Test results over seeds", seeds_note(base), table=seeds_table(frame))
+
+
+def comparison_section(frame: pd.DataFrame, *, folded: bool = False) -> Section:
+    """The frame of `compare` as a table and bars; folded, the table alone, behind a click."""
     table, _ = comparison(frame)
-    return Section(
-        "Test results", " ".join(_notes(frame)), table=table, figures=[comparison_bars(frame)]
-    )
+    title = "Single runs" if folded else "Test results"
+    figures = [] if folded else [comparison_bars(frame)]
+    return Section(title, " ".join(_notes(frame)), table=table, folded=folded, figures=figures)
 
 
 def sweeps_section(runs: Sequence[Run]) -> Section | None:
@@ -272,7 +307,10 @@ def sweeps_section(runs: Sequence[Run]) -> Section | None:
         "Runs that differ in this setting and in seed alone; lines are means over seeds, bars 95% "
         "intervals over users."
     )
-    return Section("Curves over settings", note, figures=figures) if len(figures) > 0 else None
+    if len(figures) == 0:
+        return None
+    table = curves_table(runs)
+    return Section("Curves over settings", note, table=table, folded=True, figures=figures)
 
 
 def few_shot_section(runs: Sequence[Run]) -> Section | None:
@@ -285,7 +323,7 @@ def few_shot_section(runs: Sequence[Run]) -> Section | None:
     return Section("New users", figures=figures) if len(figures) > 0 else None
 
 
-def commands_section(runs: Sequence[Run]) -> Section:
+def commands_section(runs: Sequence[Run], *, folded: bool = False) -> Section:
     """The exact command and versions of each run."""
     rows = []
     for run in runs:
@@ -293,7 +331,7 @@ def commands_section(runs: Sequence[Run]) -> Section:
         versions = ", ".join(f"{name} {number}" for name, number in how["versions"].items())
         rows.append([Cell(run.name), Cell(how["command"]), Cell(versions)])
     table = Table(["run", "command", "versions"], [("", rows)], (0, 1, 2))
-    return Section("How they were made", table=table)
+    return Section("How they were made", table=table, folded=folded)
 
 
 def _tiles(run: Run) -> list[Tile]:
@@ -338,20 +376,8 @@ def _notes(frame: pd.DataFrame) -> list[str]:
     return [COMPARISON_NOTE, *named]
 
 
-def _write_comparison(frame: pd.DataFrame, runs: Sequence[Run], out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(out / "comparison.csv", index=False)
-    table, shared = comparison(frame)
-    words = markdown(table, "\n\n".join(_notes(frame)))
-    (out / "comparison.md").write_text(words, encoding="utf-8")
-    words = latex(table, "\n".join(_notes(frame)))
-    (out / "comparison.tex").write_text(words, encoding="utf-8")
-    sections = [
-        comparison_section(frame),
-        sweeps_section(runs),
-        few_shot_section(runs),
-        winrate_section(runs),
-        commands_section(runs),
-    ]
-    subtitle = f"{len(frame)} rows{shared}"
-    write_page(out / "report.html", "Comparison of runs", subtitle, sections)
+def _write_tables(path: Path, frame: pd.DataFrame, table: Table, notes: Sequence[str]) -> None:
+    """The frame as .csv, its table as .md and .tex."""
+    frame.to_csv(path.with_suffix(".csv"), index=False)
+    path.with_suffix(".md").write_text(markdown(table, "\n\n".join(notes)), encoding="utf-8")
+    path.with_suffix(".tex").write_text(latex(table, "\n".join(notes)), encoding="utf-8")

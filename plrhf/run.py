@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from plrhf import report, tables
 from plrhf.backbone import Backbone, tiny_gptj
-from plrhf.config import Settings, accepted, build
+from plrhf.config import Settings, accepted, build, first_difference
 from plrhf.data.features import FeatureSchema
 from plrhf.data.module import PreferenceData, build_data
 from plrhf.errors import bad_value
@@ -221,22 +221,15 @@ def checkpoint_of(settings: Settings, run_dir: Path) -> Path | None:
     if not path.is_file():
         raise bad_value("ckpt", "last", f"a run that left {path}", "Set run_dir to that run's")
     before: Settings = yaml.safe_load((run_dir / "config.yaml").read_text())
-    for part in ("seed", *PARTS):
-        if settings[part] != before[part]:
-            raise _changed(part, settings[part], before[part])
+    ours, theirs = ({name: one[name] for name in ("seed", *PARTS)} for one in (settings, before))
+    difference = first_difference(ours, theirs)
+    if difference is not None:
+        field, now, then = difference
+        raise bad_value(
+            field, now, f"{then!r}, which the run began with", "Repeat its command with ckpt=last"
+        )
     read_checkpoint(path)
     return path
-
-
-def _changed(field: str, now: Any, before: Any) -> Exception:
-    """The error for the first setting that is not what the run began with."""
-    if isinstance(now, dict) and isinstance(before, dict):
-        for name in (*now, *before):
-            if now.get(name) != before.get(name):
-                return _changed(f"{field}.{name}", now.get(name), before.get(name))
-    return bad_value(
-        field, now, f"{before!r}, which the run began with", "Repeat its command with ckpt=last"
-    )
 
 
 def _check_shards(settings: Settings) -> None:

@@ -54,7 +54,7 @@ def curves(runs: Sequence[Run]) -> dict[str, list[Family]]:
                 groups.setdefault(rest, []).append((float(value), number))
         curved = [group for group in groups.values() if len({value for value, _ in group}) > 1]
         if len(curved) > 0:
-            labels = _labels([runs[group[0][1]] for group in curved])
+            labels = _labels([runs[group[0][1]] for group in curved], axis)
             found[axis] = [
                 Family(label, [(value, runs[number]) for value, number in sorted(group)])
                 for label, group in zip(labels, curved, strict=True)
@@ -75,14 +75,29 @@ def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _labels(first: Sequence[Run]) -> list[str]:
-    """What tells families apart: settings in which they differ, or the name of their first run."""
+def _labels(first: Sequence[Run], axis: str) -> list[str]:
+    """What tells families apart: parts by name, then single settings until no two are alike.
+
+    Where no setting does, the name of their first run.
+    """
+    if len(first) == 1:
+        return ["user context"]
     keys = [key for key in SETTINGS if key != "seed"]
     told = [key for key in keys if len({run.settings[key] for run in first}) > 1]
-    labels = [", ".join(run.settings[key] for key in told) for run in first]
-    if len(set(labels)) == len(labels) > 1:
-        return labels
-    return [run.name for run in first] if len(first) > 1 else ["user context"]
+    parts = [[run.settings[key] for key in told] for run in first]
+    flat = [flattened(run.results["config"]) for run in first]
+    for name in dict.fromkeys(name for settings in flat for name in settings):
+        labels = [", ".join(words) for words in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+        twins: dict[str, set[Any]] = {}
+        for label, settings in zip(labels, flat, strict=True):
+            twins.setdefault(label, set()).add(settings.get(name))
+        if name != axis and any(len(values) > 1 for values in twins.values()):
+            for words, settings in zip(parts, flat, strict=True):
+                words.append(f"{name}={settings.get(name)}")
+    labels = [", ".join(words) for words in parts]
+    return labels if len(set(labels)) == len(labels) else [run.name for run in first]
 
 
 @rc_context(STYLE)

@@ -27,6 +27,7 @@ from plrhf.evaluate import (
     write_texts,
 )
 from plrhf.export import read_card
+from plrhf.jobs import why_failed
 from plrhf.judges import Contest, Judge, win_rates
 from plrhf.personal import PersonalModule
 from plrhf.policy import PersonalDPOPolicy
@@ -161,9 +162,14 @@ def compare(settings: Settings) -> None:
         )
     baseline = settings["eval"]["baseline"]
     frame = report.compare(settings["runs"], settings["out"], baseline=baseline)
-    tables.console().print(comparison.comparison_table(frame))
+    over_seeds = frame.attrs["over_seeds"]
+    if over_seeds is None:
+        tables.console().print(comparison.comparison_table(frame))
+    else:
+        title = "Test results over seeds, 95% intervals over users"
+        tables.console().print(tables.rich_table(over_seeds, title=title, without=["by seed"]))
     for path in frame.attrs["skipped"]:
-        print(f"skipped, as it holds no results.json: {path}")
+        print(f"skipped, as it holds no results.json: {path}{why_failed(Path(path))}")
     print(f"report: {Path(settings['out']) / 'report.html'}")
 
 

@@ -96,7 +96,9 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def check_run(run_dir: Path, *, oracle: bool = True, generations: bool = False) -> dict[str, Any]:
+def check_run(
+    run_dir: Path, *, oracle: bool = True, generations: bool = False, in_sweep: bool = False
+) -> dict[str, Any]:
     """Assert the run directory's contract, and return results.json."""
     names = {"config.yaml", "metrics.csv", "checkpoints", "predictions.parquet", "results.json"}
     names |= {"report.html", "export"} | ({"generations.jsonl"} if generations else set())
@@ -104,6 +106,7 @@ def check_run(run_dir: Path, *, oracle: bool = True, generations: bool = False) 
     alike = ("plrhf.encoders.NoneEncoder", "plrhf.encoders.UniformEncoder")
     personal = settings["encoder"]["_target_"] not in alike
     names |= {"users.json"} if personal else set()
+    names |= {"log.txt"} if in_sweep else set()
     assert {path.name for path in run_dir.iterdir()} == names
     assert "${" not in (run_dir / "config.yaml").read_text()
     assert "last.ckpt" in {path.name for path in (run_dir / "checkpoints").iterdir()}

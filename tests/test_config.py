@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +23,7 @@ from upstream import (
 
 from plrhf.backbone import Backbone, tiny_gptj
 from plrhf.cli import CONF
-from plrhf.config import accepted, build, checked, kinds, parameters
+from plrhf.config import accepted, build, checked, kinds, locate, parameters
 from plrhf.data.module import build_data
 from plrhf.encoders import UserEncoder
 from plrhf.evaluate import Texts
@@ -198,11 +200,16 @@ def test_judges(judge: str, tmp_path: Path) -> None:
         assert isinstance(build(node, "eval.judge", kind=Judge), Judge)
 
 
-@pytest.mark.parametrize("experiment", options("experiment"))
+SWEEPS = [f"ablation/{name}" for name in options("experiment/ablation")]
+
+
+@pytest.mark.parametrize("experiment", [*options("experiment"), *SWEEPS])
 def test_experiments(experiment: str, files: dict[str, Path], card_of: Any, tmp_path: Path) -> None:
     overrides = [f"experiment={experiment}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         node: Any = OmegaConf.to_container(compose("train", overrides=overrides))
+    if experiment == "ablation/soft_prompt":  # what others are made to do with a soft prompt
+        overrides = ["experiment=[ablation/user_models,ablation/soft_prompt]"]
     if "path" in node["data"]:
         overrides.append(f"data.path={files['rows']}")
     if node["backbone"]["tiny"] is None:
@@ -215,6 +222,48 @@ def test_experiments(experiment: str, files: dict[str, Path], card_of: Any, tmp_
         trainer_of(settings, data, tmp_path)
     if settings["model"]["name"] != "sft":
         build_model(backbone, card, optim=build(settings["optim"], "optim"))
+
+
+def jobs_of(*overrides: str) -> Iterator[dict[str, Any]]:
+    """Settings of jobs of a sweep, until each value of each parameter was there."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        node = compose("train", overrides=list(overrides), return_hydra_config=True)
+    given = {override.split("=")[0] for override in overrides}
+    grid = {
+        name: str(values).split(",")
+        for name, values in (node.hydra.sweeper.params or {}).items()
+        if name not in given
+    }
+    for n in range(max((len(values) for values in grid.values()), default=1)):
+        own = (f"{name}={values[n % len(values)]}" for name, values in grid.items())
+        yield composed(*overrides, *own)
+
+
+def check_job(settings: dict[str, Any]) -> None:
+    """Assert that a job of the ablation would be taken, as far as that shows without its data."""
+    check_settings(settings)
+    assert settings["data"]["seed"] == settings["seed"]
+    for name in ("encoder", "aggregator", "model", "optim"):
+        part = settings[name]
+        accepted(part, kinds(locate(part["_target_"], name)), name)
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_sweeps_by_themselves(sweep: str) -> None:
+    own_seed = composed("experiment=ablation/backbone")["seed"]
+    for settings in jobs_of(f"experiment={sweep}"):
+        check_job(settings)
+        assert (settings["seed"] == own_seed) == (sweep == "ablation/backbone")
+
+
+def test_sweeps_of_make_ablation() -> None:
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    sweeps = [shlex.split(line.rstrip("; \\"))[1:] for line in lines if line.startswith("\tsweep ")]
+    folders = [words[-1] for words in sweeps]
+    assert len(set(folders)) == len(folders) > 10
+    assert all(folder.startswith("$(INTO)/") for folder in folders)
+    for words in sweeps:
+        check_job(next(jobs_of(*words[:-1])))
 
 
 class Part:

@@ -19,8 +19,8 @@ LAYERS = (
     "config errors logprobs losses stats types",
     "aggregators backbone data encoders export gptj lora metrics optim probes training zero",
     "personal policy reward sft",
-    "adapt cli comparison drawing endpoint evaluate figures finished generate judges page plan report "
-    "run shots supervised sweeps tables tasks usermap users",
+    "adapt cli comparison drawing endpoint evaluate figures finished generate jobs judges page plan "
+    "report run seeds shots supervised sweeps tables tasks usermap users",
 )
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units.split()}
 
@@ -45,17 +45,19 @@ SAME_LAYER = {
     "comparison": {"finished", "tables"},
     "figures": {"drawing", "finished", "tables"},
     "page": {"drawing", "tables"},
-    "report": {"comparison", "figures", "finished", "page", "sweeps", "tables", "usermap"},
+    "report": {"comparison", "figures", "finished", "page", "seeds", "sweeps", "tables", "usermap"},
+    "seeds": {"comparison", "finished", "sweeps", "tables"},
     "sweeps": {"drawing", "finished"},
     "usermap": {"drawing", "finished", "tables"},
     "users": {"evaluate"},
     # Entry points use what does the work.
+    "cli": {"jobs"},
     "evaluate": {"generate"},
     "judges": {"endpoint", "evaluate"},
     "run": {"evaluate", "plan", "report", "supervised", "tables", "users"},
     "shots": {"adapt"},
     "tables": {"finished"},
-    "tasks": {"comparison", "evaluate", "judges", "report", "shots", "tables", "users"},
+    "tasks": {"comparison", "evaluate", "jobs", "judges"} | {"report", "shots", "tables", "users"},
 }
 
 ONLY_IN = {"transformers": {"backbone"}, "peft": {"backbone"}, "deepspeed": {"zero"}}

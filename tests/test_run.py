@@ -194,7 +194,7 @@ def test_a_sweep_gives_each_job_its_directory(tmp_path: Path, cache_dir: Path) -
     launch("train", *sweep, *TINY, f"cache_dir={cache_dir}")
     found = {}
     for number in range(4):
-        results = check_run(tmp_path / f"sweep/{number}")
+        results = check_run(tmp_path / f"sweep/{number}", in_sweep=True)
         config = results["config"]
         assert config["run_dir"] == str(tmp_path / f"sweep/{number}")
         found[config["encoder"]["name"], config["seed"], config["data"]["seed"]] = number
