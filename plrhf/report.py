@@ -260,6 +260,7 @@ def compare(
         sweeps_section(pooled),
         comparison_section(frame, folded=of_seeds is not None),
         few_shot_section(there),
+        winrate_section(there),
         commands_section(there, folded=of_seeds is not None),
     ]
     subtitle = f"{len(there)} runs{shared}"
