@@ -40,7 +40,7 @@ def job(
     (folder / FAILED).unlink(missing_ok=True)
     started, argv = time.monotonic(), sys.argv
     try:
-        log = (folder / LOG).open("w", buffering=1, encoding="utf-8")
+        log = (folder / LOG).open("a", buffering=1, encoding="utf-8")
         with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             sys.argv = [entry, *overrides]
             yield

@@ -31,10 +31,9 @@ from plrhf.tables import Cell, Table, estimate_cell, percent, points
 
 SEEDS_NOTE = (
     "Runs that differ in seed alone are one row: accuracy over the test pairs of all seeds in user "
-    "context, in brackets 95% intervals over the users of all seeds, below them each seed's own "
-    "value. Over baseline, p (Holm, over this table) and gain as for single runs; over next best: "
-    "less the accuracy of the best other encoder with the same aggregator on the same pairs, paired, "
-    "in points."
+    "context, in brackets 95% intervals over the users of all seeds; by seed: each one's own. Over "
+    "baseline, p (Holm, over this table) and gain are as for single runs; over next best: less the "
+    "accuracy of the best other encoder with the same aggregator on the same pairs, paired, in points."
 )
 OF_ENCODER = ("encoder", "aggregator")
 SWAPPED = {"chosen_tokens": "rejected_tokens", "rejected_tokens": "chosen_tokens"}
