@@ -118,7 +118,7 @@ class PersonalModule(LightningModule):
         loss, accuracy = batch.mean(pair_losses), batch.mean((margins.detach() > 0).float())
         for name, value in (("loss", loss), ("accuracy", accuracy)):
             self.log(f"train/{name}", value, prog_bar=True, batch_size=len(batch), sync_dist=True)
-        return loss
+        return batch.step_weight * loss
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         loss, margins = self.loss(batch)

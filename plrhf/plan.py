@@ -228,7 +228,7 @@ def trace(model: PersonalModule, data: Settings, n_features: int, *, half: str |
         half: dtype of autocast, None for none.
     """
     cast = torch.autocast("cpu", dtype=DTYPES[half]) if half else contextlib.nullcontext()
-    batch = fake_batch(model, data, data["batch_size"], n_features)
+    batch = fake_batch(model, data, pairs_of_batch(model, data), n_features)
     pooled = isinstance(model, PersonalRewardModel) and model.pooled_suffices
     if pooled:
         texts = torch.arange(2 * len(batch)).view(-1, 2)
@@ -270,6 +270,15 @@ def fake_batch(
         position_ids=torch.zeros(shape, dtype=torch.int64),
         row=torch.zeros(n_pairs, dtype=torch.int64),
     )
+
+
+def pairs_of_batch(model: PersonalModule, data: Settings) -> int:
+    """Pairs of the longest kind that a train batch of one process holds."""
+    if data["batch_tokens"] is None:
+        return int(data["batch_size"])
+    prompt, response = _lengths(data)
+    tokens = prompt + 2 * response if model.backbone.causal else 2 * (prompt + response)
+    return max(1, min(data["batch_size"], data["batch_tokens"] // tokens))
 
 
 def tally_of(batch: PreferenceBatch, data: Settings) -> Tally:
@@ -322,7 +331,7 @@ def _shared_out(
         evaluation=steps.evaluation,
         communication=received * (machine.gpus - 1) / machine.gpus,
         row_tokens=prompt + 2 * response + model.aggregator.n_positions,
-        pairs=data["batch_size"] * trainer["accumulate_grad_batches"] * machine.gpus,
+        pairs=pairs_of_batch(model, data) * trainer["accumulate_grad_batches"] * machine.gpus,
         n_users=n_users,
     )
 
