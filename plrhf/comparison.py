@@ -34,7 +34,7 @@ COMPARISON_NOTE = (
     "controls."
 )
 # A baseline may differ in these: they are not what rows are read and divided by.
-BESIDE_THE_DATA = ("shuffle_users", "batch_size", "eval_batch_size")
+BESIDE_THE_DATA = ("shuffle_users", "batch_size", "batch_tokens", "eval_batch_size")
 PARTS = ("data", "backbone", "aggregator", "model", "optim", "trainer")
 
 

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -20,8 +19,8 @@ from torch import Tensor
 
 from plrhf.config import Settings
 from plrhf.data.known import KnownTexts
-from plrhf.data.module import PairDataset, PreferenceData
-from plrhf.data.rows import Features, Message, Row, content_hash
+from plrhf.data.module import PairDataset, PreferenceData, everybody
+from plrhf.data.rows import Features, Message, Person, Row, content_hash
 from plrhf.data.splits import Splits, prompt_kinds
 from plrhf.errors import bad_value
 from plrhf.export import Card
@@ -115,32 +114,43 @@ def predict(model: PersonalModule, data: PreferenceData, trainer: Trainer) -> pd
         if oracle is not None:
             true = [oracle[row.pair_id] for row in dataset.rows]
             margins["oracle"] = torch.tensor(true, dtype=torch.float64)
+        pairs = _columns(dataset, split, data.splits)
         frames += [
-            _frame(dataset, split, context, values.numpy(), data.splits)
+            pd.DataFrame(
+                {
+                    **pairs,
+                    "context": context,
+                    "margin": values.numpy(),
+                    "correct": correctness(values.numpy()),
+                }
+            )
             for context, values in margins.items()
         ]
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat(frames, ignore_index=True)[list(PREDICTION)]
 
 
-def _frame(
-    dataset: PairDataset, split: str, context: str, margins: Any, splits: Splits
-) -> pd.DataFrame:
-    rows, pairs, seen = dataset.rows, dataset.pairs, set(splits.users)
-    return pd.DataFrame(
-        {
-            "split": split,
-            "user_kind": ["seen" if row.user_id in seen else "unseen" for row in rows],
-            "prompt_kind": prompt_kinds(rows, splits),
-            "context": context,
-            "user_id": [row.user_id for row in rows],
-            "pair_id": [row.pair_id for row in rows],
-            "prompt_id": [row.prompt_id for row in rows],
-            "margin": margins,
-            "correct": correctness(np.asarray(margins)),
-            "chosen_tokens": [len(pair.chosen) for pair in pairs],
-            "rejected_tokens": [len(pair.rejected) for pair in pairs],
-        }
-    )
+PREDICTION = (
+    *("split", "user_kind", "prompt_kind", "context", "user_id", "pair_id", "prompt_id"),
+    *("margin", "correct", "chosen_tokens", "rejected_tokens"),
+)
+"""Columns of predictions.parquet."""
+
+
+def _columns(dataset: PairDataset, split: str, splits: Splits) -> dict[str, Any]:
+    """What predictions.parquet says of pairs in every context."""
+    rows, seen = dataset.rows, set(splits.users)
+    ids = [(row.user_id, row.pair_id, row.prompt_id) for row in rows]
+    user_id, pair_id, prompt_id = zip(*ids, strict=True) if len(ids) > 0 else ((), (), ())
+    return {
+        "split": split,
+        "user_kind": ["seen" if user in seen else "unseen" for user in user_id],
+        "prompt_kind": prompt_kinds(rows, splits),
+        "user_id": user_id,
+        "pair_id": pair_id,
+        "prompt_id": prompt_id,
+        "chosen_tokens": dataset.lengths[:, 1].astype(int),
+        "rejected_tokens": dataset.lengths[:, 2].astype(int),
+    }
 
 
 def summarise_run(
@@ -269,7 +279,7 @@ def texts_wanted(model: PersonalModule, data: PreferenceData, texts: Texts) -> l
     Raises:
         ValueError: a user the model was not trained on, or no room for so many tokens.
     """
-    first = first_rows(data)
+    first = first_people(data)
     own = {user: first.get(user) for user in users_wanted(model.card, texts)}
     asked = [
         replace(
@@ -341,17 +351,20 @@ def first_prompts(rows: Sequence[Row], count: int) -> list[Row]:
     distinct: dict[str, Row] = {}
     for row in rows:
         distinct.setdefault(row.prompt_id, row)
-    return list(distinct.values())[:count]
+        if len(distinct) == count:
+            break
+    return list(distinct.values())
 
 
-def first_rows(data: PreferenceData) -> dict[str, Row]:
-    """The first row of each user, which says what is known of them."""
-    return {row.user_id: row for row in reversed([*data.splits.train, *data.splits.test])}
+def first_people(data: PreferenceData) -> dict[str, Row | Person]:
+    """What the first row of each user says of them."""
+    people = [*everybody(data.splits.train), *everybody(data.splits.test)]
+    return {one.user_id: one for one in reversed(people)}
 
 
 def features_of(data: PreferenceData, users: Sequence[str]) -> Tensor:
     """Encoded features of users, [N, F], from their first rows."""
-    first = first_rows(data)
+    first = first_people(data)
     known = [first[user].user_features if user in first else None for user in users]
     encoded = [data.schema.encode(features) for features in known]
     return torch.tensor(encoded, dtype=torch.float32).view(len(users), data.schema.n_features)

@@ -120,7 +120,7 @@ class PersonalModule(LightningModule):
             self.log(  # loggers are told by `training.StepMetrics`
                 name, value, prog_bar=True, logger=False, batch_size=len(batch), sync_dist=True
             )
-        return loss
+        return batch.step_weight * loss
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         loss, margins = self.loss(batch)

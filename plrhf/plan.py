@@ -242,7 +242,7 @@ def trace(
         half: dtype of autocast, None for none.
     """
     cast = torch.autocast("cpu", dtype=DTYPES[half]) if half else contextlib.nullcontext()
-    batch = fake_batch(model, data, -(-data["batch_size"] // n_gpus), n_features)
+    batch = fake_batch(model, data, -(-pairs_of_batch(model, data) // n_gpus), n_features)
     pooled = isinstance(model, PersonalRewardModel) and model.pooled_suffices
     if pooled:
         texts = torch.arange(2 * len(batch)).view(-1, 2)
@@ -284,6 +284,15 @@ def fake_batch(
         position_ids=torch.zeros(shape, dtype=torch.int64),
         row=torch.zeros(n_pairs, dtype=torch.int64),
     )
+
+
+def pairs_of_batch(model: PersonalModule, data: Settings) -> int:
+    """Pairs of the longest kind that a train batch holds, of all processes together."""
+    if data["batch_tokens"] is None:
+        return int(data["batch_size"])
+    prompt, response = _lengths(data)
+    tokens = prompt + 2 * response if model.backbone.causal else 2 * (prompt + response)
+    return max(1, min(data["batch_size"], data["batch_tokens"] // tokens))
 
 
 def tally_of(batch: PreferenceBatch, data: Settings) -> Tally:
@@ -343,7 +352,7 @@ def _shared_out(
         communication=received * n_summed * (1 - share),
         checkpoint=3 * (_bytes(learned) if zero3 is None else FLOAT * _count(learned)),
         row_tokens=prompt + 2 * response + model.aggregator.n_positions,
-        pairs=data["batch_size"] * n_summed,
+        pairs=pairs_of_batch(model, data) * n_summed,
         n_users=n_users,
     )
 

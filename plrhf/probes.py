@@ -7,12 +7,13 @@ model could have used instead of the person is measured beside it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from plrhf.data.rows import Row
+from plrhf.data.rows import SPLITS, Row
 from plrhf.data.splits import Splits, prompt_keys
 from plrhf.stats import Array, Estimate, Outcomes, correctness, summarise_outcomes
 
@@ -20,6 +21,8 @@ MOST_PAIRS = 20_000  # of a split, spread evenly: more would cost time and chang
 RIDGE = 1.0  # penalty on weights of standardised features, half its square
 NEWTON_STEPS = 25
 SPLIT_PAIRS = (("train", "val"), ("train", "test"), ("val", "test"))
+
+Hashes = NDArray[np.int64]
 
 CHARACTERS = ",.!?:;-–()[]{}\"'`*#_|/\\\t\n"
 MARKS = tuple(
@@ -72,35 +75,45 @@ def overlap(splits: Splits) -> dict[str, dict[str, int]]:
     spaces; ``prompt``: by id or text; ``response``: either one; ``pair``: prompt and both
     responses, in any order; ``judgment``: the same, and by the same user.
     """
-    seen = set(splits.users)
-    keys: dict[str, Callable[[Row], Iterable[Hashable]]] = {
-        "user": lambda row: (row.user_id,),
-        "prompt": prompt_keys,
-        "response": lambda row: (row.chosen, row.rejected),
-        "pair": lambda row: (_pair(row),),
-        "judgment": lambda row: ((row.user_id, _pair(row)),),
-    }
+    hashes = {name: _hashes(getattr(splits, name)) for name in SPLITS}
+    seen = np.fromiter(map(hash, splits.users), np.int64)
     found = {}
     for earlier, later in SPLIT_PAIRS:
-        before, after = getattr(splits, earlier), getattr(splits, later)
-        unseen = [row for row in after if row.user_id not in seen]
+        before, after = hashes[earlier], hashes[later]
+        shared = {
+            name: np.isin(of_later, before[name]).any(axis=1) for name, of_later in after.items()
+        }
+        unseen = ~np.isin(after["user"], seen)[:, 0]
         found[f"{earlier}_{later}"] = {
-            "pairs": len(after),
-            "unseen_user": _shared(before, unseen, lambda row: (row.user_id.strip().casefold(),)),
-            **{name: _shared(before, after, keys_of) for name, keys_of in keys.items()},
+            "pairs": len(unseen),
+            "unseen_user": int((shared.pop("name") & unseen).sum()),
+            **{name: int(where.sum()) for name, where in shared.items()},
         }
     return found
 
 
-def _pair(row: Row) -> Hashable:
-    return str(row.prompt), frozenset((row.chosen, row.rejected))
+KEYS = {"name": 1, "user": 1, "prompt": 2, "response": 2, "pair": 1, "judgment": 1}
+"""How many keys `_keys` gives of each kind, in their order; `name` is a user id's spelling."""
 
 
-def _shared(
-    before: Sequence[Row], after: Sequence[Row], keys_of: Callable[[Row], Iterable[Hashable]]
-) -> int:
-    known = {key for row in before for key in keys_of(row)}
-    return sum(not known.isdisjoint(keys_of(row)) for row in after)
+def _keys(row: Row) -> Iterator[Hashable]:
+    """What a row may share with another."""
+    yield row.user_id.strip().casefold()
+    yield row.user_id
+    yield from prompt_keys(row)
+    yield from (row.chosen, row.rejected)
+    pair = (str(row.prompt), *sorted((row.chosen, row.rejected)))
+    yield pair
+    yield row.user_id, pair
+
+
+def _hashes(rows: Sequence[Row]) -> dict[str, Hashes]:
+    """64 bits of each of a row's keys, [N, 1 or 2] a kind: sets of the keys would be large."""
+    n_keys = sum(KEYS.values())
+    keys = (hash(key) for row in rows for key in _keys(row))
+    table = np.fromiter(keys, np.int64, len(rows) * n_keys).reshape(len(rows), n_keys)
+    ends = np.cumsum(list(KEYS.values()))
+    return dict(zip(KEYS, np.split(table, ends[:-1], axis=1), strict=True))
 
 
 def format_features(text: str) -> list[float]:

@@ -131,13 +131,19 @@ def train_personal(
         card = make_card(settings, data, backbone, path)
         model: PersonalModule = build_model(backbone, card, optim=optim)
         model.card = card
-        data.tokenize(tokenizer, causal=backbone.causal, max_positions=model.max_positions)
+        cache_dir = Path(settings["cache_dir"])
+        data.tokenize(
+            tokenizer,
+            causal=backbone.causal,
+            max_positions=model.max_positions,
+            cache_dir=cache_dir,
+        )
         if isinstance(model, PersonalDPOPolicy):
             texts_wanted(model, data, _samples(settings))
         probes = probe(data.splits)
         _warn(probes["warnings"])
+        _say_padding(data.padding())
         begin(settings, run_dir, resume_from=resume_from)
-        cache_dir = Path(settings["cache_dir"])
         before = Prepare(data.part("train", "val"), cache_dir=cache_dir)
         trainer.callbacks.append(before)  # type: ignore[attr-defined]
         fit(model, data, trainer, resume_from=resume_from)
@@ -175,6 +181,12 @@ def conclude(
 def _warn(lines: list[str]) -> None:
     for line in lines:
         print(f"warning: {line}")
+
+
+@rank_zero_only
+def _say_padding(share: float | None) -> None:
+    if share is not None:
+        print(f"padding: {100 * share:.1f}% of the tokens of train batches")
 
 
 def _rehearse(settings: Settings, data: PreferenceData, optim: Optim) -> None:

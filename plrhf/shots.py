@@ -111,7 +111,7 @@ def learning_curve(
     }
 
 
-def rows_of_users(data: PreferenceData, users: str) -> tuple[list[Row], list[Row]]:
+def rows_of_users(data: PreferenceData, users: str) -> tuple[Sequence[Row], Sequence[Row]]:
     """Rows that may be given and rows to ask of the users.
 
     Unseen users are asked test rows. They may be given what they have outside test, which training

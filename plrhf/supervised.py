@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
@@ -162,7 +164,12 @@ def train_supervised(
             tokenizer, backbone = open_backbone(node, node["path"], shards=shards_of(trainer))
         else:
             tokenizer, backbone = _fresh_tiny(node["tiny"], data)
-        data.tokenize(tokenizer, causal=backbone.causal, max_positions=backbone.max_positions)
+        data.tokenize(
+            tokenizer,
+            causal=backbone.causal,
+            max_positions=backbone.max_positions,
+            cache_dir=Path(settings["cache_dir"]),
+        )
         model = build(
             settings["model"], "model", kind=SupervisedPolicy, backbone=backbone, optim=optim
         )
@@ -202,7 +209,7 @@ def supervised_settings(settings: Settings) -> Settings:
             "_target_": f"{SupervisedPolicy.__module__}.{SupervisedPolicy.__qualname__}",
             "responses": sft["responses"],
         },
-        "data": {**settings["data"], "batch_size": sft["batch_size"]},
+        "data": {**settings["data"], "batch_size": sft["batch_size"], "batch_tokens": None},
         "optim": {
             **settings["optim"],
             "lr": sft["lr"],
@@ -227,18 +234,11 @@ def supervised_settings(settings: Settings) -> Settings:
 
 def cache_folder(settings: Settings, data: PreferenceData) -> Path:
     """Named by all that decides the supervised model: texts, text options, shape, training, seed."""
-    with_user_text = data.tokenizer_options["use_user_text"]
-
-    def texts(rows: list[Row]) -> list[tuple[str | None, ...]]:
-        return [
-            (str(r.prompt), r.chosen, r.rejected, r.user_text if with_user_text else None)
-            for r in rows
-        ]
-
+    with_user_text = bool(data.tokenizer_options["use_user_text"])
     node, optim, trainer = settings["backbone"], settings["optim"], settings["trainer"]
     key = content_hash(
-        texts(data.splits.train),
-        texts(data.splits.val),
+        _texts_hash(data.splits.train, with_user_text=with_user_text),
+        _texts_hash(data.splits.val, with_user_text=with_user_text),
         data.tokenizer_options,
         node["tiny"],
         settings["model"]["responses"],
@@ -256,9 +256,18 @@ def cache_folder(settings: Settings, data: PreferenceData) -> Path:
     return Path(settings["cache_dir"]).resolve() / f"tiny_gptj-{key}"
 
 
+def _texts_hash(rows: Sequence[Row], *, with_user_text: bool) -> str:
+    """A hash of the texts that a language model is trained on, one row at a time."""
+    digest = blake2b(digest_size=8)
+    for row in rows:
+        own = row.user_text if with_user_text else None
+        digest.update(content_hash(str(row.prompt), row.chosen, row.rejected, own).encode())
+    return digest.hexdigest()
+
+
 def _fresh_tiny(shape: Settings, data: PreferenceData) -> tuple[Tokenizer, Backbone]:
     rows = data.splits.train
-    texts = [text for row in rows for text in (str(row.prompt), row.chosen, row.rejected)]
+    texts = (text for row in rows for text in (str(row.prompt), row.chosen, row.rejected))
     tokenizer = train_tokenizer(texts, vocab_size=shape["vocab_size"])
     shape = {**shape, "vocab_size": len(tokenizer)}
     model = tiny_gptj(eos_token_id=tokenizer.eos_token_id, **shape)

@@ -202,7 +202,10 @@ def load_run(
         export, trust_remote_code=config["backbone"]["trust_remote_code"]
     )
     data.tokenize(
-        load_tokenizer(str(export)), causal=model.backbone.causal, max_positions=model.max_positions
+        load_tokenizer(str(export)),
+        causal=model.backbone.causal,
+        max_positions=model.max_positions,
+        cache_dir=Path(config["cache_dir"]),
     )
     trainer = Trainer(
         # Elsewhere than where it was trained the run is evaluated on what there is.

@@ -571,14 +571,16 @@ def _check_started(trainer: Trainer) -> None:
 
 
 def share_of(trainer: Trainer) -> Share:
-    """What the trainer's process takes of every batch."""
+    """What the trainer's process takes of every batch, and how batches make up a step."""
     strategy = trainer.strategy
 
     def total(values: Tensor) -> Tensor:
         summed: Any = strategy.reduce(values.to(strategy.root_device), reduce_op="sum")
         return summed.cpu()
 
-    return Share(trainer.global_rank, trainer.world_size, total)
+    return Share(
+        trainer.global_rank, trainer.world_size, total, n_summed=trainer.accumulate_grad_batches
+    )
 
 
 def shards_of(trainer: Trainer) -> Any:

@@ -42,6 +42,7 @@ class PreferenceBatch:
     hidden: Tensor | None = None  # [M, d] pooled trunk outputs of the batch's distinct texts
     texts: Tensor | None = None  # [B, 2] int64, which of them are chosen and rejected
     weight: Tensor | None = None  # [B] float32, see `PairDataset.share`; None: a batch of its own
+    step_weight: float = 1.0  # of the batch in its optimiser step, see `OrderedBatches`
 
     @property
     def users(self) -> UserBatch:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from plrhf.data.module import PreferenceData
 from plrhf.encoders import ClusterMixtureEncoder
-from plrhf.evaluate import evenly, features_of
+from plrhf.evaluate import evenly, features_of, first_people
 from plrhf.personal import PersonalModule
 from plrhf.stats import Array
 from plrhf.types import GENERIC_USER, UserBatch
@@ -105,7 +105,7 @@ def _users(model: PersonalModule, data: PreferenceData) -> tuple[list[str], User
 def _who(names: Sequence[str], data: PreferenceData) -> list[dict[str, Any]]:
     """What may be read about users; rows given at evaluation may not know the train users."""
     seen = set(data.splits.users)
-    known = {row.user_id for rows in (data.splits.train, data.splits.test) for row in rows}
+    known = set(first_people(data))
     return [
         {
             "user_id": name,

@@ -10,19 +10,28 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning import Trainer
-from tiny import WIDTH, make_backbone, make_model
+from tiny import WIDTH, assert_same, gradients, make_backbone, make_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn, tensor
 from transformers import PreTrainedTokenizerFast
 
 from plrhf.aggregators import FiLM
 from plrhf.backbone import Backbone, tiny_gptj
-from plrhf.data.module import OrderedBatches, PreferenceData, Share, as_test, build_data, coupled
+from plrhf.data.module import (
+    OrderedBatches,
+    PreferenceData,
+    Share,
+    as_test,
+    build_data,
+    coupled,
+    length_classes,
+)
 from plrhf.data.packing import TokenPair
-from plrhf.data.rows import parse_row
+from plrhf.data.rows import Rows, parse_row
 from plrhf.data.sources.base import Source
 from plrhf.encoders import LookupEncoder
 from plrhf.optim import Optim
@@ -125,8 +134,11 @@ def test_order_is_fixed_by_seed_and_epoch(tokenizer: Any) -> None:
     assert first[0] != first[1] != first[2]
 
 
+@pytest.mark.parametrize("batch_tokens", [None, 150])
 @pytest.mark.parametrize("n_before", [0, 1, 4, 5, 7, 10])
-def test_order_goes_on_where_it_stopped(tokenizer: Any, n_before: int) -> None:
+def test_order_goes_on_where_it_stopped(
+    tokenizer: Any, n_before: int, batch_tokens: int | None
+) -> None:
     def batches(loader: Any) -> Iterator[list[int]]:
         while True:
             yield from served_lazily(loader)
@@ -135,14 +147,14 @@ def test_order_goes_on_where_it_stopped(tokenizer: Any, n_before: int) -> None:
         for batch in loader:
             yield batch.row.tolist()
 
-    data = make_data(tokenizer)
+    data = make_data(tokenizer, batch_tokens=batch_tokens)
     whole = batches(data.train_dataloader())
     expected = [next(whole) for _ in range(n_before + 7)]
 
     stopped = data.train_dataloader()
     begun = batches(stopped)
     assert [next(begun) for _ in range(n_before)] == expected[:n_before]
-    resumed = make_data(tokenizer).train_dataloader()
+    resumed = make_data(tokenizer, batch_tokens=batch_tokens).train_dataloader()
     resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
     rest = batches(resumed)
     assert [next(rest) for _ in range(7)] == expected[n_before:]
@@ -150,10 +162,99 @@ def test_order_goes_on_where_it_stopped(tokenizer: Any, n_before: int) -> None:
 
 def test_an_iterator_left_at_its_last_batch_starts_the_next_epoch() -> None:
     # Lightning knows how many batches there are and asks for no more.
-    left, exhausted = (OrderedBatches(7, batch_size=3, seed=0) for _ in range(2))
+    lengths = np.ones((7, 1), dtype=np.int64)
+    left, exhausted = (OrderedBatches(lengths, batch_size=3, seed=0) for _ in range(2))
     iterator = iter(left)
     assert [next(iterator) for _ in range(3)] == list(exhausted)
     assert list(left) == list(exhausted)
+
+
+def test_classes_of_like_length_by_hand() -> None:
+    lengths = np.array([10, 100, 95, 11, 50, 90, 10])
+    of_class, sizes = length_classes(lengths, 3, 200)
+    # 100 to 90, in twos; 50 and what it takes to fill a batch of three; the last 10.
+    assert of_class.tolist() == [1, 0, 0, 1, 1, 0, 2]
+    assert sizes == [2, 3, 3]
+    assert length_classes(lengths[:0], 3, 200) == (pytest.approx([]), [3])
+    assert length_classes(lengths[1:2], 3, 99)[1] == [1]  # too long for the budget: alone
+
+
+@pytest.mark.parametrize("rows_a_pair", [1, 2])
+def test_batches_keep_to_a_budget_of_tokens(rows_a_pair: int) -> None:
+    lengths = np.random.default_rng(0).integers(5, 60, size=(1009, rows_a_pair))
+    batches = OrderedBatches(lengths, batch_size=9, seed=2, batch_tokens=130 * rows_a_pair)
+    epochs = [list(batches) for _ in range(3)]
+    assert len(batches) == len(epochs[0]) == len(epochs[1]) == len(epochs[2])
+    seen_together = set()
+    for epoch in epochs:
+        assert sorted(place for places, _ in epoch for place in places) == list(range(1009))
+        longest = [lengths[places].max() for places, _ in epoch]
+        assert all(len(p) * most <= 130 for (p, _), most in zip(epoch, longest, strict=True))
+        assert max(len(places) for places, _ in epoch) == 9
+        assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.2  # lengths are mixed
+        seen_together |= {tuple(sorted(places)) for places, _ in epoch}
+    assert len(seen_together) > 2.8 * len(batches)  # and so is who stands with whom
+    at_random = OrderedBatches(lengths, batch_size=9, seed=2)
+    share, more = batches.padding(), at_random.padding()
+    assert share is not None and more is not None
+    assert (share < 0.1 if rows_a_pair == 1 else share < 0.3) and more > share + 0.1
+
+
+def test_padding_by_hand() -> None:
+    def padding(lengths: list[list[int]]) -> float | None:
+        table = np.array(lengths, dtype=np.int64).reshape(len(lengths), -1)
+        return OrderedBatches(table, batch_size=3, seed=0).padding()
+
+    assert padding([[4], [4], [2]]) == pytest.approx(2 / 12)
+    assert padding([[3, 4], [2, 2]]) == pytest.approx(5 / 16)
+    assert OrderedBatches(np.empty((0, 1), np.int64), batch_size=3, seed=0).padding() is None
+
+
+def test_padding_is_what_batches_hold(tokenizer: Any, word_tokenizer: Any) -> None:
+    for causal, kind in ((True, tokenizer), (False, word_tokenizer)):
+        for batch_tokens in (None, 120):
+            data = make_data(kind, causal=causal, batch_tokens=batch_tokens)
+            segments = [batch.segment for batch in data.train_dataloader()]
+            n_padding = sum(int((one == -1).sum()) for one in segments)
+            share = n_padding / sum(one.numel() for one in segments)
+            assert data.padding() == pytest.approx(share) and share > 0
+    assert make_data(tokenizer, users=("ann",), schema=data.schema).padding() is None
+
+
+def test_summed_batches_weigh_pairs_alike(tokenizer: Any) -> None:
+    data = make_data(tokenizer)  # 17 rows in fours: steps of 4 + 4, 4 + 4 and 1
+    data.deal(Share(n_summed=2))
+    assert [batch.step_weight for batch in data.train_dataloader()] == [1, 1, 1, 1, 2]
+    data.deal(Share(n_summed=3))  # 4 + 4 + 4 and 4 + 1
+    weights = [batch.step_weight for batch in data.train_dataloader()]
+    assert weights == pytest.approx([1, 1, 1, 3 * 4 / 5, 3 * 1 / 5])
+    assert all(batch.step_weight == 1 for batch in data.ordered_loader("train"))
+
+
+@pytest.mark.parametrize("batch_tokens", [None, 150])
+def test_gradients_are_of_the_mean_over_the_steps_pairs(
+    tokenizer: Any, batch_tokens: int | None
+) -> None:
+    n_summed = 3
+    data = make_data(tokenizer, batch_tokens=batch_tokens)
+    backbone = make_backbone()
+    backbone.model.resize_token_embeddings(len(tokenizer))
+    model = make_model(PersonalRewardModel, backbone=backbone)
+    model.log = lambda *_, **__: None
+    data.deal(Share(n_summed=n_summed))
+    batches = list(data.train_dataloader())
+    assert len({len(batch) for batch in batches}) > 1 and len(batches) % n_summed != 0
+    for start in range(0, len(batches), n_summed):
+        of_step = batches[start : start + n_summed]
+        model.zero_grad()
+        for batch in of_step:
+            (model.training_step(batch, 0) / n_summed).backward()  # as Lightning sums
+        found = gradients(model)
+        found = {name: value.clone() for name, value in found.items()}
+        model.zero_grad()
+        rows = torch.cat([batch.row for batch in of_step]).tolist()
+        model.loss(data.datasets["train"].batch(rows))[0].mean().backward()
+        assert_same(found, gradients(model), atol=1e-6)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
@@ -253,7 +354,9 @@ def test_counts_add_up_to_the_rows_read(tokenizer: Any) -> None:
     data = make_data(
         tokenizer, records=records, min_pairs_per_user=2, max_prompt_tokens=40, max_tokens=150
     )
-    assert data.counts() == {
+    counts = data.counts()
+    assert 0 < counts.pop("padding") < 0.5
+    assert counts == {
         "read": 34,
         "refused": {"empty response": 1, "field that is not text": 1},
         "dropped": {"user below data.min_pairs_per_user": 1},
@@ -534,8 +637,13 @@ BAD = [
         "Set data.eval_batch_size=32.",
     ),
     (
+        lambda tokenizer: make_data(tokenizer, batch_tokens=0),
+        "data.batch_tokens=0 is not allowed: expected a whole number from 1. "
+        "Set data.batch_tokens=4096.",
+    ),
+    (
         lambda tokenizer: make_data(tokenizer, max_tokens=0),
-        "data.max_tokens=0 is not allowed: expected a whole number from 1. Set data.max_tokens=32.",
+        "data.max_tokens=0 is not allowed: expected a whole number from 1. Set data.max_tokens=1024.",
     ),
     (
         lambda tokenizer: make_data(tokenizer, max_tokens=3),
@@ -548,7 +656,7 @@ BAD = [
         "Set data.max_tokens=1023.",
     ),
     (
-        lambda _: as_test([parse_row(RECORDS[0], "f:1")], ["ann"]),
+        lambda _: as_test(Rows.of([parse_row(RECORDS[0], "f:1")]), ["ann"]),
         "test rows=0 is not allowed: expected 1 or more. "
         "Give rows without split, or with split=test.",
     ),

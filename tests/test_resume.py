@@ -21,7 +21,14 @@ from plrhf.data.sources.personas import PersonasSource
 from plrhf.errors import BadValue
 from plrhf.optim import Optim
 from plrhf.reward import PersonalRewardModel
-from plrhf.training import MetricsFile, WholeFiles, build_trainer, fit, read_checkpoint
+from plrhf.training import (
+    MetricsFile,
+    WholeFiles,
+    build_trainer,
+    fit,
+    read_checkpoint,
+    share_of,
+)
 
 N_USERS, N_ROWS = 3, 21
 
@@ -74,11 +81,19 @@ def fit_once(
     copies: Path | None = None,
     extra: Sequence[Callback] = (),
     lr: float = 1e-2,
+    batch_tokens: int | None = None,
     **settings: Any,
 ) -> LightningModule:
     """3 users' 21 pairs in batches of 5, so 5 steps an epoch, the last of 1 pair; LoRA dropout."""
     lightning.seed_everything(0, verbose=False)
-    data = PreferenceData(source=world(), seed=3, batch_size=5, eval_batch_size=64, max_tokens=99)
+    data = PreferenceData(
+        source=world(),
+        seed=3,
+        batch_size=5,
+        batch_tokens=batch_tokens,
+        eval_batch_size=64,
+        max_tokens=99,
+    )
     data.tokenize(tokenizer, causal=True)
     assert len(data.datasets["train"]) == N_ROWS
     backbone = Backbone(
@@ -98,6 +113,7 @@ def fit_once(
         progress=False,
         **{"has_val": True, **settings},
     )
+    data.deal(share_of(trainer))
     if copies is not None:
         trainer.callbacks.append(Snapshots(run_dir, copies))
     trainer.callbacks.extend(extra)
@@ -119,6 +135,12 @@ SETTINGS = {
     },
     "summed gradients, epochs": {
         "max_epochs": 2,
+        "accumulate_grad_batches": 2,
+        "checkpoint_every_n_steps": 1,
+    },
+    "budget of tokens": {
+        "max_steps": 9,
+        "batch_tokens": 250,
         "accumulate_grad_batches": 2,
         "checkpoint_every_n_steps": 1,
     },

@@ -128,7 +128,7 @@ def test_read_rows_counts_every_record() -> None:
     assert report.examples["missing field"].startswith("f:4: prompt=None")
     assert report.examples["duplicate pair id"] == (
         "f:2: pair_id='x' is not allowed: expected an id used once. "
-        "Give every row its own: f:1 has it too."
+        "Give every row its own: record 1 has it too."
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from plrhf.data.rows import Row
+from plrhf.data.rows import Row, Rows
 from plrhf.data.splits import Splits, assign, prompt_kinds, shuffle_users, split_rows
 
 SETTINGS: dict[str, Any] = {
@@ -43,7 +43,7 @@ def rows_of(user: str, counts: dict[str | None, int], prompts: int = 997) -> lis
 
 
 def split(rows: Iterable[Row], **changes: Any) -> Splits:
-    return split_rows(list(rows), **{**SETTINGS, **changes})
+    return split_rows(Rows.of(rows), **{**SETTINGS, **changes})
 
 
 def test_assign_is_fixed_and_even() -> None:
@@ -140,7 +140,7 @@ def test_minimum_counts_train_rows_and_test_rows_of_test_only_users() -> None:
     parts = split(rows, min_pairs_per_user=5)
     assert parts.users == ("enough",)
     assert Counter(row.user_id for row in parts.test) == {"enough": 2, "new": 5}
-    assert {row.user_id for row in parts.train + parts.val} == {"enough"}
+    assert {row.user_id for row in (*parts.train, *parts.val)} == {"enough"}
     assert parts.dropped == {"user below data.min_pairs_per_user": 22 + 4 + 15}
 
 
@@ -220,7 +220,8 @@ def test_no_train_or_test_rows_is_an_error_with_the_cure() -> None:
 
 def test_shuffle_users_breaks_the_link_and_nothing_else() -> None:
     rows = [row for n in range(9) for row in rows_of(f"u{n}", {"train": 10 * n + 3})]
-    shuffled = shuffle_users(rows, seed=5)
+    kept = Rows.of(rows)
+    shuffled = shuffle_users(kept, seed=5)
     assert [row.pair_id for row in shuffled] == [row.pair_id for row in rows]
     assert Counter(row.user_id for row in shuffled) == Counter(row.user_id for row in rows)
     assert all(row.user_text == f"I am {row.user_id}" for row in shuffled)
@@ -229,4 +230,4 @@ def test_shuffle_users_breaks_the_link_and_nothing_else() -> None:
     by_chance = sum((size / len(rows)) ** 2 for size in sizes.values())
     same = [old.user_id == new.user_id for old, new in zip(rows, shuffled, strict=True)]
     assert abs(sum(same) / len(rows) - by_chance) < 0.08
-    assert shuffle_users(rows, seed=5) == shuffled != shuffle_users(rows, seed=6)
+    assert shuffle_users(kept, seed=5) == shuffled != shuffle_users(kept, seed=6)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import mean, pstdev
 from typing import Any
 
-from plrhf.data.rows import Features, Row, parse_features
+from plrhf.data.rows import Features, Person, Row, parse_features
 from plrhf.errors import bad_value
 
 
@@ -24,8 +24,9 @@ class FeatureSchema:
     codes: Mapping[str, Mapping[str, int]]  # category feature -> value -> code from 0
 
     @classmethod
-    def fit(cls, rows: Iterable[Row]) -> FeatureSchema:
-        """Return the schema of these (train) rows, each user counted once, by their first value.
+    def fit(cls, rows: Iterable[Row | Person]) -> FeatureSchema:
+        """Return the schema of (train) rows or their people, each user counted once, by their first
+        value.
 
         Raises:
             ValueError: a feature is a number in one row and text in another.

@@ -5,23 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Self, overload
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from plrhf.config import NOT_FOR_THE_CONSTRUCTOR, build, locate, parameters, unknown_key
 from plrhf.data.features import FeatureSchema
-from plrhf.data.known import KnownTexts, Text
+from plrhf.data.known import KnownTexts, Text, keys_of
 from plrhf.data.packing import Layout, RowTokenizer, Tokenizer, TokenPair, packed, two_rows
-from plrhf.data.rows import Row, read_rows
+from plrhf.data.rows import Person, Row, Rows, read_rows
 from plrhf.data.sources.base import Source
 from plrhf.data.splits import Splits, shuffle_users, split_rows
+from plrhf.data.store import LazySequence, Places
+from plrhf.data.tokens import TokenFile, tokenised
 from plrhf.errors import bad_value
 from plrhf.types import GENERIC_USER, PreferenceBatch
+
+TEXTS_AT_ONCE = 65_536
+"""Texts whose values are computed and kept before the next ones are looked at."""
+
+LENGTH_SPREAD = 0.1
+"""How much shorter than the longest pair of a batch of like length another may be, as a share."""
 
 
 def as_they_are(values: Tensor) -> Tensor:
@@ -35,14 +45,19 @@ class Share:
 
     Args:
         total: the sum of a CPU tensor over all processes.
+        n_summed: batches whose gradients are summed to one optimiser step.
     """
 
     rank: int = 0
     world_size: int = 1
     total: Callable[[Tensor], Tensor] = as_they_are
+    n_summed: int = 1
 
 
 EVERYTHING = Share()  # of the only process
+
+Drawn = tuple[list[int], float]
+"""Places of a batch's pairs, and its weight in the optimiser step."""
 
 
 @dataclass
@@ -75,17 +90,36 @@ class PairDataset:
         schema: FeatureSchema,
     ) -> None:
         self.rows, self.pairs, self.layout = rows, pairs, layout
-        self.user_id = torch.tensor([user_index.get(r.user_id, GENERIC_USER) for r in rows]).long()
-        encoded = {id(row.user_features): schema.encode(row.user_features) for row in rows}
-        features = [encoded[id(row.user_features)] for row in rows]
-        self.features = torch.tensor(features, dtype=torch.float32).view(
-            len(rows), schema.n_features
-        )
+        people: Sequence[Row | Person] = rows
+        person = np.arange(len(rows))
+        if isinstance(rows, Rows):
+            known, person = np.unique(rows.person, return_inverse=True)
+            people = [rows.people[number] for number in known]
+        index = [user_index.get(one.user_id, GENERIC_USER) for one in people]
+        encoded = [schema.encode(one.user_features) for one in people]
+        of_people = torch.tensor(encoded, dtype=torch.float32).view(len(people), schema.n_features)
+        self.user_id = torch.tensor(index, dtype=torch.int64)[person]
+        self.features = of_people[person]
         self.ref_logps: OfTexts | None = None
         self.hidden: OfTexts | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of prompt, chosen and rejected response of every pair, [N, 3]."""
+        if isinstance(self.pairs, TokenFile):
+            return self.pairs.lengths
+        of_pairs = [(len(one.prompt), len(one.chosen), len(one.rejected)) for one in self.pairs]
+        return np.array(of_pairs, dtype=np.int32).reshape(-1, 3)
+
+    def row_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each pair's row, or of its rows where the layout gives it two, [N, R]."""
+        prompt, chosen, rejected = self.lengths.T.astype(np.int64)
+        if self.layout is packed:
+            return (prompt + chosen + rejected)[:, None]
+        return np.stack([prompt + chosen, prompt + rejected], axis=1)
 
     def batch(self, places: Sequence[int]) -> PreferenceBatch:
         """The pairs at these places as one batch."""
@@ -119,24 +153,46 @@ class PairDataset:
         batch = self.batch(own if len(own) > 0 else places[:1])
         return replace(batch, weight=torch.full((len(batch),), weight))
 
-    def texts(self) -> tuple[list[Text], Tensor]:
+    def texts(self) -> tuple[Sequence[Text], Tensor]:
         """Distinct (prompt, response) texts, and which of them each pair's two are, [N, 2]."""
-        places: dict[Text, int] = {}
-        of_pair = [
-            [
-                places.setdefault((pair.prompt, text), len(places))
-                for text in (pair.chosen, pair.rejected)
-            ]
-            for pair in self.pairs
-        ]
-        return list(places), torch.tensor(of_pair, dtype=torch.int64).view(-1, 2)
+        every = Texts(self.pairs, np.arange(2 * len(self.pairs)))
+        _, first, which = np.unique(keys_of(every), return_index=True, return_inverse=True)
+        rank = np.empty_like(first)
+        rank[np.argsort(first)] = np.arange(len(first))
+        return Texts(self.pairs, np.sort(first)), torch.from_numpy(rank[which]).view(-1, 2)
 
     @classmethod
     def of_tokens(cls, pairs: Sequence[TokenPair]) -> Self:
         """Pairs in one row each, for what concerns their text alone: every user is the generic one."""
         row = Row(prompt="", chosen="", rejected="", user_id="", prompt_id="", pair_id="")
+        rows = Rows.of([row]).at(np.zeros(len(pairs), dtype=np.int64))
         schema = FeatureSchema.fit(())
-        return cls([row] * len(pairs), pairs, layout=packed, user_index={}, schema=schema)
+        return cls(rows, pairs, layout=packed, user_index={}, schema=schema)
+
+
+class Texts(LazySequence[Text]):
+    """Texts of pairs: text 2 i is the chosen response of pair i with its prompt, 2 i + 1 the rejected.
+
+    Args:
+        at: numbers of the texts to be had, in their order.
+    """
+
+    def __init__(self, pairs: Sequence[TokenPair], at: Places) -> None:
+        self.pairs, self.at = pairs, at
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    @overload
+    def __getitem__(self, at: int) -> Text: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Text]: ...
+    def __getitem__(self, at: int | slice) -> Text | Sequence[Text]:
+        if isinstance(at, slice):
+            return Texts(self.pairs, self.at[at])
+        place, is_rejected = divmod(int(self.at[at]), 2)
+        pair = self.pairs[place]
+        return pair.prompt, pair.rejected if is_rejected == 1 else pair.chosen
 
 
 def coupled(texts: Sequence[Text], *, together: bool) -> tuple[list[TokenPair], Tensor]:
@@ -162,31 +218,119 @@ def coupled(texts: Sequence[Text], *, together: bool) -> tuple[list[TokenPair], 
     return pairs, torch.tensor(places, dtype=torch.int64).view(-1, 2)
 
 
-class OrderedBatches(Sampler[list[int]]):
+class OrderedBatches(Sampler[Drawn]):
     """Batches in an order fixed by seed and epoch alone, which can start in the middle.
 
+    With `batch_tokens` pairs of like length stand together: they are divided once into classes,
+    within which each epoch draws its batches at random, and batches of all classes are mixed. So
+    every epoch has as many.
+
+    Each batch comes with its weight in the optimiser step, k n / sum n over the k batches whose
+    gradients are summed to one, n pairs in each: with it the mean of their losses is the mean over
+    the step's pairs.
+
     Args:
-        n_rows: rows in all. batch_size: rows a batch (the last may hold fewer). seed: any integer.
+        lengths: tokens of every pair's rows, [N, R]. seed: any integer.
+        batch_size: pairs a batch, at most. batch_tokens: tokens a batch, padding among them, at most
+            (a longer pair is a batch of its own); None: any number, pairs in random order.
+        n_summed: see `Share`.
 
     Attributes:
         served: batches given out since training began. It alone says where an epoch's next batch
             lies, as Lightning neither exhausts this iterator nor tells a batch sampler the epoch.
     """
 
-    def __init__(self, n_rows: int, *, batch_size: int, seed: int) -> None:
-        self.n_rows, self.batch_size, self.seed = n_rows, batch_size, seed
+    def __init__(
+        self,
+        lengths: NDArray[np.int64],
+        *,
+        batch_size: int,
+        seed: int,
+        batch_tokens: int | None = None,
+        n_summed: int = 1,
+    ) -> None:
+        self.lengths, self.seed, self.n_summed = lengths, seed, n_summed
+        self.longest = lengths.max(axis=1)
+        self.of_class, sizes = np.zeros(len(lengths), dtype=np.int32), [batch_size]
+        if batch_tokens is not None:
+            most = batch_tokens // lengths.shape[1]
+            self.of_class, sizes = length_classes(self.longest, batch_size, most)
+        # Batches as slices of the pairs in order of their classes.
+        starts, end = [], 0
+        for size, n_pairs in zip(sizes, np.bincount(self.of_class, minlength=1), strict=True):
+            starts.append(np.arange(end, end + n_pairs, size))
+            end += int(n_pairs)
+        self.starts = np.concatenate(starts)
+        self.ends = np.append(self.starts[1:], end)
         self.served = 0
 
     def __len__(self) -> int:
-        return -(-self.n_rows // self.batch_size)
+        return len(self.starts)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Drawn]:
         epoch, first = divmod(self.served, max(1, len(self)))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(self.n_rows, generator=generator).tolist()
+        order, turn = self.epoch(epoch)
+        sizes = (self.ends - self.starts)[turn]
+        of_step = np.add.reduceat(sizes, np.arange(0, len(sizes), self.n_summed))
         for batch in range(first, len(self)):
             self.served += 1
-            yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            places = order[self.starts[turn[batch]] : self.ends[turn[batch]]].tolist()
+            yield places, self.n_summed * len(places) / int(of_step[batch // self.n_summed])
+
+    def epoch(self, number: int) -> tuple[Places, Places]:
+        """Pairs in the order of their classes, [N], and batches in the order they are served."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        order = torch.randperm(len(self.lengths), generator=generator).numpy()
+        if self.of_class.max(initial=0) == 0:
+            return order, np.arange(len(self))
+        order = order[np.argsort(self.of_class[order], kind="stable")]
+        return order, torch.randperm(len(self), generator=generator).numpy()
+
+    def padding(self) -> float | None:
+        """Share of padding among the tokens of the first epoch; None without pairs."""
+        if len(self.lengths) == 0:
+            return None
+        order, _ = self.epoch(0)
+        longest = np.maximum.reduceat(self.longest[order], self.starts)
+        padded = self.lengths.shape[1] * (longest * (self.ends - self.starts)).sum()
+        return 1 - float(self.lengths.sum() / padded)
+
+
+def length_classes(
+    lengths: NDArray[np.int64], batch_size: int, batch_tokens: int
+) -> tuple[NDArray[np.int32], list[int]]:
+    """Which class of like length each pair is in [N], longest first, and each class's batch size.
+
+    A class has pairs at least `LENGTH_SPREAD` as long as its longest, and enough for one batch.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    shortening = -lengths[order]  # ascends
+    of_class = np.zeros(len(lengths), dtype=np.int32)
+    sizes: list[int] = []
+    start = 0
+    while start < len(lengths):
+        longest = -int(shortening[start])
+        size = max(1, min(batch_size, batch_tokens // longest))
+        like = int(np.searchsorted(shortening, -(1 - LENGTH_SPREAD) * longest, side="right"))
+        end = max(like, start + size)
+        of_class[order[start:end]] = len(sizes)
+        sizes.append(size)
+        start = end
+    return of_class, sizes if len(sizes) > 0 else [batch_size]
+
+
+class Dealt(Dataset[PreferenceBatch]):
+    """A dataset of which whole batches are taken, or this process's share of them."""
+
+    def __init__(self, pairs: PairDataset, share: Share) -> None:
+        self.pairs, self.share = pairs, share
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, drawn: Drawn) -> PreferenceBatch:
+        places, step_weight = drawn
+        return replace(self.pairs.share(places, self.share), step_weight=step_weight)
 
 
 class ResumableLoader(DataLoader):
@@ -194,12 +338,12 @@ class ResumableLoader(DataLoader):
 
     def state_dict(self) -> dict[str, int]:
         """How many batches have been served."""
-        sampler: Any = self.batch_sampler
+        sampler: Any = self.sampler
         return {"served": sampler.served}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on after that many batches."""
-        sampler: Any = self.batch_sampler
+        sampler: Any = self.sampler
         sampler.served = state["served"]
 
 
@@ -222,7 +366,8 @@ class PreferenceData(LightningDataModule):
     Args:
         source: where rows come from.
         seed: of splits and batch order.
-        batch_size, eval_batch_size: pairs a step, over all processes.
+        batch_size, eval_batch_size: pairs a batch, over all processes.
+        batch_tokens: see `OrderedBatches`; of train batches.
         users, schema: those of a trained model, to evaluate it on other rows: all rows (of split
             "test", where rows have one) are then test rows. None: both are taken from the train rows.
         shuffle_users: permute users over train rows and over val rows, the control that must lose.
@@ -236,6 +381,7 @@ class PreferenceData(LightningDataModule):
         seed: int,
         batch_size: int,
         eval_batch_size: int,
+        batch_tokens: int | None = None,
         on_bad_row: str = "refuse",
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
@@ -253,17 +399,19 @@ class PreferenceData(LightningDataModule):
         schema: FeatureSchema | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("batch_size", batch_size),
-            ("eval_batch_size", eval_batch_size),
-            ("max_tokens", max_tokens),
+        for name, value, good in (
+            ("batch_size", batch_size, 32),
+            ("eval_batch_size", eval_batch_size, 32),
+            ("batch_tokens", batch_tokens, 4096),
+            ("max_tokens", max_tokens, 1024),
         ):
-            if value < 1:
+            if value is not None and value < 1:
                 raise bad_value(
-                    f"data.{name}", value, "a whole number from 1", f"Set data.{name}=32"
+                    f"data.{name}", value, "a whole number from 1", f"Set data.{name}={good}"
                 )
         self.source, self.seed = source, seed
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.batch_tokens = batch_tokens
         rows, self.report = read_rows(source.records(), on_bad_row=on_bad_row)
         if users is None:
             self.splits = split_rows(
@@ -280,7 +428,7 @@ class PreferenceData(LightningDataModule):
             self.splits = as_test(rows, users)
         if shuffle_users:
             self.splits = shuffled(self.splits, seed=seed)
-        self.schema = FeatureSchema.fit(self.splits.train) if schema is None else schema
+        self.schema = FeatureSchema.fit(everybody(self.splits.train)) if schema is None else schema
         self.user_index = {user: place + 1 for place, user in enumerate(self.splits.users)}
         self.tokenizer_options = {
             "max_prompt_tokens": max_prompt_tokens,
@@ -300,9 +448,17 @@ class PreferenceData(LightningDataModule):
         return len(self.splits.users)
 
     def tokenize(
-        self, tokenizer: Tokenizer, *, causal: bool, max_positions: int | None = None
+        self,
+        tokenizer: Tokenizer,
+        *,
+        causal: bool,
+        max_positions: int | None = None,
+        cache_dir: Path | None = None,
     ) -> None:
         """Turn the rows of every split into tokens, packed for causal models, else in two rows.
+
+        Args:
+            cache_dir: keeps them for other runs too, see `tokenised`.
 
         Raises:
             ValueError: the model has fewer positions than `max_tokens`, or no train row fits.
@@ -314,12 +470,18 @@ class PreferenceData(LightningDataModule):
                 f"at most the backbone's {max_positions} positions",
                 f"Set data.max_tokens={max_positions}",
             )
-        to_tokens = RowTokenizer(tokenizer, **self.tokenizer_options)  # type: ignore[arg-type]
+        self.to_tokens = RowTokenizer(tokenizer, **self.tokenizer_options)  # type: ignore[arg-type]
+        self.truncated = {"prompt truncated": 0, "response too long": 0}
         for split in ("train", "val", "test"):
-            rows, pairs = to_tokens(getattr(self.splits, split))
+            rows: Any = getattr(self.splits, split)
+            pairs = tokenised(rows, self.to_tokens, cache_dir=cache_dir)
+            prompt, *responses = pairs.lengths.T
+            fits = prompt + np.maximum(*responses) <= self.max_tokens
+            self.truncated["prompt truncated"] += int(pairs.cut.sum())
+            self.truncated["response too long"] += int((~fits).sum())
             self.datasets[split] = PairDataset(
-                rows,
-                pairs,
+                rows.at(np.flatnonzero(fits)),
+                pairs.at(np.flatnonzero(fits)),
                 layout=packed if causal else two_rows,
                 user_index=self.user_index,
                 schema=self.schema,
@@ -331,8 +493,6 @@ class PreferenceData(LightningDataModule):
                 f"room for some of the {len(self.splits.train)} train rows, and none fits",
                 "Raise data.max_tokens",
             )
-        self.truncated = dict(to_tokens.counts)
-        self.to_tokens = to_tokens
 
     def part(self, *splits: str) -> Self:
         """The tokenised pairs of these splits alone: who is given it cannot reach the others."""
@@ -351,40 +511,50 @@ class PreferenceData(LightningDataModule):
             "truncated": self.truncated,
             "rows": {split: len(dataset) for split, dataset in self.datasets.items()},
             "users": {"seen": self.n_users, "unseen": len(self.unseen_users())},
+            "padding": self.padding(),
         }
 
     def unseen_users(self) -> set[str]:
         """Users of test rows that the train rows do not have."""
-        return {row.user_id for row in self.splits.test} - set(self.splits.users)
+        return {one.user_id for one in everybody(self.splits.test)} - set(self.splits.users)
+
+    def padding(self) -> float | None:
+        """Share of padding among the tokens of train batches, None without train pairs."""
+        return self._train_batches().padding()
 
     def deal(self, share: Share) -> None:
         """Let this process's loaders give its share of every batch; the order of pairs stays."""
         self.share = share
 
     def train_dataloader(self) -> DataLoader:
-        dataset = self.datasets["train"]
-        batches = OrderedBatches(len(dataset), batch_size=self.batch_size, seed=self.seed)
-        return self._loader(dataset, batches, kind=ResumableLoader)
+        return self._loader("train", self._train_batches(), kind=ResumableLoader)
+
+    def _train_batches(self) -> OrderedBatches:
+        return OrderedBatches(
+            self.datasets["train"].row_lengths(),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            batch_tokens=self.batch_tokens,
+            n_summed=self.share.n_summed,
+        )
 
     def val_dataloader(self) -> DataLoader:
         return self.ordered_loader("val")
 
     def ordered_loader(self, split: str) -> DataLoader:
         """All pairs of a split, shortest first so that little is padding; always the same order."""
-        dataset = self.datasets[split]
-        by_length = sorted(range(len(dataset)), key=lambda place: _length(dataset.pairs[place]))
+        order = np.argsort(self.datasets[split].lengths.sum(axis=1), kind="stable")
         size = self.eval_batch_size
-        batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
-        return self._loader(dataset, batches)
+        starts = range(0, len(order), size)
+        batches = [(order[start : start + size].tolist(), 1.0) for start in starts]
+        return self._loader(split, batches)
 
-    def _loader(
-        self, dataset: PairDataset, batches: Any, kind: type[DataLoader] = DataLoader
-    ) -> DataLoader:
+    def _loader(self, split: str, batches: Any, kind: type[DataLoader] = DataLoader) -> DataLoader:
         # A generator of its own: a loader otherwise draws from the global one, which resuming must not.
         return kind(
-            range(len(dataset)),  # type: ignore[arg-type]
-            batch_sampler=batches,
-            collate_fn=partial(dataset.share, share=self.share),
+            Dealt(self.datasets[split], self.share),
+            sampler=batches,
+            batch_size=None,
             generator=torch.Generator(),
         )
 
@@ -421,14 +591,15 @@ def of_texts(
     """`compute` [B, 2, ...] of every pair, each text that is not known computed once."""
     texts, places = dataset.texts()
     values, missing = (None, [*range(len(texts))]) if known is None else known.find(texts)
-    if len(missing) > 0:
-        new = [texts[place] for place in missing]
+    for start in range(0, len(missing), TEXTS_AT_ONCE):
+        wanted = missing[start : start + TEXTS_AT_ONCE]
+        new = [texts[place] for place in wanted]
         together = dataset.layout is packed
         found = share.total(_computed(new, compute, batch_size, share, together=together))
         if known is not None:
             known.add(new, found)
         values = torch.zeros(len(texts), *found.shape[1:]) if values is None else values
-        values[missing] = found
+        values[wanted] = found
     return None if values is None else OfTexts(values, places)
 
 
@@ -446,7 +617,7 @@ def _computed(
     """
     pairs, places = coupled(texts, together=together)
     blank = PairDataset.of_tokens(pairs)
-    order = sorted(range(len(pairs)), key=lambda place: _length(pairs[place]))
+    order = np.argsort(blank.lengths.sum(axis=1), kind="stable").tolist()
     values: Tensor | None = None
     for start in range(0, len(order), batch_size):
         batch = blank.share(order[start : start + batch_size], share)
@@ -487,23 +658,26 @@ def build_data(
     )
 
 
-def _length(pair: TokenPair) -> int:
-    return len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+def everybody(rows: Sequence[Row]) -> Sequence[Row | Person]:
+    """Who rows are of, by first appearance, some perhaps more than once."""
+    return rows.everybody() if isinstance(rows, Rows) else rows
 
 
-def as_test(rows: Sequence[Row], users: Sequence[str]) -> Splits:
+def as_test(rows: Rows, users: Sequence[str]) -> Splits:
     """All rows, or those of split "test" where rows have one, as test rows of a trained model."""
-    test = [row for row in rows if row.split in (None, "test")]
+    is_test = np.array([split in (None, "test") for split in rows.texts("split")], dtype=np.bool_)
+    test = rows.at(np.flatnonzero(is_test))
     if len(test) == 0:
         raise bad_value("test rows", 0, "1 or more", "Give rows without split, or with split=test")
     dropped = {} if len(test) == len(rows) else {"row outside test": len(rows) - len(test)}
-    return Splits(train=[], val=[], test=test, users=tuple(users), dropped=dropped)
+    none = rows.at(np.empty(0, dtype=np.int64))
+    return Splits(train=none, val=none, test=test, users=tuple(users), dropped=dropped)
 
 
 def shuffled(splits: Splits, *, seed: int) -> Splits:
     """The same splits with users permuted over train rows and over val rows; test keeps the truth."""
+    train, val = splits.train, splits.val
+    assert isinstance(train, Rows) and isinstance(val, Rows)
     return replace(
-        splits,
-        train=shuffle_users(splits.train, seed=seed),
-        val=shuffle_users(splits.val, seed=seed + 1),
+        splits, train=shuffle_users(train, seed=seed), val=shuffle_users(val, seed=seed + 1)
     )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from plrhf.data.rows import Row
+from plrhf.data.rows import Row, content_hash
+from plrhf.data.store import BLOCK
 from plrhf.errors import bad_value
 from plrhf.types import CHOSEN, PADDING, PROMPT, REJECTED
 
@@ -18,6 +20,7 @@ Tokenizer = Any
 """A transformers tokenizer; typed loosely so that this file does not import transformers."""
 
 ON_LONG_PROMPT = ("truncate", "error")
+MOST_TEXTS = 30_000  # whose tokens are kept at hand, as texts come again
 
 Layout = Callable[[Sequence["TokenPair"]], tuple[Tensor, Tensor, Tensor]]
 
@@ -29,6 +32,11 @@ class TokenPair:
     prompt: tuple[int, ...]
     chosen: tuple[int, ...]
     rejected: tuple[int, ...]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt and the longer response."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
 class RowTokenizer:
@@ -95,50 +103,85 @@ class RowTokenizer:
     def __call__(self, rows: Iterable[Row]) -> tuple[list[Row], list[TokenPair]]:
         """Rows that fit, and their tokens, in the order given."""
         kept, pairs = [], []
-        for row in rows:
-            prompt = self.prompt(row)
-            chosen, rejected = self.response(row.chosen), self.response(row.rejected)
-            if len(prompt) + max(len(chosen), len(rejected)) > self.max_tokens:
-                self.counts["response too long"] += 1
-                continue
-            kept.append(row)
-            pairs.append(TokenPair(prompt, chosen, rejected))
+        for block in blocks(rows):
+            for row, (pair, cut) in zip(block, self.tokens(block), strict=True):
+                fits = pair.longest <= self.max_tokens
+                self.counts["prompt truncated"] += cut
+                self.counts["response too long"] += not fits
+                if fits:
+                    kept.append(row)
+                    pairs.append(pair)
         return kept, pairs
+
+    def tokens(self, rows: Sequence[Row]) -> list[tuple[TokenPair, bool]]:
+        """Each row's tokens, and whether its prompt was cut; new texts are tokenised at one go."""
+        if len(self._ids) > MOST_TEXTS:
+            self._ids.clear()
+        prompts = [self._prompt_text(row) for row in rows]
+        self._learn(prompts)
+        self._learn([text for row in rows for text in (row.chosen, row.rejected)])
+        found = []
+        for row, text in zip(rows, prompts, strict=True):
+            prompt, cut = self._fitted(row, self._ids[text])
+            pair = TokenPair(prompt, self.response(row.chosen), self.response(row.rejected))
+            found.append((pair, cut))
+        return found
 
     def prompt(self, row: Row) -> tuple[int, ...]:
         """Prompt tokens, special ones included, cut from the front to `max_prompt_tokens`."""
-        if isinstance(row.prompt, str):
-            text = row.prompt + self.separator
-            if self.use_user_text and row.user_text is not None:
-                text = row.user_text + self.separator + text
-            ids = self._encode(text)
-        else:
-            ids = self._chat(row)
-        end = (self.end,) if self.encoder_only else ()
-        special = len(self.start) + len(end)
-        room = max(0, self.max_prompt_tokens - special)
-        if len(ids) > room:
-            if self.on_long_prompt == "error":
-                raise bad_value(
-                    "prompt",
-                    f"{special + len(ids)} tokens (pair {row.pair_id})",
-                    f"at most data.max_prompt_tokens={self.max_prompt_tokens}",
-                    "Raise data.max_prompt_tokens, or set data.on_long_prompt=truncate",
-                )
-            self.counts["prompt truncated"] += 1
-            ids = ids[len(ids) - room :]
-        return self.start + ids + (end if len(ids) > 0 else ())
+        prompt, cut = self._fitted(row, self._encode(self._prompt_text(row)))
+        self.counts["prompt truncated"] += cut
+        return prompt
 
     def response(self, text: str) -> tuple[int, ...]:
         """Response tokens with the end token, which is learned and scored like any other."""
         return (*self._encode(text), self.end)
 
+    def digest(self) -> str | None:
+        """A hash of all that decides tokens; None where the tokenizer cannot say what it is."""
+        pieces = getattr(self.tokenizer, "backend_tokenizer", None)
+        if pieces is None:
+            return None
+        return content_hash(
+            pieces.to_str(),
+            self.tokenizer.chat_template,
+            [self.start, self.end, self.encoder_only],
+            [self.max_prompt_tokens, self.on_long_prompt, self.separator, self.use_user_text],
+        )
+
+    def _fitted(self, row: Row, ids: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
+        """The prompt of these tokens, and whether it was cut."""
+        end = (self.end,) if self.encoder_only else ()
+        special = len(self.start) + len(end)
+        room = max(0, self.max_prompt_tokens - special)
+        cut = len(ids) > room
+        if cut and self.on_long_prompt == "error":
+            raise bad_value(
+                "prompt",
+                f"{special + len(ids)} tokens (pair {row.pair_id})",
+                f"at most data.max_prompt_tokens={self.max_prompt_tokens}",
+                "Raise data.max_prompt_tokens, or set data.on_long_prompt=truncate",
+            )
+        ids = ids[len(ids) - room :] if cut else ids
+        return self.start + ids + (end if len(ids) > 0 else ()), cut
+
+    def _learn(self, texts: Iterable[str]) -> None:
+        new = [text for text in dict.fromkeys(texts) if text not in self._ids]
+        if len(new) > 0:
+            tokens = self.tokenizer(new, add_special_tokens=False)["input_ids"]
+            self._ids.update(zip(new, map(tuple, tokens), strict=True))
+
     def _encode(self, text: str) -> tuple[int, ...]:
         if text not in self._ids:
-            self._ids[text] = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            self._learn([text])
         return self._ids[text]
 
-    def _chat(self, row: Row) -> tuple[int, ...]:
+    def _prompt_text(self, row: Row) -> str:
+        if isinstance(row.prompt, str):
+            text = row.prompt + self.separator
+            if self.use_user_text and row.user_text is not None:
+                text = row.user_text + self.separator + text
+            return text
         if self.tokenizer.chat_template is None:
             raise bad_value(
                 "prompt",
@@ -154,8 +197,15 @@ class RowTokenizer:
         )
         start_text = self.tokenizer.bos_token
         if self.start and start_text is not None and text.startswith(start_text):
-            text = text[len(start_text) :]  # the start token is put there once, by `prompt`
-        return self._encode(text)
+            text = text[len(start_text) :]  # the start token is put there once, by `_fitted`
+        return text
+
+
+def blocks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The rows, `BLOCK` at a time."""
+    left = iter(rows)
+    while len(block := list(islice(left, BLOCK))) > 0:
+        yield block
 
 
 def packed(pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 
-from plrhf.data.rows import SPLITS, Row
+import numpy as np
+from numpy.typing import NDArray
+
+from plrhf.data.rows import SPLITS, Row, Rows
 from plrhf.errors import bad_value
 
 TOO_FEW_PAIRS = "user below data.min_pairs_per_user"
 BEYOND_MAX_USERS = "user beyond data.max_users"
 UNSEEN_OUTSIDE_TEST = "unseen user outside test"
 
+TRAIN, VAL, TEST = range(len(SPLITS))
+Codes = NDArray[np.int8]
+"""Of each row, the place of its split in `SPLITS`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Splits:
     """Rows by split, each in reading order; a test user not in `users` is an unseen one."""
 
-    train: list[Row]
-    val: list[Row]
-    test: list[Row]
+    train: Sequence[Row]
+    val: Sequence[Row]
+    test: Sequence[Row]
     users: tuple[str, ...]  # seen users, sorted; user index in the model = place + 1
     dropped: dict[str, int]  # reason -> rows that are in no split
     shared_prompts: bool = False  # whether test was meant to hold pairs on prompts of train
@@ -44,7 +51,7 @@ def is_unseen(user_id: str, *, seed: int, unseen_fraction: float) -> bool:
 
 
 def split_rows(
-    rows: Sequence[Row],
+    rows: Rows,
     *,
     seed: int,
     val_fraction: float,
@@ -74,43 +81,52 @@ def split_rows(
     """
     _check_settings(val_fraction, test_fraction, unseen_fraction, min_pairs_per_user, max_users)
     _check_seen_prompts(seen_prompt_test_fraction, rows)
-    names = _split_names(rows, seed=seed, val_fraction=val_fraction, test_fraction=test_fraction)
-    for place, row in enumerate(rows):
-        if names[place] == "train":
-            drawn = assign(row.pair_id, salt="seen prompt", seed=seed) < seen_prompt_test_fraction
-            names[place] = "test" if drawn else "train"
-    train_pairs, other_pairs = _pair_counts(rows, names)
-    all_users = {row.user_id for row in rows}
-    # A user with val rows but no train rows is neither trained nor unseen: below the minimum.
-    pairs = {
-        user: train_pairs[user] if user in train_pairs else other_pairs["test", user]
-        for user in all_users
-        if user in train_pairs or other_pairs["val", user] == 0
-    }
-    enough = {user for user, count in pairs.items() if count >= min_pairs_per_user}
-    trainable = sorted(enough & train_pairs.keys(), key=lambda user: (-train_pairs[user], user))
-    kept = set(trainable[:max_users])
-    seen = {u for u in kept if not is_unseen(u, seed=seed, unseen_fraction=unseen_fraction)}
-    beyond = set(trainable).difference(kept)
+    code = _split_codes(rows, seed=seed, val_fraction=val_fraction, test_fraction=test_fraction)
+    if seen_prompt_test_fraction > 0:
+        places = np.flatnonzero(code == TRAIN)
+        drawn = [
+            assign(str(pair_id), salt="seen prompt", seed=seed) < seen_prompt_test_fraction
+            for pair_id in rows.at(places).texts("pair_id")
+        ]
+        code[places[drawn]] = TEST
+    names, user = _users(rows)
+    pairs = np.stack([np.bincount(user[code == one], minlength=len(names)) for one in range(3)])
+    enough, trained = _which_users(pairs, at_least=min_pairs_per_user, at_most=max_users)
+    beyond = enough & (pairs[TRAIN] > 0) & ~trained
+    unseen = [is_unseen(name, seed=seed, unseen_fraction=unseen_fraction) for name in names]
+    seen = trained & ~np.array(unseen, dtype=np.bool_)
 
-    parts: dict[str, list[Row]] = {name: [] for name in SPLITS}
-    dropped: Counter[str] = Counter()
-    for row, name in zip(rows, names, strict=True):
-        if row.user_id not in enough:
-            dropped[TOO_FEW_PAIRS] += 1
-        elif row.user_id in beyond:
-            dropped[BEYOND_MAX_USERS] += 1
-        elif row.user_id not in seen and name != "test":
-            dropped[UNSEEN_OUTSIDE_TEST] += 1
-        else:
-            parts[name].append(row)
+    left_out = {
+        TOO_FEW_PAIRS: ~enough[user],
+        BEYOND_MAX_USERS: beyond[user],
+        UNSEEN_OUTSIDE_TEST: (enough & ~beyond & ~seen)[user] & (code != TEST),
+    }
+    dropped = {reason: int(where.sum()) for reason, where in left_out.items() if where.any()}
+    kept = ~np.logical_or.reduce(list(left_out.values()))
+    parts = {name: rows.at(np.flatnonzero(kept & (code == one))) for one, name in enumerate(SPLITS)}
     _check_not_empty(parts, dropped, rows)
     return Splits(
         **parts,
-        users=tuple(sorted(seen)),
-        dropped=dict(dropped),
+        users=tuple(names[place] for place in np.flatnonzero(seen)),
+        dropped=dropped,
         shared_prompts=seen_prompt_test_fraction > 0,
     )
+
+
+def _which_users(
+    pairs: NDArray[np.int64], *, at_least: int, at_most: int | None
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which of U users have enough pairs, and which of these may be trained on.
+
+    Args:
+        pairs: by split and user, [3, U], users by id.
+    """
+    # A user with val rows but no train rows is neither trained nor unseen: below the minimum.
+    without_train = np.where(pairs[VAL] == 0, pairs[TEST], 0)
+    enough = np.where(pairs[TRAIN] > 0, pairs[TRAIN], without_train) >= at_least
+    trainable = np.flatnonzero(enough & (pairs[TRAIN] > 0))
+    heaviest = trainable[np.argsort(-pairs[TRAIN, trainable], kind="stable")][:at_most]
+    return enough, np.isin(np.arange(pairs.shape[1]), heaviest)
 
 
 def prompt_keys(row: Row) -> tuple[str, str]:
@@ -122,61 +138,60 @@ def prompt_kinds(rows: Sequence[Row], splits: Splits) -> list[str]:
     """Whether each row's prompt is one of train: "seen", "unseen"; "unknown" without train rows."""
     if len(splits.train) == 0:
         return ["unknown"] * len(rows)
-    trained = {key for row in splits.train for key in prompt_keys(row)}
-    return ["unseen" if trained.isdisjoint(prompt_keys(row)) else "seen" for row in rows]
+    known = np.isin(_prompt_hashes(rows), _prompt_hashes(splits.train))
+    shared = np.logical_or(known[:, 0], known[:, 1])
+    return ["seen" if one else "unseen" for one in shared.tolist()]
 
 
-def shuffle_users(rows: Sequence[Row], *, seed: int) -> list[Row]:
+def _prompt_hashes(rows: Sequence[Row]) -> NDArray[np.int64]:
+    """64 bits of each of a row's `prompt_keys`, [N, 2]: sets of the keys would be large."""
+    hashes = (hash(key) for row in rows for key in prompt_keys(row))
+    return np.fromiter(hashes, np.int64, 2 * len(rows)).reshape(-1, 2)
+
+
+def shuffle_users(rows: Rows, *, seed: int) -> Rows:
     """Return the rows with their users (id, text and features) permuted over them.
 
     The control for personalisation: each user keeps their number of rows but not their choices,
     so what a model still gains is not the person. For train and val rows; test keeps the truth.
     """
-    givers = list(rows)
+    givers = list(range(len(rows)))
     random.Random(seed).shuffle(givers)
-    return [
-        replace(
-            row,
-            user_id=giver.user_id,
-            user_text=giver.user_text,
-            user_features=giver.user_features,
-        )
-        for row, giver in zip(rows, givers, strict=True)
-    ]
+    return rows.by(rows.person[givers])
 
 
-def _pair_counts(
-    rows: Sequence[Row], names: Sequence[str]
-) -> tuple[Counter[str], Counter[tuple[str, str]]]:
-    """Return train rows per user, and rows per (split, user) of the other splits."""
-    train: Counter[str] = Counter()
-    others: Counter[tuple[str, str]] = Counter()
-    for row, name in zip(rows, names, strict=True):
-        if name == "train":
-            train[row.user_id] += 1
-        else:
-            others[name, row.user_id] += 1
-    return train, others
+def _users(rows: Rows) -> tuple[list[str], NDArray[np.int64]]:
+    """Ids of the users, sorted, and each row's place among them, [N]."""
+    names = sorted({person.user_id for person in rows.people})
+    place = {name: at for at, name in enumerate(names)}
+    of_person = np.array([place[person.user_id] for person in rows.people], dtype=np.int64)
+    return names, of_person[rows.person]
 
 
-def _split_names(
-    rows: Sequence[Row], *, seed: int, val_fraction: float, test_fraction: float
-) -> list[str]:
-    """Return each row's split: its own, or its prompt's place on the hashed unit interval."""
-    own = [row.split for row in rows if row.split is not None]
-    if len(own) == len(rows):
-        return own
-    if len(own) > 0:
-        shown = f"{len(own)} of {len(rows)} rows"
+def _split_codes(rows: Rows, *, seed: int, val_fraction: float, test_fraction: float) -> Codes:
+    """Each row's split: its own, or its prompt's place on the hashed unit interval."""
+    own: dict[str | None, int] = {None: -1}
+    own.update({name: place for place, name in enumerate(SPLITS)})
+    codes = _codes(len(rows), (own[name] for name in rows.texts("split")))
+    n_own = int((codes >= 0).sum())
+    if n_own == len(rows):
+        return codes
+    if n_own > 0:
+        shown = f"{n_own} of {len(rows)} rows"
         raise bad_value("split", shown, "a split in all rows or in none", "Add or remove the rest")
-    names: dict[str, str] = {}
-    for prompt_id in {row.prompt_id for row in rows}:
-        place = assign(prompt_id, salt="prompt", seed=seed)
+
+    @lru_cache(maxsize=2**16)
+    def of_prompt(prompt_id: str | None) -> int:
+        place = assign(str(prompt_id), salt="prompt", seed=seed)
         if place < test_fraction:
-            names[prompt_id] = "test"
-        else:
-            names[prompt_id] = "val" if place < test_fraction + val_fraction else "train"
-    return [names[row.prompt_id] for row in rows]
+            return TEST
+        return VAL if place < test_fraction + val_fraction else TRAIN
+
+    return _codes(len(rows), map(of_prompt, rows.texts("prompt_id")))
+
+
+def _codes(n_rows: int, codes: Iterator[int]) -> Codes:
+    return np.fromiter(codes, np.int8, n_rows)
 
 
 def _check_settings(
@@ -203,26 +218,24 @@ def _check_settings(
         raise bad_value("data.max_users", max_users, "1 or more, or null", cure)
 
 
-def _check_seen_prompts(fraction: float, rows: Sequence[Row]) -> None:
+def _check_seen_prompts(fraction: float, rows: Rows) -> None:
     if not 0 <= fraction < 1:
         cure = "Set data.seen_prompt_test_fraction=0.1"
         raise bad_value("data.seen_prompt_test_fraction", fraction, "0 <= fraction < 1", cure)
-    if fraction > 0 and any(row.split is not None for row in rows):
+    if fraction > 0 and any(split is not None for split in rows.texts("split")):
         cure = "Put such pairs into test in the rows, or leave split out of every row"
         raise bad_value(
             "data.seen_prompt_test_fraction", fraction, "0 where rows carry a split", cure
         )
 
 
-def _check_not_empty(
-    parts: dict[str, list[Row]], dropped: Counter[str], rows: Sequence[Row]
-) -> None:
+def _check_not_empty(parts: dict[str, Rows], dropped: dict[str, int], rows: Rows) -> None:
     for name in ("train", "test"):
         if len(parts[name]) == 0:
-            prompts = len({row.prompt_id for row in rows})
+            prompts = len(set(rows.texts("prompt_id")))
             cure = (
                 "Lower data.min_pairs_per_user or data.unseen_fraction, change "
                 f"data.test_fraction or give more prompts ({len(rows)} rows on {prompts} prompts "
-                f"were read, dropped: {dict(dropped)})"
+                f"were read, dropped: {dropped})"
             )
             raise bad_value(f"{name} rows", 0, "1 or more", cure)

@@ -157,7 +157,8 @@ def parquet_rows(
     """Yield the rows of a parquet file, numbered from 1, with these columns or all."""
     from pyarrow.parquet import ParquetFile
 
-    with _arrow_errors(), ParquetFile(path) as file:
+    # With its buffer, all that has been read would stay in memory to the end.
+    with _arrow_errors(), ParquetFile(path, pre_buffer=False) as file:
         batches = file.iter_batches(batch_size=4096, columns=columns)
         yield from enumerate((row for batch in batches for row in _batch_records(batch)), 1)
 

@@ -1,0 +1,105 @@
+"""Token pairs in an Arrow file, made once and mapped into memory."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+from typing import Any, Self, overload
+
+import numpy as np
+import pyarrow as arrow
+from numpy.typing import NDArray
+
+from plrhf.data.packing import RowTokenizer, TokenPair, blocks
+from plrhf.data.rows import Rows, content_hash
+from plrhf.data.store import BLOCK, LazySequence, Places
+
+FIELDS = ("prompt", "chosen", "rejected")
+
+
+class TokenFile(LazySequence[TokenPair]):
+    """The pairs of a file that `write_tokens` wrote; only what is asked for is read.
+
+    Attributes:
+        lengths: tokens of prompt, chosen, rejected, [N, 3] int32. cut: whether the prompt was, [N].
+    """
+
+    def __init__(self, source: arrow.NativeFile) -> None:
+        reader = arrow.ipc.open_file(source)
+        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        # Offsets and token ids of each field, block by block: views of the file.
+        self._blocks = [[_parts(batch.column(name)) for name in FIELDS] for batch in batches]
+        lengths = [np.stack([np.diff(ends) for ends, _ in one], axis=1) for one in self._blocks]
+        cut = [batch.column("cut").to_numpy(zero_copy_only=False) for batch in batches]
+        self.lengths: NDArray[np.int32] = np.concatenate([np.empty((0, 3), np.int32), *lengths])
+        self.cut: NDArray[np.bool_] = np.concatenate([np.empty(0, np.bool_), *cut])
+        self._places: Places = np.arange(len(self.cut))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, at: int) -> TokenPair: ...
+    @overload
+    def __getitem__(self, at: slice) -> Self: ...
+    def __getitem__(self, at: int | slice) -> TokenPair | Self:
+        if isinstance(at, slice):
+            return self.at(np.arange(len(self))[at])
+        number, row = divmod(int(self._places[at]), BLOCK)
+        return TokenPair(
+            *(tuple(ids[ends[row] : ends[row + 1]].tolist()) for ends, ids in self._blocks[number])
+        )
+
+    def at(self, places: Places) -> Self:
+        """The pairs at these places."""
+        part = object.__new__(type(self))
+        part._blocks, part._places = self._blocks, self._places[places]
+        part.lengths, part.cut = self.lengths[places], self.cut[places]
+        return part
+
+    def __reduce__(self) -> Any:
+        return list, (list(self),)
+
+
+def _parts(column: arrow.ListArray) -> tuple[NDArray[Any], NDArray[Any]]:
+    return column.offsets.to_numpy(), column.values.to_numpy()
+
+
+def tokenised(rows: Rows, to_tokens: RowTokenizer, *, cache_dir: Path | None) -> TokenFile:
+    """The rows' tokens, kept in `cache_dir` under a hash of texts, tokenizer and settings.
+
+    A file gets its name when it is complete, so a kill leaves none half; two processes at once at
+    worst both make it; a damaged one is made anew. Without a `cache_dir` they are in memory.
+    """
+    tokenizer = None if cache_dir is None else to_tokens.digest()
+    if cache_dir is None or tokenizer is None:
+        memory = arrow.BufferOutputStream()
+        write_tokens(memory, rows, to_tokens)
+        return TokenFile(arrow.BufferReader(memory.getvalue()))
+    key = content_hash(rows.digest(with_user_text=to_tokens.use_user_text), tokenizer)
+    path = cache_dir / f"tokens-{key}.arrow"
+    try:
+        return TokenFile(arrow.memory_map(str(path)))
+    except (OSError, arrow.ArrowException):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+        with arrow.OSFile(str(part), "wb") as file:
+            write_tokens(file, rows, to_tokens)
+        os.replace(part, path)
+    return TokenFile(arrow.memory_map(str(path)))
+
+
+def write_tokens(file: arrow.NativeFile, rows: Rows, to_tokens: RowTokenizer) -> None:
+    """Write every row's tokens, those that will not fit among them, in as few bytes as ids take."""
+    ids = arrow.uint16() if len(to_tokens.tokenizer) <= 2**16 else arrow.int32()
+    schema = arrow.schema([*((name, arrow.list_(ids)) for name in FIELDS), ("cut", arrow.bool_())])
+    with arrow.ipc.new_file(file, schema) as writer:
+        for block in blocks(rows):
+            found = to_tokens.tokens(block)
+            columns = [[getattr(pair, name) for pair, _ in found] for name in FIELDS]
+            columns.append([cut for _, cut in found])
+            arrays = [
+                arrow.array(one, kind) for one, kind in zip(columns, schema.types, strict=True)
+            ]
+            writer.write_batch(arrow.record_batch(arrays, schema=schema))

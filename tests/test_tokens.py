@@ -1,0 +1,233 @@
+"""Rows and tokens in files: what comes back is what went in, and is made only once."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from plrhf.data import store
+from plrhf.data.packing import RowTokenizer
+from plrhf.data.rows import Row, Rows
+from plrhf.data.tokens import TokenFile, tokenised
+
+WORDS = ["write", "about", "the", "sea", "is", "blue", "wide", "and", "calm"]
+N_ROWS = store.BLOCK + 7  # two blocks
+
+
+def row(number: int, **more: Any) -> Row:
+    user = f"u{number % 5}"
+    return Row(
+        prompt=f"{WORDS[number % 9]} {number}",
+        chosen=" ".join(WORDS[: 1 + number % 7]),
+        rejected=f"no {number % 11}",
+        user_id=user,
+        prompt_id=f"p{number}",
+        pair_id=f"x{number}",
+        **{"user_text": f"I am {user}", "user_features": {"age": float(number % 5)}, **more},
+    )
+
+
+@pytest.fixture(scope="module")
+def many() -> list[Row]:
+    return [row(number) for number in range(N_ROWS)]
+
+
+def test_rows_come_back_as_they_were(many: list[Row]) -> None:
+    chat = ({"role": "user", "content": 'Say "hé"'}, {"role": "assistant", "content": ""})
+    full = replace(row(3), prompt=chat)
+    bare = replace(row(4), user_text=None, user_features=None, split="val", chosen_id="c")
+    rows = Rows.of(iter([full, bare, *many]))
+    assert list(rows) == [full, bare, *many] and rows == [full, bare, *many]
+    assert rows != [bare, full, *many] and rows != [full]
+    assert (rows[0], rows[1], rows[-1]) == (full, bare, many[-1])
+    assert rows[4090:4105:3] == [full, bare, *many][4090:4105:3]
+    assert len(rows.people) == 6  # five of `many`, of whom `full` is one, and `bare`
+    with pytest.raises(IndexError):
+        rows[len(rows)]
+    assert list(Rows.of([])) == [] and Rows.of([]).everybody() == []
+
+
+def test_rows_at_places_in_any_order(many: list[Row]) -> None:
+    rows = Rows.of(many)
+    places = [4100, 3, 4, 5, 3, 4098, 0]
+    part = rows.at(np.array(places))
+    assert part == [many[place] for place in places]
+    assert list(part.texts("pair_id")) == [f"x{place}" for place in places]
+    assert [person.user_id for person in part.everybody()] == ["u0", "u3", "u4"]
+    assert part.at(np.array([5, 1])) == [many[4098], many[3]]
+    others = part.by(rows.person[:7])
+    assert [one.user_id for one in others] == [f"u{number % 5}" for number in range(7)]
+    assert [one.user_features for one in others] == [{"age": float(n % 5)} for n in range(7)]
+    assert [one.chosen for one in others] == [one.chosen for one in part]
+
+
+def test_a_part_of_rows_is_pickled_without_the_others(many: list[Row]) -> None:
+    part = Rows.of(many).at(np.array([2, 9]))
+    held = pickle.dumps(part)
+    assert pickle.loads(held) == [many[2], many[9]]
+    assert b"p2" in held and b"p9" in held and b"p3" not in held
+
+
+def test_rows_on_disk_are_those_in_memory(many: list[Row], monkeypatch: Any) -> None:
+    in_memory = Rows.of(many)
+    monkeypatch.setattr(store, "IN_MEMORY", 1000)
+    on_disk = Rows.of(many)
+    assert on_disk._file._file._rolled and not in_memory._file._file._rolled
+    assert on_disk == in_memory
+    assert on_disk.digest(with_user_text=True) == in_memory.digest(with_user_text=True)
+
+
+def test_the_digest_tells_rows_apart(many: list[Row]) -> None:
+    def digests(rows: Rows) -> tuple[str, str]:
+        return rows.digest(with_user_text=False), rows.digest(with_user_text=True)
+
+    rows = Rows.of(many[:9])
+    plain, with_text = digests(rows)
+    assert digests(Rows.of(many[:9])) == (plain, with_text)
+    changed = [
+        Rows.of([replace(many[0], rejected="other"), *many[1:9]]),
+        rows.at(np.arange(8)),
+        rows.at(np.arange(9)[::-1]),
+        Rows.of([*many[1:9], many[0]]),
+    ]
+    assert all(one != plain and two != with_text for one, two in map(digests, changed))
+    same_texts, other_people = digests(rows.by(rows.person[::-1].copy()))
+    assert same_texts == plain and other_people != with_text
+
+
+class Counting:
+    """A tokenizer that counts the texts it is given."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.asked = tokenizer, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def __len__(self) -> int:
+        return len(self.tokenizer)
+
+    def __call__(self, texts: list[str], **settings: Any) -> Any:
+        self.asked += len(texts)
+        return self.tokenizer(texts, **settings)
+
+
+def to_tokens(tokenizer: Any, **changes: Any) -> RowTokenizer:
+    return RowTokenizer(tokenizer, **{"max_prompt_tokens": 9, "max_tokens": 80, **changes})
+
+
+def one_by_one(rows: list[Row], tokenizer: Any) -> list[Any]:
+    """The naive twin: every text by itself."""
+    encoder = to_tokens(tokenizer)
+    return [
+        (encoder.prompt(one), encoder.response(one.chosen), encoder.response(one.rejected))
+        for one in rows
+    ]
+
+
+def parts(pairs: Any) -> list[Any]:
+    return [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_tokens_are_those_of_texts_one_by_one(
+    on_disk: bool, many: list[Row], tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [replace(many[0], prompt="the sea is wide " * 9), *many]
+    cache_dir = tmp_path / "cache" if on_disk else None
+    pairs = tokenised(Rows.of(rows), to_tokens(tokenizer), cache_dir=cache_dir)
+    expected = one_by_one(rows, tokenizer)
+    assert parts(pairs) == expected
+    assert pairs.cut[0] and pairs.cut.sum() == sum(
+        len(tokenizer(one.prompt + "\n")["input_ids"]) > 8 for one in rows
+    )
+    assert pairs.lengths.tolist() == [[len(ids) for ids in one] for one in expected]
+    places = np.array([4101, 2, 2, 4099])
+    assert parts(pairs.at(places)) == [expected[place] for place in places]
+    assert parts(pairs.at(places)[1:3]) == [expected[2], expected[2]]
+    assert pairs.at(places).lengths.tolist() == pairs.lengths[places].tolist()
+    assert pickle.loads(pickle.dumps(pairs.at(places))) == pairs.at(places)
+
+
+def test_no_rows_have_no_tokens(tokenizer: Any, tmp_path: Path) -> None:
+    pairs = tokenised(Rows.of([]), to_tokens(tokenizer), cache_dir=tmp_path)
+    assert len(pairs) == 0 and pairs.lengths.shape == (0, 3)
+
+
+def test_tokens_are_made_once_and_again_where_something_changed(
+    many: list[Row], tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = Rows.of(many[:13])
+
+    def asked(rows: Rows, other: Any = tokenizer, **changes: Any) -> int:
+        counting = Counting(other)
+        tokenised(rows, to_tokens(counting, **changes), cache_dir=tmp_path)
+        return counting.asked
+
+    assert asked(rows) > 13
+    assert asked(rows) == asked(Rows.of(many[:13])) == 0
+    assert asked(rows, max_tokens=5) == 0  # which decides what fits, not what a text's tokens are
+    assert asked(rows.by(rows.person[::-1].copy())) == 0  # texts alone matter
+    respelt = copy.deepcopy(tokenizer)
+    respelt.add_tokens(["sea"])
+    assert asked(rows, respelt) > 13
+    assert asked(rows.at(np.arange(12))) > 12
+    for change in (
+        {"max_prompt_tokens": 8},
+        {"separator": " "},
+        {"use_user_text": True},
+        {"on_long_prompt": "error", "max_prompt_tokens": 50},
+    ):
+        assert asked(rows, **change) > 13, change
+        assert asked(rows, **change) == 0, change
+    assert asked(rows.by(rows.person[::-1].copy()), use_user_text=True) > 13
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda bits: bits[:-9], lambda bits: b"", lambda bits: b"x" * 99]
+)
+def test_a_damaged_file_is_made_anew(
+    damage: Any, many: list[Row], tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = Rows.of(many[:13])
+    expected = parts(tokenised(rows, to_tokens(tokenizer), cache_dir=tmp_path))
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    assert parts(tokenised(rows, to_tokens(tokenizer), cache_dir=tmp_path)) == expected
+
+
+def test_ids_take_no_more_bytes_than_they_need(
+    many: list[Row], tokenizer: Any, tmp_path: Path
+) -> None:
+    class Large(Counting):
+        def __len__(self) -> int:
+            return 2**16 + 1
+
+    small, large = (
+        tokenised(Rows.of(many[:13]), to_tokens(kind(tokenizer)), cache_dir=None)
+        for kind in (Counting, Large)
+    )
+    assert isinstance(small, TokenFile) and small == large
+    widths = {
+        name: ids.dtype
+        for name, one in (("small", small), ("large", large))
+        for _, ids in one._blocks[0]
+    }
+    assert widths == {"small": np.dtype("uint16"), "large": np.dtype("int32")}
+
+
+def test_texts_that_come_again_are_kept_only_so_long(
+    many: list[Row], tokenizer: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("plrhf.data.packing.MOST_TEXTS", 50)
+    encoder = to_tokens(tokenizer)
+    _, pairs = encoder(many)
+    assert parts(pairs) == one_by_one(many, tokenizer)
+    assert len(encoder._ids) < 50 + 3 * 7 + 1  # the second block's alone
