@@ -184,7 +184,9 @@ class Backbone(nn.Module):
         own = torch.arange(n_vectors, device=segment.device).expand(segment.shape[0], -1)
         positions = torch.cat([own, position_ids + n_vectors], dim=1)
         if self.is_gptj:
-            layout = gptj.packed(self.trunk, segment, positions, sees(segment))
+            layout = gptj.packed(
+                self.trunk, segment, positions, sees(segment), dtype=inputs_embeds.dtype
+            )
             return gptj.run(self.trunk, inputs_embeds, layout)
         output = self.trunk(
             inputs_embeds=inputs_embeds,
