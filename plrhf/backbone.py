@@ -221,6 +221,12 @@ class Backbone(nn.Module):
             return nn.functional.linear(hidden, head.weight, head.bias)
         return head(hidden)
 
+    @property
+    def unembeds_alike(self) -> bool:
+        """Whether `unembed` is the same at every step, and all of it in this process."""
+        head: Any = self.model.get_output_embeddings()
+        return not any(one.requires_grad or is_sharded(one) for one in head.parameters())
+
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits of the frozen weights: another model's are others."""
         digest = hashlib.blake2b(digest_size=8)
