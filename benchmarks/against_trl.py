@@ -29,11 +29,24 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-SHAPES = {"tldr": (350, 35), "chat": (100, 200), "long": (1500, 200)}
-"""Tokens of prompt and response, the end token among them."""
 
-BATCH = {"tldr": 4, "chat": 4, "long": 1}
-"""Pairs a step; TRL's attention takes 3 GiB a pair at the long shape on the authors' recipe."""
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Tokens of prompt and response (end token among them), pairs in all and a step, steps a turn."""
+
+    n_prompt: int
+    n_response: int
+    n_pairs: int = 24
+    batch: int = 4
+    steps: int = 2
+
+
+SHAPES = {
+    "tldr": Shape(n_prompt=350, n_response=35),
+    "chat": Shape(n_prompt=100, n_response=200),
+    # TRL's attention takes 3 GiB a pair here, on the authors' recipe.
+    "long": Shape(n_prompt=1500, n_response=200, n_pairs=6, batch=1, steps=1),
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,7 @@ METHODS = {
         Method("reward TRL, vanilla", "reward", "trl"),
     )
 }
-N_PAIRS, N_USERS, N_TOKENS = 24, 8, 10
+N_USERS, N_TOKENS = 8, 10
 LORA = {"r": 8, "alpha": 16, "dropout": 0.0}
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"]
 
@@ -100,11 +113,12 @@ def write_backbone(folder: Path, *, layers: int, width: int, vocabulary: int) ->
 
 
 def write_pairs(path: Path, *, shape: str, vocabulary: int) -> None:
-    """Pairs of the shape's lengths: `N_PAIRS` rows of random words, users in turn."""
+    """Pairs of the shape's lengths: rows of random words, users in turn."""
     import random
 
     draw = random.Random(0)
-    n_prompt, n_response = SHAPES[shape]
+    n_prompt, n_response = SHAPES[shape].n_prompt, SHAPES[shape].n_response
+    n_pairs = SHAPES[shape].n_pairs
 
     def words(count: int) -> str:
         return " ".join(f"w{draw.randrange(1, vocabulary)}" for _ in range(count))
@@ -115,9 +129,9 @@ def write_pairs(path: Path, *, shape: str, vocabulary: int) -> None:
             "chosen": words(n_response - 1),  # and the end token
             "rejected": words(n_response - 1),
             "user_id": f"user {i % N_USERS}",
-            "split": "train" if i < N_PAIRS else "test",
+            "split": "train" if i < n_pairs else "test",
         }
-        for i in range(N_PAIRS + 1)
+        for i in range(n_pairs + 1)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -193,7 +207,7 @@ def make_ours(method: Method, folder: Path, pairs: Path) -> tuple[Any, Any]:
     data = PreferenceData(
         source=JsonlSource(path=str(pairs)),
         seed=0,
-        batch_size=BATCH[pairs.stem],
+        batch_size=SHAPES[pairs.stem].batch,
         eval_batch_size=4,
         max_prompt_tokens=1600,
         max_tokens=2000,
@@ -273,7 +287,7 @@ def train_trl(method: Method, folder: Path, pairs: Path, turns: Turns) -> None:
     is_dpo = method.model == "dpo"
     settings: dict[str, Any] = {
         "output_dir": str(pairs.parent / "trl"),
-        "per_device_train_batch_size": BATCH[pairs.stem] * method.rows_a_pair,
+        "per_device_train_batch_size": SHAPES[pairs.stem].batch * method.rows_a_pair,
         "max_steps": 1_000_000,
         "max_length": 2000,
         "gradient_checkpointing": False,
@@ -371,9 +385,10 @@ def matmul_peak(dtype: str) -> float:
 
 
 def measure(shape: str, names: list[str], folder: Path, scratch: Path, args: Any) -> list[dict]:
-    """Runs of all methods on one shape, turn by turn."""
+    """Runs of these methods on one shape, turn by turn; all of them are in memory at once."""
     pairs = scratch / f"{shape}.jsonl"
     write_pairs(pairs, shape=shape, vocabulary=args.vocabulary)
+    steps = SHAPES[shape].steps if args.steps is None else args.steps
     workers = [Worker(name, folder, pairs) for name in names]
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     try:
@@ -383,7 +398,7 @@ def measure(shape: str, names: list[str], folder: Path, scratch: Path, args: Any
             worker.turn(2)
         for _ in range(args.turns):
             for worker in workers:
-                turns[worker.name].append(worker.turn(args.steps))
+                turns[worker.name].append(worker.turn(steps))
         counted = {worker.name: worker.turn(1, order="count")["flops"] for worker in workers}
     finally:
         for worker in workers:
@@ -400,7 +415,8 @@ def summary(shape: str, worker: Worker, turns: list[dict], flops: float, peaks: 
     method = METHODS[worker.name]
     seconds = [turn["seconds"] / turn["steps"] for turn in turns]
     step = statistics.median(seconds)
-    (n_prompt, n_response), n_pairs = SHAPES[shape], BATCH[shape]
+    form = SHAPES[shape]
+    n_pairs, n_tokens = form.batch, form.n_prompt + 2 * form.n_response
     return {
         "shape": shape,
         "pairs_a_step": n_pairs,
@@ -410,7 +426,7 @@ def summary(shape: str, worker: Worker, turns: list[dict], flops: float, peaks: 
         "seconds_a_step": step,
         "turns": seconds,
         "pairs_a_second": n_pairs / step,
-        "tokens_a_second": n_pairs * (n_prompt + 2 * n_response) / step,
+        "tokens_a_second": n_pairs * n_tokens / step,
         "flops_a_step": flops,
         "utilisation": flops / step / peaks[method.dtype],
         "matmul_peak": peaks[method.dtype],
@@ -504,7 +520,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmark.json"))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--steps", type=int, default=2, help="a turn")
+    parser.add_argument("--steps", type=int, help="a turn, instead of the shape's own")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=256)
@@ -519,9 +535,11 @@ def main() -> None:
         write_backbone(folder, layers=args.layers, width=args.width, vocabulary=args.vocabulary)
         runs: list[dict[str, Any]] = []
         for shape in args.shapes:
-            runs += measure(shape, args.methods, folder, Path(scratch), args)
-            found = results(runs)
-            args.out.write_text(json.dumps(found, indent=2) + "\n")
+            for model in ("dpo", "reward"):
+                names = [name for name in args.methods if METHODS[name].model == model]
+                runs += measure(shape, names, folder, Path(scratch), args)
+                found = results(runs)
+                args.out.write_text(json.dumps(found, indent=2) + "\n")
     show(found)
     print(f"written: {args.out}")
 

@@ -60,7 +60,12 @@ def logits_everywhere(model: Any, batch: PreferenceBatch) -> PreferenceBatch:
     def logps(self: Any, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
         logits = self.backbone.unembed(hidden).float()
         return response_logps(
-            logits, batch.input_ids, batch.segment, lambda one: one, n_pairs=len(batch)
+            logits,
+            batch.input_ids,
+            batch.segment,
+            lambda one: one,
+            n_pairs=len(batch),
+            constant=True,
         )
 
     model.logps = MethodType(logps, model)

@@ -184,7 +184,9 @@ class Backbone(nn.Module):
         own = torch.arange(n_vectors, device=segment.device).expand(segment.shape[0], -1)
         positions = torch.cat([own, position_ids + n_vectors], dim=1)
         if self.is_gptj:
-            layout = gptj.packed(self.trunk, segment, positions, sees(segment))
+            layout = gptj.packed(
+                self.trunk, segment, positions, sees(segment), dtype=inputs_embeds.dtype
+            )
             return gptj.run(self.trunk, inputs_embeds, layout)
         output = self.trunk(
             inputs_embeds=inputs_embeds,
@@ -218,6 +220,12 @@ class Backbone(nn.Module):
             # As a module it would be gathered at every call, and processes differ in their calls.
             return nn.functional.linear(hidden, head.weight, head.bias)
         return head(hidden)
+
+    @property
+    def unembeds_alike(self) -> bool:
+        """Whether `unembed` is the same at every step, and all of it in this process."""
+        head: Any = self.model.get_output_embeddings()
+        return not any(one.requires_grad or is_sharded(one) for one in head.parameters())
 
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits of the frozen weights: another model's are others."""

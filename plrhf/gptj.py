@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from plrhf.types import PROMPT
+from plrhf.lora import product_dtype
+from plrhf.types import PADDING, PROMPT
 
 GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")
 """Names of one function; the first is written in five operations, of which torch has one."""
@@ -27,27 +28,40 @@ class Packed:
     """How the positions of a batch see one another, for all blocks.
 
     Attributes:
-        start: positions before it are prompt in every row and see what is before them.
-        mask: [R, 1, L - start, L] bool, what each position from `start` on sees.
+        start: nobody reads what comes out of positions before it: they are prompt in every row.
+        n_causal: so many positions, from the first, see all before them in every row; >= `start`.
+        mask: [R, 1, L - start, L] additive, what each position from `start` on sees.
         turns: [R, L, 1, rotary / 2] complex64, each position's rotation.
     """
 
     start: int
+    n_causal: int
     mask: Tensor
     turns: Tensor
 
 
-def packed(trunk: Any, segment: Tensor, position_ids: Tensor, mask: Tensor) -> Packed:
+def packed(
+    trunk: Any, segment: Tensor, position_ids: Tensor, sees: Tensor, *, dtype: torch.dtype
+) -> Packed:
     """`Packed` of rows whose prompts come first.
 
     Args:
-        segment, position_ids: [R, L] int64. mask: [R, L, L] bool, whether a position sees another.
+        segment, position_ids: [R, L] int64. sees: [R, L, L] bool, whether a position sees another.
+        dtype: of hidden states.
     """
     # One short of the shortest prompt: its last position is what predicts a response's first token.
     start = max(0, int((segment == PROMPT).sum(dim=1).min()) - 1)
+    # Padding may see anything, as nobody sees it: chosen responses need no mask, alone or after
+    # prompts of one length, nor does anything in a row of one response.
+    n_before = torch.arange(1, segment.shape[1] + 1, device=segment.device)
+    is_causal = (sees.sum(dim=2) == n_before) | (segment == PADDING)  # [R, L]
+    n_causal = int(is_causal.all(dim=0).cumprod(dim=0).sum())
+    seen = sees[:, None, start:]
+    mask = torch.zeros(seen.shape, dtype=product_dtype(segment.device, dtype), device=seen.device)
     sincos = trunk.h[0].attn.embed_positions  # [positions, rotary], sines then cosines
     sin, cos = sincos.to(segment.device).float()[position_ids].chunk(2, dim=-1)
-    return Packed(start, mask[:, None, start:], torch.complex(cos, sin)[:, :, None])
+    turns = torch.complex(cos, sin)[:, :, None]
+    return Packed(start, n_causal, mask.masked_fill_(~seen, -torch.inf), turns)
 
 
 def run(trunk: Any, hidden: Tensor, layout: Packed) -> Tensor:
@@ -99,9 +113,9 @@ def block_forward(block: Any, hidden: Tensor, layout: Packed, *, is_last: bool) 
 def attention(attn: Any, normed: Tensor, read: Tensor, layout: Packed) -> Tensor:
     """Self-attention of the positions `read` (all, or those from `layout.start` on) over all.
 
-    Positions before `start` need no mask of their own: they are causal among themselves.
+    Only positions from `layout.n_causal` on are given a mask, and all of those read where some are not.
     """
-    start, n_heads = layout.start, attn.num_attention_heads
+    n_heads = attn.num_attention_heads
     query, key, value = (
         project(given).unflatten(-1, (n_heads, attn.head_dim))  # (R, L, H, d / H)
         for project, given in ((attn.q_proj, read), (attn.k_proj, normed), (attn.v_proj, normed))
@@ -110,20 +124,21 @@ def attention(attn: Any, normed: Tensor, read: Tensor, layout: Packed) -> Tensor
     query = turned(query, layout.turns[:, first:], attn.rotary_dim).transpose(1, 2)
     key = turned(key, layout.turns, attn.rotary_dim).transpose(1, 2)  # (R, H, L, d / H)
     value = value.transpose(1, 2)
-    dropout = attn.attn_dropout.p if attn.training else 0.0
-    found = scaled_dot_product_attention(
-        query[:, :, start - first :], key, value, attn_mask=layout.mask, dropout_p=dropout
+    attend = partial(
+        scaled_dot_product_attention, dropout_p=attn.attn_dropout.p if attn.training else 0.0
     )
-    if first < start:
-        of_prompt = scaled_dot_product_attention(
-            query[:, :, :start],
-            key[:, :, :start],
-            value[:, :, :start],
-            is_causal=True,
-            dropout_p=dropout,
-        )
-        found = torch.cat([of_prompt, found], dim=2)
-    return attn.resid_dropout(attn.out_proj(found.transpose(1, 2).flatten(2)))
+    n_causal = layout.n_causal if first == 0 else 0
+    n_masked = read.shape[1] - n_causal
+    causal, masked = query.split([n_causal, n_masked], dim=2)
+    found = []
+    if n_causal > 0:
+        keys, values = key[:, :, :n_causal], value[:, :, :n_causal]
+        found.append(attend(causal, keys, values, is_causal=True))
+    if n_masked > 0:
+        found.append(attend(masked, key, value, attn_mask=layout.mask[:, :, -n_masked:]))
+    heads = [one.transpose(1, 2) for one in found]  # (R, L, H, d / H), as it lies in memory
+    together = heads[0] if len(heads) == 1 else torch.cat(heads, dim=1)
+    return attn.resid_dropout(attn.out_proj(together.flatten(2)))
 
 
 def turned(heads: Tensor, turns: Tensor, rotary_dim: int | None) -> Tensor:

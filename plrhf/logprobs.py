@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from plrhf.types import CHOSEN, PROMPT, REJECTED
@@ -33,8 +35,28 @@ def sum_by_response(values: Tensor, segment: Tensor, n_pairs: int) -> Tensor:
 
 
 def _token_logps(hidden: Tensor, targets: Tensor, unembed: Unembed) -> Tensor:
-    logits = unembed(hidden).float()  # [N, V]
-    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+    return -cross_entropy(unembed(hidden).float(), targets, reduction="none")  # [N, V] -> [N]
+
+
+class _Differentiated(torch.autograd.Function):
+    """`_token_logps` by a constant unembedding, its gradients computed while the logits are there.
+
+    A token's log-probability depends on its own hidden state alone, so that one product gives the
+    gradients of all, which the backward pass has but to scale.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, unembed: Unembed) -> Tensor:
+        with torch.enable_grad():
+            given = hidden.detach().requires_grad_()
+            logps = _token_logps(given, targets, unembed)
+        ctx.save_for_backward(*torch.autograd.grad(logps, given, torch.ones_like(logps)))
+        return logps.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors  # [N, d]
+        return (grads[0][:, None] * gradient).to(gradient.dtype), None, None
 
 
 def response_logps(
@@ -44,17 +66,19 @@ def response_logps(
     unembed: Unembed,
     *,
     n_pairs: int,
+    constant: bool,
     chunk_size: int = 1024,
 ) -> Tensor:
     """Sum of log pi(token | before) over each response, EOS included, prompt and user excluded.
 
-    Logits exist for `chunk_size` response positions at a time, forward and backward; the naive twin
-    is `naive_response_logps`.
+    Logits exist for `chunk_size` response positions at a time, once where the unembedding is
+    constant and else once forward and once backward; the naive twin is `naive_response_logps`.
 
     Args:
         hidden: [R, L, d] last hidden states. input_ids, segment: [R, L] int64.
         unembed: hidden states [N, d] -> logits [N, V].
         n_pairs: B. chunk_size: positions whose logits are held at once, > 0.
+        constant: whether the unembedding needs no gradients.
 
     Returns:
         [B, 2] float32 in nats: chosen, rejected.
@@ -66,10 +90,11 @@ def response_logps(
     selected = hidden[rows, before]  # [N, d]
     pieces = []
     for start in range(0, len(rows), chunk_size):
-        piece = slice(start, start + chunk_size)
-        pieces.append(
-            checkpoint(_token_logps, selected[piece], targets[piece], unembed, use_reentrant=False)
-        )
+        given = (selected[start : start + chunk_size], targets[start : start + chunk_size], unembed)
+        if constant and torch.is_grad_enabled() and selected.requires_grad:
+            pieces.append(_Differentiated.apply(*given))
+        else:
+            pieces.append(checkpoint(_token_logps, *given, use_reentrant=False))
     token_logps = torch.zeros(segment.shape, dtype=torch.float32, device=hidden.device)
     token_logps = token_logps.index_put((rows, columns), torch.cat(pieces))
     return sum_by_response(token_logps, segment, n_pairs)

@@ -9,6 +9,12 @@ import torch
 from torch import Tensor, nn
 
 
+def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What matrix products of `dtype` are computed in: autocast's dtype where that is on."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+
+
 class _LoRALinear(torch.autograd.Function):
     """y = x W^T + b + scaling * (x A^T) B^T (Hu et al. 2021, arXiv 2106.09685, eq. 3), W and b frozen."""
 
@@ -22,10 +28,8 @@ class _LoRALinear(torch.autograd.Function):
         b: Tensor,
         scaling: float,
     ) -> Tensor:
-        kind = x.device.type
-        mixed = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if mixed else weight.dtype
-        with torch.autocast(kind, enabled=False):
+        dtype = product_dtype(x.device, weight.dtype)
+        with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, in)
             low = flat @ a.to(dtype).t()  # (N, r)
             used = weight.to(dtype).t()

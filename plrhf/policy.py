@@ -75,7 +75,12 @@ class PersonalDPOPolicy(PersonalModule):
     def logps(self, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
         """Hidden states [R, L, d] -> response log-probabilities [B, 2] float32, in nats."""
         return response_logps(
-            hidden, batch.input_ids, batch.segment, self.backbone.unembed, n_pairs=len(batch)
+            hidden,
+            batch.input_ids,
+            batch.segment,
+            self.backbone.unembed,
+            n_pairs=len(batch),
+            constant=self.backbone.unembeds_alike,
         )
 
     def reference_logps(self, batch: PreferenceBatch) -> Tensor:

@@ -49,7 +49,12 @@ class SupervisedPolicy(LightningModule):
         segment = segment.masked_fill(~batch.counted()[:, None], PADDING)
         hidden = self.backbone(self.backbone.embed(batch.input_ids), segment, batch.position_ids)
         logps = response_logps(
-            hidden, batch.input_ids, segment, self.backbone.unembed, n_pairs=len(batch)
+            hidden,
+            batch.input_ids,
+            segment,
+            self.backbone.unembed,
+            n_pairs=len(batch),
+            constant=self.backbone.unembeds_alike,
         )
         n_tokens = ((segment == CHOSEN) | (segment == REJECTED)).sum()
         return -logps.sum() / self._mean_over_processes(n_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import log
 from typing import Any
 
@@ -42,7 +43,9 @@ def test_response_logps_by_hand() -> None:
     # token of chosen 4/5, 1/5. Chosen = (1, 0): 3/4 * 4/5 = 3/5; rejected = (0): 1/4.
     hidden = tensor([[[9.0, 1.0], [0.0, log(3)], [log(4), 0.0], [5.0, 5.0], [2.0, 7.0]]])
     segment = tensor([[0, 0, 1, 1, 2]])
-    found = response_logps(hidden, tensor([[0, 1, 1, 0, 0]]), segment, nn.Identity(), n_pairs=1)
+    found = response_logps(
+        hidden, tensor([[0, 1, 1, 0, 0]]), segment, nn.Identity(), n_pairs=1, constant=True
+    )
     torch.testing.assert_close(found, tensor([[log(0.6), log(0.25)]]))
 
 
@@ -59,25 +62,29 @@ class Spy(nn.Module):
         return self.linear(hidden)
 
 
-def run(logps: Any, layout: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Spy]:
+def run(
+    logps: Any, layout: Any, *, frozen: bool, **options: Any
+) -> tuple[Tensor, Tensor, Tensor | None, Spy]:
     """Log-probabilities, and the gradients of a sum of them weighted unequally."""
     torch.manual_seed(0)
-    unembed = Spy()
+    unembed = Spy().requires_grad_(not frozen)
     batch = make_batch(make_pairs(N_PAIRS), layout=layout)
     ids = batch.input_ids % VOCABULARY
     hidden = torch.randn(*ids.shape, WIDTH, requires_grad=True)
     found = logps(hidden, ids, batch.segment, unembed, n_pairs=N_PAIRS, **options)
     (found * torch.arange(1.0, 1 + found.numel()).view_as(found)).sum().backward()
-    assert hidden.grad is not None and unembed.linear.weight.grad is not None
+    assert hidden.grad is not None and (unembed.linear.weight.grad is None) == frozen
     return found.detach(), hidden.grad, unembed.linear.weight.grad, unembed
 
 
+@pytest.mark.parametrize("constant", [True, False])
 @pytest.mark.parametrize("chunk_size", [1, 5, 1000])
-def test_equals_the_naive_form(chunk_size: int) -> None:
-    *naive, _ = run(naive_response_logps, two_rows)
-    *ours, _ = run(response_logps, two_rows, chunk_size=chunk_size)
-    for one, other in zip(ours, naive, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-5)
+def test_equals_the_naive_form(chunk_size: int, constant: bool) -> None:
+    *naive, _ = run(naive_response_logps, two_rows, frozen=constant)
+    *ours, _ = run(
+        response_logps, two_rows, frozen=constant, constant=constant, chunk_size=chunk_size
+    )
+    torch.testing.assert_close(ours, naive, atol=1e-4, rtol=1e-5)
 
 
 def test_packed_hidden_states_give_what_they_give_in_two_rows() -> None:
@@ -91,22 +98,28 @@ def test_packed_hidden_states_give_what_they_give_in_two_rows() -> None:
         return function(hidden, ids, batch.segment, unembed, n_pairs=N_PAIRS)
 
     unembed = Spy()
-    found, naive = logps(joint, response_logps), logps(apart, naive_response_logps)
+    found = logps(joint, partial(response_logps, constant=False))
+    naive = logps(apart, naive_response_logps)
     torch.testing.assert_close(found, naive, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("constant", [True, False])
 @pytest.mark.parametrize("chunk_size", [1, 5, 1000])
-def test_never_more_logits_than_a_chunk_of_responses(chunk_size: int) -> None:
+def test_never_more_logits_than_a_chunk_of_responses(chunk_size: int, constant: bool) -> None:
     kept: list[torch.Size] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor.shape)
+        if tensor.shape != (WIDTH, VOCABULARY):  # the weights
+            kept.append(tensor.shape)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        *_, spy = run(response_logps, packed, chunk_size=chunk_size)
+        *_, spy = run(
+            response_logps, packed, frozen=constant, constant=constant, chunk_size=chunk_size
+        )
     n_tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in make_pairs(N_PAIRS))
     sizes = [size for size, _ in spy.asked]  # [N, d] each: no logits of whole rows
     assert max(sizes) <= chunk_size
-    assert sum(sizes) == 2 * n_tokens  # every response token once forward, once backward
+    # Every response token once, and again in the backward pass of an unembedding that learns.
+    assert sum(sizes) == (n_tokens if constant else 2 * n_tokens)
     assert all(shape[-1:] != (VOCABULARY,) or shape[0] <= chunk_size for shape in kept)
