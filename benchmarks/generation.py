@@ -120,7 +120,10 @@ def main() -> None:
     table = Table("aggregator", "tokens/s", "of that of copies of one user")
     found = {}
     for name in AGGREGATORS:
-        rate, ratio = statistics.median(rates[name, "different"]), times((name, "different"), (name, "copies"))
+        rate, ratio = (
+            statistics.median(rates[name, "different"]),
+            times((name, "different"), (name, "copies")),
+        )
         table.add_row(name, f"{rate:.0f}", f"{ratio:.2f}")
         found[name] = {"tokens_a_second": rate, "times_copies": ratio}
     shared = times(("FiLM, last layer", "different"), ("FiLM, last layer", "read by every row"))

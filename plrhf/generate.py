@@ -129,16 +129,19 @@ def _write(
     else:
         writer = contextlib.nullcontext()
         user = model.encoder(move_data_to_device(users, input_ids.device))
+    n_read = model.aggregator.n_positions + input_ids.shape[1]
+    cache = model.backbone.cache(n_read + max_new_tokens)
     with contextlib.ExitStack() as stack:
         stack.enter_context(writer)
         if model.aggregator.after_trunk:  # prompts are read alike for all users
-            how["past_key_values"] = model.backbone.prefill(input_ids, mask)
+            model.backbone.prefill(cache, input_ids, mask)
         inputs = stack.enter_context(
             model.aggregator.decoding(model.backbone, input_ids, mask, user)
         )
         output = model.backbone.model.generate(  # type: ignore[operator]
             **inputs,
             **how,
+            past_key_values=cache,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
