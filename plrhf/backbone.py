@@ -424,7 +424,10 @@ def add_lora(
         raise bad_value("backbone.lora.r", r, "a whole number from 1", "Set backbone.lora.r=8")
     if not 0 <= dropout < 1:
         raise bad_value(
-            "backbone.lora.dropout", dropout, "a number from 0 to below 1", "Set it to 0.05"
+            "backbone.lora.dropout",
+            dropout,
+            "a number from 0 to below 1",
+            "Set backbone.lora.dropout=0.05",
         )
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(
