@@ -24,11 +24,13 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     GPTJConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.initialization import no_init_weights
 from transformers.integrations.deepspeed import prevent_arange_dtype_change
 from transformers.models.auto.modeling_auto import (
@@ -196,22 +198,34 @@ class Backbone(nn.Module):
         )
         return output.last_hidden_state
 
-    def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        """Key-value cache of left-padded prompts [N, L] but for their last token, for `generate`.
+    def cache(self, length: int) -> Cache:
+        """Empty key-value cache for rows of at most `length` positions, for `generate`."""
+        cache = DynamicCache(config=self.config.get_text_config(decoder=True))
+        # Sliding windows and recurrent states are of one size: no room would spare them anything.
+        cache.layers = [
+            RoomyLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers
+        ]
+        return cache
 
-        Rows of one prompt are computed once. None where prompts have one token.
+    def prefill(self, cache: Cache, input_ids: Tensor, attention_mask: Tensor) -> None:
+        """Fill an empty `cache` with left-padded prompts [N, L] but for their last token.
+
+        Rows of one prompt are computed once.
         """
-        if input_ids.shape[1] < 2:
-            return None
+        if input_ids.shape[1] == 1:
+            return
         both = torch.stack([input_ids, attention_mask], dim=1)  # padding is any token, masked
         distinct, at = both.unique(dim=0, return_inverse=True)
         ids, mask = distinct[:, 0, :-1], distinct[:, 1, :-1]
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        cache: Any = self.trunk(
-            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True
-        ).past_key_values
+        self.trunk(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
         cache.batch_select_indices(at)
-        return cache
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., d] -> logits [..., V]."""
@@ -322,6 +336,44 @@ class Backbone(nn.Module):
             self.train(was_training)
 
 
+class RoomyLayer(DynamicLayer):
+    """One block's keys and values with room for those to come; its naive twin is `DynamicLayer`.
+
+    That one copies them all for every token, which is most of the time that writing would take.
+
+    Args:
+        length: most positions a row will have.
+    """
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+        self.room: tuple[Tensor, ...] = ()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take the keys and values of new positions, each [N, H, n, d / H], and give all so far."""
+        states = (key_states, value_states)
+        if not self.room:
+            self.lazy_initialization(*states)
+            self.room = tuple(
+                one.new_empty(*one.shape[:2], self.length, one.shape[3]) for one in states
+            )
+        before = self.get_seq_length()
+        after = before + key_states.shape[2]
+        for room, new in zip(self.room, states, strict=True):
+            room[:, :, before:after] = new
+        self.keys, self.values = (room[:, :, :after] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows at `indices`, any of them more than once."""
+        n_held = self.get_seq_length()
+        self.room = tuple(room[indices] for room in self.room)
+        self.keys, self.values = (room[:, :, :n_held] for room in self.room)
+
+
 class ShardWriter:
     """Writes tensors to safetensors files of a limited size, with the index that transformers reads.
 
@@ -380,7 +432,10 @@ def add_lora(
         raise bad_value("backbone.lora.r", r, "a whole number from 1", "Set backbone.lora.r=8")
     if not 0 <= dropout < 1:
         raise bad_value(
-            "backbone.lora.dropout", dropout, "a number from 0 to below 1", "Set it to 0.05"
+            "backbone.lora.dropout",
+            dropout,
+            "a number from 0 to below 1",
+            "Set backbone.lora.dropout=0.05",
         )
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(

@@ -24,7 +24,9 @@ from plrhf.config import Settings, unknown_key
 from plrhf.errors import BadValue, bad_value
 from plrhf.jobs import is_finished, job
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+PACKAGE = Path(__file__).resolve().parent
+# Inside the package where it was installed from a wheel, beside it in a checkout.
+CONF = next(one for one in (PACKAGE / "conf", PACKAGE.parent / "conf") if one.is_dir())
 USAGE_ERROR, INTERRUPTED = 2, 130
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # as Lightning, torchrun and SLURM tell a process
 FOR_THE_USER = (BadValue, HydraException, OmegaConfBaseException)
@@ -42,6 +44,16 @@ NOT_FOR_THE_USER = (
     r"The number of training batches .* is smaller than the logging interval",
     r"Checkpoint directory .* exists and is not empty",
 )
+
+
+def train() -> None:
+    """What `train.py` and, installed, the command ``plrhf-train`` run."""
+    main("train", "plrhf.run.train")
+
+
+def evaluate() -> None:
+    """What `eval.py` and, installed, the command ``plrhf-eval`` run."""
+    main("eval", "plrhf.tasks.evaluate")
 
 
 def main(config_name: str, task: str) -> None:

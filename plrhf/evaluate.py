@@ -24,7 +24,7 @@ from plrhf.data.rows import Features, Message, Person, Row, content_hash
 from plrhf.data.splits import Splits, prompt_kinds
 from plrhf.errors import bad_value
 from plrhf.export import Card
-from plrhf.generate import check_room, generate
+from plrhf.generate import check_options, check_room, generate
 from plrhf.metrics import choose_length_rule, summarise
 from plrhf.personal import PersonalModule
 from plrhf.policy import PersonalDPOPolicy
@@ -205,13 +205,16 @@ class Texts:
         for name, good, allowed in (
             ("users", n_users >= 1, f"{whole}, or ids of train users"),
             ("prompts", self.prompts >= 1, whole),
-            ("max_new_tokens", self.max_new_tokens >= 1, whole),
-            ("temperature", self.temperature >= 0, "a number from 0"),
-            ("top_p", 0 < self.top_p <= 1, "a number above 0, at most 1"),
         ):
             if not good:
                 field = f"{self.origin}.{name}"
                 raise bad_value(field, getattr(self, name), allowed, f"Set {field}=1")
+        check_options(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            field=self.origin,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,19 +41,14 @@ def generate(
     Returns:
         N responses without special tokens.
     """
-    for name, value, good, allowed in (
-        ("temperature", temperature, temperature >= 0, "a number from 0"),
-        ("top_p", top_p, 0 < top_p <= 1, "a number above 0, at most 1"),
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "a whole number from 1"),
-    ):
-        if not good:
-            raise bad_value(f"eval.{name}", value, allowed, f"Set eval.{name}=1")
+    check_options(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     check_room(model, prompts, max_new_tokens=max_new_tokens)
     was_training = model.training
     model.eval()
     # Rows of like length together: least left padding.
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     written: dict[int, str] = {}
+    device = next(model.backbone.parameters()).device
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
         at = torch.tensor(places)
@@ -61,7 +56,6 @@ def generate(
         of_users = None
         if users is not None:
             of_users = UserBatch(user_id=users.user_id[at], features=users.features[at])
-        device = next(model.backbone.parameters()).device
         tokens = _write(
             model,
             tokenizer,
@@ -76,6 +70,19 @@ def generate(
         written.update(zip(places, texts, strict=True))
     model.train(was_training)
     return [written[place] for place in range(len(prompts))]
+
+
+def check_options(
+    *, max_new_tokens: int, temperature: float, top_p: float, field: str = "eval"
+) -> None:
+    """Raise unless these are options of `generate`; `field` is the setting that holds them."""
+    for name, value, good, allowed in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "a whole number from 1"),
+        ("temperature", temperature, temperature >= 0, "a number from 0"),
+        ("top_p", top_p, 0 < top_p <= 1, "a number above 0, at most 1"),
+    ):
+        if not good:
+            raise bad_value(f"{field}.{name}", value, allowed, f"Set {field}.{name}=1")
 
 
 def check_room(
@@ -129,16 +136,19 @@ def _write(
     else:
         writer = contextlib.nullcontext()
         user = model.encoder(move_data_to_device(users, input_ids.device))
+    n_read = model.aggregator.n_positions + input_ids.shape[1]
+    cache = model.backbone.cache(n_read + max_new_tokens)
     with contextlib.ExitStack() as stack:
         stack.enter_context(writer)
         if model.aggregator.after_trunk:  # prompts are read alike for all users
-            how["past_key_values"] = model.backbone.prefill(input_ids, mask)
+            model.backbone.prefill(cache, input_ids, mask)
         inputs = stack.enter_context(
             model.aggregator.decoding(model.backbone, input_ids, mask, user)
         )
         output = model.backbone.model.generate(  # type: ignore[operator]
             **inputs,
             **how,
+            past_key_values=cache,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,

@@ -2,6 +2,7 @@
 
 What is spared: attention over pairs of positions that never see each other, the last block's work on
 positions nobody reads, rotations recomputed in every block, and intermediates of the activation.
+When text is written, a token at a time, it is a copy of all rotations for every row.
 """
 
 from __future__ import annotations
@@ -77,6 +78,13 @@ def adopt(trunk: Any) -> None:
     """Teach the blocks of a GPT-J to take packed rows; without them they do what they did."""
     for block in trunk.h:
         block.forward = MethodType(_taking_packed(block.forward), block)
+        block.attn._get_embed_positions = MethodType(_rotations, block.attn)
+
+
+def _rotations(self: Any, position_ids: Tensor) -> Tensor:
+    """Rotations of all positions, the same ones for each row: [N, positions, rotary], a view."""
+    table = self.embed_positions.to(position_ids.device)
+    return table.expand(len(position_ids), -1, -1)
 
 
 def _taking_packed(original: Callable[..., Any]) -> Callable[..., Any]:

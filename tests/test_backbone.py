@@ -351,7 +351,7 @@ BAD = [
     (
         lambda: make_backbone(lora={**LORA, "dropout": 1.0}),
         "backbone.lora.dropout=1.0 is not allowed: expected a number from 0 to below 1. "
-        "Set it to 0.05.",
+        "Set backbone.lora.dropout=0.05.",
     ),
     (
         lambda: make_backbone(lora={**LORA, "target_modules": ["query"]}),

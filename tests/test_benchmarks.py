@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -26,3 +27,14 @@ def test_steps_beside_trl(tmp_path: Path) -> None:
     # Twice the rows, and the reference besides, are more work, however fast it is done.
     flops = {run["method"]: run["flops_a_step"] for run in found["runs"]}
     assert flops["dpo TRL, authors' recipe"] > 2 * flops["dpo ours"]
+
+
+def test_writing_for_many_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "found.json"
+    small = ["--users", "3", "--prompt", "5", "--new", "2", "--turns", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["generation.py", *small])
+    runpy.run_path(str(BENCHMARKS / "generation.py"), run_name="__main__")
+    found = json.loads(out.read_text())
+    assert found.keys() == {"FiLM, last layer", "FiLM, every block", "soft prompt"}
+    assert all(one["times_copies"] > 0 for one in found.values())
+    assert found["FiLM, last layer"]["times_unshared"] > 0

@@ -16,8 +16,11 @@ from tiny import (
     make_pairs,
 )
 from torch import tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from plrhf.aggregators import ConcatSoftPrompt
+from plrhf.backbone import Backbone, RoomyLayer
 from plrhf.generate import generate, left_padded
 from plrhf.policy import PersonalDPOPolicy
 from plrhf.types import PreferenceBatch, UserBatch
@@ -93,6 +96,52 @@ def test_users_of_one_prompt_share_its_reading(kind: str) -> None:
         write(policy, [prompt], user_batch(user))[0] for user, prompt in enumerate(prompts, start=1)
     ]
     assert together == alone
+
+
+@both_kinds
+@all_aggregators
+def test_a_cache_with_room_writes_what_that_of_transformers_does(
+    kind: str, aggregator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy(kind, aggregator)
+    with monkeypatch.context() as patch:
+        patch.setattr(DynamicLayer, "update", None)  # nothing is copied token by token
+        found = [write(policy, PROMPTS, user_batch(*USERS)), write(policy, PROMPTS, None)]
+    monkeypatch.setattr(Backbone, "cache", lambda *_: DynamicCache())
+    if kind == "gptj":
+        for block in policy.backbone.blocks:
+            del block.attn._get_embed_positions  # the one of its class
+    naive = [write(policy, PROMPTS, user_batch(*USERS)), write(policy, PROMPTS, None)]
+    assert found == naive
+
+
+def test_a_layer_with_room_holds_what_one_without_does() -> None:
+    roomy, naive = RoomyLayer(9), DynamicLayer()
+
+    def update(n_rows: int, length: int) -> int:
+        """Where the keys lie once both have been given new positions."""
+        new = torch.randn(n_rows, 2, length, 7), torch.randn(n_rows, 2, length, 6)
+        for one, other in zip(roomy.update(*new), naive.update(*new), strict=True):
+            assert one.equal(other)
+        assert roomy.get_seq_length() == naive.get_seq_length()
+        return roomy.update(*(one[:, :, :0] for one in new))[0].data_ptr()
+
+    assert update(3, 4) == update(3, 1)
+    for layer in (roomy, naive):
+        layer.batch_select_indices(tensor([2, 0, 0, 1, 2]))
+    assert update(5, 2) == update(5, 2)
+    assert roomy.get_mask_sizes(1) == naive.get_mask_sizes(1) == (10, 0)
+
+
+def test_windows_keep_their_own_cache() -> None:
+    backbone = make_backbone("llama")
+    backbone.config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    backbone.config.sliding_window = 4
+    assert [type(layer).__name__ for layer in backbone.cache(8).layers] == [
+        "RoomyLayer",
+        "DynamicSlidingWindowLayer",
+        "RoomyLayer",
+    ]
 
 
 @both_kinds

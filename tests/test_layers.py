@@ -20,7 +20,7 @@ LAYERS = (
     "aggregators backbone data encoders export gptj lora metrics optim probes training zero",
     "personal policy reward sft",
     "adapt cli comparison drawing endpoint evaluate figures finished generate jobs judges page plan "
-    "report run seeds shots supervised sweeps tables tasks usermap users",
+    "report run seeds serve shots supervised sweeps tables tasks usermap users",
 )
 LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in units.split()}
 
@@ -55,6 +55,7 @@ SAME_LAYER = {
     "evaluate": {"generate"},
     "judges": {"endpoint", "evaluate"},
     "run": {"evaluate", "plan", "report", "supervised", "tables", "users"},
+    "serve": {"adapt", "generate"},
     "shots": {"adapt"},
     "tables": {"finished"},
     "tasks": {"comparison", "evaluate", "jobs", "judges"} | {"report", "shots", "tables", "users"},
