@@ -578,7 +578,7 @@ def share_of(trainer: Trainer) -> Share:
         summed: Any = strategy.reduce(values.to(strategy.root_device), reduce_op="sum")
         return summed.cpu()
 
-    return Share(trainer.global_rank, trainer.world_size, total)
+    return Share(trainer.global_rank, trainer.world_size, total, strategy.broadcast)
 
 
 def shards_of(trainer: Trainer) -> Any:

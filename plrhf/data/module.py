@@ -24,9 +24,9 @@ from plrhf.errors import bad_value
 from plrhf.types import GENERIC_USER, PreferenceBatch
 
 
-def as_they_are(values: Tensor) -> Tensor:
-    """The sum over processes where there is one."""
-    return values
+def as_they_are(value: Any) -> Any:
+    """The sum over processes, or what the first one says, where there is one."""
+    return value
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,13 @@ class Share:
 
     Args:
         total: the sum of a CPU tensor over all processes.
+        first: what the first process has of something small, on all of them.
     """
 
     rank: int = 0
     world_size: int = 1
     total: Callable[[Tensor], Tensor] = as_they_are
+    first: Callable[[Any], Any] = as_they_are
 
 
 EVERYTHING = Share()  # of the only process
@@ -418,9 +420,16 @@ def of_texts(
     *,
     share: Share = EVERYTHING,
 ) -> OfTexts | None:
-    """`compute` [B, 2, ...] of every pair, each text that is not known computed once."""
+    """`compute` [B, 2, ...] of every pair, each text that is not known computed once.
+
+    Args:
+        known: values from before, of the first process; others have None and are told.
+    """
     texts, places = dataset.texts()
     values, missing = (None, [*range(len(texts))]) if known is None else known.find(texts)
+    missing, shape = share.first((missing, None if values is None else values.shape))
+    if shape is not None:
+        values = share.total(torch.zeros(shape) if values is None else values)
     if len(missing) > 0:
         new = [texts[place] for place in missing]
         together = dataset.layout is packed
