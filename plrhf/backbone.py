@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from lightning.pytorch.utilities import rank_zero_only
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ from plrhf.zero import gathered, is_sharded, own_part, whole_shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Trainable = Literal["lora", "frozen", "full"]
-READ_AT_ONCE = 2**22  # numbers of a tensor, 16 MiB in float32
+READ_AT_ONCE = 2**20  # numbers of a tensor, 4 MiB in float32
 Shards = Callable[[], contextlib.AbstractContextManager[None]]
 
 
@@ -434,7 +434,7 @@ def load_model(
         )
     except BadValue:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise bad_value(
             "backbone.path",
             path,

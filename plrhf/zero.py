@@ -165,6 +165,21 @@ class Stage3(DeepSpeedStrategy):
     def _format_batch_size_and_grad_accum_config(self) -> None:
         """The config says it all from the start: models are built before a trainer has one."""
 
+    @contextlib.contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Parameters made within it are sharded at once; what they hold is read from files later."""
+        import deepspeed
+
+        class Unfilled(deepspeed.zero.Init):
+            def _zero_init_param(self, param: Any) -> None:
+                """As DeepSpeed, but without sending rank 0's values, which are none, to all others."""
+                self._convert_to_deepspeed_param(param)
+                param.partition()
+
+        self._init_config_if_needed()
+        with Unfilled(config_dict_or_path=self.config, remote_device=self.remote_device):
+            yield
+
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None
     ) -> Any:
