@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from lightning.pytorch.utilities import rank_zero_only
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -42,10 +42,11 @@ from plrhf import gptj
 from plrhf import lora as lora_layers
 from plrhf.errors import BadValue, bad_value
 from plrhf.types import PADDING, PROMPT
-from plrhf.zero import gathered, is_sharded
+from plrhf.zero import gathered, is_sharded, own_part, whole_shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Trainable = Literal["lora", "frozen", "full"]
+READ_AT_ONCE = 2**20  # numbers of a tensor, 4 MiB in float32
 Shards = Callable[[], contextlib.AbstractContextManager[None]]
 
 
@@ -496,7 +497,7 @@ def load_model(
         )
     except BadValue:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise bad_value(
             "backbone.path",
             path,
@@ -506,10 +507,10 @@ def load_model(
 
 
 def fill_shards(model: PreTrainedModel, path: str) -> PreTrainedModel:
-    """Put the weights at `path` into a sharded model, one tensor after the other.
+    """Put the weights at `path` into a sharded model: each process reads its shards, and no more.
 
     Raises:
-        ValueError: no safetensors files there, or some that lack weights of the model.
+        ValueError: no safetensors files there, or some that lack weights of the model or have others.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -522,20 +523,16 @@ def fill_shards(model: PreTrainedModel, path: str) -> PreTrainedModel:
         names = [one.name for one in (folder / "model.safetensors",) if one.is_file()]
     own = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     missing = {name for name, _ in model.named_parameters()}
-    first = torch.distributed.get_rank() == 0
     for file in (folder / name for name in names):
         with safe_open(file, "pt") as weights:
             in_file = list(weights.keys())
         for name in in_file:
             known = (name, f"{model.base_model_prefix}.{name}")
             found = next((one for one in known if one in own), None)
-            if found is None:
-                continue
-            with gathered([own[found]], write=True), torch.no_grad():
-                if first or not is_sharded(own[found]):
-                    with safe_open(file, "pt") as weights:  # anew: its pages go with each tensor
-                        own[found].copy_(weights.get_tensor(name))
-            missing.discard(found)
+            if found is not None:
+                with own_part(own[found]) as (part, first):
+                    _read_part(part, first, file, name, shape=whole_shape(own[found]))
+                missing.discard(found)
     if len(missing) > 0:
         raise bad_value(
             "backbone.path",
@@ -544,6 +541,26 @@ def fill_shards(model: PreTrainedModel, path: str) -> PreTrainedModel:
             "Save the model anew with save_pretrained",
         )
     return model.eval()
+
+
+def _read_part(part: Tensor, first: int, file: Path, name: str, *, shape: torch.Size) -> None:
+    """Read numbers `first` and on of a tensor in a file into `part`, [n], a piece at a time."""
+    for start in range(0, len(part), READ_AT_ONCE):
+        piece = part[start : start + READ_AT_ONCE]
+        begin, end = first + start, first + start + len(piece)
+        with safe_open(file, "pt") as weights:  # anew: its pages go with each piece
+            found = weights.get_slice(name)
+            if tuple(found.get_shape()) != tuple(shape):
+                raise bad_value(
+                    f"{file.name} {name}",
+                    found.get_shape(),
+                    f"shape {list(shape)}, as config.json says",
+                    "Save the model anew with save_pretrained",
+                )
+            width = shape[1:].numel()  # numbers a row
+            rows = found[begin // width : -(-end // width)].reshape(-1)
+            skipped = begin - begin // width * width
+            piece.copy_(rows[skipped : skipped + len(piece)])
 
 
 def empty_model(

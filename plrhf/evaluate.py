@@ -57,11 +57,11 @@ def prepare(
     ask = _asker(model, trainer)
 
     def known(*what: str) -> KnownTexts | None:
-        # Several processes would have to agree on what is known.
-        if cache_dir is None or trainer.world_size > 1:
+        if cache_dir is None:
             return None
-        key = content_hash(model.backbone.digest, trainer.precision, *what)
-        return KnownTexts(cache_dir / f"texts-{key}")
+        key = content_hash(model.backbone.digest, trainer.precision, *what)  # of all processes
+        # The first alone reads and writes, and the others are told.
+        return KnownTexts(cache_dir / f"texts-{key}") if trainer.is_global_zero else None
 
     with evaluating(model, trainer):
         if isinstance(model, PersonalDPOPolicy):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,9 @@ from plrhf.stats import (
     summarise_outcomes,
 )
 
+# Of nll and ece in results.json. Numbers of processes, threads and devices round float32 margins
+# differently, by some 1e-6 after 50 steps; accuracies count signs alone and are exact.
+DECIMALS = 4
 USER_KINDS = ("seen", "unseen")
 PROMPT_KINDS = ("seen", "unseen")
 
@@ -170,7 +172,9 @@ def summarise(
         n_resamples: bootstrap draws of users per cell.
         seed: of the bootstrap; the same table and seed give the same summary.
     """
-    summary = partial(summarise_outcomes, n_resamples=n_resamples, seed=seed)
+
+    def summary(outcomes: Outcomes, **names: Any) -> dict[str, Any]:
+        return _rounded(summarise_outcomes(outcomes, n_resamples=n_resamples, seed=seed, **names))
 
     def cells(context: str) -> dict[str, Any]:
         return {
@@ -198,6 +202,19 @@ def summarise(
         "oracle": cells("oracle") if has_oracle else None,
         "controls": {"length_only": {"rule": rule, **lengths}},
     }
+
+
+def _rounded(cell: dict[str, Any]) -> dict[str, Any]:
+    """M with those statistics that go by the size of margins in `DECIMALS`."""
+
+    def of(value: float | None) -> float | None:
+        return None if value is None else round(value, DECIMALS)
+
+    for name in ("nll", "ece"):
+        value, ends = cell[name]["value"], cell[name]["ci95"]
+        ends = None if ends is None else [of(end) for end in ends]
+        cell = {**cell, name: {"value": of(value), "ci95": ends}}
+    return cell
 
 
 def _cell(

@@ -130,10 +130,13 @@ def trainer_of(settings: Settings, data: PreferenceData, run_dir: Path) -> Train
 def begin(settings: Settings, run_dir: Path, *, resume_from: Path | None) -> None:
     """Make the run directory and write config.yaml; begun anew, an old run is no longer finished."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     if resume_from is None:
+        # Before there are new settings, which a kill would leave beside an old checkpoint.
         for name in ("results.json", "metrics.csv", "checkpoints/last.ckpt"):
             (run_dir / name).unlink(missing_ok=True)
+    part = run_dir / "config.yaml.part"
+    part.write_text(yaml.safe_dump(settings, sort_keys=False))
+    os.replace(part, run_dir / "config.yaml")  # going on reads it: never half
 
 
 def train_supervised(

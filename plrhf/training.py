@@ -7,6 +7,8 @@ import csv
 import os
 import random
 import signal
+import threading
+import time
 import zlib
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -40,6 +42,7 @@ from plrhf.data.module import PreferenceData, Share
 from plrhf.errors import bad_value
 from plrhf.zero import Stage3, Zero3, stage3
 
+STARTED_BY = "PLRHF_STARTED_BY"  # environment variable: the process that started this one
 Monitor = Literal["val/loss", "val/accuracy_micro", "val/accuracy_macro", "val/nll"]
 
 
@@ -548,12 +551,24 @@ def processes(trainer: Trainer) -> Iterator[None]:
             "Start each run by itself",
         )
     _check_started(trainer)
-    launcher.launch(trainer.strategy.setup_environment)
+    if trainer.local_rank == 0:
+        os.environ[STARTED_BY] = str(os.getpid())  # of those that are about to be started
+    elif STARTED_BY in os.environ:
+        starter = int(os.environ[STARTED_BY])
+        threading.Thread(target=_end_after, args=(starter,), daemon=True).start()
     try:
+        launcher.launch(trainer.strategy.setup_environment)
         yield
     except BaseException:
         launcher.kill(signal.SIGKILL)
         raise
+
+
+def _end_after(starter: int) -> None:
+    """End this process when the one that started it is gone, which if killed cannot see to that."""
+    while os.getppid() == starter:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _check_started(trainer: Trainer) -> None:
@@ -579,7 +594,11 @@ def share_of(trainer: Trainer) -> Share:
         return summed.cpu()
 
     return Share(
-        trainer.global_rank, trainer.world_size, total, n_summed=trainer.accumulate_grad_batches
+        trainer.global_rank,
+        trainer.world_size,
+        total,
+        strategy.broadcast,
+        trainer.accumulate_grad_batches,
     )
 
 

@@ -144,7 +144,9 @@ def _nearest(
     else:
         own = {name: vectors[names.index(name)] for name in evenly(names, N_OWNERS)}
     owners = {"generic user": generic[0], **own}
-    table = torch.nn.functional.normalize(model.backbone.vocabulary().float(), dim=1)  # [V, d]
+    # By the layer, as its weights, where they are sharded, may be on their way already.
+    tokens = torch.arange(model.backbone.config.vocab_size, device=vectors.device)
+    table = torch.nn.functional.normalize(model.backbone.embed(tokens).float(), dim=1)  # [V, d]
     tokenizer = data.to_tokens.tokenizer
     found = []
     for owner, vector in owners.items():

@@ -165,6 +165,21 @@ class Stage3(DeepSpeedStrategy):
     def _format_batch_size_and_grad_accum_config(self) -> None:
         """The config says it all from the start: models are built before a trainer has one."""
 
+    @contextlib.contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Parameters made within it are sharded at once; what they hold is read from files later."""
+        import deepspeed
+
+        class Unfilled(deepspeed.zero.Init):
+            def _zero_init_param(self, param: Any) -> None:
+                """As DeepSpeed, but without sending rank 0's values, which are none, to all others."""
+                self._convert_to_deepspeed_param(param)
+                param.partition()
+
+        self._init_config_if_needed()
+        with Unfilled(config_dict_or_path=self.config, remote_device=self.remote_device):
+            yield
+
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None
     ) -> Any:
@@ -278,6 +293,33 @@ def gathered(parameters: Sequence[Tensor], *, write: bool = False) -> Iterator[N
         yield
 
 
+@contextlib.contextmanager
+def own_part(tensor: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Within it: the numbers of a tensor that this process is to write, so that all are written.
+
+    Of a sharded parameter those of its shard, without the padding at its end: no process holds the
+    whole. Shards that wait on NVMe are made whole, for rank 0 to write.
+
+    Returns:
+        The numbers, flat, and the place of the first of them in the whole tensor.
+    """
+    if not is_sharded(tensor):
+        yield tensor.detach().view(-1), 0
+    elif tensor.ds_tensor.final_location is None:  # type: ignore[attr-defined]
+        whole: Any = tensor
+        first = torch.distributed.get_rank(whole.ds_process_group) * len(whole.ds_tensor)
+        yield whole.ds_tensor[: max(0, whole.ds_numel - first)], first
+    else:
+        with gathered([tensor], write=True):
+            writes = torch.distributed.get_rank() == 0
+            yield tensor.detach().view(-1) if writes else tensor.new_empty(0), 0
+
+
 def is_sharded(parameter: Tensor) -> bool:
     """Whether this process has but a shard of a parameter, unless it is `gathered`."""
     return hasattr(parameter, "ds_id")
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of a tensor of which this process may have but a shard."""
+    return tensor.ds_shape if is_sharded(tensor) else tensor.shape  # type: ignore[attr-defined]

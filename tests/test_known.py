@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -12,11 +14,12 @@ from tiny import make_backbone, make_model
 from torch import Tensor
 
 from plrhf.data.known import KnownTexts
-from plrhf.data.module import EVERYTHING, PairDataset, PreferenceData
+from plrhf.data.module import EVERYTHING, PairDataset, PreferenceData, Share, of_texts
 from plrhf.data.packing import TokenPair
 from plrhf.evaluate import prepare
 from plrhf.policy import PersonalDPOPolicy
 from plrhf.reward import PersonalRewardModel
+from plrhf.types import CHOSEN, PROMPT, REJECTED, PreferenceBatch
 
 TEXTS = [((1, 2), (3,)), ((1,), (2, 3)), ((), (1, 2, 3)), ((1, 2, 3), ()), ((7,), (8,))]
 
@@ -67,6 +70,7 @@ PAIRS = [
     TokenPair((5, 6), (3,), (4, 4)),
     TokenPair((7,), (1,), (2,)),
 ]
+MORE = [*PAIRS, TokenPair((8, 8), (1,), (2, 2)), TokenPair((7,), (9,), (1,))]
 
 
 @pytest.mark.parametrize("kind", [PersonalDPOPolicy, PersonalRewardModel])
@@ -98,4 +102,70 @@ def test_another_backbone_has_its_own(tmp_path: Path) -> None:
         model = make_model(PersonalDPOPolicy)
         model.backbone.model.get_output_embeddings().weight.data[0, 0] += change
         assert prepared(model, tmp_path, PAIRS)[1] != []
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+class Together:
+    """Processes as threads, each with its share, that wait for one another where processes do."""
+
+    def __init__(self, n: int) -> None:
+        self.said: list[Any] = [None] * n
+        self.barrier = Barrier(n, timeout=20)
+
+    def share(self, rank: int) -> Share:
+        def all_say(value: Any) -> list[Any]:
+            self.said[rank] = value
+            self.barrier.wait()
+            said = list(self.said)
+            self.barrier.wait()
+            return said
+
+        def total(values: Tensor) -> Tensor:
+            said = all_say(values)
+            assert all(one.shape == values.shape for one in said)
+            return torch.stack(said).sum(dim=0)
+
+        return Share(rank, len(self.said), total, lambda value: all_say(value)[0])
+
+    def values(self, pairs: list[TokenPair], folder: Path) -> tuple[list[Tensor], list[int]]:
+        """Values [N, 2, 3] of the pairs as each process has them, and pairs computed by each."""
+        n_computed = [0] * len(self.said)
+
+        def of_rank(rank: int) -> Tensor:
+            def compute(batch: PreferenceBatch) -> Tensor:
+                n_computed[rank] += int(batch.counted().sum())
+                return meaning(batch)
+
+            known = KnownTexts(folder) if rank == 0 else None
+            dataset = PairDataset.of_tokens(pairs)
+            found = of_texts(dataset, compute, 2, known, share=self.share(rank))
+            assert found is not None
+            return found[torch.arange(len(pairs))]
+
+        with ThreadPoolExecutor(len(self.said)) as threads:
+            return list(threads.map(of_rank, range(len(self.said)))), n_computed
+
+
+def meaning(batch: PreferenceBatch) -> Tensor:
+    """Three numbers of each text, [B, 2, 3], which no two of these tests share."""
+    prompt = (batch.input_ids * (batch.segment == PROMPT)).sum(dim=1)
+    responses = [(batch.input_ids * (batch.segment == mark)) for mark in (CHOSEN, REJECTED)]
+    of_text = torch.stack([one.sum(dim=1) for one in responses], dim=1)  # [B, 2]
+    return torch.stack([of_text, 100.0 * of_text + prompt[:, None], of_text**2], dim=2).float()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_processes_agree_on_what_is_known(n: int, tmp_path: Path) -> None:
+    expected = meaning(PairDataset.of_tokens(MORE).batch(range(len(MORE))))
+    found, n_computed = Together(n).values(MORE[:3], tmp_path)
+    assert all(one.equal(expected[:3]) for one in found)
+    assert sum(n_computed) == 3  # five texts of two prompts, two to a row
+    (first,) = tmp_path.iterdir()
+    found, n_computed = Together(n).values(MORE, tmp_path)
+    assert all(one.equal(expected) for one in found)
+    assert sum(n_computed) == 2  # two of another prompt, and one new response
+    assert len(list(tmp_path.iterdir())) == 2 and first.is_file()
+    for again in (1, 2):
+        found, n_computed = Together(again).values(MORE, tmp_path)
+        assert all(one.equal(expected) for one in found) and sum(n_computed) == 0
     assert len(list(tmp_path.iterdir())) == 2

@@ -139,6 +139,18 @@ def test_a_cell_without_pairs_is_null_and_one_with_all_is_the_whole() -> None:
     assert unknown["test"] == summary["test"]
 
 
+def test_results_do_not_tell_roundings_of_float32_apart() -> None:
+    table = predictions()
+    summary = summarise(table, longer_wins=True, n_resamples=50)
+    other = table.assign(margin=table["margin"] * (1 + 1e-7))
+    assert summarise(other, longer_wins=True, n_resamples=50) == summary
+    other = table.assign(margin=table["margin"] * 1.01)
+    assert summarise(other, longer_wins=True, n_resamples=50) != summary
+    nll = sum(math.log(1 + math.exp(-margin)) for margin in MARGINS.tolist()) / 14
+    assert summary["test"]["seen"]["user"]["nll"]["value"] == round(nll, 4)
+    assert summary["test"]["seen"]["user"]["accuracy_micro"]["value"] == 7 / 14
+
+
 @pytest.mark.parametrize(("longer", "expected"), [(True, 9 / 14), (False, 5 / 14)])
 def test_length_only_counts_equal_lengths_half(longer: bool, expected: float) -> None:
     table = predictions()

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pandas as pd
 import pytest
 import torch
-from runs import ENVIRONMENT, ROOT, TINY, command
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from runs import ENVIRONMENT, ROOT, TINY, command, launch
+from safetensors.torch import load_file, save_file
+from tiny import language_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from plrhf.backbone import fill_shards, load_model
 from plrhf.errors import BadValue
 from plrhf.training import build_trainer
+from plrhf.zero import Stage3
 
 STEPS, MORE_STEPS = 6, 11  # of 5 an epoch
 SETTINGS = [
@@ -28,10 +35,10 @@ SETTINGS = [
     *("trainer.log_every_n_steps=1", "trainer.val_every_n_steps=3"),
 ]
 MODELS = {
-    "reward": ["model=reward", "aggregator=film", "backbone.gradient_checkpointing=true"],
-    "dpo": ["model=dpo", "aggregator=soft_prompt", "aggregator.n_tokens=2", "encoder=cluster"],
+    "reward": ["model=reward", "aggregator=soft_prompt", "backbone.gradient_checkpointing=true"],
+    "dpo": ["model=dpo", "aggregator=film", "encoder=cluster", "encoder.n_clusters=3"],
 }
-MODELS["dpo"] += ["encoder.init=vocabulary", "encoder.n_clusters=3"]
+MODELS["reward"] += ["aggregator.n_tokens=2", "encoder.rank=null", "encoder.init=vocabulary"]
 ON = {1: ["trainer=cpu"], 2: ["trainer=zero3_cpu", "trainer.zero3.persistent_below=0"]}
 
 
@@ -76,7 +83,9 @@ def test_two_processes_learn_what_one_learns(
         expected = losses(one, metric)
         assert losses(two, metric) == pytest.approx(expected, abs=1e-4), metric
     results = [json.loads((run / "results.json").read_text()) for run in (one, two)]
-    assert results[0]["data"] == results[1]["data"]
+    for own in ("config", "run"):  # which say where and how it was made
+        assert results[0].pop(own) != results[1].pop(own)
+    assert results[0] == results[1]
     tables = [pd.read_parquet(run / "predictions.parquet") for run in (one, two)]
     assert (tables[0]["margin"] - tables[1]["margin"]).abs().max() < 1e-4
     rest = [table.drop(columns="margin") for table in tables]
@@ -137,6 +146,110 @@ def test_a_killed_process_ends_all_and_the_run_goes_on(
     settings[-2] = f"trainer.max_steps={step + 2}"
     train(run, cache_dir, *settings, "ckpt=last")
     assert torch.load(last, weights_only=True)["global_step"] == step + 2
+
+
+@pytest.mark.slow
+def test_reading_into_shards_takes_little_more_memory_than_they(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    script = str(ROOT / "benchmarks" / "loading.py")
+    subprocess.run([sys.executable, script, "--out", str(out)], env=ENVIRONMENT, check=True)
+    found = json.loads(out.read_text())
+    assert found["files"] > 3
+    for process in found["processes"]:
+        assert process["model"] > 450 * 2**20
+        assert process["above"] > 0.4 * process["model"]  # else it is not its half that is measured
+        assert process["above"] < 0.6 * process["model"]
+
+
+def fake_shards(model: PreTrainedModel, n_processes: int) -> None:
+    """Take a model's values away and leave room for one of so many shards, as DeepSpeed does."""
+    for number, parameter in enumerate(model.parameters()):
+        whole: Any = parameter
+        whole.ds_id, whole.ds_shape, whole.ds_numel = number, parameter.shape, parameter.numel()
+        whole.ds_tensor = torch.full([-(-parameter.numel() // n_processes)], torch.nan)
+        whole.ds_tensor.final_location = whole.ds_process_group = None
+        parameter.data = torch.empty(0)
+
+
+def read_by(rank: int, n_processes: int, path: Path, monkeypatch: Any) -> dict[str, torch.Tensor]:
+    """What a process has read of each parameter."""
+    model = language_model()
+    fake_shards(model, n_processes)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: rank)
+    fill_shards(model, str(path))
+    return {name: value.ds_tensor for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("n_processes", [1, 2, 5])
+def test_shards_are_read_as_the_whole_is(
+    n_processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    language_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    monkeypatch.setattr("plrhf.backbone.READ_AT_ONCE", 71)  # rows are cut, of 32 or 128 numbers
+    shards = [read_by(rank, n_processes, tmp_path, monkeypatch) for rank in range(n_processes)]
+    for name, whole in AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters():
+        found = torch.cat([one[name] for one in shards])
+        assert found[: whole.numel()].view(whole.shape).equal(whole), name
+        assert found[whole.numel() :].isnan().all()
+
+
+def test_weights_that_are_not_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    language_model().save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    weights = load_file(file)
+    wrong = {**weights, "transformer.ln_f.weight": torch.ones(31)}
+    lacking = {name: value for name, value in weights.items() if name != "lm_head.bias"}
+    for content, message in (
+        (
+            wrong,
+            "model.safetensors transformer.ln_f.weight=[31] is not allowed: expected shape [32], as "
+            "config.json says. Save the model anew with save_pretrained.",
+        ),
+        (
+            lacking,
+            f"backbone.path={str(tmp_path)!r} is not allowed: expected safetensors files with all "
+            "weights (lacking lm_head.bias). Save the model anew with save_pretrained.",
+        ),
+    ):
+        save_file(content, file, metadata={"format": "pt"})
+        with pytest.raises(BadValue) as error:
+            read_by(1, 2, tmp_path, monkeypatch)
+        assert str(error.value) == message
+
+
+@pytest.mark.parametrize("shards", [None, contextlib.nullcontext])
+def test_a_cut_file_of_weights(shards: Any, tmp_path: Path) -> None:
+    language_model().save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(
+        BadValue, match=r"^backbone\.path=.* is not allowed: expected a model's dir"
+    ):
+        load_model(str(tmp_path), shards=shards)
+
+
+def test_a_damaged_checkpoint_starts_no_processes(
+    reward_run: Path, cache_dir: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = Path(shutil.copytree(reward_run, tmp_path / "run"))
+    last = run / "checkpoints/last.ckpt"
+    bits = bytearray(last.read_bytes())
+    weights = torch.load(last, weights_only=True)["state_dict"]
+    largest = max(weights.values(), key=torch.Tensor.numel)
+    bits[bits.index(largest.numpy().tobytes()[:64])] ^= 1
+    for content in (bits[:-1000], bits, b"of another program"):
+        last.write_bytes(content)
+        capsys.readouterr()
+        places = [f"cache_dir={cache_dir}", f"run_dir={run}"]
+        with (
+            patch.object(Stage3, "setup_environment", side_effect=AssertionError),
+            pytest.raises(SystemExit) as stop,
+        ):
+            launch("train", *TINY, *ON[2], *places, "ckpt=last")
+        assert stop.value.code == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: ckpt='{str(last)[:20]}") and err.count("\n") == 1
 
 
 def test_more_processes_need_zero(tmp_path: Path) -> None:

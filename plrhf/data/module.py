@@ -34,9 +34,9 @@ LENGTH_SPREAD = 0.1
 """How much shorter than the longest pair of a batch of like length another may be, as a share."""
 
 
-def as_they_are(values: Tensor) -> Tensor:
-    """The sum over processes where there is one."""
-    return values
+def as_they_are(value: Any) -> Any:
+    """The sum over processes, or what the first one says, where there is one."""
+    return value
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,14 @@ class Share:
 
     Args:
         total: the sum of a CPU tensor over all processes.
+        first: what the first process has of something small, on all of them.
         n_summed: batches whose gradients are summed to one optimiser step.
     """
 
     rank: int = 0
     world_size: int = 1
     total: Callable[[Tensor], Tensor] = as_they_are
+    first: Callable[[Any], Any] = as_they_are
     n_summed: int = 1
 
 
@@ -588,9 +590,16 @@ def of_texts(
     *,
     share: Share = EVERYTHING,
 ) -> OfTexts | None:
-    """`compute` [B, 2, ...] of every pair, each text that is not known computed once."""
+    """`compute` [B, 2, ...] of every pair, each text that is not known computed once.
+
+    Args:
+        known: values from before, of the first process; others have None and are told.
+    """
     texts, places = dataset.texts()
     values, missing = (None, [*range(len(texts))]) if known is None else known.find(texts)
+    missing, shape = share.first((missing, None if values is None else values.shape))
+    if shape is not None:
+        values = share.total(torch.zeros(shape) if values is None else values)
     for start in range(0, len(missing), TEXTS_AT_ONCE):
         wanted = missing[start : start + TEXTS_AT_ONCE]
         new = [texts[place] for place in wanted]
