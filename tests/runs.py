@@ -134,7 +134,7 @@ def check_evaluation(directory: Path, *, oracle: bool = True) -> dict[str, Any]:
     keys = {"schema", "config", "test", "cells", "oracle", "controls", "data", "probes", "run"}
     assert set(results) == keys and results["schema"] == 1
     assert set(results["run"]) == {"command", "versions"}
-    counts = {"read", "refused", "dropped", "truncated", "rows", "users"}
+    counts = {"read", "refused", "dropped", "truncated", "rows", "users", "padding"}
     assert set(results["data"]) == counts
     assert set(results["test"]) == {"seen", "unseen"}
     assert (results["oracle"] is not None) == oracle
