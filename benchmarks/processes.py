@@ -187,10 +187,10 @@ def same(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Each model on one process and on two."""
     found = {}
     for model in MODELS:
-        name = ", ".join(one.partition("=")[2] for one in model)
+        name = "-".join(one.partition("=")[2] for one in model)
         runs = []
         for n_processes in ON:
-            run_dir, cache_dir = folder / f"{name} {n_processes}" / "run", folder / f"{n_processes}"
+            run_dir, cache_dir = folder / f"{name}-{n_processes}" / "run", folder / f"{n_processes}"
             run_dir.parent.mkdir()
             more = [*model, f"trainer.max_steps={args.steps}", *args.settings]
             runs.append(unbroken_run(Run(run_dir, cache_dir, n_processes, more))[0])
@@ -211,7 +211,7 @@ def broken_runs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     kills: list[dict[str, Any]] = []
     ends: list[dict[str, Any]] = []
     while len(kills) < args.kills:
-        run_dir = folder / f"broken {len(ends)}" / "run"
+        run_dir = folder / f"broken-{len(ends)}" / "run"
         run_dir.parent.mkdir()
         while True:
             run = Run(run_dir, cache_dir, draw.choice(args.processes), settings)
