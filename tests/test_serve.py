@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+import yaml
 from test_export import data_of
 
 from plrhf import serve
@@ -49,7 +50,8 @@ def test_texts_are_those_of_the_run(policy_run: Path) -> None:
     lines = [json.loads(line) for line in (policy_run / "generations.jsonl").open()]
     lines = [line for line in lines if line["writer"] == "policy"]
     assert len({line["user_id"] for line in lines}) > 1
-    how: dict[str, Any] = {"max_new_tokens": 64, "temperature": 0.0}
+    samples = yaml.safe_load((policy_run / "config.yaml").read_text())["samples"]
+    how: dict[str, Any] = {name: samples[name] for name in ("max_new_tokens", "temperature")}
     assert write(model, tokenizer, lines, **how) == [line["response"] for line in lines]
 
 
@@ -78,7 +80,7 @@ def test_what_cannot_be_answered(reward_run: Path) -> None:
     export = reward_run / "export"
     model, tokenizer = PersonalRewardModel.from_pretrained(export), load_tokenizer(str(export))
     users = model.card.users
-    shown = ", ".join(users[:5])
+    assert len(users) == 5  # of more the first five are shown
     longest = model.card.text["max_tokens"]
     for asked, message in (
         (
@@ -89,7 +91,7 @@ def test_what_cannot_be_answered(reward_run: Path) -> None:
         (
             {**NOTE, "user_id": "eve"},
             f"user_id='eve' is not allowed: expected one of the {len(users)} users the model was "
-            f"trained on ({shown}, ...). Name one of them, or leave it out for the generic user.",
+            f"trained on ({', '.join(users)}). Name one of them, or leave it out for the generic user.",
         ),
         (
             {**NOTE, "response": "sea " * 2000},
