@@ -32,6 +32,7 @@ SAME_LAYER = {
     "stats": {"errors"},
     # The backbone's fast paths.
     "backbone": {"gptj", "lora", "zero"},
+    "gptj": {"lora"},
     # The aggregator owns the backbone call; an export writes and reads all parts.
     "aggregators": {"backbone"},
     "export": {"aggregators", "backbone", "data", "encoders", "zero"},
