@@ -75,4 +75,4 @@ def mixed(per_context: Tensor, *, alpha: float) -> Tensor:
     The rows are those of `contexts(alpha)`; arXiv 2402.05133, P-RM and P-DPO objectives.
     """
     weights = per_context.new_tensor([weight for _, weight in contexts(alpha)])  # [C]
-    return weights @ per_context
+    return (weights[:, None] * per_context).sum(dim=0)  # a product @ would be autocast

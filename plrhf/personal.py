@@ -96,12 +96,17 @@ class PersonalModule(LightningModule):
         return []
 
     def hidden(self, batch: PreferenceBatch, names: tuple[str, ...]) -> Tensor:
-        """Hidden states of the batch in the named contexts ("user", "generic"), [C, R, L, d]."""
+        """Hidden states of the batch in the named contexts ("user", "generic"), [C, R, L, d].
+
+        User vectors keep their precision, whatever products of text are computed in.
+        """
         vectors = {
             "user": lambda: self.encoder(batch.users),
             "generic": lambda: self.encoder.generic(len(batch)),
         }
-        return self.hidden_for(batch, torch.cat([vectors[name]() for name in names]))
+        with torch.autocast(batch.user_id.device.type, enabled=False):
+            user = torch.cat([vectors[name]() for name in names])
+        return self.hidden_for(batch, user)
 
     def hidden_for(self, batch: PreferenceBatch, user: Tensor) -> Tensor:
         """Hidden states of the batch for user vectors [C * B, user_dim], [C, R, L, d]."""

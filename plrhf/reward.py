@@ -88,7 +88,8 @@ class PersonalRewardModel(PersonalModule):
         pooled = hidden
         if not self.aggregator.after_trunk:
             pooled = pool_responses(hidden, batch.segment, n_pairs=len(batch), pooling=self.pooling)
-        return self.head(pooled.float()).squeeze(-1)
+        with torch.autocast(pooled.device.type, enabled=False):  # which would round rewards
+            return self.head(pooled.to(self.head.weight.dtype)).squeeze(-1).float()
 
     def margins(self, hidden: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         rewards = self.rewards(hidden, batch)

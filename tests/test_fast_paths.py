@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,8 +21,9 @@ from tiny import (
 )
 from torch import Tensor, nn
 
-from plrhf import lora
-from plrhf.backbone import Backbone
+from plrhf import gptj, lora
+from plrhf.backbone import Backbone, sees
+from plrhf.data.packing import Layout, TokenPair, packed, two_rows
 from plrhf.policy import PersonalDPOPolicy
 from plrhf.reward import PersonalRewardModel
 from plrhf.types import PreferenceBatch
@@ -67,6 +69,51 @@ def test_gptj_trunk_for_rows_of_all_kinds(change: str) -> None:
         loss.backward()
         found.append({"loss": loss.detach(), **gradients(model)})
     assert_same(*found, atol=1e-5)
+
+
+def test_who_needs_a_mask_by_hand() -> None:
+    # P P P C C R -      the first to miss something before it is the rejected token at 5;
+    # P P P P C R R      the shortest prompt's end, 2, is the first that is read.
+    pairs = [TokenPair((5, 6, 7), (8, 9), (3,)), TokenPair((5, 6, 7, 8), (9,), (3, 4))]
+    together, apart = (layout_of(make_batch(pairs, layout=one)) for one in (packed, two_rows))
+    assert (together.start, together.n_causal) == (2, 5)
+    seen = together.mask[:, 0, 3:] == 0  # positions 5 and 6
+    assert seen[0].int().tolist() == [[1, 1, 1, 0, 0, 1, 0], [1, 1, 1, 0, 0, 0, 1]]
+    assert seen[1].int().tolist() == [[1, 1, 1, 1, 0, 1, 0], [1, 1, 1, 1, 0, 1, 1]]
+    assert apart.n_causal == 6  # all: a response alone sees all before it
+
+
+def layout_of(batch: PreferenceBatch) -> gptj.Packed:
+    return gptj.packed(
+        make_backbone().trunk,
+        batch.segment,
+        batch.position_ids,
+        sees(batch.segment),
+        dtype=torch.float32,
+    )
+
+
+@pytest.mark.parametrize("layout", [packed, two_rows])
+@pytest.mark.parametrize("aggregator", ["soft_prompt", "film_last"])
+@pytest.mark.parametrize("kind", [PersonalRewardModel, PersonalDPOPolicy])
+def test_gptj_trunk_in_mixed_precision(kind: Any, aggregator: str, layout: Layout) -> None:
+    """What users and losses are made of keeps its precision."""
+    found: list[dict[str, Tensor]] = []
+    for change in (lambda backbone: backbone, as_transformers):
+        model = make_model(kind, backbone=change(make_backbone()), aggregator=aggregator)
+        model.hidden_for = partial(spied, model.hidden_for, found)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model.loss(make_batch(make_pairs(), layout=layout))[0]
+        loss.mean().backward()
+        found[-1] |= {"loss": loss.detach(), **gradients(model)}
+    assert all(value.dtype == torch.float32 for value in found[0].values())
+    assert_same(*found, atol=0.05)
+
+
+def spied(hidden_for: Any, found: list[Any], batch: PreferenceBatch, user: Tensor) -> Tensor:
+    """`hidden_for`, the user vectors it was given put into `found`."""
+    found.append({"user": user.detach()})
+    return hidden_for(batch, user)
 
 
 def test_gptj_with_part_of_its_dimensions_turned() -> None:
