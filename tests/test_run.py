@@ -74,13 +74,13 @@ def test_policy(policy_run: Path) -> None:
 
 def test_supervised_model_is_a_backbone_for_others(tmp_path: Path, cache_dir: Path) -> None:
     run_dir = tmp_path / "sft"
-    before = set(cache_dir.iterdir()) if cache_dir.is_dir() else set()
+    before = set(cache_dir.glob("tiny_gptj-*"))
     launch("train", *TINY, "model=sft", "seed=9", f"cache_dir={cache_dir}", f"run_dir={run_dir}")
     names = {path.name for path in run_dir.iterdir()}
     assert names == {"config.yaml", "metrics.csv", "checkpoints", "export"}
     AutoModelForCausalLM.from_pretrained(run_dir / "export")
     assert AutoTokenizer.from_pretrained(run_dir / "export").pad_token == "<|endoftext|>"
-    assert len(set(cache_dir.iterdir()) - before) == 1
+    assert len(set(cache_dir.glob("tiny_gptj-*")) - before) == 1
     on_top = [f"backbone.path={run_dir / 'export'}", f"run_dir={tmp_path / 'reward'}"]
     # The hidden size of hf backbones is their own, so the tiny shape is not looked at.
     launch("train", *TINY, *on_top)
@@ -206,7 +206,7 @@ def test_a_tiny_backbone_is_trained_once(tmp_path: Path, capsys: Any) -> None:
 
     def backbones(*overrides: str) -> int:
         launch("train", *TINY, f"cache_dir={cache}", f"run_dir={tmp_path / 'run'}", *overrides)
-        return len(list(cache.iterdir()))
+        return len(list(cache.glob("tiny_gptj-*")))
 
     assert backbones() == 1
     assert "training the backbone first (5 steps)" in capsys.readouterr().out
