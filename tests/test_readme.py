@@ -84,7 +84,8 @@ def small(arguments: list[str]) -> list[str]:
     extra += SMALL_WORLD if world else ["data.max_tokens=128", "data.min_pairs_per_user=20"]
     if re.search("experiment=(polis|ukp)", given):
         extra.append("data.path=rows.jsonl")
-    if not re.search("backbone=(hf|gptj_6b)|experiment=(polis|ukpconvarg1 )", given + " "):
+    own = "backbone=(hf|gptj_6b)|experiment=(polis|ukpconvarg1 |ablation/(?!backbone))"
+    if not re.search(own, given + " "):
         extra += SMALL_BACKBONE
     elif "gptj_6b" in given:
         extra += ["backbone.path=language_model", "backbone.pad_token=null", "trainer=cpu"]
