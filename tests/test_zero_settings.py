@@ -276,9 +276,10 @@ def train(run: Path, *overrides: str) -> None:
 def test_what_is_offloaded_learns_and_goes_on_all_the_same(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     backbone = f"backbone.path={save_model(tmp_path / 'model')}"
-    train(one, backbone)
-    train(two, backbone, *ON_TWO, *OFFLOAD, "trainer.max_steps=2")
-    train(two, backbone, *ON_TWO, *OFFLOAD, "ckpt=last")
+    epochs = "trainer.max_epochs=2"  # a run that stops at its last step has ended its epoch
+    train(one, backbone, epochs)
+    train(two, backbone, epochs, *ON_TWO, *OFFLOAD, "trainer.max_steps=2")
+    train(two, backbone, epochs, *ON_TWO, *OFFLOAD, "ckpt=last")
     curves = [pd.read_csv(run / "metrics.csv")["train/loss"].dropna() for run in (one, two)]
     assert len(curves[0]) == 3
     assert list(curves[1]) == pytest.approx(list(curves[0]), abs=1e-6)
