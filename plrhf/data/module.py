@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -176,24 +176,23 @@ class Texts(LazySequence[Text]):
     """Texts of pairs: text 2 i is the chosen response of pair i with its prompt, 2 i + 1 the rejected.
 
     Args:
-        at: numbers of the texts to be had, in their order.
+        numbers: of the texts to be had, in their order.
     """
 
-    def __init__(self, pairs: Sequence[TokenPair], at: Places) -> None:
-        self.pairs, self.at = pairs, at
+    def __init__(self, pairs: Sequence[TokenPair], numbers: Places) -> None:
+        self.pairs, self._numbers = pairs, numbers
 
     def __len__(self) -> int:
-        return len(self.at)
+        return len(self._numbers)
 
-    @overload
-    def __getitem__(self, at: int) -> Text: ...
-    @overload
-    def __getitem__(self, at: slice) -> Sequence[Text]: ...
-    def __getitem__(self, at: int | slice) -> Text | Sequence[Text]:
-        if isinstance(at, slice):
-            return Texts(self.pairs, self.at[at])
-        place, is_rejected = divmod(int(self.at[at]), 2)
-        pair = self.pairs[place]
+    def at(self, places: Places) -> Self:
+        """The texts at these places."""
+        return type(self)(self.pairs, self._numbers[places])
+
+    def item(self, place: int) -> Text:
+        """The text at a place."""
+        of_pair, is_rejected = divmod(int(self._numbers[place]), 2)
+        pair = self.pairs[of_pair]
         return pair.prompt, pair.rejected if is_rejected == 1 else pair.chosen
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from plrhf.data.rows import Row, content_hash
-from plrhf.data.store import BLOCK
+from plrhf.data.store import blocks
 from plrhf.errors import bad_value
 from plrhf.types import CHOSEN, PADDING, PROMPT, REJECTED
 
@@ -199,13 +198,6 @@ class RowTokenizer:
         if self.start and start_text is not None and text.startswith(start_text):
             text = text[len(start_text) :]  # the start token is put there once, by `_fitted`
         return text
-
-
-def blocks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """The rows, `BLOCK` at a time."""
-    left = iter(rows)
-    while len(block := list(islice(left, BLOCK))) > 0:
-        yield block
 
 
 def packed(pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,13 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from hashlib import blake2b
-from itertools import islice
-from typing import Any, NoReturn, Self, overload
+from typing import Any, NoReturn, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from plrhf.data.store import BLOCK, LazySequence, Places, TextFile
+from plrhf.data.store import LazySequence, Places, TextFile, blocks
 from plrhf.errors import BadValue, bad_value
 
 Message = dict[str, str]
@@ -135,9 +134,8 @@ class Rows(LazySequence[Row]):
         known: list[Person] = []
         person = array("i")
 
-        def blocks() -> Iterator[list[tuple[str | None, ...]]]:
-            left = iter(rows)
-            while len(block := list(islice(left, BLOCK))) > 0:
+        def texts() -> Iterator[list[tuple[str | None, ...]]]:
+            for block in blocks(rows):
                 for row in block:
                     features = row.user_features
                     said = None if features is None else tuple(features.items())
@@ -147,7 +145,7 @@ class Rows(LazySequence[Row]):
                     person.append(number)
                 yield [_texts(row) for row in block]
 
-        file = TextFile(TEXT_COLUMNS, blocks())
+        file = TextFile(TEXT_COLUMNS, texts())
         codes = np.frombuffer(person, dtype=np.int32) if len(person) > 0 else np.empty(0, np.int32)
         return cls(file, known, np.arange(len(codes)), codes)
 
@@ -162,14 +160,9 @@ class Rows(LazySequence[Row]):
             for number, texts in zip(people, zip(*columns, strict=True), strict=True):
                 yield _row(self.people[number], *texts)
 
-    @overload
-    def __getitem__(self, at: int) -> Row: ...
-    @overload
-    def __getitem__(self, at: slice) -> Self: ...
-    def __getitem__(self, at: int | slice) -> Row | Self:
-        if isinstance(at, slice):
-            return self.at(np.arange(len(self))[at])
-        return next(iter(self.at(np.arange(len(self))[at][None])))
+    def item(self, place: int) -> Row:
+        """The row at a place."""
+        return next(iter(self.at(np.array([place]))))
 
     def at(self, places: Places) -> Self:
         """The rows at these places."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
+from itertools import islice
 from operator import eq
 from tempfile import SpooledTemporaryFile
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar, overload
 
 import numpy as np
 import pyarrow as arrow
 from numpy.typing import NDArray
 
 T = TypeVar("T", covariant=True)
+Item = TypeVar("Item")
 Places = NDArray[np.int64]
 
 BLOCK = 4096
@@ -25,10 +28,34 @@ IN_MEMORY = 32 * 2**20
 class LazySequence(Sequence[T]):
     """A sequence whose items are made when they are asked for; equal to any of equal items."""
 
+    @abstractmethod
+    def item(self, place: int) -> T:
+        """Make the item at a place from 0."""
+
+    @abstractmethod
+    def at(self, places: Places) -> Self:
+        """The items at these places, from 0, as a sequence of the same kind."""
+
+    @overload
+    def __getitem__(self, at: int) -> T: ...
+    @overload
+    def __getitem__(self, at: slice) -> Self: ...
+    def __getitem__(self, at: int | slice) -> T | Self:
+        if isinstance(at, slice):
+            return self.at(np.arange(len(self))[at])
+        return self.item(range(len(self))[at])
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def blocks(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """The items, `BLOCK` at a time."""
+    left = iter(items)
+    while len(block := list(islice(left, BLOCK))) > 0:
+        yield block
 
 
 class TextFile:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import uuid
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as arrow
 from numpy.typing import NDArray
 
-from plrhf.data.packing import RowTokenizer, TokenPair, blocks
+from plrhf.data.packing import RowTokenizer, TokenPair
 from plrhf.data.rows import Rows, content_hash
-from plrhf.data.store import BLOCK, LazySequence, Places
+from plrhf.data.store import BLOCK, LazySequence, Places, blocks
 
 FIELDS = ("prompt", "chosen", "rejected")
 
@@ -39,14 +39,9 @@ class TokenFile(LazySequence[TokenPair]):
     def __len__(self) -> int:
         return len(self._places)
 
-    @overload
-    def __getitem__(self, at: int) -> TokenPair: ...
-    @overload
-    def __getitem__(self, at: slice) -> Self: ...
-    def __getitem__(self, at: int | slice) -> TokenPair | Self:
-        if isinstance(at, slice):
-            return self.at(np.arange(len(self))[at])
-        number, row = divmod(int(self._places[at]), BLOCK)
+    def item(self, place: int) -> TokenPair:
+        """The pair at a place."""
+        number, row = divmod(int(self._places[place]), BLOCK)
         return TokenPair(
             *(tuple(ids[ends[row] : ends[row + 1]].tolist()) for ends, ids in self._blocks[number])
         )
