@@ -100,6 +100,11 @@ class RowAdamW(AdamW):
     step costs as much with a million users as with a hundred.
     """
 
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, fused=True)
+        # Scaled gradients (precision=16-mixed) are unscaled, and then clipped, before the step.
+        self._step_supports_amp_scaling = False
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; of dense gradients that of AdamW."""
         loss = None

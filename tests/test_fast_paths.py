@@ -29,6 +29,12 @@ from plrhf.reward import PersonalRewardModel
 from plrhf.types import PreferenceBatch
 
 
+@pytest.fixture(autouse=True)
+def blocks_of_few_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That rows of a few tokens have positions without a mask."""
+    monkeypatch.setattr(gptj, "BLOCK", 2)
+
+
 def as_transformers(backbone: Backbone) -> Backbone:
     """The same backbone, its trunk and LoRA layers run by transformers and PEFT alone."""
     backbone.is_gptj = False
@@ -53,8 +59,10 @@ def test_gptj_trunk_is_that_of_transformers(
     assert_same(*found, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", ["no padding", "one prompt", "prompts of one token", "n_inner"])
-def test_gptj_trunk_for_rows_of_all_kinds(change: str) -> None:
+@pytest.mark.parametrize(
+    "change", ["no padding", "one prompt", "prompts of one token", "long prompts"]
+)
+def test_gptj_trunk_for_rows_of_all_kinds(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = make_pairs(5)
     if change == "no padding":
         pairs = [pairs[0]] * 5
@@ -62,6 +70,10 @@ def test_gptj_trunk_for_rows_of_all_kinds(change: str) -> None:
         pairs = [type(pair)(pairs[0].prompt, pair.chosen, pair.rejected) for pair in pairs]
     elif change == "prompts of one token":
         pairs = [type(pair)(pair.prompt[:1], pair.chosen, pair.rejected) for pair in pairs]
+    elif change == "long prompts":  # of which whole blocks of positions need no mask
+        monkeypatch.undo()
+        pairs = [type(pair)((pair.prompt * 70)[:70], pair.chosen, pair.rejected) for pair in pairs]
+        assert layout_of(make_batch(pairs)).n_causal >= 2 * gptj.BLOCK
     found = []
     for turn in (lambda backbone: backbone, as_transformers):
         model = make_model(PersonalDPOPolicy, backbone=turn(make_backbone()))
@@ -77,10 +89,38 @@ def test_who_needs_a_mask_by_hand() -> None:
     pairs = [TokenPair((5, 6, 7), (8, 9), (3,)), TokenPair((5, 6, 7, 8), (9,), (3, 4))]
     together, apart = (layout_of(make_batch(pairs, layout=one)) for one in (packed, two_rows))
     assert (together.start, together.n_causal) == (2, 5)
-    seen = together.mask[:, 0, 3:] == 0  # positions 5 and 6
+    seen = together.mask[:, 0, -2:] == 0  # positions 5 and 6
     assert seen[0].int().tolist() == [[1, 1, 1, 0, 0, 1, 0], [1, 1, 1, 0, 0, 0, 1]]
     assert seen[1].int().tolist() == [[1, 1, 1, 1, 0, 1, 0], [1, 1, 1, 1, 0, 1, 1]]
     assert apart.n_causal == 6  # all: a response alone sees all before it
+
+
+@pytest.mark.parametrize(("n_queries", "n_causal"), [(7, 4), (7, 7), (7, 0), (3, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_on_cpus_is_torchs(dtype: torch.dtype, n_queries: int, n_causal: int) -> None:
+    torch.manual_seed(5)
+    given = [torch.randn(2, 3, n, 4, dtype=dtype) for n in (n_queries, 7, 7, n_queries)]
+    mask = torch.zeros(2, 1, n_queries, 7, dtype=dtype)
+    mask[:, :, :, 1:] = mask[:, :, :, 1:].masked_fill(torch.rand(2, 1, n_queries, 6) < 0.3, -1e9)
+    found = []
+    for attend in (gptj.AttentionOnCPU.apply, partial(gptj.attend, dropout=0.0)):
+        query, key, value = (one.clone().requires_grad_() for one in given[:3])
+        heads = attend(query, key, value, mask, n_causal)
+        assert heads.dtype == dtype
+        heads.backward(given[3])
+        grads = {"dq": query.grad, "dk": key.grad, "dv": value.grad}
+        assert all(value is not None and value.dtype == dtype for value in grads.values())
+        found.append({"heads": heads.detach(), **grads})
+    assert_same(*found, atol=1e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_attention_drops_weights_in_training() -> None:
+    backbone = make_backbone()
+    for block in backbone.trunk.h:
+        block.attn.attn_dropout.p = 0.5
+    batch = make_batch(make_pairs())
+    assert not torch.equal(run(backbone.train(), batch), run(backbone, batch))
+    assert torch.equal(run(backbone.eval(), batch), run(backbone, batch))
 
 
 def layout_of(batch: PreferenceBatch) -> gptj.Packed:
