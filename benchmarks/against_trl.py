@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from resident import resident
 from rich.console import Console
 from rich.table import Table
 
@@ -186,9 +187,8 @@ def memory() -> dict[str, float]:
     if torch.cuda.is_available():
         now, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
         return {"now": now / 2**20, "peak": peak / 2**20}
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    now, peak = (int(fields[name].split()[0]) / 1024 for name in ("VmRSS", "VmHWM"))
-    return {"now": now, "peak": peak}
+    found = resident()
+    return {"now": found["held"], "peak": found["peak"]}
 
 
 def make_ours(method: Method, folder: Path, pairs: Path) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from resident import forget_peak, resident
 from transformers import GPTJConfig, GPTJForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -44,14 +45,8 @@ def save(directory: Path, *, layers: int, width: int, file_size: str) -> None:
     GPTJForCausalLM(config).save_pretrained(directory, max_shard_size=file_size)
 
 
-def resident(field: str) -> int:
-    """Bytes of this process that are in memory now, VmRSS, or were at most, VmHWM."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def measure(directory: Path, n_processes: int) -> list[dict[str, int]] | None:
-    """Bytes before, at most while and after loading, of each process; on rank 0 alone."""
+def measure(directory: Path, n_processes: int) -> list[dict[str, float]] | None:
+    """MiB before, at most while and after loading, of each process; on rank 0 alone."""
     quieten()
     shards: dict[str, Any] = {"persistent_below": 0}
     trainer = build_trainer(
@@ -67,11 +62,12 @@ def measure(directory: Path, n_processes: int) -> list[dict[str, int]] | None:
     with processes(trainer):
         with shards_of(trainer)():
             torch.nn.Linear(3, 3)  # what DeepSpeed sets up on first use is none of the model
-        before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = resident()["held"]
+        forget_peak()
         model = load_model(str(directory), shards=shards_of(trainer))
-        own = {"before": before, "peak": resident("VmHWM"), "after": resident("VmRSS")}
-        own["model"] = sum(4 * one.ds_numel for one in model.parameters())
+        now = resident()
+        own = {"before": before, "peak": now["peak"], "after": now["held"]}
+        own["model"] = sum(4 * one.ds_numel for one in model.parameters()) / 2**20
         found = of_all_processes(own)
     return found if trainer.is_global_zero else None
 
@@ -96,10 +92,10 @@ def main() -> None:
     if found is None:
         return
     files = len(list(args.model.glob("*.safetensors")))
-    print(f"model: {found[0]['model'] / 2**20:.0f} MiB in {files} files")
+    print(f"model: {found[0]['model']:.0f} MiB in {files} files")
     for rank, own in enumerate(found):
         own["above"] = own["peak"] - own["before"]
-        mib = {name: f"{value / 2**20:.0f}" for name, value in own.items()}
+        mib = {name: f"{value:.0f}" for name, value in own.items()}
         above, whole = (own[name] / own["model"] for name in ("above", "peak"))
         print(
             f"process {rank}: {mib['before']} MiB before, {mib['peak']} at most, "

@@ -24,6 +24,7 @@ from typing import Any
 import lightning
 import pyarrow as arrow
 from pyarrow.parquet import ParquetWriter
+from resident import forget_peak, resident
 from rich.console import Console
 from rich.table import Table
 
@@ -73,16 +74,6 @@ def write(path: Path, *, n_rows: int, n_users: int) -> None:
             writer.write_table(arrow.table([*texts, users], schema=schema))
 
 
-def memory() -> dict[str, float]:
-    """MiB held now, of that by mapped files, and at most so far."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in status)
-    return {
-        name: int(fields[field].split()[0]) / 1024
-        for name, field in (("held", "VmRSS"), ("mapped", "RssFile"), ("peak", "VmHWM"))
-    }
-
-
 def make_model(tokenizer: Any, n_users: int) -> PersonalRewardModel:
     """A tiny reward model for this many users."""
     language_model = tiny_gptj(
@@ -118,14 +109,14 @@ def run(scratch: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         sentences(random.Random(2), vocabulary(), 2000), vocab_size=VOCABULARY
     )
     model = make_model(tokenizer, args.users)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    base = memory()["held"]
+    forget_peak()
+    base = resident()["held"]
     found: list[dict[str, Any]] = []
     began = time.perf_counter()
 
     def stage(name: str) -> None:
         nonlocal began
-        now = {key: value - base * (key != "mapped") for key, value in memory().items()}
+        now = {key: value - base * (key != "mapped") for key, value in resident().items()}
         found.append({"stage": name, "seconds": time.perf_counter() - began, **now})
         print(json.dumps(found[-1]), flush=True)
         began = time.perf_counter()

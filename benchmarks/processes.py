@@ -161,7 +161,7 @@ class Learned:
         return cls(losses, last["state_dict"], table, results)
 
     def apart(self, other: Learned) -> dict[str, Any]:
-        """Largest differences; a kill may have cost the line of the step it came after."""
+        """Largest differences."""
         common = self.losses.keys() & other.losses.keys()
         weights = [(other.state[n] - value).abs().max() for n, value in self.state.items()]
         return {

@@ -74,10 +74,7 @@ def main(config_name: str, task: str) -> None:
             one_of_many(config, config_name, task)
             return
         with worded_errors(config_name):  # here already, as Hydra writes a line of its own
-            settings = resolved(config)
-            run = hydra.utils.get_method(task)
-            quieten()
-            run(settings)
+            perform(task, resolved(config))
 
     with worded_errors(config_name):
         composed()
@@ -98,9 +95,14 @@ def one_of_many(config: DictConfig, config_name: str, task: str) -> None:
         if "run_dir" in settings and is_finished(settings):
             print("finished before")
             return
-        run = hydra.utils.get_method(task)
-        quieten()
-        run(settings)
+        perform(task, settings)
+
+
+def perform(task: str, settings: Settings) -> None:
+    """Import the task, and run it on the settings."""
+    run = hydra.utils.get_method(task)
+    quieten()
+    run(settings)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,9 @@ from plrhf.errors import BadValue, bad_value
 NOT_FOR_THE_CONSTRUCTOR = ("_target_", "name")
 Settings = dict[str, Any]  # a config as a plain dict
 
+ASIDE = ("run_dir", "cache_dir", "ckpt", "plan", "plan_for", "debug", "logger")
+"""Settings of where and how a run is made, and not of what comes out of it."""
+
 
 def locate(target: object, field: str) -> Any:
     """The class or function a dotted path names.

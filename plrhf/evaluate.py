@@ -368,6 +368,4 @@ def first_people(data: PreferenceData) -> dict[str, Row | Person]:
 def features_of(data: PreferenceData, users: Sequence[str]) -> Tensor:
     """Encoded features of users, [N, F], from their first rows."""
     first = first_people(data)
-    known = [first[user].user_features if user in first else None for user in users]
-    encoded = [data.schema.encode(features) for features in known]
-    return torch.tensor(encoded, dtype=torch.float32).view(len(users), data.schema.n_features)
+    return data.schema.table([first[one].user_features if one in first else None for one in users])

@@ -14,13 +14,11 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from plrhf.config import first_difference
+from plrhf.config import ASIDE, first_difference
 from plrhf.errors import BadValue, bad_value
 
 FAILED, LOG = "error.txt", "log.txt"
 SOME_FAILED = 1
-# Of a run, but not of what comes out of it.
-ASIDE = ("run_dir", "cache_dir", "ckpt", "plan", "plan_for", "debug", "logger")
 
 
 @contextlib.contextmanager

@@ -20,14 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from plrhf.backbone import DTYPES, Backbone, empty_model
-from plrhf.config import Settings, build
+from plrhf.config import Settings
 from plrhf.data.features import FeatureSchema
 from plrhf.errors import bad_value
 from plrhf.export import Card, build_model
 from plrhf.personal import PersonalModule
 from plrhf.policy import PersonalDPOPolicy
 from plrhf.reward import PersonalRewardModel
-from plrhf.training import check_devices
+from plrhf.training import check_devices, shards
 from plrhf.types import PreferenceBatch
 from plrhf.zero import Offload, Zero3
 
@@ -156,7 +156,7 @@ def forecast(settings: Settings, *, n_users: int, schema: FeatureSchema) -> Plan
     """
     trainer = settings["trainer"]
     check_devices(**{name: trainer[name] for name in ("devices", "num_nodes", "zero3")})
-    half, zero3 = HALF.get(trainer["precision"]), zero3_of(trainer)
+    half, zero3 = HALF.get(trainer["precision"]), shards(trainer["zero3"])
     backbone = empty_backbone(settings["backbone"])
     with FakeTensorMode(allow_non_fake_inputs=True):  # on the CPU, where autocast is known
         backbone.to_empty(device="cpu")
@@ -174,14 +174,6 @@ def forecast(settings: Settings, *, n_users: int, schema: FeatureSchema) -> Plan
 def n_gpus(trainer: Settings) -> int:
     """GPUs of all nodes together."""
     return trainer["devices"] * trainer["num_nodes"]
-
-
-def zero3_of(trainer: Settings) -> Zero3 | None:
-    """How weights, gradients and optimiser are sharded, None: not at all."""
-    if trainer["zero3"] is None:
-        return None
-    target = f"{Zero3.__module__}.{Zero3.__qualname__}"
-    return build({"_target_": target, **trainer["zero3"]}, "trainer.zero3")
 
 
 def empty_backbone(node: Settings) -> Backbone:

@@ -87,11 +87,9 @@ def write(model: PersonalDPOPolicy, tokenizer: Tokenizer, asked: Asked, **how: A
     """
     rows = _rows(asked)
     to_tokens = RowTokenizer(tokenizer, **model.card.text)
-    schema = model.card.feature_schema()
-    features = [schema.encode(row.user_features) for row in rows]
     users = UserBatch(
         user_id=torch.tensor(_user_ids(model.card, asked, rows), dtype=torch.int64),
-        features=torch.tensor(features).view(len(rows), schema.n_features),
+        features=model.card.feature_schema().table([row.user_features for row in rows]),
     )
     return generate(model, tokenizer, [to_tokens.prompt(row) for row in rows], users, **how)
 

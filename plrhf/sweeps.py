@@ -13,12 +13,12 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 
+from plrhf.config import ASIDE
 from plrhf.drawing import INK, MUTED, SERIES, STYLE, Drawing, drawing, panel
 from plrhf.finished import SETTINGS, Run
 from plrhf.metrics import USER_KINDS
 
-# Of a run, but not of what was trained.
-ASIDE = ("run_dir", "cache_dir", "ckpt", "debug", "logger", "samples")
+NOT_TRAINED = (*ASIDE, "samples")
 WIDE_RANGE = 8  # from this ratio on an axis is logarithmic
 
 
@@ -66,7 +66,7 @@ def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Settings by dotted name, lists as text; those of no matter to what is trained left out."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        if name == "seed" or (prefix == "" and name in ASIDE):
+        if name == "seed" or (prefix == "" and name in NOT_TRAINED):
             continue
         if isinstance(value, Mapping):
             flat |= flattened(value, f"{prefix}{name}.")

@@ -447,16 +447,23 @@ def check_devices(*, devices: int, num_nodes: int, zero3: dict[str, Any] | None)
         )
 
 
+def shards(zero3: dict[str, Any] | None) -> Zero3 | None:
+    """How weights, gradients and optimiser are shared out by settings ``trainer.zero3``; None: not."""
+    target = f"{Zero3.__module__}.{Zero3.__qualname__}"
+    return None if zero3 is None else build({"_target_": target, **zero3}, "trainer.zero3")
+
+
 def _strategy(
     zero3: dict[str, Any] | None,
     accelerator: str,
     accumulate_grad_batches: int,
     gradient_clip_val: float | None,
 ) -> Strategy | str:
-    if zero3 is None:
+    found = shards(zero3)
+    if found is None:
         return "auto"
     return stage3(
-        build({"_target_": f"{Zero3.__module__}.{Zero3.__qualname__}", **zero3}, "trainer.zero3"),
+        found,
         on_cpu=accelerator == "cpu",
         accumulate_grad_batches=accumulate_grad_batches,
         gradient_clip_val=gradient_clip_val,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, pstdev
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from plrhf.data.rows import Features, Person, Row, parse_features
 from plrhf.errors import bad_value
@@ -93,6 +96,11 @@ class FeatureSchema:
             known = name in given and category in codes
             encoded.append(float(codes[category]) if known else math.nan)
         return encoded
+
+    def table(self, users: Sequence[Features | None]) -> Tensor:
+        """`encode` of each of these users' features, [N, F] float32."""
+        encoded = [self.encode(features) for features in users]
+        return torch.tensor(encoded, dtype=torch.float32).view(len(users), self.n_features)
 
     def encode_raw(self, user_features: Mapping[str, Any] | None) -> list[float]:
         """Return `encode` of features straight from a person or a JSON file, checked like a row's.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import uuid
 from array import array
 from collections.abc import Sequence
@@ -15,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from plrhf.data.store import appearing
+
 Text = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt and of a response."""
 
@@ -22,8 +23,8 @@ Text = tuple[tuple[int, ...], tuple[int, ...]]
 class KnownTexts:
     """Values of texts, in files that are written once, whole, and never changed.
 
-    A file gets its name when it is complete, so a kill leaves none half; two processes at once at
-    worst both compute a value; a damaged file is passed over, and its values computed anew.
+    Two processes at once at worst both compute a value; a damaged file is passed over, and its values
+    computed anew.
 
     Args:
         folder: named by all that decides the values (weights, what is computed, precision).
@@ -51,11 +52,8 @@ class KnownTexts:
 
     def add(self, texts: Sequence[Text], values: Tensor) -> None:
         """Keep the values [N, ...] of these texts for whoever comes next."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        name = uuid.uuid4().hex
-        part = self.folder / f"{name}.part"
-        save_file({"keys": keys_of(texts), "values": values.float().numpy()}, part)
-        os.replace(part, self.folder / f"{name}.safetensors")
+        with appearing(self.folder / f"{uuid.uuid4().hex}.safetensors") as part:
+            save_file({"keys": keys_of(texts), "values": values.float().numpy()}, part)
 
 
 def keys_of(texts: Sequence[Text]) -> np.ndarray:

@@ -98,8 +98,7 @@ class PairDataset:
             known, person = np.unique(rows.person, return_inverse=True)
             people = [rows.people[number] for number in known]
         index = [user_index.get(one.user_id, GENERIC_USER) for one in people]
-        encoded = [schema.encode(one.user_features) for one in people]
-        of_people = torch.tensor(encoded, dtype=torch.float32).view(len(people), schema.n_features)
+        of_people = schema.table([one.user_features for one in people])
         self.user_id = torch.tensor(index, dtype=torch.int64)[person]
         self.features = of_people[person]
         self.ref_logps: OfTexts | None = None

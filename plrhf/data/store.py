@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import uuid
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
 from operator import eq
+from pathlib import Path
 from tempfile import SpooledTemporaryFile
 from typing import Any, Self, TypeVar, overload
 
@@ -49,6 +53,16 @@ class LazySequence(Sequence[T]):
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
 
     __hash__ = None  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Where to write a file that is given the name `path`, of a directory made for it, once it is
+    complete: a kill leaves none half, and of two processes at once either's stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    yield part
+    os.replace(part, path)
 
 
 def blocks(items: Iterable[Item]) -> Iterator[list[Item]]:

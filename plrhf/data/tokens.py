@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import uuid
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +11,7 @@ from numpy.typing import NDArray
 
 from plrhf.data.packing import RowTokenizer, TokenPair
 from plrhf.data.rows import Rows, content_hash
-from plrhf.data.store import BLOCK, LazySequence, Places, blocks
+from plrhf.data.store import BLOCK, LazySequence, Places, appearing, blocks
 
 FIELDS = ("prompt", "chosen", "rejected")
 
@@ -64,8 +62,8 @@ def _parts(column: arrow.ListArray) -> tuple[NDArray[Any], NDArray[Any]]:
 def tokenised(rows: Rows, to_tokens: RowTokenizer, *, cache_dir: Path | None) -> TokenFile:
     """The rows' tokens, kept in `cache_dir` under a hash of texts, tokenizer and settings.
 
-    A file gets its name when it is complete, so a kill leaves none half; two processes at once at
-    worst both make it; a damaged one is made anew. Without a `cache_dir` they are in memory.
+    Two processes at once at worst both make the file; a damaged one is made anew. Without a
+    `cache_dir` they are in memory.
     """
     tokenizer = None if cache_dir is None else to_tokens.digest()
     if cache_dir is None or tokenizer is None:
@@ -77,11 +75,8 @@ def tokenised(rows: Rows, to_tokens: RowTokenizer, *, cache_dir: Path | None) ->
     try:
         return TokenFile(arrow.memory_map(str(path)))
     except (OSError, arrow.ArrowException):
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-        with arrow.OSFile(str(part), "wb") as file:
+        with appearing(path) as part, arrow.OSFile(str(part), "wb") as file:
             write_tokens(file, rows, to_tokens)
-        os.replace(part, path)
     return TokenFile(arrow.memory_map(str(path)))
 
 
