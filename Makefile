@@ -56,7 +56,7 @@ ablation: $(BACKBONE)
 	sweep 'experiment=[ablation/features,ablation/soft_prompt]' $(INTO)/soft_prompt-features; \
 	sweep 'experiment=[ablation/n_clusters,ablation/soft_prompt]' encoder.n_clusters=4 $(INTO)/soft_prompt-clusters; \
 	sweep experiment=ablation/pairs_per_user $(INTO)/pairs_per_user; \
-	sweep 'experiment=[ablation/n_clusters,ablation/pairs_per_user]' encoder=cluster encoder.n_clusters=4 $(INTO)/pairs_per_user-clusters; \
+	sweep 'experiment=[ablation/pairs_per_user,ablation/n_clusters]' data.kind=individual,clusters encoder=cluster encoder.n_clusters=4 $(INTO)/pairs_per_user-clusters; \
 	sweep experiment=ablation/alpha $(INTO)/alpha; \
 	sweep experiment=ablation/n_users $(INTO)/n_users; \
 	sweep experiment=ablation/init $(INTO)/init; \

@@ -262,8 +262,20 @@ def test_sweeps_of_make_ablation() -> None:
     folders = [words[-1] for words in sweeps]
     assert len(set(folders)) == len(folders) > 10
     assert all(folder.startswith("$(INTO)/") for folder in folders)
-    for words in sweeps:
-        check_job(next(jobs_of(*words[:-1])))
+    optims: dict[tuple[str, str], dict[str, Any]] = {}
+    for experiment, *words in sweeps:
+        job = next(jobs_of(experiment, *(word.partition(",")[0] for word in words[:-1])))
+        check_job(job)
+        of = (job["encoder"]["name"], job["aggregator"]["name"])
+        of = ("lookup", of[1]) if of[0] in ("none", "uniform") else of  # whose settings they share
+        assert job["optim"] == optims.setdefault(of, job["optim"])  # in all sweeps alike
+    rates = {of: (optim["user_lr"], optim["user_weight_decay"]) for of, optim in optims.items()}
+    assert rates == {
+        ("lookup", "film"): (0.03, 1.0),
+        ("cluster", "film"): (0.03, 0.5),
+        ("features", "film"): (0.01, 1.0),
+        **{(name, "soft_prompt"): (0.1, 0.0) for name in ("lookup", "cluster", "features")},
+    }
 
 
 class Part:
