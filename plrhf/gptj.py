@@ -7,7 +7,7 @@ When text is written, a token at a time, it is a copy of all rotations for every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -19,9 +19,6 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from plrhf.lora import product_dtype
 from plrhf.types import PADDING, PROMPT
-
-_forward_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 BLOCK = 32
 """Positions that torch's fused attention on CPUs takes at a time."""
@@ -140,99 +137,21 @@ def attention(attn: Any, normed: Tensor, read: Tensor, layout: Packed) -> Tensor
     query = turned(query, layout.turns[:, first:], attn.rotary_dim).transpose(1, 2)
     key = turned(key, layout.turns, attn.rotary_dim).transpose(1, 2)  # (R, H, L, d / H)
     value = value.transpose(1, 2)
+    attend = partial(
+        scaled_dot_product_attention, dropout_p=attn.attn_dropout.p if attn.training else 0.0
+    )
     n_causal = layout.n_causal // BLOCK * BLOCK if first == 0 else 0
-    dropout = attn.attn_dropout.p if attn.training else 0.0
-    if query.device.type == "cpu" and dropout == 0:
-        heads = AttentionOnCPU.apply(query, key, value, layout.mask, n_causal)
-    else:
-        heads = attend(query, key, value, layout.mask, n_causal, dropout=dropout)
-    return attn.resid_dropout(attn.out_proj(heads.transpose(1, 2).flatten(2)))
-
-
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, n_causal: int, *, dropout: float
-) -> Tensor:
-    """Fused attention [R, H, Q, d / H] of Q queries over all L keys.
-
-    Args:
-        query: [R, H, Q, d / H]. key, value: [R, H, L, d / H].
-        mask: [R, 1, M, L] additive, M >= Q - n_causal, what the last queries see.
-        n_causal: so many queries, from the first, see all keys up to their own; 0 unless Q = L.
-        dropout: share of weights that are dropped.
-    """
-    found = [
-        scaled_dot_product_attention(
-            query[:, :, rows], key[:, :, seen], value[:, :, seen], part, dropout, part is None
-        )
-        for rows, seen, part in _parts(query, mask, n_causal)
-    ]
-    return torch.cat(found, dim=2)
-
-
-def _parts(
-    query: Tensor, mask: Tensor, n_causal: int
-) -> Iterator[tuple[slice, slice, Tensor | None]]:
-    """Queries, the keys they are shown, and the mask these need, None where they see all before."""
+    n_masked = read.shape[1] - n_causal
+    causal, masked = query.split([n_causal, n_masked], dim=2)
+    found = []
     if n_causal > 0:
-        yield slice(n_causal), slice(n_causal), None
-    n_masked = query.shape[2] - n_causal
+        keys, values = key[:, :, :n_causal], value[:, :, :n_causal]
+        found.append(attend(causal, keys, values, is_causal=True))
     if n_masked > 0:
-        yield slice(n_causal, None), slice(None), mask[:, :, -n_masked:]
-
-
-class AttentionOnCPU(torch.autograd.Function):
-    """`attend` without dropout, of the same arguments, with the backward pass in float32.
-
-    torch's backward pass on CPUs is slower in bfloat16. The gradients of keys and values are added
-    up in place, where autograd would pad those of each part with zeros.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, n_causal: int
-    ) -> Tensor:
-        found = query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
-        sums = query.new_empty(query.shape[:3], dtype=torch.float32)  # log-sums of exponentials
-        for rows, seen, part in _parts(query, mask, n_causal):
-            found[:, :, rows], sums[:, :, rows] = _forward_on_cpu(
-                query[:, :, rows],
-                key[:, :, seen],
-                value[:, :, seen],
-                0.0,
-                part is None,
-                attn_mask=part,
-            )
-        ctx.save_for_backward(query, key, value, mask, found, sums)
-        ctx.n_causal = n_causal
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad, query, key, value, mask, found, sums = (
-            one.float() for one in (grads[0], *ctx.saved_tensors)
-        )
-        d_query = torch.empty_like(query)
-        parts = list(_parts(query, mask, ctx.n_causal))
-        shown = []  # to each part: gradients of keys and values
-        for rows, seen, part in parts:
-            d_query[:, :, rows], *of_shown = _backward_on_cpu(
-                grad[:, :, rows],
-                query[:, :, rows],
-                key[:, :, seen],
-                value[:, :, seen],
-                found[:, :, rows],
-                sums[:, :, rows],
-                0.0,
-                part is None,
-                attn_mask=part,
-            )
-            shown.append(of_shown)
-        d_key, d_value = shown.pop()  # of the last part, which is shown all
-        for (_, seen, _), (of_key, of_value) in zip(parts, shown, strict=False):
-            d_key[:, :, seen] += of_key
-            d_value[:, :, seen] += of_value
-        dtype = grads[0].dtype
-        return d_query.to(dtype), d_key.to(dtype), d_value.to(dtype), None, None
+        found.append(attend(masked, key, value, attn_mask=layout.mask[:, :, -n_masked:]))
+    heads = [one.transpose(1, 2) for one in found]  # (R, L, H, d / H), as it lies in memory
+    together = heads[0] if len(heads) == 1 else torch.cat(heads, dim=1)
+    return attn.resid_dropout(attn.out_proj(together.flatten(2)))
 
 
 def turned(heads: Tensor, turns: Tensor, rotary_dim: int | None) -> Tensor:

@@ -95,25 +95,6 @@ def test_who_needs_a_mask_by_hand() -> None:
     assert apart.n_causal == 6  # all: a response alone sees all before it
 
 
-@pytest.mark.parametrize(("n_queries", "n_causal"), [(7, 4), (7, 7), (7, 0), (3, 0)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_on_cpus_is_torchs(dtype: torch.dtype, n_queries: int, n_causal: int) -> None:
-    torch.manual_seed(5)
-    given = [torch.randn(2, 3, n, 4, dtype=dtype) for n in (n_queries, 7, 7, n_queries)]
-    mask = torch.zeros(2, 1, n_queries, 7, dtype=dtype)
-    mask[:, :, :, 1:] = mask[:, :, :, 1:].masked_fill(torch.rand(2, 1, n_queries, 6) < 0.3, -1e9)
-    found = []
-    for attend in (gptj.AttentionOnCPU.apply, partial(gptj.attend, dropout=0.0)):
-        query, key, value = (one.clone().requires_grad_() for one in given[:3])
-        heads = attend(query, key, value, mask, n_causal)
-        assert heads.dtype == dtype
-        heads.backward(given[3])
-        grads = {"dq": query.grad, "dk": key.grad, "dv": value.grad}
-        assert all(value is not None and value.dtype == dtype for value in grads.values())
-        found.append({"heads": heads.detach(), **grads})
-    assert_same(*found, atol=1e-5 if dtype == torch.float32 else 0.05)
-
-
 def test_attention_drops_weights_in_training() -> None:
     backbone = make_backbone()
     for block in backbone.trunk.h:
