@@ -323,9 +323,6 @@ def _shared_out(
         if place is not None:
             away[place] += rest[name] + users[name]
             rest[name] = users[name] = 0.0
-    training = float(steps.training)
-    if zero3 is None:  # AdamW on a GPU takes the roots of all second moments at once
-        training = max(training, _bytes(learned))
     prompt, response = _lengths(data)
     n_summed = trainer["accumulate_grad_batches"]
     received = 2 * _bytes(every, width) + _bytes(learned, width)  # weights twice, gradients once
@@ -335,7 +332,7 @@ def _shared_out(
         **rest,
         user_tables=sum(users.values()) + model.val_accuracy.counts.nbytes,  # exact, so not sharded
         gathered=0 if zero3 is None else _gathered(zero3, every, learned) * (width or FLOAT),
-        training=training,
+        training=float(steps.training),
         evaluation=steps.evaluation,
         host=away["cpu"],
         nvme=away["nvme"],

@@ -146,7 +146,7 @@ def test_forecast_is_what_is_measured(case: str) -> None:
     learned = plan.weights + plan.gradients + plan.optimiser + plan.user_tables
     exact = found["weights"] + found["gradients"] + found["optimiser"] + COUNTS
     assert learned == exact
-    # With a frozen trunk a step holds next to nothing: AdamW's temporaries are most of it.
+    # With a frozen trunk a step holds next to nothing.
     assert plan.training == pytest.approx(found["training"], rel=0.15, abs=1e5)
     assert plan.evaluation == pytest.approx(found["evaluation"], rel=0.15)
     worst = exact + max(found["training"], found["evaluation"])
