@@ -161,9 +161,7 @@ class Turns:
             sys.exit(0)
         self.told = self.left = int(order[1])
         if order[0] == "count":
-            from torch.utils.flop_counter import FlopCounterMode
-
-            self.counter = FlopCounterMode(display=False)
+            self.counter = flop_counter()
             self.counter.__enter__()
         self.began = time.perf_counter()
 
@@ -173,6 +171,30 @@ class Turns:
             self.counter.__exit__(None, None, None)
             flops, self.counter = self.counter.get_total_flops(), None
         say(seconds=seconds, steps=self.told, flops=flops, **memory())
+
+
+def flop_counter() -> Any:
+    """Counts operations of matrix products and of attention, what is computed a second time left out."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+    def product(_y: Any, a: Any, b: Any, **_: Any) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    def forward(q: Any, k: Any, v: Any, _dropout: Any = 0, causal: Any = False, **_: Any) -> int:
+        return sdpa_flop_count(q, k, v) // (2 if causal else 1)
+
+    def backward(_dy: Any, q: Any, k: Any, v: Any, *others: Any, **_: Any) -> int:
+        _y, _lse, dropout, causal = others
+        return 2 * forward(q, k, v, dropout, causal)
+
+    aten: Any = torch.ops.aten
+    missing = {  # torch's counter takes these for free
+        aten.addmm_: product,
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=missing)
 
 
 def say(**values: Any) -> None:

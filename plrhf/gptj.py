@@ -23,6 +23,9 @@ from plrhf.types import PADDING, PROMPT
 BLOCK = 32
 """Positions that torch's fused attention on CPUs takes at a time."""
 
+BY_PRODUCTS = 512
+"""Longest rows whose attention trains faster by matrix products, in bfloat16 on CPUs."""
+
 GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")
 """Names of one function; the first is written in five operations, of which torch has one."""
 
@@ -35,14 +38,16 @@ class Packed:
         start: nobody reads what comes out of positions before it: they are prompt in every row.
         n_causal: so many positions, from the first, see all before them in every row; >= `start`.
         mask: [R, 1, M, L] additive, what each of the last M positions sees, those from `start` and
-            the rest of its `BLOCK`.
+            the rest of its `BLOCK`; all of them where `by_products`.
         turns: [R, L, 1, rotary / 2] complex64, each position's rotation.
+        by_products: attend by matrix products, the mask for all.
     """
 
     start: int
     n_causal: int
     mask: Tensor
     turns: Tensor
+    by_products: bool
 
 
 def packed(
@@ -61,12 +66,21 @@ def packed(
     n_before = torch.arange(1, segment.shape[1] + 1, device=segment.device)
     is_causal = (sees.sum(dim=2) == n_before) | (segment == PADDING)  # [R, L]
     n_causal = int(is_causal.all(dim=0).cumprod(dim=0).sum())
-    seen = sees[:, None, start // BLOCK * BLOCK :]
-    mask = torch.zeros(seen.shape, dtype=product_dtype(segment.device, dtype), device=seen.device)
+    product = product_dtype(segment.device, dtype)
+    by_products = _by_products(segment, product)
+    seen = sees[:, None, 0 if by_products else start // BLOCK * BLOCK :]
+    mask = torch.zeros(seen.shape, dtype=product, device=seen.device)
     sincos = trunk.h[0].attn.embed_positions  # [positions, rotary], sines then cosines
     sin, cos = sincos.to(segment.device).float()[position_ids].chunk(2, dim=-1)
     turns = torch.complex(cos, sin)[:, :, None]
-    return Packed(start, n_causal, mask.masked_fill_(~seen, -torch.inf), turns)
+    return Packed(start, n_causal, mask.masked_fill_(~seen, -torch.inf), turns, by_products)
+
+
+def _by_products(segment: Tensor, product: torch.dtype) -> bool:
+    """Whether to attend by products: torch's fused backward pass gains nothing by bfloat16 on CPUs."""
+    # The fake tensors of a plan lie on the CPU and stand for those of a GPU.
+    on_cpu = segment.is_cpu and type(segment) is Tensor
+    return on_cpu and product == torch.bfloat16 and segment.shape[1] <= BY_PRODUCTS
 
 
 def run(trunk: Any, hidden: Tensor, layout: Packed) -> Tensor:
@@ -123,11 +137,7 @@ def block_forward(block: Any, hidden: Tensor, layout: Packed, *, is_last: bool) 
 
 
 def attention(attn: Any, normed: Tensor, read: Tensor, layout: Packed) -> Tensor:
-    """Self-attention of the positions `read` (all, or those from `layout.start` on) over all.
-
-    Only positions from `layout.n_causal` on are given a mask (from the multiple of `BLOCK` before it,
-    as torch's CPU kernel takes twice as long otherwise), and all of those read where some are not.
-    """
+    """Self-attention of the positions `read` (all, or those from `layout.start` on) over all."""
     n_heads = attn.num_attention_heads
     query, key, value = (
         project(given).unflatten(-1, (n_heads, attn.head_dim))  # (R, L, H, d / H)
@@ -137,11 +147,31 @@ def attention(attn: Any, normed: Tensor, read: Tensor, layout: Packed) -> Tensor
     query = turned(query, layout.turns[:, first:], attn.rotary_dim).transpose(1, 2)
     key = turned(key, layout.turns, attn.rotary_dim).transpose(1, 2)  # (R, H, L, d / H)
     value = value.transpose(1, 2)
-    attend = partial(
-        scaled_dot_product_attention, dropout_p=attn.attn_dropout.p if attn.training else 0.0
-    )
-    n_causal = layout.n_causal // BLOCK * BLOCK if first == 0 else 0
-    n_masked = read.shape[1] - n_causal
+    dropout = attn.attn_dropout.p if attn.training else 0.0
+    if layout.by_products:
+        mask = layout.mask[:, :, -read.shape[1] :]
+        heads = attend_by_products(query, key, value, mask, dropout).transpose(1, 2)
+    else:
+        heads = attend_fused(query, key, value, layout, dropout)
+    return attn.resid_dropout(attn.out_proj(heads.flatten(2)))
+
+
+def attend_fused(
+    query: Tensor, key: Tensor, value: Tensor, layout: Packed, dropout: float
+) -> Tensor:
+    """softmax(Q K^T / sqrt(d / H) + mask) V of [R, H, M, d / H] over [R, H, L, d / H], by torch's kernel.
+
+    Only positions from `layout.n_causal` on are given a mask (from the multiple of `BLOCK` before it,
+    as torch's CPU kernel takes twice as long otherwise), and all of those read where some are not.
+    The naive twin is `attend_by_products`.
+
+    Returns:
+        [R, M, H, d / H], as the kernel leaves it in memory.
+    """
+    attend = partial(scaled_dot_product_attention, dropout_p=dropout)
+    reads_all = query.shape[2] == key.shape[2]
+    n_causal = layout.n_causal // BLOCK * BLOCK if reads_all else 0
+    n_masked = query.shape[2] - n_causal
     causal, masked = query.split([n_causal, n_masked], dim=2)
     found = []
     if n_causal > 0:
@@ -149,9 +179,17 @@ def attention(attn: Any, normed: Tensor, read: Tensor, layout: Packed) -> Tensor
         found.append(attend(causal, keys, values, is_causal=True))
     if n_masked > 0:
         found.append(attend(masked, key, value, attn_mask=layout.mask[:, :, -n_masked:]))
-    heads = [one.transpose(1, 2) for one in found]  # (R, L, H, d / H), as it lies in memory
-    together = heads[0] if len(heads) == 1 else torch.cat(heads, dim=1)
-    return attn.resid_dropout(attn.out_proj(together.flatten(2)))
+    heads = [one.transpose(1, 2) for one in found]
+    return heads[0] if len(heads) == 1 else torch.cat(heads, dim=1)
+
+
+def attend_by_products(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float
+) -> Tensor:
+    """The plain form of `attend_fused`, which keeps weights [R, H, M, L]; mask [R, 1, M, L]."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)
+    scores += mask  # in place: the product's gradients do not need it
+    return nn.functional.dropout(scores.softmax(dim=-1), dropout) @ value
 
 
 def turned(heads: Tensor, turns: Tensor, rotary_dim: int | None) -> Tensor:

@@ -6,9 +6,13 @@ import json
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -27,6 +31,25 @@ def test_steps_beside_trl(tmp_path: Path) -> None:
     # Twice the rows, and the reference besides, are more work, however fast it is done.
     flops = {run["method"]: run["flops_a_step"] for run in found["runs"]}
     assert flops["dpo TRL, authors' recipe"] > 2 * flops["dpo ours"]
+
+
+def test_operations_are_those_of_the_plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    counter = runpy.run_path(str(BENCHMARKS / "against_trl.py"))["flop_counter"]
+    q, k, v = (torch.randn(3, 2, 64, 16, requires_grad=True) for _ in range(3))
+
+    def counted(attend: Any) -> int:
+        with counter() as found:
+            attend(q, k, v).sum().backward()
+        return found.get_total_flops()
+
+    plain = counted(lambda q, k, v: (q @ k.transpose(2, 3)).softmax(dim=-1) @ v)
+    assert plain == 3 * 2 * 6 * 2 * 64 * 64 * 16  # rows, heads, products forward and backward
+    assert counted(scaled_dot_product_attention) == plain
+    assert counted(partial(scaled_dot_product_attention, is_causal=True)) == plain // 2
+    with counter() as found:
+        torch.zeros(5, 7).addmm_(torch.ones(5, 11), torch.ones(11, 7))
+    assert found.get_total_flops() == 2 * 5 * 11 * 7
 
 
 def test_writing_for_many_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,39 @@ def test_attention_drops_weights_in_training() -> None:
     assert torch.equal(run(backbone.eval(), batch), run(backbone, batch))
 
 
+@pytest.mark.parametrize("n_read", [13, 5])
+def test_fused_attention_is_that_by_products(n_read: int) -> None:
+    torch.manual_seed(5)
+    seen = torch.ones(3, 13, 13, dtype=torch.bool).tril()
+    seen[0, 9:, 7:9] = False  # the first row's last positions miss two before them
+    mask = torch.zeros(3, 1, 13, 13).masked_fill(~seen[:, None], -torch.inf)[:, :, -n_read:]
+    layout = gptj.Packed(8, 9, mask, torch.empty(0), by_products=False)
+    weight = torch.randn(3, n_read, 2, 5)
+    given = [torch.randn(3, 2, length, 5) for length in (n_read, 13, 13)]
+    found = []
+    for attend in (
+        lambda *qkv: gptj.attend_fused(*qkv, layout, 0.0),
+        lambda *qkv: gptj.attend_by_products(*qkv, mask, 0.0).transpose(1, 2),
+    ):
+        leaves = [one.clone().requires_grad_() for one in given]
+        heads = attend(*leaves)
+        (heads * weight).sum().backward()
+        of_leaves = {name: one.grad for name, one in zip("qkv", leaves, strict=True)}
+        found.append({"heads": heads.detach(), **of_leaves})
+    assert_same(*found, atol=1e-5)
+
+
+def test_products_are_for_short_rows_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptj, "BY_PRODUCTS", 12)
+    short, long = (make_batch([TokenPair((5,) * n, (8, 9), (3,))]) for n in (9, 10))
+    assert not layout_of(short).by_products
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layout_of(short).by_products and not layout_of(long).by_products
+        assert layout_of(short).mask.shape == (1, 1, 12, 12)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert not layout_of(short).by_products
+
+
 def layout_of(batch: PreferenceBatch) -> gptj.Packed:
     return gptj.packed(
         make_backbone().trunk,
@@ -114,11 +147,15 @@ def layout_of(batch: PreferenceBatch) -> gptj.Packed:
     )
 
 
+@pytest.mark.parametrize("longest", [0, 512])
 @pytest.mark.parametrize("layout", [packed, two_rows])
 @pytest.mark.parametrize("aggregator", ["soft_prompt", "film_last"])
 @pytest.mark.parametrize("kind", [PersonalRewardModel, PersonalDPOPolicy])
-def test_gptj_trunk_in_mixed_precision(kind: Any, aggregator: str, layout: Layout) -> None:
+def test_gptj_trunk_in_mixed_precision(
+    kind: Any, aggregator: str, layout: Layout, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What users and losses are made of keeps its precision."""
+    monkeypatch.setattr(gptj, "BY_PRODUCTS", longest)
     found: list[dict[str, Tensor]] = []
     for change in (lambda backbone: backbone, as_transformers):
         model = make_model(kind, backbone=change(make_backbone()), aggregator=aggregator)
