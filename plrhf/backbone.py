@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -41,31 +42,56 @@ from transformers.models.auto.modeling_auto import (
 from plrhf import gptj
 from plrhf import lora as lora_layers
 from plrhf.errors import BadValue, bad_value
+from plrhf.filling import Filled
 from plrhf.types import PADDING, PROMPT
 from plrhf.zero import gathered, is_sharded, own_part, whole_shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Trainable = Literal["lora", "frozen", "full"]
+FLEX = "flex_attention"
 READ_AT_ONCE = 2**20  # numbers of a tensor, 4 MiB in float32
 Shards = Callable[[], contextlib.AbstractContextManager[None]]
 
 
-def sees(segment: Tensor) -> Tensor:
-    """Which position sees which in the packed layout, [R, L] -> [R, L, L] bool.
+def visible(query: Tensor, key: Tensor, of_query: Tensor, of_key: Tensor) -> Tensor:
+    """Whether a position sees another in the packed layout.
 
-    A position sees itself and earlier positions of the prompt and of its own response, never the
-    other response; padding, which nobody sees, sees the prompt: no softmax is over nothing.
+    It sees itself and earlier positions of the prompt and of its own response, never the other
+    response; padding, which nobody sees, sees the prompt: no softmax is over nothing.
+
+    Args:
+        query, key: where they stand. of_query, of_key: their segments.
     """
-    length = segment.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
-    query, key = segment[:, :, None], segment[:, None, :]
-    return causal & ((key == PROMPT) | (key == query))
+    return (key <= query) & ((of_key == PROMPT) | (of_key == of_query))
 
 
-def response_mask(segment: Tensor, dtype: torch.dtype) -> Tensor:
-    """`sees` as an additive attention mask, [R, L] -> [R, 1, L, L]."""
-    mask = torch.zeros((*segment.shape, segment.shape[1]), dtype=dtype, device=segment.device)
-    return mask.masked_fill(~sees(segment), torch.finfo(dtype).min)[:, None]
+def sees(segment: Tensor, owner: Tensor | None = None) -> Tensor:
+    """Which position sees which, [R, L] -> [R, L, L] bool.
+
+    Args:
+        owner: [R, L], whose each position is where several pairs are in a row: none sees another's.
+    """
+    place = torch.arange(segment.shape[1], device=segment.device)
+    seen = visible(place[:, None], place, segment[:, :, None], segment[:, None, :])
+    return seen if owner is None else seen & (owner[:, :, None] == owner[:, None, :])
+
+
+def additive_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """`sees` as it is added to attention's scores, [R, L, L] bool -> [R, 1, L, L]."""
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def block_mask(segment: Tensor, owner: Tensor | None = None) -> BlockMask:
+    """`sees` for FlexAttention, which skips blocks of positions that see nothing of one another."""
+    whose = torch.zeros_like(segment) if owner is None else owner
+
+    def of_row(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = visible(query, key, segment[row, query], segment[row, key])
+        return seen & (whose[row, query] == whose[row, key])
+
+    n_rows, length = segment.shape
+    return create_block_mask(of_row, n_rows, None, length, length, device=str(segment.device))
 
 
 class Backbone(nn.Module):
@@ -170,12 +196,17 @@ class Backbone(nn.Module):
         """Token ids [R, L] -> input embeddings [R, L, d]."""
         return self.trunk.get_input_embeddings()(input_ids)
 
-    def forward(self, inputs_embeds: Tensor, segment: Tensor, position_ids: Tensor) -> Tensor:
+    def forward(
+        self, inputs_embeds: Tensor, segment: Tensor, position_ids: Tensor, *, apart: bool = False
+    ) -> Tensor:
         """Last hidden states [R, T + L, d] of T user vectors followed by L text positions.
+
+        Short rows are put together and taken apart again, see `Filled`.
 
         Args:
             inputs_embeds: [R, T + L, d]; T is what `segment` is shorter by.
             segment, position_ids: [R, L] int64; user vectors count as prompt and take positions 0..T-1.
+            apart: leave rows as they are, since something in the trunk goes by row.
         """
         n_vectors = inputs_embeds.shape[1] - segment.shape[1]
         segment = nn.functional.pad(segment, (n_vectors, 0), value=PROMPT)
@@ -186,16 +217,28 @@ class Backbone(nn.Module):
             return output.last_hidden_state
         own = torch.arange(n_vectors, device=segment.device).expand(segment.shape[0], -1)
         positions = torch.cat([own, position_ids + n_vectors], dim=1)
+        filled = None if apart else Filled.of(segment)
+        if filled is None:
+            return self._run(inputs_embeds, segment, positions)
+        segment, positions = filled.take(segment, PADDING), filled.take(positions)
+        hidden = self._run(filled.take(inputs_embeds), segment, positions, filled.owner)
+        return filled.put_back(hidden)
+
+    def _run(
+        self, inputs: Tensor, segment: Tensor, positions: Tensor, owner: Tensor | None = None
+    ) -> Tensor:
+        """Last hidden states [R, L, d] of a causal trunk; `owner` as in `sees`."""
         if self.is_gptj:
-            layout = gptj.packed(
-                self.trunk, segment, positions, sees(segment), dtype=inputs_embeds.dtype
-            )
-            return gptj.run(self.trunk, inputs_embeds, layout)
+            seen = sees(segment, owner)
+            layout = gptj.packed(self.trunk, segment, positions, seen, dtype=inputs.dtype)
+            return gptj.run(self.trunk, inputs, layout)
+        mask: Any = (
+            block_mask(segment, owner)
+            if self.config._attn_implementation == FLEX
+            else additive_mask(sees(segment, owner), inputs.dtype)
+        )
         output = self.trunk(
-            inputs_embeds=inputs_embeds,
-            attention_mask=response_mask(segment, inputs_embeds.dtype),
-            position_ids=positions,
-            use_cache=False,
+            inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False
         )
         return output.last_hidden_state
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from plrhf.lora import product_dtype
-from plrhf.types import PADDING, PROMPT
+from plrhf.types import PADDING, PROMPT, is_planned
 
 BLOCK = 32
 """Positions that torch's fused attention on CPUs takes at a time."""
@@ -53,14 +53,14 @@ class Packed:
 def packed(
     trunk: Any, segment: Tensor, position_ids: Tensor, sees: Tensor, *, dtype: torch.dtype
 ) -> Packed:
-    """`Packed` of rows whose prompts come first.
+    """`Packed` of rows that begin with a prompt.
 
     Args:
         segment, position_ids: [R, L] int64. sees: [R, L, L] bool, whether a position sees another.
         dtype: of hidden states.
     """
     # One short of the shortest prompt: its last position is what predicts a response's first token.
-    start = max(0, int((segment == PROMPT).sum(dim=1).min()) - 1)
+    start = max(0, int((segment == PROMPT).cumprod(dim=1).sum(dim=1).min()) - 1)
     # Padding may see anything, as nobody sees it: chosen responses need no mask, alone or after
     # prompts of one length, nor does anything in a row of one response.
     n_before = torch.arange(1, segment.shape[1] + 1, device=segment.device)
@@ -78,8 +78,7 @@ def packed(
 
 def _by_products(segment: Tensor, product: torch.dtype) -> bool:
     """Whether to attend by products: torch's fused backward pass gains nothing by bfloat16 on CPUs."""
-    # The fake tensors of a plan lie on the CPU and stand for those of a GPU.
-    on_cpu = segment.is_cpu and type(segment) is Tensor
+    on_cpu = segment.is_cpu and not is_planned(segment)
     return on_cpu and product == torch.bfloat16 and segment.shape[1] <= BY_PRODUCTS
 
 

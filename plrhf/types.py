@@ -14,6 +14,11 @@ PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1
 """Values of `PreferenceBatch.segment`."""
 
 
+def is_planned(tensor: Tensor) -> bool:
+    """Whether a tensor has no values, and stands for one of the GPU that a plan is made for."""
+    return type(tensor) is not Tensor
+
+
 @dataclass
 class UserBatch:
     """Who is asked, one entry a user."""

@@ -33,19 +33,20 @@ from transformers import (
 
 from plrhf.backbone import (
     Backbone,
+    additive_mask,
     is_causal,
     load_backbone,
     load_model,
     load_tokenizer,
     looks_local,
-    response_mask,
+    sees,
     tiny_gptj,
     train_tokenizer,
 )
 
 
-def test_response_mask_by_hand() -> None:
-    mask = response_mask(tensor([[0, 0, 1, 1, 2, -1, -1]]), torch.float32)
+def test_mask_by_hand() -> None:
+    mask = additive_mask(sees(tensor([[0, 0, 1, 1, 2, -1, -1]])), torch.float32)
     assert mask.shape == (1, 1, 7, 7)
     assert (mask[0, 0] == 0).long().tolist() == [
         [1, 0, 0, 0, 0, 0, 0],  # prompt: itself and what stands before

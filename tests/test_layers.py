@@ -16,7 +16,7 @@ ROOT = Path(plrhf.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = (
-    "config errors logprobs losses stats types",
+    "config errors filling logprobs losses stats types",
     "aggregators backbone data encoders export gptj lora metrics optim probes training zero",
     "personal policy reward sft",
     "adapt cli comparison drawing endpoint evaluate figures finished generate jobs judges page plan "
@@ -27,6 +27,7 @@ LAYER_OF = {unit: number for number, units in enumerate(LAYERS) for unit in unit
 SAME_LAYER = {
     # How errors look and what batches hold: under everything.
     "config": {"errors"},
+    "filling": {"types"},
     "logprobs": {"types"},
     "losses": {"errors"},
     "stats": {"errors"},

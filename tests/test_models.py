@@ -65,9 +65,9 @@ def rows_through_trunk(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]
     rows: list[int] = []
     forward = model.backbone.forward
 
-    def counted(inputs: Tensor, *rest: Tensor) -> Tensor:
+    def counted(inputs: Tensor, *rest: Tensor, **how: bool) -> Tensor:
         rows.append(len(inputs))
-        return forward(inputs, *rest)
+        return forward(inputs, *rest, **how)
 
     monkeypatch.setattr(model.backbone, "forward", counted)
     return rows

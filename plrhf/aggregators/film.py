@@ -108,7 +108,10 @@ class FiLM(Aggregator):
         text = backbone.embed(batch.input_ids).repeat(n_contexts, 1, 1)
         with modulated_blocks(backbone, film.flatten(0, 1)):
             hidden = backbone(
-                text, batch.segment.repeat(n_contexts, 1), batch.position_ids.repeat(n_contexts, 1)
+                text,
+                batch.segment.repeat(n_contexts, 1),
+                batch.position_ids.repeat(n_contexts, 1),
+                apart=True,
             )
         return hidden.unflatten(0, (n_contexts, n_rows))
 
