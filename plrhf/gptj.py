@@ -23,8 +23,12 @@ from plrhf.types import PADDING, PROMPT, is_planned
 BLOCK = 32
 """Positions that torch's fused attention on CPUs takes at a time."""
 
-BY_PRODUCTS = 512
-"""Longest rows whose attention trains faster by matrix products, in bfloat16 on CPUs."""
+AT_ONCE = 128
+"""Positions whose attention is computed at a time where that is done by products."""
+
+BY_PRODUCTS = 2048
+"""Longest rows whose attention trains by products, on CPUs: the weights it keeps take no more room
+than all else that is kept of a block, with heads of 64."""
 
 GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")
 """Names of one function; the first is written in five operations, of which torch has one."""
@@ -40,7 +44,7 @@ class Packed:
         mask: [R, 1, M, L] additive, what each of the last M positions sees, those from `start` and
             the rest of its `BLOCK`; all of them where `by_products`.
         turns: [R, L, 1, rotary / 2] complex64, each position's rotation.
-        by_products: attend by matrix products, the mask for all.
+        by_products: attend by products, the mask for all.
     """
 
     start: int
@@ -67,19 +71,16 @@ def packed(
     is_causal = (sees.sum(dim=2) == n_before) | (segment == PADDING)  # [R, L]
     n_causal = int(is_causal.all(dim=0).cumprod(dim=0).sum())
     product = product_dtype(segment.device, dtype)
-    by_products = _by_products(segment, product)
+    # torch's fused backward pass takes up to three times as long on CPUs, most so in bfloat16. What a
+    # plan is for is a GPU.
+    on_cpu = segment.is_cpu and not is_planned(segment)
+    by_products = on_cpu and torch.is_grad_enabled() and segment.shape[1] <= BY_PRODUCTS
     seen = sees[:, None, 0 if by_products else start // BLOCK * BLOCK :]
     mask = torch.zeros(seen.shape, dtype=product, device=seen.device)
     sincos = trunk.h[0].attn.embed_positions  # [positions, rotary], sines then cosines
     sin, cos = sincos.to(segment.device).float()[position_ids].chunk(2, dim=-1)
     turns = torch.complex(cos, sin)[:, :, None]
     return Packed(start, n_causal, mask.masked_fill_(~seen, -torch.inf), turns, by_products)
-
-
-def _by_products(segment: Tensor, product: torch.dtype) -> bool:
-    """Whether to attend by products: torch's fused backward pass gains nothing by bfloat16 on CPUs."""
-    on_cpu = segment.is_cpu and not is_planned(segment)
-    return on_cpu and product == torch.bfloat16 and segment.shape[1] <= BY_PRODUCTS
 
 
 def run(trunk: Any, hidden: Tensor, layout: Packed) -> Tensor:
@@ -147,25 +148,30 @@ def attention(attn: Any, normed: Tensor, read: Tensor, layout: Packed) -> Tensor
     key = turned(key, layout.turns, attn.rotary_dim).transpose(1, 2)  # (R, H, L, d / H)
     value = value.transpose(1, 2)
     dropout = attn.attn_dropout.p if attn.training else 0.0
-    if layout.by_products:
-        mask = layout.mask[:, :, -read.shape[1] :]
-        heads = attend_by_products(query, key, value, mask, dropout).transpose(1, 2)
-    else:
-        heads = attend_fused(query, key, value, layout, dropout)
+    heads = attend(query, key, value, layout, dropout)
     return attn.resid_dropout(attn.out_proj(heads.flatten(2)))
 
 
-def attend_fused(
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: Packed, dropout: float) -> Tensor:
+    """softmax(Q K^T / sqrt(d / H) + mask) V of [R, H, M, d / H] over [R, H, L, d / H].
+
+    The naive twin is torch's own attention with a mask for all.
+
+    Returns:
+        [R, M, H, d / H].
+    """
+    if layout.by_products and dropout == 0:
+        return _ByProducts.apply(query, key, value, layout.mask)
+    return _attend_fused(query, key, value, layout, dropout)
+
+
+def _attend_fused(
     query: Tensor, key: Tensor, value: Tensor, layout: Packed, dropout: float
 ) -> Tensor:
-    """softmax(Q K^T / sqrt(d / H) + mask) V of [R, H, M, d / H] over [R, H, L, d / H], by torch's kernel.
+    """`attend` by torch's kernel.
 
     Only positions from `layout.n_causal` on are given a mask (from the multiple of `BLOCK` before it,
     as torch's CPU kernel takes twice as long otherwise), and all of those read where some are not.
-    The naive twin is `attend_by_products`.
-
-    Returns:
-        [R, M, H, d / H], as the kernel leaves it in memory.
     """
     attend = partial(scaled_dot_product_attention, dropout_p=dropout)
     reads_all = query.shape[2] == key.shape[2]
@@ -182,13 +188,65 @@ def attend_fused(
     return heads[0] if len(heads) == 1 else torch.cat(heads, dim=1)
 
 
-def attend_by_products(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float
-) -> Tensor:
-    """The plain form of `attend_fused`, which keeps weights [R, H, M, L]; mask [R, 1, M, L]."""
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(2, 3)
-    scores += mask  # in place: the product's gradients do not need it
-    return nn.functional.dropout(scores.softmax(dim=-1), dropout) @ value
+class _ByProducts(torch.autograd.Function):
+    """`attend` by matrix products, `AT_ONCE` queries at a time over the keys up to their last.
+
+    So nearly half of the products are spared, and a piece of the scores is still in the cache when it
+    is next read. Weights [R, H, M, L] are kept for the backward pass, as far as they are computed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        n_read, width = query.shape[2:]
+        ctx.scale, ctx.outer = width**-0.5, query.shape[:2]
+        mask = mask[:, :, mask.shape[2] - n_read :]  # (R, 1, M, L)
+        query, key, value = (one.flatten(0, 1) for one in (query * ctx.scale, key, value))
+        weights, heads = [], []
+        for start, stop, seen in _pieces(n_read, key.shape[1]):
+            scores = query[:, start:stop] @ key[:, :seen].transpose(1, 2)  # (RH, m, l)
+            scores.unflatten(0, ctx.outer).add_(mask[:, :, start:stop, :seen])
+            weights.append(scores.softmax(dim=-1))
+            heads.append(weights[-1] @ value[:, :seen])
+        ctx.save_for_backward(query, key, value, *weights)
+        return _joined(heads, ctx.outer)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *weights = ctx.saved_tensors
+        d_heads = grads[0].transpose(1, 2).flatten(0, 1)  # (RH, M, d / H)
+        d_queries: list[Tensor] = []
+        d_key = d_value = torch.empty(0)
+        pieces = _pieces(query.shape[1], key.shape[1])
+        for (start, stop, seen), weight in reversed(list(zip(pieces, weights, strict=True))):
+            given = d_heads[:, start:stop]
+            d_weight = given @ value[:, :seen].transpose(1, 2)
+            d_scores = torch._softmax_backward_data(d_weight, weight, -1, weight.dtype)
+            d_queries.insert(0, d_scores @ key[:, :seen])
+            to_value = weight.transpose(1, 2) @ given
+            to_key = d_scores.transpose(1, 2) @ query[:, start:stop]
+            if stop == query.shape[1]:  # the first one here, which sees all keys
+                d_key, d_value = to_key, to_value
+            else:
+                d_key[:, :seen] += to_key
+                d_value[:, :seen] += to_value
+        d_query = _joined(d_queries, ctx.outer).mul_(ctx.scale).transpose(1, 2)
+        return d_query, d_key.unflatten(0, ctx.outer), d_value.unflatten(0, ctx.outer), None
+
+
+def _joined(pieces: list[Tensor], outer: torch.Size) -> Tensor:
+    """Pieces [RH, m, d / H], one after the other, as [R, M, H, d / H]."""
+    return torch.cat([one.unflatten(0, outer).transpose(1, 2) for one in pieces], dim=1)
+
+
+def _pieces(n_read: int, length: int) -> list[tuple[int, int, int]]:
+    """First and last + 1 of the queries taken together, and how many of the keys those can see.
+
+    Args:
+        n_read: queries, of the last of `length` positions.
+    """
+    stops = [min(start + AT_ONCE, n_read) for start in range(0, n_read, AT_ONCE)]
+    starts = [0, *stops[:-1]]
+    return [(a, b, length - n_read + b) for a, b in zip(starts, stops, strict=True)]
 
 
 def turned(heads: Tensor, turns: Tensor, rotary_dim: int | None) -> Tensor:

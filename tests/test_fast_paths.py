@@ -20,6 +20,7 @@ from tiny import (
     perturb,
 )
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from plrhf import gptj, lora
 from plrhf.backbone import Backbone, sees
@@ -104,21 +105,27 @@ def test_attention_drops_weights_in_training() -> None:
     assert torch.equal(run(backbone.eval(), batch), run(backbone, batch))
 
 
+@pytest.mark.parametrize("by_products", [False, True])
 @pytest.mark.parametrize("n_read", [13, 5])
-def test_fused_attention_is_that_by_products(n_read: int) -> None:
+def test_attention_is_that_of_a_mask_for_all(
+    n_read: int, by_products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gptj, "AT_ONCE", 4)
     torch.manual_seed(5)
     seen = torch.ones(3, 13, 13, dtype=torch.bool).tril()
     seen[0, 9:, 7:9] = False  # the first row's last positions miss two before them
-    mask = torch.zeros(3, 1, 13, 13).masked_fill(~seen[:, None], -torch.inf)[:, :, -n_read:]
-    layout = gptj.Packed(8, 9, mask, torch.empty(0), by_products=False)
+    mask = torch.zeros(3, 1, 13, 13).masked_fill(~seen[:, None], -torch.inf)
+    given = mask if by_products else mask[:, :, -n_read:]
+    layout = gptj.Packed(8, 9, given, torch.empty(0), by_products)
     weight = torch.randn(3, n_read, 2, 5)
-    given = [torch.randn(3, 2, length, 5) for length in (n_read, 13, 13)]
+    values = [torch.randn(3, 2, length, 5) for length in (n_read, 13, 13)]
+    masked = partial(scaled_dot_product_attention, attn_mask=mask[:, :, -n_read:])
     found = []
     for attend in (
-        lambda *qkv: gptj.attend_fused(*qkv, layout, 0.0),
-        lambda *qkv: gptj.attend_by_products(*qkv, mask, 0.0).transpose(1, 2),
+        partial(gptj.attend, layout=layout, dropout=0.0),
+        lambda *qkv: masked(*qkv).transpose(1, 2),
     ):
-        leaves = [one.clone().requires_grad_() for one in given]
+        leaves = [one.clone().requires_grad_() for one in values]
         heads = attend(*leaves)
         (heads * weight).sum().backward()
         of_leaves = {name: one.grad for name, one in zip("qkv", leaves, strict=True)}
@@ -126,14 +133,18 @@ def test_fused_attention_is_that_by_products(n_read: int) -> None:
     assert_same(*found, atol=1e-5)
 
 
-def test_products_are_for_short_rows_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_attention_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptj, "AT_ONCE", 4)
+    assert gptj._pieces(9, 9) == [(0, 4, 4), (4, 8, 8), (8, 9, 9)]
+    assert gptj._pieces(5, 9) == [(0, 4, 8), (4, 5, 9)]  # the last five see four before them
+
+
+def test_products_are_for_training_on_short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gptj, "BY_PRODUCTS", 12)
     short, long = (make_batch([TokenPair((5,) * n, (8, 9), (3,))]) for n in (9, 10))
-    assert not layout_of(short).by_products
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layout_of(short).by_products and not layout_of(long).by_products
-        assert layout_of(short).mask.shape == (1, 1, 12, 12)
-    with torch.autocast("cpu", dtype=torch.float16):
+    assert layout_of(short).by_products and not layout_of(long).by_products
+    assert layout_of(short).mask.shape == (1, 1, 12, 12)
+    with torch.no_grad():
         assert not layout_of(short).by_products
 
 
@@ -147,7 +158,7 @@ def layout_of(batch: PreferenceBatch) -> gptj.Packed:
     )
 
 
-@pytest.mark.parametrize("longest", [0, 512])
+@pytest.mark.parametrize("longest", [0, 2048])
 @pytest.mark.parametrize("layout", [packed, two_rows])
 @pytest.mark.parametrize("aggregator", ["soft_prompt", "film_last"])
 @pytest.mark.parametrize("kind", [PersonalRewardModel, PersonalDPOPolicy])
