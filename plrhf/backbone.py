@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -49,6 +50,8 @@ from plrhf.zero import gathered, is_sharded, own_part, whole_shape
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Trainable = Literal["lora", "frozen", "full"]
 FLEX = "flex_attention"
+ATTENTION = ("eager", "sdpa", FLEX)
+"""Implementations that take a mask of who sees whom; flash-attention does not."""
 READ_AT_ONCE = 2**20  # numbers of a tensor, 4 MiB in float32
 Shards = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -102,6 +105,7 @@ class Backbone(nn.Module):
         trainable: ``lora``, ``frozen`` or ``full``.
         lora: r, alpha, dropout, target_modules (names, or "all-linear"), for ``lora`` only.
         gradient_checkpointing: recompute activations in the backward pass.
+        compiled: train blocks by torch.compile (not GPT-J's); the naive twin is the same without.
     """
 
     def __init__(
@@ -111,6 +115,7 @@ class Backbone(nn.Module):
         trainable: Trainable = "lora",
         lora: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         if trainable not in ("lora", "frozen", "full"):
@@ -145,6 +150,16 @@ class Backbone(nn.Module):
         )
         if self.is_gptj:
             gptj.adopt(self.trunk)
+        if compiled and model.config.model_type == "gptj":
+            raise bad_value(
+                "backbone.compiled",
+                compiled,
+                "false for GPT-J, whose own forward leaves it little to gain",
+                "Set backbone.compiled=false",
+            )
+        if compiled:
+            for block in self.blocks:
+                compile_in_training(block)
 
     @property
     def trunk(self) -> PreTrainedModel:
@@ -380,6 +395,20 @@ class Backbone(nn.Module):
             self.train(was_training)
 
 
+def compile_in_training(block: nn.Module) -> None:
+    """Let a block run by torch.compile while it trains; texts and margins, of all lengths, do not.
+
+    Its own forward alone is compiled: hooks around it (`aggregators.film`) are new at every call.
+    """
+    plain = block.forward
+    fast = torch.compile(plain, dynamic=True)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (fast if self.training else plain)(*args, **kwargs)
+
+    block.forward = MethodType(forward, block)
+
+
 class RoomyLayer(DynamicLayer):
     """One block's keys and values with room for those to come; its naive twin is `DynamicLayer`.
 
@@ -518,7 +547,7 @@ def load_model(
         shards: context in which parameters are sharded as they are made; None: the model is whole.
 
     Raises:
-        ValueError: no model there, or a dtype outside `DTYPES`.
+        ValueError: no model there, a dtype outside `DTYPES`, or attention this model does not have.
     """
     if dtype not in DTYPES:
         raise bad_value(
@@ -529,6 +558,9 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(path, **options)
         kind = AutoModelForCausalLM if is_causal(config) else AutoModel
+        if attention is not None:
+            with torch.device("meta"):
+                _check_attention(attention, kind.from_config(config, **options))
         if shards is not None:
             with prevent_arange_dtype_change(), shards(), no_init_weights():
                 model = kind.from_config(
@@ -547,6 +579,18 @@ def load_model(
             "a model's directory or a hub name that can be reached",
             f"Check it ({' '.join(str(error).split())[:120]})",
         ) from error
+
+
+def _check_attention(attention: str, model: Any) -> None:
+    has = {"eager": True, "sdpa": model._supports_sdpa, FLEX: model._supports_flex_attn}
+    if not has.get(attention, False):
+        allowed = ", ".join(name for name in ATTENTION if has[name])
+        raise bad_value(
+            "backbone.attention",
+            attention,
+            f"null or one that {type(model).__name__} has: {allowed}",
+            "Set backbone.attention=null",
+        )
 
 
 def fill_shards(model: PreTrainedModel, path: str) -> PreTrainedModel:
@@ -659,6 +703,7 @@ def load_backbone(
     trainable: Trainable = "lora",
     lora: dict[str, Any] | None = None,
     gradient_checkpointing: bool = False,
+    compiled: bool = False,
     shards: Shards | None = None,
 ) -> Backbone:
     """A `Backbone` over the model at `path`; see `load_model` and `Backbone` for the settings."""
@@ -670,7 +715,11 @@ def load_backbone(
         shards=shards,
     )
     return Backbone(
-        model=model, trainable=trainable, lora=lora, gradient_checkpointing=gradient_checkpointing
+        model=model,
+        trainable=trainable,
+        lora=lora,
+        gradient_checkpointing=gradient_checkpointing,
+        compiled=compiled,
     )
 
 

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from plrhf.backbone import DTYPES, Backbone, empty_model
+from plrhf.backbone import DTYPES, FLEX, Backbone, empty_model
 from plrhf.config import Settings
 from plrhf.data.features import FeatureSchema
 from plrhf.errors import bad_value
@@ -179,9 +179,12 @@ def n_gpus(trainer: Settings) -> int:
 def empty_backbone(node: Settings) -> Backbone:
     """The backbone of settings ``backbone`` on the meta device: shapes, and no weights read."""
     of_shape = ("path", "architecture", "tiny", "dtype", "attention", "trust_remote_code")
+    shape = {name: node[name] for name in of_shape}
+    if shape["attention"] == FLEX:  # which fake tensors do not have: with a mask, a little more
+        shape["attention"] = "sdpa"
     with torch.device("meta"):
         return Backbone(
-            model=empty_model(**{name: node[name] for name in of_shape}),
+            model=empty_model(**shape),
             trainable=node["trainable"],
             lora=node["lora"],
             gradient_checkpointing=node["gradient_checkpointing"],

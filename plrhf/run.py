@@ -15,7 +15,7 @@ from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from plrhf import report, tables
-from plrhf.backbone import Backbone, tiny_gptj
+from plrhf.backbone import FLEX, Backbone, tiny_gptj
 from plrhf.config import Settings, accepted, build, first_difference
 from plrhf.data.features import FeatureSchema
 from plrhf.data.module import PreferenceData, build_data
@@ -91,6 +91,7 @@ def check_settings(settings: Settings) -> None:
         _check_writable(name, settings[name])
     check_backbone(settings["backbone"])
     _check_shards(settings)
+    _check_attention(settings)
     build(settings["optim"], "optim")
     _samples(settings)
     _machine(settings)
@@ -256,6 +257,13 @@ def _check_shards(settings: Settings) -> None:
             "false under trainer.zero3, whose gradients are dense",
             "Set encoder.sparse=false",
         )
+    if settings["backbone"]["compiled"]:
+        raise bad_value(
+            "backbone.compiled",
+            True,
+            "false under trainer.zero3, which gathers weights layer by layer",
+            "Set backbone.compiled=false",
+        )
     names = {"32-true": "float32", "bf16-mixed": "bfloat16", "16-mixed": "float16"}
     wanted = names.get(trainer["precision"], dtype)
     if dtype != wanted:
@@ -264,6 +272,17 @@ def _check_shards(settings: Settings) -> None:
             dtype,
             f"{wanted} under trainer.zero3 with trainer.precision={trainer['precision']}",
             f"Set backbone.dtype={wanted}",
+        )
+
+
+def _check_attention(settings: Settings) -> None:
+    """Raise where torch has no backward pass for the attention asked for."""
+    if settings["backbone"]["attention"] == FLEX and settings["trainer"]["accelerator"] == "cpu":
+        raise bad_value(
+            "backbone.attention",
+            FLEX,
+            "null, eager or sdpa with trainer.accelerator=cpu",
+            "Set backbone.attention=null, or trainer=gpu",
         )
 
 

@@ -334,7 +334,28 @@ def test_model_without_a_list_of_blocks() -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["gptj", "llama"])
+def test_attention_that_a_model_does_not_have(kind: str, tmp_path: Path) -> None:
+    language_model(kind).save_pretrained(tmp_path)
+    has = {
+        "gptj": "GPTJForCausalLM has: eager",
+        "llama": "LlamaForCausalLM has: eager, sdpa, flex_attention",
+    }
+    with pytest.raises(ValueError) as caught:
+        load_model(str(tmp_path), attention="flash_attention_2")
+    assert str(caught.value) == (
+        "backbone.attention='flash_attention_2' is not allowed: expected null or one that "
+        f"{has[kind]}. Set backbone.attention=null."
+    )
+    assert load_model(str(tmp_path), attention="eager").config._attn_implementation == "eager"
+
+
 BAD = [
+    (
+        lambda: make_backbone(compiled=True),
+        "backbone.compiled=True is not allowed: expected false for GPT-J, whose own forward leaves it "
+        "little to gain. Set backbone.compiled=false.",
+    ),
     (
         lambda: make_backbone(trainable="all"),
         "backbone.trainable='all' is not allowed: expected lora, frozen or full. "

@@ -51,6 +51,16 @@ TRAIN: dict[str, tuple[list[str], str]] = {
         "encoder.sparse=True is not allowed: expected false under trainer.zero3, whose gradients are "
         "dense. Set encoder.sparse=false.",
     ),
+    "compiled blocks under ZeRO": (
+        ["trainer=zero3_cpu", "backbone.compiled=true"],
+        "backbone.compiled=True is not allowed: expected false under trainer.zero3, which gathers "
+        "weights layer by layer. Set backbone.compiled=false.",
+    ),
+    "FlexAttention on a CPU": (
+        ["backbone.attention=flex_attention"],
+        "backbone.attention='flex_attention' is not allowed: expected null, eager or sdpa with "
+        "trainer.accelerator=cpu. Set backbone.attention=null, or trainer=gpu.",
+    ),
     "another precision under ZeRO": (
         ["trainer=zero3_cpu", "backbone.dtype=bfloat16"],
         "backbone.dtype='bfloat16' is not allowed: expected float32 under trainer.zero3 with "

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import (
+    LORA,
     assert_same,
     gradients,
     language_model,
@@ -20,11 +21,15 @@ from tiny import (
     perturb,
 )
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.nn.attention import flex_attention
+from torch.nn.attention.flex_attention import create_mask
 from torch.nn.functional import scaled_dot_product_attention
 
 from plrhf import gptj, lora
-from plrhf.backbone import Backbone, sees
+from plrhf.backbone import FLEX, Backbone, block_mask, sees
 from plrhf.data.packing import Layout, TokenPair, packed, two_rows
+from plrhf.filling import Filled
 from plrhf.policy import PersonalDPOPolicy
 from plrhf.reward import PersonalRewardModel
 from plrhf.types import PreferenceBatch
@@ -268,6 +273,84 @@ def test_fused_lora_in_mixed_precision() -> None:
         found.append({"y": output.detach().float(), **gradients(layer)})
     assert all(value.dtype == torch.float32 for value in found[1].values())
     assert_same(*found, atol=0.05)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_block_mask_is_who_sees_whom(together: bool) -> None:
+    segment = make_batch(make_pairs(11), padding=2).segment
+    owner = None
+    if together:
+        filled = Filled.of(segment)
+        assert filled is not None
+        segment, owner = filled.take(segment, -1), filled.owner
+    seen = sees(segment, owner)
+    found = create_mask(
+        block_mask(segment, owner).mask_mod, len(segment), 1, *seen.shape[1:], device="cpu"
+    )
+    assert torch.equal(found[:, 0], seen)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("aggregator", ["soft_prompt", "film_every_block"])
+@pytest.mark.parametrize("kind", [PersonalRewardModel, PersonalDPOPolicy])
+def test_flex_attention_is_that_of_a_mask(
+    kind: Any, aggregator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch has no compiled backward pass on CPUs, and bars its plain form, which has one, there too."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *qkv: None)
+    found = []
+    with torch.compiler.set_stance("force_eager"):
+        for attention in ("eager", FLEX):
+            language = language_model("llama")
+            language.set_attn_implementation(attention)
+            backbone = Backbone(model=language, lora=LORA)
+            perturb(backbone, "lora_B")
+            model = make_model(kind, backbone=backbone, aggregator=aggregator)
+            loss = model.loss(make_batch(make_pairs(11), padding=2))[0]
+            loss.mean().backward()
+            found.append({"loss": loss.detach(), **gradients(model)})
+    assert_same(*found, atol=1e-5)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_flex_attention_is_that_of_a_mask() -> None:
+    batch = make_batch(make_pairs(11), padding=2)
+    backbone = make_backbone("llama")
+    expected = run(backbone, batch)
+    backbone.trunk.set_attn_implementation(FLEX)
+    found, read = run(backbone, batch), (batch.segment > 0)[..., None]
+    torch.testing.assert_close(found * read, expected * read, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("aggregator", "checkpointing"), [("soft_prompt", True), ("film_every_block", False)]
+)
+def test_compiled_blocks_are_plain_ones(aggregator: str, checkpointing: bool) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    kinds = {"gradient_checkpointing": checkpointing}
+    models = [
+        make_model(
+            PersonalDPOPolicy,
+            backbone=make_backbone("llama", compiled=compiled, **kinds),
+            aggregator=aggregator,
+        )
+        for compiled in (False, True)
+    ]
+    for n_pairs in (3, 7, 5):  # rows of other lengths
+        found = []
+        for model in models:
+            model.train().zero_grad()
+            loss = model.loss(make_batch(make_pairs(n_pairs, seed=n_pairs)))[0]
+            loss.mean().backward()
+            found.append({"loss": loss.detach(), **gradients(model)})
+        assert_same(*found, atol=1e-5)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2  # not one for every length
+    assert torch.equal(
+        *(model.eval().context_margins(make_batch(make_pairs()))["user"] for model in models)
+    )
 
 
 def test_other_attention_is_left_to_transformers() -> None:

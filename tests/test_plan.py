@@ -229,6 +229,14 @@ def test_a_hundred_million_users() -> None:
     assert sharded.gathered == 2 * (2 * (10**8 + 1) * 12 + 50_000_000)
 
 
+def test_flex_attention_is_planned_with_a_mask() -> None:
+    flex, masked = (
+        forecast_of("trainer=gpu", SOFT[0], LLAMA, f"backbone.attention={name}")
+        for name in ("flex_attention", "sdpa")
+    )
+    assert flex == masked
+
+
 def test_bidirectional_encoders_have_two_rows_a_pair() -> None:
     shape = "{model_type:bert,vocab_size:301,hidden_size:32,num_hidden_layers:2,"
     shape += "num_attention_heads:4,intermediate_size:64}"
