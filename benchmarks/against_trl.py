@@ -294,6 +294,8 @@ def train_trl(method: Method, folder: Path, pairs: Path, turns: Turns) -> None:
     from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
     rows = load_dataset("json", data_files=str(pairs), split="train", cache_dir=str(pairs.parent))
+    rows = rows.filter(lambda row: row["split"] == "train")
+    assert len(rows) == SHAPES[pairs.stem].n_pairs, "with more, one step an epoch is short"
     rows = rows.select_columns(["prompt", "chosen", "rejected"])
     rows = rows.map(lambda row: {"prompt": row["prompt"] + " "})
 

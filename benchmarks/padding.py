@@ -1,4 +1,4 @@
-"""How much of a batch is padding: pairs at random, and pairs of like length under a budget of tokens.
+"""How much of a batch is padding: at random, with rows put together, and with pairs of like length.
 
     python benchmarks/padding.py ROWS.jsonl.gz ... --tokenizer DIR
 
