@@ -52,6 +52,17 @@ def test_operations_are_those_of_the_plain_products(monkeypatch: pytest.MonkeyPa
     assert found.get_total_flops() == 2 * 5 * 11 * 7
 
 
+@pytest.mark.slow
+def test_compiled_beside_plain(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    small = ["--layers", "1", "--width", "64", "--vocabulary", "50", "--turns", "1"]
+    command = [sys.executable, str(BENCHMARKS / "compiled.py"), "--out", str(out), *small]
+    subprocess.run([*command, "--shape", "chat"], check=True, timeout=400)
+    found = json.loads(out.read_text())
+    assert found.keys() == {"float32", "bfloat16"}
+    assert all(one["first"] > one["compiled"] > 0 for one in found.values())
+
+
 def test_writing_for_many_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "found.json"
     small = ["--users", "3", "--prompt", "5", "--new", "2", "--turns", "1", "--out", str(out)]
