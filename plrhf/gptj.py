@@ -42,7 +42,8 @@ class Packed:
         start: nobody reads what comes out of positions before it: they are prompt in every row.
         n_causal: so many positions, from the first, see all before them in every row; >= `start`.
         mask: [R, 1, M, L] additive, what each of the last M positions sees, those from `start` and
-            the rest of its `BLOCK`; all of them where `by_products`.
+            the rest of its `BLOCK`; all of them where `by_products`, and [1, 1, L, L] where each sees
+            all before it.
         turns: [R, L, 1, rotary / 2] complex64, each position's rotation.
         by_products: attend by products, the mask for all.
     """
@@ -75,6 +76,8 @@ def packed(
     # plan is for is a GPU.
     on_cpu = segment.is_cpu and not is_planned(segment)
     by_products = on_cpu and torch.is_grad_enabled() and segment.shape[1] <= BY_PRODUCTS
+    if by_products and n_causal == segment.shape[1]:
+        sees = torch.ones_like(sees[:1]).tril()
     seen = sees[:, None, 0 if by_products else start // BLOCK * BLOCK :]
     mask = torch.zeros(seen.shape, dtype=product, device=seen.device)
     sincos = trunk.h[0].attn.embed_positions  # [positions, rotary], sines then cosines
@@ -161,7 +164,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Packed, dropout: f
         [R, M, H, d / H].
     """
     if layout.by_products and dropout == 0:
-        return _ByProducts.apply(query, key, value, layout.mask)
+        return _ByProducts.apply(query, key, value, layout.mask, layout.n_causal)
     return _attend_fused(query, key, value, layout, dropout)
 
 
@@ -192,11 +195,14 @@ class _ByProducts(torch.autograd.Function):
     """`attend` by matrix products, `AT_ONCE` queries at a time over the keys up to their last.
 
     So nearly half of the products are spared, and a piece of the scores is still in the cache when it
-    is next read. Weights [R, H, M, L] are kept for the backward pass, as far as they are computed.
+    is next read. Of positions that see all before them only the products with their own piece's keys
+    take the mask. Weights [R, H, M, L] are kept for the backward pass, as far as they are computed.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, n_causal: int
+    ) -> Tensor:
         n_read, width = query.shape[2:]
         ctx.scale, ctx.outer = width**-0.5, query.shape[:2]
         mask = mask[:, :, mask.shape[2] - n_read :]  # (R, 1, M, L)
@@ -204,7 +210,8 @@ class _ByProducts(torch.autograd.Function):
         weights, heads = [], []
         for start, stop, seen in _pieces(n_read, key.shape[1]):
             scores = query[:, start:stop] @ key[:, :seen].transpose(1, 2)  # (RH, m, l)
-            scores.unflatten(0, ctx.outer).add_(mask[:, :, start:stop, :seen])
+            own = seen - (stop - start) if seen <= n_causal else 0
+            scores.unflatten(0, ctx.outer)[..., own:].add_(mask[:, :, start:stop, own:seen])
             weights.append(scores.softmax(dim=-1))
             heads.append(weights[-1] @ value[:, :seen])
         ctx.save_for_backward(query, key, value, *weights)
@@ -230,7 +237,7 @@ class _ByProducts(torch.autograd.Function):
                 d_key[:, :seen] += to_key
                 d_value[:, :seen] += to_value
         d_query = _joined(d_queries, ctx.outer).mul_(ctx.scale).transpose(1, 2)
-        return d_query, d_key.unflatten(0, ctx.outer), d_value.unflatten(0, ctx.outer), None
+        return d_query, d_key.unflatten(0, ctx.outer), d_value.unflatten(0, ctx.outer), None, None
 
 
 def _joined(pieces: list[Tensor], outer: torch.Size) -> Tensor:

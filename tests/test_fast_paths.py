@@ -153,6 +153,14 @@ def test_products_are_for_training_on_short_rows(monkeypatch: pytest.MonkeyPatch
         assert not layout_of(short).by_products
 
 
+def test_rows_of_one_response_share_one_mask() -> None:
+    pairs = [TokenPair((5, 6, 7), (8, 9), (3,)), TokenPair((5, 6), (9,), (3, 4, 7))]
+    layout = layout_of(make_batch(pairs, layout=two_rows))
+    assert layout.mask.shape == (1, 1, 5, 5)
+    assert torch.equal(layout.mask[0, 0] == 0, torch.ones(5, 5, dtype=torch.bool).tril())
+    assert len(layout_of(make_batch(pairs)).mask) == 2
+
+
 def layout_of(batch: PreferenceBatch) -> gptj.Packed:
     return gptj.packed(
         make_backbone().trunk,
