@@ -8,7 +8,7 @@ python eval.py eval=adapt run=DIR                   # new users, from a few pair
 python eval.py eval=compare runs='runs/*' out=DIR   # one table, one report
 """
 
-from plrhf.cli import evaluate
+from plrhf.cli.main import evaluate
 
 if __name__ == "__main__":
     evaluate()

@@ -218,12 +218,12 @@ def make_ours(method: Method, folder: Path, pairs: Path) -> tuple[Any, Any]:
     import lightning
 
     from plrhf.aggregators import ConcatSoftPrompt, FiLM
-    from plrhf.backbone import load_backbone, load_tokenizer
+    from plrhf.backbone.model import load_backbone, load_tokenizer
     from plrhf.data.module import PreferenceData
     from plrhf.data.sources.jsonl import JsonlSource
     from plrhf.encoders import LookupEncoder
-    from plrhf.policy import PersonalDPOPolicy
-    from plrhf.reward import PersonalRewardModel
+    from plrhf.models.policy import PersonalDPOPolicy
+    from plrhf.models.reward import PersonalRewardModel
 
     lightning.seed_everything(0, verbose=False)
     data = PreferenceData(

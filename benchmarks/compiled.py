@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from plrhf.backbone import compile_in_training
-from plrhf.types import PreferenceBatch
+from plrhf.backbone.model import compile_in_training
+from plrhf.core.types import PreferenceBatch
 
 DTYPES = ("float32", "bfloat16")
 

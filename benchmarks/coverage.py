@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plrhf.stats import Outcomes, correctness, paired_test, summarise_outcomes
+from plrhf.core.stats import Outcomes, correctness, paired_test, summarise_outcomes
 
 WORLDS = ("even", "tilted")
 ALPHA, BETA = 6.0, 4.0

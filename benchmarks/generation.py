@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from plrhf.aggregators import ConcatSoftPrompt, FiLM
-from plrhf.backbone import Backbone, tiny_gptj
+from plrhf.backbone.model import Backbone, tiny_gptj
+from plrhf.core.types import UserBatch
 from plrhf.encoders import LookupEncoder
-from plrhf.generate import generate
-from plrhf.policy import PersonalDPOPolicy
-from plrhf.types import UserBatch
+from plrhf.models.generation import generate
+from plrhf.models.policy import PersonalDPOPolicy
 
 VOCABULARY, N_LAYERS, WIDTH, END = 2048, 6, 256, 0
 LORA = {"r": 8, "alpha": 16, "dropout": 0.0, "target_modules": "all-linear"}

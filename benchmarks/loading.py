@@ -22,9 +22,9 @@ from resident import forget_peak, resident
 from transformers import GPTJConfig, GPTJForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from plrhf.backbone import load_model
-from plrhf.cli import quieten
-from plrhf.training import build_trainer, of_all_processes, processes, shards_of
+from plrhf.backbone.model import load_model
+from plrhf.cli.main import quieten
+from plrhf.training.trainer import build_trainer, of_all_processes, processes, shards_of
 
 POSITIONS, VOCABULARY_A_WIDTH = 2048, 12.3  # of GPT-J 6B: 50,400 tokens, width 4,096
 

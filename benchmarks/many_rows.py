@@ -29,14 +29,14 @@ from rich.console import Console
 from rich.table import Table
 
 from plrhf.aggregators import FiLM
-from plrhf.backbone import Backbone, tiny_gptj, train_tokenizer
+from plrhf.backbone.model import Backbone, tiny_gptj, train_tokenizer
 from plrhf.data.module import PreferenceData
 from plrhf.data.sources.jsonl import JsonlSource
 from plrhf.encoders import LookupEncoder
-from plrhf.optim import Optim
-from plrhf.probes import probe
-from plrhf.reward import PersonalRewardModel
-from plrhf.training import build_loggers, build_trainer, fit
+from plrhf.evaluation.probes import probe
+from plrhf.models.optim import Optim
+from plrhf.models.reward import PersonalRewardModel
+from plrhf.training.trainer import build_loggers, build_trainer, fit
 
 WIDTH, N_LAYERS, VOCABULARY = 64, 2, 2048
 AT_ONCE = 100_000

@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from plrhf.aggregators import FiLM
-from plrhf.backbone import Backbone, tiny_gptj
+from plrhf.backbone.model import Backbone, tiny_gptj
+from plrhf.core.types import PreferenceBatch
 from plrhf.data.packing import TokenPair, packed
 from plrhf.encoders import ClusterMixtureEncoder, LookupEncoder
-from plrhf.optim import Optim, clip_gradients
-from plrhf.policy import PersonalDPOPolicy
-from plrhf.types import PreferenceBatch
+from plrhf.models.optim import Optim, clip_gradients
+from plrhf.models.policy import PersonalDPOPolicy
 
 VOCABULARY, N_PROMPT, N_RESPONSE, N_PAIRS = 1000, 100, 40, 16
 LORA = {"r": 8, "alpha": 16, "dropout": 0.0, "target_modules": "all-linear"}

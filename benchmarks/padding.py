@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from plrhf.backbone import load_tokenizer
+from plrhf.backbone.model import load_tokenizer
+from plrhf.backbone.row_packing import first_fit
 from plrhf.data.module import OrderedBatches, PreferenceData
 from plrhf.data.sources.jsonl import JsonlSource
-from plrhf.filling import first_fit
 
 
 def of_file(path: Path, tokenizer: str) -> NDArray[np.int64]:

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from plrhf.core.logprobs import response_logps
+from plrhf.core.types import PreferenceBatch
 from plrhf.data.packing import two_rows
-from plrhf.logprobs import response_logps
-from plrhf.types import PreferenceBatch
 
 
 def as_it_is(model: Any, batch: PreferenceBatch) -> PreferenceBatch:

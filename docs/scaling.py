@@ -1,4 +1,4 @@
-"""The figure and tables of scaling.md, from plrhf.plan alone: python docs/scaling.py"""
+"""The figure and tables of scaling.md, from plrhf.training.plan alone: python docs/scaling.py"""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import matplotlib
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from plrhf.cli import CONF
+from plrhf.cli.main import CONF
 from plrhf.data.features import FeatureSchema
-from plrhf.plan import GB, Plan, forecast
+from plrhf.training.plan import GB, Plan, forecast
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend has been chosen)

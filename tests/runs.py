@@ -15,7 +15,7 @@ import yaml
 from tiny import language_model
 from transformers import PreTrainedTokenizerBase
 
-from plrhf.backbone import train_tokenizer
+from plrhf.backbone.model import train_tokenizer
 from plrhf.data.sources.personas import PersonasSource
 
 ROOT = Path(__file__).parents[1]

@@ -143,7 +143,7 @@ def test_packages_hand_names_on_and_do_nothing_else() -> None:
 def test_pure_parts_load_no_heavy_library() -> None:
     code = """
 import sys
-import plrhf.config, plrhf.data.rows, plrhf.encoders, plrhf.logprobs, plrhf.losses, plrhf.types
+import plrhf.core.components, plrhf.data.rows, plrhf.encoders, plrhf.core.logprobs, plrhf.core.losses, plrhf.core.types
 print(*({"transformers", "peft", "deepspeed", "lightning", "datasets"} & sys.modules.keys()))
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,8 +12,8 @@ import pytest
 from tiny import language_model
 from transformers import PreTrainedTokenizerFast
 
-from plrhf.backbone import tiny_gptj, train_tokenizer
-from plrhf.cli import main
+from plrhf.backbone.model import tiny_gptj, train_tokenizer
+from plrhf.cli.main import main
 
 README = Path(__file__).parent.parent / "README.md"
 FENCE = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
@@ -118,12 +118,13 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "argv", [words[1], *arguments])
         try:
             main(
-                "train" if train else "eval", "plrhf.run.train" if train else "plrhf.tasks.evaluate"
+                "train" if train else "eval",
+                "plrhf.cli.run.train" if train else "plrhf.cli.tasks.evaluate",
             )
         except SystemExit as stop:
             pytest.fail(f"{command} ended with {stop.code} as {arguments}")
         if "eval=adapt" in command:
-            code = next(text for text in blocks("python") if "plrhf.adapt" in text)
+            code = next(text for text in blocks("python") if "plrhf.models.adaptation" in text)
             exec(code.replace("RUN_DIR", run_dir), {})
 
 

@@ -53,7 +53,7 @@ def test_its_commands_find_their_settings(wheel: Path, tmp_path: Path) -> None:
     assert commands.keys() == {"plrhf-train", "plrhf-eval"}
     for name, value in commands.items():
         assert callable(EntryPoint(name, value, "console_scripts").load())
-    asked = "from plrhf.cli import CONF, train; print(CONF); train()"
+    asked = "from plrhf.cli.main import CONF, train; print(CONF); train()"
     done = subprocess.run(
         [sys.executable, "-c", asked, "encoder=nobody"],
         cwd=tmp_path,

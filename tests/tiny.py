@@ -16,11 +16,11 @@ from transformers import (
 )
 
 from plrhf.aggregators import Aggregator, ConcatSoftPrompt, FiLM
-from plrhf.backbone import Backbone, tiny_gptj
+from plrhf.backbone.model import Backbone, tiny_gptj
+from plrhf.core.types import PreferenceBatch
 from plrhf.data.packing import Layout, TokenPair, packed
 from plrhf.encoders import LookupEncoder, NoneEncoder, UserEncoder
-from plrhf.personal import PersonalModule
-from plrhf.types import PreferenceBatch
+from plrhf.models.base import PersonalModule
 
 VOCABULARY, WIDTH, N_LAYERS, N_USERS = 97, 32, 3, 5
 USERS = (1, 2, 3, 0, 5, 1, 2)  # of the pairs, in their order

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from plrhf.backbone import Backbone
-from plrhf.types import PreferenceBatch
+from plrhf.backbone.model import Backbone
+from plrhf.core.types import PreferenceBatch
 
 
 class Aggregator(nn.Module, ABC):

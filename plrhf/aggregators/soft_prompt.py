@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from plrhf.aggregators.base import Aggregator, spread_over_rows
-from plrhf.backbone import Backbone
-from plrhf.errors import bad_value
-from plrhf.types import PreferenceBatch
+from plrhf.backbone.model import Backbone
+from plrhf.core.errors import bad_value
+from plrhf.core.types import PreferenceBatch
 
 
 class ConcatSoftPrompt(Aggregator):

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plrhf.core.errors import bad_value
 from plrhf.data.rows import Features, Person, Row, parse_features
-from plrhf.errors import bad_value
 
 
 @dataclass(frozen=True)

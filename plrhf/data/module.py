@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from plrhf.config import NOT_FOR_THE_CONSTRUCTOR, build, locate, parameters, unknown_key
+from plrhf.core.components import NOT_FOR_THE_CONSTRUCTOR, build, locate, parameters, unknown_key
+from plrhf.core.errors import bad_value
+from plrhf.core.types import GENERIC_USER, PreferenceBatch
 from plrhf.data.features import FeatureSchema
 from plrhf.data.known import KnownTexts, Text, keys_of
 from plrhf.data.packing import Layout, RowTokenizer, Tokenizer, TokenPair, packed, two_rows
@@ -24,8 +26,6 @@ from plrhf.data.sources.base import Source
 from plrhf.data.splits import Splits, shuffle_users, split_rows
 from plrhf.data.store import LazySequence, Places
 from plrhf.data.tokens import TokenFile, tokenised
-from plrhf.errors import bad_value
-from plrhf.types import GENERIC_USER, PreferenceBatch
 
 TEXTS_AT_ONCE = 65_536
 """Texts whose values are computed and kept before the next ones are looked at."""

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plrhf.core.errors import bad_value
+from plrhf.core.types import CHOSEN, PADDING, PROMPT, REJECTED
 from plrhf.data.rows import Row, content_hash
 from plrhf.data.store import blocks
-from plrhf.errors import bad_value
-from plrhf.types import CHOSEN, PADDING, PROMPT, REJECTED
 
 Tokenizer = Any
 """A transformers tokenizer; typed loosely so that this file does not import transformers."""

@@ -15,8 +15,8 @@ from typing import Any, NoReturn, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from plrhf.core.errors import BadValue, bad_value
 from plrhf.data.store import LazySequence, Places, TextFile, blocks
-from plrhf.errors import BadValue, bad_value
 
 Message = dict[str, str]
 """One turn of a chat prompt: ``role`` and ``content``."""

@@ -12,8 +12,8 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
+from plrhf.core.errors import bad_value
 from plrhf.data.rows import SPLITS, Row, Rows
-from plrhf.errors import bad_value
 
 TOO_FEW_PAIRS = "user below data.min_pairs_per_user"
 BEYOND_MAX_USERS = "user beyond data.max_users"

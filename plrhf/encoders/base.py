@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from plrhf.errors import bad_value
-from plrhf.types import UserBatch
+from plrhf.core.errors import bad_value
+from plrhf.core.types import UserBatch
 
 Init = Literal["vocabulary", "uniform", "normal"]
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from plrhf.core.types import GENERIC_USER, UserBatch
 from plrhf.encoders.base import Init, UserEncoder, check_at_least, initial_vectors
-from plrhf.types import GENERIC_USER, UserBatch
 
 
 class ClusterMixtureEncoder(UserEncoder):

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from plrhf.core.errors import bad_value
+from plrhf.core.types import UserBatch
 from plrhf.encoders.base import Init, UserEncoder, check_at_least, initial_vectors
-from plrhf.errors import bad_value
-from plrhf.types import UserBatch
 
 
 class FeatureMLPEncoder(UserEncoder):

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from plrhf.core.types import UserBatch
 from plrhf.encoders.base import UserEncoder
-from plrhf.types import UserBatch
 
 
 class NoneEncoder(UserEncoder):

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from plrhf.core.types import UserBatch
 from plrhf.encoders.base import Init, UserEncoder, initial_vectors
-from plrhf.types import UserBatch
 
 
 class UniformEncoder(UserEncoder):

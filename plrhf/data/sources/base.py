@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from plrhf.core.errors import bad_value
 from plrhf.data.rows import SPLITS, Reason, Refusal
-from plrhf.errors import bad_value
 
 
 class Source(ABC):

@@ -6,9 +6,9 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from plrhf.core.errors import bad_value
 from plrhf.data.rows import ID_FIELDS, REQUIRED_FIELDS, ROW_FIELDS
 from plrhf.data.sources.base import id_as_text
-from plrhf.errors import bad_value
 
 
 class ColumnMap:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plrhf.core.errors import bad_value
 from plrhf.data.rows import Reason, Refusal
-from plrhf.errors import bad_value
 
 Record = Mapping[str, Any] | Refusal
 """What a source finds at one place of a file."""

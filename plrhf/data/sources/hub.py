@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from plrhf.core.errors import bad_value
 from plrhf.data.rows import SPLITS
 from plrhf.data.sources.base import Source
 from plrhf.data.sources.columns import ColumnMap
 from plrhf.data.sources.files import Record
-from plrhf.errors import bad_value
 
 
 class HubSource(Source):

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from plrhf.core.errors import bad_value
 from plrhf.data.rows import Reason, Refusal
 from plrhf.data.sources.base import Source
 from plrhf.data.sources.columns import ColumnMap
@@ -17,7 +18,6 @@ from plrhf.data.sources.files import (
     parquet_rows,
     undamaged,
 )
-from plrhf.errors import bad_value
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
 LONGEST_CSV_FIELD = 2**31 - 1  # the csv module's own limit, 131,072, is a long chat history

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from plrhf.core.errors import bad_value
 from plrhf.data.rows import SPLITS
 from plrhf.data.sources.base import Source
 from plrhf.data.sources.persona_texts import (
@@ -27,7 +28,6 @@ from plrhf.data.sources.persona_texts import (
     measure,
     write,
 )
-from plrhf.errors import bad_value
 
 KINDS = ("individual", "clusters", "features")
 POPULATION_MEAN = (0.0, 0.28, 0.11, -0.26)

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
+from plrhf.core.errors import bad_value
 from plrhf.data.rows import Features, Reason, Refusal, content_hash
 from plrhf.data.sources.base import Source, prompts_apart, refusal
 from plrhf.data.sources.files import HubFiles, Record, data_files, read_files
 from plrhf.data.splits import assign, is_unseen
-from plrhf.errors import bad_value
 
 HUB = HubFiles("HannahRoseKirk/prism-alignment", ("survey.jsonl", "conversations.jsonl"))
 BLANK = "EMPTY STRING"

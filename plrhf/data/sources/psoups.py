@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from plrhf.core.errors import bad_value
 from plrhf.data.rows import Reason, Refusal, content_hash
 from plrhf.data.sources.base import Source, refusal
 from plrhf.data.sources.files import Record, data_files, read_files
 from plrhf.data.splits import assign
-from plrhf.errors import bad_value
 
 PREFERENCES = {
     "P1A": "Generate a response that can be easily understood by an elementary school student.",

@@ -14,11 +14,11 @@ from typing import Any, Literal, TypeGuard
 
 import numpy as np
 
+from plrhf.core.errors import bad_value
 from plrhf.data.rows import Reason, Refusal, content_hash, read_rows
 from plrhf.data.sources.base import Source, prompts_apart, refusal
 from plrhf.data.sources.files import HubFiles, Record, data_files, read_files
 from plrhf.data.splits import assign
-from plrhf.errors import bad_value
 
 # The repository itself holds a loading script, which `datasets` no longer runs; the hub's own
 # conversion to parquet lies in this revision.

@@ -1,0 +1,1 @@
+"""The language model: loading, attention masks, LoRA, packing, sharding."""

@@ -1,0 +1,1 @@
+"""Ground floor: types, losses, log-probabilities, statistics, errors; torch only."""

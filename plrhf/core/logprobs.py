@@ -1,0 +1,110 @@
+"""Log-probabilities of responses: only where a response needs them, a chunk of positions at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from plrhf.core.types import CHOSEN, PROMPT, REJECTED
+
+Unembed = Callable[[Tensor], Tensor]
+
+
+def predecessors(segment: Tensor) -> Tensor:
+    """Position whose hidden state predicts each position, [R, L] -> [R, L] int64.
+
+    It is the position before, but for a response that does not directly follow the prompt (the
+    rejected one in the packed layout), whose first token is predicted at the prompt's end.
+    """
+    before = torch.arange(segment.shape[1], device=segment.device).expand_as(segment) - 1
+    starts = torch.ones_like(segment, dtype=torch.bool)
+    starts[:, 1:] = segment[:, 1:] != segment[:, :-1]
+    prompt_end = (segment == PROMPT).sum(dim=1, keepdim=True) - 1
+    return torch.where(starts, prompt_end, before).clamp(min=0)
+
+
+def sum_by_response(values: Tensor, segment: Tensor, n_pairs: int) -> Tensor:
+    """Sum [R, L] values over the tokens of each response, to [B, 2] (chosen, rejected)."""
+    of_row = torch.stack([(values * (segment == s)).sum(dim=1) for s in (CHOSEN, REJECTED)], dim=1)
+    return of_row.view(-1, n_pairs, 2).sum(dim=0)  # rows of a pair: [R, 2] -> [B, 2]
+
+
+def _token_logps(hidden: Tensor, targets: Tensor, unembed: Unembed) -> Tensor:
+    return -cross_entropy(unembed(hidden).float(), targets, reduction="none")  # [N, V] -> [N]
+
+
+class _Differentiated(torch.autograd.Function):
+    """`_token_logps` by a constant unembedding, its gradients computed while the logits are there.
+
+    A token's log-probability depends on its own hidden state alone, so that one product gives the
+    gradients of all, which the backward pass has but to scale.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, unembed: Unembed) -> Tensor:
+        with torch.enable_grad():
+            given = hidden.detach().requires_grad_()
+            logps = _token_logps(given, targets, unembed)
+            logps.sum().backward()  # nothing else in it has gradients
+        ctx.save_for_backward(given.grad)
+        return logps.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors  # [N, d]
+        return (grads[0][:, None] * gradient).to(gradient.dtype), None, None
+
+
+def response_logps(
+    hidden: Tensor,
+    input_ids: Tensor,
+    segment: Tensor,
+    unembed: Unembed,
+    *,
+    n_pairs: int,
+    constant: bool,
+    chunk_size: int = 1024,
+) -> Tensor:
+    """Sum of log pi(token | before) over each response, EOS included, prompt and user excluded.
+
+    Logits exist for `chunk_size` response positions at a time, once where the unembedding is
+    constant and else once forward and once backward; the naive twin is `naive_response_logps`.
+
+    Args:
+        hidden: [R, L, d] last hidden states. input_ids, segment: [R, L] int64.
+        unembed: hidden states [N, d] -> logits [N, V].
+        n_pairs: B. chunk_size: positions whose logits are held at once, > 0.
+        constant: whether the unembedding needs no gradients.
+
+    Returns:
+        [B, 2] float32 in nats: chosen, rejected.
+    """
+    is_response = (segment == CHOSEN) | (segment == REJECTED)
+    rows, columns = is_response.nonzero(as_tuple=True)
+    before = predecessors(segment)[rows, columns]
+    targets = input_ids[rows, columns]
+    selected = hidden[rows, before]  # [N, d]
+    pieces = []
+    for start in range(0, len(rows), chunk_size):
+        given = (selected[start : start + chunk_size], targets[start : start + chunk_size], unembed)
+        if constant and torch.is_grad_enabled() and selected.requires_grad:
+            pieces.append(_Differentiated.apply(*given))
+        else:
+            pieces.append(checkpoint(_token_logps, *given, use_reentrant=False))
+    token_logps = torch.zeros(segment.shape, dtype=torch.float32, device=hidden.device)
+    token_logps = token_logps.index_put((rows, columns), torch.cat(pieces))
+    return sum_by_response(token_logps, segment, n_pairs)
+
+
+def naive_response_logps(
+    hidden: Tensor, input_ids: Tensor, segment: Tensor, unembed: Unembed, *, n_pairs: int
+) -> Tensor:
+    """The plain form of `response_logps`: all logits at once, for two-row batches only."""
+    logps = unembed(hidden[:, :-1]).float().log_softmax(dim=-1)  # [R, L-1, V]
+    token_logps = logps.gather(2, input_ids[:, 1:, None]).squeeze(2)
+    return sum_by_response(token_logps, segment[:, 1:], n_pairs)

@@ -1,0 +1,214 @@
+"""A chat endpoint of the OpenAI kind: asked again where it is busy, its replies kept on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from plrhf.core.errors import bad_value
+
+TRY_AGAIN = (408, 409, 429, *range(500, 600))
+FILTERED = ("content_filter", "content_policy_violation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What an endpoint said.
+
+    Attributes:
+        text: empty where it said nothing.
+        refused: it, or a filter before it, would not answer.
+        input_tokens, output_tokens: by its own count; None where it does not count.
+    """
+
+    text: str
+    refused: bool
+    input_tokens: int | None
+    output_tokens: int | None
+
+
+class ReplyStore:
+    """Replies by key, appended to a file as they come: a kill costs the one being written.
+
+    One JSON object a line; what is no such line, as a kill may leave, counts as not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._replies: dict[str, Reply] = {}
+        content = path.read_bytes() if path.is_file() else b""
+        self._end_torn_line = b"" if content[-1:] in (b"", b"\n") else b"\n"
+        for line in content.splitlines():
+            try:
+                record = json.loads(line)
+                key = record.pop("key")
+                self._replies[key] = Reply(**record)
+            except (ValueError, TypeError, KeyError, AttributeError):
+                continue
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._replies
+
+    def __getitem__(self, key: str) -> Reply:
+        return self._replies[key]
+
+    def add(self, key: str, reply: Reply) -> None:
+        """Keep a reply; may be called from several threads."""
+        line = json.dumps({"key": key, **asdict(reply)}).encode() + b"\n"
+        with self._lock:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab", buffering=0) as file:
+                file.write(self._end_torn_line + line)
+            self._end_torn_line = b""
+            self._replies[key] = reply
+
+
+class ChatEndpoint:
+    """Sends requests to ``url/chat/completions``; several threads may use it at once.
+
+    A request that met a full or failing server, or a timeout, is sent again: at once, then after
+    2, 4, 8, ... times `backoff` seconds, or when the server says.
+
+    Args:
+        url: as `openai.OpenAI(base_url=...)` takes it.
+        key_variable: name of the environment variable that holds the key; None for no key. The
+            key itself is in no setting and in nothing that is written.
+        timeout: seconds, of connecting and of each wait for an answer.
+        retries: how often a request is sent again, from 0. backoff: seconds, from 0.
+        parallel: connections kept.
+
+    Raises:
+        ValueError: a setting out of range, no key, or urllib3 is not installed.
+    """
+
+    def __init__(
+        self,
+        *,
+        url: str,
+        key_variable: str | None,
+        timeout: float,
+        retries: int,
+        backoff: float,
+        parallel: int,
+    ) -> None:
+        _check_url(url)
+        for name, value, good, allowed in (
+            ("timeout", timeout, timeout > 0, "a number of seconds above 0"),
+            ("retries", retries, retries >= 0, "a whole number from 0"),
+            ("backoff", backoff, backoff >= 0, "a number of seconds from 0"),
+            ("parallel", parallel, parallel >= 1, "a whole number from 1"),
+        ):
+            if not good:
+                field = f"eval.judge.{name}"
+                raise bad_value(field, value, allowed, f"Set {field}=1")
+        if find_spec("urllib3") is None:
+            raise bad_value(
+                "eval/judge",
+                "chat",
+                "preferences or reward, as urllib3 is not installed",
+                "Install plrhf[judge]",
+            )
+        import urllib3
+
+        self.url = f"{url.rstrip('/')}/chat/completions"
+        self._retries = retries
+        self._key = _key(key_variable)
+        self._pool = urllib3.PoolManager(
+            maxsize=parallel,
+            timeout=urllib3.Timeout(timeout),
+            retries=urllib3.Retry(
+                total=retries,
+                status_forcelist=TRY_AGAIN,
+                allowed_methods=None,  # asking twice does no harm
+                backoff_factor=backoff,
+            ),
+        )
+
+    def post(self, body: dict[str, Any]) -> Reply:
+        """The reply to one request.
+
+        Raises:
+            ValueError: the endpoint cannot be reached, does not know the request or the key, or
+                answers with something else than a chat completion.
+        """
+        import urllib3
+
+        authorization = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
+        try:
+            # Not redirected, as the key is for this address alone.
+            response = self._pool.request(
+                "POST", self.url, json=body, headers=authorization, redirect=False
+            )
+        except urllib3.exceptions.HTTPError as error:
+            reason = getattr(error, "reason", error)
+            raise self._not_a_reply(f"{reason} after {self._retries} retries") from error
+        text = response.data.decode(errors="replace")
+        if self._key is not None:
+            text = text.replace(self._key, "***")  # some servers repeat it in their errors
+        try:
+            content = json.loads(text)
+            if response.status == 400 and content["error"]["code"] in FILTERED:
+                return Reply(text="", refused=True, input_tokens=0, output_tokens=0)
+            if response.status == 200:
+                return _reply(content)
+        except (ValueError, TypeError, LookupError, AttributeError):
+            pass
+        raise self._not_a_reply(f"HTTP {response.status}, {' '.join(text.split())[:200]}")
+
+    def _not_a_reply(self, found: str) -> ValueError:
+        return bad_value(
+            "eval.judge.url",
+            self.url,
+            f"a chat completion (got {found})",
+            "Check eval.judge.url, model, request and key_variable, and run it again: "
+            "what was answered is kept",
+        )
+
+
+def _check_url(url: str) -> None:
+    parts = urlsplit(url)
+    # A password or a key in it would be written with the settings, and is not shown here either.
+    open_part = url.partition("?")[0].replace(parts.netloc, parts.netloc.rpartition("@")[2])
+    plain = "@" not in parts.netloc and parts.query == parts.fragment == ""
+    if parts.scheme not in ("http", "https") or parts.hostname is None or not plain:
+        raise bad_value(
+            "eval.judge.url",
+            open_part,
+            "an http or https address without user, password and query",
+            "Set eval.judge.url=http://localhost:8000/v1",
+        )
+
+
+def _key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if key == "":
+        raise bad_value(
+            "eval.judge.key_variable",
+            variable,
+            "the name of an environment variable that holds a key",
+            f"Write export {variable}=KEY, or set eval.judge.key_variable=null",
+        )
+    return key
+
+
+def _reply(content: dict[str, Any]) -> Reply:
+    """The reply in the body of a chat completion."""
+    choice = content["choices"][0]
+    message, usage = choice["message"], content.get("usage") or {}
+    text = message.get("content")
+    filtered = choice.get("finish_reason") == "content_filter"
+    return Reply(
+        text=text if isinstance(text, str) else "",
+        refused=filtered or message.get("refusal") is not None,
+        input_tokens=usage.get("prompt_tokens"),
+        output_tokens=usage.get("completion_tokens"),
+    )

@@ -1,0 +1,297 @@
+"""How well a model knows people it has not met, after so many of their pairs: a curve, with controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import rich.table
+import torch
+from torch import Tensor
+
+from plrhf.core.errors import bad_value
+from plrhf.core.stats import (
+    Estimate,
+    Outcomes,
+    correctness,
+    gain_recovered,
+    paired_difference,
+    summarise_outcomes,
+)
+from plrhf.data.module import PairDataset, PreferenceData
+from plrhf.data.rows import Row, read_rows
+from plrhf.models.adaptation import Fit, Prior, batches_of, dataset_of, fit_users, gathered, scores
+from plrhf.models.base import PersonalModule
+
+ADAPT_SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shots(Fit):
+    """Which curve to measure.
+
+    Args:
+        shots: numbers of pairs given, from 0, increasing.
+        draws: how often pairs to give are drawn for each user, from 1.
+        users: ``unseen``, or ``seen``: train users as if they were new, given train pairs and asked
+            val pairs, which is where settings may be chosen.
+        others: see `Fit`.
+    """
+
+    shots: list[int]
+    draws: int = 5
+    users: Literal["unseen", "seen"] = "unseen"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        increasing = sorted({one for one in self.shots if one >= 0})
+        if len(self.shots) == 0 or self.shots != increasing:
+            raise bad_value(
+                "eval.shots",
+                self.shots,
+                "whole numbers from 0, each above the one before",
+                "Set eval.shots=[0,1,2,4,8,16]",
+            )
+        if self.draws < 1:
+            raise bad_value("eval.draws", self.draws, "a whole number from 1", "Set eval.draws=5")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One draw for one user: places of the pairs given, in order of giving, and of those asked."""
+
+    given: list[int]
+    asked: list[int]
+
+
+def learning_curve(
+    model: PersonalModule, data: PreferenceData, options: Shots, *, seed: int
+) -> dict[str, Any]:
+    """adapt.json: accuracy on new users' other pairs after k pairs given, and the controls.
+
+    ``adapted`` is fitted to the user's own k pairs, ``pooled`` to k pairs of somebody else drawn
+    anew for each draw, ``generic`` to none. All are asked the same pairs; intervals are a bootstrap
+    over users, `over_generic` and `gain_recovered` of paired figures.
+
+    Args:
+        data: tokenised. seed: of the draws.
+
+    Raises:
+        ValueError: fewer than two users with enough pairs.
+    """
+    prior = Prior(model.encoder, scale=options.prior_scale)
+    model.eval()
+    given, asked = rows_of_users(data, options.users)
+    dataset = dataset_of(model, data.to_tokens, [*given, *asked], batch_size=data.eval_batch_size)
+    given_ids = {row.pair_id for row in given}
+    trials, left_out = draw_trials(dataset.rows, given_ids, options, seed=seed)
+    curve = Curve(model, dataset, prior, trials, batch_size=data.eval_batch_size)
+    margins: dict[str, list[np.ndarray]] = {name: [] for name in ("adapted", "pooled", "generic")}
+    generic = curve.margins(torch.zeros(curve.n_trials, len(prior.factor)), curve.own)
+    for k in options.shots:
+        t = curve.fit(k, steps=options.steps)
+        margins["adapted"].append(curve.margins(t, curve.own))
+        margins["pooled"].append(curve.margins(t, curve.others))
+        margins["generic"].append(generic)
+    true = data.source.oracle_margins()
+    if true is not None:
+        of_pair = np.array([true[dataset.rows[place].pair_id] for place in curve.asked])
+        margins["oracle"] = [of_pair] * len(options.shots)
+    outcomes = {name: [curve.outcomes(one) for one in found] for name, found in margins.items()}
+    return {
+        "schema": ADAPT_SCHEMA,
+        "shots": options.shots,
+        **summarised(outcomes),
+        "users": options.users,
+        "n_users": len(trials[0]),
+        "n_draws": options.draws,
+        "left_out": left_out,
+    }
+
+
+def rows_of_users(data: PreferenceData, users: str) -> tuple[Sequence[Row], Sequence[Row]]:
+    """Rows that may be given and rows to ask of the users.
+
+    Unseen users are asked test rows. They may be given what they have outside test, which training
+    left aside; who has test rows only is given some of these and asked the others.
+    """
+    if users == "seen":
+        return data.splits.train, data.splits.val
+    unseen = data.unseen_users()
+    asked = [row for row in data.splits.test if row.user_id in unseen]
+    asked_ids = {row.pair_id for row in asked}
+    rows, _ = read_rows(data.source.records())
+    given = [row for row in rows if row.user_id in unseen and row.pair_id not in asked_ids]
+    return given, asked
+
+
+def draw_trials(
+    rows: Sequence[Row], given_ids: set[str], options: Shots, *, seed: int
+) -> tuple[list[list[Trial]], int]:
+    """Trials by draw and user, and how many users have too few pairs for the most shots.
+
+    Args:
+        rows: the users' rows. given_ids: pair ids of those that may be given but not asked.
+    """
+    most = options.shots[-1]
+    places: dict[str, tuple[list[int], list[int]]] = {}
+    for place, row in enumerate(rows):
+        of_user = places.setdefault(row.user_id, ([], []))
+        of_user[row.pair_id not in given_ids].append(place)
+    places = {user: both for user, both in sorted(places.items()) if len(both[1]) > 0}
+    rooms = {user: room(*both) for user, both in places.items()}
+    enough = [both for user, both in places.items() if rooms[user] >= most]
+    if len(enough) < 2:
+        raise _too_few(sorted(rooms.values()), options)
+    generator = np.random.default_rng(seed)
+    trials = [
+        [_drawn(given, asked, most, generator) for given, asked in enough]
+        for _ in range(options.draws)
+    ]
+    return trials, len(places) - len(enough)
+
+
+def room(given: Sequence[int], asked: Sequence[int]) -> int:
+    """How many pairs a user can be given so that one is left to ask."""
+    return len(asked) - 1 if len(given) == 0 else len(given)
+
+
+def _drawn(given: list[int], asked: list[int], most: int, generator: np.random.Generator) -> Trial:
+    if len(given) > 0:
+        return Trial(generator.permutation(given)[:most].tolist(), asked)
+    order = generator.permutation(asked).tolist()
+    return Trial(order[:most], order[most:])
+
+
+def _too_few(rooms: Sequence[int], options: Shots) -> Exception:
+    """The error for fewer than two users who could be given and asked enough."""
+    if len(rooms) < 2:
+        return bad_value(
+            f"{options.users} users",
+            len(rooms),
+            "2 or more with pairs to give and to ask",
+            "Train with data.unseen_fraction=0.1 (personas: data.n_unseen_users=40), or name rows "
+            "of other people with data=",
+        )
+    return bad_value(
+        "eval.shots",
+        options.shots,
+        f"at most {rooms[-2]} pairs given, which leaves 2 of {len(rooms)} {options.users} users "
+        "some to ask",
+        "Lower eval.shots, or give more rows with data= (personas: data.test_pairs_per_user=60)",
+    )
+
+
+class Curve:
+    """Trials as new users of one table, numbered from 1 by draw and user, and the pairs they are asked."""
+
+    def __init__(
+        self,
+        model: PersonalModule,
+        dataset: PairDataset,
+        prior: Prior,
+        trials: Sequence[Sequence[Trial]],
+        *,
+        batch_size: int,
+    ) -> None:
+        self.model, self.dataset, self.prior, self.batch_size = model, dataset, prior, batch_size
+        self.trials = [trial for of_draw in trials for trial in of_draw]
+        self.n_trials = len(self.trials)
+        self.asked = [place for trial in self.trials for place in trial.asked]
+        n_users = len(trials[0])
+        self.own, self.others = [], []
+        for number, trial in enumerate(self.trials):
+            draw, user = divmod(number, n_users)
+            # Somebody else, in another draw another one.
+            other = draw * n_users + (user + 1 + draw % (n_users - 1)) % n_users
+            self.own += [number + 1] * len(trial.asked)
+            self.others += [other + 1] * len(trial.asked)
+
+    def fit(self, k: int, *, steps: int) -> Tensor:
+        """t [n_trials, r] of every trial after its first k pairs."""
+        given = [(place, n) for n, trial in enumerate(self.trials, 1) for place in trial.given[:k]]
+        places, owners = [place for place, _ in given], [owner for _, owner in given]
+        batches = batches_of(self.dataset, places, owners, batch_size=self.batch_size)
+        return fit_users(self.model, batches, self.prior, n_users=self.n_trials, steps=steps)
+
+    def margins(self, t: Tensor, owners: Sequence[int]) -> np.ndarray:
+        """Margins [N] of the pairs asked, each for its owner."""
+        tables = self.prior.tables(t.to(self.prior.factor))
+        batches = batches_of(self.dataset, self.asked, owners, batch_size=self.batch_size)
+        with torch.no_grad():
+            found = gathered(
+                lambda batch: scores(self.model, batch, tables)[0],
+                batches,
+                self.prior.factor.device,
+            )
+        return found.double().numpy()
+
+    def outcomes(self, margins: np.ndarray) -> Outcomes:
+        """Margins of the pairs asked as outcomes; a pair asked in two draws counts as two."""
+        users = [self.dataset.rows[place].user_id for place in self.asked]
+        return Outcomes(
+            pair_id=np.arange(len(margins)),
+            user_id=np.array(users),
+            margin=margins,
+            correct=correctness(margins),
+        )
+
+
+def summarised(outcomes: Mapping[str, Sequence[Outcomes]]) -> dict[str, Any]:
+    """Curves with intervals, and against the generic user and the oracle, an entry a shot."""
+    name = "accuracy_micro"
+    curves = {
+        who: [summarise_outcomes(one, names=(name,))[name] for one in found]
+        for who, found in outcomes.items()
+    }
+    generic, oracle = outcomes["generic"], outcomes.get("oracle")
+    fitted = {who: outcomes[who] for who in ("adapted", "pooled")}
+    over = {
+        who: [paired_difference(a, g)[name] for a, g in zip(found, generic, strict=True)]
+        for who, found in fitted.items()
+    }
+    recovered = None
+    if oracle is not None:
+        recovered = {
+            who: [gain_recovered(*three) for three in zip(found, generic, oracle, strict=True)]
+            for who, found in fitted.items()
+        }
+    return {
+        "curves": {**curves, "oracle": curves.get("oracle")},
+        "over_generic": over,
+        "gain_recovered": recovered,
+    }
+
+
+def shots_table(result: Mapping[str, Any]) -> rich.table.Table:
+    """adapt.json as a table for the terminal, a line a number of pairs given.
+
+    Beside the curves stands the gain: as a share of the oracle's where there is one, else in points
+    over the generic user.
+    """
+    table = rich.table.Table(
+        title=f"{result['n_users']} {result['users']} users, {result['n_draws']} draws: "
+        "accuracy in per cent"
+    )
+    curves = {name: found for name, found in result["curves"].items() if found is not None}
+    columns = [(name, found, 100, 1) for name, found in curves.items()]
+    if result["gain_recovered"] is None:
+        gains = result["over_generic"].items()
+        columns += [(f"{name}, over generic", found, 100, 1) for name, found in gains]
+    else:
+        gains = result["gain_recovered"].items()
+        columns += [(f"{name}, of oracle's gain", found, 1, 2) for name, found in gains]
+    for heading in ("pairs", *(name for name, *_ in columns)):
+        table.add_column(heading, justify="right")
+    for place, k in enumerate(result["shots"]):
+        cells = [_shown(found[place], scale, digits) for _, found, scale, digits in columns]
+        table.add_row(str(k), *cells)
+    return table
+
+
+def _shown(estimate: Estimate, scale: float, digits: int) -> str:
+    numbers = [estimate["value"], *(estimate["ci95"] or ())]
+    texts = ["–" if one is None else f"{scale * one:.{digits}f}" for one in numbers]
+    return texts[0] if len(texts) == 1 else f"{texts[0]}\n[{texts[1]}, {texts[2]}]"

@@ -1,0 +1,251 @@
+"""From margins to accuracies: exact sums while training, a predictions table's summary after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+from torch.nn.functional import softplus
+from torchmetrics import Metric
+
+from plrhf.core.errors import bad_value
+from plrhf.core.stats import (
+    ACCURACIES,
+    N_RESAMPLES,
+    Array,
+    Outcomes,
+    correctness,
+    summarise_outcomes,
+)
+
+# Of nll and ece in results.json. Numbers of processes, threads and devices round float32 margins
+# differently, by some 1e-6 after 50 steps; accuracies count signs alone and are exact.
+DECIMALS = 4
+USER_KINDS = ("seen", "unseen")
+PROMPT_KINDS = ("seen", "unseen")
+
+
+def user_counts(margins: Tensor, user_id: Tensor, n_users: int) -> Tensor:
+    """Sums per user index: correct pairs (ties one half), pairs, nll; [B], [B] -> [3, n_users].
+
+    In float64, where halves add up exactly whatever the batches.
+
+    Raises:
+        ValueError: a user index is not in 0 .. n_users - 1.
+    """
+    if user_id.numel() > 0 and not 0 <= int(user_id.min()) <= int(user_id.max()) < n_users:
+        raise bad_value(
+            "user_id",
+            [int(user_id.min()), int(user_id.max())],
+            f"indices from 0 to {n_users - 1}",
+            "Build UserAccuracy with n_users above the largest user index",
+        )
+    margins = margins.detach().double()
+    correct = 0.5 * (margins.sign() + 1)
+    values = torch.stack([correct, torch.ones_like(correct), softplus(-margins)])  # [3, B]
+    return values.new_zeros(3, n_users).index_add_(1, user_id, values)
+
+
+def accuracy_from_counts(counts: Tensor) -> dict[str, Tensor]:
+    """Accuracy over pairs, over users, and nll in nats, of `user_counts`; NaN without a pair."""
+    correct, count, nll = counts
+    asked = count > 0
+    return {
+        "accuracy_micro": correct.sum() / count.sum(),
+        "accuracy_macro": (correct[asked] / count[asked]).mean(),
+        "nll": nll.sum() / count.sum(),
+    }
+
+
+class UserAccuracy(Metric):
+    """Accuracy and nll over all batches and processes as sums per user, never means of batch means.
+
+    Users who share an index, such as unseen users at the generic index 0, count as one in the macro
+    accuracy: give them indices of their own where that matters.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    counts: Tensor  # [3, n_users]
+
+    def __init__(self, *, n_users: int) -> None:
+        super().__init__()
+        self.n_users = n_users
+        self.add_state(
+            "counts", default=torch.zeros(3, n_users, dtype=torch.float64), dist_reduce_fx="sum"
+        )
+
+    def update(self, margins: Tensor, user_id: Tensor) -> None:
+        """Add a batch: margins [B] in nats, user_id [B] int64."""
+        self.counts += user_counts(margins, user_id, self.n_users)
+
+    def compute(self) -> dict[str, Tensor]:
+        """0-dim tensors ``accuracy_micro``, ``accuracy_macro``, ``nll``."""
+        return accuracy_from_counts(self.counts)
+
+
+class ExactMean(Metric):
+    """Mean over all batches and processes, summed in float64: Lightning's own rounds counts."""
+
+    full_state_update = False
+    is_differentiable = False
+    sums: Tensor  # [2]: weighted values, weights
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", default=torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor, weight: Tensor) -> None:
+        """Add values and their weights, both [B] or 0-dim."""
+        values, weight = values.detach().double(), weight.double()
+        self.sums += torch.stack([(values * weight).sum(), weight.sum()])
+
+    def compute(self) -> Tensor:
+        """The mean, 0-dim float64."""
+        return self.sums[0] / self.sums[1]
+
+
+def outcomes(
+    predictions: pd.DataFrame, *, user_kind: str, context: str, prompt_kind: str | None = None
+) -> Outcomes:
+    """The test pairs of one kind of user, as a model saw them in one context (maybe none).
+
+    Args:
+        prompt_kind: on seen or unseen prompts only, None: on all.
+    """
+    rows = predictions[
+        (predictions["split"] == "test")
+        & (predictions["user_kind"] == user_kind)
+        & (predictions["context"] == context)
+    ]
+    if prompt_kind is not None:
+        rows = rows[rows["prompt_kind"] == prompt_kind]
+    return _outcomes(rows, rows["margin"], rows["correct"])
+
+
+def choose_length_rule(predictions: pd.DataFrame) -> bool:
+    """Whether the longer response was chosen more often in train or val pairs: `longer_wins`.
+
+    Raises:
+        ValueError: the table holds test pairs, on which no rule may be chosen.
+    """
+    if (predictions["split"] == "test").any():
+        raise bad_value(
+            "split",
+            "test",
+            "train or val rows only, as a rule chosen on test pairs flatters itself",
+            "Pass predictions[predictions['split'] == 'val'] to choose_length_rule",
+        )
+    pairs = predictions.drop_duplicates("pair_id")
+    return bool(np.sign(_extra_tokens(pairs)).sum() >= 0)
+
+
+def length_only(predictions: pd.DataFrame, *, user_kind: str, longer_wins: bool) -> Outcomes:
+    """What the rule "the longer (or shorter) response, by tokens, wins" says of the test pairs.
+
+    Its margin is a difference of lengths, not of log-odds, so it has no nll and no calibration.
+    """
+    rows = predictions[
+        (predictions["split"] == "test") & (predictions["user_kind"] == user_kind)
+    ].drop_duplicates("pair_id")
+    margin = _extra_tokens(rows) if longer_wins else -_extra_tokens(rows)
+    return _outcomes(rows, margin, correctness(margin))
+
+
+def summarise(
+    predictions: pd.DataFrame,
+    *,
+    longer_wins: bool,
+    n_resamples: int = N_RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The keys test, cells, oracle and controls of results.json, from predictions alone.
+
+    Args:
+        predictions: the table of predictions.parquet; only its test rows count.
+        longer_wins: direction of the length-only rule, from train or val (`choose_length_rule`).
+        n_resamples: bootstrap draws of users per cell.
+        seed: of the bootstrap; the same table and seed give the same summary.
+    """
+
+    def summary(outcomes: Outcomes, **names: Any) -> dict[str, Any]:
+        return _rounded(summarise_outcomes(outcomes, n_resamples=n_resamples, seed=seed, **names))
+
+    def cells(context: str) -> dict[str, Any]:
+        return {
+            kind: summary(outcomes(predictions, user_kind=kind, context=context))
+            for kind in USER_KINDS
+        }
+
+    user, generic = cells("user"), cells("generic")
+    lengths = {
+        kind: summary(
+            length_only(predictions, user_kind=kind, longer_wins=longer_wins), names=ACCURACIES
+        )
+        for kind in USER_KINDS
+    }
+    test = {kind: {"user": user[kind], "generic": generic[kind]} for kind in USER_KINDS}
+    rule = "the longer response wins" if longer_wins else "the shorter response wins"
+    has_oracle = (predictions["context"] == "oracle").any()
+    return {
+        "test": test,
+        "cells": {
+            f"{kind}_user_{prompts}_prompt": _cell(predictions, kind, prompts, test[kind], summary)
+            for kind in USER_KINDS
+            for prompts in PROMPT_KINDS
+        },
+        "oracle": cells("oracle") if has_oracle else None,
+        "controls": {"length_only": {"rule": rule, **lengths}},
+    }
+
+
+def _rounded(cell: dict[str, Any]) -> dict[str, Any]:
+    """M with those statistics that go by the size of margins in `DECIMALS`."""
+
+    def of(value: float | None) -> float | None:
+        return None if value is None else round(value, DECIMALS)
+
+    for name in ("nll", "ece"):
+        value, ends = cell[name]["value"], cell[name]["ci95"]
+        ends = None if ends is None else [of(end) for end in ends]
+        cell = {**cell, name: {"value": of(value), "ci95": ends}}
+    return cell
+
+
+def _cell(
+    predictions: pd.DataFrame,
+    user_kind: str,
+    prompt_kind: str,
+    whole: dict[str, Any],
+    summary: Callable[[Outcomes], dict[str, Any]],
+) -> dict[str, Any] | None:
+    """Both contexts of one kind of user on one kind of prompt; None without pairs."""
+    cell = {}
+    for context in ("user", "generic"):
+        found = outcomes(predictions, user_kind=user_kind, context=context, prompt_kind=prompt_kind)
+        if len(found) == 0:
+            return None
+        # All pairs are of this kind, as a rule: nothing to resample again.
+        everything = len(found) == whole[context]["n_pairs"]
+        cell[context] = whole[context] if everything else summary(found)
+    return cell
+
+
+def _extra_tokens(rows: pd.DataFrame) -> Array:
+    """How many tokens longer the chosen response is than the rejected one."""
+    lengths = rows[["chosen_tokens", "rejected_tokens"]].to_numpy(dtype=np.float64)
+    return np.asarray(lengths[:, 0] - lengths[:, 1])
+
+
+def _outcomes(rows: pd.DataFrame, margin: ArrayLike, correct: ArrayLike) -> Outcomes:
+    return Outcomes(
+        pair_id=rows["pair_id"].to_numpy(),
+        user_id=rows["user_id"].to_numpy(),
+        margin=np.asarray(margin, dtype=np.float64),
+        correct=np.asarray(correct, dtype=np.float64),
+    )

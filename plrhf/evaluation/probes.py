@@ -1,0 +1,217 @@
+"""What gives choices away without the person: probes of the rows, run with every training.
+
+Published gains have come from formats that held the label and from rows in two splits, so what a
+model could have used instead of the person is measured beside it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plrhf.core.stats import Array, Estimate, Outcomes, correctness, summarise_outcomes
+from plrhf.data.rows import SPLITS, Row
+from plrhf.data.splits import Splits, prompt_keys
+
+MOST_PAIRS = 20_000  # of a split, spread evenly: more would cost time and change no digit
+RIDGE = 1.0  # penalty on weights of standardised features, half its square
+NEWTON_STEPS = 25
+SPLIT_PAIRS = (("train", "val"), ("train", "test"), ("val", "test"))
+
+Hashes = NDArray[np.int64]
+
+CHARACTERS = ",.!?:;-–()[]{}\"'`*#_|/\\\t\n"
+MARKS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"\A\s",
+        r"\s\Z",
+        r"\S  +\S",
+        r"\n\s*\n",
+        r"(?m)^\s*[-*•]\s",
+        r"(?m)^\s*\d+[.)]\s",
+        r"(?m)^#{1,6}\s",
+        r"\*\*|__",
+        r"```",
+        r"https?://|\]\(",
+        r"\A\s*[\[{(\"']",
+        r"[\]})\"']\s*\Z",
+        r"\A\s*[A-Z]",
+        r"[.!?]\s*\Z",
+        r"\b[A-Z]{2,}\b",
+        r"\d",
+        r"[^\x00-\x7f]",
+    )
+)
+CAPITALS = re.compile(r"[A-Z]")
+
+
+def probe(splits: Splits) -> dict[str, Any]:
+    """The key ``probes`` of results.json; empty without train rows, where nothing can be fitted.
+
+    Returns:
+        ``overlap``: for two splits, how many pairs of the later one share a user, prompt, ... with
+        the earlier; ``format_only`` and ``length_only``: accuracy on val of a classifier fitted on
+        train that sees nothing else; ``warnings``: a line for each probe that found something.
+    """
+    if len(splits.train) == 0:
+        return {}
+    found: dict[str, Any] = {
+        "overlap": overlap(splits),
+        "format_only": blind_accuracy(splits, format_features),
+        "length_only": blind_accuracy(splits, length_features),
+    }
+    return {**found, "warnings": warnings(found, shared_prompts=splits.shared_prompts)}
+
+
+def overlap(splits: Splits) -> dict[str, dict[str, int]]:
+    """Pairs of one split that share something with an earlier split, by what they share.
+
+    ``unseen_user``: of a user called unseen whom the earlier split has, by id up to case and
+    spaces; ``prompt``: by id or text; ``response``: either one; ``pair``: prompt and both
+    responses, in any order; ``judgment``: the same, and by the same user.
+    """
+    hashes = {name: _hashes(getattr(splits, name)) for name in SPLITS}
+    seen = np.fromiter(map(hash, splits.users), np.int64)
+    found = {}
+    for earlier, later in SPLIT_PAIRS:
+        before, after = hashes[earlier], hashes[later]
+        shared = {
+            name: np.isin(of_later, before[name]).any(axis=1) for name, of_later in after.items()
+        }
+        unseen = ~np.isin(after["user"], seen)[:, 0]
+        found[f"{earlier}_{later}"] = {
+            "pairs": len(unseen),
+            "unseen_user": int((shared.pop("name") & unseen).sum()),
+            **{name: int(where.sum()) for name, where in shared.items()},
+        }
+    return found
+
+
+KEYS = {"name": 1, "user": 1, "prompt": 2, "response": 2, "pair": 1, "judgment": 1}
+"""How many keys `_keys` gives of each kind, in their order; `name` is a user id's spelling."""
+
+
+def _keys(row: Row) -> Iterator[Hashable]:
+    """What a row may share with another."""
+    yield row.user_id.strip().casefold()
+    yield row.user_id
+    yield from prompt_keys(row)
+    yield from (row.chosen, row.rejected)
+    pair = (str(row.prompt), *sorted((row.chosen, row.rejected)))
+    yield pair
+    yield row.user_id, pair
+
+
+def _hashes(rows: Sequence[Row]) -> dict[str, Hashes]:
+    """64 bits of each of a row's keys, [N, 1 or 2] a kind: sets of the keys would be large."""
+    n_keys = sum(KEYS.values())
+    keys = (hash(key) for row in rows for key in _keys(row))
+    table = np.fromiter(keys, np.int64, len(rows) * n_keys).reshape(len(rows), n_keys)
+    ends = np.cumsum(list(KEYS.values()))
+    return dict(zip(KEYS, np.split(table, ends[:-1], axis=1), strict=True))
+
+
+def format_features(text: str) -> list[float]:
+    """How a text is set, not what it says nor how long it is: marks, rates of punctuation, case."""
+    rates = [text.count(character) / len(text) for character in CHARACTERS]
+    capitals = len(CAPITALS.findall(text)) / len(text)
+    return [*rates, capitals, *(float(mark.search(text) is not None) for mark in MARKS)]
+
+
+def length_features(text: str) -> list[float]:
+    """Characters and words, plain and as logarithms."""
+    sizes = (len(text), len(text.split()))
+    return [*map(float, sizes), *np.log(sizes)]
+
+
+def blind_accuracy(splits: Splits, features: Callable[[str], list[float]]) -> dict[str, Any]:
+    """Accuracy on val of a Bradley-Terry model on features of the responses, fitted on train."""
+    train, val = (_spread(rows) for rows in (splits.train, splits.val))
+    values: dict[str, list[float]] = {}
+    for row in (*train, *val):
+        for text in (row.chosen, row.rejected):
+            if text not in values:
+                values[text] = features(text)
+
+    def differences(rows: Sequence[Row]) -> Array:
+        chosen, rejected = (
+            np.array([values[getattr(row, name)] for row in rows])
+            for name in ("chosen", "rejected")
+        )
+        return np.asarray(chosen - rejected, dtype=np.float64)
+
+    if len(val) == 0:
+        return _accuracy(val, np.zeros(0))
+    return _accuracy(val, differences(val) @ fit_bradley_terry(differences(train)))
+
+
+def fit_bradley_terry(differences: Array) -> Array:
+    """Weights w that minimise sum log(1 + exp(-d . w)) + RIDGE / 2 |s * w|^2, [N, F] -> [F].
+
+    d are feature differences chosen - rejected, s their root mean squares; Newton's method from 0.
+    """
+    scale = np.sqrt((differences**2).mean(axis=0))
+    scaled = differences / np.where(scale > 0, scale, 1.0)
+    weights = np.zeros(scaled.shape[1])
+    for _ in range(NEWTON_STEPS):
+        wrong = 1.0 / (1.0 + np.exp(np.clip(scaled @ weights, -50, 50)))
+        gradient = RIDGE * weights - scaled.T @ wrong
+        curvature = (scaled.T * (wrong * (1 - wrong))) @ scaled + RIDGE * np.eye(len(weights))
+        step = np.linalg.solve(curvature, gradient)
+        weights -= step
+        if np.abs(step).max() < 1e-9:
+            break
+    return np.asarray(weights / np.where(scale > 0, scale, 1.0))
+
+
+def warnings(found: Mapping[str, Any], *, shared_prompts: bool) -> list[str]:
+    """A line naming each probe that found something.
+
+    Args:
+        found: the probes' results. shared_prompts: test was meant to hold prompts of train.
+    """
+    lines = []
+    for name, what in (
+        ("unseen_user", "of users called unseen, whom {} has"),
+        ("prompt", "on prompts of {}"),
+        ("judgment", "choices that the same user makes in {}"),
+    ):
+        shares = []
+        for pair, counts in found["overlap"].items():
+            earlier, later = pair.split("_")
+            wanted = name == "prompt" and pair == "train_test" and shared_prompts
+            if counts[name] > 0 and not wanted:
+                of_all = f"{counts[name]:,} of {counts['pairs']:,} {later} pairs"
+                shares.append(f"{of_all} are {what.format(earlier)}")
+        if len(shares) > 0:
+            lines.append(f"probe {name}: {'; '.join(shares)}")
+    for name in ("format_only", "length_only"):
+        estimate: Estimate = found[name]["accuracy"]
+        if estimate["ci95"] is not None and estimate["ci95"][0] > 0.5:
+            low, high = (100 * end for end in estimate["ci95"])
+            lines.append(
+                f"probe {name}: fitted on train, it alone gets {100 * (estimate['value'] or 0):.1f}% "
+                f"[{low:.1f}, {high:.1f}] of val pairs right: a leak, or a taste that everybody shares"
+            )
+    return lines
+
+
+def _spread(rows: Sequence[Row]) -> Sequence[Row]:
+    return rows[:: max(1, -(-len(rows) // MOST_PAIRS))]
+
+
+def _accuracy(rows: Sequence[Row], margin: Array) -> dict[str, Any]:
+    outcomes = Outcomes(
+        pair_id=np.array([row.pair_id for row in rows], dtype=str),
+        user_id=np.array([row.user_id for row in rows], dtype=str),
+        margin=margin,
+        correct=correctness(margin),
+    )
+    summary = summarise_outcomes(outcomes, names=("accuracy_micro",))
+    counts = {name: summary[name] for name in ("n_pairs", "n_users")}
+    return {"accuracy": summary["accuracy_micro"], **counts}

@@ -1,0 +1,173 @@
+"""What a user model learned, for the report: users.json of a run directory.
+
+Made while model and data are in memory, so that pages need neither: a projection of the user
+vectors, cluster weights, and the words that soft prompts are nearest to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from plrhf.core.stats import Array
+from plrhf.core.types import GENERIC_USER, UserBatch
+from plrhf.data.module import PreferenceData
+from plrhf.encoders import ClusterMixtureEncoder
+from plrhf.evaluation.predictions import evenly, features_of, first_people
+from plrhf.models.base import PersonalModule
+
+USERS_SCHEMA = 1
+MOST_USERS = 1000  # described; more would crowd the map
+N_OWNERS, N_NEAREST = 3, 3
+
+
+@torch.no_grad()
+def write_users(path: Path, model: PersonalModule, data: PreferenceData) -> None:
+    """Write what the user model learned of the run's users; nothing where it tells none apart.
+
+    ``{"schema": 1, "n_users", "explained": [2] | null, "generic": U, "users": [U & {"user_id",
+    "user_kind", "profile", "group"}], "nearest_tokens": [{"owner", "vectors": [[[token, cosine]]]}]}``
+    with ``U = {"at": [x, y] | null, "weights": [K] | null}``. Users who have the generic user's
+    vector are left out.
+    """
+    if not model.encoder.personal:
+        return
+    model.eval()
+    names, batch = _users(model, data)
+    vectors = model.encoder(batch).float()  # [U, user_dim]
+    generic = model.encoder.generic(1).float()  # [1, user_dim]
+    own = [at for at in range(len(names)) if not torch.allclose(vectors[at], generic[0])]
+    names, index = [names[at] for at in own], batch.user_id[own]
+    vectors = vectors[own]
+    places, explained = principal(torch.cat([vectors, generic]).double().cpu().numpy())
+    weights = _weights(model, torch.cat([index, index.new_tensor([GENERIC_USER])]))
+    learned = [
+        {"at": place, "weights": weight} for place, weight in zip(places, weights, strict=True)
+    ]
+    people = _who(names, data)
+    users = [{**who, **fact} for who, fact in zip(people, learned, strict=False)]
+    content = {
+        "schema": USERS_SCHEMA,
+        "n_users": data.n_users,
+        "explained": explained,
+        "generic": learned[-1],
+        "users": users,
+        "nearest_tokens": _nearest(model, data, names, vectors, generic),
+    }
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def principal(vectors: Array) -> tuple[list[list[float]], list[float]]:
+    """Principal components of vectors [U, D]: places [U, 2] and the two shares of variance.
+
+    By the smaller of the two Gram matrices. Of each component's two signs the one that makes its
+    largest place positive. Fewer than two components are filled up with zeros.
+    """
+    centred = vectors - vectors.mean(axis=0)
+    n_users, width = centred.shape
+    if n_users <= width:
+        values, left = np.linalg.eigh(centred @ centred.T)
+        places = left[:, ::-1] * np.sqrt(values[::-1].clip(min=0))
+    else:
+        values, right = np.linalg.eigh(centred.T @ centred)
+        places = centred @ right[:, ::-1]
+    total = float(values.sum())
+    shares = values[::-1] / total if total > 0 else np.zeros_like(values)
+    places = np.pad(places, ((0, 0), (0, 2)))[:, :2]
+    largest = np.abs(places).argmax(axis=0)
+    places = places * np.where(places[largest, [0, 1]] < 0, -1, 1)
+    return np.round(places, 5).tolist(), np.pad(shares, (0, 2))[:2].tolist()
+
+
+def _users(model: PersonalModule, data: PreferenceData) -> tuple[list[str], UserBatch]:
+    """Train users, evenly, then unseen ones, and who they are to the encoder."""
+    seen = evenly(model.card.users, MOST_USERS)
+    unseen = (
+        evenly(sorted(data.unseen_users()), MOST_USERS - len(seen))
+        if len(seen) < MOST_USERS
+        else []
+    )
+    names = [*seen, *unseen]
+    index = [model.card.user_index(name) for name in seen] + [GENERIC_USER] * len(unseen)
+    device = next(model.parameters()).device
+    features = features_of(data, names).to(device)
+    return names, UserBatch(user_id=torch.tensor(index, device=device), features=features)
+
+
+def _who(names: Sequence[str], data: PreferenceData) -> list[dict[str, Any]]:
+    """What may be read about users; rows given at evaluation may not know the train users."""
+    seen = set(data.splits.users)
+    known = set(first_people(data))
+    return [
+        {
+            "user_id": name,
+            "user_kind": "seen" if name in seen else "unseen",
+            "profile": data.source.profile(name) if name in known else None,
+            "group": data.source.group(name) if name in known else None,
+        }
+        for name in names
+    ]
+
+
+def _weights(model: PersonalModule, index: Tensor) -> list[list[float] | None]:
+    if not isinstance(model.encoder, ClusterMixtureEncoder):
+        return [None] * len(index)
+    return [[round(one, 5) for one in row] for row in model.encoder.mixture(index).tolist()]
+
+
+def _nearest(
+    model: PersonalModule,
+    data: PreferenceData,
+    names: Sequence[str],
+    vectors: Tensor,
+    generic: Tensor,
+) -> list[dict[str, Any]]:
+    """Vocabulary tokens nearest, by cosine, to each soft prompt vector of a few owners.
+
+    Owners are the generic user and the likeliest clusters, or a few users.
+    """
+    n_tokens = model.aggregator.n_positions
+    if n_tokens == 0:
+        return []
+    if isinstance(model.encoder, ClusterMixtureEncoder):
+        everyone = torch.arange(data.n_users + 1, device=vectors.device)
+        order = model.encoder.mixture(everyone).mean(dim=0).argsort(descending=True)[:N_OWNERS]
+        own = {f"cluster {at}": model.encoder.clusters[at] for at in order.tolist()}
+    else:
+        own = {name: vectors[names.index(name)] for name in evenly(names, N_OWNERS)}
+    owners = {"generic user": generic[0], **own}
+    # By the layer, as its weights, where they are sharded, may be on their way already.
+    tokens = torch.arange(model.backbone.config.vocab_size, device=vectors.device)
+    table = torch.nn.functional.normalize(model.backbone.embed(tokens).float(), dim=1)  # [V, d]
+    tokenizer = data.to_tokens.tokenizer
+    found = []
+    for owner, vector in owners.items():
+        each = torch.nn.functional.normalize(vector.float().view(n_tokens, -1), dim=1)  # [T, d]
+        cosine, token = (each @ table.T).topk(N_NEAREST, dim=1)
+        found.append(
+            {
+                "owner": owner,
+                "vectors": [
+                    [
+                        [_written(tokenizer, place), round(value, 4)]
+                        for place, value in zip(*row, strict=True)
+                    ]
+                    for row in zip(token.tolist(), cosine.tolist(), strict=True)
+                ],
+            }
+        )
+    return found
+
+
+def _written(tokenizer: Any, token: int) -> str:
+    """A token as text, or by its name where it is but a piece of a character."""
+    text = tokenizer.decode([token])
+    return tokenizer.convert_ids_to_tokens([token])[0] if "\ufffd" in text else text

@@ -1,0 +1,1 @@
+"""The LightningModules, and what is done with a trained one: export, generation, adaptation."""

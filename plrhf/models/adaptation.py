@@ -1,0 +1,301 @@
+"""A user the model has not met, from a few pairs: only what belongs to single users is fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from plrhf.core.errors import bad_value
+from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
+from plrhf.data.module import OfTexts, PairDataset, of_texts
+from plrhf.data.packing import RowTokenizer, Tokenizer, packed, two_rows
+from plrhf.data.rows import Row, parse_row
+from plrhf.encoders import UserEncoder
+from plrhf.models.base import PersonalModule
+from plrhf.models.export import replace_users
+from plrhf.models.policy import PersonalDPOPolicy
+from plrhf.models.reward import PersonalRewardModel
+
+POOLED_AT_ONCE = 4096
+"""Pairs a batch where only pooled trunk outputs are held, which are small."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How a new user is fitted: the most likely parameters under a prior learned from train users.
+
+    Args:
+        steps: iterations of L-BFGS at most; it stops earlier where nothing moves any more.
+        prior_scale: factor on the prior's standard deviation, > 0: the smaller, the nearer new users
+            stay to the generic one.
+    """
+
+    steps: int = 40
+    prior_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise bad_value("eval.steps", self.steps, "a whole number from 1", "Set eval.steps=40")
+        if not self.prior_scale > 0:
+            raise bad_value(
+                "eval.prior_scale", self.prior_scale, "a number above 0", "Set eval.prior_scale=1"
+            )
+
+
+class Prior:
+    """Where a new user's own parameters z lie before a pair is seen: N(z_0, scale^2 M).
+
+    z_0 are the generic user's, and M = 1/n sum_u (z_u - z_0)(z_u - z_0)^T over the n train users. As
+    z = z_0 + t F with F^T F = scale^2 M and t ~ N(0, 1), a new user is a combination of how the
+    train users differ from the generic one.
+
+    Args:
+        encoder: a trained one. scale: see `Fit`.
+
+    Attributes:
+        generic: z_0, [D]. factor: F, [r, D] with r <= min(D, n).
+
+    Raises:
+        ValueError: the encoder has no parameters of single users.
+    """
+
+    def __init__(self, encoder: UserEncoder, *, scale: float = 1.0) -> None:
+        tables = user_tables(encoder)
+        if len(tables) == 0:
+            raise bad_value(
+                "encoder",
+                type(encoder).__name__,
+                "one with parameters of single users",
+                "Adapt a model trained with encoder=lookup or encoder=cluster",
+            )
+        self.shapes = {name: table.shape[1:] for name, table in tables.items()}
+        flat = torch.cat(
+            [table.detach().reshape(len(table), -1) for table in tables.values()], dim=1
+        )  # [n+1, D]
+        self.generic = flat[GENERIC_USER]
+        departures = flat[GENERIC_USER + 1 :] - self.generic
+        _, sizes, directions = torch.linalg.svd(departures, full_matrices=False)
+        self.factor = scale * len(departures) ** -0.5 * sizes[:, None] * directions
+
+    def tables(self, t: Tensor) -> dict[str, Tensor]:
+        """Parameters of users [N, r] by name, each [N + 1, ...], the generic user before them."""
+        flat = torch.cat([self.generic[None], self.generic + t @ self.factor])
+        parts = flat.split([shape.numel() for shape in self.shapes.values()], dim=1)
+        return {
+            name: part.unflatten(1, shape) if len(shape) > 0 else part[:, 0]
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+
+def user_tables(encoder: UserEncoder) -> dict[str, nn.Parameter]:
+    """Parameters whose row u belongs to user u, by name."""
+    own = {id(parameter) for parameter in encoder.user_parameters()}
+    return {name: one for name, one in encoder.named_parameters() if id(one) in own}
+
+
+def scores(
+    model: PersonalModule, batch: PreferenceBatch, tables: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Margins [B] and losses [B] of pairs whose users are rows of `tables`."""
+    users = functional_call(model.encoder, dict(tables), (batch.users,))
+    margins, extra = model.margins(model.hidden_for(batch, users), batch)
+    return margins[0], model.pair_loss(margins, extra)[0]
+
+
+def fit_users(
+    model: PersonalModule,
+    batches: Sequence[PreferenceBatch],
+    prior: Prior,
+    *,
+    n_users: int,
+    steps: int,
+) -> Tensor:
+    """t [N, r] of new users 1..N, each maximising their own posterior given their pairs.
+
+    minimise sum_pairs loss(pair, z_0 + t F) + |t|^2 / 2, summed over users: with all else frozen no
+    user's term holds another's t, so that one problem solves them all.
+
+    Args:
+        batches: their pairs, `user_id` from 1 to N. A user without any keeps t = 0.
+    """
+    t = prior.factor.new_zeros(n_users, len(prior.factor)).requires_grad_()
+    on_device = [move_data_to_device(batch, t.device) for batch in batches]
+    optimizer = torch.optim.LBFGS(
+        [t], max_iter=steps, history_size=20, line_search_fn="strong_wolfe"
+    )
+
+    def objective() -> float:
+        t.grad = t.detach().clone()
+        total = 0.5 * t.detach().double().square().sum().item()
+        for batch in on_device:
+            loss = scores(model, batch, prior.tables(t))[1].double().sum()
+            t.grad += torch.autograd.grad(loss, t)[0]
+            total += loss.item()
+        return total
+
+    optimizer.step(objective)
+    return t.detach()
+
+
+def dataset_of(
+    model: PersonalModule, to_tokens: RowTokenizer, rows: Sequence[Row], *, batch_size: int
+) -> PairDataset:
+    """Rows as pairs, with all computed that no user has a part in: pooled trunk, or reference.
+
+    Rows too long are left out and counted by `to_tokens`.
+    """
+    kept, pairs = to_tokens(rows)
+    dataset = PairDataset(
+        kept,
+        pairs,
+        layout=packed if model.backbone.causal else two_rows,
+        user_index={},
+        schema=model.card.feature_schema(),
+    )
+    device = next(model.parameters()).device
+
+    def on_device(compute: Callable[[PreferenceBatch], Tensor]) -> OfTexts | None:
+        return of_texts(
+            dataset, lambda batch: compute(move_data_to_device(batch, device)).cpu(), batch_size
+        )
+
+    with torch.no_grad():
+        if isinstance(model, PersonalDPOPolicy):
+            dataset.ref_logps = on_device(model.reference_logps)
+        elif isinstance(model, PersonalRewardModel) and model.aggregator.after_trunk:
+            dataset.hidden = on_device(model.pooled_trunk)
+    return dataset
+
+
+def batches_of(
+    dataset: PairDataset, places: Sequence[int], owners: Sequence[int], *, batch_size: int
+) -> list[PreferenceBatch]:
+    """Pairs at the places, each with its owner as the user; `row` says which entry of `places`.
+
+    Pairs of like length stand together, so that little is padding.
+    """
+    if dataset.hidden is not None:
+        batch_size = max(batch_size, POOLED_AT_ONCE)
+    lengths = [len(one.prompt) + len(one.chosen) + len(one.rejected) for one in dataset.pairs]
+    order = sorted(range(len(places)), key=lambda at: lengths[places[at]])
+    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return [
+        replace(
+            dataset.batch([places[at] for at in chunk]),
+            user_id=torch.tensor([owners[at] for at in chunk]),
+            row=torch.tensor(chunk),
+        )
+        for chunk in chunks
+    ]
+
+
+def gathered(
+    compute: Callable[[PreferenceBatch], Tensor],
+    batches: Sequence[PreferenceBatch],
+    device: torch.device,
+) -> Tensor:
+    """`compute` of all batches on the device, [N, ...] on the CPU in order of `row`."""
+    values = [compute(move_data_to_device(batch, device)).detach().cpu() for batch in batches]
+    rows = torch.cat([batch.row for batch in batches])
+    return torch.cat(values)[rows.argsort()]
+
+
+@dataclass(frozen=True)
+class NewUser:
+    """A user fitted to a model that has not met them.
+
+    Attributes:
+        rows: their own parameters by name, a row each of the encoder's tables; see `enrol`.
+        vector: e_u, [user_dim].
+    """
+
+    rows: dict[str, Tensor]
+    vector: Tensor
+
+
+def adapt(
+    model: PersonalModule,
+    tokenizer: Tokenizer,
+    pairs: Sequence[Mapping[str, Any]],
+    fit: Fit | None = None,
+) -> NewUser:
+    """A new user from a few of their pairs, all else of the model frozen and left as it is.
+
+    Args:
+        model, tokenizer: of an export. pairs: rows of one user in the row format; `user_id` may be
+            missing. None at all give the generic user.
+
+    Raises:
+        ValueError: a pair that cannot be used, or an encoder without parameters of single users.
+    """
+    fit = Fit() if fit is None else fit
+    prior = Prior(model.encoder, scale=fit.prior_scale)
+    to_tokens = RowTokenizer(tokenizer, **model.card.text)
+    rows = [
+        parse_row({"user_id": "new", **pair}, f"pair {number}")
+        for number, pair in enumerate(pairs, 1)
+    ]
+    was_training = model.training
+    model.eval()
+    dataset = dataset_of(model, to_tokens, rows, batch_size=32)
+    batches = batches_of(dataset, range(len(dataset)), [1] * len(dataset), batch_size=32)
+    tables = prior.tables(fit_users(model, batches, prior, n_users=1, steps=fit.steps))
+    features = model.card.feature_schema().encode(rows[0].user_features if rows else None)
+    users = UserBatch(
+        user_id=prior.generic.new_ones(1, dtype=torch.int64),
+        features=prior.generic.new_tensor([features]),
+    )
+    with torch.no_grad():
+        vector = functional_call(model.encoder, tables, (users,))[0]
+    model.train(was_training)
+    return NewUser(rows={name: table[1] for name, table in tables.items()}, vector=vector)
+
+
+def enrol(directory: str | Path, user_id: str, user: NewUser, **options: Any) -> None:
+    """Add an adapted user to an export, so that models loaded from it know the id.
+
+    Args:
+        directory: an export. user: what `adapt` gave for its model. options: of `from_pretrained`.
+
+    Raises:
+        ValueError: the id is taken, or the user was adapted to a model of another shape.
+    """
+    model = PersonalModule.from_pretrained(directory, **options)
+    if user_id in model.card.users:
+        raise bad_value("user_id", user_id, "an id the export does not have", "Call forget first")
+    tables = user_tables(model.encoder)
+    shapes = {name: tuple(table.shape[1:]) for name, table in tables.items()}
+    given = {name: tuple(row.shape) for name, row in user.rows.items()}
+    if given != shapes:
+        raise bad_value("user", given, f"rows of shapes {shapes}", "Adapt the user to this export")
+    grown = {name: torch.cat([table, user.rows[name][None]]) for name, table in tables.items()}
+    replace_users(directory, [*model.card.users, user_id], grown)
+
+
+def forget(directory: str | Path, user_id: str, **options: Any) -> None:
+    """Take a user out of an export: their id and their rows go, users after them move up by one.
+
+    What users share, learned from this one too, stays, as does what else the run left beside the
+    export (predictions.parquet, checkpoints).
+
+    Args:
+        directory: an export. options: of `from_pretrained`, e.g. ``backbone_path``.
+
+    Raises:
+        ValueError: the export does not have this user.
+    """
+    model = PersonalModule.from_pretrained(directory, **options)
+    place = model.card.user_index(user_id)
+    users = [user for user in model.card.users if user != user_id]
+    shrunk = {
+        name: torch.cat([table[:place], table[place + 1 :]])
+        for name, table in user_tables(model.encoder).items()
+    }
+    replace_users(directory, users, shrunk)

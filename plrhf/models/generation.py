@@ -1,0 +1,165 @@
+"""Text for many users at once: one batch, each row written under its own user's vectors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+
+from plrhf.core.errors import bad_value
+from plrhf.core.types import UserBatch
+from plrhf.data.packing import Tokenizer
+from plrhf.models.base import PersonalModule
+
+
+@torch.no_grad()
+def generate(
+    model: PersonalModule,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    users: UserBatch | None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 64,
+) -> list[str]:
+    """Write one response a (prompt, user), with a key-value cache.
+
+    Args:
+        prompts: N prompts as token ids, start token included, none empty.
+        users: N users, row i writes prompt i, index 0 being the generic user; None: the reference
+            writes, adapters off and no user.
+        max_new_tokens: longest response, from 1. batch_size: rows written at once.
+        temperature: 0 takes the likeliest token; above 0 samples from torch's generator.
+        top_p: mass of the nucleus sampled from, in (0, 1].
+
+    Returns:
+        N responses without special tokens.
+    """
+    check_options(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    check_room(model, prompts, max_new_tokens=max_new_tokens)
+    was_training = model.training
+    model.eval()
+    # Rows of like length together: least left padding.
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    written: dict[int, str] = {}
+    device = next(model.backbone.parameters()).device
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        at = torch.tensor(places)
+        input_ids, mask = left_padded([prompts[place] for place in places])
+        of_users = None
+        if users is not None:
+            of_users = UserBatch(user_id=users.user_id[at], features=users.features[at])
+        tokens = _write(
+            model,
+            tokenizer,
+            input_ids.to(device),
+            mask.to(device),
+            of_users,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+        )
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        written.update(zip(places, texts, strict=True))
+    model.train(was_training)
+    return [written[place] for place in range(len(prompts))]
+
+
+def check_options(
+    *, max_new_tokens: int, temperature: float, top_p: float, field: str = "eval"
+) -> None:
+    """Raise unless these are options of `generate`; `field` is the setting that holds them."""
+    for name, value, good, allowed in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "a whole number from 1"),
+        ("temperature", temperature, temperature >= 0, "a number from 0"),
+        ("top_p", top_p, 0 < top_p <= 1, "a number above 0, at most 1"),
+    ):
+        if not good:
+            raise bad_value(f"{field}.{name}", value, allowed, f"Set {field}.{name}=1")
+
+
+def check_room(
+    model: PersonalModule,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    field: str = "eval",
+) -> None:
+    """Raise unless the backbone has the positions for prompts and as many new tokens.
+
+    Args:
+        field: the setting that holds `max_new_tokens`, for the message.
+    """
+    room = model.max_positions
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    if room is not None and longest + max_new_tokens > room:
+        raise bad_value(
+            f"{field}.max_new_tokens",
+            max_new_tokens,
+            f"at most {room - longest}, as a prompt takes {longest} of {room} positions",
+            f"Set a smaller {field}.max_new_tokens or data.max_prompt_tokens",
+        )
+
+
+def _write(
+    model: PersonalModule,
+    tokenizer: Tokenizer,
+    input_ids: Tensor,
+    mask: Tensor,
+    users: UserBatch | None,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+) -> Tensor:
+    """New tokens [N, up to max_new_tokens] of one batch; padding after the end token."""
+    how: dict[str, Any] = (
+        {"do_sample": False}
+        if temperature == 0
+        else {
+            "do_sample": True,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": 0,
+        }
+    )
+    if users is None:
+        writer: Any = model.backbone.reference()
+        user = torch.empty(len(input_ids), 0, device=input_ids.device)
+    else:
+        writer = contextlib.nullcontext()
+        user = model.encoder(move_data_to_device(users, input_ids.device))
+    n_read = model.aggregator.n_positions + input_ids.shape[1]
+    cache = model.backbone.cache(n_read + max_new_tokens)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(writer)
+        if model.aggregator.after_trunk:  # prompts are read alike for all users
+            model.backbone.prefill(cache, input_ids, mask)
+        inputs = stack.enter_context(
+            model.aggregator.decoding(model.backbone, input_ids, mask, user)
+        )
+        output = model.backbone.model.generate(  # type: ignore[operator]
+            **inputs,
+            **how,
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    # Given embeddings, `generate` returns the new tokens alone; given ids, the prompt before them.
+    return output if "inputs_embeds" in inputs else output[:, input_ids.shape[1] :]
+
+
+def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Prompts with padding on the left, so that all end together: ids and mask, [N, L] int64."""
+    length = max(len(prompt) for prompt in prompts)
+    ids = [[0] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids), torch.tensor(mask)

@@ -1,0 +1,123 @@
+"""A trained model asked from Python: rewards and texts for given users.
+
+    from plrhf.backbone.model import load_tokenizer
+    from plrhf.models.policy import PersonalDPOPolicy
+    from plrhf.models.reward import PersonalRewardModel
+    from plrhf.models.inference import score, write
+
+    asked = [
+        {"user_id": "ada", "prompt": "Write a note.", "response": "Back at six."},
+        {"prompt": "Write a note.", "response": "Back at six."},  # nobody in particular
+    ]
+    model = PersonalRewardModel.from_pretrained("REWARD_DIR/export")
+    rewards = score(model, load_tokenizer("REWARD_DIR/export"), asked)
+    policy = PersonalDPOPolicy.from_pretrained("POLICY_DIR/export")
+    texts = write(policy, load_tokenizer("POLICY_DIR/export"), asked, max_new_tokens=64)
+
+What is asked is in the row format, with a `response` to score. Without a `user_id` it is asked for the
+generic user, of whom an encoder that reads features may know some: `user_features`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plrhf.core.errors import bad_value
+from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
+from plrhf.data.packing import RowTokenizer, Tokenizer
+from plrhf.data.rows import Row, parse_row
+from plrhf.models.adaptation import batches_of, dataset_of, gathered
+from plrhf.models.export import Card
+from plrhf.models.generation import generate
+from plrhf.models.policy import PersonalDPOPolicy
+from plrhf.models.reward import PersonalRewardModel
+
+Asked = Sequence[Mapping[str, Any]]
+
+
+@torch.no_grad()
+def score(
+    model: PersonalRewardModel, tokenizer: Tokenizer, asked: Asked, *, batch_size: int = 32
+) -> Tensor:
+    """Rewards [N] float32 of N responses, each for its user; comparable for one prompt and user.
+
+    Args:
+        model, tokenizer: of an export. asked: prompts, responses and users, see above.
+
+    Raises:
+        ValueError: a response or prompt that cannot be read or does not fit, or a user the model
+            does not know.
+    """
+    to_tokens = RowTokenizer(tokenizer, **model.card.text)
+    rows = [
+        replace(row, chosen=_response(one, place), rejected="")
+        for place, (one, row) in enumerate(zip(asked, _rows(asked), strict=True))
+    ]
+    dataset = dataset_of(model, to_tokens, rows, batch_size=batch_size)
+    if len(dataset) < len(rows):
+        raise bad_value(
+            "asked",
+            f"{len(rows) - len(dataset)} too long",
+            f"prompt and response of at most {to_tokens.max_tokens} tokens",
+            "Leave out what is longer, or train with a larger data.max_tokens",
+        )
+    users = _user_ids(model.card, asked, rows)
+    batches = batches_of(dataset, range(len(rows)), users, batch_size=batch_size)
+
+    def rewards(batch: PreferenceBatch) -> Tensor:
+        return model.rewards(model.hidden(batch, ("user",)), batch)[0, :, 0]
+
+    return gathered(rewards, batches, model.device) if rows else torch.empty(0)
+
+
+def write(model: PersonalDPOPolicy, tokenizer: Tokenizer, asked: Asked, **how: Any) -> list[str]:
+    """N texts, each for its user, all users in one batch.
+
+    Args:
+        model, tokenizer: of an export. asked: prompts and users, see above.
+        how: `max_new_tokens`, `temperature`, `top_p`, `batch_size` of `generate`.
+
+    Raises:
+        ValueError: a prompt that cannot be read, no room for the tokens, or an unknown user.
+    """
+    rows = _rows(asked)
+    to_tokens = RowTokenizer(tokenizer, **model.card.text)
+    users = UserBatch(
+        user_id=torch.tensor(_user_ids(model.card, asked, rows), dtype=torch.int64),
+        features=model.card.feature_schema().table([row.user_features for row in rows]),
+    )
+    return generate(model, tokenizer, [to_tokens.prompt(row) for row in rows], users, **how)
+
+
+def _rows(asked: Asked) -> list[Row]:
+    """What is asked as rows, checked like those of training; their responses mean nothing."""
+    return [
+        parse_row({"user_id": "nobody", **one, "chosen": "A", "rejected": "B"}, f"asked[{place}]")
+        for place, one in enumerate(asked)
+    ]
+
+
+def _response(one: Mapping[str, Any], place: int) -> str:
+    response = one.get("response")
+    if not isinstance(response, str) or not response.strip():
+        raise bad_value(
+            f"asked[{place}].response",
+            response,
+            "text that is not blank",
+            "Give the text to be scored",
+        )
+    return response
+
+
+def _user_ids(card: Card, asked: Asked, rows: Sequence[Row]) -> list[int]:
+    named = [
+        row.user_id if one.get("user_id") is not None else None
+        for one, row in zip(asked, rows, strict=True)
+    ]
+    index = {user: GENERIC_USER if user is None else card.user_index(user) for user in set(named)}
+    return [index[user] for user in named]

@@ -1,0 +1,234 @@
+"""Several runs as one frame and one table, each beside the vanilla run it is paired with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import rich.table
+
+from plrhf.core.stats import (
+    Estimate,
+    PairedTest,
+    gain_recovered,
+    holm,
+    paired_difference,
+    paired_test,
+    same_pairs,
+)
+from plrhf.evaluation.metrics import USER_KINDS
+from plrhf.reporting.runs import SETTINGS, Run
+from plrhf.reporting.tables import Cell, Table, estimate_cell, percent, points, rich_table
+
+NO_ESTIMATE: Estimate = {"value": None, "ci95": None}
+COMPARISON_NOTE = (
+    "User context, in brackets 95% intervals over users. Over baseline: accuracy less that of the "
+    "baseline (unless one was named, the vanilla run of the same model, data and seed), in points, "
+    "paired. Effect: mean over users of that difference, in its standard deviations. p: of no "
+    "difference, two-sided, adjusted for all differences of the table (Holm). Gain: share of what "
+    "the oracle wins over the baseline; no interval where the oracle's own lead may be 0. Price: nll "
+    "of the generic context less the baseline's, in nats. Uniform, shuffled and length only are "
+    "controls."
+)
+# A baseline may differ in these: they are not what rows are read and divided by.
+BESIDE_THE_DATA = ("shuffle_users", "batch_size", "batch_tokens", "eval_batch_size")
+PARTS = ("data", "backbone", "aggregator", "model", "optim", "trainer")
+
+
+def comparison_frame(runs: Sequence[Run], *, baseline: Run | None = None) -> pd.DataFrame:
+    """One row a run, then oracle and length-only of each test set; see `report.compare`.
+
+    Args:
+        baseline: what every run is paired with, None: each with the vanilla run that suits it.
+    """
+    rows = [
+        _run_row(run, _baseline_of(run, runs) if baseline is None else baseline) for run in runs
+    ]
+    worlds: list[Run] = []  # the first run of each test set
+    for run in runs:
+        if not any(_same_test(run, world) for world in worlds):
+            worlds.append(run)
+    for world in worlds:
+        suffix = f" ({world.name})" if len(worlds) > 1 else ""
+        references = (
+            ("oracle", "oracle", world.results["oracle"]),
+            ("length only", "length", world.results["controls"]["length_only"]),
+        )
+        rows += [
+            {"run": f"{name}{suffix}", "role": role, **_accuracy_columns(cells)}
+            for name, role, cells in references
+            if cells is not None
+        ]
+    return with_holm(pd.DataFrame(rows))
+
+
+def with_holm(frame: pd.DataFrame) -> pd.DataFrame:
+    """Adjust the p of all runs and kinds of users as one family, for as such they are looked at."""
+    columns = [f"{kind}_p_value" for kind in USER_KINDS]
+    given = [None if pd.isna(p) else float(p) for column in columns for p in frame[column]]
+    adjusted = pd.Series(holm(given), dtype=float).to_numpy().reshape(len(columns), -1)
+    for kind, values in zip(USER_KINDS, adjusted, strict=True):
+        frame[f"{kind}_p_holm"] = values
+    return frame
+
+
+def comparison_table(frame: pd.DataFrame) -> rich.table.Table:
+    """The frame of `compare`, for the terminal."""
+    table, shared = comparison(frame)
+    title = f"Test results, 95% intervals over users{shared}"
+    left_out = ["mean of users, %", "worst tenth, %", "effect", "price, nats"]
+    return rich_table(table, title=title, without=left_out)
+
+
+def comparison(frame: pd.DataFrame) -> tuple[Table, str]:
+    """The frame as a table, and in words the settings that all runs share."""
+    values = {key: frame[key].dropna().unique() for key in SETTINGS}
+    varied = [key for key in SETTINGS if len(values[key]) > 1]
+    shared = [f"{key} {values[key][0]}" for key in SETTINGS if len(values[key]) == 1]
+    groups = []
+    for kind in USER_KINDS:
+        rows = [
+            [
+                Cell(str(row["run"])),
+                Cell(str(row["role"])),
+                *(Cell("" if pd.isna(row[key]) else str(row[key])) for key in varied),
+                percent(estimate_in(row, f"{kind}_accuracy_micro")),
+                percent(estimate_in(row, f"{kind}_accuracy_macro")),
+                percent(estimate_in(row, f"{kind}_accuracy_worst10")),
+                points(estimate_in(row, f"{kind}_difference_micro")),
+                estimate_cell(estimate_in(row, f"{kind}_effect_size"), "+z.2f"),
+                p_cell(row[f"{kind}_p_holm"]),
+                estimate_cell(estimate_in(row, f"{kind}_gain_recovered"), "z.2f"),
+                estimate_cell(estimate_in(row, f"{kind}_price_nll"), "+z.3f"),
+            ]
+            for _, row in frame.iterrows()
+            if row[f"{kind}_n_pairs"] > 0
+        ]
+        groups.append((f"{kind.capitalize()} users", rows))
+    measures = ["accuracy, %", "mean of users, %", "worst tenth, %"]
+    measures += ["over baseline", "effect", "p", "gain", "price, nats"]
+    table = Table(["run", "role", *varied, *measures], groups, tuple(range(2 + len(varied))))
+    return table, "".join(f", {words}" for words in shared)
+
+
+def p_cell(p_value: float) -> Cell:
+    if pd.isna(p_value):
+        return Cell("–")
+    return Cell("<0.001" if p_value < 0.001 else f"{p_value:.3f}")
+
+
+def names(paths: Sequence[Path]) -> list[str]:
+    """Last parts of the paths, or all that differs where these are not unique."""
+    resolved = [path.resolve() for path in paths]
+    names = [path.name for path in resolved]
+    if len(set(names)) == len(names):
+        return names
+    common = os.path.commonpath(resolved)
+    return [str(path.relative_to(common)) for path in resolved]
+
+
+def _baseline_of(run: Run, runs: Sequence[Run]) -> Run | None:
+    """The vanilla run with the model, data, seed and test pairs of this one, None for it itself.
+
+    Of several the one with most other settings in common, the first of equals.
+    """
+    if run.role == "vanilla":
+        return None
+    fitting = [
+        other
+        for other in runs
+        if other.role == "vanilla"
+        and all(other.settings[key] == run.settings[key] for key in ("model", "seed"))
+        and _same_data(run, other)
+        and _same_test(run, other)
+    ]
+    config = run.results["config"]
+
+    def in_common(other: Run) -> int:
+        theirs = other.results["config"]
+        return sum(config.get(part) == theirs.get(part) for part in PARTS)
+
+    return max(fitting, key=in_common, default=None)
+
+
+def _same_data(first: Run, second: Run) -> bool:
+    ours, theirs = (
+        {k: v for k, v in run.results["config"]["data"].items() if k not in BESIDE_THE_DATA}
+        for run in (first, second)
+    )
+    return ours == theirs
+
+
+def _same_test(first: Run, second: Run) -> bool:
+    return all(same_pairs(first.outcomes(kind), second.outcomes(kind)) for kind in USER_KINDS)
+
+
+def _run_row(run: Run, baseline: Run | None) -> dict[str, Any]:
+    cells = {kind: run.results["test"][kind]["user"] for kind in USER_KINDS}
+    row: dict[str, Any] = {"run": run.name, "role": run.role, **run.settings}
+    row |= _accuracy_columns(cells)
+    if baseline is not None and baseline.path.resolve() == run.path.resolve():
+        baseline = None
+    row["baseline"] = None if baseline is None else baseline.name
+    for kind in USER_KINDS:
+        row |= _paired_columns(run, baseline, kind)
+    for name, cell in run.results["cells"].items():
+        of_user: dict[str, Any] = {"accuracy_micro": NO_ESTIMATE, "n_pairs": 0}
+        if cell is not None:
+            of_user = cell["user"]
+        row |= columns_of(f"{name}_accuracy_micro", of_user["accuracy_micro"])
+        row[f"{name}_n_pairs"] = of_user["n_pairs"]
+    return row
+
+
+def _paired_columns(run: Run, baseline: Run | None, kind: str) -> dict[str, Any]:
+    """How a run differs from its baseline for one kind of user; empty where there is nothing."""
+    difference: PairedTest = {
+        "accuracy_micro": NO_ESTIMATE,
+        "accuracy_macro": NO_ESTIMATE,
+        "effect_size": NO_ESTIMATE,
+        "p_value": None,
+    }
+    gain = price = NO_ESTIMATE
+    personal, oracle = run.outcomes(kind), run.outcomes(kind, "oracle")
+    if baseline is not None and len(personal) > 0:
+        theirs = baseline.outcomes(kind)
+        difference = paired_test(personal, theirs)
+        generic = run.outcomes(kind, "generic")
+        price = paired_difference(generic, theirs, names=("nll",))["nll"]
+        if len(oracle) > 0:
+            gain = gain_recovered(personal, theirs, oracle)
+    return {
+        **columns_of(f"{kind}_difference_micro", difference["accuracy_micro"]),
+        **columns_of(f"{kind}_difference_macro", difference["accuracy_macro"]),
+        **columns_of(f"{kind}_effect_size", difference["effect_size"]),
+        f"{kind}_p_value": difference["p_value"],
+        f"{kind}_p_holm": None,  # known once all runs are
+        **columns_of(f"{kind}_gain_recovered", gain),
+        **columns_of(f"{kind}_price_nll", price),
+    }
+
+
+def _accuracy_columns(cells: Mapping[str, Any]) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for kind in USER_KINDS:
+        for name in ("accuracy_micro", "accuracy_macro", "accuracy_worst10"):
+            row |= columns_of(f"{kind}_{name}", cells[kind][name])
+        row |= {f"{kind}_{name}": cells[kind][name] for name in ("n_pairs", "n_users")}
+    return row
+
+
+def columns_of(name: str, estimate: Estimate) -> dict[str, float | None]:
+    low, high = (None, None) if estimate["ci95"] is None else estimate["ci95"]
+    return {name: estimate["value"], f"{name}_low": low, f"{name}_high": high}
+
+
+def estimate_in(row: pd.Series, name: str) -> Estimate:
+    """The inverse of `columns_of`."""
+    value, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
+    if pd.isna(value):
+        return NO_ESTIMATE
+    return {"value": float(value), "ci95": None if pd.isna(low) else [float(low), float(high)]}

@@ -1,0 +1,243 @@
+"""Figures of one run, and the bars of several."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+
+from plrhf.core.stats import Estimate, Outcomes, reliability, user_sums
+from plrhf.evaluation.metrics import USER_KINDS
+from plrhf.reporting.drawing import (
+    ACCENT,
+    INK,
+    KIND_COLOURS,
+    KIND_MARKERS,
+    MUTED,
+    STYLE,
+    WARM,
+    Drawing,
+    drawing,
+    panel,
+)
+from plrhf.reporting.runs import Run
+from plrhf.reporting.tables import headline_rows
+
+N_LOWEST = 5  # users named under the bars
+CURVE_POINTS = 300
+
+
+@rc_context(STYLE)
+def learning_curves(metrics: pd.DataFrame) -> list[Drawing]:
+    """Loss and accuracy of train and val by step, from the sparse rows of Lightning's CSVLogger."""
+    drawings = []
+    for title, pattern in (("Loss and nll, nats", r"loss|nll"), ("Accuracy", r"accuracy")):
+        columns = [
+            column
+            for column in metrics.columns
+            if re.match(rf"(train|val)/.*({pattern})", column) and metrics[column].notna().any()
+        ]
+        if len(columns) == 0:
+            continue
+        figure, axes = panel()
+        styles = {"train": iter("-:" * 9), "val": iter(("-", "--", "-.", ":") * 9)}
+        for column in columns:
+            split = column.split("/")[0]
+            points = _thinned(metrics[["step", column]].dropna())
+            colour, width = (MUTED, 1.0) if split == "train" else (ACCENT, 1.8)
+            line: dict[str, Any] = {
+                "color": colour,
+                "linewidth": width,
+                "linestyle": next(styles[split]),
+            }
+            marker = "o" if len(points) <= 30 else None
+            axes.plot(
+                points["step"], points[column], label=column, marker=marker, markersize=3, **line
+            )
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.legend(labelcolor=INK)
+        drawings.append(drawing(figure, title))
+    return drawings
+
+
+def _thinned(points: pd.DataFrame) -> pd.DataFrame:
+    """At most CURVE_POINTS points [step, value], each the mean of its neighbours."""
+    size = -(-len(points) // CURVE_POINTS)
+    return points.groupby(np.arange(len(points)) // max(1, size)).mean()
+
+
+def user_bars(run: Run) -> list[Drawing]:
+    """Each user's accuracy, for each kind of user that has test pairs."""
+    kinds = [kind for kind in USER_KINDS if len(run.outcomes(kind)) > 0]
+    return [_bars_of(run.outcomes(kind), kind) for kind in kinds]
+
+
+@rc_context(STYLE)
+def _bars_of(personal: Outcomes, kind: str) -> Drawing:
+    """Each user's accuracy, sorted, the worst tenth marked; all bars in two paths, for 10,000."""
+    sums = user_sums(personal)
+    own = sums.correct / sums.count * 100
+    means = np.sort(own)
+    n_worst = max(1, len(means) // 10)
+    figure, axes = panel(9.6, 2.4)
+    gap = 0.2 if len(means) <= 150 else 0.0
+    for start, stop, colour, name in (
+        (0, n_worst, WARM, "worst tenth"),
+        (n_worst, len(means), ACCENT, "other users"),
+    ):
+        if stop > start:
+            heights = np.stack([means[start:stop], np.zeros(stop - start)], axis=1).ravel()
+            places = np.arange(start, stop)
+            edges = np.append(np.stack([places, places + 1 - gap], axis=1).ravel(), stop)
+            axes.stairs(heights, edges, fill=True, color=colour, label=name, linewidth=0)
+    mean = float(means.mean())
+    axes.axhline(mean, color=INK, linewidth=1, linestyle="--", label=f"mean {mean:.1f}")
+    axes.axhline(50, color=MUTED, linewidth=0.8)
+    axes.set(xlim=(-0.5, len(means) + 0.5), ylim=(0, 100), ylabel="accuracy, %")
+    axes.set_title(f"{kind.capitalize()} users, user context, from worst to best")
+    axes.set_xticks([])
+    axes.grid(visible=False, axis="x")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, ncols=3, labelcolor=INK)
+    fewest, most = (f"{end:.0f}" for end in (sums.count.min(), sums.count.max()))
+    pairs = f"{fewest if fewest == most else f'{fewest} to {most}'} pairs a user"
+    names = np.unique(personal.user_id.astype(str))  # in the order of the sums
+    lowest = ", ".join(f"{names[at]} {own[at]:.0f}" for at in own.argsort(kind="stable")[:N_LOWEST])
+    caption = (
+        f"{pairs}: with few, much of the spread is chance. The grey line is 50%. Lowest: {lowest}."
+    )
+    return drawing(figure, f"Accuracy of {kind} users", caption=caption, wide=True)
+
+
+@rc_context(STYLE)
+def seen_against_unseen(results: Mapping[str, Any]) -> Drawing:
+    """Micro accuracy with intervals, by context and kind of user."""
+    names = [name for name, _ in headline_rows(results, "seen")]
+    figure, axes = panel()
+    for shift, kind in zip((-0.13, 0.13), USER_KINDS, strict=True):
+        cells = [cell["accuracy_micro"] for _, cell in headline_rows(results, kind)]
+        _dots(axes, np.arange(len(names)) + shift, cells, kind)
+    axes.axvline(50, color=MUTED, linewidth=0.8)
+    axes.set_yticks(range(len(names)), names, color=INK)
+    axes.invert_yaxis()
+    axes.set_xlabel("accuracy, %")
+    axes.set_title("Seen against unseen users, 95% intervals")
+    axes.grid(visible=False, axis="y")
+    figure.legend(loc="outside lower right", ncols=2, labelcolor=INK)
+    return drawing(figure, "Seen against unseen users")
+
+
+def _dots(axes: Axes, places: np.ndarray, cells: Sequence[Estimate], kind: str) -> None:
+    shown = [
+        (at, cell) for at, cell in zip(places, cells, strict=True) if cell["value"] is not None
+    ]
+    values = [100 * cell["value"] for _, cell in shown if cell["value"] is not None]
+    for at, cell in shown:
+        if cell["ci95"] is not None:
+            low, high = cell["ci95"]
+            axes.plot([100 * low, 100 * high], [at, at], color=KIND_COLOURS[kind], linewidth=1.6)
+    marker: dict[str, Any] = {
+        "marker": "o" if kind == "seen" else "D",
+        "linestyle": "",
+        "markersize": 5,
+    }
+    if len(values) > 0:
+        at_all = [at for at, _ in shown]
+        axes.plot(values, at_all, color=KIND_COLOURS[kind], label=f"{kind} users", **marker)
+
+
+@rc_context(STYLE)
+def reliability_diagram(run: Run) -> Drawing:
+    """Accuracy against confidence by bin, marker area by share of pairs (Guo et al. 2017)."""
+    figure, axes = panel()
+    axes.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=0.8, linestyle="--", label="calibrated")
+    for kind in USER_KINDS:
+        if len(run.outcomes(kind)) == 0:
+            continue
+        confident, accurate, count = reliability(run.outcomes(kind))
+        colour = KIND_COLOURS[kind]
+        axes.plot(confident, accurate, color=colour, linewidth=1.2)
+        marker = KIND_MARKERS[kind]
+        area = 8 + 160 * count / count.sum()
+        axes.scatter(
+            confident,
+            accurate,
+            area,
+            color=colour,
+            marker=marker,
+            alpha=0.75,
+            label=f"{kind} users",
+        )
+    axes.set(xlabel="confidence, sigma(|margin|)", ylabel="accuracy")
+    axes.set_title("Reliability, user context; area: share of pairs")
+    legend = figure.legend(loc="outside lower right", ncols=3, labelcolor=INK)
+    for handle in legend.legend_handles[1:]:
+        handle.set_sizes([24])  # type: ignore[union-attr]
+    return drawing(figure, "Reliability diagram")
+
+
+@rc_context(STYLE)
+def comparison_bars(frame: pd.DataFrame) -> Drawing:
+    """Micro accuracy of each run as bars from chance, 50%, with intervals."""
+    figure, axes = panel(9.6, 1.0 + 0.42 * len(frame))
+    for shift, kind in zip((-0.2, 0.2), USER_KINDS, strict=True):
+        columns = [f"{kind}_accuracy_micro{end}" for end in ("", "_low", "_high")]
+        value, low, high = (100 * frame[column].to_numpy(dtype=float) for column in columns)
+        places = np.arange(len(frame)) + shift
+        axes.barh(
+            places, value - 50, 0.36, left=50, color=KIND_COLOURS[kind], label=f"{kind} users"
+        )
+        axes.errorbar(
+            value, places, xerr=[value - low, high - value], fmt="none", ecolor=INK, elinewidth=1
+        )
+    axes.axvline(50, color=MUTED, linewidth=0.8)
+    axes.set_yticks(range(len(frame)), frame["run"], color=INK)
+    axes.invert_yaxis()
+    axes.set_xlabel("accuracy, %; bars start at chance, 50%")
+    axes.grid(visible=False, axis="y")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, labelcolor=INK)
+    return drawing(figure, "Accuracy by run", wide=True)
+
+
+CURVES = {
+    "adapted": (ACCENT, "-"),
+    "pooled": (WARM, "--"),
+    "generic": (MUTED, "-."),
+    "oracle": (INK, ":"),
+}
+
+
+@rc_context(STYLE)
+def few_shot_curves(
+    adapted: Mapping[str, Any], *, label: str = "Accuracy by pairs given"
+) -> Drawing:
+    """Accuracy on a new user's other pairs by the number k given, from adapt.json, bands of 95%."""
+    figure, axes = panel(9.6, 3.2)
+    places = np.arange(len(adapted["shots"]))
+    for name, (colour, dashes) in CURVES.items():
+        curve = adapted["curves"][name]
+        if curve is None:
+            continue
+        values, low, high = _percents(curve)
+        axes.plot(
+            places, values, color=colour, linestyle=dashes, marker="o", markersize=3.5, label=name
+        )
+        axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.set_xticks(places, [str(shots) for shots in adapted["shots"]])
+    axes.set(xlabel="pairs of the new user", ylabel="accuracy, %")
+    axes.set_title(label)
+    figure.legend(loc="outside lower right", ncols=4, labelcolor=INK)
+    return drawing(figure, label, wide=True)
+
+
+def _percents(curve: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values and both ends of the intervals, NaN where there is none."""
+    missing = [np.nan, np.nan]
+    ends = [missing if one["ci95"] is None else one["ci95"] for one in curve]
+    low, high = 100 * np.array(ends, dtype=float).reshape(-1, 2).T
+    return 100 * np.array([one["value"] for one in curve], dtype=float), low, high

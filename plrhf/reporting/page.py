@@ -1,0 +1,72 @@
+"""Self-contained pages out of sections: styles inline, no script, every value escaped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from plrhf.reporting.drawing import Drawing
+from plrhf.reporting.tables import Cell, Table
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page; a notebook shows it as the page does. A folded table opens at a click."""
+
+    title: str
+    note: str = ""
+    warnings: Sequence[str] = ()
+    table: Table | None = None
+    folded: bool = False
+    figures: Sequence[Drawing] = ()
+    samples: Sequence[Mapping[str, Any]] = ()
+    text_name: str = ""
+    text: str = ""
+
+    @property
+    def anchor(self) -> str:
+        """The section's place on its page."""
+        return re.sub(r"\W+", "-", self.title.lower())
+
+    def _repr_html_(self) -> str:
+        return _template("fragment.html.j2").render(section=self)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One of the figures a page opens with."""
+
+    name: str
+    cell: Cell
+
+
+def write_page(
+    path: Path,
+    title: str,
+    subtitle: str,
+    sections: Sequence[Section | None],
+    tiles: Sequence[Tile] = (),
+) -> Path:
+    """Write the sections there are as one page, and return its path."""
+    there = [section for section in sections if section is not None]
+    words = {"title": title, "subtitle": subtitle, "sections": there, "tiles": tiles}
+    path.write_text(_template("report.html.j2").render(words), encoding="utf-8")
+    return path
+
+
+@cache
+def _template(name: str) -> Any:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)

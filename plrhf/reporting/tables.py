@@ -1,0 +1,268 @@
+"""Tables of results, the same for pages, Markdown and the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import pandas as pd
+import rich.box
+import rich.table
+from rich.console import Console
+from rich.text import Text
+
+from plrhf.core.stats import Estimate
+from plrhf.evaluation.metrics import PROMPT_KINDS, USER_KINDS
+from plrhf.reporting.runs import SHUFFLED, role
+
+FEW_USERS = 10  # below it, intervals over users are too narrow
+
+
+class Cell(NamedTuple):
+    """A value as shown, and its interval where it has one."""
+
+    value: str
+    interval: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.value} {self.interval}".rstrip()
+
+
+@dataclass(frozen=True)
+class Table:
+    """What HTML, Markdown and the terminal show alike: rows in named groups."""
+
+    columns: Sequence[str]
+    groups: Sequence[tuple[str, Sequence[Sequence[Cell]]]]
+    texts: Sequence[int] = (0,)  # columns of words, set to the left
+
+
+def closing_table(results: Mapping[str, Any]) -> rich.table.Table:
+    """The test results of results.json, for the terminal at a run's end."""
+    return rich_table(
+        headline(results), title="Test results, 95% intervals over users", without=["ECE"]
+    )
+
+
+def rich_table(table: Table, *, title: str, without: Sequence[str]) -> rich.table.Table:
+    """The table for a narrow terminal: intervals under values, some columns left out."""
+    kept = [place for place, column in enumerate(table.columns) if column not in without]
+    shown = rich.table.Table(
+        title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for place in kept:
+        justify: Literal["left", "right"] = "left" if place in table.texts else "right"
+        shown.add_column(table.columns[place], justify=justify)
+    for name, rows in table.groups:
+        if len(rows) > 0:
+            shown.add_section()
+            shown.add_row(Text(name, style="bold"))
+        for row in rows:
+            cells = [row[place] for place in kept]
+            shown.add_row(*(Text(f"{cell.value}\n{cell.interval}".strip()) for cell in cells))
+    return shown
+
+
+def markdown(table: Table, note: str) -> str:
+    lines = ["# Comparison of runs", "", note]
+    for name, rows in table.groups:
+        if len(rows) > 0:
+            rule = ["---" if at in table.texts else "---:" for at in range(len(table.columns))]
+            cells = [[str(cell).replace("|", r"\|") for cell in row] for row in rows]
+            body = [f"| {' | '.join(row)} |" for row in (table.columns, rule, *cells)]
+            lines += ["", f"## {name}", "", *body]
+    return "\n".join(lines) + "\n"
+
+
+def latex(table: Table, note: str) -> str:
+    """One booktabs tabular a group, the note in front as a comment."""
+    align = "".join("l" if at in table.texts else "r" for at in range(len(table.columns)))
+    parts = [f"% {line}" for line in note.splitlines() if line]
+    for name, rows in table.groups:
+        if len(rows) > 0:
+            cells = pd.DataFrame([[str(cell) for cell in row] for row in rows])
+            cells.columns = pd.Index(table.columns)
+            tabular = cells.to_latex(index=False, escape=True, column_format=align)
+            parts += ["", f"% {name}", tabular.rstrip()]
+    return "\n".join(parts) + "\n"
+
+
+def estimate_cell(estimate: Estimate, number: str, *, scale: float = 1.0) -> Cell:
+    """An estimate in the format ``number``, such as ``.3f``."""
+    if estimate["value"] is None:
+        return Cell("–")
+    interval = ""
+    if estimate["ci95"] is not None:
+        low, high = (format(scale * end, number) for end in estimate["ci95"])
+        interval = f"[{low}, {high}]"
+    return Cell(format(scale * estimate["value"], number), interval)
+
+
+def percent(estimate: Estimate) -> Cell:
+    return estimate_cell(estimate, ".1f", scale=100)
+
+
+def points(estimate: Estimate) -> Cell:
+    return estimate_cell(estimate, "+z.1f", scale=100)
+
+
+def headline_rows(results: Mapping[str, Any], kind: str) -> list[tuple[str, Mapping[str, Any]]]:
+    rule = results["controls"]["length_only"]
+    shuffled = role(results["config"]) == SHUFFLED
+    rows = [
+        (
+            "user context, ids shuffled" if shuffled else "user context",
+            results["test"][kind]["user"],
+        ),
+        ("generic context", results["test"][kind]["generic"]),
+        ("length only", rule[kind]),
+    ]
+    if results["oracle"] is not None:
+        rows.insert(2, ("oracle", results["oracle"][kind]))
+    return rows
+
+
+def headline(results: Mapping[str, Any]) -> Table:
+    """Contexts, oracle and control by seen and unseen users; kinds without test pairs left out."""
+    groups = []
+    for kind in USER_KINDS:
+        rows = headline_rows(results, kind)
+        size = rows[0][1]
+        by_prompt = [
+            (f"user context, {prompts} prompts", cell["user"])
+            for prompts in PROMPT_KINDS
+            if (cell := results["cells"][f"{kind}_user_{prompts}_prompt"]) is not None
+        ]
+        shown = [
+            [
+                Cell(name),
+                percent(cell["accuracy_micro"]),
+                percent(cell["accuracy_macro"]),
+                percent(cell["accuracy_worst10"]),
+                estimate_cell(cell["nll"], ".3f"),
+                estimate_cell(cell["ece"], ".3f"),
+            ]
+            for name, cell in (*rows, *(by_prompt if len(by_prompt) > 1 else ()))
+            if cell["n_pairs"] > 0
+        ]
+        title = f"{kind.capitalize()} users: {size['n_users']:,}, with {size['n_pairs']:,} pairs"
+        if len(by_prompt) == 1 and results["cells"][f"{kind}_user_seen_prompt"] is not None:
+            title += " on seen prompts"
+        groups.append((title, shown))
+    columns = ["", "accuracy, %", "mean of users, %", "worst tenth, %", "nll, nats", "ECE"]
+    return Table(columns, groups)
+
+
+def interval_note(results: Mapping[str, Any]) -> str:
+    cells = [results["test"][kind]["user"] for kind in USER_KINDS]
+    few = [cell["n_users"] for cell in cells if 0 < cell["n_users"] < FEW_USERS]
+    note = (
+        "In brackets: 95% intervals from a bootstrap over users with all their pairs. They say how "
+        "far a figure would move with other users, not with other prompts or another seed. "
+        "Accuracy is over pairs, ties one half; the worst tenth is of users. "
+        f"Length only: {results['controls']['length_only'].get('rule', 'by tokens')}."
+    )
+    return note + (
+        f" With only {' and '.join(map(str, few))} users these intervals are too narrow."
+        if few
+        else ""
+    )
+
+
+def few_shot_table(adapted: Mapping[str, Any]) -> Table:
+    """The curves of adapt.json as rows, one a number of pairs, and the gain recovered where known."""
+    curves = {name: curve for name, curve in adapted["curves"].items() if curve is not None}
+    over = adapted.get("over_generic") or {}  # paired, so narrower than the curves are apart
+    recovered = adapted["gain_recovered"] or {}
+    rows = [
+        [
+            Cell(f"{shots}"),
+            *(percent(curve[place]) for curve in curves.values()),
+            *(points(curve[place]) for curve in over.values()),
+            *(estimate_cell(curve[place], "z.2f") for curve in recovered.values()),
+        ]
+        for place, shots in enumerate(adapted["shots"])
+    ]
+    heads = [
+        *(f"{name}, %" for name in curves),
+        *(f"{name} over generic, points" for name in over),
+        *(f"gain, {name}" for name in recovered),
+    ]
+    return Table(["pairs given", *heads], [("", rows)])
+
+
+def winrate_table(judged: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    """Runs by name, each with its winrate.json, as rows."""
+    rows = []
+    for name, result in judged:
+        first, judge = result["first_position_wins"], result["judge"]
+        who = judge["_target_"].rpartition(".")[2] + (
+            f" {judge['model']}" if "model" in judge else ""
+        )
+        rows.append(
+            [
+                Cell(name),
+                Cell(result["against"]),
+                Cell(who),
+                percent(result["win_rate"]),
+                percent(result["win_rate_macro"]),
+                Cell(f"{100 * result['ties']:.1f}"),
+                *(Cell(f"{result[count]:,}") for count in ("n_texts", "n_users", "n_unanswered")),
+                Cell("–" if first is None else f"{100 * first:.1f}"),
+            ]
+        )
+    columns = ["run", "against", "judge", "win rate, %", "mean of users, %", "ties, %"]
+    columns += ["texts", "users", "unanswered", "first text wins, %"]
+    return Table(columns, [("", rows)], (0, 1, 2))
+
+
+def grid_table(tree: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A mapping of mappings of the same keys: one row an outer key, one column an inner one."""
+    columns = next(iter(tree.values())).keys()
+    rows = [
+        [Cell(_words(name)), *(_shown(inner[column]) for column in columns)]
+        for name, inner in tree.items()
+    ]
+    return Table(["", *map(_words, columns)], [("", rows)])
+
+
+def key_table(tree: Mapping[str, Any], heading: str) -> Table | None:
+    """A nested mapping as rows, grouped by its first keys where these hold mappings."""
+    plain, groups = [], []
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            rows = [[Cell(name), shown] for name, shown in _flat(value)]
+            groups.append((_words(key), rows))
+        else:
+            plain.append([Cell(_words(key)), _shown(value)])
+    groups = [("", plain)] * (len(plain) > 0) + [group for group in groups if len(group[1]) > 0]
+    texts = (0, 1) if heading == "value" else (0,)
+    return Table(["", heading], groups, texts) if len(groups) > 0 else None
+
+
+def _flat(tree: Mapping[str, Any]) -> list[tuple[str, Cell]]:
+    rows = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value.keys() != Estimate.__annotations__.keys():
+            rows += [(f"{_words(key)} · {name}", shown) for name, shown in _flat(value)]
+        else:
+            rows.append((_words(key), _shown(value)))
+    return rows
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _shown(value: Any) -> Cell:
+    if isinstance(value, Mapping):
+        return estimate_cell(value, ".3f")  # type: ignore[arg-type]
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return Cell(f"{value:,}" if whole else str(value))
+
+
+def console() -> Console:
+    """The terminal; where there is none, room for a whole table."""
+    found = Console()
+    return found if found.is_terminal else Console(width=max(110, found.width))

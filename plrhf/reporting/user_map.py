@@ -1,0 +1,194 @@
+"""Figures and tables of users.json: where user vectors lie, what clusters and soft prompts mean."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+
+from plrhf.core.stats import user_sums
+from plrhf.evaluation.metrics import USER_KINDS
+from plrhf.reporting.drawing import (
+    INK,
+    KIND_MARKERS,
+    SERIES,
+    STYLE,
+    Drawing,
+    drawing,
+    panel,
+    with_hover,
+)
+from plrhf.reporting.runs import Run
+from plrhf.reporting.tables import Cell, Table
+
+OTHERS, EVERYBODY = "other", "users"
+
+
+@rc_context(STYLE)
+def user_map(run: Run, learned: Mapping[str, Any]) -> Drawing:
+    """User vectors on their first two principal components; a mark says who it is when pointed at."""
+    users, groups = learned["users"], groups_of(learned["users"])
+    accuracies = _accuracies(run)
+    figure, axes = panel(9.6, 4.6)
+    hover: dict[str, list[str]] = {}
+    for number, group in enumerate(dict.fromkeys(_ranked(groups))):
+        for kind in USER_KINDS:
+            at = [
+                place
+                for place, user in enumerate(users)
+                if groups[place] == group and user["user_kind"] == kind
+            ]
+            if len(at) == 0:
+                continue
+            name = f"users-{number}-{kind}"
+            hover[name] = [_hover(users[place], accuracies) for place in at]
+            places = np.array([users[place]["at"] for place in at])
+            axes.scatter(
+                places[:, 0],
+                places[:, 1],
+                s=34 if len(users) <= 300 else 14,
+                color=SERIES[number % len(SERIES)],
+                marker=KIND_MARKERS[kind],
+                alpha=0.8,
+                linewidth=0,
+                label=group if kind == "seen" else f"{group}, unseen",
+                gid=name,
+            )
+    x, y = learned["generic"]["at"]
+    axes.scatter(x, y, s=80, color=INK, marker="X", label="generic user")
+    shares = [
+        f"component {n + 1}: {share:.0%} of variance"
+        for n, share in enumerate(learned["explained"])
+    ]
+    axes.set(xlabel=shares[0], ylabel=shares[1])
+    figure.legend(loc="outside right upper", labelcolor=INK)
+    n_seen = sum(user["user_kind"] == "seen" for user in users)
+    unseen = f" and {len(users) - n_seen:,} unseen ones" if n_seen < len(users) else ""
+    shown = f"{n_seen:,} of {learned['n_users']:,} train users{unseen}"
+    caption = f"{shown}. Point at a mark to see who it is."
+    made = drawing(figure, "User map", caption=caption, wide=True)
+    for name, words in hover.items():
+        made = with_hover(made, name, words)
+    return made
+
+
+def groups_of(users: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a map is coloured by: what users are known to be, else their largest cluster.
+
+    Rare groups beyond the colours there are become one.
+    """
+    if any(user["group"] is not None for user in users):
+        found = ["unknown" if user["group"] is None else user["group"] for user in users]
+    elif any(user["weights"] is not None for user in users):
+        found = [f"cluster {np.argmax(user['weights'])}" for user in users]
+    else:
+        found = [EVERYBODY] * len(users)
+    common = [group for group, _ in Counter(found).most_common()]
+    if len(common) <= len(SERIES):
+        return found
+    kept = set(common[: len(SERIES) - 1])
+    return [group if group in kept else OTHERS for group in found]
+
+
+def _ranked(groups: Sequence[str]) -> list[str]:
+    """Groups by name, the rest last, so that a colour means the same from run to run."""
+    return sorted(groups, key=lambda group: (group == OTHERS, group))
+
+
+def _accuracies(run: Run) -> dict[str, str]:
+    """In words, each user's accuracy on test pairs."""
+    words: dict[str, str] = {}
+    for kind in USER_KINDS:
+        personal = run.outcomes(kind)
+        if len(personal) > 0:
+            sums = user_sums(personal)
+            names = np.unique(personal.user_id.astype(str))  # in the order of the sums
+            for name, correct, count in zip(names, sums.correct, sums.count, strict=True):
+                words[name] = f"accuracy {correct / count:.0%} of {count:.0f} pairs"
+    return words
+
+
+def _hover(user: Mapping[str, Any], accuracies: Mapping[str, str]) -> str:
+    facts = [user["user_id"], user["group"], user["profile"], accuracies.get(user["user_id"])]
+    if user["weights"] is not None:
+        best = int(np.argmax(user["weights"]))
+        facts.append(f"cluster {best} weighs {user['weights'][best]:.2f}")
+    return "\n".join(fact for fact in facts if fact is not None)
+
+
+@rc_context(STYLE)
+def weight_bars(learned: Mapping[str, Any]) -> Drawing:
+    """Cluster weights, one column a user, users of a cluster side by side; one path a cluster."""
+    weights = np.array([user["weights"] for user in learned["users"]])  # [U, K]
+    n_users, n_clusters = weights.shape
+    leading = weights.argmax(axis=1)
+    weights = weights[np.lexsort((-weights.max(axis=1), leading))]
+    figure, axes = panel(9.6, 2.4)
+    below = np.zeros(n_users)
+    for cluster in range(n_clusters):
+        above = below + weights[:, cluster]
+        axes.stairs(
+            above,
+            np.arange(n_users + 1),
+            baseline=below,
+            fill=True,
+            color=SERIES[cluster % len(SERIES)],
+            alpha=1 if cluster < len(SERIES) else 0.5,
+            linewidth=0,
+            label=f"cluster {cluster}",
+        )
+        below = above
+    axes.set(xlim=(0, n_users), ylim=(0, 1), ylabel="weight")
+    axes.set_title("Cluster weights, one column a user")
+    axes.set_xticks([])
+    axes.grid(visible=False)
+    figure.legend(loc="outside right upper", labelcolor=INK)
+    return drawing(figure, "Cluster weights", wide=True)
+
+
+def cluster_table(learned: Mapping[str, Any]) -> Table:
+    """Each cluster's weight for the generic user and on average, and whom it leads."""
+    users = learned["users"]
+    groups = [user["group"] for user in users]
+    known = groups_of(users) if any(group is not None for group in groups) else []
+    columns = list(dict.fromkeys(_ranked(known)))
+    weights = np.array([user["weights"] for user in users])
+    leading = weights.argmax(axis=1)
+    rows = []
+    for cluster, mean in enumerate(weights.mean(axis=0)):
+        led = np.flatnonzero(leading == cluster)
+        rows.append(
+            [
+                Cell(f"cluster {cluster}"),
+                Cell(f"{learned['generic']['weights'][cluster]:.3f}"),
+                Cell(f"{mean:.3f}"),
+                Cell(f"{len(led):,}"),
+                *(Cell(f"{sum(known[at] == column for at in led):,}") for column in columns),
+            ]
+        )
+    heads = ["", "generic user's weight", "mean weight", "users led by it", *columns]
+    return Table(heads, [("", rows)])
+
+
+def token_table(learned: Mapping[str, Any]) -> Table:
+    """The words nearest to each soft prompt vector, nearest first, one column an owner."""
+    owners = learned["nearest_tokens"]
+    rows = []
+    for at in range(len(owners[0]["vectors"])):
+        cells = [_token_cell(owner["vectors"][at]) for owner in owners]
+        rows.append([Cell(f"vector {at + 1}"), *cells])
+    heads = ["", *(owner["owner"] for owner in owners)]
+    return Table(heads, [("", rows)], tuple(range(len(heads))))
+
+
+def _token_cell(nearest: Sequence[tuple[str, float]]) -> Cell:
+    """The nearest token with its cosine, and those after it; quoted, as tokens begin with spaces."""
+    (first, cosine), *others = nearest
+    quoted = [json.dumps(token, ensure_ascii=False) for token, _ in others]
+    return Cell(
+        f"{json.dumps(first, ensure_ascii=False)} {cosine:.2f}", "then " + ", ".join(quoted)
+    )

@@ -1,0 +1,1 @@
+"""How a model is trained: trainer, checkpoints, loggers, processes, ZeRO, plan."""

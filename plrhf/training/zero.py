@@ -1,0 +1,325 @@
+"""DeepSpeed ZeRO stage 3 as a Lightning strategy. The only file that imports deepspeed, and only lazily."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
+from torch import Tensor, nn
+
+from plrhf.core.errors import bad_value
+
+Offload = Literal["cpu", "nvme"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zero3:
+    """What can be chosen of ZeRO stage 3, ``trainer.zero3``.
+
+    Args:
+        offload_optimizer: where gradients and the optimiser's state wait and are updated, None: on the
+            device. offload_parameters: where shards of the weights wait, None: on the device.
+        nvme_path: directory for what is offloaded to ``nvme``.
+        bucket_size: numbers communicated at once, from 1: more is faster and takes more memory.
+        live_parameters: numbers of weights kept gathered at most, from 0: fewer take less memory and
+            are gathered more often.
+        persistent_below: parameters of fewer numbers than this are not sharded, from 0.
+
+    Raises:
+        ValueError: a number out of range, or a missing nvme_path.
+    """
+
+    offload_optimizer: Offload | None = None
+    offload_parameters: Offload | None = None
+    nvme_path: str | None = None
+    bucket_size: int = 50_000_000
+    live_parameters: int = 1_000_000_000
+    persistent_below: int = 100_000
+
+    def __post_init__(self) -> None:
+        for name, least in (("bucket_size", 1), ("live_parameters", 0), ("persistent_below", 0)):
+            value, field = getattr(self, name), f"trainer.zero3.{name}"
+            if value < least:
+                allowed = f"a whole number from {least}"
+                raise bad_value(field, value, allowed, f"Set {field}={least}")
+        if "nvme" in (self.offload_optimizer, self.offload_parameters) and self.nvme_path is None:
+            raise bad_value(
+                "trainer.zero3.nvme_path",
+                None,
+                "a directory where something is offloaded to nvme",
+                "Set trainer.zero3.nvme_path=DIR",
+            )
+
+    def optimization(self, *, on_cpu: bool) -> dict[str, Any]:
+        """The settings as DeepSpeed's ``zero_optimization``."""
+        chosen: dict[str, Any] = {
+            "stage": 3,
+            "contiguous_gradients": True,
+            "overlap_comm": not on_cpu,
+            "reduce_bucket_size": self.bucket_size,
+            "stage3_prefetch_bucket_size": self.bucket_size,
+            "stage3_max_live_parameters": self.live_parameters,
+            "stage3_param_persistence_threshold": self.persistent_below,
+        }
+        for name, device in (
+            ("offload_optimizer", self.offload_optimizer),
+            ("offload_param", self.offload_parameters),
+        ):
+            if device is not None:
+                chosen[name] = {"device": device, "pin_memory": not on_cpu}
+                if device == "nvme":
+                    chosen[name]["nvme_path"] = self.nvme_path
+        return chosen
+
+
+def stage3(
+    zero3: Zero3,
+    *,
+    on_cpu: bool,
+    accumulate_grad_batches: int,
+    gradient_clip_val: float | None,
+) -> Stage3:
+    """The strategy that shards weights, gradients and optimiser over all processes.
+
+    Args:
+        on_cpu: processes are CPU processes, which talk over gloo.
+        accumulate_grad_batches, gradient_clip_val: as the trainer has them.
+
+    Raises:
+        ValueError: no DeepSpeed, or none that can use NVMe where it is to.
+    """
+    if find_spec("deepspeed") is None:
+        raise bad_value(
+            "trainer.zero3",
+            "deepspeed",
+            "null, as DeepSpeed is not installed",
+            "Install plrhf[zero], or set trainer=gpu",
+        )
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else a GPU that is there
+    if "nvme" in (zero3.offload_optimizer, zero3.offload_parameters):
+        _check_nvme()
+    config = {
+        "zero_optimization": zero3.optimization(on_cpu=on_cpu),
+        "zero_allow_untested_optimizer": True,  # torch's AdamW, whose state one process can read
+        "zero_force_ds_cpu_optimizer": False,  # offloaded too: DeepSpeed's own has to be compiled
+        "train_micro_batch_size_per_gpu": 1,  # used in DeepSpeed's own logs alone
+        "gradient_accumulation_steps": accumulate_grad_batches,
+        "gradient_clipping": 0.0 if gradient_clip_val is None else gradient_clip_val,
+    }
+    return Stage3(config=config, on_cpu=on_cpu)
+
+
+def _check_nvme() -> None:
+    """Raise where DeepSpeed could not compile what it reads and writes NVMe by."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise bad_value(
+            "trainer.zero3",
+            "nvme",
+            "offloading to cpu, as DeepSpeed finds no libaio and compiler here",
+            "Install libaio-dev, or offload to cpu",
+        )
+
+
+class Stage3(DeepSpeedStrategy):
+    """Lightning's strategy with checkpoints as one process writes them, and with CPU processes.
+
+    A checkpoint holds what is learned and the optimiser's state in torch's own form, so that any
+    number of processes can go on from it. Rank 0 alone writes it, tensor by tensor.
+
+    Args:
+        config: DeepSpeed's. on_cpu: see `stage3`.
+    """
+
+    def __init__(self, *, config: dict[str, Any], on_cpu: bool) -> None:
+        super().__init__(config=config)
+        self.on_cpu = on_cpu
+        self.learned: list[Any] = []  # in the order of the optimiser's groups
+        self.group_sizes: list[int] = []
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", 0) if self.on_cpu else super().root_device
+
+    def setup_environment(self) -> None:
+        if self.on_cpu:
+            assert self.parallel_devices is not None
+            places = range(len(self.parallel_devices))
+            self.parallel_devices = [torch.device("cpu", place) for place in places]
+            import deepspeed
+
+            # A compiled extension: a run killed while it builds leaves a lock all later ones wait for.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            DDPStrategy.setup_environment(self)  # past DeepSpeedStrategy's check for CUDA
+        else:
+            super().setup_environment()
+
+    def _format_batch_size_and_grad_accum_config(self) -> None:
+        """The config says it all from the start: models are built before a trainer has one."""
+
+    @contextlib.contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Parameters made within it are sharded at once; what they hold is read from files later."""
+        import deepspeed
+
+        class Unfilled(deepspeed.zero.Init):
+            def _zero_init_param(self, param: Any) -> None:
+                """As DeepSpeed, but without sending rank 0's values, which are none, to all others."""
+                self._convert_to_deepspeed_param(param)
+                param.partition()
+
+        self._init_config_if_needed()
+        with Unfilled(config_dict_or_path=self.config, remote_device=self.remote_device):
+            yield
+
+    def _setup_model_and_optimizer(
+        self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None
+    ) -> Any:
+        groups = optimizer.param_groups  # DeepSpeed is about to put flat shards in their place
+        self.learned = [one for group in groups for one in group["params"]]
+        self.group_sizes = [len(group["params"]) for group in groups]
+        return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Learned parameters, whole and in full precision, on rank 0; buffers everywhere."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        assert self.lightning_module is not None
+        named: dict[str, Any] = dict(self.lightning_module.named_parameters())
+        whole = self.lightning_module.state_dict()
+        state = {name: value for name, value in whole.items() if name not in named}
+        for name, parameter in named.items():
+            if parameter.requires_grad:
+                value = safe_get_full_fp32_param(parameter)
+                if self.is_global_zero:
+                    state[name] = value.view(parameter.ds_shape).cpu()
+        return state
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        assert self.lightning_module is not None
+        state = checkpoint["state_dict"]
+        named = dict(self.lightning_module.named_parameters())
+        for name, value in state.items():
+            if name not in named:
+                continue
+            with gathered([named[name]], write=True):
+                if self.is_global_zero:
+                    named[name].data.copy_(value)
+            safe_set_full_fp32_param(named[name], value.float().to(self.root_device))
+        buffers = dict(self.lightning_module.named_buffers())
+        for name, value in state.items():
+            if name in buffers:
+                buffers[name].copy_(value)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """The state as one process's optimiser has it, on rank 0."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        inner = optimizer.optimizer
+        kept: dict[str, Any] = next((one for one in inner.state.values() if len(one) > 0), {})
+        state: dict[int, dict[str, Any]] = {}
+        for place, parameter in enumerate(self.learned if len(kept) > 0 else ()):
+            state[place] = {}
+            for name, value in kept.items():
+                if value.dim() > 0:
+                    value = safe_get_full_optimizer_state(parameter, name)
+                    value = value.view(parameter.ds_shape)
+                if self.is_global_zero:
+                    state[place][name] = value.cpu().clone()
+        groups, first = [], 0
+        for group, size in zip(inner.param_groups, self.group_sizes, strict=True):
+            settings = {name: value for name, value in group.items() if name != "params"}
+            groups.append({**settings, "params": list(range(first, first + size))})
+            first += size
+        return {"state": state, "param_groups": groups}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        saved = checkpoint["optimizer_states"][0]
+        optimizer: Any = self.optimizers[0]
+        inner = optimizer.optimizer
+        kept: dict[str, Any] = next(iter(saved["state"].values()), {})
+        for flat in optimizer.fp32_partitioned_groups_flat if len(kept) > 0 else ():
+            inner.state[flat] = {
+                name: torch.zeros_like(flat) if value.dim() > 0 else value.clone()
+                for name, value in kept.items()
+            }
+        for place, values in saved["state"].items():
+            for name, value in values.items():
+                if value.dim() > 0:
+                    whole = value.to(self.root_device)
+                    safe_set_full_optimizer_state(self.learned[place], whole, name)
+        for group, settings in zip(inner.param_groups, saved["param_groups"], strict=True):
+            group.update({k: v for k, v in settings.items() if k != "params"})
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
+    ) -> None:
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = True) -> Any:
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only=True)
+
+
+@contextlib.contextmanager
+def gathered(parameters: Sequence[Tensor], *, write: bool = False) -> Iterator[None]:
+    """Within it sharded parameters are whole on every process; others always are.
+
+    Args:
+        write: what rank 0 writes into them is what all processes have afterwards.
+    """
+    sharded = [one for one in parameters if is_sharded(one)]
+    if len(sharded) == 0:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None):
+        yield
+
+
+@contextlib.contextmanager
+def own_part(tensor: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Within it: the numbers of a tensor that this process is to write, so that all are written.
+
+    Of a sharded parameter those of its shard, without the padding at its end: no process holds the
+    whole. Shards that wait on NVMe are made whole, for rank 0 to write.
+
+    Returns:
+        The numbers, flat, and the place of the first of them in the whole tensor.
+    """
+    if not is_sharded(tensor):
+        yield tensor.detach().view(-1), 0
+    elif tensor.ds_tensor.final_location is None:  # type: ignore[attr-defined]
+        whole: Any = tensor
+        first = torch.distributed.get_rank(whole.ds_process_group) * len(whole.ds_tensor)
+        yield whole.ds_tensor[: max(0, whole.ds_numel - first)], first
+    else:
+        with gathered([tensor], write=True):
+            writes = torch.distributed.get_rank() == 0
+            yield tensor.detach().view(-1) if writes else tensor.new_empty(0), 0
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether this process has but a shard of a parameter, unless it is `gathered`."""
+    return hasattr(parameter, "ds_id")
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of a tensor of which this process may have but a shard."""
+    return tensor.ds_shape if is_sharded(tensor) else tensor.shape  # type: ignore[attr-defined]

@@ -1,0 +1,245 @@
+"""Aggregators: identity at the start, no user, positions, and what each refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import (
+    AGGREGATORS,
+    N_LAYERS,
+    WIDTH,
+    assert_same,
+    gradients,
+    make_aggregator,
+    make_backbone,
+    make_batch,
+    make_model,
+    make_pairs,
+)
+from torch import Tensor, nn, tensor
+
+from plrhf.aggregators import Aggregator, ConcatSoftPrompt, FiLM
+from plrhf.aggregators.base import spread_over_rows
+from plrhf.aggregators.film import modulate
+from plrhf.backbone.model import Backbone
+from plrhf.core.types import PreferenceBatch
+from plrhf.data.packing import packed, two_rows
+from plrhf.models.policy import PersonalDPOPolicy
+from plrhf.models.reward import PersonalRewardModel
+
+
+def film(**settings: Any) -> FiLM:
+    return FiLM(**{"hidden_size": WIDTH, "n_blocks": N_LAYERS, **settings})
+
+
+def plain(backbone: Backbone, batch: PreferenceBatch) -> Tensor:
+    """Hidden states without any aggregator, [R, L, d]."""
+    return backbone(backbone.embed(batch.input_ids), batch.segment, batch.position_ids)
+
+
+def test_spread_over_rows_by_hand() -> None:
+    pairs = make_pairs(2)
+    user = tensor([[1.0], [2.0], [10.0], [20.0]])  # two contexts of two pairs
+    in_one = spread_over_rows(user, make_batch(pairs, layout=packed))
+    in_two = spread_over_rows(user, make_batch(pairs, layout=two_rows))
+    assert in_one.tolist() == [[[1.0], [2.0]], [[10.0], [20.0]]]
+    assert in_two[..., 0].tolist() == [[1.0, 2.0, 1.0, 2.0], [10.0, 20.0, 10.0, 20.0]]
+
+
+def test_modulate_by_hand() -> None:
+    hidden = tensor([[[1.0, 2.0], [3.0, 4.0]]])  # [1, L, d]
+    of_user = tensor([[[1.0, -1.0], [0.5, 10.0]]])  # gamma, beta
+    # (1 + 1) * 1 + 0.5 = 2.5, (1 - 1) * 2 + 10 = 10
+    assert modulate(hidden, of_user).tolist() == [[[2.5, 10.0], [6.5, 10.0]]]
+
+
+@pytest.mark.parametrize("kind", ["gptj", "llama"])
+@pytest.mark.parametrize("site", ["last", "every_block"])
+@torch.no_grad()
+def test_film_starts_as_the_identity(kind: str, site: Any) -> None:
+    backbone, batch = make_backbone(kind), make_batch(make_pairs(5))
+    aggregator = film(site=site, user_dim=4)
+    hidden = aggregator(backbone, batch, torch.randn(10, 4))
+    assert hidden.equal(plain(backbone, batch).expand(2, -1, -1, -1))
+
+
+@pytest.mark.parametrize("kind", ["gptj", "llama"])
+@pytest.mark.parametrize("name", AGGREGATORS)
+@torch.no_grad()
+def test_no_user_model_is_exactly_the_plain_model(kind: str, name: str) -> None:
+    backbone, batch = make_backbone(kind), make_batch(make_pairs(5))
+    hidden = make_aggregator(name)(backbone, batch, torch.empty(5, 0))
+    assert hidden.equal(plain(backbone, batch)[None])
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+@torch.no_grad()
+def test_contexts_come_one_after_the_other(name: str) -> None:
+    backbone, batch, aggregator = make_backbone(), make_batch(make_pairs(5)), make_aggregator(name)
+    user = torch.randn(2, 5, aggregator.user_dim)
+    both = aggregator(backbone, batch, user.flatten(0, 1))
+    assert (both[0] - both[1]).abs().max() > 0.01
+    for context in (0, 1):
+        alone = aggregator(backbone, batch, user[context])
+        torch.testing.assert_close(both[context], alone[0], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["gptj", "llama"])
+@torch.no_grad()
+def test_soft_prompt_takes_positions_in_front(kind: str) -> None:
+    backbone, (pair,) = make_backbone(kind), make_pairs(1)
+    vectors = torch.randn(3, WIDTH)
+    batch = make_batch([pair], padding=4)
+    found = ConcatSoftPrompt(hidden_size=WIDTH, n_tokens=3)(backbone, batch, vectors.view(1, -1))
+    n_prompt, n_text = len(pair.prompt), len(pair.prompt) + len(pair.chosen)
+    text = backbone.embed(batch.input_ids[:, :n_text])
+    output = backbone.model(
+        inputs_embeds=torch.cat([vectors[None], text], 1), output_hidden_states=True
+    )
+    expected = output.hidden_states[-1][0, 3:]
+    read = slice(n_prompt - 1, n_text)  # earlier ones predict nothing of a response
+    torch.testing.assert_close(found[0, 0, read], expected[read], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["gptj", "llama"])
+@torch.no_grad()
+def test_film_at_every_block_acts_on_each_blocks_output(kind: str) -> None:
+    backbone, batch = make_backbone(kind), make_batch(make_pairs(3))
+    aggregator = film(site="every_block", user_dim=4)
+    nn.init.normal_(aggregator.to_film.weight, std=0.1)
+    user = torch.randn(3, 4)
+    found = aggregator(backbone, batch, user)[0]
+
+    by_hand = aggregator.to_film.weight @ user.T  # [sites * 2 * d, B]
+    gamma_beta = by_hand.T.view(3, N_LAYERS, 2, 1, WIDTH)
+    done = []
+    for site, block in enumerate(backbone.blocks):
+        forward = block.forward
+
+        def modulated(*inputs: Any, site: int = site, forward: Any = forward, **how: Any) -> Any:
+            output = forward(*inputs, **how)
+            hidden = output[0] if isinstance(output, tuple) else output
+            gamma, beta = gamma_beta[:, site, 0], gamma_beta[:, site, 1]
+            hidden = hidden * (1 + gamma) + beta
+            done.append(site)
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        block.forward = modulated
+    expected = plain(backbone, batch)
+    assert done == [0, 1, 2]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_film_leaves_no_hook_behind() -> None:
+    backbone, batch = make_backbone(), make_batch(make_pairs(3))
+    ids = batch.input_ids
+
+    def written() -> Any:
+        return backbone.trunk(input_ids=ids).last_hidden_state
+
+    before, written_before = plain(backbone, batch), written()
+    aggregator = make_aggregator("film_every_block")
+    aggregator(backbone, batch, torch.randn(3, aggregator.user_dim))
+    with pytest.raises(IndexError):  # a batch that fails inside the model
+        bad = make_batch(make_pairs(3))
+        bad.position_ids += 1000
+        aggregator(backbone, bad, torch.randn(3, aggregator.user_dim))
+    for name in ("film_every_block", "film_last"):
+        user = torch.randn(3, aggregator.user_dim)
+        with make_aggregator(name).decoding(backbone, ids, torch.ones_like(ids), user):
+            assert not written().equal(written_before)
+    assert plain(backbone, batch).equal(before) and written().equal(written_before)
+
+
+def test_film_layer_by_hand() -> None:
+    aggregator = film(layer_width=5, user_dim=2, layer_dropout=0.5).eval()
+    nn.init.normal_(aggregator.to_film.weight)
+    texts = torch.tensor([[0, 1], [2, 3], [1, 0]])
+    batch = make_batch(make_pairs(3)).pooled(torch.randn(4, WIDTH), texts)
+    user = torch.randn(3, 2)
+    found = aggregator(make_backbone(), batch, user)
+    assert batch.hidden is not None
+    linear: Any = list(aggregator.layer.children())[2]
+    layer = torch.tanh(
+        nn.functional.layer_norm(batch.hidden, (WIDTH,)) @ linear.weight.T + linear.bias
+    )
+    gamma, beta = (user @ aggregator.to_film.weight.T).view(3, 2, 1, 5).unbind(1)
+    torch.testing.assert_close(found[0], (1 + gamma) * layer[texts] + beta)
+    assert aggregator.output_size == 5 and not aggregator.unembeddable
+    assert list(map(id, aggregator.text_parameters())) == [id(linear.weight), id(linear.bias)]
+
+
+@pytest.mark.parametrize(
+    ("aggregator", "expected"),
+    [
+        (film(), (WIDTH, 0, True)),
+        (film(user_dim=4), (4, 0, True)),
+        (film(site="every_block"), (WIDTH, 0, False)),
+        (ConcatSoftPrompt(hidden_size=WIDTH, n_tokens=3), (3 * WIDTH, 3, False)),
+    ],
+)
+def test_what_an_aggregator_says_of_itself(aggregator: Aggregator, expected: Any) -> None:
+    assert (aggregator.user_dim, aggregator.n_positions, aggregator.after_trunk) == expected
+    assert aggregator.output_size == WIDTH and aggregator.unembeddable
+    assert aggregator.text_parameters() == []
+
+
+@pytest.mark.parametrize("model_class", [PersonalRewardModel, PersonalDPOPolicy])
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_gradient_checkpointing_changes_no_gradient(model_class: Any, name: str) -> None:
+    found, n_runs = [], []
+    for checkpointing in (False, True):
+        runs: list[int] = []
+        backbone = make_backbone("llama", gradient_checkpointing=checkpointing)
+        model = make_model(model_class, backbone=backbone, aggregator=name).train()
+        first_of_block = next(backbone.blocks[1].children())
+        first_of_block.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        model.loss(make_batch(make_pairs()))[0].mean().backward()
+        found.append(gradients(model))
+        n_runs.append(len(runs))
+    assert_same(*found, atol=1e-6)
+    assert n_runs[1] == n_runs[0] + 1  # the block ran again in the backward pass
+
+
+BAD = [
+    (
+        lambda: ConcatSoftPrompt(hidden_size=WIDTH, n_tokens=0),
+        "aggregator.n_tokens=0 is not allowed: expected a whole number from 1. "
+        "Set aggregator.n_tokens=10, or encoder=none for no user vectors.",
+    ),
+    (
+        lambda: film(site="first"),
+        "aggregator.site='first' is not allowed: expected last or every_block. "
+        "Set aggregator.site=last.",
+    ),
+    (
+        lambda: film(user_dim=0),
+        "aggregator.user_dim=0 is not allowed: expected a whole number from 1, or null for the "
+        "model's width. Set aggregator.user_dim=null.",
+    ),
+    (
+        lambda: film(layer_width=0),
+        "aggregator.layer_width=0 is not allowed: expected null, or a whole number from 1 with "
+        "site=last. Set aggregator.layer_width=null.",
+    ),
+    (
+        lambda: film(layer_width=8, site="every_block"),
+        "aggregator.layer_width=8 is not allowed: expected null, or a whole number from 1 with "
+        "site=last. Set aggregator.layer_width=null.",
+    ),
+    (
+        lambda: film(layer_dropout=1.0),
+        "aggregator.layer_dropout=1.0 is not allowed: expected a number from 0 to below 1. "
+        "Set aggregator.layer_dropout=0.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("build", "message"), BAD)
+def test_bad_settings(build: Any, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        build()
+    assert str(caught.value) == message

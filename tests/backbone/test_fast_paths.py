@@ -1,0 +1,369 @@
+"""The trunk's fast paths against their naive twins: values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import (
+    LORA,
+    assert_same,
+    gradients,
+    language_model,
+    make_backbone,
+    make_batch,
+    make_model,
+    make_pairs,
+    perturb,
+)
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.nn.attention import flex_attention
+from torch.nn.attention.flex_attention import create_mask
+from torch.nn.functional import scaled_dot_product_attention
+
+from plrhf.backbone import gptj, lora
+from plrhf.backbone.model import FLEX, Backbone, block_mask, sees
+from plrhf.backbone.row_packing import Filled
+from plrhf.core.types import PreferenceBatch
+from plrhf.data.packing import Layout, TokenPair, packed, two_rows
+from plrhf.models.policy import PersonalDPOPolicy
+from plrhf.models.reward import PersonalRewardModel
+
+
+@pytest.fixture(autouse=True)
+def blocks_of_few_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That rows of a few tokens have positions without a mask."""
+    monkeypatch.setattr(gptj, "BLOCK", 2)
+
+
+def as_transformers(backbone: Backbone) -> Backbone:
+    """The same backbone, its trunk and LoRA layers run by transformers and PEFT alone."""
+    backbone.is_gptj = False
+    for module in backbone.modules():
+        vars(module).pop("forward", None)
+    return backbone
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("aggregator", ["soft_prompt", "film_last", "film_every_block"])
+@pytest.mark.parametrize("kind", [PersonalRewardModel, PersonalDPOPolicy])
+def test_gptj_trunk_is_that_of_transformers(
+    kind: Any, aggregator: str, checkpointing: bool
+) -> None:
+    found = []
+    for change in (lambda backbone: backbone, as_transformers):
+        backbone = change(make_backbone(gradient_checkpointing=checkpointing))
+        model = make_model(kind, backbone=backbone, aggregator=aggregator)
+        loss = model.train().loss(make_batch(make_pairs(), padding=3))[0]
+        loss.mean().backward()
+        found.append({"loss": loss.detach(), **gradients(model)})
+    assert_same(*found, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change", ["no padding", "one prompt", "prompts of one token", "long prompts"]
+)
+def test_gptj_trunk_for_rows_of_all_kinds(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = make_pairs(5)
+    if change == "no padding":
+        pairs = [pairs[0]] * 5
+    elif change == "one prompt":
+        pairs = [type(pair)(pairs[0].prompt, pair.chosen, pair.rejected) for pair in pairs]
+    elif change == "prompts of one token":
+        pairs = [type(pair)(pair.prompt[:1], pair.chosen, pair.rejected) for pair in pairs]
+    elif change == "long prompts":  # of which whole blocks of positions need no mask
+        monkeypatch.undo()
+        pairs = [type(pair)((pair.prompt * 70)[:70], pair.chosen, pair.rejected) for pair in pairs]
+        assert layout_of(make_batch(pairs)).n_causal >= 2 * gptj.BLOCK
+    found = []
+    for turn in (lambda backbone: backbone, as_transformers):
+        model = make_model(PersonalDPOPolicy, backbone=turn(make_backbone()))
+        loss = model.loss(make_batch(pairs))[0].mean()
+        loss.backward()
+        found.append({"loss": loss.detach(), **gradients(model)})
+    assert_same(*found, atol=1e-5)
+
+
+def test_who_needs_a_mask_by_hand() -> None:
+    # P P P C C R -      the first to miss something before it is the rejected token at 5;
+    # P P P P C R R      the shortest prompt's end, 2, is the first that is read.
+    pairs = [TokenPair((5, 6, 7), (8, 9), (3,)), TokenPair((5, 6, 7, 8), (9,), (3, 4))]
+    together, apart = (layout_of(make_batch(pairs, layout=one)) for one in (packed, two_rows))
+    assert (together.start, together.n_causal) == (2, 5)
+    seen = together.mask[:, 0, -2:] == 0  # positions 5 and 6
+    assert seen[0].int().tolist() == [[1, 1, 1, 0, 0, 1, 0], [1, 1, 1, 0, 0, 0, 1]]
+    assert seen[1].int().tolist() == [[1, 1, 1, 1, 0, 1, 0], [1, 1, 1, 1, 0, 1, 1]]
+    assert apart.n_causal == 6  # all: a response alone sees all before it
+
+
+def test_attention_drops_weights_in_training() -> None:
+    backbone = make_backbone()
+    for block in backbone.trunk.h:
+        block.attn.attn_dropout.p = 0.5
+    batch = make_batch(make_pairs())
+    assert not torch.equal(run(backbone.train(), batch), run(backbone, batch))
+    assert torch.equal(run(backbone.eval(), batch), run(backbone, batch))
+
+
+@pytest.mark.parametrize("by_products", [False, True])
+@pytest.mark.parametrize("n_read", [13, 5])
+def test_attention_is_that_of_a_mask_for_all(
+    n_read: int, by_products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gptj, "AT_ONCE", 4)
+    torch.manual_seed(5)
+    seen = torch.ones(3, 13, 13, dtype=torch.bool).tril()
+    seen[0, 9:, 7:9] = False  # the first row's last positions miss two before them
+    mask = torch.zeros(3, 1, 13, 13).masked_fill(~seen[:, None], -torch.inf)
+    given = mask if by_products else mask[:, :, -n_read:]
+    layout = gptj.Packed(8, 9, given, torch.empty(0), by_products)
+    weight = torch.randn(3, n_read, 2, 5)
+    values = [torch.randn(3, 2, length, 5) for length in (n_read, 13, 13)]
+    masked = partial(scaled_dot_product_attention, attn_mask=mask[:, :, -n_read:])
+    found = []
+    for attend in (
+        partial(gptj.attend, layout=layout, dropout=0.0),
+        lambda *qkv: masked(*qkv).transpose(1, 2),
+    ):
+        leaves = [one.clone().requires_grad_() for one in values]
+        heads = attend(*leaves)
+        (heads * weight).sum().backward()
+        of_leaves = {name: one.grad for name, one in zip("qkv", leaves, strict=True)}
+        found.append({"heads": heads.detach(), **of_leaves})
+    assert_same(*found, atol=1e-5)
+
+
+def test_pieces_of_attention_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptj, "AT_ONCE", 4)
+    assert gptj._pieces(9, 9) == [(0, 4, 4), (4, 8, 8), (8, 9, 9)]
+    assert gptj._pieces(5, 9) == [(0, 4, 8), (4, 5, 9)]  # the last five see four before them
+
+
+def test_products_are_for_training_on_short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptj, "BY_PRODUCTS", 12)
+    short, long = (make_batch([TokenPair((5,) * n, (8, 9), (3,))]) for n in (9, 10))
+    assert layout_of(short).by_products and not layout_of(long).by_products
+    assert layout_of(short).mask.shape == (1, 1, 12, 12)
+    with torch.no_grad():
+        assert not layout_of(short).by_products
+
+
+def test_rows_of_one_response_share_one_mask() -> None:
+    pairs = [TokenPair((5, 6, 7), (8, 9), (3,)), TokenPair((5, 6), (9,), (3, 4, 7))]
+    layout = layout_of(make_batch(pairs, layout=two_rows))
+    assert layout.mask.shape == (1, 1, 5, 5)
+    assert torch.equal(layout.mask[0, 0] == 0, torch.ones(5, 5, dtype=torch.bool).tril())
+    assert len(layout_of(make_batch(pairs)).mask) == 2
+
+
+def layout_of(batch: PreferenceBatch) -> gptj.Packed:
+    return gptj.packed(
+        make_backbone().trunk,
+        batch.segment,
+        batch.position_ids,
+        sees(batch.segment),
+        dtype=torch.float32,
+    )
+
+
+@pytest.mark.parametrize("longest", [0, 2048])
+@pytest.mark.parametrize("layout", [packed, two_rows])
+@pytest.mark.parametrize("aggregator", ["soft_prompt", "film_last"])
+@pytest.mark.parametrize("kind", [PersonalRewardModel, PersonalDPOPolicy])
+def test_gptj_trunk_in_mixed_precision(
+    kind: Any, aggregator: str, layout: Layout, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What users and losses are made of keeps its precision."""
+    monkeypatch.setattr(gptj, "BY_PRODUCTS", longest)
+    found: list[dict[str, Tensor]] = []
+    for change in (lambda backbone: backbone, as_transformers):
+        model = make_model(kind, backbone=change(make_backbone()), aggregator=aggregator)
+        model.hidden_for = partial(spied, model.hidden_for, found)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model.loss(make_batch(make_pairs(), layout=layout))[0]
+        loss.mean().backward()
+        found[-1] |= {"loss": loss.detach(), **gradients(model)}
+    assert all(value.dtype == torch.float32 for value in found[0].values())
+    assert_same(*found, atol=0.05)
+
+
+def spied(hidden_for: Any, found: list[Any], batch: PreferenceBatch, user: Tensor) -> Tensor:
+    """`hidden_for`, the user vectors it was given put into `found`."""
+    found.append({"user": user.detach()})
+    return hidden_for(batch, user)
+
+
+def test_gptj_with_part_of_its_dimensions_turned() -> None:
+    model = language_model()
+    for block in model.transformer.h:
+        block.attn.rotary_dim = 4
+        block.attn.embed_positions = block.attn.embed_positions[:, [0, 1, 4, 5]]
+    backbone = Backbone(model=model, trainable="frozen")
+    batch = make_batch(make_pairs())
+    found = run(backbone, batch)
+    read = (batch.segment > 0)[..., None]
+    expected = run(as_transformers(backbone), batch)
+    torch.testing.assert_close(found * read, expected * read, atol=1e-5, rtol=0)
+    assert expected.abs().max() > 0.1
+
+
+def run(backbone: Backbone, batch: PreferenceBatch) -> Tensor:
+    with torch.no_grad():
+        return backbone(backbone.embed(batch.input_ids), batch.segment, batch.position_ids)
+
+
+def lora_layer(change: Callable[[nn.Module], Any] | None = None) -> tuple[Any, Any]:
+    """A LoRA layer as PEFT has it, and the same one fused."""
+    layers = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        base = nn.Sequential(nn.Linear(5, 7))
+        options = {"r": 2, "lora_alpha": 6, "target_modules": ["0"]}
+        model = get_peft_model(base, LoraConfig(**options))  # type: ignore[arg-type]
+        perturb(model, "lora_B")
+        layers.append(model.base_model.model[0])
+    lora.fuse(layers[1])
+    for layer in layers:
+        if change is not None:
+            change(layer)
+    return layers[0], layers[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "is_plain"),
+    [
+        (None, True),
+        (lambda layer: layer.enable_adapters(False), False),
+        (lambda layer: layer.merge(), False),
+        (lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.0)}), True),
+        (lambda layer: layer.base_layer.weight.requires_grad_(True), False),
+    ],
+)
+def test_fused_lora_is_pefts(change: Any, is_plain: bool) -> None:
+    torch.manual_seed(4)
+    x, weight = torch.randn(3, 11, 5), torch.randn(3, 11, 7)
+    naive, fused = lora_layer(change)
+    assert lora.is_plain(fused) == is_plain
+    found = []
+    for layer in (naive, fused):
+        given = x.clone().requires_grad_()
+        output = layer(given)
+        (output * weight).sum().backward()
+        found.append({"y": output.detach(), "dx": given.grad, **gradients(layer)})
+    assert_same(*found, atol=1e-5)
+    assert len(found[0]) >= 2
+
+
+def test_fused_lora_leaves_dropout_to_peft() -> None:
+    _, layer = lora_layer(lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.5)}))
+    assert not lora.is_plain(layer)
+    torch.manual_seed(0)
+    x = torch.ones(2, 5)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert lora.is_plain(layer) and torch.equal(layer(x), layer(x))
+
+
+def test_fused_lora_in_mixed_precision() -> None:
+    naive, fused = lora_layer()
+    x = torch.randn(4, 5)
+    found = []
+    for layer in (naive, fused):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = layer(x)
+        assert output.dtype == torch.bfloat16
+        output.float().sum().backward()
+        found.append({"y": output.detach().float(), **gradients(layer)})
+    assert all(value.dtype == torch.float32 for value in found[1].values())
+    assert_same(*found, atol=0.05)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_block_mask_is_who_sees_whom(together: bool) -> None:
+    segment = make_batch(make_pairs(11), padding=2).segment
+    owner = None
+    if together:
+        filled = Filled.of(segment)
+        assert filled is not None
+        segment, owner = filled.take(segment, -1), filled.owner
+    seen = sees(segment, owner)
+    found = create_mask(
+        block_mask(segment, owner).mask_mod, len(segment), 1, *seen.shape[1:], device="cpu"
+    )
+    assert torch.equal(found[:, 0], seen)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("aggregator", ["soft_prompt", "film_every_block"])
+@pytest.mark.parametrize("kind", [PersonalRewardModel, PersonalDPOPolicy])
+def test_flex_attention_is_that_of_a_mask(
+    kind: Any, aggregator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch has no compiled backward pass on CPUs, and bars its plain form, which has one, there too."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *qkv: None)
+    found = []
+    with torch.compiler.set_stance("force_eager"):
+        for attention in ("eager", FLEX):
+            language = language_model("llama")
+            language.set_attn_implementation(attention)
+            backbone = Backbone(model=language, lora=LORA)
+            perturb(backbone, "lora_B")
+            model = make_model(kind, backbone=backbone, aggregator=aggregator)
+            loss = model.loss(make_batch(make_pairs(11), padding=2))[0]
+            loss.mean().backward()
+            found.append({"loss": loss.detach(), **gradients(model)})
+    assert_same(*found, atol=1e-5)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_flex_attention_is_that_of_a_mask() -> None:
+    batch = make_batch(make_pairs(11), padding=2)
+    backbone = make_backbone("llama")
+    expected = run(backbone, batch)
+    backbone.trunk.set_attn_implementation(FLEX)
+    found, read = run(backbone, batch), (batch.segment > 0)[..., None]
+    torch.testing.assert_close(found * read, expected * read, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("aggregator", "checkpointing"), [("soft_prompt", True), ("film_every_block", False)]
+)
+def test_compiled_blocks_are_plain_ones(aggregator: str, checkpointing: bool) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    kinds = {"gradient_checkpointing": checkpointing}
+    models = [
+        make_model(
+            PersonalDPOPolicy,
+            backbone=make_backbone("llama", compiled=compiled, **kinds),
+            aggregator=aggregator,
+        )
+        for compiled in (False, True)
+    ]
+    for n_pairs in (3, 7, 5):  # rows of other lengths
+        found = []
+        for model in models:
+            model.train().zero_grad()
+            loss = model.loss(make_batch(make_pairs(n_pairs, seed=n_pairs)))[0]
+            loss.mean().backward()
+            found.append({"loss": loss.detach(), **gradients(model)})
+        assert_same(*found, atol=1e-5)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2  # not one for every length
+    assert torch.equal(
+        *(model.eval().context_margins(make_batch(make_pairs()))["user"] for model in models)
+    )
+
+
+def test_other_attention_is_left_to_transformers() -> None:
+    assert make_backbone().is_gptj
+    assert not make_backbone("llama").is_gptj
+    model = language_model()
+    model.config._attn_implementation = "flash_attention_2"
+    assert not Backbone(model=model, trainable="frozen").is_gptj

@@ -1,0 +1,124 @@
+"""Sweeps: a failing job costs no other, finished ones are not done again, and the end names failures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import ENVIRONMENT, TINY, check_run, command, launch
+
+from plrhf.cli.jobs import is_finished
+from plrhf.core.components import first_difference
+
+NO_RANK = "encoder.rank=0 is not allowed: expected a number from 1. Set encoder.rank=1."
+
+
+def sweep(capsys: Any, *overrides: str) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of a sweep in this process."""
+    status = 0
+    try:
+        launch("train", "-m", *overrides)
+    except SystemExit as stop:
+        status = int(str(stop.code))
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, cache_dir: Path, capsys: Any) -> None:
+    there = tmp_path / "sweep"
+    same = [*TINY, f"cache_dir={cache_dir}", f"run_dir={there}"]
+    status, out, err = sweep(capsys, *same, "encoder.rank=0,2")
+    assert status == 1
+    assert out.count("done in ") == 1 and f"s: {there / '1'}: " in out
+    assert f"failed: {there / '0'}: " in err
+    assert err.endswith(
+        f"1 of the jobs failed; error.txt in its folder says more:\n  {there / '0'}: {NO_RANK}\n"
+    )
+    assert (there / "0/error.txt").read_text() == f"{NO_RANK}\n"
+    results = check_run(there / "1", in_sweep=True)
+    # The job's own command, and what it had to say.
+    assert "encoder.rank=2" in results["run"]["command"] and "-m" not in results["run"]["command"]
+    assert "user context" in (there / "1/log.txt").read_text()
+    before = (there / "1/results.json").stat().st_mtime_ns
+
+    status, out, err = sweep(capsys, *same, "encoder.rank=1,2")
+    assert (status, err) == (0, "")
+    check_run(there / "0", in_sweep=True)
+    assert (there / "1/log.txt").read_text().endswith("\nfinished before\n")
+    assert (there / "1/results.json").stat().st_mtime_ns == before
+
+    # Another sweep into the same directory would overwrite what took long.
+    status, _, err = sweep(capsys, *same, "encoder.rank=1,3")
+    assert status == 1
+    allowed = "expected a directory of its own, as it holds a run of encoder.rank=2. "
+    assert f"{allowed}Set run_dir to another." in err
+    assert (there / "1/results.json").stat().st_mtime_ns == before
+
+
+def test_what_is_no_slip_of_the_user_keeps_its_traceback(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(settings: Any) -> None:
+        if settings["seed"] == 1:
+            raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr("plrhf.cli.run.train", broken)
+    status, out, err = sweep(capsys, "seed=0,1,2", f"run_dir={tmp_path}")
+    assert status == 1 and out.count("done in ") == 2
+    assert err.endswith(f"  {tmp_path / '1'}: RuntimeError: out of memory\n")
+    kept = (tmp_path / "1/error.txt").read_text()
+    assert kept.startswith("RuntimeError: out of memory\nTraceback") and "in broken" in kept
+
+
+def test_a_bad_choice_stops_a_sweep_before_it_begins(tmp_path: Path, capsys: Any) -> None:
+    status, out, err = sweep(capsys, "encoder=lookup,lockup", f"run_dir={tmp_path}")
+    assert status == 2 and err.startswith("error: encoder='lockup' is not allowed")
+    assert not (tmp_path / "0").exists()
+
+
+def test_ctrl_c_stops_the_whole_sweep(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(settings: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("plrhf.cli.run.train", stopped)
+    status, _, _ = sweep(capsys, "seed=0,1", f"run_dir={tmp_path}")
+    assert status == 130
+    assert (tmp_path / "0").exists() and not (tmp_path / "1").exists()
+
+
+def test_finished_is_finished_with_the_same_settings(tmp_path: Path) -> None:
+    settings = {"run_dir": str(tmp_path), "seed": 1, "data": {"n": 3}, "logger": {"name": "csv"}}
+    assert not is_finished(settings)
+    (tmp_path / "results.json").write_text(json.dumps({"config": {**settings, "run_dir": "then"}}))
+    assert is_finished({**settings, "logger": {"name": "wandb"}, "cache_dir": "elsewhere"})
+    with pytest.raises(ValueError, match=r"as it holds a run of data\.n=3\. Set run_dir to"):
+        is_finished({**settings, "data": {"n": 4}})
+
+
+def test_first_difference_by_dotted_name() -> None:
+    one = {"a": {"b": 1, "c": [1, 2]}, "d": None}
+    assert first_difference(one, {"a": {"b": 1, "c": [1, 2]}}) is None
+    assert first_difference(one, {"a": {"b": 1, "c": [2]}}) == ("a.c", [1, 2], [2])
+    assert first_difference(one, {"a": {"b": 1, "c": [1, 2]}, "e": 5}) == ("e", None, 5)
+    assert first_difference({"a": 1}, {"a": {"b": 1}}) == ("a", 1, {"b": 1})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_launchers_with_processes_of_their_own(launcher: str, tmp_path: Path) -> None:
+    jobs = ["-m", f"hydra/launcher={launcher}", "encoder.rank=0", "seed=0,1", "run_dir=sweep"]
+    done = subprocess.run(
+        command("train", *jobs),
+        env=ENVIRONMENT,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.endswith("".join(f"  sweep/{n}: {NO_RANK}\n" for n in (0, 1)))

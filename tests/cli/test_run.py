@@ -1,0 +1,256 @@
+"""train.py from its command line to its run directory."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from runs import (
+    ENVIRONMENT,
+    TINY,
+    check_run,
+    command,
+    launch,
+    rows_of_world,
+    save_model,
+    write_rows,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from plrhf.reporting.runs import role
+
+KINDS: dict[str, list[str]] = {
+    "vanilla": ["encoder=none"],
+    "uniform": ["encoder=uniform", "model.pooling=last"],
+    "lookup": ["encoder=lookup", "aggregator.site=every_block"],
+    "cluster": ["encoder=cluster", "aggregator=soft_prompt", "aggregator.n_tokens=2"],
+    "features": ["encoder=features", "data.kind=features", "model.alpha=1"],
+    "frozen": ["backbone.trainable=frozen", "aggregator.layer_width=7"],
+    "shuffled": ["data.shuffle_users=true", "logger=tensorboard", "backbone.trainable=full"],
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_reward_models(name: str, tmp_path: Path, cache_dir: Path) -> None:
+    run_dir, again = tmp_path / "run", tmp_path / "again"
+    launch("train", *TINY, f"cache_dir={cache_dir}", f"run_dir={run_dir}", *KINDS[name])
+    launch("eval", f"run={run_dir}", f"out={again}")
+    assert (again / "results.json").read_bytes() == (run_dir / "results.json").read_bytes()
+    if name == "shuffled":
+        events = list((run_dir / "tensorboard").iterdir())
+        assert any("tfevents" in path.name for path in events)
+        for path in events:
+            path.unlink()
+        (run_dir / "tensorboard").rmdir()
+        assert (run_dir / "export/backbone/model.safetensors").is_file()
+        (run_dir / "export/backbone").rename(tmp_path / "backbone")
+    results = check_run(run_dir)
+    assert results["test"]["seen"]["user"]["n_pairs"] == 5 * 4
+    assert results["test"]["unseen"]["user"]["n_pairs"] == 2 * 4
+    assert results["data"]["rows"] == {"train": 70, "val": 15, "test": 28}
+    roles = {"vanilla": "vanilla", "uniform": "uniform", "shuffled": "shuffled"}
+    assert role(results["config"]) == roles.get(name, "personal")
+    assert results["cells"]["seen_user_unseen_prompt"] == results["test"]["seen"]
+    assert results["cells"]["seen_user_seen_prompt"] is None
+    assert results["probes"]["overlap"]["train_test"]["prompt"] == 0
+    if name in ("vanilla", "uniform"):
+        assert results["test"]["seen"]["user"] == results["test"]["seen"]["generic"]
+
+
+def test_policy(policy_run: Path) -> None:
+    check_run(policy_run, generations=True)
+    texts = [json.loads(line) for line in (policy_run / "generations.jsonl").open()]
+    assert len(texts) == 2 * 2
+    assert {text["writer"] for text in texts} == {"policy"}
+    assert len({text["user_id"] for text in texts}) == len({t["prompt_id"] for t in texts}) == 2
+
+
+def test_supervised_model_is_a_backbone_for_others(tmp_path: Path, cache_dir: Path) -> None:
+    run_dir = tmp_path / "sft"
+    before = set(cache_dir.glob("tiny_gptj-*"))
+    launch("train", *TINY, "model=sft", "seed=9", f"cache_dir={cache_dir}", f"run_dir={run_dir}")
+    names = {path.name for path in run_dir.iterdir()}
+    assert names == {"config.yaml", "metrics.csv", "checkpoints", "export"}
+    AutoModelForCausalLM.from_pretrained(run_dir / "export")
+    assert AutoTokenizer.from_pretrained(run_dir / "export").pad_token == "<|endoftext|>"
+    assert len(set(cache_dir.glob("tiny_gptj-*")) - before) == 1
+    on_top = [f"backbone.path={run_dir / 'export'}", f"run_dir={tmp_path / 'reward'}"]
+    # The hidden size of hf backbones is their own, so the tiny shape is not looked at.
+    launch("train", *TINY, *on_top)
+    check_run(tmp_path / "reward")
+
+
+ROWS = ["data=jsonl", "data.batch_size=16", "trainer.max_epochs=1", "optim.warmup_steps=2"]
+
+
+def hf(path: Path) -> list[str]:
+    return [
+        "backbone=hf",
+        f"backbone.path={path}",
+        "data.max_tokens=99",
+        "data.max_prompt_tokens=32",
+    ]
+
+
+def test_rows_of_files(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "gptj")
+    rows = rows_of_world()
+    rows.append({**rows[0], "pair_id": "new", "chosen": " "})
+    plain = write_rows(tmp_path / "rows.jsonl", rows)
+    zipped = tmp_path / "rows.jsonl.gz"
+    zipped.write_bytes(gzip.compress(plain.read_bytes()))
+    table = tmp_path / "rows.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0]])
+        writer.writeheader()
+        writer.writerows(rows)
+    tables = []
+    for path in (zipped, table):
+        run_dir = tmp_path / f"run-{path.suffix}"
+        launch("train", *ROWS, *hf(model), f"data.path={path}", f"run_dir={run_dir}")
+        results = check_run(run_dir, oracle=False)
+        assert results["data"]["refused"] == {"empty response": 1}
+        tables.append(pd.read_parquet(run_dir / "predictions.parquet"))
+    pd.testing.assert_frame_equal(*tables)
+
+
+def test_pairs_on_seen_prompts_and_warnings_of_probes(tmp_path: Path, capsys: Any) -> None:
+    model = save_model(tmp_path / "gptj")
+    rows = rows_of_world(n_users=8, pairs_per_user=60, n_prompts=60)
+    for row in rows:
+        del row["split"]
+        row["rejected"] = str([row["rejected"]])
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    run_dir = tmp_path / "run"
+    kept = ["data.seen_prompt_test_fraction=0.2", "data.unseen_fraction=0.3"]
+    launch("train", *ROWS, *hf(model), *kept, f"data.path={path}", f"run_dir={run_dir}")
+    results = check_run(run_dir, oracle=False)
+    cells = results["cells"]
+    assert all(cell["user"]["n_pairs"] > 0 for cell in cells.values())
+    for kind in ("seen", "unseen"):
+        sizes = [cells[f"{kind}_user_{p}_prompt"]["user"]["n_pairs"] for p in ("seen", "unseen")]
+        assert sum(sizes) == results["test"][kind]["user"]["n_pairs"]
+    predictions = pd.read_parquet(run_dir / "predictions.parquet")
+    assert set(predictions["prompt_kind"][predictions["split"] == "val"]) == {"unseen"}
+    assert results["probes"]["format_only"]["accuracy"]["value"] == 1
+    (line,) = [one for one in results["probes"]["warnings"] if "format_only" in one]
+    out = capsys.readouterr().out.splitlines()
+    assert [one for one in out if "format_only" in one] == [f"warning: {line}"]
+    assert not any("probe prompt" in one for one in out)
+
+
+def test_bidirectional_backbone(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "bert", "bert")
+    path = write_rows(tmp_path / "rows.jsonl", rows_of_world())
+    run_dir = tmp_path / "run"
+    launch("train", *ROWS, *hf(model), f"data.path={path}", f"run_dir={run_dir}")
+    check_run(run_dir, oracle=False)
+
+
+OUTSIDER = '''
+import torch
+from plrhf.encoders import UserEncoder
+
+class Ages(UserEncoder):
+    """What an outsider may write: asks for what it needs, and has a setting of its own."""
+
+    def __init__(self, *, user_dim: int, n_users: int, slope: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((n_users + 1, user_dim), slope))
+
+    def forward(self, users):
+        return self.weight[users.user_id]
+
+    def generic(self, batch_size):
+        return self.weight[:1].expand(batch_size, -1)
+
+    def user_parameters(self):
+        return [self.weight]
+'''
+
+
+def test_an_outsiders_encoder_by_its_dotted_path(
+    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "outsider.py").write_text(OUTSIDER)
+    monkeypatch.syspath_prepend(tmp_path)
+    run_dir = tmp_path / "run"
+    own = ["encoder=none", "encoder._target_=outsider.Ages", "+encoder.slope=2"]
+    launch("train", *TINY, f"cache_dir={cache_dir}", f"run_dir={run_dir}", *own)
+    check_run(run_dir)
+    launch("eval", f"run={run_dir}")
+    assert (run_dir / "eval/results.json").read_bytes() == (run_dir / "results.json").read_bytes()
+
+
+def test_a_sweep_gives_each_job_its_directory(tmp_path: Path, cache_dir: Path) -> None:
+    sweep = ["-m", "encoder=none,lookup", "seed=0,1", f"run_dir={tmp_path / 'sweep'}"]
+    launch("train", *sweep, *TINY, f"cache_dir={cache_dir}")
+    found = {}
+    for number in range(4):
+        results = check_run(tmp_path / f"sweep/{number}", in_sweep=True)
+        config = results["config"]
+        assert config["run_dir"] == str(tmp_path / f"sweep/{number}")
+        found[config["encoder"]["name"], config["seed"], config["data"]["seed"]] = number
+    assert set(found) == {(name, seed, seed) for name in ("none", "lookup") for seed in (0, 1)}
+
+
+def test_a_tiny_backbone_is_trained_once(tmp_path: Path, capsys: Any) -> None:
+    cache = tmp_path / "cache"
+
+    def backbones(*overrides: str) -> int:
+        launch("train", *TINY, f"cache_dir={cache}", f"run_dir={tmp_path / 'run'}", *overrides)
+        return len(list(cache.glob("tiny_gptj-*")))
+
+    assert backbones() == 1
+    assert "training the backbone first (5 steps)" in capsys.readouterr().out
+    # Neither who chose nor the model on top is anything to the backbone.
+    assert backbones("encoder=none", "data.shuffle_users=true", "optim.user_lr=1", "seed=0") == 1
+    assert "training the backbone first" not in capsys.readouterr().out
+    assert backbones("data.pairs_per_user=13") == 2
+    assert backbones("data.val_pairs_per_user=2") == 3
+    assert backbones("backbone.sft.lr=1e-3") == 4
+    assert backbones("seed=1", "data.seed=0") == 5
+
+
+@pytest.mark.slow
+def test_two_processes_may_train_the_same_backbone(tmp_path: Path) -> None:
+    runs = [
+        subprocess.Popen(
+            command("train", *TINY, f"cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / n}"),
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for n in ("one", "two")
+    ]
+    for run in runs:
+        out, err = run.communicate(timeout=120)
+        assert run.returncode == 0, err
+        assert err == ""
+        assert "training the backbone first" in out
+        assert "report:" in out
+        for noise in ("GPU", "Tip", "weights_only", "Warning", "val_check_interval"):
+            assert noise not in out
+    assert len(list((tmp_path / "cache").glob("tiny_gptj-*"))) == 1
+    tables = [(tmp_path / n / "predictions.parquet").read_bytes() for n in ("one", "two")]
+    assert tables[0] == tables[1]
+
+
+def test_what_is_not_asked_for_is_not_imported() -> None:
+    code = """
+import sys
+import plrhf.cli.run, plrhf.cli.tasks
+unasked = {"trl", "sklearn", "tensorboard", "wandb", "datasets", "deepspeed", "tensorflow"}
+print(*(unasked & sys.modules.keys()))
+"""
+    asked = [sys.executable, "-c", code]
+    out = subprocess.run(asked, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert out.stdout.split() == []

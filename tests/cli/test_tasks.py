@@ -1,0 +1,318 @@
+"""eval.py on finished runs: scores again, other rows, texts, win rates, comparisons."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from chat_server import completion, serving, shown
+from runs import (
+    ENVIRONMENT,
+    TINY,
+    check_evaluation,
+    command,
+    launch,
+    rows_of_world,
+    world,
+    world_tokenizer,
+    write_rows,
+)
+from tiny import make_model
+
+from plrhf.data.module import PreferenceData
+from plrhf.data.sources.jsonl import JsonlSource
+from plrhf.evaluation.predictions import Texts, read_texts, write_texts
+from plrhf.models.export import Card
+from plrhf.models.policy import PersonalDPOPolicy
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def policy(policy_run: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to write into."""
+    return Path(shutil.copytree(policy_run, tmp_path / "policy"))
+
+
+@pytest.mark.parametrize("which", ["reward_run", "policy_run"])
+def test_a_run_scores_the_same_again(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    run = request.getfixturevalue(which)
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    before = contents(copy)
+    launch("eval", f"run={copy}")
+    after = contents(copy)
+    names = ("predictions.parquet", "results.json", "users.json", "report.html")
+    assert after.keys() - before.keys() == {f"eval/{name}" for name in names}
+    assert {name: after[name] for name in before} == before
+    for name in names[:3]:
+        assert after[f"eval/{name}"] == before[name]
+    launch("eval", f"run={copy}", f"out={tmp_path / 'elsewhere'}")
+    assert (tmp_path / "elsewhere/results.json").read_bytes() == before["results.json"]
+
+
+def test_other_rows(reward_run: Path, tmp_path: Path) -> None:
+    own_world = rows_of_world(val_pairs_per_user=3, test_pairs_per_user=4)
+    rows = [row for row in own_world if row["split"] == "test"]
+    assert len(rows) == (5 + 2) * 4
+    for row in rows:  # a file of somebody's own, whose split is not ours
+        del row["split"]
+    rows += [{**row, "user_id": "nobody", "pair_id": f"n{i}"} for i, row in enumerate(rows[:3])]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    out = tmp_path / "out"
+    launch("eval", f"run={reward_run}", f"out={out}", "data=jsonl", f"data.path={path}")
+    results = check_evaluation(out, oracle=False)
+    predictions = pd.read_parquet(out / "predictions.parquet")
+    assert set(predictions["split"]) == {"test"}
+    kinds = predictions.groupby("user_kind")["user_id"].unique()
+    assert set(kinds["seen"]) == set(world().user_ids[:5])
+    assert set(kinds["unseen"]) == {*world().user_ids[5:], "nobody"}
+    assert results["test"]["seen"]["user"]["n_pairs"] == 5 * 4
+    assert results["test"]["unseen"]["user"]["n_pairs"] == 2 * 4 + 3
+    # Without the rows of training nobody knows which prompts were seen, nor can a probe be fitted.
+    assert set(predictions["prompt_kind"]) == {"unknown"}
+    assert set(results["cells"].values()) == {None} and results["probes"] == {}
+    # Whom the model does not know, it answers as it does the generic user.
+    unseen = predictions[predictions["user_kind"] == "unseen"]
+    margins = unseen.pivot(index="pair_id", columns="context", values="margin")
+    assert (margins["user"] == margins["generic"]).all()
+    # The same pair gets the same answer as in the run.
+    own = pd.read_parquet(reward_run / "predictions.parquet")
+    both = own.merge(predictions, on=["pair_id", "context"])
+    assert len(both) == 2 * 7 * 4
+    assert both["margin_x"].sub(both["margin_y"]).abs().max() < 1e-6
+
+
+def test_texts_for_many_users(policy: Path) -> None:
+    asked = ["eval.users=3", "eval.prompts=2", "eval.max_new_tokens=5"]
+    launch("eval", f"run={policy}", "eval=generate", *asked)
+    texts = pd.read_json(policy / "generations.jsonl", lines=True)
+    columns = ["prompt", "prompt_id", "user_id", "profile", "user_features", "writer", "response"]
+    assert list(texts.columns) == [*columns, "score"]
+    assert texts["writer"].value_counts().to_dict() == {"policy": 6, "reference": 6}
+    users = [world().user_ids[place] for place in (0, 1, 3)]  # 3 of 5, evenly
+    assert set(texts["user_id"]) == set(users)
+    assert texts["prompt_id"].nunique() == 2
+    for text in texts.itertuples():
+        assert text.score == pytest.approx(world().true_score(text.user_id, text.response))
+        assert text.profile == world().profile(text.user_id)
+    reference = texts[texts["writer"] == "reference"]
+    assert (reference.groupby("prompt_id")["response"].nunique() == 1).all()
+    page = (policy / "report.html").read_text()
+    assert texts["profile"][0] in page
+
+    launch("eval", f"run={policy}", "eval=generate", "eval.users=[dan-003]", "eval.prompts=1")
+    again = pd.read_json(policy / "generations.jsonl", lines=True)
+    assert set(again["user_id"]) == {"dan-003"}
+
+
+@pytest.mark.parametrize("speaking", [True, False])
+def test_users_speak_for_themselves(
+    speaking: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of_world()
+    for row in rows:
+        row["user_text"] = f"I am {row['user_id']}."
+    data = PreferenceData(
+        source=JsonlSource(path=str(write_rows(tmp_path / "rows.jsonl", rows))),
+        seed=0,
+        batch_size=7,
+        eval_batch_size=7,
+        use_user_text=speaking,
+    )
+    data.tokenize(world_tokenizer(), causal=True)
+    policy = make_model(PersonalDPOPolicy)
+    policy.card = Card(
+        **dict.fromkeys(("model", "encoder", "aggregator", "backbone", "text"), {}),
+        users=list(data.splits.users),
+        features=data.schema.to_dict(),
+        fingerprint="",
+    )
+    asked: list[int] = []
+
+    def echo(_: Any, tokenizer: Any, prompts: Any, users: Any, **__: Any) -> list[str]:
+        asked.append(len(prompts))
+        return tokenizer.batch_decode(prompts, skip_special_tokens=True)
+
+    monkeypatch.setattr("plrhf.evaluation.predictions.generate", echo)
+    options = Texts(users=3, prompts=2, max_new_tokens=4, reference=True)
+    write_texts(tmp_path / "texts.jsonl", policy, data, options)
+    texts = read_texts(tmp_path / "texts.jsonl")
+    assert len(texts) == 12 and len({text.user_id for text in texts}) == 3
+    for text in texts:
+        said = f"I am {text.user_id}."
+        assert text.profile == said
+        assert text.response == (f"{said}\n" if speaking else "") + f"{text.prompt}\n"
+    # The reference knows users by what they say alone.
+    assert asked == [6, 6 if speaking else 2]
+
+
+def test_win_rates(policy: Path, tmp_path: Path, capsys: Any) -> None:
+    asked = ["eval=generate", "eval.users=4", "eval.prompts=2", "eval.max_new_tokens=6"]
+    launch("eval", f"run={policy}", *asked)
+    launch("eval", f"run={policy}", "eval=winrate")
+    result = json.loads((policy / "winrate.json").read_text())
+    texts = pd.read_json(policy / "generations.jsonl", lines=True)
+    scores = texts.pivot(index=["user_id", "prompt_id"], columns="writer", values="score")
+    wins = scores["policy"].gt(scores["reference"]) + 0.5 * scores["policy"].eq(scores["reference"])
+    assert result["win_rate"]["value"] == wins.mean()
+    assert result["ties"] == scores["policy"].eq(scores["reference"]).mean()
+    assert (result["n_texts"], result["n_users"]) == (8, 4)
+    assert f"win rate of {policy} against reference: {wins.mean():.3f}" in capsys.readouterr().out
+    assert "<h2>Win rates</h2>" in (policy / "report.html").read_text()
+
+    other = Path(shutil.copytree(policy, tmp_path / "other"))
+    records = [json.loads(line) for line in (other / "generations.jsonl").open()]
+    for record in records:
+        record["score"] -= 1
+    write_rows(other / "generations.jsonl", records)
+    launch("eval", f"run={policy}", "eval=winrate", f"eval.against={other}", f"out={tmp_path}")
+    result = json.loads((tmp_path / "winrate.json").read_text())
+    assert result["win_rate"] == {"value": 1.0, "ci95": [1.0, 1.0]}
+    assert result["against"] == str(other)
+
+    unscored = {name: value for name, value in records[1].items() if name != "score"}
+    for texts, said in (
+        (records[2:], "expected texts for the same 8 prompts and users (has 6 of them)"),
+        # The user of another world, who only goes by the same name.
+        ([{**records[0], "profile": "Prefers dull answers."}, *records[1:]], "(has 7 of them)"),
+        (
+            [records[0], unscored],
+            " is not allowed: expected a line as eval=generate writes it (score: Field required). "
+            "Write the texts anew.",
+        ),
+    ):
+        write_rows(other / "generations.jsonl", texts)
+        with pytest.raises(SystemExit):
+            launch("eval", f"run={policy}", "eval=winrate", f"eval.against={other}")
+        assert said in capsys.readouterr().err
+
+
+@pytest.fixture
+def rival(policy: Path, tmp_path: Path) -> Path:
+    """A run whose texts are longer than the policy's, but for the first, which is shorter."""
+    other = Path(shutil.copytree(policy, tmp_path / "rival"))
+    records = [json.loads(line) for line in (other / "generations.jsonl").open()]
+    for run, texts in (
+        (policy, ["It is wide."] * 4),
+        (other, ["Blue.", *["It is very wide."] * 3]),
+    ):
+        for record, text in zip(records, texts, strict=True):
+            record["response"] = text
+        write_rows(run / "generations.jsonl", records)
+    return other
+
+
+def test_win_rates_by_an_endpoint(
+    policy: Path, rival: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shorter(body: dict[str, Any], _: int) -> Any:
+        first, second = shown(body)
+        return completion("A" if len(first) < len(second) else "B")
+
+    monkeypatch.setenv("A_KEY", "sk-secret")
+    out = tmp_path / "out"
+    with serving(shorter) as server:
+        asked = [f"run={policy}", "eval=winrate", "eval/judge=chat", f"eval.against={rival}"]
+        asked += [f"out={out}", f"eval.judge.cache={out / 'replies.jsonl'}"]
+        asked += [f"eval.judge.url={server.url}", "eval.judge.model=m", "eval.judge.input_price=2"]
+        launch("eval", *asked, "eval.judge.key_variable=A_KEY", "eval.judge.output_price=0.5")
+    assert {one["Authorization"] for one in server.headers} == {"Bearer sk-secret"}
+    assert len(server.bodies) == 2 * 4  # 2 users, 2 prompts
+    profile = world().profile(world().user_ids[0])
+    assert any(profile in body["messages"][-1]["content"] for body in server.bodies)
+    result = json.loads((out / "winrate.json").read_text())
+    assert result["win_rate"]["value"] == 0.75
+    users = {name: one["n_texts"] for name, one in result["per_user"].items()}
+    assert users == {world().user_ids[0]: 2, world().user_ids[2]: 2}
+    assert (result["first_position_wins"], result["n_unanswered"]) == (0.5, 0)
+    assert result["cost"]["price"] == pytest.approx(8 * (100 * 2 + 2 * 0.5) / 1e6)
+    assert (result["judge"]["model"], result["against"]) == ("m", str(rival))
+    assert (
+        "judge: 8 questions, 0 answered before; 800 + 16 tokens, price 0.0016; prefers the first "
+        "text 0.500; 0 refused, 0 unparseable\n"
+    ) in capsys.readouterr().out
+    assert not any(b"sk-secret" in content for content in contents(tmp_path).values())
+
+
+@pytest.mark.parametrize("users", ["own", "held_out"])
+def test_win_rates_by_a_reward_model(
+    users: str, policy: Path, rival: Path, reward_run: Path, capsys: Any
+) -> None:
+    export = reward_run / "export"
+    asked = ["eval=winrate", "eval/judge=reward", f"eval.judge.export={export}"]
+    asked += [f"eval.against={rival}", f"eval.judge.users={users}"]
+    launch("eval", f"run={policy}", *asked)
+    result = json.loads((policy / "winrate.json").read_text())
+    assert (result["judge"]["users"], result["n_texts"], result["n_users"]) == (users, 4, 2)
+    assert result["cost"] is result["first_position_wins"] is None
+    # The other way round whoever won has lost.
+    launch("eval", f"run={rival}", *asked[:3], f"eval.against={policy}", asked[4])
+    turned = json.loads((rival / "winrate.json").read_text())
+    assert turned["win_rate"]["value"] == 1 - result["win_rate"]["value"]
+    assert "judge:" not in capsys.readouterr().out
+
+    with pytest.raises(SystemExit):
+        launch("eval", f"run={policy}", *asked[:2], asked[3], f"eval.judge.export={policy}/export")
+    assert "expected a PersonalRewardModel" in capsys.readouterr().err
+
+
+def test_what_is_known_of_users_goes_with_their_texts(tmp_path: Path, cache_dir: Path) -> None:
+    rows = rows_of_world(features=True, n_users=3, n_unseen_users=0)
+    for row in rows:
+        row["user_text"] = f"I am {row['user_id']}."
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    small = [*(one for one in TINY if not one.startswith("data.")), "data.max_prompt_tokens=64"]
+    small += [f"cache_dir={cache_dir}", f"run_dir={tmp_path / 'run'}", "trainer.max_steps=1"]
+    launch("train", *small, "model=dpo", "data=jsonl", f"data.path={path}", "encoder=features")
+    texts = read_texts(tmp_path / "run/generations.jsonl")
+    assert [one.writer for one in texts] == ["policy"] * 4
+    for one in texts:
+        assert one.profile == f"I am {one.user_id}." and one.score is None
+        assert one.user_features == {"age": 20 + len(one.user_id), "sea": "north"}
+
+
+def test_comparison(reward_run: Path, policy_run: Path, tmp_path: Path, capsys: Any) -> None:
+    for name, run in (("one", reward_run), ("two", policy_run)):
+        shutil.copytree(run, tmp_path / "runs" / name)
+    (tmp_path / "runs/unfinished").mkdir()
+    launch("eval", "eval=compare", f"runs={tmp_path}/runs/*", f"out={tmp_path / 'out'}")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("comparison.csv", "comparison.md", "comparison.tex", "report.html")
+    }
+    frame = pd.read_csv(tmp_path / "out/comparison.csv")
+    assert {"one", "two"} <= set(frame["run"])
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/runs/unfinished" in out.replace("\n", "")
+    for run, name in ((reward_run, "one"), (policy_run, "two")):
+        value = json.loads((run / "results.json").read_text())["test"]["seen"]["user"]
+        row = frame[(frame["run"] == name)].iloc[0]
+        assert value["accuracy_micro"]["value"] in row.to_numpy()
+    assert set(frame["role"].dropna()) == {"personal", "oracle", "length"}
+    assert frame["baseline"].isna().all()  # neither run is vanilla
+    chosen = f"eval.baseline={tmp_path}/runs/one"
+    launch("eval", "eval=compare", chosen, f"runs={tmp_path}/runs/*", f"out={tmp_path / 'out'}")
+    frame = pd.read_csv(tmp_path / "out/comparison.csv").set_index("run")
+    assert frame["baseline"].dropna().to_dict() == {"two": "one"}
+    assert 0 < frame.loc["two", "seen_p_value"] <= frame.loc["two", "seen_p_holm"] <= 1
+
+
+def test_a_process_of_its_own(reward_run: Path, tmp_path: Path) -> None:
+    asked = command("eval", f"run={reward_run}", f"out={tmp_path / 'out'}")
+    done = subprocess.run(asked, env=ENVIRONMENT, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.endswith(f"report: {tmp_path / 'out/report.html'}\n")
+    again = (tmp_path / "out/results.json").read_bytes()
+    assert again == (reward_run / "results.json").read_bytes()

@@ -1,0 +1,171 @@
+"""Values of texts on disk: found again, added to, never trusted where they are not whole."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from tiny import make_backbone, make_model
+from torch import Tensor
+
+from plrhf.core.types import CHOSEN, PROMPT, REJECTED, PreferenceBatch
+from plrhf.data.known import KnownTexts
+from plrhf.data.module import EVERYTHING, PairDataset, PreferenceData, Share, of_texts
+from plrhf.data.packing import TokenPair
+from plrhf.evaluation.predictions import prepare
+from plrhf.models.policy import PersonalDPOPolicy
+from plrhf.models.reward import PersonalRewardModel
+
+TEXTS = [((1, 2), (3,)), ((1,), (2, 3)), ((), (1, 2, 3)), ((1, 2, 3), ()), ((7,), (8,))]
+
+
+def test_what_was_added_is_found(tmp_path: Path) -> None:
+    assert KnownTexts(tmp_path / "none").find(TEXTS) == (None, [0, 1, 2, 3, 4])
+    values = torch.randn(5, 3)
+    KnownTexts(tmp_path).add([TEXTS[3], TEXTS[0]], values[[3, 0]])
+    found, missing = KnownTexts(tmp_path).find(TEXTS)
+    assert missing == [1, 2, 4]
+    assert found is not None and found[[0, 3]].equal(values[[0, 3]]) and found[1].eq(0).all()
+    KnownTexts(tmp_path).add([TEXTS[2], TEXTS[4], TEXTS[1]], values[[2, 4, 1]])
+    found, missing = KnownTexts(tmp_path).find(TEXTS)
+    assert missing == [] and found is not None and found.equal(values)
+
+
+def test_half_written_and_damaged_files_are_passed_over(tmp_path: Path) -> None:
+    KnownTexts(tmp_path).add(TEXTS[:2], torch.ones(2, 1))
+    (whole,) = tmp_path.iterdir()
+    bits = whole.read_bytes()
+    (tmp_path / "killed.part").write_bytes(bits[: len(bits) // 2])
+    (tmp_path / "cut.safetensors").write_bytes(bits[:-3])
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    found, missing = KnownTexts(tmp_path).find(TEXTS)
+    assert missing == [2, 3, 4] and found is not None and found[:2].eq(1).all()
+
+
+def prepared(model: Any, cache_dir: Path, pairs: list[TokenPair]) -> tuple[Any, list[int]]:
+    """A dataset of these pairs prepared for the model, and how many rows each batch had."""
+    data = object.__new__(PreferenceData)
+    data.share = EVERYTHING
+    data.eval_batch_size = 2
+    data.datasets = {"train": PairDataset.of_tokens(pairs)}
+    rows: list[int] = []
+    counted = type(model.backbone).forward
+
+    def forward(self: Any, inputs: Tensor, *others: Any) -> Tensor:
+        rows.append(len(inputs))
+        return counted(self, inputs, *others)
+
+    model.backbone.forward = forward.__get__(model.backbone)
+    prepare(model, data, Trainer(accelerator="cpu", logger=False), cache_dir=cache_dir)
+    return data.datasets["train"], rows
+
+
+PAIRS = [
+    TokenPair((5, 6), (1, 2), (3,)),
+    TokenPair((5, 6), (3,), (4, 4)),
+    TokenPair((7,), (1,), (2,)),
+]
+MORE = [*PAIRS, TokenPair((8, 8), (1,), (2, 2)), TokenPair((7,), (9,), (1,))]
+
+
+@pytest.mark.parametrize("kind", [PersonalDPOPolicy, PersonalRewardModel])
+def test_a_second_run_computes_nothing_and_has_the_same(kind: Any, tmp_path: Path) -> None:
+    def model(seed: int) -> Any:
+        trainable = "lora" if kind is PersonalDPOPolicy else "frozen"
+        made = make_model(kind, backbone=make_backbone(trainable=trainable), aggregator="film_last")
+        torch.manual_seed(seed)
+        for parameter in made.encoder.parameters():  # another user model on the same backbone
+            parameter.data.normal_()
+        return made
+
+    first, rows = prepared(model(1), tmp_path, PAIRS)
+    assert (
+        sum(rows) == 3
+    )  # five texts of two prompts: three share a prompt, one of them stays alone
+    again, none = prepared(model(2), tmp_path, PAIRS)
+    assert none == []
+    at = torch.arange(3)
+    name = "ref_logps" if kind is PersonalDPOPolicy else "hidden"
+    assert getattr(first, name)[at].equal(getattr(again, name)[at])
+    more, rows = prepared(model(3), tmp_path, [*PAIRS, TokenPair((7,), (9,), (1,))])
+    assert rows == [1]  # the one text that is new
+    assert getattr(more, name)[at].equal(getattr(first, name)[at])
+
+
+def test_another_backbone_has_its_own(tmp_path: Path) -> None:
+    for change in (0.0, 1e-6):  # less than the export's fingerprint sees
+        model = make_model(PersonalDPOPolicy)
+        model.backbone.model.get_output_embeddings().weight.data[0, 0] += change
+        assert prepared(model, tmp_path, PAIRS)[1] != []
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+class Together:
+    """Processes as threads, each with its share, that wait for one another where processes do."""
+
+    def __init__(self, n: int) -> None:
+        self.said: list[Any] = [None] * n
+        self.barrier = Barrier(n, timeout=20)
+
+    def share(self, rank: int) -> Share:
+        def all_say(value: Any) -> list[Any]:
+            self.said[rank] = value
+            self.barrier.wait()
+            said = list(self.said)
+            self.barrier.wait()
+            return said
+
+        def total(values: Tensor) -> Tensor:
+            said = all_say(values)
+            assert all(one.shape == values.shape for one in said)
+            return torch.stack(said).sum(dim=0)
+
+        return Share(rank, len(self.said), total, lambda value: all_say(value)[0])
+
+    def values(self, pairs: list[TokenPair], folder: Path) -> tuple[list[Tensor], list[int]]:
+        """Values [N, 2, 3] of the pairs as each process has them, and pairs computed by each."""
+        n_computed = [0] * len(self.said)
+
+        def of_rank(rank: int) -> Tensor:
+            def compute(batch: PreferenceBatch) -> Tensor:
+                n_computed[rank] += int(batch.counted().sum())
+                return meaning(batch)
+
+            known = KnownTexts(folder) if rank == 0 else None
+            dataset = PairDataset.of_tokens(pairs)
+            found = of_texts(dataset, compute, 2, known, share=self.share(rank))
+            assert found is not None
+            return found[torch.arange(len(pairs))]
+
+        with ThreadPoolExecutor(len(self.said)) as threads:
+            return list(threads.map(of_rank, range(len(self.said)))), n_computed
+
+
+def meaning(batch: PreferenceBatch) -> Tensor:
+    """Three numbers of each text, [B, 2, 3], which no two of these tests share."""
+    prompt = (batch.input_ids * (batch.segment == PROMPT)).sum(dim=1)
+    responses = [(batch.input_ids * (batch.segment == mark)) for mark in (CHOSEN, REJECTED)]
+    of_text = torch.stack([one.sum(dim=1) for one in responses], dim=1)  # [B, 2]
+    return torch.stack([of_text, 100.0 * of_text + prompt[:, None], of_text**2], dim=2).float()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_processes_agree_on_what_is_known(n: int, tmp_path: Path) -> None:
+    expected = meaning(PairDataset.of_tokens(MORE).batch(range(len(MORE))))
+    found, n_computed = Together(n).values(MORE[:3], tmp_path)
+    assert all(one.equal(expected[:3]) for one in found)
+    assert sum(n_computed) == 3  # five texts of two prompts, two to a row
+    (first,) = tmp_path.iterdir()
+    found, n_computed = Together(n).values(MORE, tmp_path)
+    assert all(one.equal(expected) for one in found)
+    assert sum(n_computed) == 2  # two of another prompt, and one new response
+    assert len(list(tmp_path.iterdir())) == 2 and first.is_file()
+    for again in (1, 2):
+        found, n_computed = Together(again).values(MORE, tmp_path)
+        assert all(one.equal(expected) for one in found) and sum(n_computed) == 0
+    assert len(list(tmp_path.iterdir())) == 2

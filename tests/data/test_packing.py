@@ -1,0 +1,285 @@
+"""Packed rows: by hand, equal to two separate rows, equal to a plain model on one sequence."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny import (
+    AGGREGATORS,
+    USERS,
+    WIDTH,
+    assert_same,
+    gradients,
+    language_model,
+    make_backbone,
+    make_batch,
+    make_model,
+    make_pairs,
+)
+from torch import Tensor, tensor
+
+from plrhf.data.packing import Layout, RowTokenizer, TokenPair, packed, two_rows
+from plrhf.data.rows import parse_row
+from plrhf.models.policy import PersonalDPOPolicy
+from plrhf.models.reward import PersonalRewardModel
+
+HAND = [TokenPair((11, 12), (21,), (31, 32, 33)), TokenPair((13,), (22, 23), (34,))]
+
+
+def test_packed_by_hand() -> None:
+    input_ids, segment, position_ids = packed(HAND)
+    assert input_ids.tolist() == [[11, 12, 21, 31, 32, 33], [13, 22, 23, 34, 0, 0]]
+    assert segment.tolist() == [[0, 0, 1, 2, 2, 2], [0, 1, 1, 2, -1, -1]]
+    assert position_ids.tolist() == [[0, 1, 2, 2, 3, 4], [0, 1, 2, 1, 0, 0]]
+
+
+def test_two_rows_by_hand() -> None:
+    input_ids, segment, position_ids = two_rows(HAND)
+    assert input_ids.tolist() == [
+        [11, 12, 21, 0, 0],
+        [13, 22, 23, 0, 0],
+        [11, 12, 31, 32, 33],
+        [13, 34, 0, 0, 0],
+    ]
+    assert segment.tolist() == [
+        [0, 0, 1, -1, -1],
+        [0, 1, 1, -1, -1],
+        [0, 0, 2, 2, 2],
+        [0, 2, -1, -1, -1],
+    ]
+    assert position_ids.tolist() == [
+        [0, 1, 2, 0, 0],
+        [0, 1, 2, 0, 0],
+        [0, 1, 2, 3, 4],
+        [0, 1, 0, 0, 0],
+    ]
+
+
+@pytest.mark.parametrize("layout", [packed, two_rows])
+def test_no_pairs_make_an_empty_batch(layout: Layout) -> None:
+    assert [tuple(one.shape) for one in layout([])] == [(0, 0)] * 3
+
+
+MODELS = [
+    pytest.param(PersonalRewardModel, {"pooling": "last"}, id="reward-last"),
+    pytest.param(PersonalRewardModel, {"pooling": "mean", "centring": 0.1}, id="reward-mean"),
+    pytest.param(PersonalDPOPolicy, {"beta": 1.0}, id="dpo"),
+]
+
+
+@pytest.mark.parametrize("kind", ["gptj", "llama"])
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
+@pytest.mark.parametrize(("model_class", "settings"), MODELS)
+def test_packed_equals_two_rows(
+    kind: str, aggregator: str, model_class: Any, settings: dict[str, Any]
+) -> None:
+    def losses_and_gradients(layout: Layout, padding: int) -> tuple[Tensor, dict[str, Tensor]]:
+        model = make_model(
+            model_class, backbone=make_backbone(kind), aggregator=aggregator, **settings
+        )
+        loss, _ = model.loss(make_batch(make_pairs(), layout=layout, padding=padding))
+        loss.mean().backward()
+        return loss.detach(), gradients(model)
+
+    naive_loss, naive_gradients = losses_and_gradients(two_rows, 0)
+    assert naive_loss.std() > 0.01
+    for part in ("lora_A", "lora_B", "generic_vector", "basis", "offsets"):
+        # Gradients that vanish would agree whatever the code does.
+        assert any(part in name and one.abs().max() > 1e-4 for name, one in naive_gradients.items())
+    for padding in (0, 5):
+        loss, grads = losses_and_gradients(packed, padding)
+        torch.testing.assert_close(loss, naive_loss, atol=1e-5, rtol=0)
+        assert_same(grads, naive_gradients, atol=1e-5)
+
+
+def plain_sequence(plain: Any, vectors: Tensor, tokens: tuple[int, ...]) -> Any:
+    """A Hugging Face model on user vectors [T, d] and tokens, the only row of its batch."""
+    text = plain.get_input_embeddings()(tensor([tokens]))
+    output = plain(inputs_embeds=torch.cat([vectors[None], text], 1), output_hidden_states=True)
+    return output.hidden_states[-1][0, len(vectors) :], output.logits[0, len(vectors) :]
+
+
+def user_vector(encoder: Any, user: int) -> Tensor:
+    return encoder.generic_vector + encoder.offsets.weight[user] @ encoder.basis
+
+
+@pytest.mark.parametrize("kind", ["gptj", "llama"])
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@torch.no_grad()
+def test_packed_rewards_equal_a_plain_model_on_one_sequence(kind: str, pooling: str) -> None:
+    model = make_model(PersonalRewardModel, backbone=make_backbone(kind), pooling=pooling)
+    found = model.context_margins(make_batch(make_pairs(), padding=2))
+    for context in ("user", "generic"):
+        for place, pair in enumerate(make_pairs()):
+            user = USERS[place] if context == "user" else 0
+            rewards = []
+            for response in (pair.chosen, pair.rejected):
+                vectors = user_vector(model.encoder, user).view(3, WIDTH)
+                hidden, _ = plain_sequence(model.backbone.model, vectors, (*pair.prompt, *response))
+                mine = hidden[len(pair.prompt) :]
+                rewards.append(
+                    model.head.weight[0] @ (mine.mean(0) if pooling == "mean" else mine[-1])
+                )
+            torch.testing.assert_close(
+                found[context][place], rewards[0] - rewards[1], atol=1e-5, rtol=0
+            )
+
+
+@pytest.mark.parametrize("kind", ["gptj", "llama"])
+@pytest.mark.parametrize("aggregator", ["soft_prompt", "film_last"])
+@torch.no_grad()
+def test_packed_policy_equals_a_plain_model_on_one_sequence(kind: str, aggregator: str) -> None:
+    model = make_model(
+        PersonalDPOPolicy, backbone=make_backbone(kind), aggregator=aggregator, beta=0.7
+    )
+    base = language_model(kind)
+    nothing = torch.empty(0, WIDTH)
+
+    def policy_logits(user: int, tokens: tuple[int, ...]) -> Tensor:
+        vector = user_vector(model.encoder, user)
+        if aggregator == "soft_prompt":
+            return plain_sequence(model.backbone.model, vector.view(3, WIDTH), tokens)[1]
+        hidden, _ = plain_sequence(model.backbone.model, nothing, tokens)
+        gamma, beta = (model.aggregator.to_film.weight @ vector).view(2, WIDTH)
+        return model.backbone.model.get_output_embeddings()((1 + gamma) * hidden + beta)
+
+    def logp(logits: Tensor, pair: TokenPair, response: tuple[int, ...]) -> Tensor:
+        before = logits[len(pair.prompt) - 1 : -1].log_softmax(-1)
+        return before[range(len(response)), response].sum()
+
+    found = model.context_margins(make_batch(make_pairs(), padding=2))
+    for context in ("user", "generic"):
+        for place, pair in enumerate(make_pairs()):
+            user = USERS[place] if context == "user" else 0
+            ratios = []
+            for response in (pair.chosen, pair.rejected):
+                tokens = (*pair.prompt, *response)
+                ours = logp(policy_logits(user, tokens), pair, response)
+                reference = logp(plain_sequence(base, nothing, tokens)[1], pair, response)
+                ratios.append(ours - reference)
+            expected = 0.7 * (ratios[0] - ratios[1])
+            torch.testing.assert_close(found[context][place], expected, atol=1e-5, rtol=0)
+
+
+def a_row(**changes: Any) -> Any:
+    good = {"prompt": "Write.", "chosen": "The sea.", "rejected": "wide", "user_id": "ann"}
+    return parse_row({**good, **changes}, "f:1")
+
+
+def row_tokenizer(tokenizer: Any, **changes: Any) -> RowTokenizer:
+    return RowTokenizer(tokenizer, **{"max_prompt_tokens": 50, "max_tokens": 80, **changes})
+
+
+def test_row_as_text(tokenizer: Any) -> None:
+    rows, (pair,) = row_tokenizer(tokenizer)([a_row()])
+    assert [tokenizer.decode(part) for part in (pair.prompt, pair.chosen, pair.rejected)] == [
+        "<|endoftext|>Write.\n",
+        "The sea.<|endoftext|>",
+        "wide<|endoftext|>",
+    ]
+    assert rows == [a_row()]
+
+
+def test_user_text_stands_before_the_prompt(tokenizer: Any) -> None:
+    row = a_row(user_text="I sail.")
+    with_text = row_tokenizer(tokenizer, use_user_text=True, separator=" | ")
+    assert tokenizer.decode(with_text.prompt(row)) == "<|endoftext|>I sail. | Write. | "
+    assert tokenizer.decode(with_text.prompt(a_row())) == "<|endoftext|>Write. | "
+    assert tokenizer.decode(row_tokenizer(tokenizer).prompt(row)) == "<|endoftext|>Write.\n"
+
+
+def test_a_long_prompt_keeps_its_end_and_is_counted(tokenizer: Any) -> None:
+    whole = row_tokenizer(tokenizer).prompt(a_row(prompt="The sea. Write about the sea."))
+    cut = row_tokenizer(tokenizer, max_prompt_tokens=5)
+    prompt = cut.prompt(a_row(prompt="The sea. Write about the sea."))
+    assert prompt == (whole[0], *whole[-4:])  # start token and the end of the text
+    assert cut.counts["prompt truncated"] == 1
+    exact = row_tokenizer(tokenizer, max_prompt_tokens=len(whole))
+    assert exact.prompt(a_row(prompt="The sea. Write about the sea.")) == whole
+    assert exact.counts["prompt truncated"] == 0
+
+
+def test_a_long_prompt_can_be_an_error(tokenizer: Any) -> None:
+    strict = row_tokenizer(tokenizer, max_prompt_tokens=3, on_long_prompt="error")
+    n_tokens = len(row_tokenizer(tokenizer).prompt(a_row()))
+    with pytest.raises(ValueError) as caught:
+        strict([a_row(pair_id="p7")])
+    assert str(caught.value) == (
+        f"prompt='{n_tokens} tokens (pair p7)' is not allowed: expected at most "
+        "data.max_prompt_tokens=3. Raise data.max_prompt_tokens, or set "
+        "data.on_long_prompt=truncate."
+    )
+
+
+def test_a_response_is_never_cut_but_its_row_dropped_and_counted(tokenizer: Any) -> None:
+    fits, too_long = a_row(), a_row(rejected="The sea is blue and wide. " * 3)
+    n_prompt = len(row_tokenizer(tokenizer).prompt(fits))
+    n_longer = len(tokenizer("The sea.")["input_ids"]) + 1
+    exact = row_tokenizer(tokenizer, max_tokens=n_prompt + n_longer)
+    rows, pairs = exact([fits, too_long, fits])
+    assert (len(rows), len(pairs), exact.counts["response too long"]) == (2, 2, 1)
+    assert row_tokenizer(tokenizer, max_tokens=n_prompt + n_longer - 1)([fits]) == ([], [])
+
+
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+MESSAGES = [{"role": "user", "content": "Write."}]
+
+
+@pytest.mark.parametrize("template", [CHAT, CHAT.removeprefix("{{ bos_token }}")])
+def test_chat_goes_through_the_template_with_one_start_token(tokenizer: Any, template: str) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    row = a_row(prompt=MESSAGES, user_text="I sail.")
+    prompt = row_tokenizer(tokenizer).prompt(row)
+    assert tokenizer.decode(prompt) == "<|endoftext|>[user]Write.[assistant]"
+    assert prompt.count(tokenizer.bos_token_id) == 1
+    with_text = row_tokenizer(tokenizer, use_user_text=True).prompt(row)
+    assert tokenizer.decode(with_text) == ("<|endoftext|>[system]I sail.[user]Write.[assistant]")
+
+
+BAD = [
+    (
+        {"max_prompt_tokens": -1},
+        "data.max_prompt_tokens=-1 is not allowed: expected a whole number from 0. "
+        "Set data.max_prompt_tokens=512.",
+    ),
+    (
+        {"on_long_prompt": "cut"},
+        "data.on_long_prompt='cut' is not allowed: expected truncate or error. "
+        "Set data.on_long_prompt=truncate.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD)
+def test_bad_settings(tokenizer: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        row_tokenizer(tokenizer, **settings)
+    assert str(caught.value) == message
+
+
+def test_without_a_start_token_a_prompt_needs_one_token(
+    tokenizer: Any,
+) -> None:
+    assert row_tokenizer(tokenizer, max_prompt_tokens=0).prompt(a_row()) == (0,)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.bos_token = None
+    with pytest.raises(ValueError, match="max_prompt_tokens=0 .*a whole number from 1"):
+        row_tokenizer(tokenizer, max_prompt_tokens=0)
+    assert len(row_tokenizer(tokenizer, max_prompt_tokens=1).prompt(a_row())) == 1
+
+
+def test_chat_needs_a_template(tokenizer: Any) -> None:
+    with pytest.raises(ValueError) as caught:
+        row_tokenizer(tokenizer).prompt(a_row(prompt=MESSAGES))
+    assert str(caught.value) == (
+        "prompt=({'role': 'user', 'content': 'Write.'},) is not allowed: expected text, as this "
+        "tokenizer has no chat template. Give prompts as text, or a backbone whose tokenizer has "
+        "a chat template."
+    )

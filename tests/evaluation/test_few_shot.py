@@ -1,0 +1,263 @@
+"""The curve of new users: who is given and asked what, the controls, adapt.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from runs import launch, rows_of_world, write_rows
+from tiny import WIDTH, make_model, make_pairs
+
+from plrhf.core.stats import Outcomes, correctness
+from plrhf.data.features import FeatureSchema
+from plrhf.data.module import OfTexts, PairDataset, PreferenceData
+from plrhf.data.packing import packed
+from plrhf.data.rows import Row
+from plrhf.data.sources.jsonl import JsonlSource
+from plrhf.evaluation.few_shot import (
+    Curve,
+    Shots,
+    Trial,
+    draw_trials,
+    rows_of_users,
+    shots_table,
+    summarised,
+)
+from plrhf.models.adaptation import Prior
+from plrhf.models.reward import PersonalRewardModel
+
+
+def rows_of(**counts: int) -> list[Row]:
+    """So many rows of each user, one user after the other."""
+    users = [user for user, count in counts.items() for _ in range(count)]
+    return [
+        Row(prompt="p", chosen="c", rejected="r", user_id=user, prompt_id="p", pair_id=f"{n}")
+        for n, user in enumerate(users)
+    ]
+
+
+def test_who_is_given_and_asked_what() -> None:
+    # ann and bob have test pairs only; cid has 4 pairs outside test and 2 in it; dan has too few.
+    rows = rows_of(ann=7, bob=4, cid=6, dan=3, eva=5)
+    outside = {"11", "12", "13", "14"} | {"20", "21"}  # of cid, and of eva, who has 2
+    trials, left_out = draw_trials(rows, outside, Shots(shots=[0, 3], draws=9), seed=0)
+    assert left_out == 2 and len(trials) == 9
+    for ann, bob, cid in trials:
+        assert len(ann.given) == len(bob.given) == len(cid.given) == 3
+        assert sorted(ann.given + ann.asked) == [0, 1, 2, 3, 4, 5, 6]
+        assert sorted(bob.given + bob.asked) == [7, 8, 9, 10]
+        assert set(cid.given) < {11, 12, 13, 14} and cid.asked == [15, 16]
+    assert len({tuple(ann.given) for ann, _, _ in trials}) > 5
+    again, _ = draw_trials(rows, outside, Shots(shots=[0, 3], draws=9), seed=0)
+    other, _ = draw_trials(rows, outside, Shots(shots=[0, 3], draws=9), seed=1)
+    assert again == trials and other != trials
+
+
+def test_too_few_pairs_or_users() -> None:
+    with pytest.raises(ValueError) as caught:
+        draw_trials(rows_of(ann=7, bob=4, cid=2), set(), Shots(shots=[2, 4]), seed=0)
+    assert str(caught.value) == (
+        "eval.shots=[2, 4] is not allowed: expected at most 3 pairs given, which leaves 2 of 3 "
+        "unseen users some to ask. Lower eval.shots, or give more rows with data= (personas: "
+        "data.test_pairs_per_user=60)."
+    )
+    with pytest.raises(ValueError) as caught:
+        draw_trials(rows_of(ann=7, bob=4), {"7", "8", "9", "10"}, Shots(shots=[1]), seed=0)
+    assert str(caught.value) == (
+        "unseen users=1 is not allowed: expected 2 or more with pairs to give and to ask. Train "
+        "with data.unseen_fraction=0.1 (personas: data.n_unseen_users=40), or name rows of other "
+        "people with data=."
+    )
+
+
+def test_people_held_out_of_training_bring_the_rows_it_left_aside(tmp_path: Path) -> None:
+    rows = rows_of_world(n_unseen_users=0, test_pairs_per_user=4)
+    data = PreferenceData(
+        source=JsonlSource(path=str(write_rows(tmp_path / "rows.jsonl", rows))),
+        seed=3,
+        batch_size=7,
+        eval_batch_size=7,
+        unseen_fraction=0.4,
+    )
+    unseen = {row["user_id"] for row in rows} - set(data.splits.users)
+    assert 0 < len(unseen) < 5
+    given, asked = rows_of_users(data, "unseen")
+
+    def expected(*splits: str) -> set[str]:
+        mine = [row for row in rows if row["user_id"] in unseen]
+        return {row["pair_id"] for row in mine if row["split"] in splits}
+
+    assert {row.pair_id for row in given} == expected("train", "val")
+    assert {row.pair_id for row in asked} == expected("test")
+    # Settings are chosen on train users: none of them is unseen, and no test pair takes part.
+    given, asked = rows_of_users(data, "seen")
+    assert {row.split for row in given} == {"train"} and {row.split for row in asked} == {"val"}
+    assert {row.user_id for row in [*given, *asked]}.isdisjoint(unseen)
+
+
+def curve_of(trials: list[list[Trial]]) -> Curve:
+    nothing: Any = None
+    return Curve(nothing, nothing, nothing, trials, batch_size=5)
+
+
+def test_the_control_is_always_somebody_else() -> None:
+    one, two, three = Trial([], [0, 1]), Trial([], [2]), Trial([], [3, 4])
+    curve = curve_of([[one, two, three], [one, two, three], [one, two, three]])
+    assert curve.asked == [0, 1, 2, 3, 4] * 3
+    assert curve.own == [1, 1, 2, 3, 3, 4, 4, 5, 6, 6, 7, 7, 8, 9, 9]
+    # The next user of the same draw, then the one after, then the next again.
+    assert curve.others == [2, 2, 3, 1, 1, 6, 6, 4, 5, 5, 8, 8, 9, 7, 7]
+
+
+def test_a_model_that_knows_how_people_differ_learns_who_this_is() -> None:
+    """Simulated people within the model's reach: their own pairs tell, other people's do not."""
+    model = make_model(PersonalRewardModel, aggregator="film_last").eval()
+    n_users, n_pairs = 8, 48
+    with torch.no_grad():
+        model.head.weight *= 4
+        model.encoder.generic_vector.zero_()
+        rows = torch.randn(n_users, 2)
+        hidden = torch.randn(n_users * n_pairs, 2, WIDTH)
+        to_gamma = model.aggregator.to_film.weight[:WIDTH]
+        # Texts without what everybody sees alike, so that only the person decides.
+        weights = model.head.weight[0] * (rows @ model.encoder.basis @ to_gamma.T)  # [N, d]
+        common = model.head.weight[0]
+        hidden -= (hidden @ common)[..., None] * common / common.square().sum()
+        of_pair = (hidden[:, 0] - hidden[:, 1]).view(n_users, n_pairs, WIDTH)
+        likes_second = (torch.einsum("und,ud->un", of_pair, weights) < 0).flatten()
+        hidden[likes_second] = hidden[likes_second].flip(1)
+    people = rows_of(**{f"user{user}": n_pairs for user in range(n_users)})
+    pairs = make_pairs(len(people))
+    schema = FeatureSchema.fit(())
+    dataset = PairDataset(people, pairs, layout=packed, user_index={}, schema=schema)
+    dataset.hidden = OfTexts(hidden.flatten(0, 1), torch.arange(2 * len(people)).view(-1, 2))
+    trials, _ = draw_trials(people, set(), Shots(shots=[24], draws=3), seed=0)
+    curve = Curve(model, dataset, Prior(model.encoder), trials, batch_size=50)
+    t = curve.fit(24, steps=30)
+    accuracy = {
+        name: correctness(curve.margins(t, owners)).mean()
+        for name, owners in (("own", curve.own), ("others", curve.others))
+    }
+    assert accuracy["own"] > 0.85
+    assert accuracy["others"] < 0.65
+    assert curve.margins(0 * t, curve.own) == pytest.approx(0, abs=1e-4)
+
+
+def outcomes(*margins: float) -> Outcomes:
+    """Two pairs of ann, then two of bob."""
+    found = np.array(margins)
+    users = np.array(["ann", "ann", "bob", "bob"])
+    return Outcomes(np.arange(4), users, found, correctness(found))
+
+
+def test_curves_by_hand() -> None:
+    found = {
+        "adapted": [outcomes(1, -1, 1, -1), outcomes(1, 1, 1, -2)],
+        "pooled": [outcomes(1, -1, 1, -1), outcomes(-1, -1, 1, 0)],
+        "generic": [outcomes(1, -1, 1, -1)] * 2,
+        "oracle": [outcomes(1, 1, 1, 1)] * 2,
+    }
+    result = summarised(found)
+    values = {name: [one["value"] for one in curve] for name, curve in result["curves"].items()}
+    assert values == {
+        "adapted": [0.5, 0.75],
+        "pooled": [0.5, 0.375],
+        "generic": [0.5, 0.5],
+        "oracle": [1.0, 1.0],
+    }
+    assert [one["value"] for one in result["over_generic"]["adapted"]] == [0.0, 0.25]
+    assert result["over_generic"]["adapted"][1]["ci95"] == [0.0, 0.5]
+    recovered = result["gain_recovered"]
+    assert [one["value"] for one in recovered["adapted"]] == [0.0, 0.5]
+    assert [one["value"] for one in recovered["pooled"]] == [0.0, -0.25]
+    about = {"shots": [0, 8], "users": "unseen", "n_users": 2, "n_draws": 1}
+    assert lines(shots_table({**about, **result}))[1] == [
+        *("8", "75.0", "37.5", "50.0", "100.0", "0.50", "-0.25"),
+    ]
+    del found["oracle"]
+    result = summarised(found)
+    assert result["curves"]["oracle"] is None and result["gain_recovered"] is None
+    assert lines(shots_table({**about, **result}))[1] == [
+        "8",
+        "75.0",
+        "37.5",
+        "50.0",
+        "25.0",
+        "-12.5",
+    ]
+
+
+def lines(table: Any) -> list[list[str]]:
+    """Values of a table's lines, without intervals."""
+    columns = [[cell.split("\n")[0] for cell in column.cells] for column in table.columns]
+    return [list(line) for line in zip(*columns, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"shots": [0, 4, 2]},
+            "eval.shots=[0, 4, 2] is not allowed: expected whole numbers from 0, each above the "
+            "one before. Set eval.shots=[0,1,2,4,8,16].",
+        ),
+        (
+            {"shots": [-1]},
+            "eval.shots=[-1] is not allowed: expected whole numbers from 0, each above the one "
+            "before. Set eval.shots=[0,1,2,4,8,16].",
+        ),
+        (
+            {"shots": [0], "draws": 0},
+            "eval.draws=0 is not allowed: expected a whole number from 1. Set eval.draws=5.",
+        ),
+    ],
+)
+def test_bad_settings(settings: Any, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        Shots(**settings)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("which", ["reward_run", "policy_run"])
+def test_a_run_is_asked_about_people_it_has_not_met(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: Any
+) -> None:
+    run = request.getfixturevalue(which)
+    asked = ["eval=adapt", f"run={run}", "eval.shots=[0,1,3]", "eval.draws=2", "eval.steps=4"]
+    launch("eval", *asked, f"out={tmp_path}")
+    result = json.loads((tmp_path / "adapt.json").read_text())
+    assert set(result) == {
+        *("schema", "shots", "curves", "over_generic", "gain_recovered"),
+        *("users", "n_users", "n_draws", "left_out"),
+    }
+    assert (result["schema"], result["shots"]) == (1, [0, 1, 3])
+    counts = [result[name] for name in ("users", "n_users", "n_draws", "left_out")]
+    assert counts == ["unseen", 2, 2, 0]
+    assert set(result["curves"]) == {"adapted", "pooled", "generic", "oracle"}
+    for curve in (*result["curves"].values(), *result["over_generic"].values()):
+        assert len(curve) == 3 and all(set(one) == {"value", "ci95"} for one in curve)
+    first = [result["curves"][name][0] for name in ("adapted", "pooled", "generic")]
+    assert first[0] == first[1] == first[2]  # nothing given, nothing learned
+    shown = capsys.readouterr().out
+    assert "2 unseen users, 2 draws" in shown
+    assert shown.replace("\n", "").endswith(f"curve: {tmp_path / 'adapt.json'}")
+
+
+def test_train_users_as_if_they_were_new(reward_run: Path, tmp_path: Path) -> None:
+    asked = ["eval=adapt", "eval.users=seen", "eval.shots=[9]", "eval.draws=1", "eval.steps=2"]
+    launch("eval", *asked, f"run={reward_run}", f"out={tmp_path}")
+    result = json.loads((tmp_path / "adapt_seen.json").read_text())
+    assert (result["users"], result["n_users"]) == ("seen", 5)
+
+
+def test_shots_without_brackets(reward_run: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        launch("eval", "eval=adapt", f"run={reward_run}", "eval.shots=0,1,2")
+    assert capsys.readouterr().err == (
+        "error: eval.shots='0,1,2' is not allowed: expected one value. Add -m to run with each of "
+        "them, or write eval.shots=[0,1,2] for a list.\n"
+    )

@@ -1,0 +1,234 @@
+"""What a run ships: loads to the same model, elsewhere too, and refuses what does not belong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from runs import save_model
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from plrhf.cli.run import train
+from plrhf.core.types import PreferenceBatch
+from plrhf.data.module import PreferenceData, build_data
+from plrhf.models.base import PersonalModule
+from plrhf.models.export import build_model, read_card, user_model_state
+from plrhf.models.policy import PersonalDPOPolicy
+from plrhf.models.reward import PersonalRewardModel
+
+CLASSES: dict[str, type[PersonalModule]] = {
+    "reward_run": PersonalRewardModel,
+    "policy_run": PersonalDPOPolicy,
+}
+
+
+@pytest.fixture
+def export(reward_run: Path, tmp_path: Path) -> Path:
+    """A copy of a reward model's export, to break."""
+    return Path(shutil.copytree(reward_run / "export", tmp_path / "export"))
+
+
+def data_of(run: Path, model: PersonalModule) -> PreferenceData:
+    data = build_data(yaml.safe_load((run / "config.yaml").read_text())["data"])
+    data.tokenize(AutoTokenizer.from_pretrained(run / "export"), causal=model.backbone.causal)
+    return data
+
+
+def margins(model: PersonalModule, data: PreferenceData) -> pd.DataFrame:
+    """Margins of the test pairs, in the batches that evaluation takes them in."""
+    found: list[pd.DataFrame] = []
+    batch: PreferenceBatch
+    for batch in data.ordered_loader("test"):
+        rows = [data.datasets["test"].rows[place].pair_id for place in batch.row.tolist()]
+        values = {
+            name: value.double().numpy() for name, value in model.context_margins(batch).items()
+        }
+        found.append(pd.DataFrame(values, index=rows))
+    return pd.concat(found).sort_index()
+
+
+@pytest.mark.parametrize("which", CLASSES)
+def test_margins_are_bit_identical(which: str, request: pytest.FixtureRequest) -> None:
+    run = request.getfixturevalue(which)
+    model = CLASSES[which].from_pretrained(run / "export")
+    assert not model.training
+    table = pd.read_parquet(run / "predictions.parquet").query("split == 'test'")
+    expected = table.pivot(index="pair_id", columns="context", values="margin").sort_index()
+    found = margins(model, data_of(run, model))
+    for context in ("user", "generic"):
+        assert (found[context].to_numpy() == expected[context].to_numpy()).all()
+    assert (found["user"] != found["generic"]).any()
+
+
+@pytest.mark.parametrize("which", CLASSES)
+def test_the_adapter_is_one_of_plain_peft(which: str, request: pytest.FixtureRequest) -> None:
+    export = request.getfixturevalue(which) / "export"
+    card = read_card(export)
+    base = AutoModelForCausalLM.from_pretrained(card.backbone["path"])
+    plain = PeftModel.from_pretrained(base, str(export)).eval()
+    ours = CLASSES[which].from_pretrained(export).backbone.model
+    ids = torch.tensor([[5, 9, 300, 41]])
+    with torch.no_grad():
+        logits = plain(ids).logits
+        assert torch.equal(logits, ours(ids).logits)
+        with plain.disable_adapter():
+            assert not torch.equal(logits, plain(ids).logits)
+
+
+@pytest.mark.parametrize("which", CLASSES)
+def test_nothing_in_it_is_ever_unpickled(which: str, request: pytest.FixtureRequest) -> None:
+    export = request.getfixturevalue(which) / "export"
+    names = {path.name for path in export.iterdir()}
+    assert names == {
+        *("adapter_config.json", "adapter_model.safetensors", "user_encoder.safetensors"),
+        *("plrhf.json", "tokenizer.json", "tokenizer_config.json"),
+    }
+    for path in export.glob("*.json"):
+        json.loads(path.read_text())
+    with safe_open(export / "user_encoder.safetensors", "pt") as file:
+        parts = {name.split(".")[0] for name in file.keys()}  # noqa: SIM118, it is no dict
+    assert parts == ({"encoder", "aggregator", "head"} if which == "reward_run" else {"encoder"})
+
+
+def test_a_moved_backbone(export: Path, tmp_path: Path) -> None:
+    card = json.loads((export / "plrhf.json").read_text())
+    moved = shutil.copytree(card["backbone"]["path"], tmp_path / "moved")
+    card["backbone"]["path"] = "/nowhere/any/more"
+    (export / "plrhf.json").write_text(json.dumps(card))
+    with pytest.raises(ValueError, match=r"^backbone\.path='/nowhere/any/more' is not allowed"):
+        PersonalRewardModel.from_pretrained(export)
+    model = PersonalRewardModel.from_pretrained(export, backbone_path=str(moved))
+    assert model.card.users == card["users"]
+
+
+def test_another_backbone_is_refused(export: Path, tmp_path: Path) -> None:
+    path = read_card(export).backbone["path"]
+    other = shutil.copytree(path, tmp_path / "other")
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.fc_in.weight[3, 5] += 1
+    model.save_pretrained(other)
+    with pytest.raises(ValueError) as error:
+        PersonalRewardModel.from_pretrained(export, backbone_path=str(other))
+    assert str(error.value) == (
+        f"backbone.path={str(other)!r} is not allowed: expected the backbone the model was trained "
+        "on. Give its directory as backbone_path."
+    )
+    with pytest.raises(ValueError, match=r"^backbone\.path="):
+        other = save_model(tmp_path / "wider")
+        PersonalRewardModel.from_pretrained(export, backbone_path=str(other))
+
+
+def test_another_class_is_refused(export: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        PersonalDPOPolicy.from_pretrained(export)
+    assert str(error.value) == (
+        "export='plrhf.models.reward.PersonalRewardModel' is not allowed: expected a PersonalDPOPolicy. "
+        "Load it with from_pretrained of its own class."
+    )
+
+
+def changed(**parts: Any) -> Any:
+    def change(card: dict[str, Any]) -> None:
+        for name, value in parts.items():
+            card[name] = {**card[name], **value} if isinstance(value, dict) else value
+
+    return change
+
+
+BROKEN = {
+    "schema": (changed(schema=2), "plrhf.json schema=2 is not allowed: expected 1."),
+    "extra": (changed(extra=1), "plrhf.json.extra=1 is not allowed: expected one of the keys"),
+    "type": (changed(users="ann"), "plrhf.json.users='ann' is not allowed: expected a valid list"),
+    "missing": (
+        lambda card: card.pop("users"),
+        "plrhf.json.users=None is not allowed: expected a v",
+    ),
+    "backbone": (
+        changed(backbone={"lora": None, "evil": 1}),
+        "plrhf.json.backbone.evil=1 is not allowed",
+    ),
+    "a function for a class": (
+        changed(encoder={"_target_": "shutil.rmtree"}),
+        "encoder._target_='shutil.rmtree' is not allowed: expected the dotted path of a subclass of",
+    ),
+    "no class": (
+        changed(model={"_target_": None}),
+        "plrhf.json.model._target_=None is not allowed",
+    ),
+    "other shape": (changed(encoder={"rank": 3}), "user_encoder.safetensors encoder."),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_card_is_refused(name: str, export: Path) -> None:
+    change, message = BROKEN[name]
+    card = json.loads((export / "plrhf.json").read_text())
+    change(card)
+    (export / "plrhf.json").write_text(json.dumps(card))
+    with pytest.raises(ValueError) as error:
+        PersonalRewardModel.from_pretrained(export)
+    assert str(error.value).startswith(message)
+
+
+def test_files_that_are_cut_or_gone_are_refused(export: Path) -> None:
+    weights = export / "user_encoder.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    with pytest.raises(ValueError, match=r"^user_encoder\.safetensors=.* a whole safetensors file"):
+        PersonalRewardModel.from_pretrained(export)
+    (export / "plrhf.json").write_text('{"schema": 1, ')
+    with pytest.raises(ValueError, match=r"^export='.* is not allowed: expected a JSON object"):
+        PersonalRewardModel.from_pretrained(export)
+    (export / "plrhf.json").unlink()
+    with pytest.raises(ValueError, match=r"^export=.* expected a directory with plrhf\.json"):
+        PersonalRewardModel.from_pretrained(export)
+
+
+def test_code_of_a_repository_is_not_for_an_export_to_ask_for(
+    export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = json.loads((export / "plrhf.json").read_text())
+    card["backbone"]["trust_remote_code"] = True
+    (export / "plrhf.json").write_text(json.dumps(card))
+    asked: list[bool] = []
+    really = AutoConfig.from_pretrained
+
+    def noticed(path: str, *, trust_remote_code: bool, **options: Any) -> Any:
+        asked.append(trust_remote_code)
+        return really(path, trust_remote_code=trust_remote_code, **options)
+
+    monkeypatch.setattr("plrhf.backbone.model.AutoConfig.from_pretrained", noticed)
+    for trusted in (False, True):
+        PersonalRewardModel.from_pretrained(export, trust_remote_code=trusted)
+    assert list(dict.fromkeys(asked)) == [False, True]
+
+
+def test_a_run_is_the_same_from_a_backbone_made_anew(reward_run: Path, tmp_path: Path) -> None:
+    settings = yaml.safe_load((reward_run / "config.yaml").read_text())
+    train({**settings, "cache_dir": str(tmp_path / "cache"), "run_dir": str(tmp_path / "run")})
+    for name in ("adapter_model.safetensors", "user_encoder.safetensors"):
+        expected = (reward_run / "export" / name).read_bytes()
+        assert (tmp_path / "run/export" / name).read_bytes() == expected
+
+
+def test_a_card_builds_the_users_model_again(reward_run: Path) -> None:
+    model = PersonalRewardModel.from_pretrained(reward_run / "export")
+    fresh = build_model(model.backbone, model.card)
+    one, other = user_model_state(model), user_model_state(fresh)
+    assert {name: value.shape for name, value in one.items()} == {
+        name: value.shape for name, value in other.items()
+    }
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    assert model.card.user_index("ada-000") == 1
+    with pytest.raises(
+        ValueError, match="^user_id='bob' is not allowed: expected one of the 5 users"
+    ):
+        model.card.user_index("bob")

@@ -1,0 +1,106 @@
+"""A shipped model asked from Python says what its run said, and refuses what it cannot answer."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from test_export import data_of
+
+from plrhf.backbone.model import load_tokenizer
+from plrhf.models import inference as serve
+from plrhf.models.export import read_card
+from plrhf.models.inference import score, write
+from plrhf.models.policy import PersonalDPOPolicy
+from plrhf.models.reward import PersonalRewardModel
+
+NOTE = {"prompt": "Write a note.", "response": "Back at six."}
+
+
+def test_rewards_are_those_of_the_run(reward_run: Path) -> None:
+    export = reward_run / "export"
+    model, tokenizer = PersonalRewardModel.from_pretrained(export), load_tokenizer(str(export))
+    rows = [
+        row for row in data_of(reward_run, model).splits.test if row.user_id in model.card.users
+    ]
+    table = pd.read_parquet(reward_run / "predictions.parquet").set_index(["context", "pair_id"])
+    assert len(rows) == 20
+    for context in ("user", "generic"):
+        asked = [
+            {"prompt": row.prompt, "response": text}
+            | ({"user_id": row.user_id} if context == "user" else {})
+            for row in rows
+            for text in (row.chosen, row.rejected)
+        ]
+        rewards = score(model, tokenizer, asked, batch_size=7).view(-1, 2)
+        expected = table.loc[context]["margin"].loc[[row.pair_id for row in rows]]
+        margins = (rewards[:, 0] - rewards[:, 1]).double()
+        torch.testing.assert_close(margins, torch.tensor(expected.to_numpy()), atol=1e-5, rtol=0)
+
+
+def test_texts_are_those_of_the_run(policy_run: Path) -> None:
+    export = policy_run / "export"
+    model, tokenizer = PersonalDPOPolicy.from_pretrained(export), load_tokenizer(str(export))
+    lines = [json.loads(line) for line in (policy_run / "generations.jsonl").open()]
+    lines = [line for line in lines if line["writer"] == "policy"]
+    assert len({line["user_id"] for line in lines}) > 1
+    samples = yaml.safe_load((policy_run / "config.yaml").read_text())["samples"]
+    how: dict[str, Any] = {name: samples[name] for name in ("max_new_tokens", "temperature")}
+    assert write(model, tokenizer, lines, **how) == [line["response"] for line in lines]
+
+
+def test_the_example(reward_run: Path, policy_run: Path) -> None:
+    assert serve.__doc__ is not None
+    start, end = serve.__doc__.index("    from plrhf"), serve.__doc__.index("\nWhat is asked")
+    code = textwrap.dedent(serve.__doc__[start:end])
+    for name, run in (("REWARD_DIR", reward_run), ("POLICY_DIR", policy_run)):
+        code = code.replace(name, str(run))
+    code = code.replace('"ada"', repr(read_card(reward_run / "export").users[2]))
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert found["rewards"].shape == (2,) and len(found["texts"]) == 2
+    assert found["rewards"][0] != found["rewards"][1]
+
+
+def test_nothing_asked(reward_run: Path, policy_run: Path) -> None:
+    reward = PersonalRewardModel.from_pretrained(reward_run / "export")
+    policy = PersonalDPOPolicy.from_pretrained(policy_run / "export")
+    tokenizer = load_tokenizer(str(policy_run / "export"))
+    assert score(reward, tokenizer, []).shape == (0,)
+    assert write(policy, tokenizer, [], max_new_tokens=3) == []
+
+
+def test_what_cannot_be_answered(reward_run: Path) -> None:
+    export = reward_run / "export"
+    model, tokenizer = PersonalRewardModel.from_pretrained(export), load_tokenizer(str(export))
+    users = model.card.users
+    assert len(users) == 5  # of more the first five are shown
+    longest = model.card.text["max_tokens"]
+    for asked, message in (
+        (
+            {**NOTE, "response": " "},
+            "asked[0].response=' ' is not allowed: expected text that is not blank. "
+            "Give the text to be scored.",
+        ),
+        (
+            {**NOTE, "user_id": "eve"},
+            f"user_id='eve' is not allowed: expected one of the {len(users)} users the model was "
+            f"trained on ({', '.join(users)}). Name one of them, or leave it out for the generic user.",
+        ),
+        (
+            {**NOTE, "response": "sea " * 2000},
+            "asked='1 too long' is not allowed: expected prompt and response of at most "
+            f"{longest} tokens. Leave out what is longer, or train with a larger data.max_tokens.",
+        ),
+    ):
+        with pytest.raises(ValueError) as caught:
+            score(model, tokenizer, [asked])
+        assert str(caught.value) == message
+    with pytest.raises(ValueError, match=r"asked\[0\].*prompt"):
+        score(model, tokenizer, [{"response": "Yes."}])

@@ -1,0 +1,184 @@
+"""Runs of several seeds as one row: hand-worked numbers, who comes next, what is left to the curves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from test_report import ORACLE, PERSONAL, VANILLA, make_run, predictions, read_page
+
+from plrhf.reporting import curves as sweeps
+from plrhf.reporting import report, tables
+from plrhf.reporting.runs import Run, read_run
+from plrhf.reporting.seeds import (
+    at_base,
+    base_values,
+    curves_table,
+    over_seeds,
+    seeds_frame,
+    seeds_note,
+    seeds_table,
+)
+
+WORSE = {"ann": 2, "bob": 1, "cid": 1, "dan": 2}  # 4 of 14 seen
+
+
+def made(folder: Path, right: dict[str, int], seed: int, encoder: str, **settings: Any) -> Run:
+    """A run of a world of its own: no pair in common with another seed's."""
+    table = predictions(right, oracle=ORACLE)
+    table["pair_id"] = f"world-{seed}-" + table["pair_id"]
+    name = "-".join([encoder, *map(str, settings.values()), str(seed)])
+    run_dir = make_run(folder / name, table, encoder=encoder, seed=seed)
+    results = json.loads((run_dir / "results.json").read_text())
+    results["config"]["data"]["seed"] = seed
+    results["config"]["run_dir"] = str(run_dir)
+    for key, value in settings.items():
+        part, _, setting = key.partition("_")
+        results["config"][part][setting] = value
+    (run_dir / "results.json").write_text(json.dumps(results))
+    return read_run(run_dir)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Run]:
+    """Seeds 10 and 9 of three encoders, lookup right in 9 and 12 of 14."""
+    folder = tmp_path / "runs"
+    found = []
+    for seed, lookup in ((10, ORACLE), (9, PERSONAL)):
+        found.append(made(folder, lookup, seed, "lookup"))
+        found.append(made(folder, VANILLA, seed, "none"))
+        found.append(made(folder, PERSONAL, seed, "cluster"))
+    return found
+
+
+def test_seeds_are_pooled_by_hand(runs: list[Run]) -> None:
+    lookup, vanilla, cluster = over_seeds(runs)
+    assert lookup.settings["seed"] == "9, 10"
+    cell = lookup.results["test"]["seen"]["user"]
+    assert cell["accuracy_micro"]["value"] == pytest.approx((9 + 12) / 28)
+    assert (cell["n_pairs"], cell["n_users"]) == (28, 6)  # ann of one world is not ann of another
+    assert lookup.results["by_seed"] == {"seen": "64.3, 85.7", "unseen": "33.3, 100.0"}
+    assert lookup.results["oracle"]["seen"]["accuracy_micro"]["value"] == pytest.approx(12 / 14)
+    frame = seeds_frame([lookup, vanilla, cluster])
+    by_role = frame.set_index("run")
+    first, other, third = (by_role.loc[run.name] for run in (lookup, vanilla, cluster))
+    assert first["seen_difference_micro"] == pytest.approx((21 - 12) / 28)
+    assert first["seen_gain_recovered"] == pytest.approx((21 - 12) / (24 - 12))
+    assert first["seen_over_next"] == pytest.approx((21 - 18) / 28)  # cluster's 9 + 9
+    assert first["seen_over_next_low"] <= 3 / 28 <= first["seen_over_next_high"]
+    assert third["seen_over_next"] == pytest.approx((18 - 21) / 28)
+    assert other["seen_over_next"] == pytest.approx((12 - 21) / 28)
+    assert set(frame["tests"]) == {"seeds 9, 10"}
+    assert frame.set_index("role").loc["oracle", "seen_accuracy_micro"] == pytest.approx(12 / 14)
+
+
+def test_users_of_the_same_rows_stay_the_same(tmp_path: Path) -> None:
+    same = [
+        read_run(make_run(tmp_path / str(seed), predictions(PERSONAL), encoder="none", seed=seed))
+        for seed in (1, 2)
+    ]
+    (pooled,) = over_seeds([*same, same[0]])  # a repeated seed counts once
+    cell = pooled.results["test"]["seen"]["user"]
+    assert (cell["n_pairs"], cell["n_users"]) == (28, 3)
+
+
+def test_length_goes_by_each_seed_s_own_rule(tmp_path: Path) -> None:
+    one, other = (made(tmp_path, PERSONAL, seed, "none") for seed in (1, 2))
+    results = json.loads((other.path / "results.json").read_text())
+    results["controls"]["length_only"]["rule"] = "the shorter response wins"
+    (other.path / "results.json").write_text(json.dumps(results))
+    (pooled,) = over_seeds([one, read_run(other.path)])
+    control = pooled.results["controls"]["length_only"]
+    # Chosen responses are the longer ones: right by the rule of seed 1, wrong by that of seed 2.
+    assert control["seen"]["accuracy_micro"]["value"] == 0.5
+    assert control["rule"] == "the longer response wins, the shorter response wins"
+
+
+def test_the_table_ranks_encoders_and_says_what_varies(runs: list[Run], tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    more = [made(folder, WORSE, seed, "lookup", encoder_init=2.5) for seed in (9, 10)]
+    extra = [made(folder, WORSE, seed, "lookup", encoder_init="x") for seed in (9, 10)]
+    table = seeds_table(seeds_frame(over_seeds([*runs, *more, *extra])))
+    assert list(table.columns)[:3] == ["role", "encoder", "others"]
+    title, rows = table.groups[0]
+    assert title == "Seen users, seeds 9, 10"
+    shown = [[cell.value for cell in row[:4]] for row in rows]
+    assert shown == [
+        ["personal", "lookup", "", "75.0"],
+        ["personal", "cluster", "", "64.3"],
+        ["vanilla", "none", "", "42.9"],
+        ["personal", "lookup", "encoder.init=2.5", "28.6"],
+        ["personal", "lookup", "encoder.init=x", "28.6"],
+        ["length", "", "", "100.0"],
+        ["oracle", "", "", "85.7"],
+    ]
+
+
+def test_a_page_of_a_sweep_shows_methods_first(runs: list[Run], tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    for seed in (9, 10):
+        made(folder, WORSE, seed, "lookup", model_alpha=0.25)
+    frame = report.compare(str(folder / "*"), tmp_path / "out")
+    assert len(frame) == 8 + 2 * 2  # each run, then oracle and length rule of each world
+    _, reader = read_page(tmp_path / "out/report.html")
+    text = reader.text
+    assert text.index("Test results over seeds") < text.index("Single runs")
+    assert "24 rows" in text  # of single runs, seen and unseen users
+    table = frame.attrs["over_seeds"]
+    assert isinstance(table, tables.Table)
+    saved = pd.read_csv(tmp_path / "out/over_seeds.csv")
+    assert saved["run"].notna().all() and (tmp_path / "out/over_seeds.tex").is_file()
+    assert "| personal | lookup |" in (tmp_path / "out/over_seeds.md").read_text()
+
+
+def test_points_of_curves_are_left_to_the_curves(tmp_path: Path) -> None:
+    runs = [made(tmp_path, VANILLA, seed, "none", model_alpha=0.5) for seed in (1, 2)]
+    for alpha, right in ((0.0, WORSE), (0.5, PERSONAL), (1.0, ORACLE)):
+        runs += [made(tmp_path, right, seed, "lookup", model_alpha=alpha) for seed in (1, 2)]
+    pooled = over_seeds(runs)
+    base = base_values(pooled)
+    assert base == {"model.alpha": 0.5}
+    assert [run.settings["encoder"] for run in at_base(pooled, base)] == ["none", "lookup"]
+    assert seeds_note(base).endswith(" At model.alpha=0.5; other values are in the curves.")
+    table = curves_table(pooled)
+    assert table is not None
+    ((setting, rows),) = table.groups
+    assert setting == "model.alpha"
+    shown = [[cell.value for cell in row] for row in rows]
+    # Without the user: 7 of 14 in `predictions`.
+    assert shown == [
+        ["user context", "0", "28.6", "50.0", "66.7", "–"],
+        ["user context", "0.5", "64.3", "50.0", "33.3", "–"],
+        ["user context", "1", "85.7", "50.0", "100.0", "–"],
+    ]
+    assert curves_table(pooled[:1]) is None
+
+
+def test_the_next_best_of_a_curve_is_at_the_same_value(tmp_path: Path) -> None:
+    runs = [
+        made(tmp_path, right, 1, encoder, model_alpha=alpha)
+        for encoder, alpha, right in (
+            ("lookup", 0.0, WORSE),  # 4 of 14
+            ("lookup", 1.0, ORACLE),  # 12
+            ("cluster", 0.0, PERSONAL),  # 9
+            ("cluster", 1.0, VANILLA),  # 6
+        )
+    ]
+    table = curves_table(runs)
+    assert table is not None
+    shown = {(row[0].value, row[1].value): row[-1].value for row in table.groups[0][1]}
+    gaps = {("lookup", "0"): -5, ("lookup", "1"): 6, ("cluster", "0"): 5, ("cluster", "1"): -6}
+    assert shown == {key: f"{100 * gap / 14:+.1f}" for key, gap in gaps.items()}
+
+
+def test_families_are_told_apart_by_their_settings(tmp_path: Path) -> None:
+    runs = [
+        made(tmp_path, PERSONAL, 1, "lookup", data_kind=kind, model_alpha=alpha)
+        for kind in ("clusters", "individual")
+        for alpha in (0.0, 1.0)
+    ]
+    names = [family.name for family in sweeps.curves(runs)["model.alpha"]]
+    assert names == ["data.kind=clusters", "data.kind=individual"]

@@ -1,0 +1,298 @@
+"""ZeRO stage 3 on two CPU processes, through the real train.py, against one process."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pandas as pd
+import pytest
+import torch
+from runs import ENVIRONMENT, ROOT, TINY, command, launch
+from safetensors.torch import load_file, save_file
+from tiny import language_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from plrhf.backbone.model import fill_shards, load_model
+from plrhf.core.errors import BadValue
+from plrhf.training.trainer import build_trainer
+from plrhf.training.zero import Stage3
+
+STEPS, MORE_STEPS = 6, 11  # of 5 an epoch
+SETTINGS = [
+    *TINY,
+    *("backbone.lora.dropout=0", "optim.schedule=constant", "trainer.max_epochs=null"),
+    *("trainer.log_every_n_steps=1", "trainer.val_every_n_steps=3"),
+]
+MODELS = {
+    "reward": ["model=reward", "aggregator=soft_prompt", "backbone.gradient_checkpointing=true"],
+    "dpo": ["model=dpo", "aggregator=film", "encoder=cluster", "encoder.n_clusters=3"],
+}
+MODELS["reward"] += ["aggregator.n_tokens=2", "encoder.rank=null", "encoder.init=vocabulary"]
+ON = {1: ["trainer=cpu"], 2: ["trainer=zero3_cpu", "trainer.zero3.persistent_below=0"]}
+
+
+def train(run_dir: Path, cache_dir: Path, *overrides: str) -> None:
+    places = (f"run_dir={run_dir}", f"cache_dir={cache_dir}")
+    extensions = run_dir.with_name("extensions")
+    done = subprocess.run(
+        command("train", *overrides, *places),
+        env={**ENVIRONMENT, "TORCH_EXTENSIONS_DIR": str(extensions)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not extensions.exists()  # a run killed while building one would block all later runs
+    assert "WARNING" not in done.stdout and done.stderr == ""
+
+
+def losses(run_dir: Path, name: str) -> list[float]:
+    with (run_dir / "metrics.csv").open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name] != ""]
+
+
+def runs_still(process: int) -> bool:
+    """Whether a process is there and not just waiting to be collected."""
+    stat = Path(f"/proc/{process}/stat")
+    return stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "then_on"), [("reward", 2), ("dpo", 1)])
+def test_two_processes_learn_what_one_learns(
+    name: str, then_on: int, tmp_path: Path, cache_dir: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings, to_the_end = [*SETTINGS, *MODELS[name]], f"trainer.max_steps={MORE_STEPS}"
+    train(one, cache_dir, *settings, *ON[1], to_the_end)
+    for found in cache_dir.glob("texts-*"):  # two processes compute them anew, and share them
+        shutil.rmtree(found)
+    train(two, cache_dir, *settings, *ON[2], f"trainer.max_steps={STEPS}")
+    kept = sorted(cache_dir.glob("texts-*/*.safetensors"))
+    assert len(kept) == (3 if name == "dpo" else 0)  # of train, val and test
+    train(two, cache_dir, *settings, *ON[then_on], to_the_end, "ckpt=last")
+    assert sorted(cache_dir.glob("texts-*/*.safetensors")) == kept  # all was found
+
+    assert len(losses(one, "train/loss")) == MORE_STEPS
+    for metric in ("train/loss", "train/accuracy", "val/loss", "val/accuracy_macro"):
+        # At first the policy is its reference, and the sign of a margin is rounding.
+        first = 1 if metric == "train/accuracy" else 0
+        expected, found = (losses(run, metric)[first:] for run in (one, two))
+        assert found == pytest.approx(expected, abs=1e-4), metric
+    results = [json.loads((run / "results.json").read_text()) for run in (one, two)]
+    for own in ("config", "run"):  # which say where and how it was made
+        assert results[0].pop(own) != results[1].pop(own)
+    assert results[0] == results[1]
+    tables = [pd.read_parquet(run / "predictions.parquet") for run in (one, two)]
+    assert (tables[0]["margin"] - tables[1]["margin"]).abs().max() < 1e-4
+    rest = [table.drop(columns="margin") for table in tables]
+    pd.testing.assert_frame_equal(*rest)
+    weights = [torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (one, two)]
+    assert weights[0]["state_dict"].keys() == weights[1]["state_dict"].keys()
+    for file in ("adapter_model.safetensors", "user_encoder.safetensors"):
+        exported = [load_file(run / "export" / file) for run in (one, two)]
+        assert exported[0].keys() == exported[1].keys()
+        for key, value in exported[0].items():
+            torch.testing.assert_close(exported[1][key], value, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_supervised_on_two_processes(tmp_path: Path, cache_dir: Path) -> None:
+    first = tmp_path / "first"
+    settings = [*SETTINGS, "model=sft", "data.batch_size=15", "optim.lr=1e-3"]
+    train(first, cache_dir, *settings, *ON[1], "trainer.max_steps=2")
+    settings.append(f"backbone.path={first / 'export'}")
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(one, cache_dir, *settings, *ON[1], "trainer.max_steps=7")
+    train(two, cache_dir, *settings, *ON[2], "trainer.max_steps=4")
+    train(two, cache_dir, *settings, *ON[2], "trainer.max_steps=7", "ckpt=last")
+    for metric in ("train/loss", "val/loss"):
+        assert losses(two, metric) == pytest.approx(losses(one, metric), abs=1e-4), metric
+    models = [AutoModelForCausalLM.from_pretrained(run / "export") for run in (one, two)]
+    states = [model.state_dict() for model in models]
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, atol=1e-4, rtol=0, msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_all_and_the_run_goes_on(
+    rank: int, tmp_path: Path, cache_dir: Path
+) -> None:
+    settings = [*SETTINGS, *MODELS["reward"], *ON[2], "trainer.checkpoint_every_n_steps=1"]
+    settings += [f"trainer.max_steps={3 * MORE_STEPS}", f"cache_dir={cache_dir}"]
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        command("train", *settings, f"run_dir={run}"), env=ENVIRONMENT, stderr=subprocess.DEVNULL
+    )
+    last = run / "checkpoints/last.ckpt"
+    while process.poll() is None and not last.is_file():
+        time.sleep(0.002)
+    assert process.poll() is None
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill((process.pid, int(child))[rank], signal.SIGKILL)
+    assert process.wait() != 0
+    for _ in range(600):
+        if not runs_still(int(child)):
+            break
+        time.sleep(0.1)
+    assert not runs_still(int(child))
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert 1 <= step < 3 * MORE_STEPS
+    settings[-2] = f"trainer.max_steps={step + 2}"
+    train(run, cache_dir, *settings, "ckpt=last")
+    assert torch.load(last, weights_only=True)["global_step"] == step + 2
+
+
+@pytest.mark.slow
+def test_reading_into_shards_takes_little_more_memory_than_they(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    script = str(ROOT / "benchmarks" / "loading.py")
+    subprocess.run([sys.executable, script, "--out", str(out)], env=ENVIRONMENT, check=True)
+    found = json.loads(out.read_text())
+    assert found["files"] > 3
+    for process in found["processes"]:
+        assert process["model"] > 450
+        assert process["above"] > 0.4 * process["model"]  # else it is not its half that is measured
+        assert process["above"] < 0.6 * process["model"]
+
+
+def fake_shards(model: PreTrainedModel, n_processes: int) -> None:
+    """Take a model's values away and leave room for one of so many shards, as DeepSpeed does."""
+    for number, parameter in enumerate(model.parameters()):
+        whole: Any = parameter
+        whole.ds_id, whole.ds_shape, whole.ds_numel = number, parameter.shape, parameter.numel()
+        whole.ds_tensor = torch.full([-(-parameter.numel() // n_processes)], torch.nan)
+        whole.ds_tensor.final_location = whole.ds_process_group = None
+        parameter.data = torch.empty(0)
+
+
+def read_by(rank: int, n_processes: int, path: Path, monkeypatch: Any) -> dict[str, torch.Tensor]:
+    """What a process has read of each parameter."""
+    model = language_model()
+    fake_shards(model, n_processes)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: rank)
+    fill_shards(model, str(path))
+    return {name: value.ds_tensor for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("n_processes", [1, 2, 5])
+def test_shards_are_read_as_the_whole_is(
+    n_processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    language_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    monkeypatch.setattr(
+        "plrhf.backbone.model.READ_AT_ONCE", 71
+    )  # rows are cut, of 32 or 128 numbers
+    shards = [read_by(rank, n_processes, tmp_path, monkeypatch) for rank in range(n_processes)]
+    for name, whole in AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters():
+        found = torch.cat([one[name] for one in shards])
+        assert found[: whole.numel()].view(whole.shape).equal(whole), name
+        assert found[whole.numel() :].isnan().all()
+
+
+def test_weights_that_are_not_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    language_model().save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    weights = load_file(file)
+    wrong = {**weights, "transformer.ln_f.weight": torch.ones(31)}
+    lacking = {name: value for name, value in weights.items() if name != "lm_head.bias"}
+    for content, message in (
+        (
+            wrong,
+            "model.safetensors transformer.ln_f.weight=[31] is not allowed: expected shape [32], as "
+            "config.json says. Save the model anew with save_pretrained.",
+        ),
+        (
+            lacking,
+            f"backbone.path={str(tmp_path)!r} is not allowed: expected safetensors files with all "
+            "weights (lacking lm_head.bias). Save the model anew with save_pretrained.",
+        ),
+    ):
+        save_file(content, file, metadata={"format": "pt"})
+        with pytest.raises(BadValue) as error:
+            read_by(1, 2, tmp_path, monkeypatch)
+        assert str(error.value) == message
+
+
+@pytest.mark.parametrize("shards", [None, contextlib.nullcontext])
+def test_a_cut_file_of_weights(shards: Any, tmp_path: Path) -> None:
+    language_model().save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(
+        BadValue, match=r"^backbone\.path=.* is not allowed: expected a model's dir"
+    ):
+        load_model(str(tmp_path), shards=shards)
+
+
+def test_a_damaged_checkpoint_starts_no_processes(
+    reward_run: Path, cache_dir: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = Path(shutil.copytree(reward_run, tmp_path / "run"))
+    last = run / "checkpoints/last.ckpt"
+    bits = bytearray(last.read_bytes())
+    weights = torch.load(last, weights_only=True)["state_dict"]
+    largest = max(weights.values(), key=torch.Tensor.numel)
+    bits[bits.index(largest.numpy().tobytes()[:64])] ^= 1
+    for content in (bits[:-1000], bits, b"of another program"):
+        last.write_bytes(content)
+        capsys.readouterr()
+        places = [f"cache_dir={cache_dir}", f"run_dir={run}"]
+        with (
+            patch.object(Stage3, "setup_environment", side_effect=AssertionError),
+            pytest.raises(SystemExit) as stop,
+        ):
+            launch("train", *TINY, *ON[2], *places, "ckpt=last")
+        assert stop.value.code == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: ckpt='{str(last)[:20]}") and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_encoder_is_refused_once(
+    reward_run: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(reward_run, tmp_path / "run"))
+    last = run / "checkpoints/last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["made_for"]["encoder"] = "another"
+    torch.save(checkpoint, last)
+    places = [f"cache_dir={cache_dir}", f"run_dir={run}"]
+    done = subprocess.run(
+        command("train", *TINY, *ON[2], *places, "ckpt=last"),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "error: ckpt='made for encoder another' is not allowed: expected a checkpoint made for "
+        "encoder lookup ("
+    )
+    assert done.stderr.count("\n") == 1
+
+
+def test_more_processes_need_zero(tmp_path: Path) -> None:
+    with pytest.raises(BadValue, match="trainer.devices=2 is not allowed: expected 1 without ZeRO"):
+        build_trainer(run_dir=tmp_path, loggers=[], has_val=True, max_epochs=1, devices=2)
+
+
+def test_deepspeed_is_loaded_for_sharded_runs_alone() -> None:
+    code = "import sys, plrhf.cli.run; print('deepspeed' in sys.modules)"
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert out.stdout.split() == ["False"]
