@@ -1,0 +1,1 @@
+"""Personalised RLHF: user models learned together with reward models and policies."""

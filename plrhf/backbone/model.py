@@ -43,9 +43,9 @@ from transformers.models.auto.modeling_auto import (
 from plrhf.backbone import gptj
 from plrhf.backbone import lora as lora_layers
 from plrhf.backbone.row_packing import Filled
+from plrhf.backbone.sharding import gathered, is_sharded, own_part, whole_shape
 from plrhf.core.errors import BadValue, bad_value
 from plrhf.core.types import PADDING, PROMPT
-from plrhf.training.zero import gathered, is_sharded, own_part, whole_shape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Trainable = Literal["lora", "frozen", "full"]

@@ -1,0 +1,1 @@
+"""From a source of preference rows to batches: rows, splits, features, tokens, packing, cache."""

@@ -18,8 +18,8 @@ from plrhf.core.errors import bad_value
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.rows import content_hash
 from plrhf.encoders import UserEncoder
-from plrhf.evaluation.metrics import ExactMean, UserAccuracy
 from plrhf.models.export import Card, load_export
+from plrhf.models.metrics import ExactMean, UserAccuracy
 from plrhf.models.optim import Optim, RowAdamW, clip_gradients
 
 T = TypeVar("T")

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from plrhf.aggregators import Aggregator
 from plrhf.backbone.model import Backbone, load_backbone
+from plrhf.backbone.sharding import gathered
 from plrhf.core.components import accepted, build, kinds, locate
 from plrhf.core.errors import bad_value
 from plrhf.data.features import FeatureSchema
 from plrhf.encoders import UserEncoder
-from plrhf.training.zero import gathered
 
 CARD, USER_MODEL = "plrhf.json", "user_encoder.safetensors"
 SCHEMA = 1

@@ -12,7 +12,7 @@ from plrhf.backbone.model import Backbone
 from plrhf.core.errors import bad_value
 from plrhf.core.logprobs import response_logps
 from plrhf.core.types import CHOSEN, PADDING, REJECTED, PreferenceBatch
-from plrhf.evaluation.metrics import ExactMean
+from plrhf.models.metrics import ExactMean
 from plrhf.models.optim import Optim
 
 

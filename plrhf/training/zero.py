@@ -1,18 +1,19 @@
-"""DeepSpeed ZeRO stage 3 as a Lightning strategy. The only file that imports deepspeed, and only lazily."""
+"""DeepSpeed ZeRO stage 3 as a Lightning strategy; deepspeed is imported when it is used."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
-from torch import Tensor, nn
+from torch import nn
 
+from plrhf.backbone.sharding import gathered
 from plrhf.core.errors import bad_value
 
 Offload = Literal["cpu", "nvme"]
@@ -274,52 +275,3 @@ class Stage3(DeepSpeedStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = True) -> Any:
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only=True)
-
-
-@contextlib.contextmanager
-def gathered(parameters: Sequence[Tensor], *, write: bool = False) -> Iterator[None]:
-    """Within it sharded parameters are whole on every process; others always are.
-
-    Args:
-        write: what rank 0 writes into them is what all processes have afterwards.
-    """
-    sharded = [one for one in parameters if is_sharded(one)]
-    if len(sharded) == 0:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None):
-        yield
-
-
-@contextlib.contextmanager
-def own_part(tensor: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """Within it: the numbers of a tensor that this process is to write, so that all are written.
-
-    Of a sharded parameter those of its shard, without the padding at its end: no process holds the
-    whole. Shards that wait on NVMe are made whole, for rank 0 to write.
-
-    Returns:
-        The numbers, flat, and the place of the first of them in the whole tensor.
-    """
-    if not is_sharded(tensor):
-        yield tensor.detach().view(-1), 0
-    elif tensor.ds_tensor.final_location is None:  # type: ignore[attr-defined]
-        whole: Any = tensor
-        first = torch.distributed.get_rank(whole.ds_process_group) * len(whole.ds_tensor)
-        yield whole.ds_tensor[: max(0, whole.ds_numel - first)], first
-    else:
-        with gathered([tensor], write=True):
-            writes = torch.distributed.get_rank() == 0
-            yield tensor.detach().view(-1) if writes else tensor.new_empty(0), 0
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether this process has but a shard of a parameter, unless it is `gathered`."""
-    return hasattr(parameter, "ds_id")
-
-
-def whole_shape(tensor: Tensor) -> torch.Size:
-    """The shape of a tensor of which this process may have but a shard."""
-    return tensor.ds_shape if is_sharded(tensor) else tensor.shape  # type: ignore[attr-defined]

@@ -11,14 +11,8 @@ import pytest
 import torch
 from torchmetrics.utilities import dim_zero_sum
 
-from plrhf.evaluation.metrics import (
-    ExactMean,
-    UserAccuracy,
-    accuracy_from_counts,
-    choose_length_rule,
-    summarise,
-    user_counts,
-)
+from plrhf.evaluation.metrics import choose_length_rule, summarise
+from plrhf.models.metrics import ExactMean, UserAccuracy, accuracy_from_counts, user_counts
 
 MARGINS = torch.tensor([1.0, 2, 3, 4, -1, 0, 0, 1, 2, -1, -2, -3, -1, -1])
 USERS = torch.tensor([4] * 5 + [0] * 2 + [2] * 7)

@@ -18,8 +18,8 @@ from torch import Tensor
 from plrhf.backbone.model import Backbone
 from plrhf.data.module import PreferenceData
 from plrhf.data.sources.base import Source
-from plrhf.evaluation.metrics import UserAccuracy
 from plrhf.evaluation.probes import probe
+from plrhf.models.metrics import UserAccuracy
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.reporting.runs import role
 from plrhf.training.trainer import build_trainer, fit

@@ -1,0 +1,90 @@
+"""Accuracy and means while training: exact sums over batches and processes, as torchmetrics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+from torchmetrics import Metric
+
+from plrhf.core.errors import bad_value
+
+
+def user_counts(margins: Tensor, user_id: Tensor, n_users: int) -> Tensor:
+    """Sums per user index: correct pairs (ties one half), pairs, nll; [B], [B] -> [3, n_users].
+
+    In float64, where halves add up exactly whatever the batches.
+
+    Raises:
+        ValueError: a user index is not in 0 .. n_users - 1.
+    """
+    if user_id.numel() > 0 and not 0 <= int(user_id.min()) <= int(user_id.max()) < n_users:
+        raise bad_value(
+            "user_id",
+            [int(user_id.min()), int(user_id.max())],
+            f"indices from 0 to {n_users - 1}",
+            "Build UserAccuracy with n_users above the largest user index",
+        )
+    margins = margins.detach().double()
+    correct = 0.5 * (margins.sign() + 1)
+    values = torch.stack([correct, torch.ones_like(correct), softplus(-margins)])  # [3, B]
+    return values.new_zeros(3, n_users).index_add_(1, user_id, values)
+
+
+def accuracy_from_counts(counts: Tensor) -> dict[str, Tensor]:
+    """Accuracy over pairs, over users, and nll in nats, of `user_counts`; NaN without a pair."""
+    correct, count, nll = counts
+    asked = count > 0
+    return {
+        "accuracy_micro": correct.sum() / count.sum(),
+        "accuracy_macro": (correct[asked] / count[asked]).mean(),
+        "nll": nll.sum() / count.sum(),
+    }
+
+
+class UserAccuracy(Metric):
+    """Accuracy and nll over all batches and processes as sums per user, never means of batch means.
+
+    Users who share an index, such as unseen users at the generic index 0, count as one in the macro
+    accuracy: give them indices of their own where that matters.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    counts: Tensor  # [3, n_users]
+
+    def __init__(self, *, n_users: int) -> None:
+        super().__init__()
+        self.n_users = n_users
+        self.add_state(
+            "counts", default=torch.zeros(3, n_users, dtype=torch.float64), dist_reduce_fx="sum"
+        )
+
+    def update(self, margins: Tensor, user_id: Tensor) -> None:
+        """Add a batch: margins [B] in nats, user_id [B] int64."""
+        self.counts += user_counts(margins, user_id, self.n_users)
+
+    def compute(self) -> dict[str, Tensor]:
+        """0-dim tensors ``accuracy_micro``, ``accuracy_macro``, ``nll``."""
+        return accuracy_from_counts(self.counts)
+
+
+class ExactMean(Metric):
+    """Mean over all batches and processes, summed in float64: Lightning's own rounds counts."""
+
+    full_state_update = False
+    is_differentiable = False
+    sums: Tensor  # [2]: weighted values, weights
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", default=torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor, weight: Tensor) -> None:
+        """Add values and their weights, both [B] or 0-dim."""
+        values, weight = values.detach().double(), weight.double()
+        self.sums += torch.stack([(values * weight).sum(), weight.sum()])
+
+    def compute(self) -> Tensor:
+        """The mean, 0-dim float64."""
+        return self.sums[0] / self.sums[1]
