@@ -12,10 +12,13 @@ from unittest.mock import patch
 
 import pandas as pd
 import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from tiny import language_model
 from transformers import PreTrainedTokenizerBase
 
 from plrhf.backbone.model import train_tokenizer
+from plrhf.cli.main import CONF
 from plrhf.data.sources.personas import PersonasSource
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +47,13 @@ COLUMNS = {
     "rejected_tokens": "int64",
 }
 ACCURACIES = {"accuracy_micro", "accuracy_macro", "accuracy_worst10"}
+
+
+def composed(*overrides: str, config: str = "train") -> dict[str, Any]:
+    """The settings that a command line gives, as a plain dict."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        node = compose(config, overrides=list(overrides))
+    return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
 def launch(entry: str, *overrides: str) -> None:

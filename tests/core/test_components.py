@@ -10,9 +10,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-from runs import ROOT, rows_of_world, save_model, write_rows
+from runs import ROOT, composed, rows_of_world, save_model, write_rows
 from upstream import (
     many_comparisons,
     many_dialogues,
@@ -43,12 +41,6 @@ GROUPS = ("data", "backbone", "encoder", "aggregator", "model", "trainer", "logg
 def options(group: str) -> list[str]:
     """The choices of a group, by its files; ``base`` is what others build on."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml") if path.stem != "base")
-
-
-def composed(*overrides: str, config: str = "train") -> dict[str, Any]:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        node = compose(config, overrides=list(overrides))
-    return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import launch
-from test_config import composed
+from runs import composed, launch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -16,9 +16,8 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from runs import ENVIRONMENT, ROOT, TINY, check_run, command, save_model
+from runs import ENVIRONMENT, ROOT, TINY, check_run, command, composed, save_model
 from safetensors.torch import load_file
-from test_config import composed
 
 from plrhf.core.components import build
 from plrhf.core.errors import BadValue
