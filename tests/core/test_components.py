@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from runs import ROOT, composed, rows_of_world, save_model, write_rows
 from upstream import (
     many_comparisons,
