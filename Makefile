@@ -4,7 +4,7 @@ BIN := .venv/bin
 ENV := .venv/.installed
 QUICK := runs/quickstart
 
-.PHONY: quickstart test lint benchmark ablation
+.PHONY: quickstart test check lint benchmark ablation
 
 $(ENV): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,6 +21,10 @@ quickstart: $(ENV)
 
 test: $(ENV)
 	$(BIN)/python -m pytest -n 2
+
+# What every commit must pass, in two minutes: style, types, the tests that are not slow.
+check: lint
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 lint: $(ENV)
 	$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -35,10 +36,19 @@ def blocks(language: str) -> list[str]:
     return [text for kind, text in FENCE.findall(README.read_text()) if kind == language]
 
 
-def commands() -> list[str]:
-    lines = [
-        line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines()
-    ]
+def sections() -> dict[str, str]:
+    """The README's text by heading, second or third level."""
+    parts = re.split(r"^###? (.+)$", README.read_text(), flags=re.MULTILINE)
+    found: dict[str, str] = {}
+    for heading, text in zip(parts[1::2], parts[2::2], strict=True):
+        found[heading] = found.get(heading, "") + text
+    return found
+
+
+def commands(section: str) -> list[str]:
+    """Commands of train.py and eval.py that a section shows."""
+    shown = [text for kind, text in FENCE.findall(sections()[section]) if kind == "bash"]
+    lines = [line.split("  #")[0].strip() for block in shown for line in block.splitlines()]
     return [line for line in lines if "train.py" in line or "eval.py" in line]
 
 
@@ -92,37 +102,63 @@ def small(arguments: list[str]) -> list[str]:
     return extra
 
 
-@pytest.mark.slow
-def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    save_models()
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what a reader brings: rows, models, an encoder."""
+    folder = tmp_path_factory.mktemp("files")
+    with contextlib.chdir(folder):
+        save_models()
     for name in ("rows.jsonl", "other.jsonl"):
-        rows(Path(name))
+        rows(folder / name)
     code = next(text for text in blocks("python") if text.startswith("# my_encoder.py"))
-    Path("my_encoder.py").write_text(code)
+    (folder / "my_encoder.py").write_text(code)
+    return folder
+
+
+def run(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run train.py or eval.py as its command line would, in this process."""
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    try:
+        if script == "train.py":
+            main("train", "plrhf.cli.run.train")
+        else:
+            main("eval", "plrhf.cli.tasks.evaluate")
+    except SystemExit as stop:
+        pytest.fail(f"{script} ended with {stop.code} as {arguments}")
+
+
+WITH_COMMANDS = [section for section in sections() if commands(section)]
+
+
+def test_commands_stand_in_several_sections() -> None:
+    assert len(WITH_COMMANDS) > 5
+    assert sum(len(commands(section)) for section in WITH_COMMANDS) > 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", WITH_COMMANDS)
+def test_commands_run(
+    section: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for one in files.iterdir():
+        (tmp_path / one.name).symlink_to(one)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = commands()
-    assert len(found) > 15
-    run_dir = ""
-    for command in found:
+    run_dir = "runs/given"
+    if "train.py" not in commands(section)[0]:
+        run("train.py", [*small([]), f"run_dir={run_dir}"], monkeypatch)
+    for command in commands(section):
         words = [word for word in shlex.split(command) if not word.startswith("PYTHONPATH")]
+        script = words[1]
         arguments = [stand_in(word, command, run_dir) for word in words[2:]]
-        train = words[1] == "train.py"
-        if train:
+        if script == "train.py":
             arguments += small(arguments)
             if not any(word.startswith("run_dir=") for word in arguments):
                 run_dir = f"runs/{len(list(Path().glob('runs/*')))}"
                 arguments.append(f"run_dir={run_dir}")
         if "eval=adapt" in arguments:
             arguments.append("eval.shots=[0,1,2]")  # of the few pairs there are
-        monkeypatch.setattr(sys, "argv", [words[1], *arguments])
-        try:
-            main(
-                "train" if train else "eval",
-                "plrhf.cli.run.train" if train else "plrhf.cli.tasks.evaluate",
-            )
-        except SystemExit as stop:
-            pytest.fail(f"{command} ended with {stop.code} as {arguments}")
+        run(script, arguments, monkeypatch)
         if "eval=adapt" in command:
             code = next(text for text in blocks("python") if "plrhf.models.adaptation" in text)
             exec(code.replace("RUN_DIR", run_dir), {})
@@ -134,7 +170,8 @@ def stand_in(word: str, command: str, run_dir: str) -> str:
         return "backbone.path=" + (
             "sentence_encoder" if "experiment" in command else "language_model"
         )
-    return word.replace("RUN_DIR", run_dir)
+    # A sweep over two seeds has all that one over three has.
+    return re.sub(r"^(seed=\d,\d),\d$", r"\1", word.replace("RUN_DIR", run_dir))
 
 
 def test_numbers_name_their_command() -> None:

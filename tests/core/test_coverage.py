@@ -28,7 +28,7 @@ def test_truths_are_what_many_users_give(world: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", coverage["WORLDS"])
 def test_intervals_hold_the_truth_95_times_in_100(world: str) -> None:
-    found = coverage["coverage"](world, n_simulations=1000, n_users=100)
+    found = coverage["coverage"](world, n_simulations=400, n_users=100)
     for name in ("accuracy_micro", "accuracy_macro", "difference_micro", "difference_macro"):
         assert 0.92 <= found[name] <= 0.97, name
     assert 0.03 <= found["p_below_0.05"] <= 0.08
