@@ -1,4 +1,4 @@
-"""Log-probabilities of responses: only where a response needs them, a chunk of positions at a time."""
+"""Log-probabilities of responses. Logits are computed for response tokens only, in chunks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Unembed = Callable[[Tensor], Tensor]
 
 
 def predecessors(segment: Tensor) -> Tensor:
-    """Position whose hidden state predicts each position, [R, L] -> [R, L] int64.
+    """Return the position whose hidden state predicts each token, [R, L] int64.
 
-    It is the position before, but for a response that does not directly follow the prompt (the
-    rejected one in the packed layout), whose first token is predicted at the prompt's end.
+    That is the position before it. The one exception is the first token of a response that does not
+    directly follow the prompt (the rejected one in a packed row): the prompt's last position predicts it.
     """
     before = torch.arange(segment.shape[1], device=segment.device).expand_as(segment) - 1
     starts = torch.ones_like(segment, dtype=torch.bool)
@@ -29,7 +29,7 @@ def predecessors(segment: Tensor) -> Tensor:
 
 
 def sum_by_response(values: Tensor, segment: Tensor, n_pairs: int) -> Tensor:
-    """Sum [R, L] values over the tokens of each response, to [B, 2] (chosen, rejected)."""
+    """Sum values [R, L] over the tokens of each response, [B, 2]: chosen, rejected."""
     of_row = torch.stack([(values * (segment == s)).sum(dim=1) for s in (CHOSEN, REJECTED)], dim=1)
     return of_row.view(-1, n_pairs, 2).sum(dim=0)  # rows of a pair: [R, 2] -> [B, 2]
 
@@ -38,11 +38,11 @@ def _token_logps(hidden: Tensor, targets: Tensor, unembed: Unembed) -> Tensor:
     return -cross_entropy(unembed(hidden).float(), targets, reduction="none")  # [N, V] -> [N]
 
 
-class _Differentiated(torch.autograd.Function):
-    """`_token_logps` by a constant unembedding, its gradients computed while the logits are there.
+class _LogpsWithGradient(torch.autograd.Function):
+    """`_token_logps` for a frozen unembedding: the forward pass also computes the gradients.
 
-    A token's log-probability depends on its own hidden state alone, so that one product gives the
-    gradients of all, which the backward pass has but to scale.
+    A token's log-probability depends on its own hidden state alone. So its gradient can be computed
+    while the logits exist, and the backward pass only scales it: logits are never computed twice.
     """
 
     @staticmethod
@@ -70,16 +70,17 @@ def response_logps(
     constant: bool,
     chunk_size: int = 1024,
 ) -> Tensor:
-    """Sum of log pi(token | before) over each response, EOS included, prompt and user excluded.
+    """Return the log-probability of each response: the sum over its tokens, end token included.
 
-    Logits exist for `chunk_size` response positions at a time, once where the unembedding is
-    constant and else once forward and once backward; the naive twin is `naive_response_logps`.
+    Prompt tokens and user vectors are not scored. Logits exist for `chunk_size` tokens at a time. They
+    are computed once if the unembedding is constant, else once forward and once backward. The naive
+    twin is `naive_response_logps`.
 
     Args:
         hidden: [R, L, d] last hidden states. input_ids, segment: [R, L] int64.
         unembed: hidden states [N, d] -> logits [N, V].
-        n_pairs: B. chunk_size: positions whose logits are held at once, > 0.
-        constant: whether the unembedding needs no gradients.
+        n_pairs: B. chunk_size: tokens whose logits are held at once, > 0.
+        constant: whether the unembedding's weights need no gradients.
 
     Returns:
         [B, 2] float32 in nats: chosen, rejected.
@@ -93,7 +94,7 @@ def response_logps(
     for start in range(0, len(rows), chunk_size):
         given = (selected[start : start + chunk_size], targets[start : start + chunk_size], unembed)
         if constant and torch.is_grad_enabled() and selected.requires_grad:
-            pieces.append(_Differentiated.apply(*given))
+            pieces.append(_LogpsWithGradient.apply(*given))
         else:
             pieces.append(checkpoint(_token_logps, *given, use_reentrant=False))
     token_logps = torch.zeros(segment.shape, dtype=torch.float32, device=hidden.device)
@@ -104,7 +105,7 @@ def response_logps(
 def naive_response_logps(
     hidden: Tensor, input_ids: Tensor, segment: Tensor, unembed: Unembed, *, n_pairs: int
 ) -> Tensor:
-    """The plain form of `response_logps`: all logits at once, for two-row batches only."""
+    """Return what `response_logps` does, by all logits at once; for two-row batches only."""
     logps = unembed(hidden[:, :-1]).float().log_softmax(dim=-1)  # [R, L-1, V]
     token_logps = logps.gather(2, input_ids[:, 1:, None]).squeeze(2)
     return sum_by_response(token_logps, segment[:, 1:], n_pairs)

@@ -1,4 +1,4 @@
-"""Preference losses as pure functions: one number a pair in, one number a pair out."""
+"""Preference losses as pure functions: they take one number for each pair and return one for each."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ DPO_LOSSES = ("sigmoid", "ipo", "hinge", "cdpo")
 
 
 def bradley_terry(reward_margin: Tensor, *, target_margin: float = 0.0) -> Tensor:
-    """Negative log-likelihood of the choice under Bradley-Terry, [B] -> [B], in nats.
+    """Return the negative log-likelihood of each choice under the Bradley-Terry model, in nats.
 
-    -log sigma(r(x, y1, u) - r(x, y2, u) - m); arXiv 2402.05133, eq. of P-RM; the target margin m as
-    in Llama 2 (arXiv 2307.09288, eq. 2), 0 for the plain likelihood.
+    -log sigma(r(x, y1, u) - r(x, y2, u) - m): arXiv 2402.05133, the P-RM loss, with the target margin
+    m of Llama 2 (arXiv 2307.09288, eq. 2).
+
+    Args:
+        reward_margin: [B], reward of the chosen response minus that of the rejected one.
+        target_margin: m; 0 gives the plain likelihood.
     """
     return -logsigmoid(reward_margin - target_margin)
 
 
 def reward_centring(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """Penalty that keeps rewards near zero, whose level no choice determines, [B] -> [B].
+    """Return a penalty [B] that keeps rewards near zero.
+
+    Choices fix only differences of rewards, so without it their level drifts.
 
     (r(x, y1, u) + r(x, y2, u))^2; Eisenstein et al. 2023, arXiv 2312.09244, section 3.
     """
@@ -29,7 +35,11 @@ def reward_centring(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
 
 
 def dpo_logits(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """log pi(y1)/pi_ref(y1) - log pi(y2)/pi_ref(y2) from [B, 2] (chosen, rejected) to [B], in nats."""
+    """Return log pi(y1)/pi_ref(y1) - log pi(y2)/pi_ref(y2) of each pair, [B], in nats.
+
+    Args:
+        policy_logps, ref_logps: [B, 2], log-probabilities of the chosen and the rejected response.
+    """
     log_ratios = policy_logps - ref_logps
     return log_ratios[:, 0] - log_ratios[:, 1]
 
@@ -37,18 +47,18 @@ def dpo_logits(policy_logps: Tensor, ref_logps: Tensor) -> Tensor:
 def dpo(
     logits: Tensor, *, beta: float, loss: str = "sigmoid", label_smoothing: float = 0.0
 ) -> Tensor:
-    """Direct preference optimisation loss of a pair, [B] -> [B].
+    """Return the direct preference optimisation (DPO) loss of each pair, [B].
 
     Args:
-        logits: `dpo_logits`, in nats, beta not applied.
-        beta: strength of the tie to the reference, > 0.
+        logits: [B], what `dpo_logits` returns, in nats.
+        beta: how strongly the policy is tied to the reference, > 0.
         loss: with h = logits and b = beta,
             ``sigmoid`` -log sigma(b h) (Rafailov et al. 2023, arXiv 2305.18290, eq. 7);
             ``ipo`` (h - 1/(2b))^2 (Azar et al. 2023, arXiv 2310.12036, eq. 17);
             ``hinge`` relu(1 - b h) (Zhao et al. 2023, arXiv 2305.10425);
             ``cdpo`` -(1-e) log sigma(b h) - e log sigma(-b h), e = label_smoothing
             (Mitchell 2023, "A note on DPO with noisy preferences").
-        label_smoothing: chance e that a choice is flipped, only for ``cdpo``.
+        label_smoothing: probability e that a choice is flipped; used by ``cdpo`` only.
     """
     match loss:
         case "sigmoid":
@@ -64,15 +74,21 @@ def dpo(
 
 
 def contexts(alpha: float) -> tuple[tuple[str, float], ...]:
-    """Contexts a pair is scored in, and their weights: one alone where alpha is 0 or 1."""
+    """Return the contexts that a pair is scored in, with their weights in the loss.
+
+    There are two, "user" and "generic", or one if alpha is 0 or 1.
+    """
     weighted = (("user", alpha), ("generic", 1.0 - alpha))
     return tuple((name, weight) for name, weight in weighted if weight > 0.0)
 
 
 def mixed(per_context: Tensor, *, alpha: float) -> Tensor:
-    """alpha * user-specific loss + (1 - alpha) * generic loss, [C, B] -> [B].
+    """Return alpha * user-specific loss + (1 - alpha) * generic loss of each pair, [B].
 
-    The rows are those of `contexts(alpha)`; arXiv 2402.05133, P-RM and P-DPO objectives.
+    arXiv 2402.05133, the P-RM and P-DPO objectives.
+
+    Args:
+        per_context: [C, B], the loss in each of the contexts that `contexts(alpha)` names.
     """
     weights = per_context.new_tensor([weight for _, weight in contexts(alpha)])  # [C]
     return (weights[:, None] * per_context).sum(dim=0)  # a product @ would be autocast

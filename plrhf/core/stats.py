@@ -21,7 +21,9 @@ from plrhf.core.errors import bad_value
 
 Array = NDArray[np.float64]
 Statistic = Callable[[Array], Array]
-"""Weights [R, U], how often each of U users was drawn in each of R resamples, to values [R]."""
+"""A function of weights [R, U] that returns values [R].
+
+Weight [r, u] is how often user u was drawn in resample r."""
 
 N_RESAMPLES = 2000
 N_PAIRED_RESAMPLES = 10_000  # p of many users reaches down to 0.0002, enough for Holm over 200
@@ -30,7 +32,7 @@ _BLOCK = 2_000_000  # weights held at once, 16 MB
 
 
 class Estimate(TypedDict):
-    """V of results.json; None stands for what is not defined, as JSON has no NaN."""
+    """A value with its 95% interval, as results.json holds it; None if undefined (JSON has no NaN)."""
 
     value: float | None
     ci95: list[float] | None
@@ -38,7 +40,7 @@ class Estimate(TypedDict):
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What a model said of N pairs, one pair an entry."""
+    """A model's margins on N pairs, and whether each was ranked right."""
 
     pair_id: NDArray[Any]  # [N]
     user_id: NDArray[Any]  # [N] who chose
@@ -51,7 +53,7 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class UserSums:
-    """All that the statistics need of a table, one entry a user."""
+    """Sums over each user's pairs; every statistic is computed from them."""
 
     count: Array  # [U] pairs
     correct: Array  # [U] pairs ranked as the user did, ties one half
@@ -64,22 +66,22 @@ class UserSums:
 
 
 def correctness(margin: Array) -> Array:
-    """Whether the chosen response got the higher score, [N] -> [N]: 1, 0, or 0.5 for a tie."""
+    """Return 1 where the chosen response scored higher, 0 where it scored lower, 0.5 for a tie; [N]."""
     return 0.5 * (np.sign(margin) + 1.0)
 
 
 def confidence(margin: Array) -> Array:
-    """Probability of the predicted choice under Bradley-Terry, sigma(|margin|), [N] -> [N]."""
+    """Return the predicted choice's probability under Bradley-Terry, sigma(|margin|), [N]."""
     return 1.0 / (1.0 + np.exp(-np.abs(margin)))
 
 
 def confidence_bins(margin: Array) -> NDArray[np.int64]:
-    """Place of each confidence among N_BINS equal bins ((m-1)/M, m/M] of (0, 1], [N] -> [N]."""
+    """Return the bin of each confidence among the N_BINS equal bins ((m-1)/M, m/M] of (0, 1], [N]."""
     return np.ceil(confidence(margin) * N_BINS).astype(np.int64) - 1
 
 
 def user_sums(outcomes: Outcomes) -> UserSums:
-    """Add outcomes up by user, users in sorted order.
+    """Return the sums over each user's pairs, users in sorted order.
 
     Raises:
         ValueError: a margin is not a finite number.
@@ -107,17 +109,17 @@ def _sums_by(place: NDArray[np.int64], values: Array, n_places: int) -> Array:
 
 
 def accuracy_micro(sums: UserSums, weights: Array) -> Array:
-    """Correct pairs over pairs, [R, U] -> [R]."""
+    """Return the share of pairs ranked right in each resample, [R]."""
     return (weights @ sums.correct) / (weights @ sums.count)
 
 
 def accuracy_macro(sums: UserSums, weights: Array) -> Array:
-    """Mean of the users' own accuracies, each user counting the same, [R, U] -> [R]."""
+    """Return the mean of the users' own accuracies in each resample, [R]."""
     return (weights @ (sums.correct / sums.count)) / weights.sum(axis=1)
 
 
 def accuracy_worst10(sums: UserSums, weights: Array) -> Array:
-    """Mean accuracy of the worst tenth of the drawn users, at least one, [R, U] -> [R].
+    """Return the mean accuracy of the worst tenth of the drawn users (at least one), [R].
 
     Chance puts users with few pairs among the worst, so it lies below what the worst tenth would
     get on many pairs: compare it between models on the same pairs, not between data sets.
@@ -132,12 +134,12 @@ def accuracy_worst10(sums: UserSums, weights: Array) -> Array:
 
 
 def nll(sums: UserSums, weights: Array) -> Array:
-    """Mean of -log sigma(margin) over pairs, in nats, [R, U] -> [R]."""
+    """Return the mean of -log sigma(margin) over the pairs of each resample, [R], in nats."""
     return (weights @ sums.nll) / (weights @ sums.count)
 
 
 def ece(sums: UserSums, weights: Array) -> Array:
-    """Expected calibration error, [R, U] -> [R].
+    """Return the expected calibration error of each resample, [R].
 
     ECE = sum_m |B_m| / n * |acc(B_m) - conf(B_m)| over M = 15 equal bins of confidence
     (Guo et al. 2017, arXiv 1706.04599, eq. 3). Absolute values make it, and more so its resamples,
@@ -153,7 +155,7 @@ STATISTICS: Mapping[str, Callable[[UserSums, Array], Array]] = {
     "nll": nll,
     "ece": ece,
 }
-"""The statistics of a cell of results.json, by their names there."""
+"""The statistics of a cell of results.json by name."""
 
 ACCURACIES = ("accuracy_micro", "accuracy_macro", "accuracy_worst10")
 
@@ -165,10 +167,10 @@ def bootstrap(
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """Each statistic with its 95% interval over users, all on the same resamples.
+    """Return each statistic with its 95% interval over users.
 
-    The interval is the expanded percentile one, see `tail_share`; None for fewer than two users, and
-    where a resample gives no finite value.
+    All statistics share the same resamples. The interval is the expanded percentile interval, see
+    `tail_share`. It is None for fewer than two users and if a resample gives no finite value.
     """
     values, samples = _drawn(statistics, n_users=n_users, n_resamples=n_resamples, seed=seed)
     return {name: _estimate(values[name], samples[name], n_users) for name in statistics}
@@ -177,7 +179,7 @@ def bootstrap(
 def _drawn(
     statistics: Mapping[str, Statistic], *, n_users: int, n_resamples: int, seed: int
 ) -> tuple[dict[str, float], dict[str, Array]]:
-    """Each statistic's value, and its values [R] on resamples, the same ones for all."""
+    """Return each statistic's value, and its values [R] on resamples that all statistics share."""
     with np.errstate(divide="ignore", invalid="ignore"):
         everyone = np.ones((1, n_users))
         values = {name: float(of(everyone)[0]) for name, of in statistics.items()}
@@ -190,7 +192,7 @@ def _drawn(
 
 
 def _resamples(n_users: int, n_resamples: int, seed: int) -> Iterator[Array]:
-    """Draw users with replacement: blocks of weights [R', U], R' adding up to n_resamples."""
+    """Draw users with replacement; yield blocks of weights [R', U] until n_resamples are drawn."""
     generator = np.random.default_rng(seed)
     block = max(1, _BLOCK // n_users)
     for start in range(0, n_resamples, block):
@@ -202,7 +204,9 @@ def _resamples(n_users: int, n_resamples: int, seed: int) -> Iterator[Array]:
 
 
 def tail_share(n_users: int) -> float:
-    """Share of resamples beyond each end of a 95% interval: less than 0.025, the fewer users the less.
+    """Return the share of resamples that lie beyond each end of a 95% interval.
+
+    It is below 0.025, and smaller for fewer users, as the percentile interval is too narrow then:
 
     Phi(sqrt(n / (n - 1)) t) with t the 0.025 quantile of Student's t of n - 1 degrees of freedom:
     resamples spread too little by the root, and percentiles are those of a normal distribution
@@ -212,7 +216,10 @@ def tail_share(n_users: int) -> float:
 
 
 def _p_value(share: float, n_users: int) -> float:
-    """Two-sided p from the share of resamples on the other side of 0: 0.05 where it is `tail_share`."""
+    """Return the two-sided p for the share of resamples on the other side of 0.
+
+    A share of `tail_share` gives 0.05, so p and the interval agree.
+    """
     return min(1.0, 2 * float(stdtr(n_users - 1, np.sqrt((n_users - 1) / n_users) * ndtri(share))))
 
 
@@ -231,7 +238,10 @@ def summarise_outcomes(
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """M of results.json: the named statistics as estimates, the others None, and the two counts."""
+    """Return a cell of results.json: the named statistics as estimates and the counts.
+
+    Statistics that are not named are None.
+    """
     estimates: dict[str, Any] = {name: {"value": None, "ci95": None} for name in STATISTICS}
     n_users = 0
     if len(outcomes) > 0:
@@ -243,7 +253,7 @@ def summarise_outcomes(
 
 
 def reliability(outcomes: Outcomes) -> tuple[Array, Array, Array]:
-    """Mean confidence, accuracy and number of pairs of each bin that is not empty, in order."""
+    """Return mean confidence, accuracy and number of pairs of each bin that is not empty."""
     bins = confidence_bins(outcomes.margin)
     count = _sums_by(bins, np.ones(len(bins)), N_BINS)
     held = count > 0
@@ -260,9 +270,9 @@ def paired_difference(
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """How much larger the first's named statistics are than the second's on the same pairs.
+    """Return the named statistics of the first minus those of the second on the same pairs.
 
-    Both are resampled together, so what makes a user easy for both drops out of the interval.
+    Both are resampled together, so that what makes a user easy for both does not widen the interval.
 
     Raises:
         ValueError: the two do not hold the same pairs of the same users, or hold none.
@@ -287,7 +297,9 @@ class PairedTest(TypedDict):
 def paired_test(
     first: Outcomes, second: Outcomes, *, n_resamples: int = N_PAIRED_RESAMPLES, seed: int = 0
 ) -> PairedTest:
-    """Differences in accuracy with intervals, effect size, and p, all from the same resamples.
+    """Test whether two models differ on the same pairs: differences, effect size and p-value.
+
+    All come from the same resamples.
 
     p comes from the share of resampled differences on the other side of 0, counting one resample
     more (Davison & Hinkley 1997, eq. 4.11), and is below 0.05 where the interval excludes 0. The
@@ -317,7 +329,10 @@ def paired_test(
 
 
 def _mean_in_deviations(values: Array, weights: Array) -> Array:
-    """Mean over standard deviation of users' values, [U], [R, U] -> [R]; NaN where all are equal."""
+    """Return mean over standard deviation of users' values [U] in each resample, [R].
+
+    It is NaN if all values are equal.
+    """
     count = weights.sum(axis=1)
     mean = (weights @ values) / count
     square = (weights @ values**2) / count
@@ -327,7 +342,7 @@ def _mean_in_deviations(values: Array, weights: Array) -> Array:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """p-values adjusted for how many are looked at, in their order; None stays and is not counted.
+    """Adjust p-values for how many tests are made, by Holm's method; None stays None, uncounted.
 
     The i-th smallest of m becomes the largest of (m - j + 1) p_j, j <= i, at most 1 (Holm 1979).
     """
@@ -348,7 +363,9 @@ def gain_recovered(
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
-    """Share of the possible gain that was won, (p - v) / (o - v), in micro accuracy.
+    """Return the share of the possible gain that was won: (personal - vanilla) / (oracle - vanilla).
+
+    All three are micro accuracies.
 
     The interval is None where that of the possible gain o - v reaches down to 0, since the ratio
     is then unbounded (Fieller 1954); the value is None where there is no gain to win.
@@ -373,7 +390,7 @@ def gain_recovered(
 
 
 def same_pairs(first: Outcomes, second: Outcomes) -> bool:
-    """Whether both hold the same pairs, in any order, each chosen by the same user."""
+    """Return whether both hold the same pairs of the same users, in any order."""
     return _keys(first) == _keys(second)
 
 
@@ -383,7 +400,7 @@ def _keys(outcomes: Outcomes) -> list[tuple[str, str]]:
 
 
 def _aligned(first: Outcomes, *others: Outcomes) -> list[Outcomes]:
-    """The outcomes in order of pair id; an error unless all hold the same pairs."""
+    """Return the outcomes sorted by pair id; raise unless all hold the same pairs."""
     for other in others:
         if len(first) == 0 or not same_pairs(first, other):
             shared = len(set(_keys(first)) & set(_keys(other)))

@@ -1,4 +1,4 @@
-"""Field names, shapes and dtypes of what travels between data and models."""
+"""The batches that the data module hands to the models: fields, shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 GENERIC_USER = 0
-"""Index of the generic user u_0; users of the training rows are numbered from 1."""
+"""Index of the generic user u_0. The users of the training rows have the indices 1, 2, ..."""
 
 PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1
-"""Values of `PreferenceBatch.segment`."""
+"""Values of `PreferenceBatch.segment`: which part of the row a token belongs to."""
 
 
 def is_planned(tensor: Tensor) -> bool:
@@ -21,7 +21,7 @@ def is_planned(tensor: Tensor) -> bool:
 
 @dataclass
 class UserBatch:
-    """Who is asked, one entry a user."""
+    """The users whose vectors are asked for."""
 
     user_id: Tensor  # [B] int64, 0 is the generic user
     features: Tensor  # [B, F] float32, numbers standardised, categories as codes, NaN is missing
