@@ -1,18 +1,16 @@
-"""Settings into components: checked by name and type against the constructor they are meant for."""
+"""Builds components from ``_target_`` and arguments, which are checked against the constructor."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import inspect
-import json
 import typing
 from collections.abc import Mapping
 from inspect import Parameter
 from typing import Any
 
-from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError
-
+from plrhf.core.checks import NO_DEFAULT, checked
 from plrhf.core.errors import BadValue, bad_value
 
 NOT_FOR_THE_CONSTRUCTOR = ("_target_", "name")
@@ -23,7 +21,7 @@ ASIDE = ("run_dir", "cache_dir", "ckpt", "plan", "plan_for", "debug", "logger")
 
 
 def locate(target: object, field: str) -> Any:
-    """The class or function a dotted path names.
+    """Import the class or function that a dotted path names.
 
     Raises:
         ValueError: `field`._target_ does not lead to one.
@@ -42,7 +40,10 @@ def locate(target: object, field: str) -> Any:
 
 
 def parameters(component: Any) -> dict[str, Parameter]:
-    """What a constructor takes, types resolved; ``**parts`` is followed up to the base classes."""
+    """Return the parameters of a constructor or function by name, with their types resolved.
+
+    Where a constructor takes ``**arguments``, those of its base class are among them.
+    """
     found: dict[str, Parameter] = {}
     functions = (
         [vars(c)["__init__"] for c in component.__mro__ if "__init__" in vars(c)]
@@ -52,7 +53,7 @@ def parameters(component: Any) -> dict[str, Parameter]:
     for function in functions:
         if function is object.__init__:
             break
-        hints = typing.get_type_hints(function)
+        hints = typing.get_type_hints(function, include_extras=True)
         signature = inspect.signature(function).parameters.values()
         for one in signature:
             if one.name != "self" and one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL):
@@ -63,21 +64,22 @@ def parameters(component: Any) -> dict[str, Parameter]:
 
 
 def kinds(component: Any) -> dict[str, Any]:
-    """Names a constructor takes -> their types."""
+    """Return the types of a constructor's parameters by name."""
     return {name: one.annotation for name, one in parameters(component).items()}
 
 
 def build(
     settings: Mapping[str, Any], field: str, *, kind: type | None = None, **provided: Any
 ) -> Any:
-    """Construct what ``settings._target_`` names from its settings and what the run provides.
+    """Construct the class that ``_target_`` names from its settings.
 
-    Of `provided` only what the constructor names is handed over, so that an outsider's class asks
-    for what it needs. Names and types of settings are checked against the constructor.
+    The constructor gets its settings and those of `provided` that it has a parameter for, so an
+    outsider's class asks for what it needs by naming it. Names, types and ranges of the settings
+    are checked against the constructor's annotations (see `core.checks`).
 
     Args:
         settings: plain dict with ``_target_``. field: its name in the config, for messages.
-        kind: class that the target must be a subclass of.
+        kind: class that the target must be a subclass of. provided: what the run has to offer.
 
     Raises:
         ValueError: unknown or missing setting, one of the wrong type, or a target of another kind.
@@ -92,25 +94,41 @@ def build(
         )
     takes = parameters(component)
     own = {name: one for name, one in takes.items() if name not in provided}
-    given = accepted(settings, {name: one.annotation for name, one in own.items()}, field)
+    given = accepted(
+        settings,
+        {name: one.annotation for name, one in own.items()},
+        field,
+        defaults={name: one.default for name, one in own.items()},
+    )
     for name, one in own.items():
         if one.default is Parameter.empty and name not in given:
             raise bad_value(f"{field}.{name}", None, "a value", f"Set +{field}.{name}=VALUE")
     return component(**given, **{k: v for k, v in provided.items() if k in takes})
 
 
-def accepted(settings: Mapping[str, Any], kinds: Mapping[str, Any], field: str) -> dict[str, Any]:
-    """The settings in `kinds`, name -> type, each as that type; ``name`` and ``_target_`` left out.
+def accepted(
+    settings: Mapping[str, Any],
+    kinds: Mapping[str, Any],
+    field: str,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the settings, each as the type that `kinds` gives it, without ``name`` and ``_target_``.
+
+    Args:
+        kinds: name -> annotation, see `checks.checked`. field: the settings' name, for messages.
+        defaults: name -> the value that a message proposes.
 
     Raises:
-        ValueError: a setting that is not in `kinds`, or one of the wrong type.
+        ValueError: a setting that is not in `kinds`, or one of the wrong type or out of range.
     """
     given = {k: v for k, v in settings.items() if k not in NOT_FOR_THE_CONSTRUCTOR}
     prefix = f"{field}." if field else ""
     for name, value in given.items():
         if name not in kinds:
             raise unknown_key(f"{prefix}{name}", value, list(kinds))
-        given[name] = checked(value, kinds[name], f"{prefix}{name}")
+        default = NO_DEFAULT if defaults is None else defaults.get(name, NO_DEFAULT)
+        given[name] = checked(value, kinds[name], f"{prefix}{name}", default=default)
     return given
 
 
@@ -128,34 +146,12 @@ def unknown_key(field: str, value: object, allowed: list[str], *, rest: str = ""
     return bad_value(f"{field}{rest}", value, keys, cure)
 
 
-def checked(value: Any, kind: Any, field: str) -> Any:
-    """`value`, as YAML gives it, as the annotated type, e.g. 1 as 1.0 for a float, never "1" as 1.
-
-    Raises:
-        ValueError: it is of another type.
-    """
-    try:
-        adapter = TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticSchemaGenerationError:
-        return value
-    except Exception as error:  # a class of its own configuration takes no other
-        if getattr(error, "code", None) != "type-adapter-config-unused":
-            raise
-        adapter = TypeAdapter(kind)
-    try:
-        # Read as JSON, which knows lists but no tuples and text but no paths, as YAML does.
-        return adapter.validate_json(json.dumps(value), strict=True)
-    except ValidationError as error:
-        reasons = [one["msg"].removeprefix("Input should be ") for one in error.errors()]
-        in_yaml = [
-            one.replace("array", "list").replace("an object", "a mapping") for one in reasons
-        ]
-        allowed = " or ".join(dict.fromkeys(in_yaml))
-        raise bad_value(field, value, allowed, f"Give {field} such a value") from error
-
-
 def first_difference(now: Any, before: Any, field: str = "") -> tuple[str, Any, Any] | None:
-    """The first setting in which two configs differ, as (dotted name, now, before), or None."""
+    """Find the first setting in which two configs differ.
+
+    Returns:
+        Its dotted name, its value in `now` and its value in `before`; None where nothing differs.
+    """
     if isinstance(now, Mapping) and isinstance(before, Mapping):
         for name in dict.fromkeys((*now, *before)):
             below = f"{field}.{name}" if field else str(name)

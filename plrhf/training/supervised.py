@@ -26,6 +26,7 @@ from plrhf.backbone.model import (
     tiny_gptj,
     train_tokenizer,
 )
+from plrhf.core.checks import NonNegativeInt, PositiveFloat, PositiveInt, check_arguments
 from plrhf.core.components import Settings, accepted, build, kinds
 from plrhf.core.errors import bad_value
 from plrhf.data.module import PreferenceData, build_data
@@ -36,40 +37,21 @@ from plrhf.models.sft import SupervisedPolicy
 from plrhf.training.trainer import build_loggers, build_trainer, fit, processes, shards_of, share_of
 
 
+@check_arguments("backbone.sft")
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a backbone is fine-tuned, ``backbone.sft``.
 
     Args:
-        responses: of a pair. max_steps, batch_size, warmup_steps: in steps and pairs. lr: at its peak.
+        responses: which responses of a pair are learned. max_steps: optimiser steps.
+        batch_size: pairs a step. lr: learning rate at its peak. warmup_steps: steps up to the peak.
     """
 
-    responses: Literal["chosen", "both"]
-    max_steps: int
-    batch_size: int
-    lr: float
-    warmup_steps: int
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise bad_value(
-                    f"backbone.sft.{name}",
-                    getattr(self, name),
-                    "a whole number from 1",
-                    f"Set backbone.sft.{name}=32",
-                )
-        if not self.lr > 0:
-            raise bad_value(
-                "backbone.sft.lr", self.lr, "a number above 0", "Set backbone.sft.lr=1e-3"
-            )
-        if self.warmup_steps < 0:
-            raise bad_value(
-                "backbone.sft.warmup_steps",
-                self.warmup_steps,
-                "a whole number from 0",
-                "Set backbone.sft.warmup_steps=0",
-            )
+    responses: Literal["chosen", "both"] = "chosen"
+    max_steps: PositiveInt = 1000
+    batch_size: PositiveInt = 32
+    lr: PositiveFloat = 5e-5
+    warmup_steps: NonNegativeInt = 100
 
 
 def check_backbone(node: Settings) -> None:

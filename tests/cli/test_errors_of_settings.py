@@ -75,16 +75,16 @@ TRAIN: dict[str, tuple[list[str], str]] = {
         ["model.alpha=[1"],
         "model.alpha='[1' is not allowed: expected a number, text, *",
     ),
-    "type": (["optim.lr=fast"], "optim.lr='fast' is not allowed: expected a valid number. *"),
-    "type of a seed": (["seed=1.5"], "seed=1.5 is not allowed: expected a valid integer*"),
+    "type": (["optim.lr=fast"], "optim.lr='fast' is not allowed: expected a number*"),
+    "type of a seed": (["seed=1.5"], "seed=1.5 is not allowed: expected a whole number*"),
     "type in lora": (["backbone.lora.r=big"], "backbone.lora.r='big' is not allowed: expected a *"),
     "type of a choice": (
         ["model.pooling=max"],
-        "model.pooling='max' is not allowed: expected 'la*",
+        "model.pooling='max' is not allowed: expected last or mean. *",
     ),
     "type in samples": (
         ["samples.users=ann"],
-        "samples.users='ann' is not allowed: expected a val*",
+        "samples.users='ann' is not allowed: expected a whole number or a list*",
     ),
     "range of alpha": (
         ["model.alpha=7"],
@@ -113,7 +113,7 @@ TRAIN: dict[str, tuple[list[str], str]] = {
     ),
     "range in sft": (
         ["backbone.sft.lr=0"],
-        "backbone.sft.lr=0.0 is not allowed: expected a numbe*",
+        "backbone.sft.lr=0 is not allowed: expected a number above 0. Set backbone.sft.lr=5e-05.",
     ),
     "range in tiny": (["backbone.tiny.n_heads=0"], "backbone.tiny.n_heads=0 is not allowed: *"),
     "key below nothing": (
@@ -180,7 +180,7 @@ TRAIN: dict[str, tuple[list[str], str]] = {
         ["ckpt=last"],
         "ckpt='last' is not allowed: expected a run that left *",
     ),
-    "another checkpoint": (["ckpt=best"], "ckpt='best' is not allowed: expected 'last'*"),
+    "another checkpoint": (["ckpt=best"], "ckpt='best' is not allowed: expected last or null*"),
     "plan for nothing": (
         ["plan_for.users=-1"],
         "plan_for.users=-1 is not allowed: expected a whole number from 0. Set plan_for.users=1000.",

@@ -1,0 +1,262 @@
+"""Ranges and types of settings, written as annotations and checked in one place.
+
+The author of a component writes the allowed range in the constructor's annotation and decorates the
+class with the name that its settings have on the command line:
+
+    from plrhf.core.checks import Fraction, PositiveInt, check_arguments
+
+    @check_arguments("encoder")
+    class MyEncoder(UserEncoder):
+        def __init__(self, *, user_dim: int, rank: PositiveInt | None = None,
+                     dropout: Fraction = 0.0, mode: Literal["sum", "mean"] = "sum") -> None:
+
+Values are then checked when the class is built from settings (`components.build`) and when it is
+called from Python, with the same message. No float may be nan or infinite unless its annotation says
+``Field(allow_inf_nan=True)``. Any other range is an ``Annotated[int, Field(ge=2)]`` of the author's own.
+What depends on several arguments is checked in the constructor's body with `errors.bad_value`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import numpy as np
+from pydantic import ConfigDict, Field, PydanticSchemaGenerationError, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from plrhf.core.errors import BadValue, bad_value
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+FractionBelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+NO_DEFAULT = inspect.Parameter.empty
+NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    types.NoneType: "null",
+    Path: "a path",
+}
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+def checked(value: Any, kind: Any, field: str, *, default: Any = NO_DEFAULT) -> Any:
+    """Return `value` as the annotated type: 1 becomes 1.0 for a float, "1" never becomes 1.
+
+    Args:
+        value: as YAML or Python gives it.
+        kind: an annotation, e.g. ``int | None`` or `PositiveInt`; a class that pydantic does not
+            know accepts every value.
+        field: the setting's dotted name, for the message.
+        default: what the setting is when it is left out; the message proposes it.
+
+    Raises:
+        ValueError: the value has another type or is out of range.
+    """
+    adapter = _adapter(kind)
+    if adapter is None:
+        return value
+    try:
+        # JSON knows lists but no tuples, and text but no paths, as YAML does.
+        text = json.dumps(value, default=_plain)
+    except (TypeError, ValueError):
+        return _checked_object(adapter, value, kind, field, default)
+    try:
+        return adapter.validate_json(text, strict=True)
+    except ValidationError as error:
+        raise refusal(field, value, kind, default=default) from error
+
+
+def refusal(field: str, value: object, kind: Any, *, default: Any = NO_DEFAULT) -> BadValue:
+    """Return the error for a value that its annotation does not allow."""
+    example = default
+    if default is NO_DEFAULT or default is None:
+        example = _example(kind)
+    cure = f"Give {field} such a value"
+    if example is not NO_DEFAULT:
+        cure = f"Set {field}={_in_yaml(example)}"
+    return bad_value(field, value, describe(kind), cure)
+
+
+def check_arguments(field: str) -> Callable[[C], C]:
+    """Make a class or function check its arguments against its annotations when it is called.
+
+    Only numbers, text, choices and lists or mappings of them are checked, so a tensor or a module
+    costs nothing. A subclass that hands ``**arguments`` on is checked by its bases' decorators.
+
+    Args:
+        field: the name of the component's settings, e.g. ``model``; empty for none.
+    """
+
+    def decorate(target: C) -> C:
+        function: Any = target.__init__ if inspect.isclass(target) else target
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **named: Any) -> Any:
+            try:
+                given = signature.bind(*arguments, **named).arguments
+            except TypeError:  # Python words a missing or unknown argument itself
+                given = {}
+            for name, kind in _plain_kinds(function).items():
+                if name in given:
+                    prefix = f"{field}." if field else ""
+                    default = signature.parameters[name].default
+                    checked(given[name], kind, f"{prefix}{name}", default=default)
+            return function(*arguments, **named)
+
+        if inspect.isclass(target):
+            target.__init__ = call  # type: ignore[method-assign]
+            return target
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def describe(kind: Any) -> str:
+    """Say in words what an annotation allows, e.g. "a number from 0 to 1 or null"."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return f"{describe(arguments[0])}{_range(_bounds(kind))}"
+    if origin is Literal:
+        return _alternatives([_in_yaml(choice) for choice in arguments])
+    if origin in (Union, types.UnionType):
+        return _alternatives([describe(one) for one in arguments])
+    if kind in NAMES:
+        return NAMES[kind]
+    container = origin if origin is not None else kind
+    if (
+        container in (list, tuple, set, frozenset)
+        or getattr(container, "__name__", "") == "Sequence"
+    ):
+        items = [one for one in arguments if one is not Ellipsis]
+        return f"a list, each item {describe(items[0])}" if len(items) == 1 else "a list"
+    if container is dict or getattr(container, "__name__", "") == "Mapping":
+        return "a mapping"
+    return f"a value of type {getattr(kind, '__name__', kind)}"
+
+
+def _alternatives(words: list[str]) -> str:
+    distinct = list(dict.fromkeys(words))
+    return " or ".join(filter(None, [", ".join(distinct[:-1]), distinct[-1]]))
+
+
+def _bounds(kind: Any) -> dict[str, float]:
+    """The bounds ``ge``, ``gt``, ``le`` and ``lt`` of an annotated number."""
+    found: dict[str, float] = {}
+    for one in kind.__metadata__:
+        for bound in one.metadata if isinstance(one, FieldInfo) else [one]:
+            names = [name for name in ("ge", "gt", "le", "lt") if hasattr(bound, name)]
+            found |= {name: getattr(bound, name) for name in names}
+    return found
+
+
+def _range(bounds: dict[str, float]) -> str:
+    words = {"ge": "from {:g}", "gt": "above {:g}", "le": "at most {:g}", "lt": "below {:g}"}
+    if "ge" in bounds and "le" in bounds:
+        words["le"] = "to {:g}"
+        return "".join(f" {words[name]}".format(bounds[name]) for name in ("ge", "le"))
+    said = [words[name].format(bounds[name]) for name in words if name in bounds]
+    return f" {' and '.join(said)}" if len(said) > 0 else ""
+
+
+def _example(kind: Any) -> Any:
+    """A value that an annotation allows, or `NO_DEFAULT` where none is plain enough to propose."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return arguments[0]
+    if origin in (Union, types.UnionType):
+        found = [_example(one) for one in arguments if one is not types.NoneType]
+        found += [None for one in arguments if one is types.NoneType]
+        return next((one for one in found if one is not NO_DEFAULT), NO_DEFAULT)
+    bounds = _bounds(kind) if origin is Annotated else {}
+    number = arguments[0] if origin is Annotated else kind
+    if number not in (int, float):
+        return True if number is bool else NO_DEFAULT
+    low = bounds.get("ge", bounds.get("gt", 0))
+    high = bounds.get("le", bounds.get("lt"))
+    if number is int:
+        least = int(low) + (1 if "gt" in bounds else 0)
+        return least if low > 0 or "gt" in bounds or high is not None else max(1, least)
+    return low + 1.0 if high is None else (low + high) / 2
+
+
+def _in_yaml(value: Any) -> str:
+    """A value as it is written on the command line."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError
+
+
+def _checked_object(
+    adapter: TypeAdapter[Any], value: Any, kind: Any, field: str, default: Any
+) -> Any:
+    """`checked` for a Python object that no YAML can hold, e.g. a path or a tensor."""
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        raise refusal(field, value, kind, default=default) from error
+
+
+def _adapter(kind: Any) -> TypeAdapter[Any] | None:
+    try:
+        return _kept_adapter(kind)
+    except TypeError:  # an annotation that cannot be hashed
+        return _new_adapter(kind)
+
+
+def _new_adapter(kind: Any) -> TypeAdapter[Any] | None:
+    """What reads values of a type; None for a type that pydantic cannot read."""
+    try:
+        return TypeAdapter(
+            kind, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
+        )
+    except PydanticSchemaGenerationError:
+        return None
+    except Exception as error:  # a class of its own configuration takes no other
+        if getattr(error, "code", None) != "type-adapter-config-unused":
+            raise
+        return TypeAdapter(kind)
+
+
+_kept_adapter = functools.cache(_new_adapter)
+
+
+@functools.cache
+def _plain_kinds(function: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments of a function that can be checked, by name, with their types."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    named = inspect.signature(function).parameters.values()
+    variable = {one.name for one in named if one.kind in (one.VAR_KEYWORD, one.VAR_POSITIONAL)}
+    return {
+        name: kind
+        for name, kind in hints.items()
+        if name not in ("return", *variable) and _is_plain(kind)
+    }
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether a type is made of numbers, text, choices, lists and mappings alone."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal or kind in (int, float, bool, str, types.NoneType, Any, Ellipsis):
+        return True
+    if origin is Annotated:
+        return _is_plain(arguments[0])
+    known = (Union, types.UnionType, list, tuple, dict)
+    return kind in (list, tuple, dict) or (origin in known and all(map(_is_plain, arguments)))
