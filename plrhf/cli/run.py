@@ -17,8 +17,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from plrhf.backbone.model import FLEX, Backbone, tiny_gptj
 from plrhf.core.components import Settings, accepted, build, first_difference
 from plrhf.core.errors import bad_value
+from plrhf.data.build import build_data
 from plrhf.data.features import FeatureSchema
-from plrhf.data.module import PreferenceData, build_data
+from plrhf.data.module import PreferenceData
 from plrhf.evaluation.predictions import (
     Prepare,
     Texts,
@@ -48,7 +49,7 @@ from plrhf.training.supervised import (
     train_supervised,
     trainer_of,
 )
-from plrhf.training.trainer import fit, processes, read_checkpoint, shards_of, share_of
+from plrhf.training.trainer import fit, processes, rank_shard_of, read_checkpoint, shards_of
 
 PACKAGES = ("plrhf", "torch", "lightning", "transformers", "peft")
 PARTS = ("data", "backbone", "encoder", "aggregator", "model", "optim")
@@ -126,7 +127,7 @@ def train_personal(
         _rehearse(settings, data, optim)
         path = cached_tiny(settings, data)
     with processes(trainer):
-        data.deal(share_of(trainer))
+        data.set_shard(rank_shard_of(trainer))
         lightning.seed_everything(settings["seed"], verbose=False)
         tokenizer, backbone = open_backbone(settings["backbone"], path, shards=shards_of(trainer))
         card = make_card(settings, data, backbone, path)
@@ -145,11 +146,11 @@ def train_personal(
         _warn(probes["warnings"])
         _say_padding(data.padding())
         begin(settings, run_dir, resume_from=resume_from)
-        before = Prepare(data.part("train", "val"), cache_dir=cache_dir)
+        before = Prepare(data.restrict_to("train", "val"), cache_dir=cache_dir)
         trainer.callbacks.append(before)  # type: ignore[attr-defined]
         fit(model, data, trainer, resume_from=resume_from)
         save_export(run_dir / "export", model, card, tokenizer)
-        prepare(model, data.part("test"), trainer, cache_dir=cache_dir)
+        prepare(model, data.restrict_to("test"), trainer, cache_dir=cache_dir)
         predictions = predict(model, data, trainer)
         ask = engine(model, trainer)
         ask(write_users, run_dir / "users.json", model, data)

@@ -15,7 +15,8 @@ from plrhf.backbone.model import load_tokenizer
 from plrhf.cli.jobs import why_failed
 from plrhf.core.components import Settings, accepted, build
 from plrhf.core.errors import bad_value
-from plrhf.data.module import PreferenceData, build_data
+from plrhf.data.build import build_data
+from plrhf.data.module import PreferenceData
 from plrhf.evaluation.few_shot import Shots, learning_curve, shots_table
 from plrhf.evaluation.judges import Contest, Judge, win_rates
 from plrhf.evaluation.predictions import (
@@ -63,7 +64,7 @@ def score(settings: Settings) -> None:
     model, data, trainer, config = load_run(run, settings)
     out = Path(settings["out"] or run / "eval")
     cache_dir = Path(config["cache_dir"])
-    prepare(model, data.part("val", "test"), trainer, cache_dir=cache_dir)
+    prepare(model, data.restrict_to("val", "test"), trainer, cache_dir=cache_dir)
     predictions = predict(model, data, trainer)
     how = json.loads((run / "results.json").read_text())["run"]
     results = summarise_run(predictions, config, data, probe(data.splits), how)

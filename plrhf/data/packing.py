@@ -13,7 +13,7 @@ from torch import Tensor
 from plrhf.core.errors import bad_value
 from plrhf.core.types import CHOSEN, PADDING, PROMPT, REJECTED
 from plrhf.data.rows import Row, content_hash
-from plrhf.data.store import blocks
+from plrhf.data.store import in_blocks
 
 Tokenizer = Any
 """A transformers tokenizer; typed loosely so that this file does not import transformers."""
@@ -102,7 +102,7 @@ class RowTokenizer:
     def __call__(self, rows: Iterable[Row]) -> tuple[list[Row], list[TokenPair]]:
         """Rows that fit, and their tokens, in the order given."""
         kept, pairs = [], []
-        for block in blocks(rows):
+        for block in in_blocks(rows):
             for row, (pair, cut) in zip(block, self.tokens(block), strict=True):
                 fits = pair.longest <= self.max_tokens
                 self.counts["prompt truncated"] += cut

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plrhf.core.errors import BadValue, bad_value
-from plrhf.data.store import LazySequence, Places, TextFile, blocks
+from plrhf.data.store import Indices, LazySequence, TextTable, in_blocks
 
 Message = dict[str, str]
 """One turn of a chat prompt: ``role`` and ``content``."""
@@ -118,13 +118,13 @@ class Rows(LazySequence[Row]):
     """Rows whose texts lie in a file and whose people are numbered: few bytes a row are in memory.
 
     Attributes:
-        people: everybody in the file. person: of each row, its place among them, [N] int32.
+        people: everybody in the file. person: of each row, its index among them, [N] int32.
     """
 
     def __init__(
-        self, file: TextFile, people: Sequence[Person], places: Places, person: NDArray[np.int32]
+        self, file: TextTable, people: Sequence[Person], indices: Indices, person: NDArray[np.int32]
     ) -> None:
-        self._file, self._places = file, places
+        self._file, self._indices = file, indices
         self.people, self.person = people, person
 
     @classmethod
@@ -135,7 +135,7 @@ class Rows(LazySequence[Row]):
         person = array("i")
 
         def texts() -> Iterator[list[tuple[str | None, ...]]]:
-            for block in blocks(rows):
+            for block in in_blocks(rows):
                 for row in block:
                     features = row.user_features
                     said = None if features is None else tuple(features.items())
@@ -145,46 +145,46 @@ class Rows(LazySequence[Row]):
                     person.append(number)
                 yield [_texts(row) for row in block]
 
-        file = TextFile(TEXT_COLUMNS, texts())
+        file = TextTable(TEXT_COLUMNS, texts())
         codes = np.frombuffer(person, dtype=np.int32) if len(person) > 0 else np.empty(0, np.int32)
         return cls(file, known, np.arange(len(codes)), codes)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._indices)
 
     def __iter__(self) -> Iterator[Row]:
         start = 0
-        for columns in self._file.read(TEXT_COLUMNS, self._places):
+        for columns in self._file.read(TEXT_COLUMNS, self._indices):
             people = self.person[start : start + len(columns[0])].tolist()
             start += len(people)
             for number, texts in zip(people, zip(*columns, strict=True), strict=True):
                 yield _row(self.people[number], *texts)
 
-    def item(self, place: int) -> Row:
-        """The row at a place."""
-        return next(iter(self.at(np.array([place]))))
+    def item(self, index: int) -> Row:
+        """Return the row at an index."""
+        return next(iter(self.select(np.array([index]))))
 
-    def at(self, places: Places) -> Self:
-        """The rows at these places."""
-        return type(self)(self._file, self.people, self._places[places], self.person[places])
+    def select(self, indices: Indices) -> Self:
+        """Return the rows at these indices."""
+        return type(self)(self._file, self.people, self._indices[indices], self.person[indices])
 
-    def by(self, person: NDArray[np.int32]) -> Self:
+    def with_people(self, person: NDArray[np.int32]) -> Self:
         """The same rows as if these people had chosen."""
-        return type(self)(self._file, self.people, self._places, person)
+        return type(self)(self._file, self.people, self._indices, person)
 
     def texts(self, name: str) -> Iterator[str | None]:
         """One field of every row, read alone: any but prompt and what is known of users."""
-        for (values,) in self._file.read((name,), self._places):
+        for (values,) in self._file.read((name,), self._indices):
             yield from values
 
-    def everybody(self) -> list[Person]:
+    def distinct_people(self) -> list[Person]:
         """Who the rows are of, by first appearance."""
         _, first = np.unique(self.person, return_index=True)
         return [self.people[self.person[place]] for place in np.sort(first)]
 
     def digest(self, *, with_user_text: bool) -> str:
         """A hash of what the rows say: of the whole file, which of its rows, and users' own texts."""
-        parts = [self._file.digest, blake2b(self._places.tobytes()).hexdigest()]
+        parts = [self._file.digest, blake2b(self._indices.tobytes()).hexdigest()]
         if with_user_text:
             parts += [
                 content_hash([person.user_text for person in self.people]),

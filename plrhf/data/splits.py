@@ -36,7 +36,7 @@ class Splits:
     shared_prompts: bool = False  # whether test was meant to hold pairs on prompts of train
 
 
-def assign(key: str, *, salt: str, seed: int) -> float:
+def uniform_hash(key: str, *, salt: str, seed: int) -> float:
     """Return a uniform number in [0, 1) fixed by key, salt and seed in every process and version.
 
     Unlike a draw from a generator it does not move when other keys come or go.
@@ -45,9 +45,9 @@ def assign(key: str, *, salt: str, seed: int) -> float:
     return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: more could round up to 1.0
 
 
-def is_unseen(user_id: str, *, seed: int, unseen_fraction: float) -> bool:
+def is_unseen_user(user_id: str, *, seed: int, unseen_fraction: float) -> bool:
     """Whether the user is among the fraction drawn to be unseen; sources that draw them agree."""
-    return assign(user_id, salt="unseen user", seed=seed) < unseen_fraction
+    return uniform_hash(user_id, salt="unseen user", seed=seed) < unseen_fraction
 
 
 def split_rows(
@@ -85,15 +85,15 @@ def split_rows(
     if seen_prompt_test_fraction > 0:
         places = np.flatnonzero(code == TRAIN)
         drawn = [
-            assign(str(pair_id), salt="seen prompt", seed=seed) < seen_prompt_test_fraction
-            for pair_id in rows.at(places).texts("pair_id")
+            uniform_hash(str(pair_id), salt="seen prompt", seed=seed) < seen_prompt_test_fraction
+            for pair_id in rows.select(places).texts("pair_id")
         ]
         code[places[drawn]] = TEST
     names, user = _users(rows)
     pairs = np.stack([np.bincount(user[code == one], minlength=len(names)) for one in range(3)])
     enough, trained = _which_users(pairs, at_least=min_pairs_per_user, at_most=max_users)
     beyond = enough & (pairs[TRAIN] > 0) & ~trained
-    unseen = [is_unseen(name, seed=seed, unseen_fraction=unseen_fraction) for name in names]
+    unseen = [is_unseen_user(name, seed=seed, unseen_fraction=unseen_fraction) for name in names]
     seen = trained & ~np.array(unseen, dtype=np.bool_)
 
     left_out = {
@@ -103,7 +103,9 @@ def split_rows(
     }
     dropped = {reason: int(where.sum()) for reason, where in left_out.items() if where.any()}
     kept = ~np.logical_or.reduce(list(left_out.values()))
-    parts = {name: rows.at(np.flatnonzero(kept & (code == one))) for one, name in enumerate(SPLITS)}
+    parts = {
+        name: rows.select(np.flatnonzero(kept & (code == one))) for one, name in enumerate(SPLITS)
+    }
     _check_not_empty(parts, dropped, rows)
     return Splits(
         **parts,
@@ -157,7 +159,7 @@ def shuffle_users(rows: Rows, *, seed: int) -> Rows:
     """
     givers = list(range(len(rows)))
     random.Random(seed).shuffle(givers)
-    return rows.by(rows.person[givers])
+    return rows.with_people(rows.person[givers])
 
 
 def _users(rows: Rows) -> tuple[list[str], NDArray[np.int64]]:
@@ -182,7 +184,7 @@ def _split_codes(rows: Rows, *, seed: int, val_fraction: float, test_fraction: f
 
     @lru_cache(maxsize=2**16)
     def of_prompt(prompt_id: str | None) -> int:
-        place = assign(str(prompt_id), salt="prompt", seed=seed)
+        place = uniform_hash(str(prompt_id), salt="prompt", seed=seed)
         if place < test_fraction:
             return TEST
         return VAL if place < test_fraction + val_fraction else TRAIN

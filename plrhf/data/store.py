@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 T = TypeVar("T", covariant=True)
 Item = TypeVar("Item")
-Places = NDArray[np.int64]
+Indices = NDArray[np.int64]
 
 BLOCK = 4096
 """Rows of a block, the unit that is read."""
@@ -37,7 +37,7 @@ class LazySequence(Sequence[T]):
         """Make the item at a place from 0."""
 
     @abstractmethod
-    def at(self, places: Places) -> Self:
+    def select(self, indices: Indices) -> Self:
         """The items at these places, from 0, as a sequence of the same kind."""
 
     @overload
@@ -46,7 +46,7 @@ class LazySequence(Sequence[T]):
     def __getitem__(self, at: slice) -> Self: ...
     def __getitem__(self, at: int | slice) -> T | Self:
         if isinstance(at, slice):
-            return self.at(np.arange(len(self))[at])
+            return self.select(np.arange(len(self))[at])
         return self.item(range(len(self))[at])
 
     def __eq__(self, other: object) -> bool:
@@ -56,7 +56,7 @@ class LazySequence(Sequence[T]):
 
 
 @contextlib.contextmanager
-def appearing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Where to write a file that is given the name `path`, of a directory made for it, once it is
     complete: a kill leaves none half, and of two processes at once either's stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,14 +65,14 @@ def appearing(path: Path) -> Iterator[Path]:
     os.replace(part, path)
 
 
-def blocks(items: Iterable[Item]) -> Iterator[list[Item]]:
+def in_blocks(items: Iterable[Item]) -> Iterator[list[Item]]:
     """The items, `BLOCK` at a time."""
     left = iter(items)
     while len(block := list(islice(left, BLOCK))) > 0:
         yield block
 
 
-class TextFile:
+class TextTable:
     """Rows of optional texts, written once and read by block and column.
 
     The file has no name and goes with the process. Its blocks are read, not mapped, so that a walk
@@ -101,10 +101,10 @@ class TextFile:
                 writer.write_batch(batch)
         self.digest = digest.hexdigest()
 
-    def read(self, names: Sequence[str], places: Places) -> Iterator[list[list[Any]]]:
+    def read(self, names: Sequence[str], places: Indices) -> Iterator[list[list[Any]]]:
         """Yield the named columns' values at the places, in order, some rows at a time.
 
-        Places should ascend: each change of block is a reading.
+        Indices should ascend: each change of block is a reading.
         """
         if len(places) == 0:
             return

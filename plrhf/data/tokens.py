@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from plrhf.data.packing import RowTokenizer, TokenPair
 from plrhf.data.rows import Rows, content_hash
-from plrhf.data.store import BLOCK, LazySequence, Places, appearing, blocks
+from plrhf.data.store import BLOCK, Indices, LazySequence, atomic_write, in_blocks
 
 FIELDS = ("prompt", "chosen", "rejected")
 
@@ -32,23 +32,23 @@ class TokenFile(LazySequence[TokenPair]):
         cut = [batch.column("cut").to_numpy(zero_copy_only=False) for batch in batches]
         self.lengths: NDArray[np.int32] = np.concatenate([np.empty((0, 3), np.int32), *lengths])
         self.cut: NDArray[np.bool_] = np.concatenate([np.empty(0, np.bool_), *cut])
-        self._places: Places = np.arange(len(self.cut))
+        self._indices: Indices = np.arange(len(self.cut))
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._indices)
 
-    def item(self, place: int) -> TokenPair:
-        """The pair at a place."""
-        number, row = divmod(int(self._places[place]), BLOCK)
+    def item(self, index: int) -> TokenPair:
+        """Return the pair at an index."""
+        number, row = divmod(int(self._indices[index]), BLOCK)
         return TokenPair(
             *(tuple(ids[ends[row] : ends[row + 1]].tolist()) for ends, ids in self._blocks[number])
         )
 
-    def at(self, places: Places) -> Self:
-        """The pairs at these places."""
+    def select(self, indices: Indices) -> Self:
+        """Return the pairs at these indices."""
         part = object.__new__(type(self))
-        part._blocks, part._places = self._blocks, self._places[places]
-        part.lengths, part.cut = self.lengths[places], self.cut[places]
+        part._blocks, part._indices = self._blocks, self._indices[indices]
+        part.lengths, part.cut = self.lengths[indices], self.cut[indices]
         return part
 
     def __reduce__(self) -> Any:
@@ -59,34 +59,36 @@ def _parts(column: arrow.ListArray) -> tuple[NDArray[Any], NDArray[Any]]:
     return column.offsets.to_numpy(), column.values.to_numpy()
 
 
-def tokenised(rows: Rows, to_tokens: RowTokenizer, *, cache_dir: Path | None) -> TokenFile:
+def load_or_tokenize(
+    rows: Rows, row_tokenizer: RowTokenizer, *, cache_dir: Path | None
+) -> TokenFile:
     """The rows' tokens, kept in `cache_dir` under a hash of texts, tokenizer and settings.
 
     Two processes at once at worst both make the file; a damaged one is made anew. Without a
     `cache_dir` they are in memory.
     """
-    tokenizer = None if cache_dir is None else to_tokens.digest()
+    tokenizer = None if cache_dir is None else row_tokenizer.digest()
     if cache_dir is None or tokenizer is None:
         memory = arrow.BufferOutputStream()
-        write_tokens(memory, rows, to_tokens)
+        write_tokens(memory, rows, row_tokenizer)
         return TokenFile(arrow.BufferReader(memory.getvalue()))
-    key = content_hash(rows.digest(with_user_text=to_tokens.use_user_text), tokenizer)
+    key = content_hash(rows.digest(with_user_text=row_tokenizer.use_user_text), tokenizer)
     path = cache_dir / f"tokens-{key}.arrow"
     try:
         return TokenFile(arrow.memory_map(str(path)))
     except (OSError, arrow.ArrowException):
-        with appearing(path) as part, arrow.OSFile(str(part), "wb") as file:
-            write_tokens(file, rows, to_tokens)
+        with atomic_write(path) as part, arrow.OSFile(str(part), "wb") as file:
+            write_tokens(file, rows, row_tokenizer)
     return TokenFile(arrow.memory_map(str(path)))
 
 
-def write_tokens(file: arrow.NativeFile, rows: Rows, to_tokens: RowTokenizer) -> None:
+def write_tokens(file: arrow.NativeFile, rows: Rows, row_tokenizer: RowTokenizer) -> None:
     """Write every row's tokens, those that will not fit among them, in as few bytes as ids take."""
-    ids = arrow.uint16() if len(to_tokens.tokenizer) <= 2**16 else arrow.int32()
+    ids = arrow.uint16() if len(row_tokenizer.tokenizer) <= 2**16 else arrow.int32()
     schema = arrow.schema([*((name, arrow.list_(ids)) for name in FIELDS), ("cut", arrow.bool_())])
     with arrow.ipc.new_file(file, schema) as writer:
-        for block in blocks(rows):
-            found = to_tokens.tokens(block)
+        for block in in_blocks(rows):
+            found = row_tokenizer.tokens(block)
             columns = [[getattr(pair, name) for pair, _ in found] for name in FIELDS]
             columns.append([cut for _, cut in found])
             arrays = [

@@ -20,7 +20,8 @@ from plrhf.core.stats import (
     paired_difference,
     summarise_outcomes,
 )
-from plrhf.data.module import PairDataset, PreferenceData
+from plrhf.data.dataset import PairDataset
+from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Row, read_rows
 from plrhf.models.adaptation import Fit, Prior, batches_of, dataset_of, fit_users, gathered, scores
 from plrhf.models.base import PersonalModule
@@ -84,7 +85,9 @@ def learning_curve(
     prior = Prior(model.encoder, scale=options.prior_scale)
     model.eval()
     given, asked = rows_of_users(data, options.users)
-    dataset = dataset_of(model, data.to_tokens, [*given, *asked], batch_size=data.eval_batch_size)
+    dataset = dataset_of(
+        model, data.row_tokenizer, [*given, *asked], batch_size=data.eval_batch_size
+    )
     given_ids = {row.pair_id for row in given}
     trials, left_out = draw_trials(dataset.rows, given_ids, options, seed=seed)
     curve = Curve(model, dataset, prior, trials, batch_size=data.eval_batch_size)

@@ -19,7 +19,7 @@ from rich.progress import track
 from plrhf.backbone.model import load_tokenizer
 from plrhf.core.errors import bad_value
 from plrhf.core.stats import Array, Outcomes, correctness, summarise_outcomes
-from plrhf.data.module import PairDataset
+from plrhf.data.dataset import PairDataset
 from plrhf.data.packing import RowTokenizer, TokenPair, packed, two_rows
 from plrhf.data.rows import Row, content_hash
 from plrhf.evaluation.chat_endpoint import ChatEndpoint, Reply, ReplyStore
@@ -193,7 +193,7 @@ class RewardJudge(Judge):
                 "Train one, as generated texts come without their users' own",
             )
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.to_tokens = RowTokenizer(load_tokenizer(str(export)), **text)
+        self.row_tokenizer = RowTokenizer(load_tokenizer(str(export)), **text)
 
     @torch.no_grad()
     def compare(self, contests: Sequence[Contest]) -> Verdicts:
@@ -255,8 +255,10 @@ class RewardJudge(Judge):
         )
 
     def _tokens(self, row: Row) -> TokenPair:
-        prompt = self.to_tokens.prompt(row)
-        chosen, rejected = (self.to_tokens.response(text) for text in (row.chosen, row.rejected))
+        prompt = self.row_tokenizer.prompt(row)
+        chosen, rejected = (
+            self.row_tokenizer.response(text) for text in (row.chosen, row.rejected)
+        )
         room, needed = self.model.max_positions, len(prompt) + max(len(chosen), len(rejected))
         if room is not None and needed > room:
             raise bad_value(

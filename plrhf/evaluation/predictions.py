@@ -21,10 +21,11 @@ from plrhf.core.components import Settings
 from plrhf.core.errors import bad_value
 from plrhf.core.stats import correctness
 from plrhf.core.types import PreferenceBatch, UserBatch
-from plrhf.data.known import KnownTexts
-from plrhf.data.module import PairDataset, PreferenceData, everybody
+from plrhf.data.dataset import PairDataset
+from plrhf.data.module import PreferenceData, people_in
 from plrhf.data.rows import Features, Message, Person, Row, content_hash
 from plrhf.data.splits import Splits, prompt_kinds
+from plrhf.data.text_value_cache import TextValueCache
 from plrhf.evaluation.metrics import choose_length_rule, summarise
 from plrhf.models.base import PersonalModule
 from plrhf.models.export import Card
@@ -56,12 +57,12 @@ def prepare(
     """
     ask = _asker(model, trainer)
 
-    def known(*what: str) -> KnownTexts | None:
+    def known(*what: str) -> TextValueCache | None:
         if cache_dir is None:
             return None
         key = content_hash(model.backbone.digest, trainer.precision, *what)  # of all processes
         # The first alone reads and writes, and the others are told.
-        return KnownTexts(cache_dir / f"texts-{key}") if trainer.is_global_zero else None
+        return TextValueCache(cache_dir / f"texts-{key}") if trainer.is_global_zero else None
 
     with evaluating(model, trainer):
         if isinstance(model, PersonalDPOPolicy):
@@ -109,7 +110,7 @@ def predict(model: PersonalModule, data: PreferenceData, trainer: Trainer) -> pd
         margins: dict[str, Tensor] = {}
         if len(dataset) > 0:
             with evaluating(model, trainer):
-                found = data.collect(split, ask(model.both_margins))
+                found = data.values_per_pair(split, ask(model.both_margins))
             margins = dict(zip(("user", "generic"), found.double().T, strict=True))
         if oracle is not None:
             true = [oracle[row.pair_id] for row in dataset.rows]
@@ -296,7 +297,7 @@ def texts_wanted(model: PersonalModule, data: PreferenceData, texts: Texts) -> l
     ]
     check_room(
         model,
-        [data.to_tokens.prompt(row) for row in asked],
+        [data.row_tokenizer.prompt(row) for row in asked],
         max_new_tokens=texts.max_new_tokens,
         field=texts.origin,
     )
@@ -314,8 +315,8 @@ def write_texts(path: Path, model: PersonalDPOPolicy, data: PreferenceData, text
         "temperature": texts.temperature,
         "top_p": texts.top_p,
     }
-    tokenizer = data.to_tokens.tokenizer
-    prompts = [data.to_tokens.prompt(row) for row in asked]
+    tokenizer = data.row_tokenizer.tokenizer
+    prompts = [data.row_tokenizer.prompt(row) for row in asked]
     ids = [row.user_id for row in asked]
     index = torch.tensor([model.card.user_index(user) for user in ids])
     users = UserBatch(user_id=index, features=features_of(data, ids))
@@ -361,7 +362,7 @@ def first_prompts(rows: Sequence[Row], count: int) -> list[Row]:
 
 def first_people(data: PreferenceData) -> dict[str, Row | Person]:
     """What the first row of each user says of them."""
-    people = [*everybody(data.splits.train), *everybody(data.splits.test)]
+    people = [*people_in(data.splits.train), *people_in(data.splits.test)]
     return {one.user_id: one for one in reversed(people)}
 
 

@@ -147,7 +147,7 @@ def _nearest(
     # By the layer, as its weights, where they are sharded, may be on their way already.
     tokens = torch.arange(model.backbone.config.vocab_size, device=vectors.device)
     table = torch.nn.functional.normalize(model.backbone.embed(tokens).float(), dim=1)  # [V, d]
-    tokenizer = data.to_tokens.tokenizer
+    tokenizer = data.row_tokenizer.tokenizer
     found = []
     for owner, vector in owners.items():
         each = torch.nn.functional.normalize(vector.float().view(n_tokens, -1), dim=1)  # [T, d]

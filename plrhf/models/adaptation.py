@@ -14,9 +14,10 @@ from torch.func import functional_call
 
 from plrhf.core.errors import bad_value
 from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
-from plrhf.data.module import OfTexts, PairDataset, of_texts
+from plrhf.data.dataset import PairDataset, TextValues
 from plrhf.data.packing import RowTokenizer, Tokenizer, packed, two_rows
 from plrhf.data.rows import Row, parse_row
+from plrhf.data.text_values import compute_text_values
 from plrhf.encoders import UserEncoder
 from plrhf.models.base import PersonalModule
 from plrhf.models.export import replace_users
@@ -145,13 +146,13 @@ def fit_users(
 
 
 def dataset_of(
-    model: PersonalModule, to_tokens: RowTokenizer, rows: Sequence[Row], *, batch_size: int
+    model: PersonalModule, row_tokenizer: RowTokenizer, rows: Sequence[Row], *, batch_size: int
 ) -> PairDataset:
     """Rows as pairs, with all computed that no user has a part in: pooled trunk, or reference.
 
-    Rows too long are left out and counted by `to_tokens`.
+    Rows too long are left out and counted by `row_tokenizer`.
     """
-    kept, pairs = to_tokens(rows)
+    kept, pairs = row_tokenizer(rows)
     dataset = PairDataset(
         kept,
         pairs,
@@ -161,8 +162,8 @@ def dataset_of(
     )
     device = next(model.parameters()).device
 
-    def on_device(compute: Callable[[PreferenceBatch], Tensor]) -> OfTexts | None:
-        return of_texts(
+    def on_device(compute: Callable[[PreferenceBatch], Tensor]) -> TextValues | None:
+        return compute_text_values(
             dataset, lambda batch: compute(move_data_to_device(batch, device)).cpu(), batch_size
         )
 
@@ -237,14 +238,14 @@ def adapt(
     """
     fit = Fit() if fit is None else fit
     prior = Prior(model.encoder, scale=fit.prior_scale)
-    to_tokens = RowTokenizer(tokenizer, **model.card.text)
+    row_tokenizer = RowTokenizer(tokenizer, **model.card.text)
     rows = [
         parse_row({"user_id": "new", **pair}, f"pair {number}")
         for number, pair in enumerate(pairs, 1)
     ]
     was_training = model.training
     model.eval()
-    dataset = dataset_of(model, to_tokens, rows, batch_size=32)
+    dataset = dataset_of(model, row_tokenizer, rows, batch_size=32)
     batches = batches_of(dataset, range(len(dataset)), [1] * len(dataset), batch_size=32)
     tables = prior.tables(fit_users(model, batches, prior, n_users=1, steps=fit.steps))
     features = model.card.feature_schema().encode(rows[0].user_features if rows else None)

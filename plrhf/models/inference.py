@@ -53,17 +53,17 @@ def score(
         ValueError: a response or prompt that cannot be read or does not fit, or a user the model
             does not know.
     """
-    to_tokens = RowTokenizer(tokenizer, **model.card.text)
+    row_tokenizer = RowTokenizer(tokenizer, **model.card.text)
     rows = [
         replace(row, chosen=_response(one, place), rejected="")
         for place, (one, row) in enumerate(zip(asked, _rows(asked), strict=True))
     ]
-    dataset = dataset_of(model, to_tokens, rows, batch_size=batch_size)
+    dataset = dataset_of(model, row_tokenizer, rows, batch_size=batch_size)
     if len(dataset) < len(rows):
         raise bad_value(
             "asked",
             f"{len(rows) - len(dataset)} too long",
-            f"prompt and response of at most {to_tokens.max_tokens} tokens",
+            f"prompt and response of at most {row_tokenizer.max_tokens} tokens",
             "Leave out what is longer, or train with a larger data.max_tokens",
         )
     users = _user_ids(model.card, asked, rows)
@@ -86,12 +86,12 @@ def write(model: PersonalDPOPolicy, tokenizer: Tokenizer, asked: Asked, **how: A
         ValueError: a prompt that cannot be read, no room for the tokens, or an unknown user.
     """
     rows = _rows(asked)
-    to_tokens = RowTokenizer(tokenizer, **model.card.text)
+    row_tokenizer = RowTokenizer(tokenizer, **model.card.text)
     users = UserBatch(
         user_id=torch.tensor(_user_ids(model.card, asked, rows), dtype=torch.int64),
         features=model.card.feature_schema().table([row.user_features for row in rows]),
     )
-    return generate(model, tokenizer, [to_tokens.prompt(row) for row in rows], users, **how)
+    return generate(model, tokenizer, [row_tokenizer.prompt(row) for row in rows], users, **how)
 
 
 def _rows(asked: Asked) -> list[Row]:

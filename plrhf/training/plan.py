@@ -327,7 +327,7 @@ def _shared_out(
             away[place] += rest[name] + users[name]
             rest[name] = users[name] = 0.0
     prompt, response = _lengths(data)
-    n_summed = trainer["accumulate_grad_batches"]
+    accumulated_batches = trainer["accumulate_grad_batches"]
     received = 2 * _bytes(every, width) + _bytes(learned, width)  # weights twice, gradients once
     return Plan(
         parameters=_count(every),
@@ -339,10 +339,10 @@ def _shared_out(
         evaluation=steps.evaluation,
         host=away["cpu"],
         nvme=away["nvme"],
-        communication=received * n_summed * (1 - share),
+        communication=received * accumulated_batches * (1 - share),
         checkpoint=3 * (_bytes(learned) if zero3 is None else FLOAT * _count(learned)),
         row_tokens=prompt + 2 * response + model.aggregator.n_positions,
-        pairs=pairs_of_batch(model, data) * n_summed,
+        pairs=pairs_of_batch(model, data) * accumulated_batches,
         n_users=n_users,
     )
 

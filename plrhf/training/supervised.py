@@ -29,12 +29,20 @@ from plrhf.backbone.model import (
 from plrhf.core.checks import NonNegativeInt, PositiveFloat, PositiveInt, check_arguments
 from plrhf.core.components import Settings, accepted, build, kinds
 from plrhf.core.errors import bad_value
-from plrhf.data.module import PreferenceData, build_data
+from plrhf.data.build import build_data
+from plrhf.data.module import PreferenceData
 from plrhf.data.packing import Tokenizer
 from plrhf.data.rows import Row, content_hash
 from plrhf.models.optim import Optim
 from plrhf.models.sft import SupervisedPolicy
-from plrhf.training.trainer import build_loggers, build_trainer, fit, processes, shards_of, share_of
+from plrhf.training.trainer import (
+    build_loggers,
+    build_trainer,
+    fit,
+    processes,
+    rank_shard_of,
+    shards_of,
+)
 
 
 @check_arguments("backbone.sft")
@@ -144,7 +152,7 @@ def train_supervised(
     node = settings["backbone"]
     optim: Optim = build(settings["optim"], "optim")
     with processes(trainer):
-        data.deal(share_of(trainer))
+        data.set_shard(rank_shard_of(trainer))
         if node["path"] is not None:
             tokenizer, backbone = open_backbone(node, node["path"], shards=shards_of(trainer))
         else:

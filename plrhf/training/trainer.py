@@ -39,7 +39,8 @@ from torch import Tensor
 
 from plrhf.core.components import build
 from plrhf.core.errors import bad_value
-from plrhf.data.module import PreferenceData, Share
+from plrhf.data.dataset import RankShard
+from plrhf.data.module import PreferenceData
 from plrhf.training.zero import Stage3, Zero3, stage3
 
 STARTED_BY = "PLRHF_STARTED_BY"  # environment variable: the process that started this one
@@ -244,8 +245,8 @@ class LastCheckpoint(Checkpoint):
 
 def summing_gradients(trainer: Trainer) -> bool:
     """Whether the batch just taken left its gradient for a later one to step with."""
-    n_summed = (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches
-    return n_summed != 0 and not trainer.is_last_batch
+    accumulated_batches = (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches
+    return accumulated_batches != 0 and not trainer.is_last_batch
 
 
 def validation_is_due(trainer: Trainer) -> bool:
@@ -518,13 +519,13 @@ def _check_ranges(**counts: int | None) -> None:
 
 def _check_accumulation(data: PreferenceData, trainer: Trainer) -> None:
     """Raise where an epoch ends between summed batches: Lightning steps there, DeepSpeed does not."""
-    n_summed = trainer.accumulate_grad_batches
-    if n_summed > 1 and isinstance(trainer.strategy, Stage3):
+    accumulated_batches = trainer.accumulate_grad_batches
+    if accumulated_batches > 1 and isinstance(trainer.strategy, Stage3):
         n_batches = len(data.train_dataloader())
-        if n_batches % n_summed != 0:
+        if n_batches % accumulated_batches != 0:
             raise bad_value(
                 "trainer.accumulate_grad_batches",
-                n_summed,
+                accumulated_batches,
                 f"a divisor of the {n_batches} batches of an epoch under trainer.zero3",
                 "Set it to 1, or change data.batch_size",
             )
@@ -592,7 +593,7 @@ def _check_started(trainer: Trainer) -> None:
         ) from error
 
 
-def share_of(trainer: Trainer) -> Share:
+def rank_shard_of(trainer: Trainer) -> RankShard:
     """What the trainer's process takes of every batch, and how batches make up a step."""
     strategy = trainer.strategy
 
@@ -600,7 +601,7 @@ def share_of(trainer: Trainer) -> Share:
         summed: Any = strategy.reduce(values.to(strategy.root_device), reduce_op="sum")
         return summed.cpu()
 
-    return Share(
+    return RankShard(
         trainer.global_rank,
         trainer.world_size,
         total,
@@ -624,6 +625,6 @@ def fit(
     """
     _check_accumulation(data, trainer)
     model.train()  # from_pretrained leaves models in eval mode
-    open_data = data.part("train", "val")
+    open_data = data.restrict_to("train", "val")
     trainer.fit(model, datamodule=open_data, ckpt_path=resume_from, weights_only=True)
     load_best(trainer)

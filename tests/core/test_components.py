@@ -25,7 +25,7 @@ from plrhf.backbone.model import Backbone, tiny_gptj
 from plrhf.cli.main import CONF
 from plrhf.cli.run import check_settings, make_card
 from plrhf.core.components import accepted, build, kinds, locate, parameters
-from plrhf.data.module import build_data
+from plrhf.data.build import build_data
 from plrhf.encoders import UserEncoder
 from plrhf.evaluation.judges import Judge
 from plrhf.evaluation.predictions import Texts

@@ -22,18 +22,14 @@ from transformers import PreTrainedTokenizerFast
 from plrhf.aggregators import FiLM
 from plrhf.backbone.model import Backbone, tiny_gptj
 from plrhf.core.types import CHOSEN, REJECTED
-from plrhf.data.module import (
-    OrderedBatches,
-    PreferenceData,
-    Share,
-    as_test,
-    build_data,
-    coupled,
-    length_classes,
-)
+from plrhf.data.build import build_data
+from plrhf.data.dataset import RankShard
+from plrhf.data.module import PreferenceData, all_as_test
 from plrhf.data.packing import TokenPair
 from plrhf.data.rows import Rows, parse_row
+from plrhf.data.samplers import ResumableBatchSampler, length_buckets
 from plrhf.data.sources.base import Source
+from plrhf.data.text_values import distinct_texts, texts_as_pairs
 from plrhf.encoders import LookupEncoder
 from plrhf.models.optim import Optim
 from plrhf.models.policy import PersonalDPOPolicy
@@ -163,7 +159,7 @@ def test_order_goes_on_where_it_stopped(
 def test_an_iterator_left_at_its_last_batch_starts_the_next_epoch() -> None:
     # Lightning knows how many batches there are and asks for no more.
     lengths = np.ones((7, 1), dtype=np.int64)
-    left, exhausted = (OrderedBatches(lengths, batch_size=3, seed=0) for _ in range(2))
+    left, exhausted = (ResumableBatchSampler(lengths, batch_size=3, seed=0) for _ in range(2))
     iterator = iter(left)
     assert [next(iterator) for _ in range(3)] == list(exhausted)
     assert list(left) == list(exhausted)
@@ -171,19 +167,19 @@ def test_an_iterator_left_at_its_last_batch_starts_the_next_epoch() -> None:
 
 def test_classes_of_like_length_by_hand() -> None:
     lengths = np.array([10, 100, 95, 11, 50, 90, 10])
-    of_class, sizes = length_classes(lengths, 3, 200)
+    bucket, sizes = length_buckets(lengths, 3, 200)
     # 100 to 90, in twos; 50 and what it takes to fill a batch of three; the last 10.
-    assert of_class.tolist() == [1, 0, 0, 1, 1, 0, 2]
+    assert bucket.tolist() == [1, 0, 0, 1, 1, 0, 2]
     assert sizes == [2, 3, 3]
-    of_none, sizes = length_classes(lengths[:0], 3, 200)
+    of_none, sizes = length_buckets(lengths[:0], 3, 200)
     assert len(of_none) == 0 and sizes == [3]
-    assert length_classes(lengths[1:2], 3, 99)[1] == [1]  # too long for the budget: alone
+    assert length_buckets(lengths[1:2], 3, 99)[1] == [1]  # too long for the budget: alone
 
 
 @pytest.mark.parametrize("rows_a_pair", [1, 2])
 def test_batches_keep_to_a_budget_of_tokens(rows_a_pair: int) -> None:
     lengths = np.random.default_rng(0).integers(5, 60, size=(1009, rows_a_pair))
-    batches = OrderedBatches(lengths, batch_size=9, seed=2, batch_tokens=130 * rows_a_pair)
+    batches = ResumableBatchSampler(lengths, batch_size=9, seed=2, batch_tokens=130 * rows_a_pair)
     epochs = [list(batches) for _ in range(3)]
     assert len(batches) == len(epochs[0]) == len(epochs[1]) == len(epochs[2])
     seen_together = set()
@@ -195,7 +191,7 @@ def test_batches_keep_to_a_budget_of_tokens(rows_a_pair: int) -> None:
         assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.2  # lengths are mixed
         seen_together |= {tuple(sorted(places)) for places, _ in epoch}
     assert len(seen_together) > 2.8 * len(batches)  # and so is who stands with whom
-    at_random = OrderedBatches(lengths, batch_size=9, seed=2)
+    at_random = ResumableBatchSampler(lengths, batch_size=9, seed=2)
     share, more = batches.padding(), at_random.padding()
     assert share is not None and more is not None
     assert (share < 0.1 if rows_a_pair == 1 else share < 0.3) and more > share + 0.1
@@ -204,11 +200,11 @@ def test_batches_keep_to_a_budget_of_tokens(rows_a_pair: int) -> None:
 def test_padding_by_hand() -> None:
     def padding(lengths: list[list[int]]) -> float | None:
         table = np.array(lengths, dtype=np.int64).reshape(len(lengths), -1)
-        return OrderedBatches(table, batch_size=3, seed=0).padding()
+        return ResumableBatchSampler(table, batch_size=3, seed=0).padding()
 
     assert padding([[4], [4], [2]]) == pytest.approx(2 / 12)
     assert padding([[3, 4], [2, 2]]) == pytest.approx(5 / 16)
-    assert OrderedBatches(np.empty((0, 1), np.int64), batch_size=3, seed=0).padding() is None
+    assert ResumableBatchSampler(np.empty((0, 1), np.int64), batch_size=3, seed=0).padding() is None
 
 
 def test_padding_is_what_batches_hold(tokenizer: Any, word_tokenizer: Any) -> None:
@@ -224,32 +220,32 @@ def test_padding_is_what_batches_hold(tokenizer: Any, word_tokenizer: Any) -> No
 
 def test_summed_batches_weigh_pairs_alike(tokenizer: Any) -> None:
     data = make_data(tokenizer)  # 17 rows in fours: steps of 4 + 4, 4 + 4 and 1
-    data.deal(Share(n_summed=2))
+    data.set_shard(RankShard(accumulated_batches=2))
     assert [batch.step_weight for batch in data.train_dataloader()] == [1, 1, 1, 1, 2]
-    data.deal(Share(n_summed=3))  # 4 + 4 + 4 and 4 + 1
+    data.set_shard(RankShard(accumulated_batches=3))  # 4 + 4 + 4 and 4 + 1
     weights = [batch.step_weight for batch in data.train_dataloader()]
     assert weights == pytest.approx([1, 1, 1, 3 * 4 / 5, 3 * 1 / 5])
-    assert all(batch.step_weight == 1 for batch in data.ordered_loader("train"))
+    assert all(batch.step_weight == 1 for batch in data.evaluation_loader("train"))
 
 
 @pytest.mark.parametrize("batch_tokens", [None, 150])
 def test_gradients_are_of_the_mean_over_the_steps_pairs(
     tokenizer: Any, batch_tokens: int | None
 ) -> None:
-    n_summed = 4  # 5 or 6 batches: the last step is short
+    accumulated_batches = 4  # 5 or 6 batches: the last step is short
     data = make_data(tokenizer, batch_tokens=batch_tokens)
     backbone = make_backbone()
     backbone.model.resize_token_embeddings(len(tokenizer))
     model = make_model(PersonalRewardModel, backbone=backbone)
     model.log = lambda *_, **__: None
-    data.deal(Share(n_summed=n_summed))
+    data.set_shard(RankShard(accumulated_batches=accumulated_batches))
     batches = list(data.train_dataloader())
-    assert len({len(batch) for batch in batches}) > 1 and len(batches) % n_summed != 0
-    for start in range(0, len(batches), n_summed):
-        of_step = batches[start : start + n_summed]
+    assert len({len(batch) for batch in batches}) > 1 and len(batches) % accumulated_batches != 0
+    for start in range(0, len(batches), accumulated_batches):
+        of_step = batches[start : start + accumulated_batches]
         model.zero_grad()
         for batch in of_step:
-            (model.training_step(batch, 0) / n_summed).backward()  # as Lightning sums
+            (model.training_step(batch, 0) / accumulated_batches).backward()  # as Lightning sums
         found = gradients(model)
         found = {name: value.clone() for name, value in found.items()}
         model.zero_grad()
@@ -264,11 +260,11 @@ def test_processes_share_every_batch(world_size: int, tokenizer: Any) -> None:
     shares = []
     for rank in range(world_size):
         data = make_data(tokenizer)
-        data.deal(Share(rank, world_size))
+        data.set_shard(RankShard(rank, world_size))
         shares.append(data)
     for name in ("train", "test"):
         loaders = [
-            one.train_dataloader() if name == "train" else one.ordered_loader("test")
+            one.train_dataloader() if name == "train" else one.evaluation_loader("test")
             for one in (whole, *shares)
         ]
         for batch, *parts in zip(*loaders, strict=True):
@@ -283,8 +279,8 @@ def test_values_are_collected_over_processes(tokenizer: Any) -> None:
     found = []
     for rank in range(2):
         data = make_data(tokenizer)
-        data.deal(Share(rank, 2))
-        found.append(data.collect("test", lambda batch: 1 + batch.row[:, None].float()))
+        data.set_shard(RankShard(rank, 2))
+        found.append(data.values_per_pair("test", lambda batch: 1 + batch.row[:, None].float()))
     assert sum(found).squeeze(1).tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert all((one == 0).any() for one in found)
 
@@ -292,7 +288,7 @@ def test_values_are_collected_over_processes(tokenizer: Any) -> None:
 def test_loaders_leave_the_global_generator_alone(tokenizer: Any) -> None:
     data = make_data(tokenizer)
     before = torch.get_rng_state()
-    for loader in (data.train_dataloader(), data.val_dataloader(), data.ordered_loader("test")):
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.evaluation_loader("test")):
         served(loader)
     assert torch.get_rng_state().equal(before)
 
@@ -300,28 +296,28 @@ def test_loaders_leave_the_global_generator_alone(tokenizer: Any) -> None:
 def test_evaluation_goes_through_all_rows_shortest_first(tokenizer: Any) -> None:
     data = make_data(tokenizer)
     for split, n_rows in (("train", 17), ("val", 5), ("test", 7)):
-        order = [row for batch in served(data.ordered_loader(split)) for row in batch]
+        order = [row for batch in served(data.evaluation_loader(split)) for row in batch]
         assert sorted(order) == list(range(n_rows))
         pairs = data.datasets[split].pairs
         lengths = [
             len(pairs[i].prompt) + len(pairs[i].chosen) + len(pairs[i].rejected) for i in order
         ]
         assert lengths == sorted(lengths)
-    assert served(data.val_dataloader()) == served(data.ordered_loader("val"))
+    assert served(data.val_dataloader()) == served(data.evaluation_loader("val"))
 
 
 def test_a_part_holds_nothing_of_other_splits(tokenizer: Any) -> None:
     data = make_data(tokenizer)
-    part = data.part("train", "val")
+    part = data.restrict_to("train", "val")
     assert served(part.train_dataloader()) == served(data.train_dataloader())
     assert served(part.val_dataloader()) == served(data.val_dataloader())
     message = "^test pairs are closed here: only train, val may be looked at while"
     with pytest.raises(LookupError, match=message):
         part.datasets["test"]
     with pytest.raises(LookupError, match=message):
-        part.ordered_loader("test")
+        part.evaluation_loader("test")
     with pytest.raises(LookupError, match=message):
-        part.part("test")
+        part.restrict_to("test")
     assert not {"splits", "source"} & vars(part).keys()
     held = pickle.dumps(part)  # with all that it leads to
     for split, is_held in (("train", True), ("val", True), ("test", False)):
@@ -406,7 +402,7 @@ def reward_model(tokenizer: Any, **film: Any) -> Any:
 
 def margins(model: Any, data: Any, split: str) -> dict[str, Tensor]:
     found = {name: torch.zeros(len(data.datasets[split])) for name in ("user", "generic")}
-    for batch in data.ordered_loader(split):
+    for batch in data.evaluation_loader(split):
         for name, values in model.context_margins(batch).items():
             found[name][batch.row] = values
     return found
@@ -465,10 +461,10 @@ def test_reference_computed_beforehand_changes_nothing(tokenizer: Any) -> None:
     backbone = make_backbone()
     backbone.model.resize_token_embeddings(len(tokenizer))
     policy = make_model(PersonalDPOPolicy, backbone=backbone)
-    online = {batch.row: policy.loss(batch)[0] for batch in data.ordered_loader("train")}
+    online = {batch.row: policy.loss(batch)[0] for batch in data.evaluation_loader("train")}
     data.precompute_reference(policy.reference_logps)
     policy.backbone.reference = None  # nor is it asked again
-    for (row, expected), batch in zip(online.items(), data.ordered_loader("train"), strict=True):
+    for (row, expected), batch in zip(online.items(), data.evaluation_loader("train"), strict=True):
         assert batch.row.equal(row)
         torch.testing.assert_close(policy.loss(batch)[0], expected, atol=1e-5, rtol=0)
     assert data.datasets["val"].ref_logps[torch.arange(5)].shape == (5, 2)
@@ -548,7 +544,7 @@ def test_a_bidirectional_reward_model_learns(word_tokenizer: Any, aggregator: st
 
     def loss() -> float:
         with torch.no_grad():
-            every = [model.eval().loss(batch)[0] for batch in data.ordered_loader("train")]
+            every = [model.eval().loss(batch)[0] for batch in data.evaluation_loader("train")]
         return float(torch.cat(every).mean())
 
     before = loss()
@@ -608,21 +604,21 @@ def test_texts_by_hand(tokenizer: Any) -> None:
         TokenPair((1,), (3,), (4,)),
         TokenPair((9,), (2,), (3,)),
     ]
-    texts, places = dataset.texts()
+    texts, places = distinct_texts(dataset.pairs)
     assert texts == [((1,), (2,)), ((1,), (3,)), ((1,), (4,)), ((9,), (2,)), ((9,), (3,))]
     assert places.tolist() == [[0, 1], [1, 2], [3, 4]]
 
 
 def test_texts_of_one_prompt_share_a_row_by_hand() -> None:
     texts = [((1,), (2,)), ((9,), (2,)), ((1,), (3,)), ((1,), (4,)), ((9,), (5,))]
-    pairs, places = coupled(texts, together=True)
+    pairs, places = texts_as_pairs(texts, share_prompts=True)
     assert pairs == [
         TokenPair((1,), (2,), (3,)),
         TokenPair((9,), (2,), (5,)),
         TokenPair((1,), (4,), ()),
     ]
     assert places.tolist() == [[0, 2], [1, 4], [3, 5]]
-    pairs, places = coupled(texts[:2], together=False)
+    pairs, places = texts_as_pairs(texts[:2], share_prompts=False)
     assert pairs == [TokenPair((1,), (2,), ()), TokenPair((9,), (2,), ())]
     assert places.tolist() == [[0, 2], [1, 2]]
 
@@ -657,7 +653,7 @@ BAD = [
         "Set data.max_tokens=1023.",
     ),
     (
-        lambda _: as_test(Rows.of([parse_row(RECORDS[0], "f:1")]), ["ann"]),
+        lambda _: all_as_test(Rows.of([parse_row(RECORDS[0], "f:1")]), ["ann"]),
         "test rows=0 is not allowed: expected 1 or more. "
         "Give rows without split, or with split=test.",
     ),

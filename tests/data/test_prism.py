@@ -15,7 +15,7 @@ from upstream import asked, conversation, many_dialogues, person, reply, write_l
 
 from plrhf.data.rows import ReadReport, Row, read_rows
 from plrhf.data.sources.prism import PrismSource
-from plrhf.data.splits import is_unseen, split_rows
+from plrhf.data.splits import is_unseen_user, split_rows
 
 WHOLE = {"unseen_fraction": 0.0, "test_fraction": 0.0, "val_fraction": 0.0}
 
@@ -166,7 +166,7 @@ def test_splits_by_user_and_dialogue(tmp_path: Path) -> None:
     for row in rows:
         by_user.setdefault(row.user_id, []).append(row.split)
     assert by_user.pop("single") in (["test"], ["test"])
-    unseen = {user for user in by_user if is_unseen(user, seed=3, unseen_fraction=0.2)}
+    unseen = {user for user in by_user if is_unseen_user(user, seed=3, unseen_fraction=0.2)}
     assert 2 <= len(unseen) <= 16  # 8.2 expected, deviation 2.6
     for user, names in by_user.items():
         n_test = 7 if user in unseen else 3  # int(7 * 0.7) = 4 are left to train on

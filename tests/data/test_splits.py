@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from plrhf.data.rows import Row, Rows
-from plrhf.data.splits import Splits, assign, prompt_kinds, shuffle_users, split_rows
+from plrhf.data.splits import Splits, prompt_kinds, shuffle_users, split_rows, uniform_hash
 
 SETTINGS: dict[str, Any] = {
     "seed": 1,
@@ -47,12 +47,14 @@ def split(rows: Iterable[Row], **changes: Any) -> Splits:
 
 
 def test_assign_is_fixed_and_even() -> None:
-    code = "from plrhf.data.splits import assign; print(assign('key', salt='s', seed=3))"
+    code = (
+        "from plrhf.data.splits import uniform_hash; print(uniform_hash('key', salt='s', seed=3))"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(out.stdout) == assign("key", salt="s", seed=3)
-    assert assign("key", salt="s", seed=4) != assign("key", salt="s", seed=3)
-    assert assign("key", salt="t", seed=3) != assign("key", salt="s", seed=3)
-    places = [assign(str(n), salt="s", seed=0) for n in range(20_000)]
+    assert float(out.stdout) == uniform_hash("key", salt="s", seed=3)
+    assert uniform_hash("key", salt="s", seed=4) != uniform_hash("key", salt="s", seed=3)
+    assert uniform_hash("key", salt="t", seed=3) != uniform_hash("key", salt="s", seed=3)
+    places = [uniform_hash(str(n), salt="s", seed=0) for n in range(20_000)]
     assert all(0 <= place < 1 for place in places)
     tenths = Counter(int(place * 10) for place in places)
     assert all(abs(tenths[tenth] - 2000) < 200 for tenth in range(10))  # 4.7 deviations
@@ -173,7 +175,9 @@ def test_unseen_users_keep_test_rows_only_and_face_the_same_minimum() -> None:
     assert train_users == {row.user_id for row in parts.val} == set(parts.users)
     assert test_users == eligible
     assert 0.15 < len(unseen) / len(eligible) < 0.45
-    assert unseen == {user for user in eligible if assign(user, salt="unseen user", seed=1) < 0.3}
+    assert unseen == {
+        user for user in eligible if uniform_hash(user, salt="unseen user", seed=1) < 0.3
+    }
     total = len(parts.train) + len(parts.val) + len(parts.test) + sum(parts.dropped.values())
     assert total == len(rows)
     assert parts.dropped["unseen user outside test"] == sum(

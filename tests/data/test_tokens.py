@@ -14,7 +14,7 @@ import pytest
 from plrhf.data import store
 from plrhf.data.packing import RowTokenizer
 from plrhf.data.rows import Row, Rows
-from plrhf.data.tokens import TokenFile, tokenised
+from plrhf.data.tokens import TokenFile, load_or_tokenize
 
 WORDS = ["write", "about", "the", "sea", "is", "blue", "wide", "and", "calm"]
 N_ROWS = store.BLOCK + 7  # two blocks
@@ -50,25 +50,25 @@ def test_rows_come_back_as_they_were(many: list[Row]) -> None:
     assert len(rows.people) == 6  # five of `many`, of whom `full` is one, and `bare`
     with pytest.raises(IndexError):
         rows[len(rows)]
-    assert list(Rows.of([])) == [] and Rows.of([]).everybody() == []
+    assert list(Rows.of([])) == [] and Rows.of([]).distinct_people() == []
 
 
 def test_rows_at_places_in_any_order(many: list[Row]) -> None:
     rows = Rows.of(many)
     places = [4100, 3, 4, 5, 3, 4098, 0]
-    part = rows.at(np.array(places))
+    part = rows.select(np.array(places))
     assert part == [many[place] for place in places]
     assert list(part.texts("pair_id")) == [f"x{place}" for place in places]
-    assert [person.user_id for person in part.everybody()] == ["u0", "u3", "u4"]
-    assert part.at(np.array([5, 1])) == [many[4098], many[3]]
-    others = part.by(rows.person[:7])
+    assert [person.user_id for person in part.distinct_people()] == ["u0", "u3", "u4"]
+    assert part.select(np.array([5, 1])) == [many[4098], many[3]]
+    others = part.with_people(rows.person[:7])
     assert [one.user_id for one in others] == [f"u{number % 5}" for number in range(7)]
     assert [one.user_features for one in others] == [{"age": float(n % 5)} for n in range(7)]
     assert [one.chosen for one in others] == [one.chosen for one in part]
 
 
 def test_a_part_of_rows_is_pickled_without_the_others(many: list[Row]) -> None:
-    part = Rows.of(many).at(np.array([2, 9]))
+    part = Rows.of(many).select(np.array([2, 9]))
     held = pickle.dumps(part)
     assert pickle.loads(held) == [many[2], many[9]]
     assert b"p2" in held and b"p9" in held and b"p3" not in held
@@ -92,12 +92,12 @@ def test_the_digest_tells_rows_apart(many: list[Row]) -> None:
     assert digests(Rows.of(many[:9])) == (plain, with_text)
     changed = [
         Rows.of([replace(many[0], rejected="other"), *many[1:9]]),
-        rows.at(np.arange(8)),
-        rows.at(np.arange(9)[::-1]),
+        rows.select(np.arange(8)),
+        rows.select(np.arange(9)[::-1]),
         Rows.of([*many[1:9], many[0]]),
     ]
     assert all(one != plain and two != with_text for one, two in map(digests, changed))
-    same_texts, other_people = digests(rows.by(rows.person[::-1].copy()))
+    same_texts, other_people = digests(rows.with_people(rows.person[::-1].copy()))
     assert same_texts == plain and other_people != with_text
 
 
@@ -118,13 +118,13 @@ class Counting:
         return self.tokenizer(texts, **settings)
 
 
-def to_tokens(tokenizer: Any, **changes: Any) -> RowTokenizer:
+def row_tokenizer(tokenizer: Any, **changes: Any) -> RowTokenizer:
     return RowTokenizer(tokenizer, **{"max_prompt_tokens": 9, "max_tokens": 80, **changes})
 
 
 def one_by_one(rows: list[Row], tokenizer: Any) -> list[Any]:
     """The naive twin: every text by itself."""
-    encoder = to_tokens(tokenizer)
+    encoder = row_tokenizer(tokenizer)
     return [
         (encoder.prompt(one), encoder.response(one.chosen), encoder.response(one.rejected))
         for one in rows
@@ -141,7 +141,7 @@ def test_tokens_are_those_of_texts_one_by_one(
 ) -> None:
     rows = [replace(many[0], prompt="the sea is wide " * 9), *many]
     cache_dir = tmp_path / "cache" if on_disk else None
-    pairs = tokenised(Rows.of(rows), to_tokens(tokenizer), cache_dir=cache_dir)
+    pairs = load_or_tokenize(Rows.of(rows), row_tokenizer(tokenizer), cache_dir=cache_dir)
     expected = one_by_one(rows, tokenizer)
     assert parts(pairs) == expected
     assert pairs.cut[0] and pairs.cut.sum() == sum(
@@ -149,14 +149,14 @@ def test_tokens_are_those_of_texts_one_by_one(
     )
     assert pairs.lengths.tolist() == [[len(ids) for ids in one] for one in expected]
     places = np.array([4101, 2, 2, 4099])
-    assert parts(pairs.at(places)) == [expected[place] for place in places]
-    assert parts(pairs.at(places)[1:3]) == [expected[2], expected[2]]
-    assert pairs.at(places).lengths.tolist() == pairs.lengths[places].tolist()
-    assert pickle.loads(pickle.dumps(pairs.at(places))) == pairs.at(places)
+    assert parts(pairs.select(places)) == [expected[place] for place in places]
+    assert parts(pairs.select(places)[1:3]) == [expected[2], expected[2]]
+    assert pairs.select(places).lengths.tolist() == pairs.lengths[places].tolist()
+    assert pickle.loads(pickle.dumps(pairs.select(places))) == pairs.select(places)
 
 
 def test_no_rows_have_no_tokens(tokenizer: Any, tmp_path: Path) -> None:
-    pairs = tokenised(Rows.of([]), to_tokens(tokenizer), cache_dir=tmp_path)
+    pairs = load_or_tokenize(Rows.of([]), row_tokenizer(tokenizer), cache_dir=tmp_path)
     assert len(pairs) == 0 and pairs.lengths.shape == (0, 3)
 
 
@@ -167,17 +167,17 @@ def test_tokens_are_made_once_and_again_where_something_changed(
 
     def asked(rows: Rows, other: Any = tokenizer, **changes: Any) -> int:
         counting = Counting(other)
-        tokenised(rows, to_tokens(counting, **changes), cache_dir=tmp_path)
+        load_or_tokenize(rows, row_tokenizer(counting, **changes), cache_dir=tmp_path)
         return counting.asked
 
     assert asked(rows) > 13
     assert asked(rows) == asked(Rows.of(many[:13])) == 0
     assert asked(rows, max_tokens=5) == 0  # which decides what fits, not what a text's tokens are
-    assert asked(rows.by(rows.person[::-1].copy())) == 0  # texts alone matter
+    assert asked(rows.with_people(rows.person[::-1].copy())) == 0  # texts alone matter
     respelt = copy.deepcopy(tokenizer)
     respelt.add_tokens(["sea"])
     assert asked(rows, respelt) > 13
-    assert asked(rows.at(np.arange(12))) > 12
+    assert asked(rows.select(np.arange(12))) > 12
     for change in (
         {"max_prompt_tokens": 8},
         {"separator": " "},
@@ -186,7 +186,7 @@ def test_tokens_are_made_once_and_again_where_something_changed(
     ):
         assert asked(rows, **change) > 13, change
         assert asked(rows, **change) == 0, change
-    assert asked(rows.by(rows.person[::-1].copy()), use_user_text=True) > 13
+    assert asked(rows.with_people(rows.person[::-1].copy()), use_user_text=True) > 13
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -197,10 +197,10 @@ def test_a_damaged_file_is_made_anew(
     damage: Any, many: list[Row], tokenizer: Any, tmp_path: Path
 ) -> None:
     rows = Rows.of(many[:13])
-    expected = parts(tokenised(rows, to_tokens(tokenizer), cache_dir=tmp_path))
+    expected = parts(load_or_tokenize(rows, row_tokenizer(tokenizer), cache_dir=tmp_path))
     (path,) = tmp_path.iterdir()
     path.write_bytes(damage(path.read_bytes()))
-    assert parts(tokenised(rows, to_tokens(tokenizer), cache_dir=tmp_path)) == expected
+    assert parts(load_or_tokenize(rows, row_tokenizer(tokenizer), cache_dir=tmp_path)) == expected
 
 
 def test_ids_take_no_more_bytes_than_they_need(
@@ -211,7 +211,7 @@ def test_ids_take_no_more_bytes_than_they_need(
             return 2**16 + 1
 
     small, large = (
-        tokenised(Rows.of(many[:13]), to_tokens(kind(tokenizer)), cache_dir=None)
+        load_or_tokenize(Rows.of(many[:13]), row_tokenizer(kind(tokenizer)), cache_dir=None)
         for kind in (Counting, Large)
     )
     assert isinstance(small, TokenFile) and small == large
@@ -227,7 +227,7 @@ def test_texts_that_come_again_are_kept_only_so_long(
     many: list[Row], tokenizer: Any, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("plrhf.data.packing.MOST_TEXTS", 50)
-    encoder = to_tokens(tokenizer)
+    encoder = row_tokenizer(tokenizer)
     _, pairs = encoder(many)
     assert parts(pairs) == one_by_one(many, tokenizer)
     assert len(encoder._ids) < 50 + 3 * 7 + 1  # the second block's alone

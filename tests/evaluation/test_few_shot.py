@@ -13,8 +13,9 @@ from runs import launch, rows_of_world, write_rows
 from tiny import WIDTH, make_model, make_pairs
 
 from plrhf.core.stats import Outcomes, correctness
+from plrhf.data.dataset import PairDataset, TextValues
 from plrhf.data.features import FeatureSchema
-from plrhf.data.module import OfTexts, PairDataset, PreferenceData
+from plrhf.data.module import PreferenceData
 from plrhf.data.packing import packed
 from plrhf.data.rows import Row
 from plrhf.data.sources.jsonl import JsonlSource
@@ -134,7 +135,7 @@ def test_a_model_that_knows_how_people_differ_learns_who_this_is() -> None:
     pairs = make_pairs(len(people))
     schema = FeatureSchema.fit(())
     dataset = PairDataset(people, pairs, layout=packed, user_index={}, schema=schema)
-    dataset.hidden = OfTexts(hidden.flatten(0, 1), torch.arange(2 * len(people)).view(-1, 2))
+    dataset.hidden = TextValues(hidden.flatten(0, 1), torch.arange(2 * len(people)).view(-1, 2))
     trials, _ = draw_trials(people, set(), Shots(shots=[24], draws=3), seed=0)
     curve = Curve(model, dataset, Prior(model.encoder), trials, batch_size=50)
     t = curve.fit(24, steps=30)

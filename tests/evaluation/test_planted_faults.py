@@ -100,7 +100,7 @@ def small_data() -> PreferenceData:
 
 
 def small_model(data: PreferenceData) -> Any:
-    vocabulary = len(data.to_tokens.tokenizer)  # type: ignore[arg-type]
+    vocabulary = len(data.row_tokenizer.tokenizer)  # type: ignore[arg-type]
     backbone = Backbone(model=language_model(vocabulary=vocabulary), trainable="frozen")
     return make_model(PersonalRewardModel, backbone=backbone, aggregator="film_last")
 
@@ -110,7 +110,7 @@ class SelectsOnTest(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        for batch in data.ordered_loader("test"):
+        for batch in data.evaluation_loader("test"):
             pl_module.validation_step(batch, 0)
 
 

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from plrhf.cli.run import train
 from plrhf.core.types import PreferenceBatch
-from plrhf.data.module import PreferenceData, build_data
+from plrhf.data.build import build_data
+from plrhf.data.module import PreferenceData
 from plrhf.models.base import PersonalModule
 from plrhf.models.export import build_model, read_card, user_model_state
 from plrhf.models.policy import PersonalDPOPolicy
@@ -46,7 +47,7 @@ def margins(model: PersonalModule, data: PreferenceData) -> pd.DataFrame:
     """Margins of the test pairs, in the batches that evaluation takes them in."""
     found: list[pd.DataFrame] = []
     batch: PreferenceBatch
-    for batch in data.ordered_loader("test"):
+    for batch in data.evaluation_loader("test"):
         rows = [data.datasets["test"].rows[place].pair_id for place in batch.row.tolist()]
         values = {
             name: value.double().numpy() for name, value in model.context_margins(batch).items()

@@ -26,8 +26,8 @@ from plrhf.training.trainer import (
     WholeFiles,
     build_trainer,
     fit,
+    rank_shard_of,
     read_checkpoint,
-    share_of,
 )
 
 N_USERS, N_ROWS = 3, 21
@@ -113,7 +113,7 @@ def fit_once(
         progress=False,
         **{"has_val": True, **settings},
     )
-    data.deal(share_of(trainer))
+    data.set_shard(rank_shard_of(trainer))
     if copies is not None:
         trainer.callbacks.append(Snapshots(run_dir, copies))
     trainer.callbacks.extend(extra)

@@ -15,7 +15,7 @@ from plrhf.core.errors import bad_value
 from plrhf.data.rows import Features, Reason, Refusal, content_hash
 from plrhf.data.sources.base import Source, prompts_apart, refusal
 from plrhf.data.sources.files import HubFiles, Record, data_files, read_files
-from plrhf.data.splits import assign, is_unseen
+from plrhf.data.splits import is_unseen_user, uniform_hash
 
 HUB = HubFiles("HannahRoseKirk/prism-alignment", ("survey.jsonl", "conversations.jsonl"))
 BLANK = "EMPTY STRING"
@@ -162,12 +162,12 @@ class PrismSource(Source):
             of_user.setdefault(one.user_id, []).append(one.dialogue_id)
         splits: dict[str, str] = {}
         for user, ids in of_user.items():
-            unseen = is_unseen(user, seed=self.seed, unseen_fraction=self.unseen_fraction)
+            unseen = is_unseen_user(user, seed=self.seed, unseen_fraction=self.unseen_fraction)
             n_train = 0 if unseen else int(len(ids) * (1 - self.test_fraction))
             # A hash rather than a generator: a dialogue more leaves the others where they are.
-            ids.sort(key=lambda dialogue: assign(dialogue, salt="dialogue", seed=self.seed))
+            ids.sort(key=lambda dialogue: uniform_hash(dialogue, salt="dialogue", seed=self.seed))
             for place, dialogue in enumerate(ids):
-                draw = assign(dialogue, salt="val dialogue", seed=self.seed)
+                draw = uniform_hash(dialogue, salt="val dialogue", seed=self.seed)
                 is_val = place > 0 and draw < self.val_fraction
                 splits[dialogue] = "test" if place >= n_train else "val" if is_val else "train"
         return splits

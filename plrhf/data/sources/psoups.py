@@ -14,7 +14,7 @@ from plrhf.core.errors import bad_value
 from plrhf.data.rows import Reason, Refusal, content_hash
 from plrhf.data.sources.base import Source, refusal
 from plrhf.data.sources.files import Record, data_files, read_files
-from plrhf.data.splits import assign
+from plrhf.data.splits import uniform_hash
 
 PREFERENCES = {
     "P1A": "Generate a response that can be easily understood by an elementary school student.",
@@ -124,7 +124,7 @@ class PsoupsSource(Source):
         return self.template.replace(PLACE, question)
 
     def _split(self, user: str, pair: str) -> str:
-        place = assign(f"{user} {pair}", salt="pair", seed=self.seed)
+        place = uniform_hash(f"{user} {pair}", salt="pair", seed=self.seed)
         if place < self.test_fraction:
             return "test"
         return "val" if place < self.test_fraction + self.val_fraction else "train"

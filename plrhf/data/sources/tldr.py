@@ -18,7 +18,7 @@ from plrhf.core.errors import bad_value
 from plrhf.data.rows import Reason, Refusal, content_hash, read_rows
 from plrhf.data.sources.base import Source, prompts_apart, refusal
 from plrhf.data.sources.files import HubFiles, Record, data_files, read_files
-from plrhf.data.splits import assign
+from plrhf.data.splits import uniform_hash
 
 # The repository itself holds a loading script, which `datasets` no longer runs; the hub's own
 # conversion to parquet lies in this revision.
@@ -142,7 +142,7 @@ class TldrSource(Source):
                 allowed = f"one of the {self.n_seen} workers with most train rows"
                 cure = "Raise data.n_seen to train on more"
                 return refusal(Reason.UNSEEN_OUTSIDE_TEST, "worker", one.worker, allowed, cure)
-            if assign(one.prompt_id, salt="val prompt", seed=self.seed) < self.val_fraction:
+            if uniform_hash(one.prompt_id, salt="val prompt", seed=self.seed) < self.val_fraction:
                 split = "val"
         chosen = self._chosen(one)
         if isinstance(chosen, Refusal):

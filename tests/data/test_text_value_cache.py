@@ -14,9 +14,11 @@ from tiny import make_backbone, make_model
 from torch import Tensor
 
 from plrhf.core.types import CHOSEN, PROMPT, REJECTED, PreferenceBatch
-from plrhf.data.known import KnownTexts
-from plrhf.data.module import EVERYTHING, PairDataset, PreferenceData, Share, of_texts
+from plrhf.data.dataset import SINGLE_PROCESS, PairDataset, RankShard
+from plrhf.data.module import PreferenceData
 from plrhf.data.packing import TokenPair
+from plrhf.data.text_value_cache import TextValueCache
+from plrhf.data.text_values import compute_text_values
 from plrhf.evaluation.predictions import prepare
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
@@ -25,34 +27,34 @@ TEXTS = [((1, 2), (3,)), ((1,), (2, 3)), ((), (1, 2, 3)), ((1, 2, 3), ()), ((7,)
 
 
 def test_what_was_added_is_found(tmp_path: Path) -> None:
-    assert KnownTexts(tmp_path / "none").find(TEXTS) == (None, [0, 1, 2, 3, 4])
+    assert TextValueCache(tmp_path / "none").find(TEXTS) == (None, [0, 1, 2, 3, 4])
     values = torch.randn(5, 3)
-    KnownTexts(tmp_path).add([TEXTS[3], TEXTS[0]], values[[3, 0]])
-    found, missing = KnownTexts(tmp_path).find(TEXTS)
+    TextValueCache(tmp_path).add([TEXTS[3], TEXTS[0]], values[[3, 0]])
+    found, missing = TextValueCache(tmp_path).find(TEXTS)
     assert missing == [1, 2, 4]
     assert found is not None and found[[0, 3]].equal(values[[0, 3]]) and found[1].eq(0).all()
-    KnownTexts(tmp_path).add([TEXTS[2], TEXTS[4], TEXTS[1]], values[[2, 4, 1]])
-    found, missing = KnownTexts(tmp_path).find(TEXTS)
+    TextValueCache(tmp_path).add([TEXTS[2], TEXTS[4], TEXTS[1]], values[[2, 4, 1]])
+    found, missing = TextValueCache(tmp_path).find(TEXTS)
     assert missing == [] and found is not None and found.equal(values)
 
 
 def test_half_written_and_damaged_files_are_passed_over(tmp_path: Path) -> None:
-    KnownTexts(tmp_path).add(TEXTS[:2], torch.ones(2, 1))
+    TextValueCache(tmp_path).add(TEXTS[:2], torch.ones(2, 1))
     (whole,) = tmp_path.iterdir()
     bits = whole.read_bytes()
     (tmp_path / "killed.part").write_bytes(bits[: len(bits) // 2])
     (tmp_path / "cut.safetensors").write_bytes(bits[:-3])
     (tmp_path / "empty.safetensors").write_bytes(b"")
-    found, missing = KnownTexts(tmp_path).find(TEXTS)
+    found, missing = TextValueCache(tmp_path).find(TEXTS)
     assert missing == [2, 3, 4] and found is not None and found[:2].eq(1).all()
 
 
 def prepared(model: Any, cache_dir: Path, pairs: list[TokenPair]) -> tuple[Any, list[int]]:
     """A dataset of these pairs prepared for the model, and how many rows each batch had."""
     data = object.__new__(PreferenceData)
-    data.share = EVERYTHING
+    data.shard = SINGLE_PROCESS
     data.eval_batch_size = 2
-    data.datasets = {"train": PairDataset.of_tokens(pairs)}
+    data.datasets = {"train": PairDataset.from_tokens(pairs)}
     rows: list[int] = []
     counted = type(model.backbone).forward
 
@@ -106,13 +108,13 @@ def test_another_backbone_has_its_own(tmp_path: Path) -> None:
 
 
 class Together:
-    """Processes as threads, each with its share, that wait for one another where processes do."""
+    """Processes as threads, each with its shard, that wait for one another where processes do."""
 
     def __init__(self, n: int) -> None:
         self.said: list[Any] = [None] * n
         self.barrier = Barrier(n, timeout=20)
 
-    def share(self, rank: int) -> Share:
+    def shard(self, rank: int) -> RankShard:
         def all_say(value: Any) -> list[Any]:
             self.said[rank] = value
             self.barrier.wait()
@@ -125,7 +127,7 @@ class Together:
             assert all(one.shape == values.shape for one in said)
             return torch.stack(said).sum(dim=0)
 
-        return Share(rank, len(self.said), total, lambda value: all_say(value)[0])
+        return RankShard(rank, len(self.said), total, lambda value: all_say(value)[0])
 
     def values(self, pairs: list[TokenPair], folder: Path) -> tuple[list[Tensor], list[int]]:
         """Values [N, 2, 3] of the pairs as each process has them, and pairs computed by each."""
@@ -136,9 +138,9 @@ class Together:
                 n_computed[rank] += int(batch.counted().sum())
                 return meaning(batch)
 
-            known = KnownTexts(folder) if rank == 0 else None
-            dataset = PairDataset.of_tokens(pairs)
-            found = of_texts(dataset, compute, 2, known, share=self.share(rank))
+            cache = TextValueCache(folder) if rank == 0 else None
+            dataset = PairDataset.from_tokens(pairs)
+            found = compute_text_values(dataset, compute, 2, cache, shard=self.shard(rank))
             assert found is not None
             return found[torch.arange(len(pairs))]
 
@@ -156,7 +158,7 @@ def meaning(batch: PreferenceBatch) -> Tensor:
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_processes_agree_on_what_is_known(n: int, tmp_path: Path) -> None:
-    expected = meaning(PairDataset.of_tokens(MORE).batch(range(len(MORE))))
+    expected = meaning(PairDataset.from_tokens(MORE).batch(range(len(MORE))))
     found, n_computed = Together(n).values(MORE[:3], tmp_path)
     assert all(one.equal(expected[:3]) for one in found)
     assert sum(n_computed) == 3  # five texts of two prompts, two to a row

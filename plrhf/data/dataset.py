@@ -1,0 +1,145 @@
+"""Tokenised pairs of one split as a dataset, and each rank's shard of its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from plrhf.core.types import GENERIC_USER, PreferenceBatch
+from plrhf.data.features import FeatureSchema
+from plrhf.data.packing import Layout, TokenPair, packed
+from plrhf.data.rows import Person, Row, Rows
+from plrhf.data.tokens import TokenFile
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class RankShard:
+    """What one of several processes takes of every batch, and how the processes exchange values.
+
+    Args:
+        sum_over_ranks: sums a CPU tensor over all processes.
+        from_rank_zero: hands a small picklable value of rank 0 to all processes.
+        accumulated_batches: batches whose gradients are summed to one optimiser step.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    sum_over_ranks: Callable[[Tensor], Tensor] = _unchanged
+    from_rank_zero: Callable[[Any], Any] = _unchanged
+    accumulated_batches: int = 1
+
+
+SINGLE_PROCESS = RankShard()
+
+
+@dataclass
+class TextValues:
+    """A value of each distinct text, and which two texts every pair has."""
+
+    values: Tensor  # [M, ...] float32
+    of_pair: Tensor  # [N, 2] int64: index of the chosen and of the rejected text
+
+    def __getitem__(self, pairs: Tensor) -> Tensor:
+        """Values [B, 2, ...] of the pairs at indices [B]."""
+        return self.values[self.of_pair[pairs]]
+
+
+class PairDataset:
+    """Tokenised pairs of one split, with the values that were computed for them beforehand.
+
+    Attributes:
+        user_id: index of each pair's user, [N] int64. features: of each pair's user, [N, F] float32.
+        ref_logps: reference log-probabilities of chosen and rejected, [N, 2], or None.
+        hidden: pooled trunk outputs of chosen and rejected, [N, 2, d], or None.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        pairs: Sequence[TokenPair],
+        *,
+        layout: Layout,
+        user_index: dict[str, int],
+        schema: FeatureSchema,
+    ) -> None:
+        self.rows, self.pairs, self.layout = rows, pairs, layout
+        people: Sequence[Row | Person] = rows
+        person = np.arange(len(rows))
+        if isinstance(rows, Rows):
+            numbers, person = np.unique(rows.person, return_inverse=True)
+            people = [rows.people[number] for number in numbers]
+        index = [user_index.get(one.user_id, GENERIC_USER) for one in people]
+        features = schema.table([one.user_features for one in people])
+        self.user_id = torch.tensor(index, dtype=torch.int64)[person]
+        self.features = features[person]
+        self.ref_logps: TextValues | None = None
+        self.hidden: TextValues | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of prompt, chosen and rejected response of every pair, [N, 3]."""
+        if isinstance(self.pairs, TokenFile):
+            return self.pairs.lengths
+        of_pairs = [(len(one.prompt), len(one.chosen), len(one.rejected)) for one in self.pairs]
+        return np.array(of_pairs, dtype=np.int32).reshape(-1, 3)
+
+    def row_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each pair's row, [N, 1], or of its two rows in the two-row layout, [N, 2]."""
+        prompt, chosen, rejected = self.lengths.T.astype(np.int64)
+        if self.layout is packed:
+            return (prompt + chosen + rejected)[:, None]
+        return np.stack([prompt + chosen, prompt + rejected], axis=1)
+
+    def batch(self, indices: Sequence[int]) -> PreferenceBatch:
+        """Return the pairs at these indices as one batch."""
+        at = torch.tensor(indices, dtype=torch.int64)
+        pairs = [] if self.hidden is not None else [self.pairs[index] for index in indices]
+        input_ids, segment, positions = self.layout(pairs)
+        batch = PreferenceBatch(
+            user_id=self.user_id[at],
+            features=self.features[at],
+            input_ids=input_ids,
+            segment=segment,
+            position_ids=positions,
+            row=at,
+            ref_logps=None if self.ref_logps is None else self.ref_logps[at],
+        )
+        if self.hidden is None:
+            return batch
+        distinct, texts = self.hidden.of_pair[at].unique(return_inverse=True)
+        return batch.pooled(self.hidden.values[distinct], texts)
+
+    def shard(self, indices: Sequence[int], shard: RankShard) -> PreferenceBatch:
+        """Return what one rank takes of the batch at these indices.
+
+        The pairs are weighted so that the mean over ranks of the weighted sums is the mean over the
+        whole batch. If there are fewer pairs than ranks, a rank without one gets a pair of weight 0,
+        because every rank must take part in every step.
+        """
+        if shard.world_size == 1:
+            return self.batch(indices)
+        own = indices[shard.rank :: shard.world_size]
+        weight = shard.world_size / len(indices) if len(own) > 0 else 0.0
+        batch = self.batch(own if len(own) > 0 else indices[:1])
+        return replace(batch, weight=torch.full((len(batch),), weight))
+
+    @classmethod
+    def from_tokens(cls, pairs: Sequence[TokenPair]) -> Self:
+        """Return packed pairs whose user is the generic one, for values of the text alone."""
+        row = Row(prompt="", chosen="", rejected="", user_id="", prompt_id="", pair_id="")
+        rows = Rows.of([row]).select(np.zeros(len(pairs), dtype=np.int64))
+        schema = FeatureSchema.fit(())
+        return cls(rows, pairs, layout=packed, user_index={}, schema=schema)

@@ -1,0 +1,80 @@
+"""A cache on disk of values computed per text, such as reference log-probabilities."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from plrhf.data.store import atomic_write
+
+TokenText = tuple[tuple[int, ...], tuple[int, ...]]
+"""Token ids of a prompt and of a response."""
+
+
+class TextValueCache:
+    """Values of texts in a folder, where other runs on the same backbone find them.
+
+    Every file is written once and never changed. Two processes that miss the same value at the same
+    time both compute it. A damaged file is passed over, and its values are computed anew.
+
+    Args:
+        folder: its name must hold all that decides the values (weights, config, precision).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        read = [_read(path) for path in sorted(folder.glob("*.safetensors"))]
+        files = [one for one in read if one is not None]
+        self.keys = np.concatenate([np.empty(0, np.int64), *(keys for keys, _ in files)])
+        self.values = np.concatenate([values for _, values in files]) if files else None
+        self.order = np.argsort(self.keys, kind="stable")
+
+    def find(self, texts: Sequence[TokenText]) -> tuple[Tensor | None, list[int]]:
+        """Look the texts up.
+
+        Returns:
+            Values [N, ...] float32 with zeros for texts that are not in the cache (None if the cache
+            is empty), and the indices of those texts.
+        """
+        if self.values is None:
+            return None, list(range(len(texts)))
+        wanted = text_keys(texts)
+        at = np.searchsorted(self.keys, wanted, sorter=self.order).clip(max=len(self.keys) - 1)
+        found_at = self.order[at]
+        is_found = self.keys[found_at] == wanted
+        values = self.values[found_at]
+        values[~is_found] = 0
+        return torch.from_numpy(values), np.flatnonzero(~is_found).tolist()
+
+    def add(self, texts: Sequence[TokenText], values: Tensor) -> None:
+        """Write the values [N, ...] of these texts to a file of their own."""
+        with atomic_write(self.folder / f"{uuid.uuid4().hex}.safetensors") as part:
+            save_file({"keys": text_keys(texts), "values": values.float().numpy()}, part)
+
+
+def text_keys(texts: Sequence[TokenText]) -> NDArray[np.int64]:
+    """Hash each text to 64 bits, [N]; among 10 million texts two collide once in 400,000 tries."""
+    digests = (
+        hashlib.blake2b(array("i", [len(prompt), *prompt, *response]).tobytes(), digest_size=8)
+        for prompt, response in texts
+    )
+    keys = (int.from_bytes(one.digest(), "little", signed=True) for one in digests)
+    return np.fromiter(keys, np.int64, len(texts))
+
+
+def _read(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
+    try:
+        content = load_file(path)
+    except (OSError, SafetensorError):
+        return None
+    return content["keys"], content["values"]

@@ -1,0 +1,143 @@
+"""Values computed once per distinct text of a dataset, and looked up for each pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plrhf.core.types import PreferenceBatch
+from plrhf.data.dataset import SINGLE_PROCESS, PairDataset, RankShard, TextValues
+from plrhf.data.packing import TokenPair, packed
+from plrhf.data.store import Indices, LazySequence
+from plrhf.data.text_value_cache import TextValueCache, TokenText, text_keys
+
+TEXTS_PER_WRITE = 65_536
+"""Texts whose values are computed and written to the cache before the next ones are begun."""
+
+
+class ResponseTexts(LazySequence[TokenText]):
+    """The (prompt, response) texts of pairs.
+
+    Text 2 i is the chosen response of pair i with its prompt, text 2 i + 1 the rejected one.
+
+    Args:
+        numbers: of the texts that this sequence holds, in its order.
+    """
+
+    def __init__(self, pairs: Sequence[TokenPair], numbers: Indices) -> None:
+        self.pairs, self._numbers = pairs, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def select(self, indices: Indices) -> Self:
+        """Return the texts at these indices."""
+        return type(self)(self.pairs, self._numbers[indices])
+
+    def item(self, index: int) -> TokenText:
+        """Return the text at an index."""
+        pair_index, is_rejected = divmod(int(self._numbers[index]), 2)
+        pair = self.pairs[pair_index]
+        return pair.prompt, pair.rejected if is_rejected == 1 else pair.chosen
+
+
+def distinct_texts(pairs: Sequence[TokenPair]) -> tuple[ResponseTexts, Tensor]:
+    """Find the distinct texts of pairs, by first appearance.
+
+    Returns:
+        The M texts, and the index of each pair's chosen and rejected text among them, [N, 2] int64.
+    """
+    every = ResponseTexts(pairs, np.arange(2 * len(pairs)))
+    _, first, which = np.unique(text_keys(every), return_index=True, return_inverse=True)
+    rank = np.empty_like(first)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return ResponseTexts(pairs, np.sort(first)), torch.from_numpy(rank[which]).view(-1, 2)
+
+
+def texts_as_pairs(
+    texts: Sequence[TokenText], *, share_prompts: bool
+) -> tuple[list[TokenPair], Tensor]:
+    """Put texts into pairs, so that the code for pairs computes their values.
+
+    Args:
+        share_prompts: whether two texts of one prompt become one pair; otherwise each text becomes
+            a pair with an empty rejected response.
+
+    Returns:
+        P pairs, and the index of their two responses in `texts`, [P, 2] int64, N for an empty one.
+    """
+    pairs, indices = [], []
+    waiting: dict[tuple[int, ...], int] = {}
+    for index, (prompt, response) in enumerate(texts):
+        if share_prompts and prompt in waiting:
+            first = waiting.pop(prompt)
+            pairs.append(TokenPair(prompt, texts[first][1], response))
+            indices.append([first, index])
+        elif share_prompts:
+            waiting[prompt] = index
+        else:
+            waiting[(index,)] = index
+    for index in waiting.values():
+        pairs.append(TokenPair(*texts[index], ()))
+        indices.append([index, len(texts)])
+    return pairs, torch.tensor(indices, dtype=torch.int64).view(-1, 2)
+
+
+def compute_text_values(
+    dataset: PairDataset,
+    compute: Callable[[PreferenceBatch], Tensor],
+    batch_size: int,
+    cache: TextValueCache | None = None,
+    *,
+    shard: RankShard = SINGLE_PROCESS,
+) -> TextValues | None:
+    """Compute `compute(batch)` [B, 2, ...] once per distinct text; None for an empty dataset.
+
+    Args:
+        cache: values of other runs, read and added to by rank 0 alone. The other ranks pass None
+            and are told what is missing.
+    """
+    texts, of_pair = distinct_texts(dataset.pairs)
+    values, missing = (None, [*range(len(texts))]) if cache is None else cache.find(texts)
+    missing, shape = shard.from_rank_zero((missing, None if values is None else values.shape))
+    if shape is not None:
+        values = shard.sum_over_ranks(torch.zeros(shape) if values is None else values)
+    for start in range(0, len(missing), TEXTS_PER_WRITE):
+        wanted = missing[start : start + TEXTS_PER_WRITE]
+        new = [texts[index] for index in wanted]
+        share_prompts = dataset.layout is packed
+        own = _own_values(new, compute, batch_size, shard, share_prompts=share_prompts)
+        found = shard.sum_over_ranks(own)
+        if cache is not None:
+            cache.add(new, found)
+        values = torch.zeros(len(texts), *found.shape[1:]) if values is None else values
+        values[wanted] = found
+    return None if values is None else TextValues(values, of_pair)
+
+
+def _own_values(
+    texts: Sequence[TokenText],
+    compute: Callable[[PreferenceBatch], Tensor],
+    batch_size: int,
+    shard: RankShard,
+    *,
+    share_prompts: bool,
+) -> Tensor:
+    """Compute the values [N, ...] of this rank's shard of the texts; the others' are zero."""
+    pairs, indices = texts_as_pairs(texts, share_prompts=share_prompts)
+    dataset = PairDataset.from_tokens(pairs)
+    order = np.argsort(dataset.lengths.sum(axis=1), kind="stable").tolist()
+    values: Tensor | None = None
+    for start in range(0, len(order), batch_size):
+        batch = dataset.shard(order[start : start + batch_size], shard)
+        found, counted = compute(batch), batch.counted()  # [B, 2, ...]
+        if values is None:
+            # One row more takes the values of empty responses.
+            values = torch.zeros(len(texts) + 1, *found.shape[2:])
+        values[indices[batch.row[counted]]] = found[counted].float()
+    assert values is not None
+    return values[: len(texts)]
