@@ -20,6 +20,7 @@ from typing import Any
 
 import against_trl as shared
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -49,8 +50,8 @@ def transformers_trunk(model: Any, batch: PreferenceBatch) -> PreferenceBatch:
 def pefts_lora(model: Any, batch: PreferenceBatch) -> PreferenceBatch:
     """LoRA layers as PEFT runs them."""
     for module in model.backbone.modules():
-        if hasattr(module, "lora_A"):
-            vars(module).pop("forward", None)
+        if isinstance(module, LoraLinear):
+            module.__class__ = LoraLinear
     return batch
 
 

@@ -42,7 +42,7 @@ from transformers.models.auto.modeling_auto import (
 
 from plrhf.backbone import gptj
 from plrhf.backbone import lora as lora_layers
-from plrhf.backbone.row_packing import Filled
+from plrhf.backbone.row_packing import RowPacking
 from plrhf.backbone.sharding import gathered, is_sharded, own_part, whole_shape
 from plrhf.core.errors import BadValue, bad_value
 from plrhf.core.types import PADDING, PROMPT
@@ -139,9 +139,7 @@ class Backbone(nn.Module):
         self.model: PreTrainedModel | PeftModel = model
         if trainable == "lora" and lora is not None:
             self.model = add_lora(model, **lora)
-            for layer in self.model.modules():
-                if isinstance(layer, LoraLinear):
-                    lora_layers.fuse(layer)
+            lora_layers.fuse(self.model)
         elif trainable == "frozen":
             model.requires_grad_(False)
         # With another implementation of attention asked for, that one is used.
@@ -149,7 +147,7 @@ class Backbone(nn.Module):
             model.config.model_type == "gptj" and model.config._attn_implementation == "eager"
         )
         if self.is_gptj:
-            gptj.adopt(self.trunk)
+            gptj.use_packed_blocks(self.trunk)
         if compiled and model.config.model_type == "gptj":
             raise bad_value(
                 "backbone.compiled",
@@ -216,7 +214,7 @@ class Backbone(nn.Module):
     ) -> Tensor:
         """Last hidden states [R, T + L, d] of T user vectors followed by L text positions.
 
-        Short rows are put together and taken apart again, see `Filled`.
+        Short rows are put together and taken apart again, see `RowPacking`.
 
         Args:
             inputs_embeds: [R, T + L, d]; T is what `segment` is shorter by.
@@ -232,12 +230,12 @@ class Backbone(nn.Module):
             return output.last_hidden_state
         own = torch.arange(n_vectors, device=segment.device).expand(segment.shape[0], -1)
         positions = torch.cat([own, position_ids + n_vectors], dim=1)
-        filled = None if apart else Filled.of(segment)
-        if filled is None:
+        packing = None if apart else RowPacking.of(segment)
+        if packing is None:
             return self._run(inputs_embeds, segment, positions)
-        segment, positions = filled.take(segment, PADDING), filled.take(positions)
-        hidden = self._run(filled.take(inputs_embeds), segment, positions, filled.owner)
-        return filled.put_back(hidden)
+        segment, positions = packing.pack(segment, PADDING), packing.pack(positions)
+        hidden = self._run(packing.pack(inputs_embeds), segment, positions, packing.source_row)
+        return packing.unpack(hidden)
 
     def _run(
         self, inputs: Tensor, segment: Tensor, positions: Tensor, owner: Tensor | None = None
@@ -245,8 +243,8 @@ class Backbone(nn.Module):
         """Last hidden states [R, L, d] of a causal trunk; `owner` as in `sees`."""
         if self.is_gptj:
             seen = sees(segment, owner)
-            layout = gptj.packed(self.trunk, segment, positions, seen, dtype=inputs.dtype)
-            return gptj.run(self.trunk, inputs, layout)
+            layout = gptj.attention_layout(self.trunk, segment, positions, seen, dtype=inputs.dtype)
+            return gptj.run_trunk(self.trunk, inputs, layout)
         mask: Any = (
             block_mask(segment, owner)
             if self.config._attn_implementation == FLEX

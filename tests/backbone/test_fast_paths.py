@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
 from tiny import (
     LORA,
     assert_same,
@@ -25,10 +26,11 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import create_mask
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.models.gptj.modeling_gptj import GPTJAttention, GPTJBlock
 
-from plrhf.backbone import gptj, lora
+from plrhf.backbone import chunked_attention, gptj, lora
 from plrhf.backbone.model import FLEX, Backbone, block_mask, sees
-from plrhf.backbone.row_packing import Filled
+from plrhf.backbone.row_packing import RowPacking
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.packing import Layout, TokenPair, packed, two_rows
 from plrhf.models.policy import PersonalDPOPolicy
@@ -38,14 +40,17 @@ from plrhf.models.reward import PersonalRewardModel
 @pytest.fixture(autouse=True)
 def blocks_of_few_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """That rows of a few tokens have positions without a mask."""
-    monkeypatch.setattr(gptj, "BLOCK", 2)
+    monkeypatch.setattr(gptj, "KERNEL_BLOCK", 2)
 
 
 def as_transformers(backbone: Backbone) -> Backbone:
     """The same backbone, its trunk and LoRA layers run by transformers and PEFT alone."""
     backbone.is_gptj = False
     for module in backbone.modules():
-        vars(module).pop("forward", None)
+        if isinstance(module, LoraLinear):
+            module.__class__ = LoraLinear
+        elif isinstance(module, GPTJBlock):
+            module.__class__, module.attn.__class__ = GPTJBlock, GPTJAttention
     return backbone
 
 
@@ -79,7 +84,7 @@ def test_gptj_trunk_for_rows_of_all_kinds(change: str, monkeypatch: pytest.Monke
     elif change == "long prompts":  # of which whole blocks of positions need no mask
         monkeypatch.undo()
         pairs = [type(pair)((pair.prompt * 70)[:70], pair.chosen, pair.rejected) for pair in pairs]
-        assert layout_of(make_batch(pairs)).n_causal >= 2 * gptj.BLOCK
+        assert layout_of(make_batch(pairs)).n_causal >= 2 * gptj.KERNEL_BLOCK
     found = []
     for turn in (lambda backbone: backbone, as_transformers):
         model = make_model(PersonalDPOPolicy, backbone=turn(make_backbone()))
@@ -94,7 +99,7 @@ def test_who_needs_a_mask_by_hand() -> None:
     # P P P P C R R      the shortest prompt's end, 2, is the first that is read.
     pairs = [TokenPair((5, 6, 7), (8, 9), (3,)), TokenPair((5, 6, 7, 8), (9,), (3, 4))]
     together, apart = (layout_of(make_batch(pairs, layout=one)) for one in (packed, two_rows))
-    assert (together.start, together.n_causal) == (2, 5)
+    assert (together.first_read, together.n_causal) == (2, 5)
     seen = together.mask[:, 0, -2:] == 0  # positions 5 and 6
     assert seen[0].int().tolist() == [[1, 1, 1, 0, 0, 1, 0], [1, 1, 1, 0, 0, 0, 1]]
     assert seen[1].int().tolist() == [[1, 1, 1, 1, 0, 1, 0], [1, 1, 1, 1, 0, 1, 1]]
@@ -110,18 +115,18 @@ def test_attention_drops_weights_in_training() -> None:
     assert torch.equal(run(backbone.eval(), batch), run(backbone, batch))
 
 
-@pytest.mark.parametrize("by_products", [False, True])
+@pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("n_read", [13, 5])
 def test_attention_is_that_of_a_mask_for_all(
-    n_read: int, by_products: bool, monkeypatch: pytest.MonkeyPatch
+    n_read: int, chunked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gptj, "AT_ONCE", 4)
+    monkeypatch.setattr(chunked_attention, "CHUNK", 4)
     torch.manual_seed(5)
     seen = torch.ones(3, 13, 13, dtype=torch.bool).tril()
     seen[0, 9:, 7:9] = False  # the first row's last positions miss two before them
     mask = torch.zeros(3, 1, 13, 13).masked_fill(~seen[:, None], -torch.inf)
-    given = mask if by_products else mask[:, :, -n_read:]
-    layout = gptj.Packed(8, 9, given, torch.empty(0), by_products)
+    given = mask if chunked else mask[:, :, -n_read:]
+    layout = gptj.AttentionLayout(8, 9, given, torch.empty(0), chunked)
     weight = torch.randn(3, n_read, 2, 5)
     values = [torch.randn(3, 2, length, 5) for length in (n_read, 13, 13)]
     masked = partial(scaled_dot_product_attention, attn_mask=mask[:, :, -n_read:])
@@ -139,18 +144,21 @@ def test_attention_is_that_of_a_mask_for_all(
 
 
 def test_pieces_of_attention_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gptj, "AT_ONCE", 4)
-    assert gptj._pieces(9, 9) == [(0, 4, 4), (4, 8, 8), (8, 9, 9)]
-    assert gptj._pieces(5, 9) == [(0, 4, 8), (4, 5, 9)]  # the last five see four before them
+    monkeypatch.setattr(chunked_attention, "CHUNK", 4)
+    assert chunked_attention.chunks(9, 9) == [(0, 4, 4), (4, 8, 8), (8, 9, 9)]
+    assert chunked_attention.chunks(5, 9) == [
+        (0, 4, 8),
+        (4, 5, 9),
+    ]  # the last five see four before them
 
 
 def test_products_are_for_training_on_short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gptj, "BY_PRODUCTS", 12)
+    monkeypatch.setattr(gptj, "LONGEST_CHUNKED", 12)
     short, long = (make_batch([TokenPair((5,) * n, (8, 9), (3,))]) for n in (9, 10))
-    assert layout_of(short).by_products and not layout_of(long).by_products
+    assert layout_of(short).chunked and not layout_of(long).chunked
     assert layout_of(short).mask.shape == (1, 1, 12, 12)
     with torch.no_grad():
-        assert not layout_of(short).by_products
+        assert not layout_of(short).chunked
 
 
 def test_rows_of_one_response_share_one_mask() -> None:
@@ -161,8 +169,8 @@ def test_rows_of_one_response_share_one_mask() -> None:
     assert len(layout_of(make_batch(pairs)).mask) == 2
 
 
-def layout_of(batch: PreferenceBatch) -> gptj.Packed:
-    return gptj.packed(
+def layout_of(batch: PreferenceBatch) -> gptj.AttentionLayout:
+    return gptj.attention_layout(
         make_backbone().trunk,
         batch.segment,
         batch.position_ids,
@@ -179,7 +187,7 @@ def test_gptj_trunk_in_mixed_precision(
     kind: Any, aggregator: str, layout: Layout, longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What users and losses are made of keeps its precision."""
-    monkeypatch.setattr(gptj, "BY_PRODUCTS", longest)
+    monkeypatch.setattr(gptj, "LONGEST_CHUNKED", longest)
     found: list[dict[str, Tensor]] = []
     for change in (lambda backbone: backbone, as_transformers):
         model = make_model(kind, backbone=change(make_backbone()), aggregator=aggregator)
@@ -228,6 +236,7 @@ def lora_layer(change: Callable[[nn.Module], Any] | None = None) -> tuple[Any, A
         perturb(model, "lora_B")
         layers.append(model.base_model.model[0])
     lora.fuse(layers[1])
+    assert type(layers[0]) is LoraLinear and type(layers[1]) is lora.FusedLoraLinear
     for layer in layers:
         if change is not None:
             change(layer)
@@ -288,9 +297,9 @@ def test_block_mask_is_who_sees_whom(together: bool) -> None:
     segment = make_batch(make_pairs(11), padding=2).segment
     owner = None
     if together:
-        filled = Filled.of(segment)
-        assert filled is not None
-        segment, owner = filled.take(segment, -1), filled.owner
+        packing = RowPacking.of(segment)
+        assert packing is not None
+        segment, owner = packing.pack(segment, -1), packing.source_row
     seen = sees(segment, owner)
     found = create_mask(
         block_mask(segment, owner).mask_mod, len(segment), 1, *seen.shape[1:], device="cpu"

@@ -12,7 +12,7 @@ from runs import composed, launch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from plrhf.backbone import gptj
+from plrhf.backbone import devices
 from plrhf.backbone.model import Backbone, tiny_gptj
 from plrhf.core.errors import BadValue
 from plrhf.core.types import PreferenceBatch
@@ -140,7 +140,8 @@ def measured(settings: dict[str, Any]) -> dict[str, float]:
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 @pytest.mark.parametrize("case", MEASURED)
 def test_forecast_is_what_is_measured(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gptj, "BY_PRODUCTS", 0)  # a GPU, which is what is planned for, has no need
+    # A plan is for a GPU, so what is measured takes the paths of a GPU.
+    monkeypatch.setattr(devices, "computes_on_cpu", lambda _: False)
     settings = composed(*SHAPE, *MEASURED[case])
     plan = forecast(settings, n_users=N_USERS, schema=NO_FEATURES)
     found = measured(settings)
