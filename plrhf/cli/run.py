@@ -35,7 +35,9 @@ from plrhf.evaluation.predictions import (
 from plrhf.evaluation.probes import probe
 from plrhf.evaluation.users import write_users
 from plrhf.models.base import PersonalModule
-from plrhf.models.export import Card, build_model, save_export
+from plrhf.models.card import Card
+from plrhf.models.export import save_export
+from plrhf.models.loading import build_model
 from plrhf.models.optim import Optim
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.reporting import report, tables

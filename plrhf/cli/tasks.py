@@ -32,7 +32,7 @@ from plrhf.evaluation.predictions import (
 from plrhf.evaluation.probes import probe
 from plrhf.evaluation.users import write_users
 from plrhf.models.base import PersonalModule
-from plrhf.models.export import read_card
+from plrhf.models.card import read_card
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.reporting import comparison, report, tables
 

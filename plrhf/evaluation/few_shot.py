@@ -23,8 +23,9 @@ from plrhf.core.stats import (
 from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Row, read_rows
-from plrhf.models.adaptation import Fit, Prior, batches_of, dataset_of, fit_users, gathered, scores
+from plrhf.models.adaptation import Fit, Prior, fit_users, scores
 from plrhf.models.base import PersonalModule
+from plrhf.models.pair_batches import batches_of, compute_per_pair, dataset_of
 
 ADAPT_SCHEMA = 1
 
@@ -224,7 +225,7 @@ class Curve:
         tables = self.prior.tables(t.to(self.prior.factor))
         batches = batches_of(self.dataset, self.asked, owners, batch_size=self.batch_size)
         with torch.no_grad():
-            found = gathered(
+            found = compute_per_pair(
                 lambda batch: scores(self.model, batch, tables)[0],
                 batches,
                 self.prior.factor.device,

@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from plrhf.data.splits import Splits, prompt_kinds
 from plrhf.data.text_value_cache import TextValueCache
 from plrhf.evaluation.metrics import choose_length_rule, summarise
 from plrhf.models.base import PersonalModule
-from plrhf.models.export import Card
+from plrhf.models.card import Card
 from plrhf.models.generation import check_options, check_room, generate
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
@@ -82,11 +83,16 @@ def evaluating(model: PersonalModule, trainer: Trainer) -> Iterator[None]:
 
 
 def engine(model: PersonalModule, trainer: Trainer) -> Callable[..., Any]:
-    """What to ask ``(function, *arguments)`` that the model's weights are needed for.
+    """A callable that runs ``(function, *arguments)`` where the model's weights can be used.
 
-    Where they are sharded it is DeepSpeed's engine that makes them whole in time.
+    A strategy that wraps the model (ZeRO-3) gathers sharded weights while its wrapper runs, so the
+    call goes through the wrapper, as Lightning's own steps do.
     """
-    return model if trainer.model is None else trainer.model
+    wrapper = trainer.model
+    if wrapper is None or wrapper is model:
+        return model.run_with_weights
+    redirect: Any = trainer.strategy._forward_redirection
+    return partial(redirect, wrapper, model, "run_with_weights")
 
 
 def _asker(model: PersonalModule, trainer: Trainer) -> Callable[..., Any]:
@@ -110,7 +116,7 @@ def predict(model: PersonalModule, data: PreferenceData, trainer: Trainer) -> pd
         margins: dict[str, Tensor] = {}
         if len(dataset) > 0:
             with evaluating(model, trainer):
-                found = data.values_per_pair(split, ask(model.both_margins))
+                found = data.values_per_pair(split, ask(partial(_margins_of_contexts, model)))
             margins = dict(zip(("user", "generic"), found.double().T, strict=True))
         if oracle is not None:
             true = [oracle[row.pair_id] for row in dataset.rows]
@@ -128,6 +134,12 @@ def predict(model: PersonalModule, data: PreferenceData, trainer: Trainer) -> pd
             for context, values in margins.items()
         ]
     return pd.concat(frames, ignore_index=True)[list(PREDICTION)]
+
+
+def _margins_of_contexts(model: PersonalModule, batch: PreferenceBatch) -> Tensor:
+    """What `predict_step` says of a batch, [B, 2]: margins in the user's and the generic context."""
+    found = model.predict_step(batch, 0)
+    return torch.stack([found["user"], found["generic"]], dim=1)
 
 
 PREDICTION = (

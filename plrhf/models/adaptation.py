@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,15 +13,11 @@ from torch.func import functional_call
 
 from plrhf.core.errors import bad_value
 from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
-from plrhf.data.dataset import PairDataset, TextValues
-from plrhf.data.packing import RowTokenizer, Tokenizer, packed, two_rows
-from plrhf.data.rows import Row, parse_row
-from plrhf.data.text_values import compute_text_values
+from plrhf.data.packing import RowTokenizer, Tokenizer
+from plrhf.data.rows import parse_row
 from plrhf.encoders import UserEncoder
 from plrhf.models.base import PersonalModule
-from plrhf.models.export import replace_users
-from plrhf.models.policy import PersonalDPOPolicy
-from plrhf.models.reward import PersonalRewardModel
+from plrhf.models.pair_batches import batches_of, dataset_of
 
 POOLED_AT_ONCE = 4096
 """Pairs a batch where only pooled trunk outputs are held, which are small."""
@@ -145,69 +140,6 @@ def fit_users(
     return t.detach()
 
 
-def dataset_of(
-    model: PersonalModule, row_tokenizer: RowTokenizer, rows: Sequence[Row], *, batch_size: int
-) -> PairDataset:
-    """Rows as pairs, with all computed that no user has a part in: pooled trunk, or reference.
-
-    Rows too long are left out and counted by `row_tokenizer`.
-    """
-    kept, pairs = row_tokenizer(rows)
-    dataset = PairDataset(
-        kept,
-        pairs,
-        layout=packed if model.backbone.causal else two_rows,
-        user_index={},
-        schema=model.card.feature_schema(),
-    )
-    device = next(model.parameters()).device
-
-    def on_device(compute: Callable[[PreferenceBatch], Tensor]) -> TextValues | None:
-        return compute_text_values(
-            dataset, lambda batch: compute(move_data_to_device(batch, device)).cpu(), batch_size
-        )
-
-    with torch.no_grad():
-        if isinstance(model, PersonalDPOPolicy):
-            dataset.ref_logps = on_device(model.reference_logps)
-        elif isinstance(model, PersonalRewardModel) and model.aggregator.after_trunk:
-            dataset.hidden = on_device(model.pooled_trunk)
-    return dataset
-
-
-def batches_of(
-    dataset: PairDataset, places: Sequence[int], owners: Sequence[int], *, batch_size: int
-) -> list[PreferenceBatch]:
-    """Pairs at the places, each with its owner as the user; `row` says which entry of `places`.
-
-    Pairs of like length stand together, so that little is padding.
-    """
-    if dataset.hidden is not None:
-        batch_size = max(batch_size, POOLED_AT_ONCE)
-    lengths = [len(one.prompt) + len(one.chosen) + len(one.rejected) for one in dataset.pairs]
-    order = sorted(range(len(places)), key=lambda at: lengths[places[at]])
-    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return [
-        replace(
-            dataset.batch([places[at] for at in chunk]),
-            user_id=torch.tensor([owners[at] for at in chunk]),
-            row=torch.tensor(chunk),
-        )
-        for chunk in chunks
-    ]
-
-
-def gathered(
-    compute: Callable[[PreferenceBatch], Tensor],
-    batches: Sequence[PreferenceBatch],
-    device: torch.device,
-) -> Tensor:
-    """`compute` of all batches on the device, [N, ...] on the CPU in order of `row`."""
-    values = [compute(move_data_to_device(batch, device)).detach().cpu() for batch in batches]
-    rows = torch.cat([batch.row for batch in batches])
-    return torch.cat(values)[rows.argsort()]
-
-
 @dataclass(frozen=True)
 class NewUser:
     """A user fitted to a model that has not met them.
@@ -257,46 +189,3 @@ def adapt(
         vector = functional_call(model.encoder, tables, (users,))[0]
     model.train(was_training)
     return NewUser(rows={name: table[1] for name, table in tables.items()}, vector=vector)
-
-
-def enrol(directory: str | Path, user_id: str, user: NewUser, **options: Any) -> None:
-    """Add an adapted user to an export, so that models loaded from it know the id.
-
-    Args:
-        directory: an export. user: what `adapt` gave for its model. options: of `from_pretrained`.
-
-    Raises:
-        ValueError: the id is taken, or the user was adapted to a model of another shape.
-    """
-    model = PersonalModule.from_pretrained(directory, **options)
-    if user_id in model.card.users:
-        raise bad_value("user_id", user_id, "an id the export does not have", "Call forget first")
-    tables = user_tables(model.encoder)
-    shapes = {name: tuple(table.shape[1:]) for name, table in tables.items()}
-    given = {name: tuple(row.shape) for name, row in user.rows.items()}
-    if given != shapes:
-        raise bad_value("user", given, f"rows of shapes {shapes}", "Adapt the user to this export")
-    grown = {name: torch.cat([table, user.rows[name][None]]) for name, table in tables.items()}
-    replace_users(directory, [*model.card.users, user_id], grown)
-
-
-def forget(directory: str | Path, user_id: str, **options: Any) -> None:
-    """Take a user out of an export: their id and their rows go, users after them move up by one.
-
-    What users share, learned from this one too, stays, as does what else the run left beside the
-    export (predictions.parquet, checkpoints).
-
-    Args:
-        directory: an export. options: of `from_pretrained`, e.g. ``backbone_path``.
-
-    Raises:
-        ValueError: the export does not have this user.
-    """
-    model = PersonalModule.from_pretrained(directory, **options)
-    place = model.card.user_index(user_id)
-    users = [user for user in model.card.users if user != user_id]
-    shrunk = {
-        name: torch.cat([table[:place], table[place + 1 :]])
-        for name, table in user_tables(model.encoder).items()
-    }
-    replace_users(directory, users, shrunk)

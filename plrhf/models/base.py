@@ -18,7 +18,8 @@ from plrhf.core.errors import bad_value
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.rows import content_hash
 from plrhf.encoders import UserEncoder
-from plrhf.models.export import Card, load_export
+from plrhf.models.card import Card
+from plrhf.models.loading import load_export
 from plrhf.models.metrics import ExactMean, UserAccuracy
 from plrhf.models.optim import Optim, RowAdamW, clip_gradients
 
@@ -147,15 +148,21 @@ class PersonalModule(LightningModule):
         margins, _ = self.margins(self.hidden(batch, names), batch)
         return {"user": margins[0], "generic": margins[-1]}
 
+    def forward(self, batch: PreferenceBatch) -> Tensor:
+        """Margins [B], in nats, of the pairs for the users who chose; above 0 where the model agrees."""
+        margins, _ = self.margins(self.hidden(batch, ("user",)), batch)
+        return margins[0]
+
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Margins [B] in the contexts "user" and "generic", and "row", the pairs' places in their split."""
         return {"row": batch.row, **self.context_margins(batch)}
 
-    def both_margins(self, batch: PreferenceBatch) -> Tensor:
-        """`context_margins` as [B, 2]: user, generic."""
-        return torch.stack(list(self.context_margins(batch).values()), dim=1)
+    def run_with_weights(self, function: Callable[..., T], *arguments: Any) -> T:
+        """`function(*arguments)`, called from within the strategy's wrapper of this module.
 
-    def forward(self, function: Callable[..., T], *arguments: Any) -> T:
-        """What a function that needs the weights says: where they are sharded, engines come in here."""
+        A wrapper such as DeepSpeed's engine gathers sharded weights while its own `forward` runs.
+        `plrhf.evaluation.predictions.engine` redirects that `forward` here.
+        """
         return function(*arguments)
 
     def configure_optimizers(self) -> Any:

@@ -31,9 +31,9 @@ from plrhf.core.errors import bad_value
 from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
 from plrhf.data.packing import RowTokenizer, Tokenizer
 from plrhf.data.rows import Row, parse_row
-from plrhf.models.adaptation import batches_of, dataset_of, gathered
-from plrhf.models.export import Card
+from plrhf.models.card import Card
 from plrhf.models.generation import generate
+from plrhf.models.pair_batches import batches_of, compute_per_pair, dataset_of
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
 
@@ -72,7 +72,7 @@ def score(
     def rewards(batch: PreferenceBatch) -> Tensor:
         return model.rewards(model.hidden(batch, ("user",)), batch)[0, :, 0]
 
-    return gathered(rewards, batches, model.device) if rows else torch.empty(0)
+    return compute_per_pair(rewards, batches, model.device) if rows else torch.empty(0)
 
 
 def write(model: PersonalDPOPolicy, tokenizer: Tokenizer, asked: Asked, **how: Any) -> list[str]:

@@ -25,7 +25,8 @@ from plrhf.core.errors import bad_value
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.features import FeatureSchema
 from plrhf.models.base import PersonalModule
-from plrhf.models.export import Card, build_model
+from plrhf.models.card import Card
+from plrhf.models.loading import build_model
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.training.trainer import check_devices, shards

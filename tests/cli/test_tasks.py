@@ -27,7 +27,7 @@ from tiny import make_model
 from plrhf.data.module import PreferenceData
 from plrhf.data.sources.jsonl import JsonlSource
 from plrhf.evaluation.predictions import Texts, read_texts, write_texts
-from plrhf.models.export import Card
+from plrhf.models.card import Card
 from plrhf.models.policy import PersonalDPOPolicy
 
 

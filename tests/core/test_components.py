@@ -29,7 +29,7 @@ from plrhf.data.build import build_data
 from plrhf.encoders import UserEncoder
 from plrhf.evaluation.judges import Judge
 from plrhf.evaluation.predictions import Texts
-from plrhf.models.export import build_model
+from plrhf.models.loading import build_model
 from plrhf.models.optim import Optim
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel

@@ -23,14 +23,14 @@ from plrhf.models.adaptation import (
     NewUser,
     Prior,
     adapt,
-    enrol,
     fit_users,
-    forget,
     scores,
     user_tables,
 )
 from plrhf.models.base import PersonalModule
-from plrhf.models.export import read_card, replace_users
+from plrhf.models.card import read_card
+from plrhf.models.enrolment import enrol, forget
+from plrhf.models.export import replace_users
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
 

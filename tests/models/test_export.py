@@ -21,7 +21,9 @@ from plrhf.core.types import PreferenceBatch
 from plrhf.data.build import build_data
 from plrhf.data.module import PreferenceData
 from plrhf.models.base import PersonalModule
-from plrhf.models.export import build_model, read_card, user_model_state
+from plrhf.models.card import read_card
+from plrhf.models.export import user_model_state
+from plrhf.models.loading import build_model
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
 

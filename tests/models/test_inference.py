@@ -15,7 +15,7 @@ from test_export import data_of
 
 from plrhf.backbone.model import load_tokenizer
 from plrhf.models import inference as serve
-from plrhf.models.export import read_card
+from plrhf.models.card import read_card
 from plrhf.models.inference import score, write
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel

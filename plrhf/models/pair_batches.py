@@ -1,0 +1,85 @@
+"""Rows that did not come through a data module, as batches for a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+
+from plrhf.core.types import PreferenceBatch
+from plrhf.data.dataset import PairDataset, TextValues
+from plrhf.data.packing import RowTokenizer, packed, two_rows
+from plrhf.data.rows import Row
+from plrhf.data.text_values import compute_text_values
+from plrhf.models.base import PersonalModule
+from plrhf.models.policy import PersonalDPOPolicy
+from plrhf.models.reward import PersonalRewardModel
+
+POOLED_AT_ONCE = 4096
+"""Pairs a batch where only pooled trunk outputs are held, which are small."""
+
+
+def dataset_of(
+    model: PersonalModule, row_tokenizer: RowTokenizer, rows: Sequence[Row], *, batch_size: int
+) -> PairDataset:
+    """Rows as pairs, with all computed that no user has a part in: pooled trunk, or reference.
+
+    Rows too long are left out and counted by `row_tokenizer`.
+    """
+    kept, pairs = row_tokenizer(rows)
+    dataset = PairDataset(
+        kept,
+        pairs,
+        layout=packed if model.backbone.causal else two_rows,
+        user_index={},
+        schema=model.card.feature_schema(),
+    )
+    device = next(model.parameters()).device
+
+    def on_device(compute: Callable[[PreferenceBatch], Tensor]) -> TextValues | None:
+        return compute_text_values(
+            dataset, lambda batch: compute(move_data_to_device(batch, device)).cpu(), batch_size
+        )
+
+    with torch.no_grad():
+        if isinstance(model, PersonalDPOPolicy):
+            dataset.ref_logps = on_device(model.reference_logps)
+        elif isinstance(model, PersonalRewardModel) and model.aggregator.after_trunk:
+            dataset.hidden = on_device(model.pooled_trunk)
+    return dataset
+
+
+def batches_of(
+    dataset: PairDataset, places: Sequence[int], owners: Sequence[int], *, batch_size: int
+) -> list[PreferenceBatch]:
+    """Pairs at the places, each with its owner as the user; `row` says which entry of `places`.
+
+    Pairs of like length stand together, so that little is padding.
+    """
+    if dataset.hidden is not None:
+        batch_size = max(batch_size, POOLED_AT_ONCE)
+    lengths = [len(one.prompt) + len(one.chosen) + len(one.rejected) for one in dataset.pairs]
+    order = sorted(range(len(places)), key=lambda at: lengths[places[at]])
+    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return [
+        replace(
+            dataset.batch([places[at] for at in chunk]),
+            user_id=torch.tensor([owners[at] for at in chunk]),
+            row=torch.tensor(chunk),
+        )
+        for chunk in chunks
+    ]
+
+
+def compute_per_pair(
+    compute: Callable[[PreferenceBatch], Tensor],
+    batches: Sequence[PreferenceBatch],
+    device: torch.device,
+) -> Tensor:
+    """`compute` of all batches on the device, [N, ...] on the CPU in order of `row`."""
+    values = [compute(move_data_to_device(batch, device)).detach().cpu() for batch in batches]
+    rows = torch.cat([batch.row for batch in batches])
+    return torch.cat(values)[rows.argsort()]
