@@ -24,7 +24,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from plrhf.backbone.model import load_model
 from plrhf.cli.main import quieten
-from plrhf.training.trainer import build_trainer, of_all_processes, processes, shards_of
+from plrhf.training.processes import gather_objects, launched_processes, sharding_context
+from plrhf.training.trainer import build_trainer
 
 POSITIONS, VOCABULARY_A_WIDTH = 2048, 12.3  # of GPT-J 6B: 50,400 tokens, width 4,096
 
@@ -59,16 +60,16 @@ def measure(directory: Path, n_processes: int) -> list[dict[str, float]] | None:
         zero3=shards,
         progress=False,
     )
-    with processes(trainer):
-        with shards_of(trainer)():
+    with launched_processes(trainer):
+        with sharding_context(trainer)():
             torch.nn.Linear(3, 3)  # what DeepSpeed sets up on first use is none of the model
         before = resident()["held"]
         forget_peak()
-        model = load_model(str(directory), shards=shards_of(trainer))
+        model = load_model(str(directory), shards=sharding_context(trainer))
         now = resident()
         own = {"before": before, "peak": now["peak"], "after": now["held"]}
         own["model"] = sum(4 * one.ds_numel for one in model.parameters()) / 2**20
-        found = of_all_processes(own)
+        found = gather_objects(own)
     return found if trainer.is_global_zero else None
 
 

@@ -36,7 +36,8 @@ from plrhf.encoders import LookupEncoder
 from plrhf.evaluation.probes import probe
 from plrhf.models.optim import Optim
 from plrhf.models.reward import PersonalRewardModel
-from plrhf.training.trainer import build_loggers, build_trainer, fit
+from plrhf.training.loggers import build_loggers
+from plrhf.training.trainer import build_trainer, fit
 
 WIDTH, N_LAYERS, VOCABULARY = 64, 2, 2048
 AT_ONCE = 100_000

@@ -32,7 +32,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from plrhf.training.trainer import read_checkpoint
+from plrhf.training.checkpoints import read_checkpoint
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 SETTINGS = [

@@ -53,6 +53,15 @@ def job(
         sys.argv = argv
 
 
+def refuse_processes(settings: Mapping[str, Any]) -> None:
+    """Raise where a job of a sweep would start processes: each would start the whole sweep again."""
+    trainer = settings.get("trainer", {})
+    for name, alone in (("devices", 1), ("num_nodes", 1), ("zero3", None)):
+        if trainer.get(name, alone) != alone:
+            allowed = f"{'null' if alone is None else alone} in a sweep"
+            raise bad_value(f"trainer.{name}", trainer[name], allowed, "Start each run by itself")
+
+
 def is_finished(settings: Mapping[str, Any]) -> bool:
     """Whether ``run_dir`` holds this very run with its results, which then need no second time.
 

@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from plrhf.cli.jobs import is_finished, job
+from plrhf.cli.jobs import is_finished, job, refuse_processes
 from plrhf.core.components import Settings, unknown_key
 from plrhf.core.errors import BadValue, bad_value
 
@@ -92,6 +92,7 @@ def one_of_many(config: DictConfig, config_name: str, task: str) -> None:
 
     with job(folder, overrides, f"{config_name}.py", line):
         settings = resolved(config)
+        refuse_processes(settings)
         if "run_dir" in settings and is_finished(settings):
             print("finished before")
             return

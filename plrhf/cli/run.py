@@ -41,7 +41,9 @@ from plrhf.models.loading import build_model
 from plrhf.models.optim import Optim
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.reporting import report, tables
+from plrhf.training.checkpoints import read_checkpoint
 from plrhf.training.plan import Machine, forecast, plan_table
+from plrhf.training.processes import launched_processes, rank_shard_of, sharding_context
 from plrhf.training.supervised import (
     begin,
     cached_tiny,
@@ -51,7 +53,7 @@ from plrhf.training.supervised import (
     train_supervised,
     trainer_of,
 )
-from plrhf.training.trainer import fit, processes, rank_shard_of, read_checkpoint, shards_of
+from plrhf.training.trainer import fit
 
 PACKAGES = ("plrhf", "torch", "lightning", "transformers", "peft")
 PARTS = ("data", "backbone", "encoder", "aggregator", "model", "optim")
@@ -128,10 +130,12 @@ def train_personal(
     if path is None:
         _rehearse(settings, data, optim)
         path = cached_tiny(settings, data)
-    with processes(trainer):
+    with launched_processes(trainer):
         data.set_shard(rank_shard_of(trainer))
         lightning.seed_everything(settings["seed"], verbose=False)
-        tokenizer, backbone = open_backbone(settings["backbone"], path, shards=shards_of(trainer))
+        tokenizer, backbone = open_backbone(
+            settings["backbone"], path, shards=sharding_context(trainer)
+        )
         card = make_card(settings, data, backbone, path)
         model: PersonalModule = build_model(backbone, card, optim=optim)
         model.card = card

@@ -35,14 +35,9 @@ from plrhf.data.packing import Tokenizer
 from plrhf.data.rows import Row, content_hash
 from plrhf.models.optim import Optim
 from plrhf.models.sft import SupervisedPolicy
-from plrhf.training.trainer import (
-    build_loggers,
-    build_trainer,
-    fit,
-    processes,
-    rank_shard_of,
-    shards_of,
-)
+from plrhf.training.loggers import build_loggers
+from plrhf.training.processes import launched_processes, rank_shard_of, sharding_context
+from plrhf.training.trainer import build_trainer, fit
 
 
 @check_arguments("backbone.sft")
@@ -151,10 +146,12 @@ def train_supervised(
         )
     node = settings["backbone"]
     optim: Optim = build(settings["optim"], "optim")
-    with processes(trainer):
+    with launched_processes(trainer):
         data.set_shard(rank_shard_of(trainer))
         if node["path"] is not None:
-            tokenizer, backbone = open_backbone(node, node["path"], shards=shards_of(trainer))
+            tokenizer, backbone = open_backbone(
+                node, node["path"], shards=sharding_context(trainer)
+            )
         else:
             tokenizer, backbone = _fresh_tiny(node["tiny"], data)
         data.tokenize(

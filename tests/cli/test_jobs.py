@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from runs import ENVIRONMENT, TINY, check_run, command, launch
 
-from plrhf.cli.jobs import is_finished
+from plrhf.cli.jobs import is_finished, refuse_processes
 from plrhf.core.components import first_difference
+from plrhf.core.errors import BadValue
 
 NO_RANK = "encoder.rank=0 is not allowed: expected a number from 1. Set encoder.rank=1."
 
@@ -122,3 +123,20 @@ def test_launchers_with_processes_of_their_own(launcher: str, tmp_path: Path) ->
     )
     assert done.returncode == 1, done.stderr
     assert done.stderr.endswith("".join(f"  sweep/{n}: {NO_RANK}\n" for n in (0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"devices": 2}, "trainer.devices=2 is not allowed: expected 1 in a sweep. "),
+        ({"num_nodes": 3}, "trainer.num_nodes=3 is not allowed: expected 1 in a sweep. "),
+        ({"zero3": {}}, "trainer.zero3={} is not allowed: expected null in a sweep. "),
+    ],
+)
+def test_a_job_of_a_sweep_starts_no_processes(changed: dict[str, Any], message: str) -> None:
+    alone = {"devices": 1, "num_nodes": 1, "zero3": None}
+    refuse_processes({"trainer": alone})
+    refuse_processes({})  # eval.py has no trainer
+    with pytest.raises(BadValue) as error:
+        refuse_processes({"trainer": {**alone, **changed}})
+    assert str(error.value) == f"{message}Start each run by itself."

@@ -34,8 +34,9 @@ from plrhf.models.optim import Optim
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.models.sft import SupervisedPolicy
+from plrhf.training.loggers import build_loggers
 from plrhf.training.supervised import Recipe, check_backbone, open_backbone, trainer_of
-from plrhf.training.trainer import build_loggers, build_trainer
+from plrhf.training.trainer import build_trainer
 
 GROUPS = ("data", "backbone", "encoder", "aggregator", "model", "trainer", "logger", "eval")
 

@@ -21,14 +21,10 @@ from plrhf.data.module import PreferenceData
 from plrhf.data.sources.personas import PersonasSource
 from plrhf.models.optim import Optim
 from plrhf.models.reward import PersonalRewardModel
-from plrhf.training.trainer import (
-    MetricsFile,
-    WholeFiles,
-    build_trainer,
-    fit,
-    rank_shard_of,
-    read_checkpoint,
-)
+from plrhf.training.checkpoints import AtomicCheckpointIO, read_checkpoint
+from plrhf.training.loggers import MetricsFile
+from plrhf.training.processes import rank_shard_of
+from plrhf.training.trainer import build_trainer, fit
 
 N_USERS, N_ROWS = 3, 21
 
@@ -221,7 +217,7 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "checkpoints" / "last.ckpt"
-    WholeFiles().save_checkpoint(complete(step=1), path)
+    AtomicCheckpointIO().save_checkpoint(complete(step=1), path)
     really = torch.save
 
     def half(checkpoint: Any, to: Any) -> None:
@@ -231,7 +227,7 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(KeyboardInterrupt):
-        WholeFiles().save_checkpoint(complete(step=2), path)
+        AtomicCheckpointIO().save_checkpoint(complete(step=2), path)
     assert read_checkpoint(path)["step"] == 1
 
 
@@ -244,7 +240,7 @@ def test_a_checkpoint_is_whole_or_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)  # messages shorten long paths
     path = Path("last.ckpt")
     values = torch.arange(700.0)
-    WholeFiles().save_checkpoint(complete(state_dict={"weight": values}), path)
+    AtomicCheckpointIO().save_checkpoint(complete(state_dict={"weight": values}), path)
     assert torch.equal(read_checkpoint(path)["state_dict"]["weight"], values)
     assert [one.name for one in tmp_path.iterdir()] == ["last.ckpt"]
     whole = path.read_bytes()
@@ -314,7 +310,7 @@ def test_metrics_file(tmp_path: Path) -> None:
     assert path.read_text() == whole
     path.write_text(whole + ",0.2")  # the kill came in the middle of a row
     again = MetricsFile(path)
-    again.go_on(5)  # steps 0 to 4 are done
+    again.keep_steps(5)  # steps 0 to 4 are done
     again.log_metrics({"b": 1e-9, "epoch": 1}, 5)
     assert path.read_text() == whole
 

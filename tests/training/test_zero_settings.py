@@ -24,7 +24,8 @@ from plrhf.core.errors import BadValue
 from plrhf.data.features import FeatureSchema
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.training.plan import forecast
-from plrhf.training.trainer import build_trainer, processes
+from plrhf.training.processes import launched_processes
+from plrhf.training.trainer import build_trainer
 from plrhf.training.zero import Zero3
 
 SMALL = [*TINY, "data.n_users=3", "data.batch_size=14", "trainer.max_steps=3"]
@@ -142,7 +143,10 @@ def test_processes_that_others_start(
     assert isinstance(trainer.strategy.cluster_environment, environment)  # type: ignore[attr-defined]
     assert trainer.strategy.cluster_environment.creates_processes_externally  # type: ignore[attr-defined]
     assert (trainer.global_rank, trainer.world_size) == (1, 3)
-    with pytest.raises(BadValue) as error, processes(trainer_of(tmp_path, devices=2, zero3={})):
+    with (
+        pytest.raises(BadValue) as error,
+        launched_processes(trainer_of(tmp_path, devices=2, zero3={})),
+    ):
         pass
     assert str(error.value).startswith(
         "trainer.devices=2 is not allowed: expected with trainer.num_nodes=1 the processes a node that "
