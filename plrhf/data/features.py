@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from plrhf.core.errors import bad_value
-from plrhf.data.rows import Features, Person, Row, parse_features
+from plrhf.data.parsing import parse_features
+from plrhf.data.rows import Features, Person, Row
 
 
 @dataclass(frozen=True)

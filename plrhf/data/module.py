@@ -18,8 +18,9 @@ from plrhf.core.errors import bad_value
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.dataset import SINGLE_PROCESS, PairDataset, RankShard
 from plrhf.data.features import FeatureSchema
-from plrhf.data.packing import RowTokenizer, Tokenizer, packed, two_rows
-from plrhf.data.rows import Person, Row, Rows, read_rows
+from plrhf.data.packing import packed, two_rows
+from plrhf.data.reading import read_rows
+from plrhf.data.rows import Person, Row, Rows
 from plrhf.data.samplers import (
     BatchIndices,
     ResumableBatchSampler,
@@ -30,6 +31,7 @@ from plrhf.data.sources.base import Source
 from plrhf.data.splits import Splits, shuffle_users, split_rows
 from plrhf.data.text_value_cache import TextValueCache
 from plrhf.data.text_values import compute_text_values
+from plrhf.data.tokenizer import RowTokenizer, Tokenizer
 from plrhf.data.tokens import load_or_tokenize
 
 
@@ -57,7 +59,7 @@ class PreferenceData(LightningDataModule):
         shuffle_users: permute users over train rows and over val rows, the control that must lose.
         users, schema: of a trained model, to evaluate it on other rows. All rows (of split "test", if
             rows carry a split) are then test rows. None: both are taken from the train rows.
-        others: see `rows.read_rows`, `splits.split_rows`, `packing.RowTokenizer`.
+        others: see `reading.read_rows`, `splits.split_rows`, `tokenizer.RowTokenizer`.
 
     Attributes:
         datasets: tokenised pairs by split.

@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as arrow
 from numpy.typing import NDArray
 
-from plrhf.data.packing import RowTokenizer, TokenPair
+from plrhf.data.packing import TokenPair
 from plrhf.data.rows import Rows, content_hash
 from plrhf.data.store import BLOCK, Indices, LazySequence, atomic_write, in_blocks
+from plrhf.data.tokenizer import RowTokenizer
 
 FIELDS = ("prompt", "chosen", "rejected")
 

@@ -22,7 +22,8 @@ from plrhf.core.stats import (
 )
 from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
-from plrhf.data.rows import Row, read_rows
+from plrhf.data.reading import read_rows
+from plrhf.data.rows import Row
 from plrhf.models.adaptation import Fit, Prior, fit_users, scores
 from plrhf.models.base import PersonalModule
 from plrhf.models.pair_batches import batches_of, compute_per_pair, dataset_of

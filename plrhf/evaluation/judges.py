@@ -20,8 +20,9 @@ from plrhf.backbone.model import load_tokenizer
 from plrhf.core.errors import bad_value
 from plrhf.core.stats import Array, Outcomes, correctness, summarise_outcomes
 from plrhf.data.dataset import PairDataset
-from plrhf.data.packing import RowTokenizer, TokenPair, packed, two_rows
+from plrhf.data.packing import TokenPair, packed, two_rows
 from plrhf.data.rows import Row, content_hash
+from plrhf.data.tokenizer import RowTokenizer
 from plrhf.evaluation.chat_endpoint import ChatEndpoint, Reply, ReplyStore
 from plrhf.evaluation.predictions import Written
 from plrhf.models.reward import PersonalRewardModel

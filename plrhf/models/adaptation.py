@@ -13,8 +13,8 @@ from torch.func import functional_call
 
 from plrhf.core.errors import bad_value
 from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
-from plrhf.data.packing import RowTokenizer, Tokenizer
-from plrhf.data.rows import parse_row
+from plrhf.data.parsing import parse_row
+from plrhf.data.tokenizer import RowTokenizer, Tokenizer
 from plrhf.encoders import UserEncoder
 from plrhf.models.base import PersonalModule
 from plrhf.models.pair_batches import batches_of, dataset_of

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plrhf.core.errors import bad_value
 from plrhf.core.types import UserBatch
-from plrhf.data.packing import Tokenizer
+from plrhf.data.tokenizer import Tokenizer
 from plrhf.models.base import PersonalModule
 
 

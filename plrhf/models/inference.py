@@ -29,8 +29,9 @@ from torch import Tensor
 
 from plrhf.core.errors import bad_value
 from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
-from plrhf.data.packing import RowTokenizer, Tokenizer
-from plrhf.data.rows import Row, parse_row
+from plrhf.data.parsing import parse_row
+from plrhf.data.rows import Row
+from plrhf.data.tokenizer import RowTokenizer, Tokenizer
 from plrhf.models.card import Card
 from plrhf.models.generation import generate
 from plrhf.models.pair_batches import batches_of, compute_per_pair, dataset_of

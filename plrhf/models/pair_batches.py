@@ -11,9 +11,10 @@ from torch import Tensor
 
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.dataset import PairDataset, TextValues
-from plrhf.data.packing import RowTokenizer, packed, two_rows
+from plrhf.data.packing import packed, two_rows
 from plrhf.data.rows import Row
 from plrhf.data.text_values import compute_text_values
+from plrhf.data.tokenizer import RowTokenizer
 from plrhf.models.base import PersonalModule
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel

@@ -31,8 +31,8 @@ from plrhf.core.components import Settings, accepted, build, kinds
 from plrhf.core.errors import bad_value
 from plrhf.data.build import build_data
 from plrhf.data.module import PreferenceData
-from plrhf.data.packing import Tokenizer
 from plrhf.data.rows import Row, content_hash
+from plrhf.data.tokenizer import Tokenizer
 from plrhf.models.optim import Optim
 from plrhf.models.sft import SupervisedPolicy
 from plrhf.training.loggers import build_loggers

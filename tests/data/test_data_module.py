@@ -26,7 +26,8 @@ from plrhf.data.build import build_data
 from plrhf.data.dataset import RankShard
 from plrhf.data.module import PreferenceData, all_as_test
 from plrhf.data.packing import TokenPair
-from plrhf.data.rows import Rows, parse_row
+from plrhf.data.parsing import parse_row
+from plrhf.data.rows import Rows
 from plrhf.data.samplers import ResumableBatchSampler, length_buckets
 from plrhf.data.sources.base import Source
 from plrhf.data.text_values import distinct_texts, texts_as_pairs

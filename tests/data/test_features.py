@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from plrhf.data.features import FeatureSchema
-from plrhf.data.rows import Features, RefusedRow, Row
+from plrhf.data.reasons import RefusedRow
+from plrhf.data.rows import Features, Row
 
 
 def row(user: str, features: Features | None) -> Row:

@@ -10,7 +10,8 @@ import pytest
 from pyarrow import parquet
 from upstream import COMPARISONS, comparison, write_lines
 
-from plrhf.data.rows import ReadReport, Row, read_rows
+from plrhf.data.reading import ReadReport, read_rows
+from plrhf.data.rows import Row
 from plrhf.data.sources.columns import ColumnMap
 from plrhf.data.sources.hub import HubSource
 

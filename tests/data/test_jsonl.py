@@ -11,7 +11,8 @@ import pyarrow as arrow
 import pytest
 from pyarrow import parquet
 
-from plrhf.data.rows import ReadReport, Row, read_rows
+from plrhf.data.reading import ReadReport, read_rows
+from plrhf.data.rows import Row
 from plrhf.data.sources.base import Source, id_as_text
 from plrhf.data.sources.jsonl import JsonlSource
 

@@ -21,8 +21,9 @@ from tiny import (
 )
 from torch import Tensor, tensor
 
-from plrhf.data.packing import Layout, RowTokenizer, TokenPair, packed, two_rows
-from plrhf.data.rows import parse_row
+from plrhf.data.packing import Layout, TokenPair, packed, two_rows
+from plrhf.data.parsing import parse_row
+from plrhf.data.tokenizer import RowTokenizer
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
 

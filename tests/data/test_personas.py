@@ -15,7 +15,7 @@ import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from plrhf.data.rows import parse_row
+from plrhf.data.parsing import parse_row
 from plrhf.data.sources.persona_texts import DRAWS, LONG, TOPICS, write
 from plrhf.data.sources.personas import ATTRIBUTES, KINDS, PersonasSource, measure
 

@@ -13,7 +13,8 @@ from runs import check_run, launch, save_model
 from transformers import AutoTokenizer
 from upstream import asked, conversation, many_dialogues, person, reply, write_lines, write_prism
 
-from plrhf.data.rows import ReadReport, Row, read_rows
+from plrhf.data.reading import ReadReport, read_rows
+from plrhf.data.rows import Row
 from plrhf.data.sources.prism import PrismSource
 from plrhf.data.splits import is_unseen_user, split_rows
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from upstream import judgment, write_soups
 
-from plrhf.data.rows import ReadReport, Row, read_rows
+from plrhf.data.reading import ReadReport, read_rows
+from plrhf.data.rows import Row
 from plrhf.data.sources.psoups import PREFERENCES, PsoupsSource
 from plrhf.data.splits import Splits, split_rows
 from plrhf.evaluation.probes import overlap

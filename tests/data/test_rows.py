@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from plrhf.data.rows import Reason, Refusal, RefusedRow, parse_row, read_rows
+from plrhf.data.parsing import parse_row
+from plrhf.data.reading import read_rows
+from plrhf.data.reasons import Reason, Refusal, RefusedRow
 
 GOOD = {"prompt": "Write.", "chosen": "long text", "rejected": "short", "user_id": "ann"}
 
@@ -166,7 +168,7 @@ def test_derived_ids() -> None:
 
 def test_derived_ids_are_the_same_in_another_process() -> None:
     code = (
-        "from plrhf.data.rows import parse_row;"
+        "from plrhf.data.parsing import parse_row;"
         f"row = parse_row({GOOD!r}, 'f:1'); print(row.prompt_id, row.pair_id)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

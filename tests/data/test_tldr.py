@@ -10,7 +10,8 @@ import pytest
 from runs import TINY, check_run, launch
 from upstream import comparison, many_comparisons, write_comparisons, write_lines
 
-from plrhf.data.rows import ReadReport, Row, read_rows
+from plrhf.data.reading import ReadReport, read_rows
+from plrhf.data.rows import Row
 from plrhf.data.sources.tldr import TldrSource
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from plrhf.data import store
-from plrhf.data.packing import RowTokenizer
 from plrhf.data.rows import Row, Rows
+from plrhf.data.tokenizer import RowTokenizer
 from plrhf.data.tokens import TokenFile, load_or_tokenize
 
 WORDS = ["write", "about", "the", "sea", "is", "blue", "wide", "and", "calm"]
@@ -226,7 +226,7 @@ def test_ids_take_no_more_bytes_than_they_need(
 def test_texts_that_come_again_are_kept_only_so_long(
     many: list[Row], tokenizer: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("plrhf.data.packing.MOST_TEXTS", 50)
+    monkeypatch.setattr("plrhf.data.tokenizer.MOST_TEXTS", 50)
     encoder = row_tokenizer(tokenizer)
     _, pairs = encoder(many)
     assert parts(pairs) == one_by_one(many, tokenizer)

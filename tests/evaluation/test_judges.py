@@ -13,8 +13,9 @@ from chat_server import Answer, ChatServer, completion, serving, shown
 
 from plrhf.backbone.model import load_tokenizer
 from plrhf.core.types import PreferenceBatch
-from plrhf.data.packing import RowTokenizer, TokenPair, two_rows
+from plrhf.data.packing import TokenPair, two_rows
 from plrhf.data.rows import Row
+from plrhf.data.tokenizer import RowTokenizer
 from plrhf.evaluation.chat_endpoint import Reply
 from plrhf.evaluation.judges import (
     ChatJudge,

@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from plrhf.core.errors import bad_value
-from plrhf.data.rows import SPLITS, Reason, Refusal
+from plrhf.data.reasons import Reason, Refusal, refusal
+from plrhf.data.rows import SPLITS
 
 
 class Source(ABC):
-    """Where rows come from; one subclass a dataset, and checking is left to `rows.read_rows`."""
+    """Where rows come from; one subclass a dataset, and checking is left to `reading.read_rows`."""
 
     @abstractmethod
     def records(self) -> Iterator[tuple[str, Mapping[str, Any] | Refusal]]:
@@ -47,11 +47,6 @@ def id_as_text(value: object) -> object:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value) if isinstance(value, int) else value
-
-
-def refusal(reason: Reason, field: str, value: object, allowed: str, cure: str) -> Refusal:
-    """Return why a record gives no row, in the form of every error."""
-    return Refusal(reason, str(bad_value(field, value, allowed, cure)))
 
 
 def prompts_apart(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from plrhf.core.errors import bad_value
-from plrhf.data.rows import Reason, Refusal
+from plrhf.data.reasons import Reason, Refusal
 
 Record = Mapping[str, Any] | Refusal
 """What a source finds at one place of a file."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from plrhf.core.errors import bad_value
-from plrhf.data.rows import Reason, Refusal
+from plrhf.data.reasons import Reason, Refusal
 from plrhf.data.sources.base import Source
 from plrhf.data.sources.columns import ColumnMap
 from plrhf.data.sources.files import (

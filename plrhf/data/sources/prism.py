@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
 from plrhf.core.errors import bad_value
-from plrhf.data.rows import Features, Reason, Refusal, content_hash
-from plrhf.data.sources.base import Source, prompts_apart, refusal
+from plrhf.data.reasons import Reason, Refusal, refusal
+from plrhf.data.rows import Features, content_hash
+from plrhf.data.sources.base import Source, prompts_apart
 from plrhf.data.sources.files import HubFiles, Record, data_files, read_files
 from plrhf.data.splits import is_unseen_user, uniform_hash
 

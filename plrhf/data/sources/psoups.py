@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plrhf.core.errors import bad_value
-from plrhf.data.rows import Reason, Refusal, content_hash
-from plrhf.data.sources.base import Source, refusal
+from plrhf.data.reasons import Reason, Refusal, refusal
+from plrhf.data.rows import content_hash
+from plrhf.data.sources.base import Source
 from plrhf.data.sources.files import Record, data_files, read_files
 from plrhf.data.splits import uniform_hash
 

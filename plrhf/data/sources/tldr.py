@@ -15,8 +15,10 @@ from typing import Any, Literal, TypeGuard
 import numpy as np
 
 from plrhf.core.errors import bad_value
-from plrhf.data.rows import Reason, Refusal, content_hash, read_rows
-from plrhf.data.sources.base import Source, prompts_apart, refusal
+from plrhf.data.reading import read_rows
+from plrhf.data.reasons import Reason, Refusal, refusal
+from plrhf.data.rows import content_hash
+from plrhf.data.sources.base import Source, prompts_apart
 from plrhf.data.sources.files import HubFiles, Record, data_files, read_files
 from plrhf.data.splits import uniform_hash
 

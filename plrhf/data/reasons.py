@@ -1,0 +1,82 @@
+"""Why a row is refused, and the error and the record that carry such a reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NoReturn
+
+from plrhf.core.errors import BadValue, bad_value
+
+
+class Reason(StrEnum):
+    """Why a row is refused; the text is what the terminal and the report show."""
+
+    MISSING_FIELD = "missing field"
+    NOT_TEXT = "field that is not text"
+    EMPTY_PROMPT = "empty prompt"
+    EMPTY_RESPONSE = "empty response"
+    SAME_RESPONSES = "chosen equal to rejected"
+    DUPLICATE_PAIR_ID = "duplicate pair id"
+    UNKNOWN_SPLIT = "unknown split"
+    BAD_USER_FEATURES = "bad user features"
+    BAD_WEIGHT = "bad weight or strength"
+    BAD_MESSAGES = "bad chat messages"
+    BAD_UTF8 = "bad UTF-8"
+    BAD_JSON = "bad JSON"
+    NOT_AN_OBJECT = "not a JSON object"
+    BAD_CSV = "bad CSV"
+    BAD_PARQUET = "bad parquet value"
+    BAD_SHAPE = "record unlike the dataset's"
+    TOO_LARGE = "row too large"
+    TIE = "no response preferred"
+    # Found when rows are turned into tokens.
+    CHAT_TEMPLATE = "prompt that the chat template refuses"
+    # Left out by a source's protocol: nothing is wrong with these records.
+    OTHER_POLICY = "policy not of the paper's selection"
+    UNSEEN_OUTSIDE_TEST = "unseen user outside test"
+    PROMPT_IN_TWO_SPLITS = "prompt of a later split"
+    REPEATED = "repeated judgment"
+    NO_PAIR = "turn without chosen and rejected reply"
+    NO_CONVERSATION = "user without a finished conversation"
+
+
+BY_PROTOCOL = frozenset(
+    {
+        Reason.OTHER_POLICY,
+        Reason.UNSEEN_OUTSIDE_TEST,
+        Reason.PROMPT_IN_TWO_SPLITS,
+        Reason.REPEATED,
+        Reason.NO_PAIR,
+        Reason.NO_CONVERSATION,
+    }
+)
+"""Reasons that say what a dataset's protocol leaves out; ``on_bad_row=error`` counts them too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What a source yields in place of a record that it could not read."""
+
+    reason: Reason
+    detail: str  # one line; `read_rows` puts the place in front
+
+
+class RefusedRow(BadValue):
+    """A row that cannot be used; the message names place, field, value, what is allowed, cure."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def refuse(
+    reason: Reason, where: str, field: str, value: object, allowed: str, cure: str
+) -> NoReturn:
+    """Raise the `RefusedRow` of one field of the record at `where`."""
+    raise RefusedRow(reason, f"{where}: {bad_value(field, value, allowed, cure)}")
+
+
+def refusal(reason: Reason, field: str, value: object, allowed: str, cure: str) -> Refusal:
+    """Return why a record gives no row, in the form of every error."""
+    return Refusal(reason, str(bad_value(field, value, allowed, cure)))
