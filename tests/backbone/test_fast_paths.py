@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from tiny import (
     LORA,
@@ -21,14 +19,14 @@ from tiny import (
     make_pairs,
     perturb,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import create_mask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.gptj.modeling_gptj import GPTJAttention, GPTJBlock
 
-from plrhf.backbone import chunked_attention, gptj, lora
+from plrhf.backbone import chunked_attention, gptj
 from plrhf.backbone.model import FLEX, Backbone, block_mask, sees
 from plrhf.backbone.row_packing import RowPacking
 from plrhf.core.types import PreferenceBatch
@@ -223,73 +221,6 @@ def test_gptj_with_part_of_its_dimensions_turned() -> None:
 def run(backbone: Backbone, batch: PreferenceBatch) -> Tensor:
     with torch.no_grad():
         return backbone(backbone.embed(batch.input_ids), batch.segment, batch.position_ids)
-
-
-def lora_layer(change: Callable[[nn.Module], Any] | None = None) -> tuple[Any, Any]:
-    """A LoRA layer as PEFT has it, and the same one fused."""
-    layers = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        base = nn.Sequential(nn.Linear(5, 7))
-        options = {"r": 2, "lora_alpha": 6, "target_modules": ["0"]}
-        model = get_peft_model(base, LoraConfig(**options))  # type: ignore[arg-type]
-        perturb(model, "lora_B")
-        layers.append(model.base_model.model[0])
-    lora.fuse(layers[1])
-    assert type(layers[0]) is LoraLinear and type(layers[1]) is lora.FusedLoraLinear
-    for layer in layers:
-        if change is not None:
-            change(layer)
-    return layers[0], layers[1]
-
-
-@pytest.mark.parametrize(
-    ("change", "is_plain"),
-    [
-        (None, True),
-        (lambda layer: layer.enable_adapters(False), False),
-        (lambda layer: layer.merge(), False),
-        (lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.0)}), True),
-        (lambda layer: layer.base_layer.weight.requires_grad_(True), False),
-    ],
-)
-def test_fused_lora_is_pefts(change: Any, is_plain: bool) -> None:
-    torch.manual_seed(4)
-    x, weight = torch.randn(3, 11, 5), torch.randn(3, 11, 7)
-    naive, fused = lora_layer(change)
-    assert lora.is_plain(fused) == is_plain
-    found = []
-    for layer in (naive, fused):
-        given = x.clone().requires_grad_()
-        output = layer(given)
-        (output * weight).sum().backward()
-        found.append({"y": output.detach(), "dx": given.grad, **gradients(layer)})
-    assert_same(*found, atol=1e-5)
-    assert len(found[0]) >= 2
-
-
-def test_fused_lora_leaves_dropout_to_peft() -> None:
-    _, layer = lora_layer(lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.5)}))
-    assert not lora.is_plain(layer)
-    torch.manual_seed(0)
-    x = torch.ones(2, 5)
-    assert not torch.equal(layer(x), layer(x))
-    layer.eval()
-    assert lora.is_plain(layer) and torch.equal(layer(x), layer(x))
-
-
-def test_fused_lora_in_mixed_precision() -> None:
-    naive, fused = lora_layer()
-    x = torch.randn(4, 5)
-    found = []
-    for layer in (naive, fused):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = layer(x)
-        assert output.dtype == torch.bfloat16
-        output.float().sum().backward()
-        found.append({"y": output.detach().float(), **gradients(layer)})
-    assert all(value.dtype == torch.float32 for value in found[1].values())
-    assert_same(*found, atol=0.05)
 
 
 @pytest.mark.parametrize("together", [False, True])

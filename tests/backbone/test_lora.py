@@ -1,0 +1,235 @@
+"""Fused LoRA layers against PEFT's own forward: values, gradients, and what is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from tiny import LORA, assert_same, gradients, make_backbone, make_batch, make_pairs, perturb
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from plrhf.backbone import devices, lora
+from plrhf.backbone.lora import FusedLoraLinear, SixteenBitDropout
+
+
+def lora_layer(
+    change: Callable[[Any], Any] | None = None, *, dropout: float = 0.0, dtype: Any = torch.float32
+) -> FusedLoraLinear:
+    """A fused layer of 5 to 7 with adapters that have been trained, always the same one."""
+    torch.manual_seed(3)
+    base = nn.Sequential(nn.Linear(5, 7)).to(dtype)
+    config = LoraConfig(r=2, lora_alpha=6, lora_dropout=dropout, target_modules=["0"])
+    model = get_peft_model(base, config)  # type: ignore[arg-type]
+    perturb(model, "lora_B")
+    lora.fuse(model)
+    layer: Any = model.base_model.model[0]
+    assert type(layer) is FusedLoraLinear
+    if change is not None:
+        change(layer)
+    return layer
+
+
+def outcome(layer: Any, forward: Callable[..., Tensor], x: Tensor) -> dict[str, Tensor]:
+    """Outputs and all gradients of a forward pass, always under the same random state."""
+    layer.zero_grad()
+    given = x.clone().requires_grad_()
+    torch.manual_seed(11)
+    output = forward(layer, given)
+    weight = torch.linspace(-1, 1, output.numel()).view_as(output)
+    (output.float() * weight).sum().backward()
+    after = torch.rand(3)  # the same where as much was drawn
+    assert given.grad is not None
+    return {"y": output.detach(), "dx": given.grad, "after": after, **gradients(layer)}
+
+
+def assert_is_pefts(layer: Any, x: Tensor, *, atol: float = 1e-5) -> None:
+    found = []
+    for kind in (FusedLoraLinear, LoraLinear):
+        values = outcome(layer, kind.forward, x)
+        found.append({name: value.clone() for name, value in values.items()})
+    assert_same(*found, atol=atol)
+
+
+def spied_on(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list that grows with each forward pass that takes PEFT's way."""
+    calls: list[str] = []
+    naive = LoraLinear.forward
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append("PEFT")
+        return naive(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(LoraLinear, "forward", forward)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("change", "is_plain"),
+    [
+        (None, True),
+        (lambda layer: layer.enable_adapters(False), False),
+        (lambda layer: layer.merge(), False),
+        (lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.0)}), True),
+        (lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.4)}), False),
+        (lambda layer: layer.base_layer.weight.requires_grad_(True), False),
+    ],
+)
+def test_fused_lora_is_pefts(change: Any, is_plain: bool) -> None:
+    layer = lora_layer(change)
+    assert lora.is_plain(layer) == is_plain
+    assert_is_pefts(layer, torch.randn(3, 11, 5))
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5, 0.999])
+@pytest.mark.parametrize("shape", [(3, 11, 5), (1, 5), (2, 3, 7, 5)])
+def test_fused_lora_with_dropout_is_pefts(rate: float, shape: tuple[int, ...]) -> None:
+    layer = lora_layer(dropout=rate)
+    assert lora.is_plain(layer)
+    assert_is_pefts(layer, torch.randn(shape), atol=1e-5 / (1 - rate))
+
+
+def test_fused_lora_with_dropout_drops_nothing_in_evaluation() -> None:
+    layer = lora_layer(dropout=0.5)
+    x = torch.randn(4, 5)
+    assert not torch.equal(layer(x), layer(x))
+    plain = lora_layer()
+    torch.testing.assert_close(layer.eval()(x), plain(x), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_fused_lora_of_slices_and_transposes_is_pefts(dropout: float) -> None:
+    layer = lora_layer(dropout=dropout)
+    assert_is_pefts(layer, torch.randn(3, 11, 9)[:, 2:, :5])
+    whole = torch.randn(5, 6, 2)
+    x = whole.permute(2, 1, 0)
+    found = [forward(layer, x) for forward in seeded(FusedLoraLinear, LoraLinear)]
+    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+
+
+def seeded(*kinds: Any) -> list[Callable[..., Tensor]]:
+    """The forward passes of these kinds of layer, each under the same random state."""
+
+    def of(kind: Any) -> Callable[..., Tensor]:
+        def forward(layer: Any, x: Tensor) -> Tensor:
+            torch.manual_seed(5)
+            return kind.forward(layer, x)
+
+        return forward
+
+    return [of(kind) for kind in kinds]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_fused_lora_in_mixed_precision(dropout: float, weights: torch.dtype) -> None:
+    layer = lora_layer(dropout=dropout, dtype=weights)
+
+    def autocast(kind: Any) -> Callable[..., Tensor]:
+        def forward(layer: Any, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return kind.forward(layer, x)
+
+        return forward
+
+    x = torch.randn(4, 5)
+    fused, naive = (outcome(layer, autocast(kind), x) for kind in (FusedLoraLinear, LoraLinear))
+    assert fused["y"].dtype == torch.bfloat16 and fused["dx"].dtype == torch.float32
+    assert all(value.dtype == torch.float32 for name, value in fused.items() if "lora" in name)
+    assert_same(fused, naive, atol=0.06)
+
+
+def test_dropout_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    dropout = SixteenBitDropout(0.25)
+    assert dropout.n_dropped == 2**14 and dropout.kept_rate == 0.75
+    # A word has four draws, the lowest bits first: the first quarter of their values drops.
+    draws = [-(2**15), -(2**15) + 2**14 - 1, -(2**15) + 2**14, 2**15 - 1, 0, -1]
+    words = torch.tensor([*draws, 9, 9], dtype=torch.int16).view(torch.int64)
+    monkeypatch.setattr(Tensor, "random_", lambda self, *_: self.copy_(words))
+    assert dropout.drawn_mask(torch.Size([2, 3])).tolist() == [[0, 0, 1], [1, 1, 1]]
+    assert dropout(torch.full((2, 3), 3.0)).tolist() == [[0, 0, 4], [4, 4, 4]]
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.7])
+def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate: float) -> None:
+    torch.manual_seed(0)
+    dropout, n = SixteenBitDropout(rate), 2**20
+    kept = dropout.drawn_mask(torch.Size([n])).double()
+    within = 5 * (rate * (1 - rate) / n) ** 0.5
+    assert abs(float(kept.mean()) - (1 - rate)) < within + 2**-17
+    # Neighbouring draws, which share a word of the generator, do not go together.
+    centred = kept - kept.mean()
+    for step in (1, 2, 3, 4):
+        assert (
+            abs(float((centred[step:] * centred[:-step]).mean())) < 5 * rate * (1 - rate) / n**0.5
+        )
+    assert abs(float(dropout(torch.ones(n)).mean()) - 1) < within / (1 - rate)
+
+
+def test_dropout_near_one_is_finite() -> None:
+    assert torch.isfinite(SixteenBitDropout(1 - 1e-9)(torch.ones(1000))).all()
+    assert torch.equal(SixteenBitDropout(0.0)(torch.ones(9)), torch.ones(9))
+
+
+def test_a_mask_takes_a_byte_a_number() -> None:
+    layer, held = lora_layer(dropout=0.3), {}
+
+    def keep(value: Tensor) -> Tensor:
+        held[value.data_ptr()] = value.nbytes
+        return value
+
+    x = torch.randn(64, 5, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        layer(x)
+    weights = sum(one.nbytes for one in layer.parameters() if one.dim() == 2)
+    low = 64 * 2 * 4
+    assert sum(held.values()) == x.nbytes + x.numel() + weights + low
+
+
+def test_peft_computes_what_is_not_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = spied_on(monkeypatch)
+    layer = lora_layer(dropout=0.3)
+    layer(torch.randn(4, 5))
+    assert calls == []
+    elsewhere = lora_layer(dropout=0.3).to("meta")
+    assert elsewhere(torch.empty(4, 5, device="meta")).device.type == "meta"
+    assert calls == ["PEFT"]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # as a plan for a GPU has them
+        layer(mode.from_tensor(torch.empty(4, 5)))
+    assert calls == ["PEFT"] * 2
+
+
+def test_dropout_elsewhere_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "computes_on_cpu", lambda _: False)
+    dropout, values = SixteenBitDropout(0.3), torch.randn(50)
+    torch.manual_seed(2)
+    found = dropout(values)
+    torch.manual_seed(2)
+    assert torch.equal(found, nn.Dropout(0.3)(values))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_trunk_with_dropout_is_that_of_pefts_layers(
+    checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recomputed blocks draw their masks again."""
+    found = []
+    batch = make_batch(make_pairs())
+    for kind in (FusedLoraLinear, LoraLinear):
+        backbone = make_backbone(
+            lora={**LORA, "dropout": 0.2}, gradient_checkpointing=checkpointing
+        )
+        for module in backbone.modules():
+            if isinstance(module, LoraLinear):
+                module.__class__ = kind
+        torch.manual_seed(1)
+        inputs = backbone.train().embed(batch.input_ids)
+        hidden = backbone(inputs, batch.segment, batch.position_ids)
+        hidden.square().sum().backward()
+        found.append({"hidden": hidden.detach(), **gradients(backbone)})
+    assert_same(*found, atol=1e-3)
+    assert len(found[0]) > 6 * 2
