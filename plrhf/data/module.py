@@ -20,7 +20,7 @@ from plrhf.data.dataset import SINGLE_PROCESS, PairDataset, RankShard
 from plrhf.data.features import FeatureSchema
 from plrhf.data.packing import packed, two_rows
 from plrhf.data.reading import read_rows
-from plrhf.data.rows import Person, Row, Rows
+from plrhf.data.rows import SPLITS, Person, Row, Rows, content_hash
 from plrhf.data.samplers import (
     BatchIndices,
     ResumableBatchSampler,
@@ -166,7 +166,7 @@ class PreferenceData(LightningDataModule):
             )
         self.row_tokenizer = RowTokenizer(tokenizer, **self.tokenizer_options)  # type: ignore[arg-type]
         self.truncated = {"prompt truncated": 0, "response too long": 0}
-        for split in ("train", "val", "test"):
+        for split in SPLITS:
             rows: Any = getattr(self.splits, split)
             pairs = load_or_tokenize(rows, self.row_tokenizer, cache_dir=cache_dir)
             prompt, *responses = pairs.lengths.T
@@ -187,6 +187,15 @@ class PreferenceData(LightningDataModule):
                 f"room for some of the {len(self.splits.train)} train rows, and none fits",
                 "Raise data.max_tokens",
             )
+
+    def content_hash(self) -> str:
+        """Hash the rows of all splits: every field, their order, and which split they are in.
+
+        A run that goes on from a checkpoint, or is compared with another, finds by it whether the
+        rows are still the same, whatever file they came from. It takes a few seconds for a million
+        rows, so keep it rather than ask again. Of one split, see `Splits.content_hash`.
+        """
+        return content_hash([self.splits.content_hash(split) for split in SPLITS])
 
     def restrict_to(self, *splits: str) -> Self:
         """Return a copy that holds the tokenised pairs of these splits and nothing of the others."""

@@ -132,6 +132,20 @@ class Rows(LazySequence[Row]):
             ]
         return content_hash(parts)
 
+    def content_hash(self) -> str:
+        """Hash all that the rows hold, every field and their order, and nothing else.
+
+        Equal rows have equal hashes in every process and whatever file they were read from. A million
+        rows of 2 KiB take a few seconds.
+        """
+        people = [
+            content_hash(one.user_id, one.user_text, one.user_features) for one in self.people
+        ]
+        of_row = np.array([int(one, 16) for one in people], dtype=np.uint64)[self.person]
+        return content_hash(
+            self._file.content_hash(self._indices), blake2b(of_row.tobytes()).hexdigest()
+        )
+
     def __reduce__(self) -> Any:
         return Rows.of, (list(self),)  # its own rows, not the file's others
 

@@ -35,6 +35,15 @@ class Splits:
     dropped: dict[str, int]  # reason -> rows that are in no split
     shared_prompts: bool = False  # whether test was meant to hold pairs on prompts of train
 
+    def content_hash(self, split: str) -> str:
+        """Hash all that the rows of a split hold, every field and their order.
+
+        Two runs have the same hash of "test" exactly if they are evaluated on the same pairs of the
+        same people, whatever files the rows came from.
+        """
+        rows: Sequence[Row] = getattr(self, split)
+        return (rows if isinstance(rows, Rows) else Rows.of(rows)).content_hash()
+
 
 def uniform_hash(key: str, *, salt: str, seed: int) -> float:
     """Return a uniform number in [0, 1) fixed by key, salt and seed in every process and version.

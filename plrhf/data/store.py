@@ -1,4 +1,4 @@
-"""Columns of text in an Arrow file of a process's own: in memory while small, else in a temporary file."""
+"""Sequences read lazily, a table of texts in a temporary file, and files that appear whole."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from itertools import islice
 from operator import eq
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
-from typing import Any, Self, TypeVar, overload
+from typing import Self, TypeVar, overload
 
 import numpy as np
 import pyarrow as arrow
+import pyarrow.compute
 from numpy.typing import NDArray
 
 T = TypeVar("T", covariant=True)
@@ -30,15 +31,15 @@ IN_MEMORY = 32 * 2**20
 
 
 class LazySequence(Sequence[T]):
-    """A sequence whose items are made when they are asked for; equal to any of equal items."""
+    """A sequence that makes its items when they are asked for; it equals any sequence of equal items."""
 
     @abstractmethod
-    def item(self, place: int) -> T:
-        """Make the item at a place from 0."""
+    def item(self, index: int) -> T:
+        """Make the item at an index from 0."""
 
     @abstractmethod
     def select(self, indices: Indices) -> Self:
-        """The items at these places, from 0, as a sequence of the same kind."""
+        """Return the items at these indices, from 0, as a sequence of the same kind."""
 
     @overload
     def __getitem__(self, at: int) -> T: ...
@@ -57,8 +58,11 @@ class LazySequence(Sequence[T]):
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Where to write a file that is given the name `path`, of a directory made for it, once it is
-    complete: a kill leaves none half, and of two processes at once either's stays."""
+    """Yield a path to write to; what was written gets the name `path` once it is complete.
+
+    So a kill leaves no half file under that name, and of two processes that write at the same time
+    one file stays. The directory is made.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     yield part
@@ -66,24 +70,25 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def in_blocks(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """The items, `BLOCK` at a time."""
+    """Yield the items in lists of `BLOCK`, the last of which may be shorter."""
     left = iter(items)
     while len(block := list(islice(left, BLOCK))) > 0:
         yield block
 
 
 class TextTable:
-    """Rows of optional texts, written once and read by block and column.
+    """Rows of optional texts, written once to a temporary Arrow file and read by block and column.
 
-    The file has no name and goes with the process. Its blocks are read, not mapped, so that a walk
-    through all of them holds one at a time.
+    The file stays in memory while it is small, has no name and goes with the process. Its blocks are
+    read, not mapped, so that a walk through all of them holds one at a time.
 
     Args:
-        names: of the columns. blocks: rows in lists of `BLOCK` (the last may be shorter), a row
-            being a tuple of one text or None a column.
+        names: of the columns.
+        blocks: rows in lists of `BLOCK`, the last of which may be shorter. A row is a tuple of one
+            text or None for each column.
 
     Attributes:
-        digest: of all the file holds.
+        digest: a hash of all rows.
     """
 
     def __init__(self, names: Sequence[str], blocks: Iterator[Sequence[tuple[str | None, ...]]]):
@@ -101,19 +106,49 @@ class TextTable:
                 writer.write_batch(batch)
         self.digest = digest.hexdigest()
 
-    def read(self, names: Sequence[str], places: Indices) -> Iterator[list[list[Any]]]:
-        """Yield the named columns' values at the places, in order, some rows at a time.
+    def read(self, names: Sequence[str], indices: Indices) -> Iterator[list[list[str | None]]]:
+        """Yield the named columns' values at the indices, in their order, some rows at a time.
 
-        Indices should ascend: each change of block is a reading.
+        Indices should ascend, because each change of block reads a block anew.
         """
-        if len(places) == 0:
+        for batch in self._batches(names, indices):
+            yield [batch.column(name).to_pylist() for name in names]
+
+    def content_hash(self, indices: Indices) -> str:
+        """Hash the rows at the indices, in their order, whatever other rows the table holds.
+
+        Of each column the lengths of its texts and their bytes are hashed, both one after the other
+        over all rows, so that the borders of blocks have no part in it.
+        """
+        names = list(self._place)
+        lengths = {name: blake2b(name.encode(), digest_size=16) for name in names}
+        texts = {name: blake2b(digest_size=16) for name in names}
+        for batch in self._batches(names, indices):
+            for name in names:
+                column = batch.column(name)
+                of_texts = arrow.compute.binary_length(column).fill_null(-1)
+                lengths[name].update(of_texts.to_numpy().tobytes())
+                texts[name].update(_utf8(column))
+        parts = [one.digest() for name in names for one in (lengths[name], texts[name])]
+        return blake2b(b"".join(parts), digest_size=8).hexdigest()
+
+    def _batches(self, names: Sequence[str], indices: Indices) -> Iterator[arrow.RecordBatch]:
+        """Yield the named columns at the indices, of one block at a time."""
+        if len(indices) == 0:
             return
         options = arrow.ipc.IpcReadOptions(included_fields=[self._place[name] for name in names])
         reader = arrow.ipc.open_file(arrow.PythonFile(self._file, "r"), options=options)
-        block = places // BLOCK
-        for run in np.split(places, np.flatnonzero(np.diff(block)) + 1):
+        block = indices // BLOCK
+        for run in np.split(indices, np.flatnonzero(np.diff(block)) + 1):
             number = int(run[0] // BLOCK)
             batch = reader.get_batch(number)
             if len(run) < batch.num_rows or (np.diff(run) != 1).any():
                 batch = batch.take(arrow.array(run - number * BLOCK))
-            yield [batch.column(name).to_pylist() for name in names]
+            yield batch
+
+
+def _utf8(column: arrow.StringArray) -> memoryview:
+    """Return the bytes of a column's texts, one after the other; null has none."""
+    _, offsets, content = column.buffers()
+    first, last = np.frombuffer(offsets, np.int32)[[column.offset, column.offset + len(column)]]
+    return memoryview(content)[first:last]

@@ -326,6 +326,28 @@ def test_a_part_holds_nothing_of_other_splits(tokenizer: Any) -> None:
         assert found == {is_held}, split
 
 
+def test_the_content_hash_tells_rows_and_splits_apart() -> None:
+    def data(records: Any) -> PreferenceData:
+        return PreferenceData(
+            source=ListSource(records=records), seed=3, batch_size=4, eval_batch_size=3
+        )
+
+    one = data(RECORDS)
+    assert one.content_hash() == data(list(RECORDS)).content_hash()
+    swapped = [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+        if row["split"] == "test"
+        else row
+        for row in RECORDS
+    ]
+    other = data(swapped)
+    assert one.content_hash() != other.content_hash()
+    assert one.splits.content_hash("train") == other.splits.content_hash("train")
+    assert one.splits.content_hash("test") != other.splits.content_hash("test")
+    moved = [*RECORDS[:16], {**RECORDS[16], "split": "val"}, *RECORDS[17:]]
+    assert one.content_hash() != data(moved).content_hash()
+
+
 def test_shuffled_users_keep_their_number_of_rows_but_not_their_choices(tokenizer: Any) -> None:
     true, control = make_data(tokenizer), make_data(tokenizer, shuffle_users=True)
     for split in ("train", "val"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 from plrhf.data import store
-from plrhf.data.rows import Row, Rows
+from plrhf.data.rows import ROW_FIELDS, Row, Rows
 from plrhf.data.tokenizer import RowTokenizer
 from plrhf.data.tokens import TokenFile, load_or_tokenize
 
@@ -99,6 +101,65 @@ def test_the_digest_tells_rows_apart(many: list[Row]) -> None:
     assert all(one != plain and two != with_text for one, two in map(digests, changed))
     same_texts, other_people = digests(rows.with_people(rows.person[::-1].copy()))
     assert same_texts == plain and other_people != with_text
+
+
+CHANGES = {
+    "prompt": ({"role": "user", "content": "write 3"},),
+    "chosen": "another",
+    "rejected": "another",
+    "user_id": "another",
+    "prompt_id": "another",
+    "pair_id": "another",
+    "user_text": None,
+    "user_features": {"age": 3.5},
+    "split": "val",
+    "chosen_id": "another",
+    "rejected_id": "another",
+}
+
+
+@pytest.mark.parametrize("name", ROW_FIELDS)
+def test_every_field_of_a_row_is_in_the_content_hash(name: str, many: list[Row]) -> None:
+    changed = [*many[:3], replace(many[3], **{name: CHANGES[name]}), *many[4:9]]
+    assert Rows.of(changed).content_hash() != Rows.of(many[:9]).content_hash()
+
+
+def test_the_content_hash_is_of_the_rows_alone(many: list[Row]) -> None:
+    whole = Rows.of(many)
+    some = [5, 6, 4099, 4100, 7, 0]
+    part = whole.select(np.array(some))
+    assert part.content_hash() == Rows.of([many[index] for index in some]).content_hash()
+    assert part.content_hash() != Rows.of([many[index] for index in sorted(some)]).content_hash()
+    assert whole.content_hash() == whole.select(np.arange(N_ROWS)).content_hash()
+    assert Rows.of(many[:-1]).content_hash() != whole.content_hash()
+    swapped = part.with_people(part.person[::-1].copy())
+    assert swapped.content_hash() == Rows.of(list(swapped)).content_hash() != part.content_hash()
+    assert Rows.of([]).content_hash() == whole.select(np.arange(0)).content_hash()
+
+
+def test_the_content_hash_knows_where_texts_end(many: list[Row]) -> None:
+    ends = [("ab", "c"), ("a", "bc"), ("abc", ""), ("", "abc")]
+    hashes = {
+        Rows.of([replace(many[0], chosen_id=one, rejected_id=two)]).content_hash()
+        for one, two in [*ends, (None, "abc")]
+    }
+    assert len(hashes) == 5
+    moved = {
+        Rows.of([replace(many[0], chosen=one), replace(many[1], chosen=two)]).content_hash()
+        for one, two in ends
+    }
+    assert len(moved) == 4
+
+
+def test_the_content_hash_is_the_same_in_every_process(many: list[Row]) -> None:
+    code = (
+        "from plrhf.data.rows import Row, Rows; print(Rows.of([Row('a', 'b', 'c', 'u', 'p', 'q', "
+        "user_features={'x': 1.0, 'y': 'z'})]).content_hash())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    features = {"y": "z", "x": 1.0}  # their order means nothing
+    here = Row("a", "b", "c", "u", "p", "q", user_features=features)
+    assert out.stdout.strip() == Rows.of([here]).content_hash()
 
 
 class Counting:
