@@ -218,7 +218,7 @@ def make_ours(method: Method, folder: Path, pairs: Path) -> tuple[Any, Any]:
     import lightning
 
     from plrhf.aggregators import ConcatSoftPrompt, FiLM
-    from plrhf.backbone.model import load_backbone, load_tokenizer
+    from plrhf.backbone.loading import load_backbone, load_tokenizer
     from plrhf.data.module import PreferenceData
     from plrhf.data.sources.jsonl import JsonlSource
     from plrhf.encoders import LookupEncoder

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from plrhf.aggregators import ConcatSoftPrompt, FiLM
-from plrhf.backbone.model import Backbone, tiny_gptj
+from plrhf.backbone.model import Backbone
+from plrhf.backbone.tiny import tiny_gptj
 from plrhf.core.types import UserBatch
 from plrhf.encoders import LookupEncoder
 from plrhf.models.generation import generate

@@ -22,7 +22,7 @@ from resident import forget_peak, resident
 from transformers import GPTJConfig, GPTJForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from plrhf.backbone.model import load_model
+from plrhf.backbone.loading import load_model
 from plrhf.cli.main import quieten
 from plrhf.training.processes import gather_objects, launched_processes, sharding_context
 from plrhf.training.trainer import build_trainer

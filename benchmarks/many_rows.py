@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from plrhf.aggregators import FiLM
-from plrhf.backbone.model import Backbone, tiny_gptj, train_tokenizer
+from plrhf.backbone.model import Backbone
+from plrhf.backbone.tiny import tiny_gptj, train_tokenizer
 from plrhf.data.module import PreferenceData
 from plrhf.data.sources.jsonl import JsonlSource
 from plrhf.encoders import LookupEncoder

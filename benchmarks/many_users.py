@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from plrhf.aggregators import FiLM
-from plrhf.backbone.model import Backbone, tiny_gptj
+from plrhf.backbone.model import Backbone
+from plrhf.backbone.tiny import tiny_gptj
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.packing import TokenPair, packed
 from plrhf.encoders import ClusterMixtureEncoder, LookupEncoder

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from plrhf.backbone.model import load_tokenizer
+from plrhf.backbone.loading import load_tokenizer
 from plrhf.backbone.row_packing import first_fit
 from plrhf.data.module import PreferenceData
 from plrhf.data.samplers import ResumableBatchSampler

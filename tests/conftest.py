@@ -10,7 +10,7 @@ import runs
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from plrhf.backbone.model import train_tokenizer
+from plrhf.backbone.tiny import train_tokenizer
 
 disable_progress_bar()  # as the command line does
 torch.set_num_threads(1)  # for models this small a second thread costs more than it brings

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from tiny import language_model
 from transformers import PreTrainedTokenizerBase
 
-from plrhf.backbone.model import train_tokenizer
+from plrhf.backbone.tiny import train_tokenizer
 from plrhf.cli.main import CONF
 from plrhf.data.sources.personas import PersonasSource
 

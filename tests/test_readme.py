@@ -13,7 +13,7 @@ import pytest
 from tiny import language_model
 from transformers import PreTrainedTokenizerFast
 
-from plrhf.backbone.model import tiny_gptj, train_tokenizer
+from plrhf.backbone.tiny import tiny_gptj, train_tokenizer
 from plrhf.cli.main import main
 
 README = Path(__file__).parent.parent / "README.md"

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from plrhf.aggregators import Aggregator, ConcatSoftPrompt, FiLM
-from plrhf.backbone.model import Backbone, tiny_gptj
+from plrhf.backbone.model import Backbone
+from plrhf.backbone.tiny import tiny_gptj
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.packing import Layout, TokenPair, packed
 from plrhf.encoders import LookupEncoder, NoneEncoder, UserEncoder

@@ -14,7 +14,9 @@ import yaml
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from plrhf.backbone.model import FLEX, Backbone, tiny_gptj
+from plrhf.backbone.masks import FLEX
+from plrhf.backbone.model import Backbone
+from plrhf.backbone.tiny import tiny_gptj
 from plrhf.core.components import Settings, accepted, build, first_difference
 from plrhf.core.errors import bad_value
 from plrhf.data.build import build_data

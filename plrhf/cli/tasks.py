@@ -11,7 +11,7 @@ import lightning
 import yaml
 from lightning import Trainer
 
-from plrhf.backbone.model import load_tokenizer
+from plrhf.backbone.loading import load_tokenizer
 from plrhf.cli.jobs import why_failed
 from plrhf.core.components import Settings, accepted, build
 from plrhf.core.errors import bad_value

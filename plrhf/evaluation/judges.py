@@ -16,7 +16,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from rich.progress import track
 
-from plrhf.backbone.model import load_tokenizer
+from plrhf.backbone.loading import load_tokenizer
 from plrhf.core.errors import bad_value
 from plrhf.core.stats import Array, Outcomes, correctness, summarise_outcomes
 from plrhf.data.dataset import PairDataset

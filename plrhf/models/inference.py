@@ -1,6 +1,6 @@
 """A trained model asked from Python: rewards and texts for given users.
 
-    from plrhf.backbone.model import load_tokenizer
+    from plrhf.backbone.loading import load_tokenizer
     from plrhf.models.policy import PersonalDPOPolicy
     from plrhf.models.reward import PersonalRewardModel
     from plrhf.models.inference import score, write

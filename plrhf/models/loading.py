@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from plrhf.aggregators import Aggregator
-from plrhf.backbone.model import Backbone, load_backbone
+from plrhf.backbone.loading import load_backbone
+from plrhf.backbone.model import Backbone
 from plrhf.core.components import build, locate
 from plrhf.core.errors import bad_value
 from plrhf.encoders import UserEncoder

@@ -19,7 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from plrhf.backbone.model import DTYPES, FLEX, Backbone, empty_model
+from plrhf.backbone.loading import DTYPES, empty_model
+from plrhf.backbone.masks import FLEX
+from plrhf.backbone.model import Backbone
 from plrhf.core.components import Settings
 from plrhf.core.errors import bad_value
 from plrhf.core.types import PreferenceBatch

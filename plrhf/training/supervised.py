@@ -16,16 +16,9 @@ import yaml
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from plrhf.backbone.model import (
-    Backbone,
-    Shards,
-    add_lora,
-    check_path,
-    load_backbone,
-    load_tokenizer,
-    tiny_gptj,
-    train_tokenizer,
-)
+from plrhf.backbone.loading import Shards, check_path, load_backbone, load_tokenizer
+from plrhf.backbone.model import Backbone, add_lora
+from plrhf.backbone.tiny import tiny_gptj, train_tokenizer
 from plrhf.core.checks import NonNegativeInt, PositiveFloat, PositiveInt, check_arguments
 from plrhf.core.components import Settings, accepted, build, kinds
 from plrhf.core.errors import bad_value

@@ -27,7 +27,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.gptj.modeling_gptj import GPTJAttention, GPTJBlock
 
 from plrhf.backbone import chunked_attention, gptj
-from plrhf.backbone.model import FLEX, Backbone, block_mask, sees
+from plrhf.backbone.masks import FLEX, block_mask, sees
+from plrhf.backbone.model import Backbone
 from plrhf.backbone.row_packing import RowPacking
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.packing import Layout, TokenPair, packed, two_rows

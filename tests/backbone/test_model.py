@@ -31,18 +31,11 @@ from transformers import (
     RobertaConfig,
 )
 
-from plrhf.backbone.model import (
-    Backbone,
-    additive_mask,
-    is_causal,
-    load_backbone,
-    load_model,
-    load_tokenizer,
-    looks_local,
-    sees,
-    tiny_gptj,
-    train_tokenizer,
-)
+from plrhf.backbone.families import is_causal
+from plrhf.backbone.loading import load_backbone, load_model, load_tokenizer, looks_local
+from plrhf.backbone.masks import additive_mask, sees
+from plrhf.backbone.model import Backbone
+from plrhf.backbone.tiny import tiny_gptj, train_tokenizer
 
 
 def test_mask_by_hand() -> None:

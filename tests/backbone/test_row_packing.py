@@ -10,7 +10,7 @@ from tiny import assert_same, gradients, make_backbone, make_batch, make_model, 
 from torch import Tensor, nn, tensor
 
 from plrhf.backbone import row_packing
-from plrhf.backbone.model import sees
+from plrhf.backbone.masks import sees
 from plrhf.backbone.row_packing import RowPacking, first_fit_decreasing
 from plrhf.data.packing import TokenPair
 from plrhf.models.optim import Optim

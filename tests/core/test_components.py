@@ -21,7 +21,8 @@ from upstream import (
     write_soups,
 )
 
-from plrhf.backbone.model import Backbone, tiny_gptj
+from plrhf.backbone.model import Backbone
+from plrhf.backbone.tiny import tiny_gptj
 from plrhf.cli.main import CONF
 from plrhf.cli.run import check_settings, make_card
 from plrhf.core.components import accepted, build, kinds, locate, parameters

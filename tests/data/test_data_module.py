@@ -20,7 +20,8 @@ from torch import Tensor, nn, tensor
 from transformers import PreTrainedTokenizerFast
 
 from plrhf.aggregators import FiLM
-from plrhf.backbone.model import Backbone, tiny_gptj
+from plrhf.backbone.model import Backbone
+from plrhf.backbone.tiny import tiny_gptj
 from plrhf.core.types import CHOSEN, REJECTED
 from plrhf.data.build import build_data
 from plrhf.data.dataset import RankShard

@@ -11,7 +11,7 @@ import pytest
 import torch
 from chat_server import Answer, ChatServer, completion, serving, shown
 
-from plrhf.backbone.model import load_tokenizer
+from plrhf.backbone.loading import load_tokenizer
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.packing import TokenPair, two_rows
 from plrhf.data.rows import Row

@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 from tiny import AGGREGATORS, WIDTH, make_batch, make_model, make_pairs
 from torch import Tensor, nn, tensor
 
-from plrhf.backbone.model import load_tokenizer
+from plrhf.backbone.loading import load_tokenizer
 from plrhf.core.types import UserBatch
 from plrhf.encoders import ClusterMixtureEncoder, LookupEncoder, NoneEncoder, UserEncoder
 from plrhf.models.adaptation import (

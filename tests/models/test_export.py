@@ -208,7 +208,7 @@ def test_code_of_a_repository_is_not_for_an_export_to_ask_for(
         asked.append(trust_remote_code)
         return really(path, trust_remote_code=trust_remote_code, **options)
 
-    monkeypatch.setattr("plrhf.backbone.model.AutoConfig.from_pretrained", noticed)
+    monkeypatch.setattr("plrhf.backbone.loading.AutoConfig.from_pretrained", noticed)
     for trusted in (False, True):
         PersonalRewardModel.from_pretrained(export, trust_remote_code=trusted)
     assert list(dict.fromkeys(asked)) == [False, True]

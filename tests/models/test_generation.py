@@ -20,7 +20,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from plrhf.aggregators import ConcatSoftPrompt
-from plrhf.backbone.model import Backbone, RoomyLayer
+from plrhf.backbone.kv_cache import RoomyLayer
+from plrhf.backbone.model import Backbone
 from plrhf.core.types import PreferenceBatch, UserBatch
 from plrhf.models.generation import generate, left_padded
 from plrhf.models.policy import PersonalDPOPolicy

@@ -13,7 +13,7 @@ import torch
 import yaml
 from test_export import data_of
 
-from plrhf.backbone.model import load_tokenizer
+from plrhf.backbone.loading import load_tokenizer
 from plrhf.models import inference as serve
 from plrhf.models.card import read_card
 from plrhf.models.inference import score, write

@@ -13,7 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from plrhf.backbone import devices
-from plrhf.backbone.model import Backbone, tiny_gptj
+from plrhf.backbone.model import Backbone
+from plrhf.backbone.tiny import tiny_gptj
 from plrhf.core.errors import BadValue
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.features import FeatureSchema

@@ -15,7 +15,8 @@ from lightning import Callback, LightningModule
 from runs import TINY, check_run, launch
 from tiny import LORA, assert_same, language_model, make_model
 
-from plrhf.backbone.model import Backbone, train_tokenizer
+from plrhf.backbone.model import Backbone
+from plrhf.backbone.tiny import train_tokenizer
 from plrhf.core.errors import BadValue
 from plrhf.data.module import PreferenceData
 from plrhf.data.sources.personas import PersonasSource

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from tiny import language_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from plrhf.backbone.model import fill_shards, load_model
+from plrhf.backbone.loading import load_model
+from plrhf.backbone.sharded_loading import fill_shards
 from plrhf.core.errors import BadValue
 from plrhf.training.trainer import build_trainer
 from plrhf.training.zero import Stage3
@@ -194,7 +195,7 @@ def test_shards_are_read_as_the_whole_is(
     language_model().save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     monkeypatch.setattr(
-        "plrhf.backbone.model.READ_AT_ONCE", 71
+        "plrhf.backbone.sharded_loading.READ_AT_ONCE", 71
     )  # rows are cut, of 32 or 128 numbers
     shards = [read_by(rank, n_processes, tmp_path, monkeypatch) for rank in range(n_processes)]
     for name, whole in AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters():

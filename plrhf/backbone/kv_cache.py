@@ -1,0 +1,46 @@
+"""Keys and values of the positions that were read, with room for those to come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+
+class RoomyLayer(DynamicLayer):
+    """One block's keys and values with room for those to come; its naive twin is `DynamicLayer`.
+
+    That one copies them all for every token, which is most of the time that writing would take.
+
+    Args:
+        length: most positions a row will have.
+    """
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+        self.room: tuple[Tensor, ...] = ()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take the keys and values of new positions, each [N, H, n, d / H], and give all so far."""
+        states = (key_states, value_states)
+        if not self.room:
+            self.lazy_initialization(*states)
+            self.room = tuple(
+                one.new_empty(*one.shape[:2], self.length, one.shape[3]) for one in states
+            )
+        before = self.get_seq_length()
+        after = before + key_states.shape[2]
+        for room, new in zip(self.room, states, strict=True):
+            room[:, :, before:after] = new
+        self.keys, self.values = (room[:, :, :after] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows at `indices`, any of them more than once."""
+        n_held = self.get_seq_length()
+        self.room = tuple(room[indices] for room in self.room)
+        self.keys, self.values = (room[:, :, :n_held] for room in self.room)

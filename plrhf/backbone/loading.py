@@ -1,0 +1,225 @@
+"""Models and tokenizers, read from directories or the hub."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.initialization import no_init_weights
+from transformers.integrations.deepspeed import prevent_arange_dtype_change
+
+from plrhf.backbone.families import is_causal
+from plrhf.backbone.masks import FLEX
+from plrhf.backbone.model import Backbone, Trainable
+from plrhf.backbone.sharded_loading import fill_shards
+from plrhf.backbone.tiny import tiny_gptj
+from plrhf.core.errors import BadValue, bad_value
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTION = ("eager", "sdpa", FLEX)
+"""Implementations that take a mask of who sees whom; flash-attention does not."""
+Shards = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: str = "float32",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+    shards: Shards | None = None,
+) -> PreTrainedModel:
+    """Load a causal LM, or a bidirectional encoder, by directory or hub name.
+
+    Args:
+        shards: context in which parameters are sharded as they are made; None: the model is whole.
+
+    Raises:
+        ValueError: no model there, a dtype outside `DTYPES`, or attention this model does not have.
+    """
+    if dtype not in DTYPES:
+        raise bad_value(
+            "backbone.dtype", dtype, f"one of {sorted(DTYPES)}", "Set backbone.dtype=float32"
+        )
+    check_path(path)
+    options = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+        kind = AutoModelForCausalLM if is_causal(config) else AutoModel
+        if attention is not None:
+            with torch.device("meta"):
+                _check_attention(attention, kind.from_config(config, **options))
+        if shards is not None:
+            with prevent_arange_dtype_change(), shards(), no_init_weights():
+                model = kind.from_config(
+                    config, dtype=DTYPES[dtype], attn_implementation=attention, **options
+                )
+            return fill_shards(model, path)
+        return kind.from_pretrained(
+            path, dtype=DTYPES[dtype], attn_implementation=attention, **options
+        )
+    except BadValue:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise bad_value(
+            "backbone.path",
+            path,
+            "a model's directory or a hub name that can be reached",
+            f"Check it ({' '.join(str(error).split())[:120]})",
+        ) from error
+
+
+def _check_attention(attention: str, model: Any) -> None:
+    has = {"eager": True, "sdpa": model._supports_sdpa, FLEX: model._supports_flex_attn}
+    if not has.get(attention, False):
+        allowed = ", ".join(name for name in ATTENTION if has[name])
+        raise bad_value(
+            "backbone.attention",
+            attention,
+            f"null or one that {type(model).__name__} has: {allowed}",
+            "Set backbone.attention=null",
+        )
+
+
+def empty_model(
+    *,
+    path: str | None,
+    architecture: dict[str, Any] | None = None,
+    tiny: dict[str, Any] | None = None,
+    dtype: str = "float32",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A model of which nothing but the shape is there: on the meta device, no weights read.
+
+    Args:
+        path: whose config.json says the shape, unless `architecture` does: model_type and what
+            differs from that type's defaults, as `AutoConfig.for_model` takes them.
+        tiny: shape of `tiny_gptj` where both are None. others: as in `load_model`.
+
+    Raises:
+        ValueError: no config there, or an architecture transformers does not know.
+    """
+    with torch.device("meta"):
+        if architecture is None and path is None:
+            return tiny_gptj(**(tiny or {}), eos_token_id=0)
+        try:
+            config = (
+                AutoConfig.for_model(**architecture)
+                if architecture is not None
+                else AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+            )
+            kind = AutoModelForCausalLM if is_causal(config) else AutoModel
+            return kind.from_config(
+                config,
+                dtype=DTYPES[dtype],
+                attn_implementation=attention,
+                trust_remote_code=trust_remote_code,
+            )
+        except (OSError, ValueError, TypeError) as error:
+            raise bad_value(
+                "backbone.path" if architecture is None else "backbone.architecture",
+                path if architecture is None else architecture,
+                "a shape: a config.json that can be reached, or an architecture with its model_type",
+                f"Set backbone.architecture={{model_type:NAME}} ({' '.join(str(error).split())[:120]})",
+            ) from error
+
+
+def load_backbone(
+    *,
+    path: str,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+    trainable: Trainable = "lora",
+    lora: dict[str, Any] | None = None,
+    gradient_checkpointing: bool = False,
+    compiled: bool = False,
+    shards: Shards | None = None,
+) -> Backbone:
+    """A `Backbone` over the model at `path`; see `load_model` and `Backbone` for the settings."""
+    model = load_model(
+        path,
+        dtype=dtype,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+        shards=shards,
+    )
+    return Backbone(
+        model=model,
+        trainable=trainable,
+        lora=lora,
+        gradient_checkpointing=gradient_checkpointing,
+        compiled=compiled,
+    )
+
+
+def looks_local(path: str) -> bool:
+    """Whether a path is meant as a directory on disk rather than a hub name."""
+    return path.startswith((".", "/", "~")) or Path(path).exists()
+
+
+def check_path(path: str) -> None:
+    """Raise where a path is meant as a directory and is not a model's."""
+    if looks_local(path) and not Path(path, "config.json").is_file():
+        raise bad_value(
+            "backbone.path",
+            path,
+            "a model's directory (with config.json) or a hub name",
+            "Give the directory that save_pretrained wrote",
+        )
+
+
+def load_tokenizer(
+    path: str, *, pad_token: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that has a pad token and an end token (encoder-only: their separator).
+
+    Raises:
+        ValueError: either is missing.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise bad_value(
+            "backbone.path",
+            path,
+            "a directory or hub name with a tokenizer",
+            f"Save the tokenizer beside the model ({' '.join(str(error).split())[:120]})",
+        ) from error
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise bad_value(
+                "backbone.pad_token",
+                pad_token,
+                "a token of the vocabulary",
+                f"Set backbone.pad_token='{tokenizer.eos_token}'",
+            )
+        tokenizer.pad_token = pad_token
+    if tokenizer.pad_token is None:
+        raise bad_value(
+            "backbone.pad_token",
+            None,
+            f"a token of the vocabulary, as {path} has no pad token of its own",
+            f"Set backbone.pad_token='{tokenizer.eos_token}'",
+        )
+    if tokenizer.eos_token is None and tokenizer.sep_token is None:
+        raise bad_value(
+            "backbone.path",
+            path,
+            "a tokenizer with an end-of-sequence or separator token",
+            "Set eos_token in its tokenizer_config.json",
+        )
+    return tokenizer

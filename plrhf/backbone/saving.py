@@ -1,0 +1,101 @@
+"""What was learned, written to files: an adapter, or a whole Hugging Face model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from plrhf.backbone.sharding import gathered, is_sharded
+
+
+def save_adapter(model: PeftModel, directory: Path) -> None:
+    """Write the adapter of a PEFT model in PEFT's format. Every process calls it, rank 0 writes."""
+    learned = [one for one in model.parameters() if one.requires_grad]
+    with gathered(learned):
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            model.save_pretrained(str(directory))
+            (directory / "README.md").unlink(missing_ok=True)  # PEFT's template, not filled in
+
+
+def save_whole(
+    model: PreTrainedModel | PeftModel, directory: Path, *, shard_bytes: int = 2**30
+) -> None:
+    """Write the plain Hugging Face model with what was learned folded in.
+
+    Sharded weights are gathered a few at a time, and rank 0 writes files of `shard_bytes`.
+    """
+    if not any(is_sharded(one) for one in model.parameters()):
+        merged(model).save_pretrained(directory)
+        return
+    writer = ShardWriter(directory, shard_bytes=shard_bytes)
+    bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    written: set[int] = set()
+    module: Any
+    for path, module in bare.named_modules():
+        if isinstance(module, LoraLinear):
+            with gathered(list(module.parameters())), torch.no_grad():
+                for name, value in module.get_base_layer().named_parameters():
+                    change = module.get_delta_weight("default") if name == "weight" else 0
+                    writer.add(f"{path}.{name}", value + change)
+            written.update(id(one) for one in module.parameters())
+    for name, value in bare.named_parameters():
+        if id(value) not in written:
+            with gathered([value]):
+                writer.add(name, value)
+    writer.close()
+    if writer.writes:
+        bare.config.save_pretrained(directory)
+
+
+def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Return the plain Hugging Face model with what was learned folded into its weights."""
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+class ShardWriter:
+    """Writes tensors to safetensors files of a limited size, with the index that transformers reads.
+
+    Args:
+        directory: where to; made if need be. shard_bytes: size from which a file is closed.
+    """
+
+    def __init__(self, directory: Path, *, shard_bytes: int) -> None:
+        self.directory, self.shard_bytes = directory, shard_bytes
+        self.held: dict[str, Tensor] = {}
+        self.file_of: dict[str, str] = {}
+        self.n_files = self.n_bytes = 0
+        self.writes = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Take a whole tensor, which may go once this has returned."""
+        if self.writes:
+            self.held[name] = value.detach().cpu().clone()
+            if sum(one.nbytes for one in self.held.values()) >= self.shard_bytes:
+                self._flush()
+
+    def close(self) -> None:
+        """Write what is left, and the index."""
+        if not self.writes:
+            return
+        self._flush()
+        index = {"metadata": {"total_size": self.n_bytes}, "weight_map": self.file_of}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (self.directory / "model.safetensors.index.json").write_text(text)
+
+    def _flush(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.n_files += 1
+        file = f"model-{self.n_files:05d}.safetensors"
+        save_file(self.held, self.directory / file, metadata={"format": "pt"})
+        self.file_of |= dict.fromkeys(self.held, file)
+        self.n_bytes += sum(one.nbytes for one in self.held.values())
+        self.held = {}
