@@ -22,19 +22,15 @@ from plrhf.core.errors import bad_value
 from plrhf.data.build import build_data
 from plrhf.data.features import FeatureSchema
 from plrhf.data.module import PreferenceData
-from plrhf.evaluation.predictions import (
-    Prepare,
-    Texts,
-    engine,
-    predict,
-    prepare,
-    summarise_run,
-    texts_wanted,
-    users_wanted,
-    write_evaluation,
-    write_texts,
+from plrhf.evaluation.generations import (
+    GenerationOptions,
+    requested_rows,
+    requested_users,
+    write_generations,
 )
+from plrhf.evaluation.predictions import Prepare, engine, predict, prepare
 from plrhf.evaluation.probes import probe
+from plrhf.evaluation.results import summarise_run, write_evaluation
 from plrhf.evaluation.users import write_users
 from plrhf.models.base import PersonalModule
 from plrhf.models.card import Card
@@ -149,7 +145,7 @@ def train_personal(
             cache_dir=cache_dir,
         )
         if isinstance(model, PersonalDPOPolicy):
-            texts_wanted(model, data, _samples(settings))
+            requested_rows(model, data, _samples(settings))
         probes = probe(data.splits)
         _warn(probes["warnings"])
         _say_padding(data.padding())
@@ -165,7 +161,7 @@ def train_personal(
         if isinstance(model, PersonalDPOPolicy):
             lightning.seed_everything(settings["seed"], verbose=False)  # all processes draw alike
             samples = _samples(settings)
-            ask(write_texts, run_dir / "generations.jsonl", model, data, samples)
+            ask(write_generations, run_dir / "generations.jsonl", model, data, samples)
     conclude(settings, data, predictions, probes, run_dir)
 
 
@@ -210,7 +206,7 @@ def _rehearse(settings: Settings, data: PreferenceData, optim: Optim) -> None:
     )
     card = make_card(settings, data, backbone, "")
     build_model(backbone, card, optim=optim)
-    users_wanted(card, _samples(settings))
+    requested_users(card, _samples(settings))
 
 
 def make_card(settings: Settings, data: PreferenceData, backbone: Backbone, path: str) -> Card:
@@ -302,8 +298,8 @@ def _check_writable(field: str, path: str) -> None:
         raise bad_value(field, path, allowed, f"Set {field} to another")
 
 
-def _samples(settings: Settings) -> Texts:
-    target = f"{Texts.__module__}.{Texts.__qualname__}"
+def _samples(settings: Settings) -> GenerationOptions:
+    target = f"{GenerationOptions.__module__}.{GenerationOptions.__qualname__}"
     return build({"_target_": target, **settings["samples"]}, "samples", origin="samples")
 
 

@@ -18,18 +18,16 @@ from plrhf.core.errors import bad_value
 from plrhf.data.build import build_data
 from plrhf.data.module import PreferenceData
 from plrhf.evaluation.few_shot import Shots, learning_curve, shots_table
-from plrhf.evaluation.judges import Contest, Judge, win_rates
-from plrhf.evaluation.predictions import (
-    Texts,
-    Written,
-    predict,
-    prepare,
-    read_texts,
-    summarise_run,
-    write_evaluation,
-    write_texts,
+from plrhf.evaluation.generations import (
+    GeneratedText,
+    GenerationOptions,
+    read_generations,
+    write_generations,
 )
+from plrhf.evaluation.judges import Contest, Judge, win_rates
+from plrhf.evaluation.predictions import predict, prepare
 from plrhf.evaluation.probes import probe
+from plrhf.evaluation.results import summarise_run, write_evaluation
 from plrhf.evaluation.users import write_users
 from plrhf.models.base import PersonalModule
 from plrhf.models.card import read_card
@@ -77,15 +75,17 @@ def score(settings: Settings) -> None:
 
 def write(settings: Settings) -> None:
     """Let a policy, and the reference if asked, write for many users: generations.jsonl, report."""
-    target = f"{Texts.__module__}.{Texts.__qualname__}"
-    texts: Texts = build({"_target_": target, **settings["eval"]}, "eval", origin="eval")
+    target = f"{GenerationOptions.__module__}.{GenerationOptions.__qualname__}"
+    texts: GenerationOptions = build(
+        {"_target_": target, **settings["eval"]}, "eval", origin="eval"
+    )
     run = _run_dir(settings)
     model, data, _, _ = load_run(run, settings)
     if not isinstance(model, PersonalDPOPolicy):
         raise bad_value("run", str(run), "a run of model=dpo", "Give a run that trained a policy")
     out = Path(settings["out"] or run)
     out.mkdir(parents=True, exist_ok=True)
-    write_texts(out / "generations.jsonl", model, data, texts)
+    write_generations(out / "generations.jsonl", model, data, texts)
     if (out / "results.json").is_file():
         report.write_report(out)
     print(f"texts: {out / 'generations.jsonl'}")
@@ -239,7 +239,7 @@ def _winrate_settings(node: Settings) -> Settings:
     return accepted(node, {"against": str, "judge": dict[str, Any]}, "eval")
 
 
-def _same_task(one: Written, other: Written) -> bool:
+def _same_task(one: GeneratedText, other: GeneratedText) -> bool:
     return (one.prompt, one.profile) == (other.prompt, other.profile)
 
 
@@ -255,7 +255,7 @@ def _judging(result: dict[str, Any]) -> str:
     )
 
 
-def _texts(run: Path, writer: str, *, field: str) -> dict[tuple[str, str], Written]:
+def _texts(run: Path, writer: str, *, field: str) -> dict[tuple[str, str], GeneratedText]:
     """A run's texts by one writer, by user and prompt."""
     path = run / "generations.jsonl"
     if not path.is_file():
@@ -263,7 +263,9 @@ def _texts(run: Path, writer: str, *, field: str) -> dict[tuple[str, str], Writt
             field, str(run), f"a run with {path.name}", f"Write it: eval=generate run={run}"
         )
     texts = {
-        (text.user_id, text.prompt_id): text for text in read_texts(path) if text.writer == writer
+        (text.user_id, text.prompt_id): text
+        for text in read_generations(path)
+        if text.writer == writer
     }
     if len(texts) == 0:
         raise bad_value(

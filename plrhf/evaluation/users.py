@@ -20,7 +20,7 @@ from plrhf.core.stats import Array
 from plrhf.core.types import GENERIC_USER, UserBatch
 from plrhf.data.module import PreferenceData
 from plrhf.encoders import ClusterMixtureEncoder
-from plrhf.evaluation.predictions import evenly, features_of, first_people
+from plrhf.evaluation.people import evenly, features_of, first_people
 from plrhf.models.base import PersonalModule
 
 USERS_SCHEMA = 1

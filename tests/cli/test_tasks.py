@@ -26,7 +26,7 @@ from tiny import make_model
 
 from plrhf.data.module import PreferenceData
 from plrhf.data.sources.jsonl import JsonlSource
-from plrhf.evaluation.predictions import Texts, read_texts, write_texts
+from plrhf.evaluation.generations import GenerationOptions, read_generations, write_generations
 from plrhf.models.card import Card
 from plrhf.models.policy import PersonalDPOPolicy
 
@@ -146,10 +146,10 @@ def test_users_speak_for_themselves(
         asked.append(len(prompts))
         return tokenizer.batch_decode(prompts, skip_special_tokens=True)
 
-    monkeypatch.setattr("plrhf.evaluation.predictions.generate", echo)
-    options = Texts(users=3, prompts=2, max_new_tokens=4, reference=True)
-    write_texts(tmp_path / "texts.jsonl", policy, data, options)
-    texts = read_texts(tmp_path / "texts.jsonl")
+    monkeypatch.setattr("plrhf.evaluation.generations.generate", echo)
+    options = GenerationOptions(users=3, prompts=2, max_new_tokens=4, reference=True)
+    write_generations(tmp_path / "texts.jsonl", policy, data, options)
+    texts = read_generations(tmp_path / "texts.jsonl")
     assert len(texts) == 12 and len({text.user_id for text in texts}) == 3
     for text in texts:
         said = f"I am {text.user_id}."
@@ -277,7 +277,7 @@ def test_what_is_known_of_users_goes_with_their_texts(tmp_path: Path, cache_dir:
     small = [*(one for one in TINY if not one.startswith("data.")), "data.max_prompt_tokens=64"]
     small += [f"cache_dir={cache_dir}", f"run_dir={tmp_path / 'run'}", "trainer.max_steps=1"]
     launch("train", *small, "model=dpo", "data=jsonl", f"data.path={path}", "encoder=features")
-    texts = read_texts(tmp_path / "run/generations.jsonl")
+    texts = read_generations(tmp_path / "run/generations.jsonl")
     assert [one.writer for one in texts] == ["policy"] * 4
     for one in texts:
         assert one.profile == f"I am {one.user_id}." and one.score is None

@@ -28,8 +28,8 @@ from plrhf.cli.run import check_settings, make_card
 from plrhf.core.components import accepted, build, kinds, locate, parameters
 from plrhf.data.build import build_data
 from plrhf.encoders import UserEncoder
+from plrhf.evaluation.generations import GenerationOptions
 from plrhf.evaluation.judges import Judge
-from plrhf.evaluation.predictions import Texts
 from plrhf.models.loading import build_model
 from plrhf.models.optim import Optim
 from plrhf.models.policy import PersonalDPOPolicy
@@ -177,7 +177,10 @@ def test_tasks(task: str) -> None:
     settings = composed(f"eval={task}", config="eval")
     assert settings["data"] is None and settings["eval"]["name"] == task
     if task == "generate":
-        build({"_target_": "plrhf.evaluation.predictions.Texts", **settings["eval"]}, "eval")
+        build(
+            {"_target_": "plrhf.evaluation.generations.GenerationOptions", **settings["eval"]},
+            "eval",
+        )
     if task == "adapt":
         build({"_target_": "plrhf.evaluation.few_shot.Shots", **settings["eval"]}, "eval")
 
@@ -347,10 +350,10 @@ def test_only_classes_of_the_kind_asked_for_are_called(target: str | None) -> No
 
 def test_texts_refuse_out_of_range() -> None:
     good: dict[str, Any] = {"users": 2, "prompts": 1, "max_new_tokens": 1}
-    Texts(**good)
+    GenerationOptions(**good)
     bad = {"users": 0, "prompts": 0, "max_new_tokens": 0, "temperature": -1.0, "top_p": 0.0}
     for name, value in bad.items():
         with pytest.raises(ValueError, match=rf"^samples\.{name}={value} is not allowed: expected"):
-            Texts(**{**good, name: value}, origin="samples")
+            GenerationOptions(**{**good, name: value}, origin="samples")
     with pytest.raises(ValueError, match=r"^eval\.users=\[\] is not allowed"):
-        Texts(**{**good, "users": []})
+        GenerationOptions(**{**good, "users": []})

@@ -124,7 +124,7 @@ def test_a_model_that_knows_how_people_differ_learns_who_this_is() -> None:
         rows = torch.randn(n_users, 2)
         hidden = torch.randn(n_users * n_pairs, 2, WIDTH)
         to_gamma = model.aggregator.to_film.weight[:WIDTH]
-        # Texts without what everybody sees alike, so that only the person decides.
+        # GenerationOptions without what everybody sees alike, so that only the person decides.
         weights = model.head.weight[0] * (rows @ model.encoder.basis @ to_gamma.T)  # [N, d]
         common = model.head.weight[0]
         hidden -= (hidden @ common)[..., None] * common / common.square().sum()

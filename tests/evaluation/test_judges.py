@@ -17,24 +17,18 @@ from plrhf.data.packing import TokenPair, two_rows
 from plrhf.data.rows import Row
 from plrhf.data.tokenizer import RowTokenizer
 from plrhf.evaluation.chat_endpoint import Reply
-from plrhf.evaluation.judges import (
-    ChatJudge,
-    Contest,
-    PreferenceJudge,
-    RewardJudge,
-    Verdicts,
-    read_answer,
-    win_rates,
-)
-from plrhf.evaluation.predictions import Written
+from plrhf.evaluation.chat_judge import ChatJudge, read_answer
+from plrhf.evaluation.generations import GeneratedText
+from plrhf.evaluation.judges import Contest, PreferenceJudge, Verdicts, win_rates
+from plrhf.evaluation.reward_judge import RewardJudge
 from plrhf.models.reward import PersonalRewardModel
 
 KEY = "sk-a-secret-that-stays-here"
 
 
-def text(user: str, topic: str, response: str, **known: Any) -> Written:
+def text(user: str, topic: str, response: str, **known: Any) -> GeneratedText:
     given = {"profile": f"{user} likes {{long}} answers.", "user_features": None, "score": None}
-    return Written(
+    return GeneratedText(
         **{
             **{"prompt": f"Write about {topic}.", "prompt_id": topic, "user_id": user},
             **{"writer": "policy", "response": response},
@@ -341,7 +335,9 @@ def test_chats_are_shown_as_turns(tmp_path: Path) -> None:
     assert "user: Hi.\nassistant: Yes?" in server.bodies[0]["messages"][-1]["content"]
 
 
-def reward(model: PersonalRewardModel, tokens: RowTokenizer, one: Written, user: int) -> float:
+def reward(
+    model: PersonalRewardModel, tokens: RowTokenizer, one: GeneratedText, user: int
+) -> float:
     """The naive twin: one text alone, in two rows a pair, for a user by number."""
     row = Row(one.prompt, one.response, one.response, one.user_id, one.prompt_id, "")
     response = tokens.response(one.response)

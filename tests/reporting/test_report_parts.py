@@ -78,7 +78,11 @@ ADAPTED: dict[str, Any] = {
 JUDGED: dict[str, Any] = {
     "run": "runs/policy",
     "against": "runs/<vanilla>",
-    "judge": {"_target_": "plrhf.evaluation.judges.ChatJudge", "name": "chat", "model": "small-1"},
+    "judge": {
+        "_target_": "plrhf.evaluation.chat_judge.ChatJudge",
+        "name": "chat",
+        "model": "small-1",
+    },
     "win_rate": {"value": 0.625, "ci95": [0.5, 0.75]},
     "win_rate_macro": {"value": 0.6, "ci95": None},
     "ties": 0.125,

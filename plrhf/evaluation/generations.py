@@ -1,0 +1,190 @@
+"""GenerationOptions that a policy and its reference write for users: generations.jsonl, one text a line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from pydantic import TypeAdapter, ValidationError
+
+from plrhf.core.errors import bad_value
+from plrhf.core.types import UserBatch
+from plrhf.data.module import PreferenceData
+from plrhf.data.rows import Features, Message, Row
+from plrhf.evaluation.people import evenly, features_of, first_people, first_prompts
+from plrhf.models.base import PersonalModule
+from plrhf.models.card import Card
+from plrhf.models.generation import check_options, check_room, generate
+from plrhf.models.policy import PersonalDPOPolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """Which texts to write, and how.
+
+    Args:
+        users: ids of train users, or how many to take, evenly from all.
+        prompts: how many distinct test prompts, the first ones of the test rows.
+        max_new_tokens, temperature, top_p: see `generate`.
+        reference: let the reference write too; it writes once a prompt and each user judges it.
+        origin: the setting these come from, for messages.
+    """
+
+    users: int | list[str | int]
+    prompts: int
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    reference: bool = False
+    origin: str = "eval"
+
+    def __post_init__(self) -> None:
+        n_users = self.users if isinstance(self.users, int) else len(self.users)
+        whole = "a whole number from 1"
+        for name, good, allowed in (
+            ("users", n_users >= 1, f"{whole}, or ids of train users"),
+            ("prompts", self.prompts >= 1, whole),
+        ):
+            if not good:
+                field = f"{self.origin}.{name}"
+                raise bad_value(field, getattr(self, name), allowed, f"Set {field}=1")
+        check_options(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            field=self.origin,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedText:
+    """One line of generations.jsonl: a text, who wrote it, and for whom.
+
+    Attributes:
+        profile: what a person may read about the user; what the user says of themselves where the
+            source has no better.
+        writer: "policy" or "reference".
+        score: how much the user likes the text, in log odds; None where nobody knows.
+    """
+
+    prompt: str | tuple[Message, ...]
+    prompt_id: str
+    user_id: str
+    profile: str | None
+    user_features: Features | None
+    writer: str
+    response: str
+    score: float | None
+
+
+def read_generations(path: Path) -> list[GeneratedText]:
+    """The texts that `write_generations` left.
+
+    Raises:
+        ValueError: a line holds no such text.
+    """
+    line_of = TypeAdapter(GeneratedText)
+    texts = []
+    with path.open() as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                texts.append(line_of.validate_json(line, strict=True))
+            except ValidationError as error:
+                first = error.errors()[0]
+                reason = ": ".join([*map(str, first["loc"]), first["msg"]])
+                raise bad_value(
+                    f"{path.name}:{number}",
+                    line.strip(),
+                    f"a line as eval=generate writes it ({reason})",
+                    "Write the texts anew",
+                ) from error
+    return texts
+
+
+def requested_users(card: Card, texts: GenerationOptions) -> list[str]:
+    """Ids of the users that `write_generations` will write for.
+
+    Raises:
+        ValueError: a user the model was not trained on.
+    """
+    if isinstance(texts.users, int):
+        return evenly(card.users, texts.users)
+    ids = [str(user) for user in texts.users]
+    for user in ids:
+        card.user_index(user, f"{texts.origin}.users")
+    return ids
+
+
+def requested_rows(
+    model: PersonalModule, data: PreferenceData, texts: GenerationOptions
+) -> list[Row]:
+    """What `write_generations` will answer: a row a prompt and user, each with what its user says.
+
+    Raises:
+        ValueError: a user the model was not trained on, or no room for so many tokens.
+    """
+    first = first_people(data)
+    own = {user: first.get(user) for user in requested_users(model.card, texts)}
+    asked = [
+        replace(
+            row,
+            user_id=user,
+            user_text=None if said is None else said.user_text,
+            user_features=None if said is None else said.user_features,
+        )
+        for row in first_prompts(data.splits.test, texts.prompts)
+        for user, said in own.items()
+    ]
+    check_room(
+        model,
+        [data.row_tokenizer.prompt(row) for row in asked],
+        max_new_tokens=texts.max_new_tokens,
+        field=texts.origin,
+    )
+    return asked
+
+
+def write_generations(
+    path: Path, model: PersonalDPOPolicy, data: PreferenceData, texts: GenerationOptions
+) -> None:
+    """Write prompts x users x responses as JSONL, true scores with them where the source knows.
+
+    The reference writes once for all who would ask it the same: everybody, unless users speak.
+    """
+    asked = requested_rows(model, data, texts)
+    how: dict[str, Any] = {
+        "max_new_tokens": texts.max_new_tokens,
+        "temperature": texts.temperature,
+        "top_p": texts.top_p,
+    }
+    tokenizer = data.row_tokenizer.tokenizer
+    prompts = [data.row_tokenizer.prompt(row) for row in asked]
+    ids = [row.user_id for row in asked]
+    index = torch.tensor([model.card.user_index(user) for user in ids])
+    users = UserBatch(user_id=index, features=features_of(data, ids))
+    written = {"policy": generate(model, tokenizer, prompts, users, **how)}
+    if texts.reference:
+        distinct = list(dict.fromkeys(prompts))
+        once = dict(zip(distinct, generate(model, tokenizer, distinct, None, **how), strict=True))
+        written["reference"] = [once[prompt] for prompt in prompts]
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        return
+    with path.open("w") as file:
+        for writer, responses in written.items():
+            for row, text in zip(asked, responses, strict=True):
+                profile = data.source.profile(row.user_id)
+                one = GeneratedText(
+                    prompt=row.prompt,
+                    prompt_id=row.prompt_id,
+                    user_id=row.user_id,
+                    profile=row.user_text if profile is None else profile,
+                    user_features=row.user_features,
+                    writer=writer,
+                    response=text,
+                    score=data.source.true_score(row.user_id, text),
+                )
+                file.write(json.dumps(asdict(one), ensure_ascii=False) + "\n")

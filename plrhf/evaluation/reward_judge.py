@@ -1,0 +1,143 @@
+"""A judge that goes by the rewards of a trained reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from lightning.fabric.utilities import move_data_to_device
+
+from plrhf.backbone.loading import load_tokenizer
+from plrhf.core.errors import bad_value
+from plrhf.core.stats import correctness
+from plrhf.data.dataset import PairDataset
+from plrhf.data.packing import TokenPair, packed, two_rows
+from plrhf.data.rows import Row
+from plrhf.data.tokenizer import RowTokenizer
+from plrhf.evaluation.judges import Contest, Judge, Verdicts
+from plrhf.models.reward import PersonalRewardModel
+
+
+class RewardJudge(Judge):
+    """Goes by a trained reward model.
+
+    It should have been trained on other pairs than the policies it judges: what both learned from
+    the same noise it takes for preference.
+
+    Args:
+        export: directory that `export.save_export` wrote.
+        users: `own`: each user by the vector the model learned for them; `held_out`: all as users
+            it never saw, by the generic user's vector and, where its encoder reads them, features.
+        batch_size: contests at once, from 1.
+        trust_remote_code: let the backbone's repository bring its own code.
+
+    Raises:
+        ValueError: no reward model there, or one that reads texts about users.
+    """
+
+    def __init__(
+        self,
+        *,
+        export: Path,
+        users: Literal["own", "held_out"] = "own",
+        batch_size: int = 32,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise bad_value(
+                "eval.judge.batch_size",
+                batch_size,
+                "a whole number from 1",
+                "Set eval.judge.batch_size=32",
+            )
+        self.users, self.batch_size = users, batch_size
+        self.model = PersonalRewardModel.from_pretrained(
+            export, trust_remote_code=trust_remote_code
+        )
+        text = self.model.card.text
+        if text["use_user_text"]:
+            raise bad_value(
+                "eval.judge.export",
+                str(export),
+                "a reward model trained with data.use_user_text=false",
+                "Train one, as generated texts come without their users' own",
+            )
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.row_tokenizer = RowTokenizer(load_tokenizer(str(export)), **text)
+
+    @torch.no_grad()
+    def compare(self, contests: Sequence[Contest]) -> Verdicts:
+        """See `Judge.compare`.
+
+        Raises:
+            ValueError: a user the model was not trained on, though `users` is `own`; a text longer
+                than its backbone allows; or a reward that is not finite.
+        """
+        pairs = self._pairs(contests)
+        length = [len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs.pairs]
+        order = sorted(range(len(pairs)), key=length.__getitem__)
+        margin = np.zeros(len(pairs))
+        for start in range(0, len(order), self.batch_size):
+            places = order[start : start + self.batch_size]
+            batch = move_data_to_device(pairs.batch(places), self.model.device)
+            found, _ = self.model.margins(self.model.hidden(batch, ("user",)), batch)
+            margin[places] = found[0].double().cpu().numpy()
+        if not np.isfinite(margin).all():
+            worst = float(margin[~np.isfinite(margin)][0])
+            raise bad_value(
+                "reward", worst, "finite numbers", "Judge by a model whose training went well"
+            )
+        same = [contest.ours.response == contest.theirs.response for contest in contests]
+        margin[same] = 0.0  # computed side by side they differ by rounding
+        return Verdicts(wins=correctness(margin)[:, None])
+
+    def _pairs(self, contests: Sequence[Contest]) -> PairDataset:
+        """Each contest as a pair, ours in the place of the chosen response."""
+        card = self.model.card
+        index = {user: place + 1 for place, user in enumerate(card.users)}
+        rows, tokens = [], []
+        for contest in contests:
+            ours = contest.ours
+            row = Row(
+                prompt=ours.prompt,
+                chosen=ours.response,
+                rejected=contest.theirs.response,
+                user_id=ours.user_id,
+                user_features=ours.user_features,
+                prompt_id=ours.prompt_id,
+                pair_id=f"{ours.user_id} {ours.prompt_id}",
+            )
+            if self.users == "own" and row.user_id not in index:
+                raise bad_value(
+                    "eval.judge.users",
+                    "own",
+                    f"users the reward model was trained on (it does not know {row.user_id})",
+                    "Set eval.judge.users=held_out, or judge by a model of these users",
+                )
+            rows.append(row)
+            tokens.append(self._tokens(row))
+        return PairDataset(
+            rows,
+            tokens,
+            layout=packed if self.model.backbone.causal else two_rows,
+            user_index=index if self.users == "own" else {},
+            schema=card.feature_schema(),
+        )
+
+    def _tokens(self, row: Row) -> TokenPair:
+        prompt = self.row_tokenizer.prompt(row)
+        chosen, rejected = (
+            self.row_tokenizer.response(text) for text in (row.chosen, row.rejected)
+        )
+        room, needed = self.model.max_positions, len(prompt) + max(len(chosen), len(rejected))
+        if room is not None and needed > room:
+            raise bad_value(
+                "eval.judge.export",
+                f"{needed} tokens (user {row.user_id}, prompt {row.prompt_id})",
+                f"at most the reward model's {room} positions",
+                "Write shorter texts with eval=generate eval.max_new_tokens",
+            )
+        return TokenPair(prompt, chosen, rejected)
