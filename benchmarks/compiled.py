@@ -15,8 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import against_trl as shared
+import plrhf_worker
 import torch
+import trl_workload as shared
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -25,6 +26,7 @@ from plrhf.backbone.model import compile_in_training
 from plrhf.core.types import PreferenceBatch
 
 DTYPES = ("float32", "bfloat16")
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def write_llama(folder: Path, *, layers: int, width: int, vocabulary: int) -> None:
@@ -58,7 +60,7 @@ def step(model: Any, batch: PreferenceBatch, dtype: str) -> float:
 def measure(dtype: str, folder: Path, pairs: Path, turns: int) -> dict[str, float]:
     """Seconds of a step plain and compiled, of the first compiled one, and their ratio."""
     method = shared.Method("ours", "dpo", "plrhf", dtype=dtype)
-    made = [shared.make_ours(method, folder, pairs) for _ in range(2)]
+    made = [plrhf_worker.make_ours(method, folder, pairs, targets=TARGETS) for _ in range(2)]
     models = [model.train() for model, _ in made]
     batches = list(made[0][1].train_dataloader())
     for block in models[1].backbone.blocks:
@@ -83,15 +85,6 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    shared.TARGETS[:] = [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    ]
     with tempfile.TemporaryDirectory() as scratch:
         folder, pairs = Path(scratch, "backbone"), Path(scratch, f"{args.shape}.jsonl")
         write_llama(folder, layers=args.layers, width=args.width, vocabulary=args.vocabulary)

@@ -18,8 +18,9 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-import against_trl as shared
+import plrhf_worker
 import torch
+import trl_workload as shared
 from peft.tuners.lora import Linear as LoraLinear
 from rich.console import Console
 from rich.table import Table
@@ -109,7 +110,7 @@ def main() -> None:
         shared.write_backbone(folder, layers=6, width=256, vocabulary=2048)
         shared.write_pairs(pairs, shape=args.shape, vocabulary=2048)
         method = shared.Method("ours", "dpo", "plrhf", aggregator=args.aggregator)
-        made = {name: shared.make_ours(method, folder, pairs) for name in VARIANTS}
+        made = {name: plrhf_worker.make_ours(method, folder, pairs) for name in VARIANTS}
         made["prompt twice (two rows a pair)"][1].datasets["train"].layout = two_rows
         batches = {name: list(data.train_dataloader()) for name, (_, data) in made.items()}
         for turn in range(1 + args.turns):  # the first warms up

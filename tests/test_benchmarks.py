@@ -20,22 +20,48 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 @pytest.mark.slow
 def test_steps_beside_trl(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
-    methods = ["dpo ours", "dpo TRL, authors' recipe", "reward ours", "reward TRL"]
+    methods = ["dpo ours", "dpo ours, no dropout", "dpo TRL, authors' recipe"]
+    methods += ["dpo TRL, authors' recipe, no dropout", "reward ours", "reward TRL"]
     small = ["--layers", "1", "--width", "64", "--vocabulary", "50", "--steps", "1", "--turns", "1"]
     command = [sys.executable, str(BENCHMARKS / "against_trl.py"), "--out", str(out), *small]
     subprocess.run([*command, "--shapes", "chat", "--methods", *methods], check=True, timeout=400)
     found = json.loads(out.read_text())
     assert found["ratios"]["chat"]["dpo"]["vs_authors_recipe"] > 0
+    assert found["ratios_without_dropout"]["chat"]["dpo"]["vs_authors_recipe"] > 0
+    assert found["ratios_without_dropout"]["chat"]["reward"] == {}
     assert found["memory"]["chat"]["reward"]["vs_trl"] > 0
     assert [run["method"] for run in found["runs"]] == methods
+    assert [run["dropout"] for run in found["runs"]] == [0.05, 0.0, 0.05, 0.0, 0.05, 0.05]
     # Twice the rows, and the reference besides, are more work, however fast it is done.
     flops = {run["method"]: run["flops_a_step"] for run in found["runs"]}
     assert flops["dpo TRL, authors' recipe"] > 2 * flops["dpo ours"]
 
 
+def test_ratios_are_of_neighbouring_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    results = runpy.run_path(str(BENCHMARKS / "against_trl.py"))["results"]
+
+    def run(method: str, turns: list[float], step_mib: float) -> dict[str, Any]:
+        return {"shape": "tldr", "method": method, "turns": turns, "step_mib": step_mib}
+
+    found = results(
+        [
+            run("dpo ours", [1.0, 2.0, 4.0], 10.0),
+            run("dpo TRL, authors' recipe", [12.0, 22.0, 60.0], 70.0),
+            run("dpo ours, no dropout", [0.5, 1.0, 1.0], 9.0),
+            run("dpo ours, bfloat16", [0.5, 1.0, 4.0], 5.0),
+            run("dpo TRL, authors' recipe, no dropout", [6.0, 13.0, 15.0], 60.0),
+        ]
+    )
+    # 12, 11 and 15 times as fast; without dropout 12, 13 and 15 times.
+    assert found["ratios"]["tldr"]["dpo"] == {"vs_authors_recipe": 12, "bfloat16_vs_float32": 2}
+    assert found["ratios_without_dropout"]["tldr"]["dpo"] == {"vs_authors_recipe": 13}
+    assert found["memory"]["tldr"] == {"dpo": {"vs_authors_recipe": 7}, "reward": {}}
+
+
 def test_operations_are_those_of_the_plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    counter = runpy.run_path(str(BENCHMARKS / "against_trl.py"))["flop_counter"]
+    counter = runpy.run_path(str(BENCHMARKS / "turns.py"))["flop_counter"]
     q, k, v = (torch.randn(3, 2, 64, 16, requires_grad=True) for _ in range(3))
 
     def counted(attend: Any) -> int:

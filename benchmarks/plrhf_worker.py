@@ -1,0 +1,89 @@
+"""Trains with this package, as many steps as the parent orders: started by `against_trl.py`.
+
+python benchmarks/plrhf_worker.py METHOD BACKBONE_DIR PAIRS_FILE
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning
+from trl_workload import LORA, METHODS, N_TOKENS, SHAPES, TARGETS, Method
+from turns import Turns, memory, say
+
+from plrhf.aggregators import ConcatSoftPrompt, FiLM
+from plrhf.backbone.loading import load_backbone, load_tokenizer
+from plrhf.data.module import PreferenceData
+from plrhf.data.sources.jsonl import JsonlSource
+from plrhf.encoders import LookupEncoder
+from plrhf.models.policy import PersonalDPOPolicy
+from plrhf.models.reward import PersonalRewardModel
+
+
+def make_ours(
+    method: Method, folder: Path, pairs: Path, *, targets: list[str] = TARGETS
+) -> tuple[Any, Any]:
+    """This package's model for a method, LoRA on the layers named `targets`, and its pairs."""
+    lightning.seed_everything(0, verbose=False)
+    data = PreferenceData(
+        source=JsonlSource(path=str(pairs)),
+        seed=0,
+        batch_size=SHAPES[pairs.stem].batch,
+        eval_batch_size=4,
+        max_prompt_tokens=1600,
+        max_tokens=2000,
+        separator=" ",
+    )
+    lora = {**LORA, "dropout": method.dropout, "target_modules": targets}
+    backbone = load_backbone(path=str(folder), dtype=method.dtype, lora=lora)
+    width = backbone.hidden_size
+    aggregator: Any = (
+        ConcatSoftPrompt(hidden_size=width, n_tokens=N_TOKENS)
+        if method.aggregator == "soft_prompt"
+        else FiLM(hidden_size=width, n_blocks=backbone.config.num_hidden_layers)
+    )
+    encoder = LookupEncoder(
+        n_users=data.n_users, user_dim=aggregator.user_dim, vocabulary=backbone.vocabulary()
+    )
+    kind = PersonalDPOPolicy if method.model == "dpo" else PersonalRewardModel
+    model = kind(
+        backbone=backbone, encoder=encoder, aggregator=aggregator, n_users=data.n_users + 1
+    )
+    data.tokenize(load_tokenizer(str(folder)), causal=True, max_positions=model.max_positions)
+    if isinstance(model, PersonalDPOPolicy):
+        data.precompute_reference(model.reference_logps)
+    return model, data
+
+
+def train(method: Method, folder: Path, pairs: Path, turns: Turns) -> None:
+    """Train with this package; the first step waits for orders."""
+    model, data = make_ours(method, folder, pairs)
+
+    class Gate(lightning.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            say(ready=True, **memory())
+            turns.step_over()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            turns.step_over()
+
+    trainer = lightning.Trainer(
+        max_steps=1_000_000,
+        max_epochs=-1,
+        precision="bf16-mixed" if method.dtype == "bfloat16" else "32-true",
+        callbacks=[Gate()],
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(model, datamodule=data)
+
+
+if __name__ == "__main__":
+    sys.stdout = sys.stderr  # stdout is the parent's
+    train(METHODS[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3]), Turns())
