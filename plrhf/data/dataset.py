@@ -15,6 +15,7 @@ from plrhf.core.types import GENERIC_USER, PreferenceBatch
 from plrhf.data.features import FeatureSchema
 from plrhf.data.packing import Layout, TokenPair, packed
 from plrhf.data.rows import Person, Row, Rows
+from plrhf.data.store import Indices
 from plrhf.data.tokens import TokenFile
 
 
@@ -143,3 +144,8 @@ class PairDataset:
         rows = Rows.of([row]).select(np.zeros(len(pairs), dtype=np.int64))
         schema = FeatureSchema.fit(())
         return cls(rows, pairs, layout=packed, user_index={}, schema=schema)
+
+
+def longest_first(dataset: PairDataset) -> Indices:
+    """Return the indices of all pairs by the length of their longest row, the longest first, [N]."""
+    return np.argsort(-dataset.row_lengths().max(axis=1), kind="stable")

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from plrhf.core.errors import bad_value
 from plrhf.core.types import PreferenceBatch
-from plrhf.data.dataset import SINGLE_PROCESS, PairDataset, RankShard
+from plrhf.data.dataset import SINGLE_PROCESS, PairDataset, RankShard, longest_first
 from plrhf.data.features import FeatureSchema
 from plrhf.data.packing import packed, two_rows
 from plrhf.data.reading import read_rows
@@ -245,8 +245,11 @@ class PreferenceData(LightningDataModule):
         return self.evaluation_loader("val")
 
     def evaluation_loader(self, split: str) -> DataLoader:
-        """Return all pairs of a split sorted by length, shortest first, so that padding is short."""
-        order = np.argsort(self.datasets[split].lengths.sum(axis=1), kind="stable")
+        """Return all pairs of a split sorted by length, so that little is padding.
+
+        The longest come first: what is too large for the memory fails at once, not at the end.
+        """
+        order = longest_first(self.datasets[split])
         starts = range(0, len(order), self.eval_batch_size)
         batches = [
             BatchIndices(order[start : start + self.eval_batch_size].tolist()) for start in starts

@@ -1,23 +1,21 @@
-"""Sequences read lazily, a table of texts in a temporary file, and files that appear whole."""
+"""Sequences that are read lazily, and a table of texts in a temporary file."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import uuid
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import islice
 from operator import eq
-from pathlib import Path
-from tempfile import SpooledTemporaryFile
+from tempfile import SpooledTemporaryFile, gettempdir
 from typing import Self, TypeVar, overload
 
 import numpy as np
 import pyarrow as arrow
 import pyarrow.compute
 from numpy.typing import NDArray
+
+from plrhf.data.cache_files import explain_full_disk
 
 T = TypeVar("T", covariant=True)
 Item = TypeVar("Item")
@@ -56,19 +54,6 @@ class LazySequence(Sequence[T]):
     __hash__ = None  # type: ignore[assignment]
 
 
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; what was written gets the name `path` once it is complete.
-
-    So a kill leaves no half file under that name, and of two processes that write at the same time
-    one file stays. The directory is made.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    yield part
-    os.replace(part, path)
-
-
 def in_blocks(items: Iterable[Item]) -> Iterator[list[Item]]:
     """Yield the items in lists of `BLOCK`, the last of which may be shorter."""
     left = iter(items)
@@ -92,9 +77,17 @@ class TextTable:
     """
 
     def __init__(self, names: Sequence[str], blocks: Iterator[Sequence[tuple[str | None, ...]]]):
-        schema = arrow.schema([(name, arrow.string()) for name in names])
         self._place = {name: place for place, name in enumerate(names)}
         self._file = SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115  (goes with this object)
+        cure = "Free some space, or set TMPDIR to a directory on a larger disk"
+        with explain_full_disk("TMPDIR", gettempdir(), cure):
+            self.digest = self._write(names, blocks)
+
+    def _write(
+        self, names: Sequence[str], blocks: Iterator[Sequence[tuple[str | None, ...]]]
+    ) -> str:
+        """Write the rows and return their hash."""
+        schema = arrow.schema([(name, arrow.string()) for name in names])
         digest = blake2b(repr(names).encode(), digest_size=16)
         with arrow.ipc.new_file(arrow.PythonFile(self._file, "w"), schema) as writer:
             for block in blocks:
@@ -104,7 +97,7 @@ class TextTable:
                 batch = arrow.record_batch(columns, schema=schema)
                 digest.update(batch.serialize())
                 writer.write_batch(batch)
-        self.digest = digest.hexdigest()
+        return digest.hexdigest()
 
     def read(self, names: Sequence[str], indices: Indices) -> Iterator[list[list[str | None]]]:
         """Yield the named columns' values at the indices, in their order, some rows at a time.

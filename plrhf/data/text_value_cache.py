@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import uuid
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from torch import Tensor
 
-from plrhf.data.store import atomic_write
+from plrhf.data.cache_files import cache_file, intact_files
 
 TokenText = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt and of a response."""
@@ -25,7 +23,7 @@ class TextValueCache:
     """Values of texts in a folder, where other runs on the same backbone find them.
 
     Every file is written once and never changed. Two processes that miss the same value at the same
-    time both compute it. A damaged file is passed over, and its values are computed anew.
+    time both compute it. A damaged file is removed, and its values are computed anew.
 
     Args:
         folder: its name must hold all that decides the values (weights, config, precision).
@@ -33,10 +31,9 @@ class TextValueCache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        read = [_read(path) for path in sorted(folder.glob("*.safetensors"))]
-        files = [one for one in read if one is not None]
-        self.keys = np.concatenate([np.empty(0, np.int64), *(keys for keys, _ in files)])
-        self.values = np.concatenate([values for _, values in files]) if files else None
+        files = [load_file(path) for path in intact_files(folder, "values", ".safetensors")]
+        self.keys = np.concatenate([np.empty(0, np.int64), *(one["keys"] for one in files)])
+        self.values = np.concatenate([one["values"] for one in files]) if files else None
         self.order = np.argsort(self.keys, kind="stable")
 
     def find(self, texts: Sequence[TokenText]) -> tuple[Tensor | None, list[int]]:
@@ -58,8 +55,9 @@ class TextValueCache:
 
     def add(self, texts: Sequence[TokenText], values: Tensor) -> None:
         """Write the values [N, ...] of these texts to a file of their own."""
-        with atomic_write(self.folder / f"{uuid.uuid4().hex}.safetensors") as part:
-            save_file({"keys": text_keys(texts), "values": values.float().numpy()}, part)
+        with cache_file(self.folder, "values", ".safetensors") as part:
+            # `save_file` would put a file of its own, which only the owner can read, in the place.
+            part.write_bytes(save({"keys": text_keys(texts), "values": values.float().numpy()}))
 
 
 def text_keys(texts: Sequence[TokenText]) -> NDArray[np.int64]:
@@ -70,11 +68,3 @@ def text_keys(texts: Sequence[TokenText]) -> NDArray[np.int64]:
     )
     keys = (int.from_bytes(one.digest(), "little", signed=True) for one in digests)
     return np.fromiter(keys, np.int64, len(texts))
-
-
-def _read(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
-    try:
-        content = load_file(path)
-    except (OSError, SafetensorError):
-        return None
-    return content["keys"], content["values"]

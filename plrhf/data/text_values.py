@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from plrhf.core.types import PreferenceBatch
-from plrhf.data.dataset import SINGLE_PROCESS, PairDataset, RankShard, TextValues
+from plrhf.data.dataset import SINGLE_PROCESS, PairDataset, RankShard, TextValues, longest_first
 from plrhf.data.packing import TokenPair, packed
 from plrhf.data.store import Indices, LazySequence
 from plrhf.data.text_value_cache import TextValueCache, TokenText, text_keys
@@ -130,7 +130,7 @@ def _own_values(
     """Compute the values [N, ...] of this rank's shard of the texts; the others' are zero."""
     pairs, indices = texts_as_pairs(texts, share_prompts=share_prompts)
     dataset = PairDataset.from_tokens(pairs)
-    order = np.argsort(dataset.lengths.sum(axis=1), kind="stable").tolist()
+    order = longest_first(dataset).tolist()
     values: Tensor | None = None
     for start in range(0, len(order), batch_size):
         batch = dataset.shard(order[start : start + batch_size], shard)

@@ -9,16 +9,17 @@ import numpy as np
 import pyarrow as arrow
 from numpy.typing import NDArray
 
+from plrhf.data.cache_files import cache_file, intact_files
 from plrhf.data.packing import TokenPair
 from plrhf.data.rows import Rows, content_hash
-from plrhf.data.store import BLOCK, Indices, LazySequence, atomic_write, in_blocks
+from plrhf.data.store import BLOCK, Indices, LazySequence, in_blocks
 from plrhf.data.tokenizer import RowTokenizer
 
 FIELDS = ("prompt", "chosen", "rejected")
 
 
 class TokenFile(LazySequence[TokenPair]):
-    """The pairs of a file that `write_tokens` wrote; only what is asked for is read.
+    """The token pairs of a file that `write_tokens` wrote; only what is asked for is read.
 
     Attributes:
         lengths: tokens of prompt, chosen, rejected, [N, 3] int32. cut: whether the prompt was, [N].
@@ -63,10 +64,11 @@ def _parts(column: arrow.ListArray) -> tuple[NDArray[Any], NDArray[Any]]:
 def load_or_tokenize(
     rows: Rows, row_tokenizer: RowTokenizer, *, cache_dir: Path | None
 ) -> TokenFile:
-    """The rows' tokens, kept in `cache_dir` under a hash of texts, tokenizer and settings.
+    """Return the tokens of all rows, from the cache if they are there, else made and put there.
 
-    Two processes at once at worst both make the file; a damaged one is made anew. Without a
-    `cache_dir` they are in memory.
+    The file's name holds a hash of texts, tokenizer and settings. Two processes that miss it at the
+    same time both write it, and a damaged file is written anew. Without a `cache_dir`, or where the
+    tokenizer has no digest, the tokens stay in memory.
     """
     tokenizer = None if cache_dir is None else row_tokenizer.digest()
     if cache_dir is None or tokenizer is None:
@@ -74,17 +76,15 @@ def load_or_tokenize(
         write_tokens(memory, rows, row_tokenizer)
         return TokenFile(arrow.BufferReader(memory.getvalue()))
     key = content_hash(rows.digest(with_user_text=row_tokenizer.use_user_text), tokenizer)
-    path = cache_dir / f"tokens-{key}.arrow"
-    try:
-        return TokenFile(arrow.memory_map(str(path)))
-    except (OSError, arrow.ArrowException):
-        with atomic_write(path) as part, arrow.OSFile(str(part), "wb") as file:
+    stem = f"tokens-{key}"
+    if not intact_files(cache_dir, stem, ".arrow"):
+        with cache_file(cache_dir, stem, ".arrow") as part, arrow.OSFile(str(part), "wb") as file:
             write_tokens(file, rows, row_tokenizer)
-    return TokenFile(arrow.memory_map(str(path)))
+    return TokenFile(arrow.memory_map(str(intact_files(cache_dir, stem, ".arrow")[0])))
 
 
 def write_tokens(file: arrow.NativeFile, rows: Rows, row_tokenizer: RowTokenizer) -> None:
-    """Write every row's tokens, those that will not fit among them, in as few bytes as ids take."""
+    """Write the tokens of every row, also of rows that are too long, in as few bytes as ids take."""
     ids = arrow.uint16() if len(row_tokenizer.tokenizer) <= 2**16 else arrow.int32()
     schema = arrow.schema([*((name, arrow.list_(ids)) for name in FIELDS), ("cut", arrow.bool_())])
     with arrow.ipc.new_file(file, schema) as writer:

@@ -295,7 +295,7 @@ def test_loaders_leave_the_global_generator_alone(tokenizer: Any) -> None:
     assert torch.get_rng_state().equal(before)
 
 
-def test_evaluation_goes_through_all_rows_shortest_first(tokenizer: Any) -> None:
+def test_evaluation_goes_through_all_rows_longest_first(tokenizer: Any) -> None:
     data = make_data(tokenizer)
     for split, n_rows in (("train", 17), ("val", 5), ("test", 7)):
         order = [row for batch in served(data.evaluation_loader(split)) for row in batch]
@@ -304,7 +304,7 @@ def test_evaluation_goes_through_all_rows_shortest_first(tokenizer: Any) -> None
         lengths = [
             len(pairs[i].prompt) + len(pairs[i].chosen) + len(pairs[i].rejected) for i in order
         ]
-        assert lengths == sorted(lengths)
+        assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 1
     assert served(data.val_dataloader()) == served(data.evaluation_loader("val"))
 
 

@@ -43,10 +43,12 @@ def test_half_written_and_damaged_files_are_passed_over(tmp_path: Path) -> None:
     (whole,) = tmp_path.iterdir()
     bits = whole.read_bytes()
     (tmp_path / "killed.part").write_bytes(bits[: len(bits) // 2])
-    (tmp_path / "cut.safetensors").write_bytes(bits[:-3])
-    (tmp_path / "empty.safetensors").write_bytes(b"")
+    (tmp_path / "values-cut.safetensors").write_bytes(bits[:-3])
+    (tmp_path / "values-empty.safetensors").write_bytes(b"")
     found, missing = TextValueCache(tmp_path).find(TEXTS)
     assert missing == [2, 3, 4] and found is not None and found[:2].eq(1).all()
+    whole.write_bytes(bits[:-1] + bytes([bits[-1] ^ 4]))
+    assert TextValueCache(tmp_path).find(TEXTS) == (None, [0, 1, 2, 3, 4])
 
 
 def prepared(model: Any, cache_dir: Path, pairs: list[TokenPair]) -> tuple[Any, list[int]]:

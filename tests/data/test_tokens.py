@@ -252,7 +252,13 @@ def test_tokens_are_made_once_and_again_where_something_changed(
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda bits: bits[:-9], lambda bits: b"", lambda bits: b"x" * 99]
+    "damage",
+    [
+        lambda bits: bits[:-9],
+        lambda bits: b"",
+        lambda bits: b"x" * 99,
+        lambda bits: bits[:400] + bytes([bits[400] ^ 1]) + bits[401:],
+    ],
 )
 def test_a_damaged_file_is_made_anew(
     damage: Any, many: list[Row], tokenizer: Any, tmp_path: Path

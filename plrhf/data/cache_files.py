@@ -1,0 +1,104 @@
+"""Files of the cache: they appear whole, prove that they are intact, and leave nothing half behind."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from plrhf.core.errors import bad_value
+
+PART = re.compile(r"\.[0-9a-f]{32}\.part$")
+"""How the names of half-written files end, and those of no others."""
+
+ABANDONED_AFTER = 60.0
+"""Seconds without a write after which a half-written file may be taken for one that nobody writes."""
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+@contextlib.contextmanager
+def cache_file(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
+    """Yield a path to write to; the file gets its name once it is complete.
+
+    The name is ``stem-DIGEST suffix`` with a hash of the content, by which `intact_files` finds out
+    that a file was damaged. A kill leaves no file under such a name, and of two processes that write
+    the same content one file stays. The folder is made; what dead writers left there is removed.
+
+    Raises:
+        ValueError: the disk is full; the half-written file is removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_abandoned_parts(folder)
+    part = folder / f"{stem}.{uuid.uuid4().hex}.part"
+    cure = "Free some space, or set cache_dir to a directory on a larger disk"
+    try:
+        with explain_full_disk("cache_dir", str(folder), cure), part.open("wb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)  # tells others that the writer is alive
+            yield part
+            os.replace(part, folder / f"{stem}-{_digest(part)}{suffix}")
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def intact_files(folder: Path, stem: str, suffix: str) -> list[Path]:
+    """Return the files that `cache_file` wrote under this stem, without those that were damaged.
+
+    Damaged files are removed, so that they are made anew.
+    """
+    intact = []
+    for path in sorted(folder.glob(f"{stem}-*{suffix}")):
+        try:
+            if path.name == f"{stem}-{_digest(path)}{suffix}":
+                intact.append(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError:
+            continue  # another process removed it, or it cannot be read
+    return intact
+
+
+def remove_abandoned_parts(folder: Path) -> None:
+    """Remove the half-written files of a folder whose writers are gone."""
+    for part in folder.glob("*.part"):
+        if PART.search(part.name) is None:
+            continue
+        with contextlib.suppress(OSError), part.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - part.stat().st_mtime > ABANDONED_AFTER:
+                part.unlink()
+
+
+@contextlib.contextmanager
+def explain_full_disk(field: str, folder: str, cure: str) -> Iterator[None]:
+    """Turn the many errors by which libraries report a full disk into one clear line."""
+    try:
+        yield
+    except Exception as error:
+        if not _says_full(error):
+            raise
+        raise bad_value(field, folder, "a disk that is not full", cure) from error
+
+
+def _says_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, says that no space or quota is left."""
+    if error is None:
+        return False
+    if isinstance(error, OSError) and error.errno in FULL:
+        return True
+    # Libraries written in Rust and C++ keep the system's words, but not its number.
+    if any(os.strerror(number) in str(error) for number in FULL):
+        return True
+    return _says_full(error.__cause__ or error.__context__)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
