@@ -141,7 +141,7 @@ class PairDataset:
     def from_tokens(cls, pairs: Sequence[TokenPair]) -> Self:
         """Return packed pairs whose user is the generic one, for values of the text alone."""
         row = Row(prompt="", chosen="", rejected="", user_id="", prompt_id="", pair_id="")
-        rows = Rows.of([row]).select(np.zeros(len(pairs), dtype=np.int64))
+        rows = Rows.from_rows([row]).select(np.zeros(len(pairs), dtype=np.int64))
         schema = FeatureSchema.fit(())
         return cls(rows, pairs, layout=packed, user_index={}, schema=schema)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from plrhf.core.errors import bad_value
+from plrhf.data.feature_kinds import FeatureKinds, Kind, as_kind, is_missing, not_a_number
 from plrhf.data.parsing import parse_features
 from plrhf.data.rows import Features, Person, Row
 
@@ -29,19 +30,14 @@ class FeatureSchema:
 
     @classmethod
     def fit(cls, rows: Iterable[Row | Person]) -> FeatureSchema:
-        """Return the schema of (train) rows or their people, each user counted once, by their first
-        value.
+        """Return the schema of (train) rows or their people; of each user the first value counts.
 
-        Raises:
-            ValueError: a feature is a number in one row and text in another.
+        `settle_features` has given each feature one kind of value when rows were read.
         """
         values: dict[str, dict[str, float | str]] = {}  # feature -> user -> value
         for row in rows:
             for name, value in (row.user_features or {}).items():
                 by_user = values.setdefault(name, {})
-                first = next(iter(by_user.values()), value)
-                if isinstance(value, str) != isinstance(first, str):
-                    raise _mixed(name, value, "text" if isinstance(first, str) else "a number")
                 by_user.setdefault(row.user_id, value)
         moments: dict[str, tuple[float, float]] = {}
         codes: dict[str, dict[str, int]] = {}
@@ -76,26 +72,31 @@ class FeatureSchema:
         """F, the length of an encoded user."""
         return len(self.moments) + len(self.codes)
 
+    def kinds(self) -> FeatureKinds:
+        """Return feature -> number or category, for reading other people's rows."""
+        numbers: dict[str, Kind] = dict.fromkeys(self.moments, "number")
+        return {**numbers, **dict.fromkeys(self.codes, "category")}
+
     def encode(self, user_features: Features | None) -> list[float]:
         """Return one user's F numbers, in units of training deviations; features not fitted are
         passed over.
 
         Raises:
-            ValueError: text where training had a number, or the other way round.
+            ValueError: a text that is no number where training had numbers.
         """
         given = user_features or {}
         encoded = []
         for name, (centre, deviation) in self.moments.items():
-            value = given.get(name, math.nan)
-            if isinstance(value, str):
-                raise _mixed(name, value, "a number")
-            encoded.append((value - centre) / deviation)
+            value = as_kind(given.get(name, math.nan), "number")
+            if value is None:
+                if not is_missing(given[name]):
+                    raise not_a_number(name, given[name])
+                value = math.nan
+            encoded.append((float(value) - centre) / deviation)
         for name, codes in self.codes.items():
-            category = given.get(name, "")
-            if not isinstance(category, str):
-                raise _mixed(name, category, "text")
+            category = as_kind(given.get(name, ""), "category")
             known = name in given and category in codes
-            encoded.append(float(codes[category]) if known else math.nan)
+            encoded.append(float(codes[str(category)]) if known else math.nan)
         return encoded
 
     def table(self, users: Sequence[Features | None]) -> Tensor:
@@ -135,8 +136,3 @@ class FeatureSchema:
                 for name in sorted(categories)
             },
         )
-
-
-def _mixed(name: str, value: object, expected: str) -> ValueError:
-    cure = "Give a feature one kind of value for all users"
-    return bad_value(f"user_features.{name}", value, f"{expected}, as for other users", cure)

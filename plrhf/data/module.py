@@ -104,7 +104,9 @@ class PreferenceData(LightningDataModule):
         self.source, self.seed = source, seed
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.batch_tokens = batch_tokens
-        rows, self.report = read_rows(source.records(), on_bad_row=on_bad_row)
+        kinds = None if schema is None else schema.kinds()
+        rows, self.report = read_rows(source.records(), on_bad_row=on_bad_row, feature_kinds=kinds)
+        self.report.check_some_left()
         if users is None:
             self.splits = split_rows(
                 rows,

@@ -2,52 +2,89 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
+from plrhf.data.messages import (
+    has_content,
+    is_message_list,
+    parse_messages,
+    split_conversations,
+)
 from plrhf.data.reasons import Reason, refuse
 from plrhf.data.rows import SPLITS, Message, Row, content_hash
 
+LONGEST_ROW = 500_000
+"""Bytes of text in a row. Blocks of rows hold 4,096 of them, and Arrow ends a block at 2 GiB."""
+
+MISSING_WORDS = frozenset({"nan", "NaN", "<NA>", "NaT", "None", "null", "NULL"})
+"""How programs write an absent value into a text column; as an id it would unite all such rows."""
+
 
 def parse_row(raw: Mapping[str, Any], where: str) -> Row:
-    """Return the checked row of one record, or raise `RefusedRow`, so bad data never trains.
+    """Check one record and return its row, or raise `RefusedRow`, so that bad data never trains.
 
     In optional fields null, NaN and blank text count as absent. An absent ``prompt_id`` becomes a
     hash of the prompt, an absent ``pair_id`` one of prompt, chosen, rejected and user.
-    Fields that are not in `ROW_FIELDS` are ignored.
+    ``chosen`` and ``rejected`` may be conversations, see `split_conversations`.
 
     Args:
         raw: field name -> value.
         where: where the record stands, e.g. ``pairs.jsonl:17``; starts every message.
     """
+    if is_message_list(raw.get("chosen")) and is_message_list(raw.get("rejected")):
+        given = None if _is_absent(raw.get("prompt")) else raw["prompt"]
+        said = split_conversations(given, raw["chosen"], raw["rejected"], where)
+        raw = {**raw, **dict(zip(("prompt", "chosen", "rejected"), said, strict=True))}
     prompt = _prompt(raw, where)
     chosen, rejected = (_response(raw, name, where) for name in ("chosen", "rejected"))
     if chosen.strip() == rejected.strip():
         cure = "Leave out ties: they hold no preference"
         refuse(Reason.SAME_RESPONSES, where, "rejected", rejected, "a text unlike chosen", cure)
     user_id = _required_text(raw, "user_id", where)
-    if not user_id.strip():
+    if not user_id.strip() or user_id in MISSING_WORDS:
         cure = "Say who made the choice"
-        refuse(Reason.MISSING_FIELD, where, "user_id", user_id, "text that is not blank", cure)
-    split = _optional_text(raw, "split", where)
-    if split is not None and split not in SPLITS:
-        cure = "Rename it, or leave split out of every row"
-        refuse(Reason.UNKNOWN_SPLIT, where, "split", split, "train, val or test", cure)
-    return Row(
+        refuse(Reason.MISSING_FIELD, where, "user_id", user_id, "the id of a person", cure)
+    row = Row(
         prompt=prompt,
         chosen=chosen,
         rejected=rejected,
         user_id=user_id,
-        prompt_id=_optional_text(raw, "prompt_id", where) or content_hash(prompt),
-        pair_id=_optional_text(raw, "pair_id", where)
+        prompt_id=_optional_id(raw, "prompt_id", where) or content_hash(prompt),
+        pair_id=_optional_id(raw, "pair_id", where)
         or content_hash(prompt, chosen, rejected, user_id),
         user_text=_optional_text(raw, "user_text", where),
         user_features=parse_features(raw.get("user_features"), where),
-        split=split,
-        chosen_id=_optional_text(raw, "chosen_id", where),
-        rejected_id=_optional_text(raw, "rejected_id", where),
+        split=_split(raw, where),
+        chosen_id=_optional_id(raw, "chosen_id", where),
+        rejected_id=_optional_id(raw, "rejected_id", where),
     )
+    _check_size(row, where)
+    return row
+
+
+def _split(raw: Mapping[str, Any], where: str) -> str | None:
+    given = _optional_text(raw, "split", where)
+    split = None if given is None else given.strip().casefold()
+    if split is not None and split not in SPLITS:
+        cure = "Rename it, or leave split out of every row"
+        refuse(Reason.UNKNOWN_SPLIT, where, "split", given, "train, val or test", cure)
+    return split
+
+
+def _check_size(row: Row, where: str) -> None:
+    """Refuse a row that a block of rows has no room for."""
+    prompt = row.prompt if isinstance(row.prompt, str) else json.dumps(row.prompt)
+    texts = (prompt, row.chosen, row.rejected, row.user_text or "", row.user_id)
+    if sum(map(len, texts)) * 4 <= LONGEST_ROW:  # a character takes at most four bytes
+        return
+    size = sum(len(text.encode()) for text in texts)
+    if size > LONGEST_ROW:
+        cure = "Shorten its texts or leave the row out"
+        allowed = f"texts of at most {LONGEST_ROW:,} bytes in all"
+        refuse(Reason.TOO_LARGE, where, "row", f"{size:,} bytes", allowed, cure)
 
 
 def parse_features(value: object, where: str) -> dict[str, float | str] | None:
@@ -114,6 +151,16 @@ def _optional_text(raw: Mapping[str, Any], name: str, where: str) -> str | None:
     return text if text.strip() else None
 
 
+def _optional_id(raw: Mapping[str, Any], name: str, where: str) -> str | None:
+    text = _optional_text(raw, name, where)
+    return None if text in MISSING_WORDS else text
+
+
+def has_pair_id(raw: Mapping[str, Any], where: str) -> bool:
+    """Whether the record names its pair itself."""
+    return _optional_id(raw, "pair_id", where) is not None
+
+
 def _response(raw: Mapping[str, Any], name: str, where: str) -> str:
     text = _required_text(raw, name, where)
     if not text.strip():
@@ -123,32 +170,23 @@ def _response(raw: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def _prompt(raw: Mapping[str, Any], where: str) -> str | tuple[Message, ...]:
-    """Return the prompt as text, or as messages reduced to role and content."""
+    """Return the prompt as text or as checked messages."""
     _check_present(raw, "prompt", where)
     value = raw["prompt"]
-    if not isinstance(value, (list, tuple)):
-        prompt: str | tuple[Message, ...] = _checked_text(value, "prompt", where)
-        contents = str(prompt)
-    else:
-        prompt = tuple(_message(entry, place, where) for place, entry in enumerate(value))
-        contents = "".join(message["content"] for message in prompt)
-    if not contents.strip():
-        cure = "Leave the row out or give the prompt"
-        refuse(Reason.EMPTY_PROMPT, where, "prompt", value, "text that is not blank", cure)
-    return prompt
+    if isinstance(value, (list, tuple)):
+        messages = parse_messages(value, "prompt", where)
+        if not has_content(messages):
+            _refuse_empty_prompt(value, where)
+        return messages
+    text = _checked_text(value, "prompt", where)
+    if not text.strip():
+        _refuse_empty_prompt(value, where)
+    return text
 
 
-def _message(entry: object, place: int, where: str) -> Message:
-    name = f"prompt[{place}]"
-    if not isinstance(entry, Mapping):
-        cure = 'Write the prompt as text or as [{"role": "user", "content": "..."}]'
-        refuse(Reason.NOT_TEXT, where, name, entry, "an object with role and content", cure)
-    for key in ("role", "content"):
-        if _is_absent(entry.get(key)):
-            cure = "Give every message a role and a content"
-            allowed = "a value in every message"
-            refuse(Reason.MISSING_FIELD, where, f"{name}.{key}", None, allowed, cure)
-    return {key: _checked_text(entry[key], f"{name}.{key}", where) for key in ("role", "content")}
+def _refuse_empty_prompt(value: object, where: str) -> NoReturn:
+    cure = "Leave the row out or give the prompt"
+    refuse(Reason.EMPTY_PROMPT, where, "prompt", value, "text that is not blank", cure)
 
 
 def _feature(value: object, name: str, where: str) -> float | str:

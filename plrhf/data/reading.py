@@ -7,56 +7,148 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from plrhf.core.errors import bad_value
-from plrhf.data.parsing import _optional_text, parse_row
+from plrhf.data.feature_kinds import FeatureKinds, settle_features
+from plrhf.data.messages import shared_beginning
+from plrhf.data.parsing import has_pair_id, parse_row
 from plrhf.data.reasons import BY_PROTOCOL, Reason, Refusal, RefusedRow, refuse
-from plrhf.data.rows import Row, Rows
+from plrhf.data.rows import ROW_FIELDS, Row, Rows
 
 ON_BAD_ROW = ("refuse", "error")
+NOT_USED_YET = ("weight", "strength")
+"""Fields of the row format that nothing reads so far."""
 
 
 @dataclass
 class ReadReport:
-    """How many records were read, how many refused for which reason, and the first of each."""
+    """How many records were read, how many refused for which reason, and the first of each.
+
+    Attributes:
+        unread: fields that no row field is made from -> records that have them.
+        implicit: rows whose prompt is what chosen and rejected begin with.
+    """
 
     read: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
+    unread: Counter[str] = field(default_factory=Counter)
+    implicit: int = 0
+
+    def refuse(self, reason: Reason, message: str, n_rows: int = 1) -> None:
+        """Count refused rows and keep the first message of their reason."""
+        self.refused[reason.value] += n_rows
+        self.examples.setdefault(reason.value, message)
+
+    def lines(self) -> list[str]:
+        """Return what the terminal should say after reading; nothing where every row is used."""
+        said = []
+        n_refused = sum(self.refused.values())
+        if n_refused > 0:
+            said.append(f"refused: {n_refused:,} of {self.read:,} records")
+            for reason, count in self.refused.most_common():
+                said.append(f"  {count:,} {reason}, first {_short(self.examples[reason])}")
+        if self.implicit > 0:
+            said.append(
+                f"no prompt field: of {self.implicit:,} rows it is what chosen and rejected share"
+            )
+        waiting = [name for name in NOT_USED_YET if self.unread[name] > 0]
+        if len(waiting) > 0:
+            said.append(f"not used yet: {', '.join(waiting)} (all rows count alike)")
+        unknown = [name for name in self.unread if name not in NOT_USED_YET]
+        if len(unknown) > 0:
+            more = f" and {len(unknown) - 8} others" if len(unknown) > 8 else ""
+            said.append(f"fields not read: {', '.join(map(_printable, unknown[:8]))}{more}")
+        return said
+
+    def check_some_left(self) -> None:
+        """Raise a ValueError that gives the reasons if no record was usable."""
+        if self.read == 0:
+            cure = "Check that data.path names the right file, and that it is not empty"
+            raise bad_value("rows", "0 records", "at least one row", cure)
+        if sum(self.refused.values()) < self.read:
+            return
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.refused.most_common())
+        first = self.examples[self.refused.most_common(1)[0][0]]
+        cure = f"Mend what the first one names: {first.removesuffix('.')}"
+        shown = f"0 of {self.read:,} usable"
+        raise bad_value("rows", shown, f"rows of the row format (refused: {reasons})", cure)
+
+
+def _short(message: str) -> str:
+    message = _printable(message)
+    return message if len(message) <= 240 else message[:237] + "..."
+
+
+def _printable(text: str) -> str:
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def read_rows(
-    records: Iterable[tuple[str, Mapping[str, Any] | Refusal]], *, on_bad_row: str = "refuse"
+    records: Iterable[tuple[str, Mapping[str, Any] | Refusal]],
+    *,
+    on_bad_row: str = "refuse",
+    feature_kinds: FeatureKinds | None = None,
 ) -> tuple[Rows, ReadReport]:
     """Return the good rows in their order and an account of every record, so none is lost silently.
 
     Rows without a ``pair_id`` that are alike in prompt, responses and user are numbered: a
-    judgment given twice counts twice.
+    judgment given twice counts twice. Where the first record has no field ``prompt``, texts that
+    chosen and rejected share at their beginning are the prompt, as in TRL's implicit form.
 
     Args:
         records: pairs of place and record (or the source's refusal), as `Source.records` yields.
         on_bad_row: ``refuse`` counts a bad row and goes on, ``error`` raises its `RefusedRow`;
             what a protocol leaves out (`BY_PROTOCOL`) is counted either way.
+        feature_kinds: of a trained model's user features; None: what most people's values are.
     """
     if on_bad_row not in ON_BAD_ROW:
         cure = "Set data.on_bad_row=refuse to count bad rows and go on"
         raise bad_value("data.on_bad_row", on_bad_row, "refuse or error", cure)
     report = ReadReport()
-    return Rows.of(_good(records, report, strict=on_bad_row == "error")), report
+    strict = on_bad_row == "error"
+    places: dict[str, str] = {}  # user -> where their first row with features stands
+    rows = Rows.from_rows(_good(records, report, places, strict=strict))
+    people, refused = settle_features(rows.people, feature_kinds)
+    if len(refused) > 0:
+        bad = np.isin(rows.person, np.array(list(refused), dtype=np.int32))
+        number = min(refused)
+        detail = f"{places[rows.people[number].user_id]}: {refused[number]}"
+        if strict:
+            raise RefusedRow(Reason.BAD_USER_FEATURES, detail)
+        report.refuse(Reason.BAD_USER_FEATURES, detail, int(bad.sum()))
+        rows = rows.select(np.flatnonzero(~bad))
+    rows.people = people
+    assert report.read == len(rows) + sum(report.refused.values())
+    return rows, report
 
 
 def _good(
-    records: Iterable[tuple[str, Mapping[str, Any] | Refusal]], report: ReadReport, *, strict: bool
+    records: Iterable[tuple[str, Mapping[str, Any] | Refusal]],
+    report: ReadReport,
+    places: dict[str, str],
+    *,
+    strict: bool,
 ) -> Iterator[Row]:
     """Yield the good rows; the others go into the report."""
     first: dict[int, int] = {}  # hash of a pair_id -> the record that had it
     repeats: Counter[str] = Counter()  # derived pair_id -> how often it came again
+    implicit: bool | None = None
+    known = frozenset(ROW_FIELDS)
     for where, record in records:
         report.read += 1
         try:
             if isinstance(record, Refusal):
                 raise RefusedRow(record.reason, f"{where}: {record.detail}")
+            report.unread.update(name for name in record if name not in known)
+            if implicit is None:
+                implicit = "prompt" not in record
+            if implicit and "prompt" not in record:
+                record = _with_prompt(record)
+                report.implicit += "prompt" in record
             row = parse_row(record, where)
-            if hash(row.pair_id) in first and _optional_text(record, "pair_id", where) is None:
+            if hash(row.pair_id) in first and not has_pair_id(record, where):
                 repeats[row.pair_id] += 1
                 row = replace(row, pair_id=f"{row.pair_id}-{repeats[row.pair_id] + 1}")
             key = hash(row.pair_id)  # 64 bits: of 10 million, two coincide once in 400,000 runs
@@ -67,8 +159,31 @@ def _good(
         except RefusedRow as refused:
             if strict and refused.reason not in BY_PROTOCOL:
                 raise
-            report.refused[refused.reason.value] += 1
-            report.examples.setdefault(refused.reason.value, str(refused))
+            report.refuse(refused.reason, str(refused))
         else:
             first[key] = report.read
+            if row.user_features is not None:
+                places.setdefault(row.user_id, where)
             yield row
+
+
+PROMPT_LIKE = ("prompt", "question", "instruct", "query", "input", "context", "post", "message")
+"""Parts of field names under which others keep prompts: with such a field nothing is guessed."""
+
+
+def may_lack_prompt(names: Iterable[str]) -> bool:
+    """Whether records with these field names can be of a form without a prompt."""
+    others = [name.casefold() for name in names if name not in ROW_FIELDS]
+    return not any(part in name for name in others for part in PROMPT_LIKE)
+
+
+def _with_prompt(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the record with the prompt its two texts share; as it is where they share none."""
+    chosen, rejected = record.get("chosen"), record.get("rejected")
+    if not (isinstance(chosen, str) and isinstance(rejected, str) and may_lack_prompt(record)):
+        return record
+    prompt = shared_beginning(chosen, rejected)
+    if not prompt.strip():
+        return record
+    n = len(prompt)
+    return {**record, "prompt": prompt, "chosen": chosen[n:], "rejected": rejected[n:]}

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from plrhf.data.store import Indices, LazySequence, TextTable, in_blocks
 
-Message = dict[str, str]
-"""One turn of a chat prompt: ``role`` and ``content``."""
+Message = dict[str, Any]
+"""One turn of a chat prompt: ``role``, ``content`` and whatever else a chat template reads."""
 
 Features = Mapping[str, float | str]
 """What is known of a user: feature name -> number or category."""
@@ -68,7 +68,7 @@ class Rows(LazySequence[Row]):
         self.people, self.person = people, person
 
     @classmethod
-    def of(cls, rows: Iterable[Row]) -> Self:
+    def from_rows(cls, rows: Iterable[Row]) -> Self:
         """The rows, in their order, each taken from the iterable once."""
         people: dict[Any, int] = {}
         known: list[Person] = []
@@ -147,7 +147,7 @@ class Rows(LazySequence[Row]):
         )
 
     def __reduce__(self) -> Any:
-        return Rows.of, (list(self),)  # its own rows, not the file's others
+        return Rows.from_rows, (list(self),)  # its own rows, not the file's others
 
 
 TEXT_COLUMNS = (

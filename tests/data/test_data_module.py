@@ -677,7 +677,7 @@ BAD = [
         "Set data.max_tokens=1023.",
     ),
     (
-        lambda _: all_as_test(Rows.of([parse_row(RECORDS[0], "f:1")]), ["ann"]),
+        lambda _: all_as_test(Rows.from_rows([parse_row(RECORDS[0], "f:1")]), ["ann"]),
         "test rows=0 is not allowed: expected 1 or more. "
         "Give rows without split, or with split=test.",
     ),

@@ -43,7 +43,7 @@ def rows_of(user: str, counts: dict[str | None, int], prompts: int = 997) -> lis
 
 
 def split(rows: Iterable[Row], **changes: Any) -> Splits:
-    return split_rows(Rows.of(rows), **{**SETTINGS, **changes})
+    return split_rows(Rows.from_rows(rows), **{**SETTINGS, **changes})
 
 
 def test_assign_is_fixed_and_even() -> None:
@@ -224,7 +224,7 @@ def test_no_train_or_test_rows_is_an_error_with_the_cure() -> None:
 
 def test_shuffle_users_breaks_the_link_and_nothing_else() -> None:
     rows = [row for n in range(9) for row in rows_of(f"u{n}", {"train": 10 * n + 3})]
-    kept = Rows.of(rows)
+    kept = Rows.from_rows(rows)
     shuffled = shuffle_users(kept, seed=5)
     assert [row.pair_id for row in shuffled] == [row.pair_id for row in rows]
     assert Counter(row.user_id for row in shuffled) == Counter(row.user_id for row in rows)

@@ -44,7 +44,7 @@ def test_rows_come_back_as_they_were(many: list[Row]) -> None:
     chat = ({"role": "user", "content": 'Say "hé"'}, {"role": "assistant", "content": ""})
     full = replace(row(3), prompt=chat)
     bare = replace(row(4), user_text=None, user_features=None, split="val", chosen_id="c")
-    rows = Rows.of(iter([full, bare, *many]))
+    rows = Rows.from_rows(iter([full, bare, *many]))
     assert list(rows) == [full, bare, *many] and rows == [full, bare, *many]
     assert rows != [bare, full, *many] and rows != [full]
     assert (rows[0], rows[1], rows[-1]) == (full, bare, many[-1])
@@ -52,11 +52,11 @@ def test_rows_come_back_as_they_were(many: list[Row]) -> None:
     assert len(rows.people) == 6  # five of `many`, of whom `full` is one, and `bare`
     with pytest.raises(IndexError):
         rows[len(rows)]
-    assert list(Rows.of([])) == [] and Rows.of([]).distinct_people() == []
+    assert list(Rows.from_rows([])) == [] and Rows.from_rows([]).distinct_people() == []
 
 
 def test_rows_at_places_in_any_order(many: list[Row]) -> None:
-    rows = Rows.of(many)
+    rows = Rows.from_rows(many)
     places = [4100, 3, 4, 5, 3, 4098, 0]
     part = rows.select(np.array(places))
     assert part == [many[place] for place in places]
@@ -70,16 +70,16 @@ def test_rows_at_places_in_any_order(many: list[Row]) -> None:
 
 
 def test_a_part_of_rows_is_pickled_without_the_others(many: list[Row]) -> None:
-    part = Rows.of(many).select(np.array([2, 9]))
+    part = Rows.from_rows(many).select(np.array([2, 9]))
     held = pickle.dumps(part)
     assert pickle.loads(held) == [many[2], many[9]]
     assert b"p2" in held and b"p9" in held and b"p3" not in held
 
 
 def test_rows_on_disk_are_those_in_memory(many: list[Row], monkeypatch: Any) -> None:
-    in_memory = Rows.of(many)
+    in_memory = Rows.from_rows(many)
     monkeypatch.setattr(store, "IN_MEMORY", 1000)
-    on_disk = Rows.of(many)
+    on_disk = Rows.from_rows(many)
     assert on_disk._file._file._rolled and not in_memory._file._file._rolled
     assert on_disk == in_memory
     assert on_disk.digest(with_user_text=True) == in_memory.digest(with_user_text=True)
@@ -89,14 +89,14 @@ def test_the_digest_tells_rows_apart(many: list[Row]) -> None:
     def digests(rows: Rows) -> tuple[str, str]:
         return rows.digest(with_user_text=False), rows.digest(with_user_text=True)
 
-    rows = Rows.of(many[:9])
+    rows = Rows.from_rows(many[:9])
     plain, with_text = digests(rows)
-    assert digests(Rows.of(many[:9])) == (plain, with_text)
+    assert digests(Rows.from_rows(many[:9])) == (plain, with_text)
     changed = [
-        Rows.of([replace(many[0], rejected="other"), *many[1:9]]),
+        Rows.from_rows([replace(many[0], rejected="other"), *many[1:9]]),
         rows.select(np.arange(8)),
         rows.select(np.arange(9)[::-1]),
-        Rows.of([*many[1:9], many[0]]),
+        Rows.from_rows([*many[1:9], many[0]]),
     ]
     assert all(one != plain and two != with_text for one, two in map(digests, changed))
     same_texts, other_people = digests(rows.with_people(rows.person[::-1].copy()))
@@ -202,7 +202,7 @@ def test_tokens_are_those_of_texts_one_by_one(
 ) -> None:
     rows = [replace(many[0], prompt="the sea is wide " * 9), *many]
     cache_dir = tmp_path / "cache" if on_disk else None
-    pairs = load_or_tokenize(Rows.of(rows), row_tokenizer(tokenizer), cache_dir=cache_dir)
+    pairs = load_or_tokenize(Rows.from_rows(rows), row_tokenizer(tokenizer), cache_dir=cache_dir)
     expected = one_by_one(rows, tokenizer)
     assert parts(pairs) == expected
     assert pairs.cut[0] and pairs.cut.sum() == sum(
@@ -217,14 +217,14 @@ def test_tokens_are_those_of_texts_one_by_one(
 
 
 def test_no_rows_have_no_tokens(tokenizer: Any, tmp_path: Path) -> None:
-    pairs = load_or_tokenize(Rows.of([]), row_tokenizer(tokenizer), cache_dir=tmp_path)
+    pairs = load_or_tokenize(Rows.from_rows([]), row_tokenizer(tokenizer), cache_dir=tmp_path)
     assert len(pairs) == 0 and pairs.lengths.shape == (0, 3)
 
 
 def test_tokens_are_made_once_and_again_where_something_changed(
     many: list[Row], tokenizer: Any, tmp_path: Path
 ) -> None:
-    rows = Rows.of(many[:13])
+    rows = Rows.from_rows(many[:13])
 
     def asked(rows: Rows, other: Any = tokenizer, **changes: Any) -> int:
         counting = Counting(other)
@@ -232,7 +232,7 @@ def test_tokens_are_made_once_and_again_where_something_changed(
         return counting.asked
 
     assert asked(rows) > 13
-    assert asked(rows) == asked(Rows.of(many[:13])) == 0
+    assert asked(rows) == asked(Rows.from_rows(many[:13])) == 0
     assert asked(rows, max_tokens=5) == 0  # which decides what fits, not what a text's tokens are
     assert asked(rows.with_people(rows.person[::-1].copy())) == 0  # texts alone matter
     respelt = copy.deepcopy(tokenizer)
@@ -263,7 +263,7 @@ def test_tokens_are_made_once_and_again_where_something_changed(
 def test_a_damaged_file_is_made_anew(
     damage: Any, many: list[Row], tokenizer: Any, tmp_path: Path
 ) -> None:
-    rows = Rows.of(many[:13])
+    rows = Rows.from_rows(many[:13])
     expected = parts(load_or_tokenize(rows, row_tokenizer(tokenizer), cache_dir=tmp_path))
     (path,) = tmp_path.iterdir()
     path.write_bytes(damage(path.read_bytes()))
@@ -278,7 +278,7 @@ def test_ids_take_no_more_bytes_than_they_need(
             return 2**16 + 1
 
     small, large = (
-        load_or_tokenize(Rows.of(many[:13]), row_tokenizer(kind(tokenizer)), cache_dir=None)
+        load_or_tokenize(Rows.from_rows(many[:13]), row_tokenizer(kind(tokenizer)), cache_dir=None)
         for kind in (Counting, Large)
     )
     assert isinstance(small, TokenFile) and small == large

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from decimal import Decimal
 from typing import Any
 
 from plrhf.data.reasons import Reason, Refusal, refusal
 from plrhf.data.rows import SPLITS
+
+_WHOLE = re.compile(r"(0|-?[1-9]\d*)\.0+")
 
 
 class Source(ABC):
@@ -40,11 +44,16 @@ class Source(ABC):
 def id_as_text(value: object) -> object:
     """Return whole numbers as text and anything else as it is: tables often number their users.
 
-    A float counts when it is whole, since a column with gaps turns integers into floats.
+    A column with gaps turns integers into floats, so that ``1``, ``1.0`` and the text ``"1.0"``
+    are one id. A float from 2**53 on stands for several whole numbers and is left to be refused.
     """
+    if isinstance(value, str):
+        return value.partition(".")[0] if _WHOLE.fullmatch(value) else value
     if isinstance(value, bool):
         return value
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return str(int(value))
+    if isinstance(value, Decimal) and value.is_finite() and value == value.to_integral_value():
         return str(int(value))
     return str(value) if isinstance(value, int) else value
 

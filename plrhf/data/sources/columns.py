@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from plrhf.core.errors import bad_value
+from plrhf.data.messages import is_message_list
+from plrhf.data.reading import may_lack_prompt
 from plrhf.data.rows import ID_FIELDS, REQUIRED_FIELDS, ROW_FIELDS
 from plrhf.data.sources.base import id_as_text
+
+MESSAGE_COLUMNS = ("prompt", "chosen", "rejected")
+_LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
 
 
 class ColumnMap:
@@ -33,28 +41,51 @@ class ColumnMap:
         self.mapped = frozenset(mapping.values())
         self.column_of = {name: mapping.get(name, name) for name in ROW_FIELDS}
         self.required = self.mapped | {self.column_of[name] for name in REQUIRED_FIELDS}
+        self._used = frozenset(self.column_of.values())
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the record under row field names: whole-number ids become text, and
-        ``user_features`` may be JSON text (tables have no objects)."""
-        found = {name: _reach(record, column) for name, column in self.column_of.items()}
-        row = {name: value for name, value in found.items() if value is not None}
-        for name in ID_FIELDS:
-            if name in row:
-                row[name] = id_as_text(row[name])
+        """Return the record under row field names, with what no row field is made from behind.
+
+        Whole-number ids become text. As tables have no objects, ``user_features`` may be JSON text
+        and prompt and responses the text of a list of messages.
+        """
+        row = {
+            name: value
+            for name, column in self.column_of.items()
+            if (value := _reach(record, column)) is not None or column in record
+        }
+        for name, value in row.items():
+            if isinstance(value, bytes):
+                row[name] = value = _decoded(value)
+            if name in ID_FIELDS:
+                row[name] = id_as_text(value)
+            elif name in MESSAGE_COLUMNS and isinstance(value, str):
+                row[name] = messages_or_text(value)
         if isinstance(row.get("user_features"), str):
             row["user_features"] = _json_or_text(row["user_features"])
+        heads = self._heads(record)
+        row.update({k: v for k, v in record.items() if k not in heads and k not in row})
         return row
+
+    def _heads(self, present: Collection[str]) -> set[str]:
+        return {_head(column, present) for column in self._used}
 
     def used(self, present: Collection[str]) -> list[str]:
         """Return the columns among those present that rows are made from."""
-        heads = {_head(column, present) for column in self.column_of.values()}
+        heads = self._heads(present)
         return [column for column in present if column in heads]
 
     def check(self, wanted: Collection[str], present: Collection[str]) -> None:
-        """Raise a ValueError for the first wanted column that is not present."""
+        """Raise a ValueError for the first wanted column that is not present, or for one that is
+        there twice. A prompt may be absent where chosen and rejected hold it too."""
+        twice = [name for name, n in Counter(present).items() if n > 1 and name.strip()]
+        if len(twice) > 0:
+            cure = "Rename or remove one of them"
+            raise bad_value("column", twice[0], "a name that one column has", cure)
         for column in sorted(wanted):
             if _head(column, present) in present:
+                continue
+            if column == "prompt" and column not in self.mapped and may_lack_prompt(present):
                 continue
             names = [name for name, at in self.column_of.items() if at == column]
             listed = ", ".join(sorted(present))
@@ -78,6 +109,31 @@ def _reach(record: Mapping[str, Any], column: str) -> Any:
         except (LookupError, TypeError, ValueError):
             return None
     return value
+
+
+def _decoded(value: bytes) -> object:
+    """Return the text of bytes, or the bytes for `parse_row` to refuse."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def messages_or_text(text: str) -> object:
+    """Return the messages that a text spells in JSON or as Python prints them, or else the text.
+
+    A text that begins like messages and cannot be read becomes a list that `parse_row` refuses.
+    """
+    if not text.lstrip().startswith("[") or not _LIKE_MESSAGES.match(text):
+        return text
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            value = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return [text]
+    return value if is_message_list(value) else text
 
 
 def _json_or_text(text: str) -> object:

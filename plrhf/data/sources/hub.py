@@ -9,7 +9,7 @@ from plrhf.core.errors import bad_value
 from plrhf.data.rows import SPLITS
 from plrhf.data.sources.base import Source
 from plrhf.data.sources.columns import ColumnMap
-from plrhf.data.sources.files import Record
+from plrhf.data.sources.formats import Record
 
 
 class HubSource(Source):
@@ -52,10 +52,12 @@ class HubSource(Source):
         loaded = self._load()
         for ours, theirs in self._parts(loaded):
             table = loaded[theirs]
-            self.columns.check(self.columns.required, table.column_names)
-            table = table.select_columns(self.columns.used(table.column_names))
-            for number, record in enumerate(table, 1):
-                row = self.columns.row(record)
+            names = table.column_names
+            self.columns.check(self.columns.required, names)
+            used = self.columns.used(names)
+            unread = dict.fromkeys(name for name in names if name not in used)
+            for number, record in enumerate(table.select_columns(used), 1):
+                row = self.columns.row({**record, **unread})
                 if ours is not None:
                     row["split"] = ours
                 yield f"{self.path}/{theirs}:{number}", row

@@ -1,26 +1,25 @@
-"""Rows from one file: .jsonl, .jsonl.gz, .parquet or .csv, by the file's ending."""
+"""Rows from one file: .jsonl, .jsonl.gz, .json, .parquet or .csv, by the file's ending."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from plrhf.core.errors import bad_value
-from plrhf.data.reasons import Reason, Refusal
+from plrhf.data.reasons import Refusal
 from plrhf.data.sources.base import Source
 from plrhf.data.sources.columns import ColumnMap
-from plrhf.data.sources.files import (
+from plrhf.data.sources.formats import (
     Record,
-    json_lines,
-    line_refusal,
+    csv_header,
+    csv_rows,
+    json_records,
     parquet_names,
     parquet_rows,
     undamaged,
 )
 
-ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".csv")
-LONGEST_CSV_FIELD = 2**31 - 1  # the csv module's own limit, 131,072, is a long chat history
+ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
 
 
 class JsonlSource(Source):
@@ -51,7 +50,7 @@ class JsonlSource(Source):
             cure = "Check the spelling and the directory you start from"
             raise bad_value("data.path", self.path, "an existing file", cure)
         ending = self.path.lower()
-        read = self._json_lines
+        read = self._json
         if ending.endswith(".parquet"):
             read = self._parquet
         elif ending.endswith(".csv"):
@@ -61,9 +60,9 @@ class JsonlSource(Source):
                 row = record if isinstance(record, Refusal) else self.columns.row(record)
                 yield f"{self.path}:{number}", row
 
-    def _json_lines(self) -> Iterator[tuple[int, Record]]:
+    def _json(self) -> Iterator[tuple[int, Record]]:
         seen: set[str] = set()
-        for number, record in json_lines(self.path):
+        for number, record in json_records(self.path):
             if not isinstance(record, Refusal):
                 seen.update(record)
             yield number, record
@@ -73,26 +72,12 @@ class JsonlSource(Source):
     def _parquet(self) -> Iterator[tuple[int, Record]]:
         names = parquet_names(self.path)
         self.columns.check(self.columns.required, names)
-        yield from parquet_rows(self.path, self.columns.used(names))
+        used = self.columns.used(names)
+        # Their values are not needed, only that rows have them.
+        unread = dict.fromkeys(name for name in names if name not in used)
+        for number, record in parquet_rows(self.path, used):
+            yield number, record if isinstance(record, Refusal) else {**record, **unread}
 
     def _csv(self) -> Iterator[tuple[int, Record]]:
-        csv.field_size_limit(LONGEST_CSV_FIELD)
-        # Undecodable bytes come through as surrogates, which `parse_row` refuses row by row.
-        with open(self.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.reader(file, strict=True)  # otherwise an open quote swallows rows
-            header = next(reader, [])
-            self.columns.check(self.columns.required, header)
-            while True:
-                number = reader.line_num + 1
-                try:
-                    values = next(reader)
-                except StopIteration:
-                    return
-                except csv.Error as error:
-                    yield number, line_refusal(Reason.BAD_CSV, str(error), "one whole CSV row")
-                    continue
-                if len(values) == len(header):
-                    yield number, dict(zip(header, values, strict=True))
-                elif len(values) > 0:
-                    allowed = f"{len(header)} values, as in the header, not {len(values)}"
-                    yield number, line_refusal(Reason.BAD_CSV, ",".join(values), allowed)
+        self.columns.check(self.columns.required, csv_header(self.path))
+        return csv_rows(self.path)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from plrhf.core.errors import bad_value
-from plrhf.data.rows import SPLITS
+from plrhf.data.rows import SPLITS, content_hash
 from plrhf.data.sources.base import Source
 from plrhf.data.sources.persona_texts import (
     ATTRIBUTES,
@@ -224,6 +224,7 @@ class PersonasSource(Source):
                 write(topic=prompt.topic, style=styles[i, side].tolist(), draws=draws[i][side])
                 for side in (winner, 1 - winner)
             )
+            content = content_hash(prompt.text, chosen, rejected)
             row: dict[str, Any] = {
                 "prompt": prompt.text,
                 "chosen": chosen,
@@ -231,8 +232,8 @@ class PersonasSource(Source):
                 "user_id": user_id,
                 "user_features": persona.features,
                 "prompt_id": prompt.prompt_id,
-                # Kind and seed in it: pairs of two worlds are never taken for the same.
-                "pair_id": f"{self.kind}-{self.seed}-{user_id}-{SPLITS[split]}-{i:03d}",
+                # The hash: two worlds' pairs have the same id only if they are the same.
+                "pair_id": f"{self.kind}-{self.seed}-{user_id}-{SPLITS[split]}-{i:03d}-{content}",
                 "split": SPLITS[split],
             }
             yield row, float(margins[i]) * (1 - 2 * winner)

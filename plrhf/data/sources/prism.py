@@ -15,7 +15,8 @@ from plrhf.core.errors import bad_value
 from plrhf.data.reasons import Reason, Refusal, refusal
 from plrhf.data.rows import Features, content_hash
 from plrhf.data.sources.base import Source, prompts_apart
-from plrhf.data.sources.files import HubFiles, Record, data_files, read_files
+from plrhf.data.sources.files import HubFiles, data_files, files_by_stem, read_files
+from plrhf.data.sources.formats import Record
 from plrhf.data.splits import is_unseen_user, uniform_hash
 
 HUB = HubFiles("HannahRoseKirk/prism-alignment", ("survey.jsonl", "conversations.jsonl"))
@@ -102,15 +103,16 @@ class PrismSource(Source):
         return None if person is None else person.text
 
     def _rows(self) -> Iterator[tuple[str, Record]]:
-        files = {one.name.partition(".")[0]: one for one in data_files(self.path, hub=HUB)}
-        for name in ("survey", "conversations"):
+        wanted = ("survey", "conversations")
+        files = files_by_stem(data_files(self.path, hub=HUB), wanted)
+        for name in wanted:
             if name not in files:
                 cure = "Give the directory that holds both"
                 allowed = f"a directory with survey and conversations, and {name} is not there"
                 raise bad_value("data.path", self.path, allowed, cure)
         self._people = {}
         for where, record in read_files([files["survey"]]):
-            refused = self._meet(record)
+            refused = self._add_person(record)
             if refused is not None:
                 yield where, refused
         dialogues: list[tuple[str, _Dialogue]] = []
@@ -125,7 +127,7 @@ class PrismSource(Source):
             for turn, row in _pairs(one, self._people[one.user_id], splits[one.dialogue_id]):
                 yield f"{where} turn {turn}", row
 
-    def _meet(self, record: Record) -> Refusal | None:
+    def _add_person(self, record: Record) -> Refusal | None:
         """Keep what the survey says of a person, or return why they are left out."""
         if isinstance(record, Refusal):
             return record

@@ -14,7 +14,8 @@ from plrhf.core.errors import bad_value
 from plrhf.data.reasons import Reason, Refusal, refusal
 from plrhf.data.rows import content_hash
 from plrhf.data.sources.base import Source
-from plrhf.data.sources.files import Record, data_files, read_files
+from plrhf.data.sources.files import data_files, files_by_stem, read_files
+from plrhf.data.sources.formats import Record
 from plrhf.data.splits import uniform_hash
 
 PREFERENCES = {
@@ -69,9 +70,9 @@ class PsoupsSource(Source):
         """Yield the pairs user by user.
 
         Raises:
-            ValueError: a user's file is missing.
+            ValueError: a user's file is missing or is there twice.
         """
-        files = {one.name.partition(".")[0]: one for one in self._files()}
+        files = files_by_stem(self._files(), PREFERENCES)
         missing = [user for user in PREFERENCES if user not in files]
         if len(missing) > 0:
             allowed = f"the files {', '.join(PREFERENCES)}, and {', '.join(missing)} is not there"

@@ -19,7 +19,8 @@ from plrhf.data.reading import read_rows
 from plrhf.data.reasons import Reason, Refusal, refusal
 from plrhf.data.rows import content_hash
 from plrhf.data.sources.base import Source, prompts_apart
-from plrhf.data.sources.files import HubFiles, Record, data_files, read_files
+from plrhf.data.sources.files import HubFiles, data_files, read_files
+from plrhf.data.sources.formats import Record
 from plrhf.data.splits import uniform_hash
 
 # The repository itself holds a loading script, which `datasets` no longer runs; the hub's own

@@ -1,0 +1,313 @@
+"""Records of one file in each format; what cannot be decoded is reported and reading goes on."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from plrhf.core.errors import bad_value
+from plrhf.data.parsing import LONGEST_ROW
+from plrhf.data.reasons import Reason, Refusal
+
+Record = Mapping[str, Any] | Refusal
+"""What a source finds at one place of a file."""
+
+LONGEST_LINE = 8 * LONGEST_ROW
+"""Bytes of a line; JSON may write one character as six."""
+
+LONGEST_CSV_FIELD = 2**31 - 1  # the csv module's own limit, 131,072, is a long chat history
+MOST_CSV_LINES = 5_000
+"""Lines that one CSV record may span; an open quote would otherwise take the rest of the file."""
+
+BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+OTHER_FORMATS = {
+    b"PAR1": "a parquet file: name it .parquet",
+    b"PK\x03\x04": "a zip archive: unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it",
+    b"BZh": "compressed by bzip2: unpack it",
+    b"\xfd7zXZ": "compressed by xz: unpack it",
+}
+"""First bytes of files that are not text -> what they are."""
+
+
+@contextmanager
+def undamaged(path: str | Path) -> Iterator[None]:
+    """Turn what a broken file raises into one line."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, csv.Error, UnicodeError) as error:
+        cure = f"Copy or write it again ({' '.join(str(error).split())})"
+        raise bad_value("data.path", str(path), "a readable, undamaged file", cure) from error
+
+
+def line_refusal(reason: Reason, value: object, allowed: str) -> Refusal:
+    """Return the refusal of a line that cannot be decoded."""
+    return Refusal(reason, str(bad_value("line", value, allowed, "Mend or remove the line")))
+
+
+@contextmanager
+def open_bytes(path: str | Path) -> Iterator[tuple[IO[bytes], str]]:
+    """Open a text file, unpacked if it begins like a gzip file, and say its encoding.
+
+    The encoding is that of the byte order mark, else what the zero bytes of the first characters
+    tell, else UTF-8.
+
+    Raises:
+        ValueError: the file begins like one of another format.
+    """
+    with open(path, "rb") as raw:
+        start = raw.read(8)
+    for magic, kind in OTHER_FORMATS.items():
+        if start.startswith(magic):
+            cure = f"Give JSON lines or CSV (this is {kind})"
+            raise bad_value("data.path", str(path), "a text file, plain or gzipped", cure)
+    opener: Any = gzip.open if start.startswith(b"\x1f\x8b") else open
+    with opener(path, "rb") as file:
+        start = file.read(4)
+        file.seek(0)
+        encoding: str = json.detect_encoding(start) if len(start) > 1 else "utf-8"
+        for mark, name in BYTE_ORDER_MARKS:
+            if start.startswith(mark):
+                encoding = name
+                break
+        yield file, encoding
+
+
+def json_records(path: str | Path) -> Iterator[tuple[int, Record]]:
+    """Yield the objects of a file of JSON lines, or of one JSON list, numbered from 1."""
+    if _begins_a_list(path):
+        records = _json_list(path)
+        if records is not None:
+            yield from enumerate(map(_object_or_refusal, records), 1)
+            return
+    yield from json_lines(path)
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[int, Record]]:
+    """Yield the object of each line, numbered from 1. Line feeds alone end lines, as JSON allows
+    every other separator inside a text."""
+    with open_bytes(path) as (file, encoding):
+        for number, line in enumerate(_byte_lines(file, encoding), 1):
+            if line is None:
+                allowed = f"at most {LONGEST_LINE:,} bytes"
+                yield number, line_refusal(Reason.TOO_LARGE, "a longer line", allowed)
+            elif line.strip():
+                yield number, _json_object(line)
+
+
+def _byte_lines(file: IO[bytes], encoding: str) -> Iterator[bytes | None]:
+    """Yield lines as UTF-8 bytes, None for one too long to be a row."""
+    if not encoding.startswith("utf-8"):
+        for text in io.TextIOWrapper(file, encoding, newline="\n"):
+            yield text.encode() if len(text) <= LONGEST_LINE else None
+        return
+    first = True
+    while len(line := file.readline(LONGEST_LINE + 1)) > 0:
+        too_long = len(line) > LONGEST_LINE
+        while len(line) > LONGEST_LINE and not line.endswith(b"\n"):
+            line = file.readline(LONGEST_LINE + 1)
+        yield None if too_long else line.removeprefix(codecs.BOM_UTF8) if first else line
+        first = False
+
+
+def _begins_a_list(path: str | Path) -> bool:
+    with open_bytes(path) as (file, encoding):
+        start = file.read(4096)
+    return start.decode(encoding, errors="ignore").lstrip("\ufeff \t\r\n").startswith("[")
+
+
+def _json_list(path: str | Path) -> list[Any] | None:
+    """Return the list that a whole file is, None if its lines are JSON themselves."""
+    with open_bytes(path) as (file, encoding):
+        text = file.read().decode(encoding)
+    try:
+        found = json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        try:
+            json.loads(text.lstrip().partition("\n")[0])
+        except (ValueError, RecursionError):
+            raise OSError(f"not a JSON list: {error}") from error
+        return None
+    return found if isinstance(found, list) else None
+
+
+def _object_or_refusal(value: Any) -> Record:
+    return (
+        value
+        if isinstance(value, dict)
+        else line_refusal(Reason.NOT_AN_OBJECT, value, "one object")
+    )
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these keys and values, which json would let the last of two win."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return found
+
+
+_decode_json = json.JSONDecoder(object_pairs_hook=_object).decode
+
+
+def _json_object(line: bytes) -> Record:
+    try:
+        record = _decode_json(line.decode())
+    except UnicodeDecodeError as error:
+        allowed = f"UTF-8 text; {error.reason} at byte {error.start}"
+        return line_refusal(Reason.BAD_UTF8, line, allowed)
+    except (ValueError, RecursionError) as error:  # ValueError: also numbers of 4,300 digits
+        cause = str(error)
+        if isinstance(error, json.JSONDecodeError):  # its text speaks of line 1 of this line
+            cause = f"{error.msg} at column {error.colno}"
+        return line_refusal(Reason.BAD_JSON, line.decode(), f"one JSON object; {cause}")
+    if not isinstance(record, dict):
+        return line_refusal(Reason.NOT_AN_OBJECT, record, "one JSON object")
+    return record
+
+
+def csv_header(path: str | Path) -> list[str]:
+    """Return the column names of a CSV file."""
+    csv.field_size_limit(LONGEST_CSV_FIELD)
+    with open_bytes(path) as (file, encoding):
+        lines = io.TextIOWrapper(file, encoding, errors="surrogateescape", newline="")
+        return next(csv.reader(lines, strict=True), [])
+
+
+def csv_rows(path: str | Path) -> Iterator[tuple[int, Record]]:
+    """Yield the rows of a CSV file, numbered by their first line.
+
+    After a row that cannot be read, reading goes on at the next line, as a stray quote may have
+    taken whole rows into one field.
+    """
+    csv.field_size_limit(LONGEST_CSV_FIELD)
+    with open_bytes(path) as (file, encoding):
+        # Undecodable bytes come through as surrogates, which `parse_row` refuses row by row.
+        errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
+        lines = _Lines(io.TextIOWrapper(file, encoding, errors=errors, newline=""))
+        header = lines.record()
+        assert isinstance(header, list)
+        lines.accept()
+        while lines.more():
+            number, values = lines.number, lines.record()
+            if isinstance(values, list) and len(values) == len(header):
+                lines.accept()
+                yield number, dict(zip(header, values, strict=True))
+                continue
+            lines.skip_line()
+            if isinstance(values, str):
+                yield number, line_refusal(Reason.BAD_CSV, values, "one whole CSV row")
+            elif len(values) > 0:
+                allowed = f"{len(header)} values, as in the header, not {len(values)}"
+                yield number, line_refusal(Reason.BAD_CSV, ",".join(values), allowed)
+
+
+class _Lines:
+    """Lines of a CSV file, of which a record is tried and then accepted, or one line skipped.
+
+    Attributes:
+        number: of the next line, from 1.
+    """
+
+    def __init__(self, file: Iterator[str]) -> None:
+        self._file, self._ahead = file, deque[str]()
+        self.number, self._taken = 1, 0
+
+    def more(self) -> bool:
+        """Whether a line is left."""
+        if len(self._ahead) == 0:
+            self._ahead.extend(line for line in [next(self._file, None)] if line is not None)
+        return len(self._ahead) > 0
+
+    def record(self) -> list[str] | str:
+        """Try the record that begins at the next line; a text says why there is none."""
+        reader = csv.reader(self._look_ahead(), strict=True)
+        try:
+            values = next(reader, [])
+        except csv.Error as error:
+            return str(error)
+        self._taken = reader.line_num
+        return values
+
+    def accept(self) -> None:
+        """Go on behind the record tried last."""
+        for _ in range(self._taken):
+            self._ahead.popleft()
+        self.number += self._taken
+
+    def skip_line(self) -> None:
+        """Go on at the line after the next one."""
+        self._ahead.popleft()
+        self.number += 1
+
+    def _look_ahead(self) -> Iterator[str]:
+        for place in range(MOST_CSV_LINES):
+            if place == len(self._ahead):
+                line = next(self._file, None)
+                if line is None:
+                    return
+                self._ahead.append(line)
+            yield self._ahead[place]
+
+
+def parquet_names(path: str | Path) -> list[str]:
+    """Return the names of a parquet file's columns."""
+    from pyarrow.parquet import ParquetFile  # here, since only parquet files need it
+
+    with _arrow_errors(), ParquetFile(path) as file:
+        return list(file.schema_arrow.names)
+
+
+def parquet_rows(
+    path: str | Path, columns: Sequence[str] | None = None
+) -> Iterator[tuple[int, Record]]:
+    """Yield the rows of a parquet file, numbered from 1, with these columns or all."""
+    from pyarrow.parquet import ParquetFile
+
+    # With its buffer, all that has been read would stay in memory to the end.
+    with _arrow_errors(), ParquetFile(path, pre_buffer=False) as file:
+        batches = file.iter_batches(batch_size=4096, columns=columns)
+        yield from enumerate((row for batch in batches for row in _batch_records(batch)), 1)
+
+
+@contextmanager
+def _arrow_errors() -> Iterator[None]:
+    import pyarrow as arrow
+
+    try:
+        yield
+    except (arrow.ArrowException, UnicodeDecodeError) as error:
+        raise OSError(error) from error
+
+
+def _batch_records(batch: Any) -> list[Record]:
+    """Return a record batch's rows; where a value cannot be had in Python, row by row."""
+    import pyarrow as arrow
+
+    try:
+        found: list[Record] = batch.to_pylist(maps_as_pydicts="strict")
+        return found
+    except (ValueError, OverflowError, KeyError, arrow.ArrowException) as error:
+        if batch.num_rows == 1:
+            if isinstance(error, UnicodeDecodeError):
+                return [line_refusal(Reason.BAD_UTF8, error.object[:80], "UTF-8 text")]
+            cause = " ".join(str(error).split())
+            return [line_refusal(Reason.BAD_PARQUET, cause, "values that Python can hold")]
+        halves = [batch.slice(0, batch.num_rows // 2), batch.slice(batch.num_rows // 2)]
+        return [record for half in halves for record in _batch_records(half)]
