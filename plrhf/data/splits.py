@@ -42,7 +42,7 @@ class Splits:
         same people, whatever files the rows came from.
         """
         rows: Sequence[Row] = getattr(self, split)
-        return (rows if isinstance(rows, Rows) else Rows.of(rows)).content_hash()
+        return (rows if isinstance(rows, Rows) else Rows.from_rows(rows)).content_hash()
 
 
 def uniform_hash(key: str, *, salt: str, seed: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 from decimal import Decimal
@@ -79,9 +80,11 @@ def test_ids_are_the_same_from_csv_json_and_parquet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["dec.parquet", "bin.parquet"])
 def test_decimal_and_binary_ids_are_read(name: str) -> None:
+    written_ids = parquet.read_table(CASES / name)["user_id"].to_pylist()
     rows, report = read(CASES / name)
     assert report.refused == {} and len(rows) == report.read
-    assert len({row.user_id for row in rows}) == 6
+    as_text = [one.decode() if isinstance(one, bytes) else str(one) for one in written_ids]
+    assert [row.user_id for row in rows] == as_text
 
 
 @pytest.mark.parametrize("name", ["dup.csv", "dup.parquet"])
@@ -100,8 +103,10 @@ def test_a_key_twice_is_refused(tmp_path: Path) -> None:
 
 def test_empty_and_nan_ids_are_refused(tmp_path: Path) -> None:
     rows, report = read(CASES / "nan.csv")
-    assert report.refused["missing field"] == report.read - len(rows) > 0
-    assert {row.user_id for row in rows} == {"0", "1", "2", "4", "5"}
+    with (CASES / "nan.csv").open(newline="") as file:
+        cells = [record["user_id"] for record in csv.DictReader(file)]
+    assert report.refused == {"missing field": cells.count("")} and "" in cells
+    assert [row.user_id for row in rows] == [one.removesuffix(".0") for one in cells if one]
     nameless = [{**PLAIN, "user_id": one} for one in ("nan", "None", float("nan"), None, " ")]
     rows, report = read(written(tmp_path / "a.jsonl", *nameless, PLAIN))
     assert (len(rows), report.refused) == (1, {"missing field": 5})
@@ -315,23 +320,17 @@ def test_a_row_too_large_for_a_block_is_refused(tmp_path: Path) -> None:
     rows, report = read(written(tmp_path / "a.jsonl", fits, too_large))
     assert (len(rows), report.refused) == (1, {"row too large": 1})
     path = tmp_path / "b.jsonl.gz"
-    path.write_bytes(
-        gzip.compress(b'{"prompt": "' + b"a" * 9_000_000 + b'"}\n' + json.dumps(PLAIN).encode())
-    )
+    bomb = b'{"prompt": "' + b"a" * 9_000_000 + b'"}'
+    path.write_bytes(gzip.compress(bomb + b"\n" + json.dumps(PLAIN).encode()))
     rows, report = read(path)
     assert (len(rows), report.refused) == (1, {"row too large": 1})
     assert report.examples["row too large"].startswith(f"{path}:1: ")
 
 
 def test_parquet_values_that_python_cannot_hold_cost_their_row(tmp_path: Path) -> None:
-    table = arrow.table({name: [value] * 3 for name, value in PLAIN.items()})
     days = arrow.array([0, 2**31 - 1, 0], arrow.int32()).cast(arrow.date32())
+    columns = {**{name: [value] * 3 for name, value in PLAIN.items()}, "user_id": days}
     path = tmp_path / "a.parquet"
-    parquet.write_table(
-        table.append_column("split", arrow.array(["train"] * 3))
-        .drop(["user_id"])
-        .append_column("user_id", days),
-        path,
-    )
-    rows, report = read(path)
+    parquet.write_table(arrow.table(columns), path)
+    _, report = read(path)
     assert report.read == 3 and report.refused["bad parquet value"] == 1

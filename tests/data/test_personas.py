@@ -351,3 +351,18 @@ def test_unknown_user() -> None:
         "user_id='zoe-999' is not allowed: expected one of the 2 users ada-000 to ben-001. "
         "Take an id from the rows of this world."
     )
+
+
+def test_worlds_share_an_id_only_where_they_share_the_pair() -> None:
+    def pairs(**changes: Any) -> dict[str, tuple[str, ...]]:
+        size = {"n_users": 8, "n_unseen_users": 2, "pairs_per_user": 10, "test_pairs_per_user": 3}
+        source = PersonasSource(**{"kind": "individual", "n_prompts": 20, **size, **changes})
+        fields = ("prompt", "chosen", "rejected", "user_id")
+        return {raw["pair_id"]: tuple(raw[one] for one in fields) for _, raw in source.records()}
+
+    ours = pairs()
+    for changes in ({"scale": 0.5}, {"n_prompts": 30}):
+        theirs = pairs(**changes)
+        shared = ours.keys() & theirs.keys()
+        assert len(shared) < len(ours)
+        assert all(ours[one] == theirs[one] for one in shared)

@@ -99,3 +99,10 @@ def test_wrong_settings(tmp_path: Path) -> None:
         f"data.path='{tmp_path}' is not allowed: expected the files P1A, P1B, P2A, P2B, P3A, P3B, "
         "and P2B is not there. Unpack upstream's archive again."
     )
+
+
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    folder = write_soups(tmp_path)
+    (folder / "rm_training" / "P1A.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"one file for P1A, not .*P1A.json and .*P1A.jsonl"):
+        read(folder)

@@ -121,31 +121,38 @@ CHANGES = {
 @pytest.mark.parametrize("name", ROW_FIELDS)
 def test_every_field_of_a_row_is_in_the_content_hash(name: str, many: list[Row]) -> None:
     changed = [*many[:3], replace(many[3], **{name: CHANGES[name]}), *many[4:9]]
-    assert Rows.of(changed).content_hash() != Rows.of(many[:9]).content_hash()
+    assert Rows.from_rows(changed).content_hash() != Rows.from_rows(many[:9]).content_hash()
 
 
 def test_the_content_hash_is_of_the_rows_alone(many: list[Row]) -> None:
-    whole = Rows.of(many)
+    whole = Rows.from_rows(many)
     some = [5, 6, 4099, 4100, 7, 0]
     part = whole.select(np.array(some))
-    assert part.content_hash() == Rows.of([many[index] for index in some]).content_hash()
-    assert part.content_hash() != Rows.of([many[index] for index in sorted(some)]).content_hash()
+    assert part.content_hash() == Rows.from_rows([many[index] for index in some]).content_hash()
+    assert (
+        part.content_hash()
+        != Rows.from_rows([many[index] for index in sorted(some)]).content_hash()
+    )
     assert whole.content_hash() == whole.select(np.arange(N_ROWS)).content_hash()
-    assert Rows.of(many[:-1]).content_hash() != whole.content_hash()
+    assert Rows.from_rows(many[:-1]).content_hash() != whole.content_hash()
     swapped = part.with_people(part.person[::-1].copy())
-    assert swapped.content_hash() == Rows.of(list(swapped)).content_hash() != part.content_hash()
-    assert Rows.of([]).content_hash() == whole.select(np.arange(0)).content_hash()
+    assert (
+        swapped.content_hash()
+        == Rows.from_rows(list(swapped)).content_hash()
+        != part.content_hash()
+    )
+    assert Rows.from_rows([]).content_hash() == whole.select(np.arange(0)).content_hash()
 
 
 def test_the_content_hash_knows_where_texts_end(many: list[Row]) -> None:
     ends = [("ab", "c"), ("a", "bc"), ("abc", ""), ("", "abc")]
     hashes = {
-        Rows.of([replace(many[0], chosen_id=one, rejected_id=two)]).content_hash()
+        Rows.from_rows([replace(many[0], chosen_id=one, rejected_id=two)]).content_hash()
         for one, two in [*ends, (None, "abc")]
     }
     assert len(hashes) == 5
     moved = {
-        Rows.of([replace(many[0], chosen=one), replace(many[1], chosen=two)]).content_hash()
+        Rows.from_rows([replace(many[0], chosen=one), replace(many[1], chosen=two)]).content_hash()
         for one, two in ends
     }
     assert len(moved) == 4
@@ -153,13 +160,13 @@ def test_the_content_hash_knows_where_texts_end(many: list[Row]) -> None:
 
 def test_the_content_hash_is_the_same_in_every_process(many: list[Row]) -> None:
     code = (
-        "from plrhf.data.rows import Row, Rows; print(Rows.of([Row('a', 'b', 'c', 'u', 'p', 'q', "
+        "from plrhf.data.rows import Row, Rows; print(Rows.from_rows([Row('a', 'b', 'c', 'u', 'p', 'q', "
         "user_features={'x': 1.0, 'y': 'z'})]).content_hash())"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     features = {"y": "z", "x": 1.0}  # their order means nothing
     here = Row("a", "b", "c", "u", "p", "q", user_features=features)
-    assert out.stdout.strip() == Rows.of([here]).content_hash()
+    assert out.stdout.strip() == Rows.from_rows([here]).content_hash()
 
 
 class Counting:

@@ -97,8 +97,8 @@ def files_by_stem(files: Sequence[Path], wanted: Collection[str]) -> dict[str, P
         stem = file.name.partition(".")[0]
         if stem in wanted and stem in found:
             cure = "Remove one, or set data.path to the directory that holds the right ones alone"
-            allowed = f"one file named {stem}"
-            raise bad_value("data.path", f"{found[stem]} and {file}", allowed, cure)
+            allowed = f"one file for {stem}, not {found[stem]} and {file}"
+            raise bad_value("data.path", str(file.parent), allowed, cure)
         found[stem] = file
     return found
 
