@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,57 @@ from safetensors.numpy import load_file, save
 from torch import Tensor
 
 from plrhf.data.cache_files import cache_file, intact_files
+from plrhf.data.rows import content_hash
 
 TokenText = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt and of a response."""
+
+COMPUTATION = 2
+"""Raise it whenever the code computes other values for the same model: old files are then not read."""
+
+LIBRARIES = ("torch", "transformers", "peft")
+"""Libraries whose version may change the values."""
+
+NOT_OF_THE_MODEL = {"_name_or_path", "transformers_version"}
+"""Entries of a config that say where it was found, and nothing of what the model computes."""
+
+
+def text_values_key(
+    *,
+    weights: str,
+    config: Mapping[str, object],
+    attention: str | None,
+    layout: str,
+    precision: str,
+    computed: Sequence[str],
+) -> str:
+    """Hash all that decides the values of a text: values under another key are of another model.
+
+    Library versions and `COMPUTATION` are hashed too.
+
+    Args:
+        weights: a hash of every weight.
+        config: of the model, as ``to_dict`` gives it; weights alone do not say what they are used for.
+        attention: the implementation, which the config leaves out.
+        layout: how pairs are put into rows.
+        precision: of the computation.
+        computed: what the values are, such as ``("pooled", "mean")``.
+    """
+    text = json.dumps(_canonical(config), sort_keys=True, default=str)
+    versions = [f"{name} {version(name)}" for name in LIBRARIES]
+    return content_hash(
+        COMPUTATION, versions, weights, text, attention, layout, precision, list(computed)
+    )
+
+
+def _canonical(config: object) -> object:
+    """Return a config, and the configs in it, without the entries `NOT_OF_THE_MODEL`."""
+    if isinstance(config, Mapping):
+        entries = {str(name): _canonical(value) for name, value in config.items()}
+        return {name: entries[name] for name in entries.keys() - NOT_OF_THE_MODEL}
+    if isinstance(config, list | tuple):
+        return [_canonical(value) for value in config]
+    return config
 
 
 class TextValueCache:
@@ -26,7 +76,7 @@ class TextValueCache:
     time both compute it. A damaged file is removed, and its values are computed anew.
 
     Args:
-        folder: its name must hold all that decides the values (weights, config, precision).
+        folder: its name must hold all that decides the values, see `text_values_key`.
     """
 
     def __init__(self, folder: Path) -> None:

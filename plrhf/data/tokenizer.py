@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from plrhf.core.errors import bad_value
@@ -16,6 +18,18 @@ Tokenizer = Any
 
 ON_LONG_PROMPT = ("truncate", "error")
 MOST_TEXTS = 30_000  # whose tokens are kept at hand, as texts come again
+
+TOKENISATION = 2
+"""Raise it whenever the code makes other tokens of the same text: old files are then not read."""
+
+LIBRARIES = ("tokenizers", "transformers", "jinja2")
+"""Libraries whose version may change the tokens; the last applies chat templates."""
+
+NOT_OF_THE_TOKENS = {
+    *("name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file"),
+    *("cache_dir", "token", "local_files_only", "_commit_hash"),
+}
+"""What a tokenizer was made with that says where it lies, and nothing of its tokens."""
 
 
 class RowTokenizer:
@@ -117,12 +131,26 @@ class RowTokenizer:
         return (*self._encode(text), self.end)
 
     def digest(self) -> str | None:
-        """A hash of all that decides tokens; None where the tokenizer cannot say what it is."""
+        """Hash all that decides the tokens of a text; None if the tokenizer cannot be serialised.
+
+        This is the tokenizer's class and whole state, the settings, the versions of the libraries that
+        apply them, and `TOKENISATION`.
+        """
         pieces = getattr(self.tokenizer, "backend_tokenizer", None)
         if pieces is None:
             return None
+        kind = type(self.tokenizer)
+        state = {
+            name: value
+            for name, value in self.tokenizer.init_kwargs.items()
+            if name not in NOT_OF_THE_TOKENS
+        }
         return content_hash(
+            TOKENISATION,
+            [f"{name} {version(name)}" for name in LIBRARIES],
+            f"{kind.__module__}.{kind.__qualname__}",
             pieces.to_str(),
+            json.dumps(state, sort_keys=True, default=str),
             self.tokenizer.chat_template,
             [self.start, self.end, self.encoder_only],
             [self.max_prompt_tokens, self.on_long_prompt, self.separator, self.use_user_text],

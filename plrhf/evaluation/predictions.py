@@ -18,9 +18,8 @@ from plrhf.core.stats import correctness
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
-from plrhf.data.rows import content_hash
 from plrhf.data.splits import Splits, prompt_kinds
-from plrhf.data.text_value_cache import TextValueCache
+from plrhf.data.text_value_cache import TextValueCache, text_values_key
 from plrhf.models.base import PersonalModule
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
@@ -47,18 +46,26 @@ def prepare(
     """
     ask = _asker(model, trainer)
 
-    def known(*what: str) -> TextValueCache | None:
+    def cache(*computed: str) -> TextValueCache | None:
         if cache_dir is None:
             return None
-        key = content_hash(model.backbone.digest, trainer.precision, *what)  # of all processes
-        # The first alone reads and writes, and the others are told.
+        config = model.backbone.config
+        key = text_values_key(  # asked of all processes: weights may be sharded
+            weights=model.backbone.digest,
+            config=config.to_dict(),
+            attention=config._attn_implementation,
+            layout=" ".join(sorted({one.layout.__name__ for one in data.datasets.values()})),
+            precision=f"{trainer.precision} {torch.get_float32_matmul_precision()}",
+            computed=computed,
+        )
+        # Rank 0 alone reads and writes, and tells the others.
         return TextValueCache(cache_dir / f"texts-{key}") if trainer.is_global_zero else None
 
     with evaluating(model, trainer):
         if isinstance(model, PersonalDPOPolicy):
-            data.precompute_reference(ask(model.reference_logps), known("reference"))
+            data.precompute_reference(ask(model.reference_logps), cache("reference"))
         elif isinstance(model, PersonalRewardModel) and model.pooled_suffices:
-            data.precompute_hidden(ask(model.pooled_trunk), known("pooled", model.pooling))
+            data.precompute_hidden(ask(model.pooled_trunk), cache("pooled", model.pooling))
     model.train()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -12,12 +13,15 @@ import torch
 from lightning import Trainer
 from tiny import make_backbone, make_model
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from plrhf.backbone.model import Backbone
 from plrhf.core.types import CHOSEN, PROMPT, REJECTED, PreferenceBatch
+from plrhf.data import text_value_cache
 from plrhf.data.dataset import SINGLE_PROCESS, PairDataset, RankShard
 from plrhf.data.module import PreferenceData
 from plrhf.data.packing import TokenPair
-from plrhf.data.text_value_cache import TextValueCache
+from plrhf.data.text_value_cache import TextValueCache, text_values_key
 from plrhf.data.text_values import compute_text_values
 from plrhf.evaluation.predictions import prepare
 from plrhf.models.policy import PersonalDPOPolicy
@@ -107,6 +111,78 @@ def test_another_backbone_has_its_own(tmp_path: Path) -> None:
         model.backbone.model.get_output_embeddings().weight.data[0, 0] += change
         assert prepared(model, tmp_path, PAIRS)[1] != []
     assert len(list(tmp_path.iterdir())) == 2
+
+
+CONFIG: dict[str, Any] = {
+    "rope_parameters": {"rope_theta": 1e4},
+    "_name_or_path": "here",
+    "text_config": {"window": 7, "transformers_version": "1"},
+}
+
+
+def key(**changes: Any) -> str:
+    given = {
+        "weights": "w",
+        "config": CONFIG,
+        "attention": "sdpa",
+        "layout": "packed",
+        "precision": "32-true",
+        "computed": ("pooled", "mean"),
+    }
+    return text_values_key(**{**given, **changes})
+
+
+def test_the_key_tells_apart_all_that_decides_values(monkeypatch: Any) -> None:
+    keys = [
+        key(),
+        key(weights="v"),
+        key(config={**CONFIG, "rope_parameters": {"rope_theta": 1e6}}),
+        key(config={**CONFIG, "text_config": {"window": 8}}),
+        key(attention="eager"),
+        key(layout="two_rows"),
+        key(precision="bf16-true"),
+        key(computed=("pooled", "last")),
+        key(computed=("pooled mean",)),
+    ]
+    monkeypatch.setattr(text_value_cache, "COMPUTATION", text_value_cache.COMPUTATION + 1)
+    keys.append(key())
+    monkeypatch.undo()
+    for library in ("torch", "transformers", "peft"):
+        monkeypatch.setattr(
+            text_value_cache,
+            "version",
+            lambda name, other=library: "0.0" if name == other else version(name),
+        )
+        keys.append(key())
+        monkeypatch.undo()
+    assert len(set(keys)) == len(keys) == 13
+
+
+def test_the_key_is_that_of_the_same_model_elsewhere() -> None:
+    elsewhere = {"_name_or_path": "there", "text_config": {"window": 7}}
+    assert (
+        key(config={**CONFIG, **elsewhere}) == key(config=dict(reversed(CONFIG.items()))) == key()
+    )
+
+
+def test_values_of_the_same_weights_in_another_model_are_not_taken(tmp_path: Path) -> None:
+    for number, changes in enumerate(
+        [{}, {"rope_theta": 50.0}, {"attn_implementation": "eager"}, {}], 1
+    ):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=11,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            attn_implementation=changes.get("attn_implementation", "sdpa"),
+            rope_theta=changes.get("rope_theta", 1e4),
+        )
+        backbone = Backbone(model=LlamaForCausalLM(config), trainable="frozen")
+        found, rows = prepared(make_model(PersonalDPOPolicy, backbone=backbone), tmp_path, PAIRS)
+        assert (rows == []) == (number == 4)  # the first model again
+        assert len(list(tmp_path.iterdir())) == min(number, 3)
 
 
 class Together:

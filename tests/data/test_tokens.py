@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from plrhf.data import store
+from plrhf.data import tokenizer as tokenizer_module
 from plrhf.data.rows import ROW_FIELDS, Row, Rows
 from plrhf.data.tokenizer import RowTokenizer
 from plrhf.data.tokens import TokenFile, load_or_tokenize
@@ -256,6 +258,44 @@ def test_tokens_are_made_once_and_again_where_something_changed(
         assert asked(rows, **change) == 0, change
     assert asked(rows.with_people(rows.person[::-1].copy()), use_user_text=True) > 13
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_digest_of_a_tokenizer_knows_all_that_decides_tokens(
+    tokenizer: Any, monkeypatch: Any
+) -> None:
+    def other_class(kind: Any) -> Any:
+        other = copy.deepcopy(tokenizer)
+        other.__class__ = type("Other", (kind,), {})
+        return other
+
+    def changed(**state: Any) -> Any:
+        other = copy.deepcopy(tokenizer)
+        other.init_kwargs.update(state)
+        return other
+
+    plain = row_tokenizer(tokenizer).digest()
+    assert plain == row_tokenizer(copy.deepcopy(tokenizer)).digest()
+    assert plain == row_tokenizer(changed(name_or_path="elsewhere")).digest()
+    digests = [
+        plain,
+        row_tokenizer(other_class(type(tokenizer))).digest(),
+        row_tokenizer(changed(split_special_tokens=True)).digest(),
+    ]
+    template = copy.deepcopy(tokenizer)
+    template.chat_template = "{{ messages }}"
+    digests.append(row_tokenizer(template).digest())
+    monkeypatch.setattr(tokenizer_module, "TOKENISATION", tokenizer_module.TOKENISATION + 1)
+    digests.append(row_tokenizer(tokenizer).digest())
+    monkeypatch.undo()
+    for library in ("tokenizers", "transformers"):
+        monkeypatch.setattr(
+            tokenizer_module,
+            "version",
+            lambda name, other=library: "0.0" if name == other else version(name),
+        )
+        digests.append(row_tokenizer(tokenizer).digest())
+        monkeypatch.undo()
+    assert None not in digests and len(set(digests)) == len(digests) == 7
 
 
 @pytest.mark.parametrize(
