@@ -120,8 +120,8 @@ def check_run(
     assert {path.name for path in run_dir.iterdir()} == names
     assert "${" not in (run_dir / "config.yaml").read_text()
     assert "last.ckpt" in {path.name for path in (run_dir / "checkpoints").iterdir()}
-    suffixes = {path.suffix for path in (run_dir / "export").iterdir()}
-    assert suffixes <= {".json", ".safetensors", ".jinja"}  # the last: a chat template
+    suffixes = {path.suffix for path in (run_dir / "export").rglob("*") if path.is_file()}
+    assert suffixes <= {".json", ".safetensors", ".jinja", ".md"}  # the third: a chat template
     assert {"epoch", "step", "val/loss"} <= set(pd.read_csv(run_dir / "metrics.csv").columns)
     results = check_evaluation(run_dir, oracle=oracle)
     assert results["config"] == settings

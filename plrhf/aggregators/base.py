@@ -1,4 +1,4 @@
-"""What an aggregator is: it owns the backbone call and decides where the user vector meets the text."""
+"""The interface of an aggregator, which calls the backbone and lets the user vector act on the text."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from plrhf.core.types import PreferenceBatch
 class Aggregator(nn.Module, ABC):
     """Runs the backbone on a batch for given user vectors.
 
-    A subclass is built by keyword; of `hidden_size` and `n_blocks` it is handed those its
-    constructor names, beside its own settings.
+    A subclass is built by keyword. Of `hidden_size`, `embedding_size` and `n_blocks` it is handed those
+    that its constructor names, beside its own settings.
 
     Attributes:
         user_dim: width of the user vectors it needs; the encoder is built to it.
         output_size: width of the hidden states it gives.
-        after_trunk: whether the trunk is free of the user. A reward model then pools the trunk's
+        after_trunk: whether the trunk does not depend on the user. A reward model then pools the trunk's
             outputs first and hands them over as `PreferenceBatch.hidden`, one a distinct text.
         unembeddable: whether its hidden states can be unembedded, as a policy must.
         n_positions: how many of the backbone's positions user vectors take.
+        penalty_weight: factor of `penalty` in the training loss.
     """
 
     user_dim: int
@@ -32,10 +33,11 @@ class Aggregator(nn.Module, ABC):
     after_trunk: bool = False
     unembeddable: bool = True
     n_positions: int = 0
+    penalty_weight: float = 0.0
 
     @abstractmethod
     def forward(self, backbone: Backbone, batch: PreferenceBatch, user: Tensor) -> Tensor:
-        """Hidden states of the text for the users, user vectors excluded.
+        """Compute the hidden states of the text for the users, user vectors excluded.
 
         Args:
             batch: B pairs in R rows of L tokens.
@@ -45,23 +47,34 @@ class Aggregator(nn.Module, ABC):
             [C, R, L, output_size].
         """
 
-    def text_parameters(self) -> list[nn.Parameter]:
-        """Parameters that act on the text alone: they learn and decay like the head, not the user."""
-        return []
-
     @abstractmethod
     def decoding(
         self, backbone: Backbone, input_ids: Tensor, attention_mask: Tensor, user: Tensor
     ) -> AbstractContextManager[dict[str, Any]]:
-        """Context in which the model's `generate`, given the yielded arguments, writes for the users.
+        """Return a context in which the model's `generate`, given what it yields, writes for the users.
 
         Args:
             input_ids, attention_mask: [N, L] int64, left-padded prompts. user: [N, user_dim].
         """
 
+    def text_parameters(self) -> list[nn.Parameter]:
+        """Name the parameters that act on the text alone, which learn and decay like the head."""
+        return []
+
+    def drop_shift(self) -> None:
+        """Remove what adds the same to both responses of a pair.
+
+        A reward model whose loss sees differences of rewards alone calls this, since such parameters
+        would be learned and saved without any effect.
+        """
+
+    def penalty(self) -> Tensor | None:
+        """Return a scalar that training adds to its loss with `penalty_weight`, or None."""
+        return None
+
 
 def spread_over_rows(user: Tensor, batch: PreferenceBatch) -> Tensor:
-    """One vector a pair and context -> one a row and context, [C * B, D] -> [C, R, D]."""
+    """Repeat vectors of pairs for the rows of the pairs, [C * B, D] -> [C, R, D]."""
     n_pairs, n_rows = len(batch), batch.segment.shape[0]
     per_context = user.view(len(user) // n_pairs, 1, n_pairs, user.shape[1])  # [C, 1, B, D]
     return per_context.expand(-1, n_rows // n_pairs, -1, -1).flatten(1, 2)

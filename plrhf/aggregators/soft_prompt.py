@@ -11,28 +11,22 @@ from torch import Tensor
 
 from plrhf.aggregators.base import Aggregator, spread_over_rows
 from plrhf.backbone.model import Backbone
-from plrhf.core.errors import bad_value
+from plrhf.core.checks import PositiveInt, check_arguments
 from plrhf.core.types import PreferenceBatch
 
 
+@check_arguments("aggregator")
 class ConcatSoftPrompt(Aggregator):
-    """T_u vectors in front of the input embeddings (arXiv 2402.05133, section 4).
+    """Puts T_u vectors of the user in front of the input embeddings (arXiv 2402.05133, section 4).
 
     They take positions, attend causally and are never predicted.
 
     Args:
-        hidden_size: d of the backbone. n_tokens: T_u, from 1.
+        hidden_size: d of the backbone. n_tokens: T_u; encoder=none gives no user vectors.
     """
 
-    def __init__(self, *, hidden_size: int, n_tokens: int = 10) -> None:
+    def __init__(self, *, hidden_size: int, n_tokens: PositiveInt = 10) -> None:
         super().__init__()
-        if n_tokens < 1:
-            raise bad_value(
-                "aggregator.n_tokens",
-                n_tokens,
-                "a whole number from 1",
-                "Set aggregator.n_tokens=10, or encoder=none for no user vectors",
-            )
         self.hidden_size = self.output_size = hidden_size
         self.user_dim = n_tokens * hidden_size
         self.n_positions = n_tokens

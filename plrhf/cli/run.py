@@ -136,7 +136,6 @@ def train_personal(
         )
         card = make_card(settings, data, backbone, path)
         model: PersonalModule = build_model(backbone, card, optim=optim)
-        model.card = card
         cache_dir = Path(settings["cache_dir"])
         data.tokenize(
             tokenizer,
@@ -224,6 +223,8 @@ def make_card(settings: Settings, data: PreferenceData, backbone: Backbone, path
         features=data.schema.to_dict(),
         text=data.tokenizer_options,
         fingerprint=backbone.fingerprint(),
+        precision=settings["trainer"]["precision"],
+        ships_backbone=settings["backbone"]["path"] is None,
     )
 
 

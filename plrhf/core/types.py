@@ -46,6 +46,9 @@ class PreferenceBatch:
     ref_logps: Tensor | None = None  # [B, 2] float32, reference log-probability of chosen, rejected
     hidden: Tensor | None = None  # [M, d] pooled trunk outputs of the batch's distinct texts
     texts: Tensor | None = None  # [B, 2] int64, which of them are chosen and rejected
+    trunk: Tensor | None = (
+        None  # [R, L, d] last hidden states without any user, where they are kept
+    )
     weight: Tensor | None = None  # [B] float32, see `PairDataset.shard`; None: a batch of its own
     step_weight: float = 1.0  # of the batch in its optimiser step, see `ResumableBatchSampler`
 

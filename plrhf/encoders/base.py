@@ -1,4 +1,4 @@
-"""What a user encoder is: users in, one vector each out."""
+"""The interface of a user encoder: users in, one vector each out."""
 
 from __future__ import annotations
 
@@ -16,51 +16,62 @@ Init = Literal["vocabulary", "uniform", "normal"]
 
 
 class UserEncoder(nn.Module, ABC):
-    """f_P: who is this user -> e_u of width `user_dim`.
+    """Maps a user to a vector e_u of width `user_dim` (f_P of arXiv 2402.05133).
 
-    A subclass is built by keyword; of `n_users`, `user_dim`, `n_numbers`, `category_sizes` and
-    `vocabulary` it is handed those its constructor names, beside its own settings.
+    A subclass is built by keyword. Of `n_users`, `user_dim`, `n_numbers`, `category_sizes` and
+    `vocabulary` it is handed those that its constructor names, beside its own settings.
 
     Attributes:
-        personal: whether e_u depends on u. Where it does not, the user-specific and the generic
-            context are the same and are computed once.
+        personal: whether e_u depends on u. Where it does not, the user's and the generic context are
+            the same and are computed once.
+        penalty_weight: factor of the penalty of `encode` in the training loss.
     """
 
     personal: bool = True
+    penalty_weight: float = 0.0
 
     @abstractmethod
     def forward(self, users: UserBatch) -> Tensor:
-        """Vectors of the users, [B] -> [B, user_dim] float32."""
+        """Compute the vectors of the users, [B] -> [B, user_dim] float32."""
 
     @abstractmethod
     def generic(self, batch_size: int) -> Tensor:
-        """The generic user's vector, [batch_size, user_dim] float32."""
+        """Repeat the vector of the generic user, [batch_size, user_dim] float32."""
 
     @abstractmethod
     def user_parameters(self) -> Iterable[nn.Parameter]:
-        """Parameters whose rows belong to single users, all other parameters being shared."""
+        """Name the parameters whose row u belongs to user u, row 0 to the generic user."""
+
+    def encode(self, users: UserBatch) -> tuple[Tensor, Tensor | None]:
+        """Compute the vectors of the users, and what training is to add to their loss.
+
+        Returns:
+            [B, user_dim], and a penalty [B] (a KL term, an entropy) or None. It is added to the training
+            loss with `penalty_weight`, and never to val/loss.
+        """
+        return self(users), None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder's weights are, for tensors made in `forward` and `generic`."""
+        return next((one.device for one in self.parameters()), torch.device("cpu"))
 
 
 def initial_vectors(n: int, user_dim: int, *, init: Init, vocabulary: Tensor) -> Tensor:
-    """First values of n user vectors, [n, user_dim] float32.
-
-    ``vocabulary`` lays embeddings of random tokens, drawn with replacement, end to end
-    (arXiv 2402.05133, appendix); ``uniform`` draws from (-.5, .5); ``normal`` from N(0, 1).
+    """Draw the first values of n user vectors, [n, user_dim] float32.
 
     Args:
-        vocabulary: [V, d] input embeddings; user_dim must be a multiple of d for ``vocabulary``.
+        init: ``vocabulary`` puts embeddings of random tokens, drawn with replacement, end to end
+            (arXiv 2402.05133, appendix); ``uniform`` draws from (-.5, .5); ``normal`` from N(0, 1).
+        vocabulary: [V, d] input embeddings; ``vocabulary`` needs a user_dim that is a multiple of d.
 
     Raises:
-        ValueError: unknown init, or vectors that token embeddings do not fit.
+        ValueError: vectors that token embeddings do not fit.
     """
     if init == "uniform":
         return torch.rand(n, user_dim) - 0.5
     if init == "normal":
         return torch.randn(n, user_dim)
-    if init != "vocabulary":
-        raise bad_value(
-            "encoder.init", init, "vocabulary, uniform or normal", "Set encoder.init=uniform"
-        )
     n_tokens, width = vocabulary.shape
     if user_dim % width != 0:
         raise bad_value(
@@ -72,9 +83,3 @@ def initial_vectors(n: int, user_dim: int, *, init: Init, vocabulary: Tensor) ->
         )
     tokens = torch.randint(n_tokens, (n * user_dim // width,))
     return vocabulary[tokens.to(vocabulary.device)].float().cpu().reshape(n, user_dim)
-
-
-def check_at_least(field: str, value: int | float, least: int | float) -> None:
-    """Raise unless a numeric setting is at least `least`."""
-    if value < least:
-        raise bad_value(field, value, f"a number from {least}", f"Set {field}={least}")

@@ -7,13 +7,17 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from plrhf.core.checks import FractionBelowOne, PositiveInt, check_arguments
 from plrhf.core.errors import bad_value
 from plrhf.core.types import UserBatch
-from plrhf.encoders.base import Init, UserEncoder, check_at_least, initial_vectors
+from plrhf.encoders.base import Init, UserEncoder, initial_vectors
 
 
+@check_arguments("encoder")
 class FeatureMLPEncoder(UserEncoder):
-    """e_u = e_0 + MLP(features of u); e_0 where nothing is known (arXiv 2402.05133, section 4).
+    """Computes a user's vector from what is known of them (arXiv 2402.05133, section 4).
+
+    e_u = e_0 + MLP(features of u), and e_0 for a user of whom nothing is known.
 
     Args:
         n_numbers: leading columns of `UserBatch.features`, standardised, NaN where missing. Each
@@ -35,21 +39,13 @@ class FeatureMLPEncoder(UserEncoder):
         n_numbers: int,
         category_sizes: Sequence[int],
         vocabulary: Tensor,
-        hidden: int = 64,
-        rank: int | None = None,
-        category_dim: int = 8,
-        dropout: float = 0.0,
+        hidden: PositiveInt = 64,
+        rank: PositiveInt | None = None,
+        category_dim: PositiveInt = 8,
+        dropout: FractionBelowOne = 0.0,
         init: Init = "vocabulary",
     ) -> None:
         super().__init__()
-        check_at_least("encoder.hidden", hidden, 1)
-        check_at_least("encoder.category_dim", category_dim, 1)
-        if rank is not None:
-            check_at_least("encoder.rank", rank, 1)
-        if not 0 <= dropout < 1:
-            raise bad_value(
-                "encoder.dropout", dropout, "a number from 0 to below 1", "Set encoder.dropout=0"
-            )
         if n_numbers + len(category_sizes) == 0:
             raise bad_value(
                 "encoder",

@@ -7,15 +7,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from plrhf.core.checks import NonNegativeFloat, PositiveInt, check_arguments
 from plrhf.core.types import GENERIC_USER, UserBatch
-from plrhf.encoders.base import Init, UserEncoder, check_at_least, initial_vectors
+from plrhf.encoders.base import Init, UserEncoder, initial_vectors
 
 
+@check_arguments("encoder")
 class LookupEncoder(UserEncoder):
-    """e_u = e_0 + o_u, o_0 = 0 (arXiv 2402.05133, individualized preference).
+    """Learns one vector a user (arXiv 2402.05133, individualized preference).
 
-    With `rank` r, o_u = z_u S with z_u in R^r and S shared, [r, user_dim]: few numbers a user, which
-    is what a handful of pairs a user can bear.
+    e_u = e_0 + o_u with o_0 = 0. With `rank` r, o_u = z_u S, where z_u has r numbers and S,
+    [r, user_dim], is shared: a few pairs a user determine a few numbers.
 
     Args:
         n_users: users of the training rows, numbered from 1.
@@ -31,15 +33,12 @@ class LookupEncoder(UserEncoder):
         n_users: int,
         user_dim: int,
         vocabulary: Tensor,
-        rank: int | None = None,
+        rank: PositiveInt | None = None,
         init: Init = "vocabulary",
-        offset_scale: float = 0.1,
+        offset_scale: NonNegativeFloat = 0.1,
         sparse: bool = False,
     ) -> None:
         super().__init__()
-        if rank is not None:
-            check_at_least("encoder.rank", rank, 1)
-        check_at_least("encoder.offset_scale", offset_scale, 0)
         first = initial_vectors(1, user_dim, init=init, vocabulary=vocabulary)
         self.generic_vector = nn.Parameter(first[0])  # [user_dim]
         if rank is None:

@@ -12,7 +12,7 @@ from plrhf.encoders.base import UserEncoder
 
 
 class NoneEncoder(UserEncoder):
-    """Users are not looked at; vectors are empty, [B, 0], which aggregators pass over."""
+    """Ignores users: its vectors are empty, [B, 0], and aggregators leave the text as it is."""
 
     personal = False
 

@@ -1,4 +1,4 @@
-"""One learned vector for everybody: the capacity of a prompt without the person."""
+"""One learned vector for everybody: a control with the capacity of a prompt and no person."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from plrhf.core.checks import check_arguments
 from plrhf.core.types import UserBatch
 from plrhf.encoders.base import Init, UserEncoder, initial_vectors
 
 
+@check_arguments("encoder")
 class UniformEncoder(UserEncoder):
-    """e_u = e_0 for all u (arXiv 2402.05133, uniform preference)."""
+    """Gives every user the same learned vector, e_u = e_0 (arXiv 2402.05133, uniform preference)."""
 
     personal = False
 

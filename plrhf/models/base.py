@@ -1,9 +1,11 @@
-"""What reward model and policy share: two contexts, one mixed loss, two learning rates, exact metrics."""
+"""What reward model and policy share: two contexts, one mixed loss, optimiser groups, exact metrics."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -14,33 +16,50 @@ from torch import Tensor, nn
 from plrhf.aggregators import Aggregator
 from plrhf.backbone.model import Backbone
 from plrhf.core import losses
+from plrhf.core.checks import Fraction, check_arguments
 from plrhf.core.errors import bad_value
 from plrhf.core.types import PreferenceBatch
+from plrhf.data.packing import Tokenizer
 from plrhf.data.rows import content_hash
 from plrhf.encoders import UserEncoder
 from plrhf.models.card import Card
-from plrhf.models.loading import load_export
+from plrhf.models.loading import load_checkpoint, load_export
 from plrhf.models.metrics import ExactMean, UserAccuracy
 from plrhf.models.optim import Optim, RowAdamW, clip_gradients
 
 T = TypeVar("T")
 
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""Dtype of products under the trainer's precisions; others compute in the weights' own."""
 
+
+def user_maps(aggregator: Aggregator) -> list[nn.Parameter]:
+    """Parameters of an aggregator that act on user vectors."""
+    of_text = {id(one) for one in aggregator.text_parameters()}
+    return [one for one in aggregator.parameters() if id(one) not in of_text]
+
+
+@check_arguments("model")
 class PersonalModule(LightningModule):
-    """A model of which answer a user prefers, learned from pairs and who chose.
+    """Predicts which answer a user prefers; it learns from pairs and who chose.
 
-    Subclasses turn hidden states into margins and margins into a loss a pair; here stands what does
-    not depend on which. Both contexts of a pair are taken in one forward, so that the loss depends
-    neither on batch size nor on gradient accumulation.
+    Subclasses turn hidden states into margins, and margins into a loss of each pair. Both contexts of
+    a pair (its user and the generic user) are computed in one forward pass, so the loss depends neither
+    on batch size nor on gradient accumulation.
 
     Args:
         backbone, encoder, aggregator: the parts; the encoder is built to `aggregator.user_dim`.
-        n_users: user indices, the generic user's among them.
+        n_users: number of user indices, the generic user's among them.
         optim: learning rates, decay, schedule.
-        alpha: weight of the user-specific against the generic loss, in [0, 1].
+        alpha: weight of the user-specific against the generic loss.
+
+    Attributes:
+        card: the settings the model was built from; None for a model put together from its parts.
+        tokenizer: set where the model was loaded by `plrhf.load`.
     """
 
-    card: Card  # what the model was made from, set by whoever builds it from settings
+    card: Card
+    tokenizer: Tokenizer
 
     def __init__(
         self,
@@ -50,45 +69,55 @@ class PersonalModule(LightningModule):
         aggregator: Aggregator,
         n_users: int,
         optim: Optim | None = None,
-        alpha: float = 0.5,
+        alpha: Fraction = 0.5,
     ) -> None:
         super().__init__()
-        if not 0 <= alpha <= 1:
-            raise bad_value("model.alpha", alpha, "a number from 0 to 1", "Set model.alpha=0.5")
         self.backbone = backbone
         self.encoder = encoder
         self.aggregator = aggregator
         self.optim = Optim() if optim is None else optim
-        # Where the encoder does not tell users apart both contexts are one and the same.
+        if encoder.generic(1).shape[1] == 0:  # no user vectors: what maps them would never learn
+            for parameter in user_maps(aggregator):
+                parameter.requires_grad_(False)
+        # An encoder that does not tell users apart gives both contexts the same vectors.
         self.alpha = alpha if encoder.personal else 1.0
         self.strict_loading = False  # checkpoints leave out frozen weights
         self.val_accuracy = UserAccuracy(n_users=n_users)
         self.val_loss = ExactMean()
 
     @classmethod
-    def from_pretrained(
-        cls,
-        directory: str | Path,
-        *,
-        backbone_path: str | None = None,
-        trust_remote_code: bool = False,
+    def from_pretrained(cls, directory: str | Path, **options: Any) -> Self:
+        """Load the model of a run's ``export/``, in eval mode.
+
+        Args:
+            options: `backbone_path`, `trust_remote_code`, `trust_components` of `loading.load_export`.
+        """
+        return load_export(cls, directory, **options)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = None, **options: Any
     ) -> Self:
-        """The model of a run's ``export/``; see `plrhf.models.export.load_export`."""
-        return load_export(
-            cls, directory, backbone_path=backbone_path, trust_remote_code=trust_remote_code
-        )
+        """Load the model of a checkpoint that train.py left, in eval mode; nothing is unpickled.
+
+        Args:
+            checkpoint_path: e.g. ``RUN_DIR/checkpoints/best.ckpt``. map_location: where the model goes.
+            options: `backbone_path`, `trust_remote_code`, `trust_components` of `loading.load_checkpoint`.
+        """
+        model = load_checkpoint(cls, checkpoint_path, **options)
+        return model if map_location is None else model.to(map_location)
 
     @abstractmethod
     def margins(self, hidden: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        """From hidden states [C, R, L, d] to margins [C, B], in nats, and what else the loss needs."""
+        """Turn hidden states [C, R, L, d] into margins [C, B], in nats, and what else the loss needs."""
 
     @abstractmethod
     def pair_loss(self, margins: Tensor, extra: Tensor) -> Tensor:
-        """Loss of each pair and context, [C, B] -> [C, B]."""
+        """Compute the loss of each pair and context, [C, B] -> [C, B]."""
 
     @property
     def max_positions(self) -> int | None:
-        """Text positions the backbone has beside the user vectors, None for no limit."""
+        """How many positions the backbone has for text; None for no limit."""
         limit = self.backbone.max_positions
         return None if limit is None else limit - self.aggregator.n_positions
 
@@ -97,31 +126,60 @@ class PersonalModule(LightningModule):
         return []
 
     def hidden(self, batch: PreferenceBatch, names: tuple[str, ...]) -> Tensor:
-        """Hidden states of the batch in the named contexts ("user", "generic"), [C, R, L, d].
+        """Compute the hidden states of the batch in the named contexts, [C, R, L, d].
 
-        User vectors keep their precision, whatever products of text are computed in.
+        Args:
+            names: "user", "generic" or both.
         """
-        vectors = {
-            "user": lambda: self.encoder(batch.users),
-            "generic": lambda: self.encoder.generic(len(batch)),
-        }
-        with torch.autocast(batch.user_id.device.type, enabled=False):
-            user = torch.cat([vectors[name]() for name in names])
+        user, _ = self.user_vectors(batch, names)
         return self.hidden_for(batch, user)
 
+    def user_vectors(
+        self, batch: PreferenceBatch, names: tuple[str, ...]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encode the batch's users in the named contexts.
+
+        Autocast is off: user vectors keep their precision, whatever text is computed in. Vectors are
+        moved to the batch's device, as an encoder may make some of them on the CPU.
+
+        Returns:
+            [C * B, user_dim], and the encoder's penalty [B] of the users, None where it has none.
+        """
+        penalty, found = None, []
+        with torch.autocast(batch.user_id.device.type, enabled=False):
+            for name in names:
+                if name == "user":
+                    vectors, penalty = self.encoder.encode(batch.users)
+                else:
+                    vectors = self.encoder.generic(len(batch))
+                found.append(vectors.to(batch.user_id.device))
+        return torch.cat(found), penalty
+
     def hidden_for(self, batch: PreferenceBatch, user: Tensor) -> Tensor:
-        """Hidden states of the batch for user vectors [C * B, user_dim], [C, R, L, d]."""
+        """Compute the hidden states [C, R, L, d] of the batch for user vectors [C * B, user_dim]."""
         return self.aggregator(self.backbone, batch, user)
 
     def loss(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        """Mixed loss of each pair [B], and the margins [B] of the first context taken."""
+        """Compute the mixed loss of each pair [B] and the margins [B] of the first context taken."""
+        pair_losses, margins, _ = self._loss_and_penalty(batch)
+        return pair_losses, margins
+
+    def _loss_and_penalty(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor, Tensor | None]:
         names = tuple(name for name, _ in losses.contexts(self.alpha))
-        margins, extra = self.margins(self.hidden(batch, names), batch)
-        return losses.mixed(self.pair_loss(margins, extra), alpha=self.alpha), margins[0]
+        user, penalty = self.user_vectors(batch, names)
+        margins, extra = self.margins(self.hidden_for(batch, user), batch)
+        mixed = losses.mixed(self.pair_loss(margins, extra), alpha=self.alpha)
+        return mixed, margins[0], penalty
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        pair_losses, margins = self.loss(batch)
-        loss, accuracy = batch.mean(pair_losses), batch.mean((margins.detach() > 0).float())
+        pair_losses, margins, user_penalty = self._loss_and_penalty(batch)
+        correct = 0.5 * (margins.detach().sign() + 1)  # ties count one half, as in validation
+        loss, accuracy = batch.mean(pair_losses), batch.mean(correct)
+        text_penalty = self.aggregator.penalty()
+        if user_penalty is not None:
+            loss = loss + self.encoder.penalty_weight * batch.mean(user_penalty)
+        if text_penalty is not None:
+            loss = loss + self.aggregator.penalty_weight * text_penalty
         for name, value in (("train/loss", loss), ("train/accuracy", accuracy)):
             self.log(  # loggers are told by `training.StepMetrics`
                 name, value, prog_bar=True, logger=False, batch_size=len(batch), sync_dist=True
@@ -143,7 +201,7 @@ class PersonalModule(LightningModule):
 
     @torch.no_grad()
     def context_margins(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """Margins [B] of each pair in the user's and in the generic context."""
+        """Compute the margins [B] of the pairs in the contexts "user" and "generic"."""
         names = ("user", "generic") if self.encoder.personal else ("user",)
         margins, _ = self.margins(self.hidden(batch, names), batch)
         return {"user": margins[0], "generic": margins[-1]}
@@ -165,12 +223,35 @@ class PersonalModule(LightningModule):
         """
         return function(*arguments)
 
+    def check_finite(self) -> None:
+        """Raise where a learned number is nan or infinite, before anything is computed from it."""
+        for name, value in self.named_parameters():
+            if value.requires_grad and not bool(value.isfinite().all()):
+                raise bad_value(
+                    name,
+                    "nan or inf",
+                    "finite numbers",
+                    "The model diverged: train with lower learning rates (optim.lr, optim.user_lr, "
+                    "optim.head_lr), or set trainer.gradient_clip_val=1.0",
+                )
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of the precision the model was trained in; see `Card.precision`."""
+        kind = AUTOCAST.get(self.card.precision) if hasattr(self, "card") else None
+        return nullcontext() if kind is None else torch.autocast(self.device.type, dtype=kind)
+
+    def describe(self, card: Card) -> None:
+        """Take the settings the model was built from; loggers and checkpoints then show them."""
+        self.card = card
+        settings = {name: vars(card)[name] for name in ("model", "encoder", "aggregator")}
+        settings |= {"backbone": card.backbone, "text": card.text, "optim": asdict(self.optim)}
+        self.save_hyperparameters({**settings, "n_users": len(card.users)})
+
     def configure_optimizers(self) -> Any:
         of_text = self.aggregator.text_parameters()
-        user = [*self.encoder.parameters(), *self.aggregator.parameters()]
         optimizer, schedule = self.optim.build(
             backbone=self.backbone.parameters(),
-            user=[one for one in user if all(one is not other for other in of_text)],
+            user=[*self.encoder.parameters(), *user_maps(self.aggregator)],
             head=[*self.head_parameters(), *of_text],
             total_steps=int(self.trainer.estimated_stepping_batches),
         )
@@ -186,7 +267,7 @@ class PersonalModule(LightningModule):
         self._catch_up()
 
     def _catch_up(self, rows: Tensor | None = None) -> None:
-        """Let rows of sparse tables, all or those of a batch, be what they should be by now."""
+        """Decay rows of sparse tables, all or those of a batch, as far as the steps taken ask for."""
         for optimizer in self.trainer.optimizers:
             if isinstance(optimizer, RowAdamW):
                 optimizer.catch_up(rows)
@@ -211,6 +292,11 @@ class PersonalModule(LightningModule):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: state[name] for name in state if name not in frozen}
         checkpoint["made_for"] = self._made_for()
+        if hasattr(self, "card"):  # plain data, from which `load_from_checkpoint` builds the model
+            checkpoint["hyper_parameters"] = {
+                "card": asdict(self.card),
+                "optim": asdict(self.optim),
+            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model's checkpoint, and say in what they differ."""
@@ -225,7 +311,7 @@ class PersonalModule(LightningModule):
                 )
 
     def _made_for(self) -> dict[str, str]:
-        """What the learned weights belong to, short enough to be shown."""
+        """Say what the learned weights belong to, in few words."""
         if not hasattr(self, "card"):
             return {}
         return {

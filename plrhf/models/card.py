@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,9 @@ class Card:
         users: ids of the train users; user index = place + 1.
         features: `FeatureSchema.to_dict`. text: settings of `RowTokenizer`.
         fingerprint: of the frozen backbone's weights, see `Backbone.fingerprint`.
+        precision: the trainer's; a loaded model computes in the same.
+        ships_backbone: whether the export holds the frozen backbone too, in ``backbone/``.
+        files: BLAKE2b digests of the export's other files by name; of a checkpoint none.
     """
 
     model: dict[str, Any]
@@ -34,19 +40,28 @@ class Card:
     features: dict[str, Any]
     text: dict[str, Any]
     fingerprint: str
+    precision: str = "32-true"
+    ships_backbone: bool = False
+    files: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def feature_schema(self) -> FeatureSchema:
-        """How features of users are encoded."""
+        """Return how features of users are encoded."""
         return FeatureSchema.from_dict(self.features)
 
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Index of each train user by id."""
+        return {user: place for place, user in enumerate(self.users, start=1)}
+
     def user_index(self, user_id: str, field: str = "user_id") -> int:
-        """Index of a train user.
+        """Look up the index of a train user.
 
         Raises:
             ValueError: the model was not trained on this user.
         """
-        if user_id not in self.users:
+        index = self.places.get(user_id)
+        if index is None:
             shown = ", ".join(self.users[:5]) + (", ..." if len(self.users) > 5 else "")
             raise bad_value(
                 field,
@@ -54,15 +69,16 @@ class Card:
                 f"one of the {len(self.users)} users the model was trained on ({shown})",
                 "Name one of them, or leave it out for the generic user",
             )
-        return self.users.index(user_id) + 1
+        return index
 
 
 def card_text(card: Card) -> str:
+    """Write a card as the text of its file."""
     return json.dumps(asdict(card), indent=2) + "\n"
 
 
 def read_card(directory: str | Path) -> Card:
-    """The card of an export.
+    """Read the card of an export.
 
     Raises:
         ValueError: no export there, or one of another version, or damaged.
@@ -72,16 +88,37 @@ def read_card(directory: str | Path) -> Card:
         raise bad_value("export", str(directory), f"a directory with {CARD}", "Give RUN_DIR/export")
     try:
         content = json.loads(path.read_text())
-        schema = content["schema"]
-    except (ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
+        raise _no_object(path, error) from error
+    if not isinstance(content, dict) or "schema" not in content:
+        raise _no_object(path, "no schema")
+    return card_of(content, CARD)
+
+
+def card_of(content: Mapping[str, Any], origin: str) -> Card:
+    """Build a card from plain data.
+
+    Args:
+        origin: where the data come from, for messages.
+
+    Raises:
+        ValueError: another version, a missing or unknown field, or a user named twice.
+    """
+    if content.get("schema") != SCHEMA:
         raise bad_value(
-            "export", str(path), "a JSON object with a schema", f"Export anew ({error})"
-        ) from error
-    if schema != SCHEMA:
-        raise bad_value(f"{CARD} schema", schema, f"{SCHEMA}", "Export the model anew")
+            f"{origin} schema", content.get("schema"), f"{SCHEMA}", "Export the model anew"
+        )
     takes = kinds(Card)
-    given = accepted(content, takes, CARD)
+    given = accepted(content, takes, origin)
     for name in takes:
         if name not in given:
-            raise bad_value(f"{CARD}.{name}", None, "a value", "Export the model anew")
-    return Card(**given)
+            raise bad_value(f"{origin}.{name}", None, "a value", "Export the model anew")
+    card = Card(**given)
+    user, count = next(iter(Counter(card.users).most_common(1)), ("", 1))
+    if count > 1:
+        raise bad_value(f"{origin}.users", user, "each user once", "Export the model anew")
+    return card
+
+
+def _no_object(path: Path, reason: object) -> ValueError:
+    return bad_value("export", str(path), "a JSON object with a schema", f"Export anew ({reason})")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,30 +20,64 @@ from plrhf.core.errors import bad_value
 from plrhf.models.card import CARD, Card, card_text, read_card
 
 USER_MODEL = "user_encoder.safetensors"
+BACKBONE = "backbone"
+README = "README.md"
 
 
 def user_model_state(model: Any) -> dict[str, Tensor]:
-    """Encoder, aggregator and head: all that is not the language model."""
+    """Return the weights of encoder, aggregator and head: all but the language model's."""
     state = model.state_dict().items()
     return {n: v.detach().cpu().contiguous() for n, v in state if not n.startswith("backbone.")}
 
 
 def save_export(directory: Path, model: Any, card: Card, tokenizer: Any) -> None:
-    """Write `directory`: PEFT adapter and user model as safetensors, tokenizer, plrhf.json."""
-    model.backbone.save(directory)
+    """Write a model to `directory`: PEFT adapter, user model, tokenizer, a model card, plrhf.json.
+
+    All is written beside `directory` first, which is then replaced as a whole. The frozen backbone goes
+    along where `card.ships_backbone` says so. Files can be read by everybody.
+    """
+    part = _beside(directory, "part")
+    is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    if is_first:
+        _remove(part)
+        part.mkdir(parents=True)
+    model.backbone.save(part)
     named = model.named_parameters()
     with gathered([one for name, one in named if not name.startswith("backbone.")]):
-        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            directory.mkdir(parents=True, exist_ok=True)
-            save_file(user_model_state(model), directory / USER_MODEL)
-            tokenizer.save_pretrained(directory)
-            (directory / CARD).write_text(card_text(card))
+        if not is_first:
+            return
+        save_file(user_model_state(model), part / USER_MODEL)
+    if card.ships_backbone and model.backbone.trainable != "full":
+        _copy_backbone(Path(card.backbone["path"]), part / BACKBONE)
+        card = replace(card, backbone={**card.backbone, "path": BACKBONE})
+    tokenizer.save_pretrained(part)
+    _model_card(card).save(part / README)
+    card = replace(card, files=_digests(part))
+    (part / CARD).write_text(card_text(card))
+    for path in (part, *part.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    _replace_directory(part, directory)
+
+
+def check_files(directory: Path, card: Card) -> None:
+    """Raise where a file of an export is missing or is not the one that was written."""
+    for name, digest in card.files.items():
+        path = directory / name
+        if not path.is_file() or _digest(path) != digest:
+            raise bad_value(
+                f"export {name}",
+                "missing" if not path.is_file() else "altered or damaged",
+                f"the file that {CARD} was written with",
+                "Copy the export anew, or export the model anew",
+            )
 
 
 def replace_users(
     directory: str | Path, users: Sequence[str], tables: Mapping[str, Tensor]
 ) -> None:
-    """Give an export other users: their ids, and the encoder's `tables` of one row a user.
+    """Give an export other users: their ids, and the encoder's tables of one row a user.
+
+    A new export is made beside the old one and takes its place, so that it loads at any moment.
 
     Args:
         tables: by name in the encoder, [1 + number of users, ...]; other weights stay as they are.
@@ -56,13 +93,91 @@ def replace_users(
                 f"{len(users) + 1}, one a user and the generic user's",
                 "Let user_parameters() name only parameters whose row u belongs to user u",
             )
-    model_file, card_file = Path(directory, USER_MODEL), Path(directory, CARD)
-    rows = {f"encoder.{name}": table.detach().contiguous() for name, table in tables.items()}
-    state = {**load_file(model_file), **rows}
+    directory = Path(directory)
+    restore(directory)
+    rows = {f"encoder.{name}": table.detach().cpu().contiguous() for name, table in tables.items()}
     card = replace(read_card(directory), users=list(users))
-    # Both aside first, as an export with one of them new and the other old does not load.
-    parts = [one.with_name(f"{one.name}.part") for one in (model_file, card_file)]
-    save_file(state, parts[0])
-    parts[1].write_text(card_text(card))
-    os.replace(parts[0], model_file)
-    os.replace(parts[1], card_file)
+    part = _beside(directory, "part")
+    _remove(part)
+    shutil.copytree(directory, part)
+    (part / USER_MODEL).unlink()
+    save_file({**load_file(directory / USER_MODEL), **rows}, part / USER_MODEL)
+    (part / USER_MODEL).chmod(0o644)
+    files = {**card.files, USER_MODEL: _digest(part / USER_MODEL)}
+    (part / CARD).write_text(card_text(replace(card, files=files)))
+    _replace_directory(part, directory)
+
+
+def _replace_directory(new: Path, old: Path) -> None:
+    """Put a whole directory in the place of another one, or of none."""
+    aside = _beside(old, "old")
+    _remove(aside)
+    if old.exists():
+        os.rename(old, aside)
+    os.rename(new, old)
+    _remove(aside)
+
+
+def restore(directory: Path) -> None:
+    """Put an export back that a kill left aside, between the two renames of `_replace_directory`."""
+    aside = _beside(directory, "old")
+    if not directory.exists() and aside.is_dir() and not aside.is_symlink():
+        os.rename(aside, directory)
+
+
+def _beside(directory: Path, suffix: str) -> Path:
+    return directory.with_name(f"{directory.name}.{suffix}")
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory with all in it; of a symbolic link the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
+
+
+def _copy_backbone(source: Path, target: Path) -> None:
+    """Copy the files of a model that loading it needs; its tokenizer lies in the export itself."""
+    target.mkdir()
+    for pattern in ("*.safetensors", "*.safetensors.index.json", "*config.json"):
+        for path in source.glob(pattern):
+            if path.name != "tokenizer_config.json":
+                shutil.copyfile(path, target / path.name)
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """Digests of an export's files by name; people may edit its README."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    named = {path.relative_to(directory).as_posix(): path for path in files}
+    return {name: _digest(path) for name, path in named.items() if name not in (README, CARD)}
+
+
+def _digest(path: Path) -> str:
+    digest = blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while piece := file.read(2**22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _model_card(card: Card) -> ModelCard:
+    """A model card that says what the export is and how it is used; it names no user and no path."""
+    path = str(card.backbone["path"])
+    is_on_hub = not card.ships_backbone and not Path(path).is_absolute()
+    data = ModelCardData(
+        library_name="plrhf",
+        base_model=path if is_on_hub else None,
+        tags=["personalised-rlhf", "preference-learning", str(card.model["name"])],
+    )
+    base = f"`{path}`" if is_on_hub else "shipped" if card.ships_backbone else "a local model"
+    method = "write" if card.model["name"] == "dpo" else "score"
+    return ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n"
+        f"# A personalised {'policy' if method == 'write' else 'reward model'}\n\n"
+        f"Made by plrhf: encoder `{card.encoder['name']}`, aggregator `{card.aggregator['name']}`, "
+        f"{len(card.users)} users; language model: {base}.\n\n"
+        "```python\nimport plrhf\n\n"
+        'model = plrhf.load("DIR")  # this directory\n'
+        f'model.{method}([{{"prompt": "Write a note.", "response": "Back at six."}}])\n```\n'
+    )

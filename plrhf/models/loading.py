@@ -1,13 +1,15 @@
-"""Models built from their card: fresh, or with the weights of an export."""
+"""Models built from their card: fresh, with the weights of an export, or with those of a checkpoint."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from plrhf.aggregators import Aggregator
 from plrhf.backbone.loading import load_backbone
@@ -15,14 +17,19 @@ from plrhf.backbone.model import Backbone
 from plrhf.core.components import build, locate
 from plrhf.core.errors import bad_value
 from plrhf.encoders import UserEncoder
-from plrhf.models.card import CARD, Card, read_card
-from plrhf.models.export import USER_MODEL, user_model_state
+from plrhf.models.card import CARD, Card, card_of, read_card
+from plrhf.models.export import BACKBONE, USER_MODEL, check_files, restore, user_model_state
+from plrhf.models.optim import Optim
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def build_model(backbone: Backbone, card: Card, **provided: Any) -> Any:
-    """A model of the card's settings on this backbone, its user model freshly initialised."""
+    """Build a model of the card's settings on this backbone, with a fresh user model.
+
+    Args:
+        provided: what else its constructor may name, e.g. ``optim``.
+    """
     aggregator = build(
         card.aggregator,
         "aggregator",
@@ -30,8 +37,24 @@ def build_model(backbone: Backbone, card: Card, **provided: Any) -> Any:
         hidden_size=backbone.hidden_size,
         n_blocks=backbone.config.num_hidden_layers,
     )
+    model = build(
+        card.model,
+        "model",
+        kind=nn.Module,
+        backbone=backbone,
+        encoder=build_encoder(backbone, aggregator, card),
+        aggregator=aggregator,
+        n_users=len(card.users) + 1,
+        **provided,
+    )
+    model.describe(card)
+    return model
+
+
+def build_encoder(backbone: Backbone, aggregator: Aggregator, card: Card) -> UserEncoder:
+    """Build a fresh encoder of the card's settings for the card's users."""
     schema = card.feature_schema()
-    encoder = build(
+    encoder: UserEncoder = build(
         card.encoder,
         "encoder",
         kind=UserEncoder,
@@ -41,16 +64,7 @@ def build_model(backbone: Backbone, card: Card, **provided: Any) -> Any:
         category_sizes=schema.category_sizes,
         vocabulary=backbone.vocabulary(),
     )
-    return build(
-        card.model,
-        "model",
-        kind=nn.Module,
-        backbone=backbone,
-        encoder=encoder,
-        aggregator=aggregator,
-        n_users=len(card.users) + 1,
-        **provided,
-    )
+    return encoder
 
 
 def load_export(
@@ -59,19 +73,90 @@ def load_export(
     *,
     backbone_path: str | None = None,
     trust_remote_code: bool = False,
+    trust_components: bool = False,
 ) -> Model:
-    """The model of an export, in eval mode; its card is `model.card`.
+    """Load the model of an export, in eval mode; its card is `model.card`.
 
     Args:
         model_class: what the export must hold. directory: what `save_export` wrote.
         backbone_path: where the frozen backbone lies now, if it has moved.
         trust_remote_code: let the backbone's repository bring its own code; no export can ask for it.
+        trust_components: import classes from outside plrhf that the export names.
 
     Raises:
-        ValueError: not an export, of another class, or a backbone with other weights.
+        ValueError: not an export, a damaged one, one of another class, or a backbone with other weights.
     """
+    restore(Path(directory))
     card = read_card(directory)
-    target = card.model.get("_target_")
+    check_files(Path(directory), card)
+    _check_class(model_class, card, trust_components=trust_components)
+    path = backbone_path or str(card.backbone["path"])
+    shipped = Path(directory, BACKBONE)
+    if card.backbone["trainable"] == "full" or (backbone_path is None and card.ships_backbone):
+        path = str(shipped)
+    backbone = _load_frozen(card, path, trust_remote_code=trust_remote_code)
+    model = build_model(backbone, card)
+    backbone.load_adapter(Path(directory))
+    _load_user_model(model, Path(directory, USER_MODEL))
+    return model.eval()
+
+
+def load_checkpoint(
+    model_class: type[Model],
+    path: str | Path,
+    *,
+    backbone_path: str | None = None,
+    trust_remote_code: bool = False,
+    trust_components: bool = False,
+) -> Model:
+    """Load the model of a checkpoint that train.py left, in eval mode.
+
+    A checkpoint holds learned weights and, as plain data, the model's card. The frozen backbone is read
+    from where the card says it lies.
+
+    Args:
+        path: e.g. ``RUN_DIR/checkpoints/best.ckpt``. others: as in `load_export`.
+
+    Raises:
+        ValueError: not such a checkpoint, one of another class, or a backbone with other weights.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state, settings = content["state_dict"], content["hyper_parameters"]
+        card = card_of(settings["card"], "checkpoint")
+    except (OSError, RuntimeError, UnpicklingError, EOFError, KeyError, TypeError) as error:
+        raise bad_value(
+            "checkpoint",
+            str(path),
+            "a whole checkpoint of a reward model or policy, as train.py wrote it",
+            f"Give RUN_DIR/checkpoints/best.ckpt ({' '.join(str(error).split())[:120]})",
+        ) from error
+    _check_class(model_class, card, trust_components=trust_components)
+    found = backbone_path or str(card.backbone["path"])
+    backbone = _load_frozen(card, found, trust_remote_code=trust_remote_code)
+    model = build_model(backbone, card, optim=Optim(**settings["optim"]))
+    learned = {name for name, value in model.named_parameters() if value.requires_grad}
+    _check_state(
+        {name: state[name] for name in state if name in learned},
+        {name: value for name, value in model.named_parameters() if name in learned},
+        str(path),
+    )
+    model.load_state_dict(state, strict=False)
+    return model.eval()
+
+
+def _check_class(model_class: type, card: Card, *, trust_components: bool) -> None:
+    """Raise where a card names another class than is wanted, or code from outside plrhf without leave."""
+    for field in ("model", "encoder", "aggregator"):
+        target = str(vars(card)[field].get("_target_"))
+        if not trust_components and not target.startswith("plrhf."):
+            raise bad_value(
+                f"{CARD}.{field}._target_",
+                target,
+                "a class of plrhf, as loading imports and runs what stands there",
+                "If you trust where the model comes from, say trust_components=True",
+            )
+    target = str(card.model.get("_target_"))
     found = locate(target, f"{CARD}.model")
     if not (isinstance(found, type) and issubclass(found, model_class)):
         raise bad_value(
@@ -80,28 +165,34 @@ def load_export(
             f"a {model_class.__name__}",
             "Load it with from_pretrained of its own class",
         )
+
+
+def _load_frozen(card: Card, path: str, *, trust_remote_code: bool) -> Backbone:
+    """Load the backbone of a card from `path`, and compare its frozen weights with the card's.
+
+    Raises:
+        ValueError: no backbone there, or another one.
+    """
     settings = {
         **card.backbone,
         "_target_": f"{load_backbone.__module__}.{load_backbone.__qualname__}",
+        "path": path,
         "trust_remote_code": trust_remote_code,
     }
-    if backbone_path is not None:
-        settings["path"] = backbone_path
-    if settings.get("trainable") == "full":
-        settings["path"] = str(Path(directory, "backbone"))
-    backbone: Backbone = build(settings, f"{CARD}.backbone")
-    if backbone.trainable != "full" and backbone.fingerprint() != card.fingerprint:
+    is_gone = Path(path).is_absolute() and not Path(path).is_dir()
+    backbone: Backbone | None = None
+    if not is_gone:
+        backbone = build(settings, f"{CARD}.backbone")
+    if backbone is None or (
+        backbone.trainable != "full" and backbone.fingerprint() != card.fingerprint
+    ):
         raise bad_value(
             "backbone.path",
-            settings["path"],
+            path,
             "the backbone the model was trained on",
             "Give its directory as backbone_path",
         )
-    model = build_model(backbone, card)
-    backbone.load_adapter(Path(directory))
-    _load_user_model(model, Path(directory, USER_MODEL))
-    model.card = card
-    return model.eval()
+    return backbone
 
 
 def _load_user_model(model: Any, path: Path) -> None:
@@ -111,11 +202,23 @@ def _load_user_model(model: Any, path: Path) -> None:
         raise bad_value(
             USER_MODEL, str(path), "a whole safetensors file", f"Export anew ({error})"
         ) from error
-    own = user_model_state(model)
+    _check_state(state, user_model_state(model), USER_MODEL)
+    model.load_state_dict(state, strict=False)
+
+
+def _check_state(state: dict[str, Tensor], own: dict[str, Tensor], origin: str) -> None:
+    """Raise unless `state` has the tensors of `own`, of their shapes, with finite real numbers."""
     for name in {**own, **state}:
         shapes = [tuple(one[name].shape) if name in one else None for one in (state, own)]
         if shapes[0] != shapes[1]:
             raise bad_value(
-                f"{USER_MODEL} {name}", shapes[0], f"shape {shapes[1]}", "Export the model anew"
+                f"{origin} {name}", shapes[0], f"shape {shapes[1]}", "Export the model anew"
             )
-    model.load_state_dict(state, strict=False)
+        value = state[name]
+        if not own[name].is_floating_point():
+            continue
+        if not value.is_floating_point() or not bool(value.isfinite().all()):
+            given = value.dtype if not value.is_floating_point() else "nan or inf"
+            raise bad_value(
+                f"{origin} {name}", str(given), "finite real numbers", "Export the model anew"
+            )

@@ -1,4 +1,4 @@
-"""Accuracy and means while training: exact sums over batches and processes, as torchmetrics."""
+"""Accuracy and means while training: torchmetrics with exact sums over batches and processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from plrhf.core.errors import bad_value
 
 
 def user_counts(margins: Tensor, user_id: Tensor, n_users: int) -> Tensor:
-    """Sums per user index: correct pairs (ties one half), pairs, nll; [B], [B] -> [3, n_users].
+    """Sum per user index: correct pairs (ties one half), pairs, nll; [B], [B] -> [3, n_users].
 
     In float64, where halves add up exactly whatever the batches.
 
@@ -32,7 +32,7 @@ def user_counts(margins: Tensor, user_id: Tensor, n_users: int) -> Tensor:
 
 
 def accuracy_from_counts(counts: Tensor) -> dict[str, Tensor]:
-    """Accuracy over pairs, over users, and nll in nats, of `user_counts`; NaN without a pair."""
+    """Compute accuracy over pairs, over users, and nll in nats, of `user_counts`; NaN without a pair."""
     correct, count, nll = counts
     asked = count > 0
     return {
@@ -65,12 +65,12 @@ class UserAccuracy(Metric):
         self.counts += user_counts(margins, user_id, self.n_users)
 
     def compute(self) -> dict[str, Tensor]:
-        """0-dim tensors ``accuracy_micro``, ``accuracy_macro``, ``nll``."""
+        """Return 0-dim tensors ``accuracy_micro``, ``accuracy_macro``, ``nll``."""
         return accuracy_from_counts(self.counts)
 
 
 class ExactMean(Metric):
-    """Mean over all batches and processes, summed in float64: Lightning's own rounds counts."""
+    """Weighted mean over all batches and processes, summed in float64, as Lightning's own rounds counts."""
 
     full_state_update = False
     is_differentiable = False
@@ -83,8 +83,12 @@ class ExactMean(Metric):
     def update(self, values: Tensor, weight: Tensor) -> None:
         """Add values and their weights, both [B] or 0-dim."""
         values, weight = values.detach().double(), weight.double()
-        self.sums += torch.stack([(values * weight).sum(), weight.sum()])
+        self.add((values * weight).sum(), weight.sum())
+
+    def add(self, total: Tensor, weight: Tensor) -> None:
+        """Add a sum of weighted values and the sum of their weights, both 0-dim."""
+        self.sums += torch.stack([total.detach().double(), weight.double()])
 
     def compute(self) -> Tensor:
-        """The mean, 0-dim float64."""
+        """Return the mean, 0-dim float64."""
         return self.sums[0] / self.sums[1]

@@ -12,47 +12,30 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from plrhf.core.errors import bad_value
-
-SCHEDULES = ("cosine", "constant")
+from plrhf.core.checks import NonNegativeFloat, NonNegativeInt, PositiveFloat, check_arguments
 
 
+@check_arguments("optim")
 @dataclass(frozen=True, kw_only=True)
 class Optim:
     """Settings of the optimiser; arXiv 2402.05133 uses AdamW, lr 5e-5, cosine, 150 warm-up steps.
 
     Args:
-        lr: for the language model (LoRA or full weights). user_lr: for user encoder and aggregator,
-            but for the aggregator's layers on text alone.
-        head_lr: for the reward head and those layers. Each > 0, per step.
-        weight_decay, user_weight_decay: decoupled decay of the two, >= 0; the latter also acts as
+        lr: for the language model (LoRA or full weights).
+        user_lr: for the user encoder and for those weights of the aggregator that act on user vectors.
+        head_lr: for the reward head and the aggregator's layers on text alone. All are per step.
+        weight_decay, user_weight_decay: decoupled decay; the latter is of what has user_lr and acts as
             the prior that keeps users near the generic one.
         warmup_steps: linear warm-up, then `schedule` ("cosine" to zero at the last step, "constant").
     """
 
-    lr: float = 5e-5
-    user_lr: float = 5e-4
-    head_lr: float = 1e-3
-    weight_decay: float = 0.0
-    user_weight_decay: float = 0.0
-    warmup_steps: int = 150
+    lr: PositiveFloat = 5e-5
+    user_lr: PositiveFloat = 5e-4
+    head_lr: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.0
+    user_weight_decay: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 150
     schedule: Literal["cosine", "constant"] = "cosine"
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "user_lr", "head_lr"):
-            value = getattr(self, name)
-            if not value > 0:
-                raise bad_value(
-                    f"optim.{name}", value, "a number above 0", f"Set optim.{name}=1e-4"
-                )
-        for name in ("weight_decay", "user_weight_decay", "warmup_steps"):
-            value = getattr(self, name)
-            if value < 0:
-                raise bad_value(f"optim.{name}", value, "a number from 0", f"Set optim.{name}=0")
-        if self.schedule not in SCHEDULES:
-            raise bad_value(
-                "optim.schedule", self.schedule, " or ".join(SCHEDULES), "Set optim.schedule=cosine"
-            )
 
     def build(
         self,

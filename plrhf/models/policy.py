@@ -2,53 +2,58 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from plrhf.core import losses
+from plrhf.core.checks import PositiveFloat, check_arguments
 from plrhf.core.errors import bad_value
 from plrhf.core.logprobs import response_logps
 from plrhf.core.types import PreferenceBatch
 from plrhf.models.base import PersonalModule
 
 
+@check_arguments("model")
 class PersonalDPOPolicy(PersonalModule):
-    """pi(y | x, u), tied to a reference that never sees the user (arXiv 2402.05133, P-DPO).
+    """Writes for a user, pi(y | x, u), tied to a reference without users (arXiv 2402.05133, P-DPO).
 
     Margins are beta * (log-ratio of chosen - log-ratio of rejected), in nats. The reference is the
-    same backbone with its adapters off: no second model in memory.
+    same backbone with its adapters off, so no second model is in memory.
 
     Args:
-        beta: tie to the reference, > 0. loss: one of `losses.DPO_LOSSES`.
-        label_smoothing: for ``cdpo``, in [0, .5). parts: see `PersonalModule`.
+        beta: strength of the tie to the reference. loss: see `losses.dpo`.
+        label_smoothing: chance that a choice is flipped, for ``cdpo`` only.
+        parts: see `PersonalModule`.
 
     Raises:
-        ValueError: a backbone that is not causal, or has no frozen weights to serve as reference.
+        ValueError: a backbone that is not causal or has no frozen weights to serve as reference, or
+            nothing to learn.
     """
 
     def __init__(
         self,
         *,
-        beta: float = 0.1,
-        loss: str = "sigmoid",
-        label_smoothing: float = 0.0,
+        beta: PositiveFloat = 0.1,
+        loss: Literal["sigmoid", "ipo", "hinge", "cdpo"] = "sigmoid",
+        label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0,
         **parts: Any,
     ) -> None:
         super().__init__(**parts)
-        if not beta > 0:
-            raise bad_value("model.beta", beta, "a number above 0", "Set model.beta=0.1")
-        if loss not in losses.DPO_LOSSES:
-            allowed = ", ".join(losses.DPO_LOSSES)
-            raise bad_value("model.loss", loss, f"one of {allowed}", "Set model.loss=sigmoid")
-        if not 0 <= label_smoothing < 0.5:
+        self._check_parts()
+        if label_smoothing > 0 and loss != "cdpo":
             raise bad_value(
                 "model.label_smoothing",
                 label_smoothing,
-                "a number from 0 to below .5",
-                "Set model.label_smoothing=0",
+                f"0 with model.loss={loss}, which does not use it",
+                "Set model.loss=cdpo, or model.label_smoothing=0",
             )
+        self.beta, self.dpo_loss, self.label_smoothing = beta, loss, label_smoothing
+
+    def _check_parts(self) -> None:
+        """Raise where the parts make no policy, or none that can learn."""
         if not self.backbone.causal:
             raise bad_value(
                 "backbone.path",
@@ -70,10 +75,16 @@ class PersonalDPOPolicy(PersonalModule):
                 "lora or frozen, as the reference is the model without its adapters",
                 "Set backbone.trainable=lora",
             )
-        self.beta, self.dpo_loss, self.label_smoothing = beta, loss, label_smoothing
+        if not any(one.requires_grad for one in self.parameters()):
+            raise bad_value(
+                "backbone.trainable",
+                self.backbone.trainable,
+                "lora, as with encoder=none a frozen policy has nothing to learn",
+                "Set backbone.trainable=lora, or encoder=lookup",
+            )
 
     def logps(self, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
-        """Hidden states [R, L, d] -> response log-probabilities [B, 2] float32, in nats."""
+        """Turn hidden states [R, L, d] into response log-probabilities [B, 2] float32, in nats."""
         return response_logps(
             hidden,
             batch.input_ids,
@@ -84,11 +95,14 @@ class PersonalDPOPolicy(PersonalModule):
         )
 
     def reference_logps(self, batch: PreferenceBatch) -> Tensor:
-        """Response log-probabilities [B, 2] under the reference, in nats, no gradient."""
+        """Compute response log-probabilities [B, 2] under the reference, in nats, without gradient."""
         with self.backbone.reference():
-            inputs = self.backbone.embed(batch.input_ids)
-            hidden = self.backbone(inputs, batch.segment, batch.position_ids)
-            return self.logps(hidden, batch)
+            return self.logps(self.trunk(batch), batch)
+
+    def trunk(self, batch: PreferenceBatch) -> Tensor:
+        """Run the backbone on the text alone, [R, L, d] last hidden states."""
+        inputs = self.backbone.embed(batch.input_ids)
+        return self.backbone(inputs, batch.segment, batch.position_ids)
 
     def margins(self, hidden: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         reference = self.reference_logps(batch) if batch.ref_logps is None else batch.ref_logps

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from plrhf.core import losses
-from plrhf.core.errors import bad_value
+from plrhf.core.checks import NonNegativeFloat, check_arguments
 from plrhf.core.types import CHOSEN, PADDING, REJECTED, PreferenceBatch
 from plrhf.models.base import PersonalModule
 
-POOLINGS = ("last", "mean")
-
 
 def pool_responses(hidden: Tensor, segment: Tensor, *, n_pairs: int, pooling: str) -> Tensor:
-    """One vector a response: its last token's, or the mean over its tokens.
+    """Pool hidden states to one vector a response: its last token's, or the mean over its tokens.
 
     Args:
         hidden: [C, R, L, d]. segment: [R, L] int64. n_pairs: B. pooling: "last" or "mean".
@@ -36,14 +34,15 @@ def pool_responses(hidden: Tensor, segment: Tensor, *, n_pairs: int, pooling: st
     return of_row.unflatten(1, (-1, n_pairs)).sum(dim=1)
 
 
+@check_arguments("model")
 class PersonalRewardModel(PersonalModule):
-    """r(x, y, u): reward of a response for a user, learned from choices (arXiv 2402.05133, P-RM).
+    """Rewards a response for a user, r(x, y, u), learned from choices (arXiv 2402.05133, P-RM).
 
-    r = w . pool(h) over the response's hidden states h, user vectors met where the aggregator says.
+    r = w . pool(h) over the response's hidden states h, on which the aggregator lets the user act.
 
     Args:
         pooling: ``last`` response token, or ``mean`` over the response's tokens.
-        target_margin: m of `losses.bradley_terry`. centring: weight of `losses.reward_centring`, >= 0.
+        target_margin: m of `losses.bradley_terry`. centring: weight of `losses.reward_centring`.
         parts: see `PersonalModule`.
     """
 
@@ -51,18 +50,13 @@ class PersonalRewardModel(PersonalModule):
         self,
         *,
         pooling: Literal["last", "mean"] = "mean",
-        target_margin: float = 0.0,
-        centring: float = 0.0,
+        target_margin: NonNegativeFloat = 0.0,
+        centring: NonNegativeFloat = 0.0,
         **parts: Any,
     ) -> None:
         super().__init__(**parts)
-        if pooling not in POOLINGS:
-            raise bad_value(
-                "model.pooling", pooling, " or ".join(POOLINGS), "Set model.pooling=mean"
-            )
-        for name, value in (("target_margin", target_margin), ("centring", centring)):
-            if value < 0:
-                raise bad_value(f"model.{name}", value, "a number from 0", f"Set model.{name}=0")
+        if centring == 0:  # the loss then sees differences of rewards alone
+            self.aggregator.drop_shift()
         self.pooling = pooling
         self.target_margin = target_margin
         self.centring = centring
@@ -73,7 +67,7 @@ class PersonalRewardModel(PersonalModule):
         return list(self.head.parameters())
 
     def hidden_for(self, batch: PreferenceBatch, user: Tensor) -> Tensor:
-        # Free of the user, trunk outputs are pooled before the user comes in: once for all contexts.
+        # A trunk that does not depend on the user is run and pooled once for all contexts.
         if self.aggregator.after_trunk and batch.hidden is None:
             pooled = self.pooled_trunk(batch).flatten(0, 1)
             texts = torch.arange(len(pooled), device=pooled.device).view(len(batch), 2)
@@ -81,9 +75,9 @@ class PersonalRewardModel(PersonalModule):
         return super().hidden_for(batch, user)
 
     def rewards(self, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
-        """Hidden states [C, R, L, d] -> rewards [C, B, 2] float32 (chosen, rejected).
+        """Turn hidden states [C, R, L, d] into rewards [C, B, 2] float32 (chosen, rejected).
 
-        Where pooled ones come in, [C, B, 2, d], they are what pooling would give.
+        With `aggregator.after_trunk` the hidden states are pooled already, [C, B, 2, d].
         """
         pooled = hidden
         if not self.aggregator.after_trunk:
@@ -101,11 +95,11 @@ class PersonalRewardModel(PersonalModule):
 
     @property
     def pooled_suffices(self) -> bool:
-        """Whether pooled trunk outputs, computed once, are all that training will need."""
+        """Whether training needs pooled trunk outputs alone, which then are computed once."""
         return self.aggregator.after_trunk and self.backbone.trainable == "frozen"
 
     def pooled_trunk(self, batch: PreferenceBatch) -> Tensor:
-        """Pooled last hidden states without any user, [B, 2, d] float32."""
+        """Run the trunk without any user and pool its outputs, [B, 2, d] float32."""
         inputs = self.backbone.embed(batch.input_ids)
         hidden = self.backbone(inputs, batch.segment, batch.position_ids)
         return pool_responses(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
 
 from plrhf.backbone.model import Backbone
+from plrhf.core.checks import check_arguments
 from plrhf.core.errors import bad_value
 from plrhf.core.logprobs import response_logps
 from plrhf.core.types import CHOSEN, PADDING, REJECTED, PreferenceBatch
@@ -16,20 +17,19 @@ from plrhf.models.metrics import ExactMean
 from plrhf.models.optim import Optim
 
 
+@check_arguments("model")
 class SupervisedPolicy(LightningModule):
-    """Next-token likelihood of responses given their prompts, no user.
+    """Learns to write responses given their prompts, by next-token likelihood and without users.
 
     Args:
         backbone: a causal one. optim: `lr`, decay, schedule.
         responses: learn from ``both`` responses of a pair, or from the ``chosen`` only.
     """
 
-    def __init__(self, *, backbone: Backbone, optim: Optim, responses: str = "chosen") -> None:
+    def __init__(
+        self, *, backbone: Backbone, optim: Optim, responses: Literal["chosen", "both"] = "chosen"
+    ) -> None:
         super().__init__()
-        if responses not in ("both", "chosen"):
-            raise bad_value(
-                "model.responses", responses, "both or chosen", "Set model.responses=chosen"
-            )
         if not backbone.causal:
             raise bad_value(
                 "backbone.path",
@@ -42,7 +42,19 @@ class SupervisedPolicy(LightningModule):
         self.val_loss = ExactMean()
 
     def nll(self, batch: PreferenceBatch) -> Tensor:
-        """Negative log-likelihood a response token, in nats, over all tokens of the batch."""
+        """Compute the negative log-likelihood a response token, in nats.
+
+        The mean over processes of it is the mean over the tokens of the whole batch.
+        """
+        total, n_tokens = self.total_nll(batch)
+        return total / self._mean_over_processes(n_tokens)
+
+    def total_nll(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+        """Sum the negative log-likelihood of this process's response tokens, and count the tokens.
+
+        Returns:
+            0-dim tensors: the sum in nats, and the count.
+        """
         segment = batch.segment
         if self.responses == "chosen":
             segment = segment.masked_fill(segment == REJECTED, PADDING)
@@ -57,10 +69,10 @@ class SupervisedPolicy(LightningModule):
             constant=self.backbone.unembeds_alike,
         )
         n_tokens = ((segment == CHOSEN) | (segment == REJECTED)).sum()
-        return -logps.sum() / self._mean_over_processes(n_tokens)
+        return -logps.sum(), n_tokens
 
     def _mean_over_processes(self, count: Tensor) -> Tensor:
-        """A count of this process's share as what processes have on average."""
+        """Average a count over all processes."""
         if self._trainer is None:
             return count
         mean: Any = self.trainer.strategy.reduce(count.float(), reduce_op="mean")
@@ -75,8 +87,7 @@ class SupervisedPolicy(LightningModule):
 
     @torch.no_grad()
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        n_pairs = self._mean_over_processes(batch.counted().sum())
-        self.val_loss.update(self.nll(batch), n_pairs)
+        self.val_loss.add(*self.total_nll(batch))  # over tokens, whatever the batches are
 
     def on_validation_epoch_end(self) -> None:
         self.log("val/loss", self.val_loss.compute().float(), prog_bar=True)

@@ -208,7 +208,7 @@ BAD = [
     (
         lambda: ConcatSoftPrompt(hidden_size=WIDTH, n_tokens=0),
         "aggregator.n_tokens=0 is not allowed: expected a whole number from 1. "
-        "Set aggregator.n_tokens=10, or encoder=none for no user vectors.",
+        "Set aggregator.n_tokens=10.",
     ),
     (
         lambda: film(site="first"),
@@ -217,23 +217,23 @@ BAD = [
     ),
     (
         lambda: film(user_dim=0),
-        "aggregator.user_dim=0 is not allowed: expected a whole number from 1, or null for the "
-        "model's width. Set aggregator.user_dim=null.",
+        "aggregator.user_dim=0 is not allowed: expected a whole number from 1 or null. "
+        "Set aggregator.user_dim=1.",
     ),
     (
         lambda: film(layer_width=0),
-        "aggregator.layer_width=0 is not allowed: expected null, or a whole number from 1 with "
-        "site=last. Set aggregator.layer_width=null.",
+        "aggregator.layer_width=0 is not allowed: expected a whole number from 1 or null. "
+        "Set aggregator.layer_width=1.",
     ),
     (
         lambda: film(layer_width=8, site="every_block"),
-        "aggregator.layer_width=8 is not allowed: expected null, or a whole number from 1 with "
-        "site=last. Set aggregator.layer_width=null.",
+        "aggregator.layer_width=8 is not allowed: expected null with site=every_block. "
+        "Set aggregator.layer_width=null, or aggregator.site=last.",
     ),
     (
         lambda: film(layer_dropout=1.0),
-        "aggregator.layer_dropout=1.0 is not allowed: expected a number from 0 to below 1. "
-        "Set aggregator.layer_dropout=0.",
+        "aggregator.layer_dropout=1.0 is not allowed: expected a number from 0 and below 1. "
+        "Set aggregator.layer_dropout=0.0.",
     ),
 ]
 

@@ -233,25 +233,26 @@ BAD = [
     (
         lambda: lookup(init="zeros"),
         "encoder.init='zeros' is not allowed: expected vocabulary, uniform or normal. "
-        "Set encoder.init=uniform.",
+        "Set encoder.init=vocabulary.",
     ),
     (
         lambda: lookup(rank=0),
-        "encoder.rank=0 is not allowed: expected a number from 1. Set encoder.rank=1.",
+        "encoder.rank=0 is not allowed: expected a whole number from 1 or null. Set encoder.rank=1.",
     ),
     (
         lambda: lookup(offset_scale=-0.1),
         "encoder.offset_scale=-0.1 is not allowed: expected a number from 0. "
-        "Set encoder.offset_scale=0.",
+        "Set encoder.offset_scale=0.1.",
     ),
     (
         lambda: cluster(n_clusters=1),
-        "encoder.n_clusters=1 is not allowed: expected a number from 2. Set encoder.n_clusters=2.",
+        "encoder.n_clusters=1 is not allowed: expected a whole number from 2. "
+        "Set encoder.n_clusters=10.",
     ),
     (
         lambda: cluster(weight_scale=-1.0),
         "encoder.weight_scale=-1.0 is not allowed: expected a number from 0. "
-        "Set encoder.weight_scale=0.",
+        "Set encoder.weight_scale=0.1.",
     ),
     (
         lambda: features(n_numbers=0, category_sizes=()),
@@ -260,21 +261,21 @@ BAD = [
     ),
     (
         lambda: features(hidden=0),
-        "encoder.hidden=0 is not allowed: expected a number from 1. Set encoder.hidden=1.",
+        "encoder.hidden=0 is not allowed: expected a whole number from 1. Set encoder.hidden=64.",
     ),
     (
         lambda: features(category_dim=0),
-        "encoder.category_dim=0 is not allowed: expected a number from 1. "
-        "Set encoder.category_dim=1.",
+        "encoder.category_dim=0 is not allowed: expected a whole number from 1. "
+        "Set encoder.category_dim=8.",
     ),
     (
         lambda: features(rank=0),
-        "encoder.rank=0 is not allowed: expected a number from 1. Set encoder.rank=1.",
+        "encoder.rank=0 is not allowed: expected a whole number from 1 or null. Set encoder.rank=1.",
     ),
     (
         lambda: features(dropout=1.0),
-        "encoder.dropout=1.0 is not allowed: expected a number from 0 to below 1. "
-        "Set encoder.dropout=0.",
+        "encoder.dropout=1.0 is not allowed: expected a number from 0 and below 1. "
+        "Set encoder.dropout=0.0.",
     ),
 ]
 

@@ -206,8 +206,14 @@ def export(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run / "export", tmp_path / "export"))
 
 
+def contents(directory: Path) -> dict[str, bytes]:
+    """The bytes of all files of a directory, by name."""
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
 def test_a_new_user_is_fitted_enrolled_and_forgotten(export: Path) -> None:
-    before = {path.name: path.read_bytes() for path in export.iterdir()}
+    before = contents(export)
     model = PersonalModule.from_pretrained(export)
     tokenizer = load_tokenizer(str(export))
     stranger = world().user_ids[5]
@@ -230,7 +236,7 @@ def test_a_new_user_is_fitted_enrolled_and_forgotten(export: Path) -> None:
         enrol(export, stranger, user)
 
     forget(export, stranger)
-    assert {path.name: path.read_bytes() for path in export.iterdir()} == before
+    assert contents(export) == before
 
 
 def test_nothing_of_a_forgotten_user_is_left(export: Path) -> None:
@@ -240,14 +246,14 @@ def test_nothing_of_a_forgotten_user_is_left(export: Path) -> None:
     row = table[3].detach().numpy().tobytes()
 
     def holding(what: bytes) -> set[str]:
-        return {path.name for path in export.iterdir() if what in path.read_bytes()}
+        return {name for name, content in contents(export).items() if what in content}
 
     assert holding(row) == {"user_encoder.safetensors"}
     assert holding(ids[2].encode()) == {"plrhf.json"}
-    names = {path.name for path in export.iterdir()}
+    names = set(contents(export))
     forget(export, ids[2])
     assert holding(row) == holding(ids[2].encode()) == set()
-    assert {path.name for path in export.iterdir()} == names
+    assert set(contents(export)) == names
     smaller = PersonalModule.from_pretrained(export)
     assert smaller.card.users == ids[:2] + ids[3:]
     assert vectors(smaller, 0, 1, 2, 3, 4).equal(vectors(model, 0, 1, 2, 4, 5))

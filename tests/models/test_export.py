@@ -11,9 +11,11 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from runs import save_model
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from plrhf.cli.run import train
@@ -75,7 +77,7 @@ def test_margins_are_bit_identical(which: str, request: pytest.FixtureRequest) -
 def test_the_adapter_is_one_of_plain_peft(which: str, request: pytest.FixtureRequest) -> None:
     export = request.getfixturevalue(which) / "export"
     card = read_card(export)
-    base = AutoModelForCausalLM.from_pretrained(card.backbone["path"])
+    base = AutoModelForCausalLM.from_pretrained(export / card.backbone["path"])
     plain = PeftModel.from_pretrained(base, str(export)).eval()
     ours = CLASSES[which].from_pretrained(export).backbone.model
     ids = torch.tensor([[5, 9, 300, 41]])
@@ -92,8 +94,9 @@ def test_nothing_in_it_is_ever_unpickled(which: str, request: pytest.FixtureRequ
     names = {path.name for path in export.iterdir()}
     assert names == {
         *("adapter_config.json", "adapter_model.safetensors", "user_encoder.safetensors"),
-        *("plrhf.json", "tokenizer.json", "tokenizer_config.json"),
+        *("plrhf.json", "tokenizer.json", "tokenizer_config.json", "README.md", "backbone"),
     }
+    assert {path.suffix for path in (export / "backbone").iterdir()} == {".json", ".safetensors"}
     for path in export.glob("*.json"):
         json.loads(path.read_text())
     with safe_open(export / "user_encoder.safetensors", "pt") as file:
@@ -103,8 +106,9 @@ def test_nothing_in_it_is_ever_unpickled(which: str, request: pytest.FixtureRequ
 
 def test_a_moved_backbone(export: Path, tmp_path: Path) -> None:
     card = json.loads((export / "plrhf.json").read_text())
-    moved = shutil.copytree(card["backbone"]["path"], tmp_path / "moved")
-    card["backbone"]["path"] = "/nowhere/any/more"
+    moved = (export / "backbone").rename(tmp_path / "moved")
+    card["backbone"]["path"], card["ships_backbone"] = "/nowhere/any/more", False
+    card["files"] = {}
     (export / "plrhf.json").write_text(json.dumps(card))
     with pytest.raises(ValueError, match=r"^backbone\.path='/nowhere/any/more' is not allowed"):
         PersonalRewardModel.from_pretrained(export)
@@ -113,7 +117,7 @@ def test_a_moved_backbone(export: Path, tmp_path: Path) -> None:
 
 
 def test_another_backbone_is_refused(export: Path, tmp_path: Path) -> None:
-    path = read_card(export).backbone["path"]
+    path = export / "backbone"
     other = shutil.copytree(path, tmp_path / "other")
     model = AutoModelForCausalLM.from_pretrained(path)
     with torch.no_grad():
@@ -139,6 +143,78 @@ def test_another_class_is_refused(export: Path) -> None:
     )
 
 
+def without_digests(export: Path) -> None:
+    """Let the card say nothing of the other files, as one who forges an export would."""
+    card = json.loads((export / "plrhf.json").read_text())
+    (export / "plrhf.json").write_text(json.dumps({**card, "files": {}}))
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (torch.full((1,), torch.nan), "'nan or inf'"),
+        (torch.ones(1, dtype=torch.int8), "'torch.int8'"),
+        (torch.ones(1, dtype=torch.complex64), "'torch.complex64'"),
+    ],
+)
+def test_weights_that_are_no_finite_real_numbers_are_refused(
+    value: torch.Tensor, found: str, export: Path
+) -> None:
+    state = load_file(export / "user_encoder.safetensors")
+    state["head.weight"] = value.expand(state["head.weight"].shape).contiguous()
+    save_file(state, export / "user_encoder.safetensors")
+    without_digests(export)
+    with pytest.raises(ValueError) as error:
+        PersonalRewardModel.from_pretrained(export)
+    assert str(error.value) == (
+        f"user_encoder.safetensors head.weight={found} is not allowed: expected finite real "
+        "numbers. Export the model anew."
+    )
+
+
+def test_an_export_can_be_shipped(export: Path, tmp_path: Path) -> None:
+    """Everybody can read it, it says what it is, names no path of this machine, and is whole."""
+    for path in export.rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644)
+    card = ModelCard.load(export / "README.md")
+    assert card.data.library_name == "plrhf" and "plrhf.load" in card.text
+    for name in ("plrhf.json", "README.md"):
+        assert "/tmp" not in (export / name).read_text()
+    moved = export.rename(tmp_path / "moved")
+    assert PersonalRewardModel.from_pretrained(moved).card.backbone["path"] == "backbone"
+
+
+def test_an_export_that_a_kill_left_aside_is_found(export: Path) -> None:
+    users = read_card(export).users
+    export.rename(export.with_name("export.old"))
+    assert PersonalRewardModel.from_pretrained(export).card.users == users
+
+
+@pytest.mark.parametrize("which", CLASSES)
+def test_a_checkpoint_of_a_run_is_its_model(which: str, request: pytest.FixtureRequest) -> None:
+    run = request.getfixturevalue(which)
+    one = CLASSES[which].load_from_checkpoint(run / "checkpoints" / "best.ckpt")
+    other = CLASSES[which].from_pretrained(run / "export")
+    assert not one.training and one.card.users == other.card.users
+    batch = next(iter(data_of(run, one).ordered_loader("test")))
+    with torch.no_grad():
+        assert one(batch).equal(other(batch))
+    assert one.hparams["n_users"] == len(other.card.users)
+    assert one.hparams["optim"]["user_lr"] == one.optim.user_lr
+    wrong = CLASSES["policy_run" if which == "reward_run" else "reward_run"]
+    with pytest.raises(ValueError, match=r"^export=.* is not allowed: expected a Personal"):
+        wrong.load_from_checkpoint(run / "checkpoints" / "best.ckpt")
+
+
+def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "best.ckpt"
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(
+        ValueError, match=r"^checkpoint='.*best.ckpt' is not allowed: expected a whole"
+    ):
+        PersonalRewardModel.load_from_checkpoint(path)
+
+
 def changed(**parts: Any) -> Any:
     def change(card: dict[str, Any]) -> None:
         for name, value in parts.items():
@@ -150,7 +226,10 @@ def changed(**parts: Any) -> Any:
 BROKEN = {
     "schema": (changed(schema=2), "plrhf.json schema=2 is not allowed: expected 1."),
     "extra": (changed(extra=1), "plrhf.json.extra=1 is not allowed: expected one of the keys"),
-    "type": (changed(users="ann"), "plrhf.json.users='ann' is not allowed: expected a valid list"),
+    "type": (
+        changed(users="ann"),
+        "plrhf.json.users='ann' is not allowed: expected a list, each item text",
+    ),
     "missing": (
         lambda card: card.pop("users"),
         "plrhf.json.users=None is not allowed: expected a v",
@@ -160,12 +239,20 @@ BROKEN = {
         "plrhf.json.backbone.evil=1 is not allowed",
     ),
     "a function for a class": (
+        changed(encoder={"_target_": "plrhf.core.errors.bad_value"}),
+        "encoder._target_='plrhf.core.errors.bad_value' is not allowed: expected the dotted path of a",
+    ),
+    "a class from elsewhere": (
         changed(encoder={"_target_": "shutil.rmtree"}),
-        "encoder._target_='shutil.rmtree' is not allowed: expected the dotted path of a subclass of",
+        "plrhf.json.encoder._target_='shutil.rmtree' is not allowed: expected a class of plrhf",
+    ),
+    "a user twice": (
+        changed(users=["ann", "bob", "ann"]),
+        "plrhf.json.users='ann' is not allowed: expected each user once.",
     ),
     "no class": (
         changed(model={"_target_": None}),
-        "plrhf.json.model._target_=None is not allowed",
+        "plrhf.json.model._target_='None' is not allowed",
     ),
     "other shape": (changed(encoder={"rank": 3}), "user_encoder.safetensors encoder."),
 }
@@ -185,8 +272,15 @@ def test_a_broken_card_is_refused(name: str, export: Path) -> None:
 def test_files_that_are_cut_or_gone_are_refused(export: Path) -> None:
     weights = export / "user_encoder.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
+    with pytest.raises(
+        ValueError, match=r"^export user_encoder\.safetensors='altered or damaged' is not allowed"
+    ):
+        PersonalRewardModel.from_pretrained(export)
+    without_digests(export)
     with pytest.raises(ValueError, match=r"^user_encoder\.safetensors=.* a whole safetensors file"):
         PersonalRewardModel.from_pretrained(export)
+    weights.unlink()
+    (export / "tokenizer.json").unlink()
     (export / "plrhf.json").write_text('{"schema": 1, ')
     with pytest.raises(ValueError, match=r"^export='.* is not allowed: expected a JSON object"):
         PersonalRewardModel.from_pretrained(export)

@@ -109,9 +109,6 @@ def test_a_cache_with_room_writes_what_that_of_transformers_does(
         patch.setattr(DynamicLayer, "update", None)  # nothing is copied token by token
         found = [write(policy, PROMPTS, user_batch(*USERS)), write(policy, PROMPTS, None)]
     monkeypatch.setattr(Backbone, "cache", lambda *_: DynamicCache())
-    if kind == "gptj":
-        for block in policy.backbone.blocks:
-            del block.attn._get_embed_positions  # the one of its class
     naive = [write(policy, PROMPTS, user_batch(*USERS)), write(policy, PROMPTS, None)]
     assert found == naive
 

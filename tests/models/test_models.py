@@ -396,11 +396,11 @@ BAD = [
     (
         lambda: make_model(PersonalRewardModel, target_margin=-1.0),
         "model.target_margin=-1.0 is not allowed: expected a number from 0. "
-        "Set model.target_margin=0.",
+        "Set model.target_margin=0.0.",
     ),
     (
         lambda: make_model(PersonalRewardModel, centring=-0.1),
-        "model.centring=-0.1 is not allowed: expected a number from 0. Set model.centring=0.",
+        "model.centring=-0.1 is not allowed: expected a number from 0. Set model.centring=0.0.",
     ),
     (
         lambda: make_model(PersonalDPOPolicy, beta=0.0),
@@ -408,13 +408,36 @@ BAD = [
     ),
     (
         lambda: make_model(PersonalDPOPolicy, loss="kto"),
-        "model.loss='kto' is not allowed: expected one of sigmoid, ipo, hinge, cdpo. "
+        "model.loss='kto' is not allowed: expected sigmoid, ipo, hinge or cdpo. "
         "Set model.loss=sigmoid.",
     ),
     (
         lambda: make_model(PersonalDPOPolicy, label_smoothing=0.5),
-        "model.label_smoothing=0.5 is not allowed: expected a number from 0 to below .5. "
-        "Set model.label_smoothing=0.",
+        "model.label_smoothing=0.5 is not allowed: expected a number from 0 and below 0.5. "
+        "Set model.label_smoothing=0.0.",
+    ),
+    (
+        lambda: make_model(PersonalRewardModel, alpha=float("nan")),
+        "model.alpha=nan is not allowed: expected a number from 0 to 1. Set model.alpha=0.5.",
+    ),
+    (
+        lambda: make_model(PersonalDPOPolicy, beta=float("inf")),
+        "model.beta=inf is not allowed: expected a number above 0. Set model.beta=0.1.",
+    ),
+    (
+        lambda: make_model(PersonalDPOPolicy, label_smoothing=0.1),
+        "model.label_smoothing=0.1 is not allowed: expected 0 with model.loss=sigmoid, which does "
+        "not use it. Set model.loss=cdpo, or model.label_smoothing=0.",
+    ),
+    (
+        lambda: make_model(
+            PersonalDPOPolicy,
+            backbone=make_backbone(trainable="frozen"),
+            aggregator="film_last",
+            personal=False,
+        ),
+        "backbone.trainable='frozen' is not allowed: expected lora, as with encoder=none a frozen "
+        "policy has nothing to learn. Set backbone.trainable=lora, or encoder=lookup.",
     ),
     (
         lambda: make_model(PersonalDPOPolicy, backbone=make_backbone("bert")),
@@ -433,7 +456,7 @@ BAD = [
     ),
     (
         lambda: SupervisedPolicy(backbone=make_backbone(), optim=Optim(), responses="rejected"),
-        "model.responses='rejected' is not allowed: expected both or chosen. "
+        "model.responses='rejected' is not allowed: expected chosen or both. "
         "Set model.responses=chosen.",
     ),
     (
