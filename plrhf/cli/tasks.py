@@ -39,6 +39,7 @@ KINDS: dict[str, Any] = {
     "data": dict[str, Any] | None,
     "eval": dict[str, Any],
     "seed": int,
+    "trust_components": bool,
     "debug": bool,
 }
 
@@ -200,7 +201,9 @@ def load_run(
             {**settings["data"], **card.text}, users=card.users, schema=card.feature_schema()
         )
     model = PersonalModule.from_pretrained(
-        export, trust_remote_code=config["backbone"]["trust_remote_code"]
+        export,
+        trust_remote_code=config["backbone"]["trust_remote_code"],
+        trust_components=settings["trust_components"],
     )
     data.tokenize(
         load_tokenizer(str(export)),

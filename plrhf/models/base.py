@@ -19,8 +19,8 @@ from plrhf.core import losses
 from plrhf.core.checks import Fraction, check_arguments
 from plrhf.core.errors import bad_value
 from plrhf.core.types import PreferenceBatch
-from plrhf.data.packing import Tokenizer
 from plrhf.data.rows import content_hash
+from plrhf.data.tokenizer import Tokenizer
 from plrhf.encoders import UserEncoder
 from plrhf.models.card import Card
 from plrhf.models.loading import load_checkpoint, load_export

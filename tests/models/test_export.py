@@ -196,7 +196,7 @@ def test_a_checkpoint_of_a_run_is_its_model(which: str, request: pytest.FixtureR
     one = CLASSES[which].load_from_checkpoint(run / "checkpoints" / "best.ckpt")
     other = CLASSES[which].from_pretrained(run / "export")
     assert not one.training and one.card.users == other.card.users
-    batch = next(iter(data_of(run, one).ordered_loader("test")))
+    batch = next(iter(data_of(run, one).evaluation_loader("test")))
     with torch.no_grad():
         assert one(batch).equal(other(batch))
     assert one.hparams["n_users"] == len(other.card.users)

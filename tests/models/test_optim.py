@@ -80,28 +80,29 @@ def test_every_rate_follows_the_schedule() -> None:
 
 
 BAD = [
-    ({"lr": 0.0}, "optim.lr=0.0 is not allowed: expected a number above 0. Set optim.lr=1e-4."),
+    ({"lr": 0.0}, "optim.lr=0.0 is not allowed: expected a number above 0. Set optim.lr=5e-05."),
     (
         {"user_lr": -1.0},
-        "optim.user_lr=-1.0 is not allowed: expected a number above 0. Set optim.user_lr=1e-4.",
+        "optim.user_lr=-1.0 is not allowed: expected a number above 0. Set optim.user_lr=0.0005.",
     ),
     (
         {"head_lr": float("nan")},
-        "optim.head_lr=nan is not allowed: expected a number above 0. Set optim.head_lr=1e-4.",
+        "optim.head_lr=nan is not allowed: expected a number above 0. Set optim.head_lr=0.001.",
     ),
     (
         {"weight_decay": -0.1},
         "optim.weight_decay=-0.1 is not allowed: expected a number from 0. "
-        "Set optim.weight_decay=0.",
+        "Set optim.weight_decay=0.0.",
     ),
     (
         {"user_weight_decay": -0.1},
         "optim.user_weight_decay=-0.1 is not allowed: expected a number from 0. "
-        "Set optim.user_weight_decay=0.",
+        "Set optim.user_weight_decay=0.0.",
     ),
     (
         {"warmup_steps": -1},
-        "optim.warmup_steps=-1 is not allowed: expected a number from 0. Set optim.warmup_steps=0.",
+        "optim.warmup_steps=-1 is not allowed: expected a whole number from 0. "
+        "Set optim.warmup_steps=150.",
     ),
     (
         {"schedule": "linear"},
