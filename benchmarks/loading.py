@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from resident import forget_peak, resident
@@ -26,6 +25,7 @@ from plrhf.backbone.loading import load_model
 from plrhf.cli.main import quieten
 from plrhf.training.processes import gather_objects, launched_processes, sharding_context
 from plrhf.training.trainer import build_trainer
+from plrhf.training.zero import Zero3
 
 POSITIONS, VOCABULARY_A_WIDTH = 2048, 12.3  # of GPT-J 6B: 50,400 tokens, width 4,096
 
@@ -49,7 +49,6 @@ def save(directory: Path, *, layers: int, width: int, file_size: str) -> None:
 def measure(directory: Path, n_processes: int) -> list[dict[str, float]] | None:
     """MiB before, at most while and after loading, of each process; on rank 0 alone."""
     quieten()
-    shards: dict[str, Any] = {"persistent_below": 0}
     trainer = build_trainer(
         run_dir=directory,
         loggers=[],
@@ -57,7 +56,7 @@ def measure(directory: Path, n_processes: int) -> list[dict[str, float]] | None:
         max_steps=1,
         accelerator="cpu",
         devices=n_processes,
-        zero3=shards,
+        zero3=Zero3(persistent_below=0),
         progress=False,
     )
     with launched_processes(trainer):

@@ -67,6 +67,8 @@ def main(config_name: str, task: str) -> None:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through: they are worded here
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # torch's C++ warnings, such as DDP's that all weights were used, do not concern the user.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     def composed(config: DictConfig) -> None:

@@ -252,17 +252,18 @@ def checkpoint_of(settings: Settings, run_dir: Path) -> Path | None:
 
 
 def _check_shards(settings: Settings) -> None:
-    """Raise where weights are sharded and settings do not go with that: all have one precision."""
+    """Raise where several processes or sharded weights do not go with the other settings."""
     trainer, dtype = settings["trainer"], settings["backbone"]["dtype"]
-    if trainer["zero3"] is None:
-        return
-    if settings["encoder"].get("sparse") is True:
+    zero3, n_processes = trainer["zero3"], trainer["devices"] * trainer["num_nodes"]
+    if settings["encoder"].get("sparse") is True and (zero3 is not None or n_processes > 1):
         raise bad_value(
             "encoder.sparse",
             True,
-            "false under trainer.zero3, whose gradients are dense",
+            "false with several processes or trainer.zero3, whose gradients are dense",
             "Set encoder.sparse=false",
         )
+    if zero3 is None:
+        return
     if settings["backbone"]["compiled"]:
         raise bad_value(
             "backbone.compiled",

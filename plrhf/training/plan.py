@@ -31,8 +31,7 @@ from plrhf.models.card import Card
 from plrhf.models.loading import build_model
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
-from plrhf.training.trainer import check_devices, shards
-from plrhf.training.zero import Offload, Zero3
+from plrhf.training.zero import Offload, Zero3, build_zero3
 
 GB = 1e9
 HEADROOM = 0.1  # of a GPU: CUDA's own share and fragmentation, which no count of tensors sees
@@ -158,8 +157,7 @@ def forecast(settings: Settings, *, n_users: int, schema: FeatureSchema) -> Plan
         n_users: train users. schema: of their features.
     """
     trainer = settings["trainer"]
-    check_devices(**{name: trainer[name] for name in ("devices", "num_nodes", "zero3")})
-    half, zero3 = HALF.get(trainer["precision"]), shards(trainer["zero3"])
+    half, zero3 = HALF.get(trainer["precision"]), build_zero3(trainer["zero3"])
     backbone = empty_backbone(settings["backbone"])
     with FakeTensorMode(allow_non_fake_inputs=True):  # on the CPU, where autocast is known
         backbone.to_empty(device="cpu")
@@ -331,7 +329,10 @@ def _shared_out(
             rest[name] = users[name] = 0.0
     prompt, response = _lengths(data)
     accumulated_batches = trainer["accumulate_grad_batches"]
-    received = 2 * _bytes(every, width) + _bytes(learned, width)  # weights twice, gradients once
+    if zero3 is not None:  # weights twice, gradients once, for each batch
+        received = (2 * _bytes(every, width) + _bytes(learned, width)) * accumulated_batches
+    else:  # DDP: gradients are averaged once a step, by a reduce-scatter and an all-gather
+        received = 2 * _bytes(learned)
     return Plan(
         parameters=_count(every),
         trainable=_count(trainable),
@@ -342,7 +343,7 @@ def _shared_out(
         evaluation=steps.evaluation,
         host=away["cpu"],
         nvme=away["nvme"],
-        communication=received * accumulated_batches * (1 - share),
+        communication=received * (1 - 1 / n_gpus(trainer)),
         checkpoint=3 * (_bytes(learned) if zero3 is None else FLOAT * _count(learned)),
         row_tokens=prompt + 2 * response + model.aggregator.n_positions,
         pairs=pairs_of_batch(model, data) * accumulated_batches,
@@ -369,7 +370,9 @@ def plan_table(plan: Plan, settings: Settings, machine: Machine) -> Table:
     own = "tiny" if node["tiny"] is not None else node["path"]
     name = own if node["architecture"] is None else f"{node['name']} (backbone.architecture)"
     trainer = settings["trainer"]
-    how = "no shards" if trainer["zero3"] is None else "ZeRO stage 3"
+    how = "ZeRO stage 3"
+    if trainer["zero3"] is None:
+        how = "DDP" if n_gpus(trainer) > 1 else "no shards"
     table = Table(
         title=f"model={settings['model']['name']} on {name}, GPUs: {n_gpus(trainer)}, {how}",
         caption=f"{100 * HEADROOM:.0f}% of a GPU are left to CUDA and fragmentation",

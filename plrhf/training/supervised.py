@@ -31,6 +31,7 @@ from plrhf.models.sft import SupervisedPolicy
 from plrhf.training.loggers import build_loggers
 from plrhf.training.processes import launched_processes, rank_shard_of, sharding_context
 from plrhf.training.trainer import build_trainer, fit
+from plrhf.training.zero import build_zero3
 
 
 @check_arguments("backbone.sft")
@@ -95,9 +96,11 @@ def trainer_of(settings: Settings, data: PreferenceData, run_dir: Path) -> Train
         "logger",
         run_dir=run_dir,
     )
+    node = {name: value for name, value in settings["trainer"].items() if name != "zero3"}
     return build(
-        {"_target_": f"{build_trainer.__module__}.build_trainer", **settings["trainer"]},
+        {"_target_": f"{build_trainer.__module__}.build_trainer", **node},
         "trainer",
+        zero3=build_zero3(settings["trainer"]["zero3"]),
         run_dir=run_dir,
         loggers=loggers,
         has_val=len(data.splits.val) > 0,

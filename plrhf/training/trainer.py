@@ -1,18 +1,23 @@
-"""The Lightning trainer of a run: what it watches, and when it stops."""
+"""The Lightning trainer of a run: what it watches, and when it stops.
+
+Several processes work together by torch's DDP, where each holds the whole model, or by ZeRO-3
+(`zero.py`), where each holds a shard.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-from plrhf.core.components import build
+from plrhf.core.checks import PositiveFloat, PositiveInt, check_arguments
 from plrhf.core.errors import bad_value
 from plrhf.data.module import PreferenceData
 from plrhf.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, ResumeState, load_best
@@ -20,97 +25,96 @@ from plrhf.training.loggers import StepMetrics
 from plrhf.training.zero import Stage3, Zero3, stage3
 
 Monitor = Literal["val/loss", "val/accuracy_micro", "val/accuracy_macro", "val/nll"]
+MaxSteps = Literal[-1] | PositiveInt
 
 
+@check_arguments("trainer")
 def build_trainer(
     *,
     run_dir: Path,
     loggers: list[Logger],
     has_val: bool,
     monitor: Monitor = "val/loss",
-    patience: int | None = None,
-    checkpoint_every_n_steps: int | None = None,
-    val_every_n_steps: int | None = None,
-    max_epochs: int | None = None,
-    max_steps: int = -1,
+    patience: PositiveInt | None = None,
+    checkpoint_every_n_steps: PositiveInt | None = None,
+    val_every_n_steps: PositiveInt | None = None,
+    max_epochs: PositiveInt | None = None,
+    max_steps: MaxSteps = -1,
     accelerator: str = "auto",
-    devices: int = 1,
-    num_nodes: int = 1,
-    zero3: dict[str, Any] | None = None,
+    devices: PositiveInt = 1,
+    num_nodes: PositiveInt = 1,
+    zero3: Zero3 | None = None,
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
-    accumulate_grad_batches: int = 1,
-    gradient_clip_val: float | None = None,
-    log_every_n_steps: int = 10,
+    matmul_precision: Literal["highest", "high", "medium"] = "highest",
+    accumulate_grad_batches: PositiveInt = 1,
+    gradient_clip_val: PositiveFloat | None = None,
+    log_every_n_steps: PositiveInt = 10,
     progress: bool = True,
 ) -> Trainer:
-    """A trainer that keeps the best checkpoint by `monitor` and the last.
+    """Build a trainer that keeps the best checkpoint by `monitor` and the last one.
 
     Args:
         run_dir: checkpoints go to its ``checkpoints/``.
+        loggers: of `build_loggers`.
         has_val: whether there are val pairs; without them the final weights are the best.
-        monitor: a logged val metric, lower is better unless it is an accuracy.
-        patience: validations without progress before stopping, None never.
-        checkpoint_every_n_steps: how much a kill may cost; None: what lies between validations.
-        val_every_n_steps: validate every so many steps, None once an epoch.
+        monitor: a logged val metric; lower is better unless it is an accuracy.
+        patience: validations without progress before training stops; None: never stop early.
+        checkpoint_every_n_steps: also write last.ckpt every so many steps.
+        val_every_n_steps: validate every so many steps; None: once an epoch.
         max_epochs, max_steps: where training ends, whichever comes first; -1 steps: no limit.
-        devices, num_nodes: processes a node and nodes; more than one process needs zero3.
-        zero3: settings of `plrhf.training.zero.Zero3`; None: one process without DeepSpeed.
+        devices, num_nodes: processes a node, and nodes.
+        zero3: shards weights, gradients and optimiser over all processes; None: each process holds
+            them whole, and several processes average their gradients (DDP).
+        matmul_precision: of float32 products on GPUs, as torch.set_float32_matmul_precision has it.
         progress: show a progress bar where there is a terminal.
         others: as in `lightning.Trainer`.
 
     Raises:
         ValueError: a number out of range, no end to training, or a device this machine lacks.
     """
-    _check_ranges(
-        max_epochs=max_epochs,
-        max_steps=None if max_steps == -1 else max_steps,
-        patience=patience,
-        checkpoint_every_n_steps=checkpoint_every_n_steps,
-        val_every_n_steps=val_every_n_steps,
-        accumulate_grad_batches=accumulate_grad_batches,
-        log_every_n_steps=log_every_n_steps,
-        devices=devices,
-        num_nodes=num_nodes,
-    )
-    check_devices(devices=devices, num_nodes=num_nodes, zero3=zero3)
-    if gradient_clip_val is not None and not gradient_clip_val > 0:
-        raise bad_value(
-            "trainer.gradient_clip_val",
-            gradient_clip_val,
-            "a number above 0, or null",
-            "Set trainer.gradient_clip_val=1.0",
-        )
+    if max_epochs is None and max_steps == -1:
+        allowed = "a number of steps, or trainer.max_epochs"
+        raise bad_value("trainer.max_steps", -1, allowed, "Set trainer.max_steps=1000")
     if patience is not None and not has_val:
         raise bad_value(
             "trainer.patience", patience, "null without val pairs", "Set trainer.patience=null"
         )
-    val_every_n_batches = (
-        None if val_every_n_steps is None else val_every_n_steps * accumulate_grad_batches
+    shows_progress = progress and Console().is_terminal
+    callbacks = _callbacks(
+        run_dir / "checkpoints",
+        monitor=monitor if has_val else None,
+        patience=patience,
+        every_n_steps=checkpoint_every_n_steps,
+        log_every_n_steps=log_every_n_steps,
     )
+    if shows_progress:
+        callbacks.append(RichProgressBar(leave=False))
+    strategy = _strategy(
+        zero3,
+        n_processes=devices * num_nodes,
+        on_cpu=accelerator == "cpu",
+        accumulate_grad_batches=accumulate_grad_batches,
+        gradient_clip_val=gradient_clip_val,
+    )
+    n_summed = accumulate_grad_batches
+    val_every_n_batches = None if val_every_n_steps is None else val_every_n_steps * n_summed
     try:
-        return Trainer(
+        trainer = Trainer(
             default_root_dir=run_dir,
             logger=loggers,
-            callbacks=_callbacks(
-                run_dir / "checkpoints",
-                monitor=monitor if has_val else None,
-                patience=patience,
-                every_n_steps=checkpoint_every_n_steps,
-                log_every_n_steps=log_every_n_steps,
-            )
-            + ([RichProgressBar(leave=False)] if progress and Console().is_terminal else []),
+            callbacks=callbacks,
             plugins=[AtomicCheckpointIO()],
             max_epochs=max_epochs,
             max_steps=max_steps,
             accelerator=accelerator,
             devices=devices,
             num_nodes=num_nodes,
-            strategy=_strategy(zero3, accelerator, accumulate_grad_batches, gradient_clip_val),
-            use_distributed_sampler=False,  # the data module deals out each batch itself
+            strategy=strategy,
+            use_distributed_sampler=False,  # the data module shards each batch itself
             precision=precision,
-            accumulate_grad_batches=accumulate_grad_batches,
+            accumulate_grad_batches=n_summed,
             gradient_clip_val=gradient_clip_val,
-            enable_progress_bar=progress and Console().is_terminal,
+            enable_progress_bar=shows_progress,
             val_check_interval=1.0 if val_every_n_batches is None else val_every_n_batches,
             check_val_every_n_epoch=1 if val_every_n_batches is None else None,
             limit_val_batches=1.0 if has_val else 0,
@@ -124,36 +128,34 @@ def build_trainer(
             "a device this machine has, or auto",
             f"Set trainer=cpu ({' '.join(str(error).split())})",
         ) from error
-
-
-def check_devices(*, devices: int, num_nodes: int, zero3: dict[str, Any] | None) -> None:
-    """Raise where there are several processes and nothing that lets them work together."""
-    if zero3 is None and devices * num_nodes > 1:
-        raise bad_value(
-            "trainer.devices", devices, "1 without ZeRO", "Choose trainer=zero3 for more processes"
-        )
-
-
-def shards(zero3: dict[str, Any] | None) -> Zero3 | None:
-    """How weights, gradients and optimiser are shared out by settings ``trainer.zero3``; None: not."""
-    target = f"{Zero3.__module__}.{Zero3.__qualname__}"
-    return None if zero3 is None else build({"_target_": target, **zero3}, "trainer.zero3")
+    if trainer.strategy.root_device.type == "cuda":
+        torch.set_float32_matmul_precision(matmul_precision)
+    return trainer
 
 
 def _strategy(
-    zero3: dict[str, Any] | None,
-    accelerator: str,
+    zero3: Zero3 | None,
+    *,
+    n_processes: int,
+    on_cpu: bool,
     accumulate_grad_batches: int,
     gradient_clip_val: float | None,
 ) -> Strategy | str:
-    found = shards(zero3)
-    if found is None:
+    """Return how the processes work together."""
+    if zero3 is not None:
+        return stage3(
+            zero3,
+            on_cpu=on_cpu,
+            accumulate_grad_batches=accumulate_grad_batches,
+            gradient_clip_val=gradient_clip_val,
+        )
+    if n_processes == 1:
         return "auto"
-    return stage3(
-        found,
-        on_cpu=accelerator == "cpu",
-        accumulate_grad_batches=accumulate_grad_batches,
-        gradient_clip_val=gradient_clip_val,
+    return DDPStrategy(
+        # Some weights get no gradient, such as a reward model's language head. static_graph=True
+        # would find them once and for all, but fails where gradients of several batches are summed.
+        find_unused_parameters=True,
+        gradient_as_bucket_view=True,  # else gradients are held twice
     )
 
 
@@ -165,6 +167,7 @@ def _callbacks(
     every_n_steps: int | None,
     log_every_n_steps: int,
 ) -> list[Callback]:
+    """Return the callbacks in the order in which they must run."""
     callbacks: list[Callback] = [ResumeState(), StepMetrics(log_every_n_steps)]
     if monitor is not None:
         mode = "max" if "accuracy" in monitor else "min"
@@ -184,23 +187,8 @@ def _callbacks(
                 save_on_train_epoch_end=False,
             )
         )
-    # After the other two, whose state it holds.
+    # The last checkpoint holds the state of the other two, so it is written after them.
     return [*callbacks, LastCheckpoint(folder / "last.ckpt", every_n_steps=every_n_steps)]
-
-
-def _check_ranges(**counts: int | None) -> None:
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise bad_value(
-                f"trainer.{name}", value, "a whole number from 1", f"Set trainer.{name}=1"
-            )
-    if counts["max_epochs"] is None and counts["max_steps"] is None:
-        raise bad_value(
-            "trainer.max_steps",
-            -1,
-            "a number of steps, or trainer.max_epochs",
-            "Set trainer.max_steps=1000",
-        )
 
 
 def _check_accumulation(data: PreferenceData, trainer: Trainer) -> None:
@@ -220,9 +208,9 @@ def _check_accumulation(data: PreferenceData, trainer: Trainer) -> None:
 def fit(
     model: LightningModule, data: PreferenceData, trainer: Trainer, *, resume_from: Path | None
 ) -> None:
-    """Train from the start or from a checkpoint; the model then has its best weights.
+    """Train the model, from the start or from a checkpoint, and load its best weights.
 
-    Of the data only train and val are handed on: what trains and selects cannot reach test.
+    Only train and val pairs are handed to Lightning: what trains and selects cannot reach test pairs.
     """
     _check_accumulation(data, trainer)
     model.train()  # from_pretrained leaves models in eval mode

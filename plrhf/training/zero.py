@@ -14,23 +14,27 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from torch import nn
 
 from plrhf.backbone.sharding import gathered
+from plrhf.core.checks import NonNegativeInt, PositiveInt, check_arguments
+from plrhf.core.components import build
 from plrhf.core.errors import bad_value
 
 Offload = Literal["cpu", "nvme"]
 
 
+@check_arguments("trainer.zero3")
 @dataclass(frozen=True, kw_only=True)
 class Zero3:
-    """What can be chosen of ZeRO stage 3, ``trainer.zero3``.
+    """Settings of ZeRO stage 3, ``trainer.zero3``.
 
     Args:
-        offload_optimizer: where gradients and the optimiser's state wait and are updated, None: on the
-            device. offload_parameters: where shards of the weights wait, None: on the device.
+        offload_optimizer: where gradients and the optimiser's state are kept and updated; None: on
+            the device.
+        offload_parameters: where shards of the weights are kept; None: on the device.
         nvme_path: directory for what is offloaded to ``nvme``.
-        bucket_size: numbers communicated at once, from 1: more is faster and takes more memory.
-        live_parameters: numbers of weights kept gathered at most, from 0: fewer take less memory and
-            are gathered more often.
-        persistent_below: parameters of fewer numbers than this are not sharded, from 0.
+        bucket_size: numbers communicated at once: more is faster and takes more memory.
+        live_parameters: most numbers of weights kept gathered: fewer take less memory and are
+            gathered more often.
+        persistent_below: parameters of fewer numbers than this are not sharded.
 
     Raises:
         ValueError: a number out of range, or a missing nvme_path.
@@ -39,16 +43,11 @@ class Zero3:
     offload_optimizer: Offload | None = None
     offload_parameters: Offload | None = None
     nvme_path: str | None = None
-    bucket_size: int = 50_000_000
-    live_parameters: int = 1_000_000_000
-    persistent_below: int = 100_000
+    bucket_size: PositiveInt = 50_000_000
+    live_parameters: NonNegativeInt = 1_000_000_000
+    persistent_below: NonNegativeInt = 100_000
 
     def __post_init__(self) -> None:
-        for name, least in (("bucket_size", 1), ("live_parameters", 0), ("persistent_below", 0)):
-            value, field = getattr(self, name), f"trainer.zero3.{name}"
-            if value < least:
-                allowed = f"a whole number from {least}"
-                raise bad_value(field, value, allowed, f"Set {field}={least}")
         if "nvme" in (self.offload_optimizer, self.offload_parameters) and self.nvme_path is None:
             raise bad_value(
                 "trainer.zero3.nvme_path",
@@ -77,6 +76,12 @@ class Zero3:
                 if device == "nvme":
                     chosen[name]["nvme_path"] = self.nvme_path
         return chosen
+
+
+def build_zero3(settings: dict[str, Any] | None) -> Zero3 | None:
+    """Build the settings ``trainer.zero3``; None: weights are not sharded."""
+    target = f"{Zero3.__module__}.{Zero3.__qualname__}"
+    return None if settings is None else build({"_target_": target, **settings}, "trainer.zero3")
 
 
 def stage3(

@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from plrhf.backbone import devices
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj
-from plrhf.core.errors import BadValue
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.features import FeatureSchema
 from plrhf.models.policy import PersonalDPOPolicy
@@ -192,9 +191,17 @@ def test_shares_of_zero_3() -> None:
     assert alone.training > plan.training  # autocast keeps float32 weights cast; ZeRO-3 has none
 
 
-def test_more_gpus_than_one_need_zero() -> None:
-    with pytest.raises(BadValue, match="trainer.devices=3 is not allowed: expected 1 without ZeRO"):
-        forecast_of("trainer.devices=3")
+def test_ddp_moves_what_is_learned_alone() -> None:
+    of_ddp = [*SHARDED, "trainer=ddp", "trainer.devices=2", "trainer.num_nodes=2"]
+    plan = forecast_of(*of_ddp)
+    alone = forecast_of(
+        *SHARDED,
+        *("trainer=gpu", "trainer.devices=1", "trainer.num_nodes=1"),
+        *("data.batch_size=5", "data.eval_batch_size=9"),
+    )
+    assert plan.communication == 2 * 3 / 4 * 4 * plan.trainable  # once a step of three batches
+    assert plan.total == alone.total
+    assert (plan.pairs, alone.pairs) == (20 * 3, 5 * 3)
 
 
 def test_what_a_gpu_gathers_and_offloads() -> None:

@@ -1,4 +1,4 @@
-"""ZeRO stage 3 on two CPU processes, through the real train.py, against one process."""
+"""Two CPU processes, by ZeRO stage 3 and by DDP, through the real train.py, against one process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from plrhf.backbone.loading import load_model
 from plrhf.backbone.sharded_loading import fill_shards
 from plrhf.core.errors import BadValue
-from plrhf.training.trainer import build_trainer
 from plrhf.training.zero import Stage3
 
 STEPS, MORE_STEPS = 6, 11  # of 5 an epoch
@@ -40,7 +39,11 @@ MODELS = {
     "dpo": ["model=dpo", "aggregator=film", "encoder=cluster", "encoder.n_clusters=3"],
 }
 MODELS["reward"] += ["aggregator.n_tokens=2", "encoder.rank=null", "encoder.init=vocabulary"]
-ON = {1: ["trainer=cpu"], 2: ["trainer=zero3_cpu", "trainer.zero3.persistent_below=0"]}
+ON = {
+    "one": ["trainer=cpu"],
+    "zero3": ["trainer=zero3_cpu", "trainer.zero3.persistent_below=0"],
+    "ddp": ["trainer=cpu", "trainer.devices=2"],
+}
 
 
 def train(run_dir: Path, cache_dir: Path, *overrides: str) -> None:
@@ -68,22 +71,48 @@ def runs_still(process: int) -> bool:
     return stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: Any, cache_dir: Path) -> Any:
+    """A function of a model's name -> the run directory of one process, which trains it once."""
+    runs: dict[str, Path] = {}
+
+    def run_of(name: str) -> Path:
+        if name not in runs:
+            runs[name] = tmp_path_factory.mktemp("alone") / name
+            end = f"trainer.max_steps={MORE_STEPS}"
+            train(runs[name], cache_dir, *SETTINGS, *MODELS[name], *ON["one"], end)
+        return runs[name]
+
+    return run_of
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "then_on"), [("reward", 2), ("dpo", 1)])
+@pytest.mark.parametrize(
+    ("name", "first", "then"),
+    [
+        ("reward", "zero3", "zero3"),
+        ("reward", "ddp", "zero3"),
+        ("dpo", "zero3", "one"),
+        ("dpo", "ddp", "ddp"),
+    ],
+)
 def test_two_processes_learn_what_one_learns(
-    name: str, then_on: int, tmp_path: Path, cache_dir: Path
+    name: str, first: str, then: str, alone: Any, tmp_path: Path, cache_dir: Path
 ) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, two = alone(name), tmp_path / "two"
     settings, to_the_end = [*SETTINGS, *MODELS[name]], f"trainer.max_steps={MORE_STEPS}"
-    train(one, cache_dir, *settings, *ON[1], to_the_end)
     for found in cache_dir.glob("texts-*"):  # two processes compute them anew, and share them
         shutil.rmtree(found)
-    train(two, cache_dir, *settings, *ON[2], f"trainer.max_steps={STEPS}")
+    train(two, cache_dir, *settings, *ON[first], f"trainer.max_steps={STEPS}")
     kept = sorted(cache_dir.glob("texts-*/*.safetensors"))
     assert len(kept) == (3 if name == "dpo" else 0)  # of train, val and test
-    train(two, cache_dir, *settings, *ON[then_on], to_the_end, "ckpt=last")
+    train(two, cache_dir, *settings, *ON[then], to_the_end, "ckpt=last")
     assert sorted(cache_dir.glob("texts-*/*.safetensors")) == kept  # all was found
+    assert_same_runs(one, two)
 
+
+def assert_same_runs(one: Path, two: Path) -> None:
+    """Two runs learned the same, but for how sums over processes round."""
     assert len(losses(one, "train/loss")) == MORE_STEPS
     for metric in ("train/loss", "train/accuracy", "val/loss", "val/accuracy_macro"):
         # At first the policy is its reference, and the sign of a margin is rounding.
@@ -111,12 +140,12 @@ def test_two_processes_learn_what_one_learns(
 def test_supervised_on_two_processes(tmp_path: Path, cache_dir: Path) -> None:
     first = tmp_path / "first"
     settings = [*SETTINGS, "model=sft", "data.batch_size=15", "optim.lr=1e-3"]
-    train(first, cache_dir, *settings, *ON[1], "trainer.max_steps=2")
+    train(first, cache_dir, *settings, *ON["one"], "trainer.max_steps=2")
     settings.append(f"backbone.path={first / 'export'}")
     one, two = tmp_path / "one", tmp_path / "two"
-    train(one, cache_dir, *settings, *ON[1], "trainer.max_steps=7")
-    train(two, cache_dir, *settings, *ON[2], "trainer.max_steps=4")
-    train(two, cache_dir, *settings, *ON[2], "trainer.max_steps=7", "ckpt=last")
+    train(one, cache_dir, *settings, *ON["one"], "trainer.max_steps=7")
+    train(two, cache_dir, *settings, *ON["zero3"], "trainer.max_steps=4")
+    train(two, cache_dir, *settings, *ON["zero3"], "trainer.max_steps=7", "ckpt=last")
     for metric in ("train/loss", "val/loss"):
         assert losses(two, metric) == pytest.approx(losses(one, metric), abs=1e-4), metric
     models = [AutoModelForCausalLM.from_pretrained(run / "export") for run in (one, two)]
@@ -131,7 +160,7 @@ def test_supervised_on_two_processes(tmp_path: Path, cache_dir: Path) -> None:
 def test_a_killed_process_ends_all_and_the_run_goes_on(
     rank: int, tmp_path: Path, cache_dir: Path
 ) -> None:
-    settings = [*SETTINGS, *MODELS["reward"], *ON[2], "trainer.checkpoint_every_n_steps=1"]
+    settings = [*SETTINGS, *MODELS["reward"], *ON["zero3"], "trainer.checkpoint_every_n_steps=1"]
     settings += [f"trainer.max_steps={3 * MORE_STEPS}", f"cache_dir={cache_dir}"]
     run = tmp_path / "run"
     process = subprocess.Popen(
@@ -256,7 +285,7 @@ def test_a_damaged_checkpoint_starts_no_processes(
             patch.object(Stage3, "setup_environment", side_effect=AssertionError),
             pytest.raises(SystemExit) as stop,
         ):
-            launch("train", *TINY, *ON[2], *places, "ckpt=last")
+            launch("train", *TINY, *ON["zero3"], *places, "ckpt=last")
         assert stop.value.code == 2
         err = capsys.readouterr().err
         assert err.startswith(f"error: ckpt='{str(last)[:20]}") and err.count("\n") == 1
@@ -273,7 +302,7 @@ def test_a_checkpoint_of_another_encoder_is_refused_once(
     torch.save(checkpoint, last)
     places = [f"cache_dir={cache_dir}", f"run_dir={run}"]
     done = subprocess.run(
-        command("train", *TINY, *ON[2], *places, "ckpt=last"),
+        command("train", *TINY, *ON["zero3"], *places, "ckpt=last"),
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -284,11 +313,6 @@ def test_a_checkpoint_of_another_encoder_is_refused_once(
         "encoder lookup ("
     )
     assert done.stderr.count("\n") == 1
-
-
-def test_more_processes_need_zero(tmp_path: Path) -> None:
-    with pytest.raises(BadValue, match="trainer.devices=2 is not allowed: expected 1 without ZeRO"):
-        build_trainer(run_dir=tmp_path, loggers=[], has_val=True, max_epochs=1, devices=2)
 
 
 def test_deepspeed_is_loaded_for_sharded_runs_alone() -> None:

@@ -19,14 +19,13 @@ from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElastic
 from runs import ENVIRONMENT, ROOT, TINY, check_run, command, composed, save_model
 from safetensors.torch import load_file
 
-from plrhf.core.components import build
 from plrhf.core.errors import BadValue
 from plrhf.data.features import FeatureSchema
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.training.plan import forecast
 from plrhf.training.processes import launched_processes
 from plrhf.training.trainer import build_trainer
-from plrhf.training.zero import Zero3
+from plrhf.training.zero import Zero3, build_zero3
 
 SMALL = [*TINY, "data.n_users=3", "data.batch_size=14", "trainer.max_steps=3"]
 SMALL += ["data.max_prompt_tokens=40", "data.max_tokens=110", "samples.prompts=1"]
@@ -52,6 +51,7 @@ def test_settings_reach_deepspeed(tmp_path: Path) -> None:
         "trainer.precision=bf16-mixed",
     )["trainer"]
     del node["name"]
+    node["zero3"] = build_zero3(node["zero3"])
     strategy: Any = build_trainer(run_dir=tmp_path, loggers=[], has_val=True, **node).strategy
     strategy._init_config_if_needed()
     read = DeepSpeedConfig(strategy.config)  # as DeepSpeed itself understands it
@@ -80,7 +80,7 @@ def test_nvme_needs_what_deepspeed_needs(tmp_path: Path, monkeypatch: pytest.Mon
     lacking = SimpleNamespace(is_compatible=lambda verbose: False)
     monkeypatch.setattr("deepspeed.ops.op_builder.AsyncIOBuilder", lambda: lacking)
     with pytest.raises(BadValue) as error:
-        trainer_of(tmp_path, zero3={"offload_optimizer": "nvme", "nvme_path": str(tmp_path)})
+        trainer_of(tmp_path, zero3=Zero3(offload_optimizer="nvme", nvme_path=str(tmp_path)))
     assert str(error.value) == (
         "trainer.zero3='nvme' is not allowed: expected offloading to cpu, as DeepSpeed finds no libaio "
         "and compiler here. Install libaio-dev, or offload to cpu."
@@ -93,12 +93,12 @@ def test_nvme_needs_what_deepspeed_needs(tmp_path: Path, monkeypatch: pytest.Mon
         (
             {"bucket_size": 0},
             "trainer.zero3.bucket_size=0 is not allowed: expected a whole number from 1. "
-            "Set trainer.zero3.bucket_size=1.",
+            "Set trainer.zero3.bucket_size=50000000.",
         ),
         (
             {"live_parameters": -1},
             "trainer.zero3.live_parameters=-1 is not allowed: expected a whole number from 0. "
-            "Set trainer.zero3.live_parameters=0.",
+            "Set trainer.zero3.live_parameters=1000000000.",
         ),
         (
             {"offload_parameters": "nvme"},
@@ -107,14 +107,14 @@ def test_nvme_needs_what_deepspeed_needs(tmp_path: Path, monkeypatch: pytest.Mon
         ),
         (
             {"offload_optimizer": "disk"},
-            "trainer.zero3.offload_optimizer='disk' is not allowed: expected 'cpu' or 'nvme'. "
-            "Give trainer.zero3.offload_optimizer such a value.",
+            "trainer.zero3.offload_optimizer='disk' is not allowed: expected cpu or nvme or null. "
+            "Set trainer.zero3.offload_optimizer=cpu.",
         ),
     ],
 )
 def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(BadValue) as error:
-        build({"_target_": "plrhf.training.zero.Zero3", **settings}, "trainer.zero3")
+        build_zero3(settings)
     assert str(error.value) == message
 
 
@@ -139,13 +139,13 @@ def test_processes_that_others_start(
 ) -> None:
     for name, value in variables(1, 3).items():
         monkeypatch.setenv(name, value)
-    trainer = trainer_of(tmp_path, devices=3, zero3={})
+    trainer = trainer_of(tmp_path, devices=3, zero3=Zero3())
     assert isinstance(trainer.strategy.cluster_environment, environment)  # type: ignore[attr-defined]
     assert trainer.strategy.cluster_environment.creates_processes_externally  # type: ignore[attr-defined]
     assert (trainer.global_rank, trainer.world_size) == (1, 3)
     with (
         pytest.raises(BadValue) as error,
-        launched_processes(trainer_of(tmp_path, devices=2, zero3={})),
+        launched_processes(trainer_of(tmp_path, devices=2, zero3=Zero3())),
     ):
         pass
     assert str(error.value).startswith(
