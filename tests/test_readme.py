@@ -160,7 +160,7 @@ def test_commands_run(
             arguments.append("eval.shots=[0,1,2]")  # of the few pairs there are
         run(script, arguments, monkeypatch)
         if "eval=adapt" in command:
-            code = next(text for text in blocks("python") if "plrhf.models.adaptation" in text)
+            code = next(text for text in blocks("python") if "model.adapt(" in text)
             exec(code.replace("RUN_DIR", run_dir), {})
 
 

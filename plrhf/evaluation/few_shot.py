@@ -11,6 +11,7 @@ import rich.table
 import torch
 from torch import Tensor
 
+from plrhf.core.checks import check_arguments
 from plrhf.core.errors import bad_value
 from plrhf.core.stats import (
     Estimate,
@@ -31,6 +32,7 @@ from plrhf.models.pair_batches import batches_of, compute_per_pair, dataset_of
 ADAPT_SCHEMA = 1
 
 
+@check_arguments("eval")
 @dataclass(frozen=True, kw_only=True)
 class Shots(Fit):
     """Which curve to measure.
@@ -48,7 +50,6 @@ class Shots(Fit):
     users: Literal["unseen", "seen"] = "unseen"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         increasing = sorted({one for one in self.shots if one >= 0})
         if len(self.shots) == 0 or self.shots != increasing:
             raise bad_value(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +22,10 @@ from plrhf.core.types import PreferenceBatch
 from plrhf.data.rows import content_hash
 from plrhf.data.tokenizer import Tokenizer
 from plrhf.encoders import UserEncoder
+from plrhf.models.adaptation import Fit, NewUser, adapt
 from plrhf.models.card import Card
-from plrhf.models.loading import load_checkpoint, load_export
+from plrhf.models.enrolment import enrol, forget
+from plrhf.models.loading import load_checkpoint, load_export, reload_users
 from plrhf.models.metrics import ExactMean, UserAccuracy
 from plrhf.models.optim import Optim, RowAdamW, clip_gradients
 
@@ -55,11 +57,12 @@ class PersonalModule(LightningModule):
 
     Attributes:
         card: the settings the model was built from; None for a model put together from its parts.
-        tokenizer: set where the model was loaded by `plrhf.load`.
+        tokenizer, directory: of the export, where the model was loaded from one.
     """
 
     card: Card
     tokenizer: Tokenizer
+    directory: Path
 
     def __init__(
         self,
@@ -120,6 +123,18 @@ class PersonalModule(LightningModule):
         """How many positions the backbone has for text; None for no limit."""
         limit = self.backbone.max_positions
         return None if limit is None else limit - self.aggregator.n_positions
+
+    def values_without_user(self) -> dict[str, Callable[[PreferenceBatch], Tensor]]:
+        """Name what no user has a part in, so that it can be computed once.
+
+        Returns:
+            Fields of `PairDataset`, and the functions that compute them from a batch.
+        """
+        return {}
+
+    def without_user(self, batch: PreferenceBatch) -> PreferenceBatch:
+        """Compute all of a batch that does not depend on the user, for calls with many user vectors."""
+        return batch
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Parameters that are neither language model nor user model."""
@@ -239,6 +254,20 @@ class PersonalModule(LightningModule):
         """Return the context of the precision the model was trained in; see `Card.precision`."""
         kind = AUTOCAST.get(self.card.precision) if hasattr(self, "card") else None
         return nullcontext() if kind is None else torch.autocast(self.device.type, dtype=kind)
+
+    def adapt(self, pairs: Sequence[Mapping[str, Any]], fit: Fit | None = None) -> NewUser:
+        """Fit a new user to a few of their pairs; see `adaptation.adapt`."""
+        return adapt(self, pairs, fit)
+
+    def enrol(self, user_id: str, user: NewUser) -> None:
+        """Add an adapted user to this model and to the export it was loaded from."""
+        enrol(self.directory, user_id, user)
+        reload_users(self, self.directory)
+
+    def forget(self, user_id: str) -> None:
+        """Take a user out of this model and out of the export it was loaded from."""
+        forget(self.directory, user_id)
+        reload_users(self, self.directory)
 
     def describe(self, card: Card) -> None:
         """Take the settings the model was built from; loggers and checkpoints then show them."""

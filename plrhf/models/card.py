@@ -29,6 +29,7 @@ class Card:
         fingerprint: of the frozen backbone's weights, see `Backbone.fingerprint`.
         precision: the trainer's; a loaded model computes in the same.
         ships_backbone: whether the export holds the frozen backbone too, in ``backbone/``.
+        user_tables: names of the encoder's parameters whose rows belong to users.
         files: BLAKE2b digests of the export's other files by name; of a checkpoint none.
     """
 
@@ -42,6 +43,7 @@ class Card:
     fingerprint: str
     precision: str = "32-true"
     ships_backbone: bool = False
+    user_tables: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 

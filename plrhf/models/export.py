@@ -17,6 +17,7 @@ from torch import Tensor
 
 from plrhf.backbone.sharding import gathered
 from plrhf.core.errors import bad_value
+from plrhf.models.adaptation import user_tables
 from plrhf.models.card import CARD, Card, card_text, read_card
 
 USER_MODEL = "user_encoder.safetensors"
@@ -52,7 +53,7 @@ def save_export(directory: Path, model: Any, card: Card, tokenizer: Any) -> None
         card = replace(card, backbone={**card.backbone, "path": BACKBONE})
     tokenizer.save_pretrained(part)
     _model_card(card).save(part / README)
-    card = replace(card, files=_digests(part))
+    card = replace(card, user_tables=sorted(user_tables(model.encoder)), files=_digests(part))
     (part / CARD).write_text(card_text(card))
     for path in (part, *part.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)

@@ -1,19 +1,23 @@
-"""Text for many users at once: one batch, each row written under its own user's vectors."""
+"""Writes text for many users at once: one batch, each row under its own user's vectors."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
+from plrhf.backbone.decoding import end_tokens, plain_generation
 from plrhf.core.errors import bad_value
 from plrhf.core.types import UserBatch
 from plrhf.data.tokenizer import Tokenizer
-from plrhf.models.base import PersonalModule
+
+if TYPE_CHECKING:
+    from plrhf.models.base import PersonalModule
 
 
 @torch.no_grad()
@@ -27,16 +31,20 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     batch_size: int = 64,
+    seed: int | None = None,
 ) -> list[str]:
     """Write one response a (prompt, user), with a key-value cache.
+
+    A text ends with the tokenizer's end token, or with one of the backbone's generation_config.
 
     Args:
         prompts: N prompts as token ids, start token included, none empty.
         users: N users, row i writes prompt i, index 0 being the generic user; None: the reference
             writes, adapters off and no user.
         max_new_tokens: longest response, from 1. batch_size: rows written at once.
-        temperature: 0 takes the likeliest token; above 0 samples from torch's generator.
+        temperature: 0 takes the likeliest token; above 0 samples.
         top_p: mass of the nucleus sampled from, in (0, 1].
+        seed: of sampling, which then leaves torch's generator as it was; None: draw from that.
 
     Returns:
         N responses without special tokens.
@@ -56,16 +64,17 @@ def generate(
         of_users = None
         if users is not None:
             of_users = UserBatch(user_id=users.user_id[at], features=users.features[at])
-        tokens = _write(
-            model,
-            tokenizer,
-            input_ids.to(device),
-            mask.to(device),
-            of_users,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-        )
+        with model.autocast(), _seeded(None if seed is None else seed + start, device):
+            tokens = _write(
+                model,
+                tokenizer,
+                input_ids.to(device),
+                mask.to(device),
+                of_users,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+            )
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         written.update(zip(places, texts, strict=True))
     model.train(was_training)
@@ -78,7 +87,7 @@ def check_options(
     """Raise unless these are options of `generate`; `field` is the setting that holds them."""
     for name, value, good, allowed in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "a whole number from 1"),
-        ("temperature", temperature, temperature >= 0, "a number from 0"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "a number from 0"),
         ("top_p", top_p, 0 < top_p <= 1, "a number above 0, at most 1"),
     ):
         if not good:
@@ -135,7 +144,10 @@ def _write(
         user = torch.empty(len(input_ids), 0, device=input_ids.device)
     else:
         writer = contextlib.nullcontext()
-        user = model.encoder(move_data_to_device(users, input_ids.device))
+        with torch.autocast(input_ids.device.type, enabled=False):
+            user = model.encoder(move_data_to_device(users, input_ids.device))
+        user = user.to(input_ids.device)
+    ends = end_tokens(model.backbone, tokenizer.eos_token_id)
     n_read = model.aggregator.n_positions + input_ids.shape[1]
     cache = model.backbone.cache(n_read + max_new_tokens)
     with contextlib.ExitStack() as stack:
@@ -145,16 +157,28 @@ def _write(
         inputs = stack.enter_context(
             model.aggregator.decoding(model.backbone, input_ids, mask, user)
         )
-        output = model.backbone.model.generate(  # type: ignore[operator]
+        writing = stack.enter_context(plain_generation(model.backbone))
+        output = writing.generate(
             **inputs,
             **how,
             past_key_values=cache,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends,
         )
     # Given embeddings, `generate` returns the new tokens alone; given ids, the prompt before them.
     return output if "inputs_embeds" in inputs else output[:, input_ids.shape[1] :]
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Draw by a seed in this context, and leave the generators as they were."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

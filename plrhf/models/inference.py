@@ -1,18 +1,13 @@
 """A trained model asked from Python: rewards and texts for given users.
 
-    from plrhf.backbone.loading import load_tokenizer
-    from plrhf.models.policy import PersonalDPOPolicy
-    from plrhf.models.reward import PersonalRewardModel
-    from plrhf.models.inference import score, write
+    import plrhf
 
     asked = [
         {"user_id": "ada", "prompt": "Write a note.", "response": "Back at six."},
         {"prompt": "Write a note.", "response": "Back at six."},  # nobody in particular
     ]
-    model = PersonalRewardModel.from_pretrained("REWARD_DIR/export")
-    rewards = score(model, load_tokenizer("REWARD_DIR/export"), asked)
-    policy = PersonalDPOPolicy.from_pretrained("POLICY_DIR/export")
-    texts = write(policy, load_tokenizer("POLICY_DIR/export"), asked, max_new_tokens=64)
+    rewards = plrhf.load("REWARD_DIR/export").score(asked)
+    texts = plrhf.load("POLICY_DIR/export").write(asked, max_new_tokens=64)
 
 What is asked is in the row format, with a `response` to score. Without a `user_id` it is asked for the
 generic user, of whom an encoder that reads features may know some: `user_features`.
@@ -22,81 +17,105 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning import LightningModule
 from torch import Tensor
 
 from plrhf.core.errors import bad_value
 from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
 from plrhf.data.parsing import parse_row
 from plrhf.data.rows import Row
-from plrhf.data.tokenizer import RowTokenizer, Tokenizer
-from plrhf.models.card import Card
+from plrhf.data.tokenizer import RowTokenizer
+from plrhf.models.card import CARD, Card
 from plrhf.models.generation import generate
+from plrhf.models.loading import load_export
 from plrhf.models.pair_batches import batches_of, compute_per_pair, dataset_of
-from plrhf.models.policy import PersonalDPOPolicy
-from plrhf.models.reward import PersonalRewardModel
+
+if TYPE_CHECKING:
+    from plrhf.models.base import PersonalModule
+    from plrhf.models.policy import PersonalDPOPolicy
+    from plrhf.models.reward import PersonalRewardModel
 
 Asked = Sequence[Mapping[str, Any]]
 
 
-@torch.no_grad()
-def score(
-    model: PersonalRewardModel, tokenizer: Tokenizer, asked: Asked, *, batch_size: int = 32
-) -> Tensor:
-    """Rewards [N] float32 of N responses, each for its user; comparable for one prompt and user.
+def load(directory: str | Path, **options: Any) -> PersonalModule:
+    """Load a reward model or a policy that a run left, with its tokenizer, in eval mode.
 
     Args:
-        model, tokenizer: of an export. asked: prompts, responses and users, see above.
+        directory: an export, or the run's directory. options: of `loading.load_export`, e.g.
+            ``backbone_path`` where the frozen backbone has moved.
+
+    Raises:
+        ValueError: no whole export there, or a backbone with other weights.
+    """
+    of_run = Path(directory, "export")
+    model: Any = load_export(
+        LightningModule, of_run if (of_run / CARD).is_file() else directory, **options
+    )
+    return model
+
+
+@torch.no_grad()
+def score(model: PersonalRewardModel, asked: Asked, *, batch_size: int = 32) -> Tensor:
+    """Reward N responses, each for its user, [N] float32; comparable for one prompt and user.
+
+    Args:
+        model: of an export. asked: prompts, responses and users, see above.
 
     Raises:
         ValueError: a response or prompt that cannot be read or does not fit, or a user the model
             does not know.
     """
-    row_tokenizer = RowTokenizer(tokenizer, **model.card.text)
+    row_tokenizer = RowTokenizer(model.tokenizer, **model.card.text)
     rows = [
         replace(row, chosen=_response(one, place), rejected="")
         for place, (one, row) in enumerate(zip(asked, _rows(asked), strict=True))
     ]
-    dataset = dataset_of(model, row_tokenizer, rows, batch_size=batch_size)
-    if len(dataset) < len(rows):
-        raise bad_value(
-            "asked",
-            f"{len(rows) - len(dataset)} too long",
-            f"prompt and response of at most {row_tokenizer.max_tokens} tokens",
-            "Leave out what is longer, or train with a larger data.max_tokens",
-        )
-    users = _user_ids(model.card, asked, rows)
-    batches = batches_of(dataset, range(len(rows)), users, batch_size=batch_size)
+    with model.autocast():
+        dataset = dataset_of(model, row_tokenizer, rows, batch_size=batch_size)
+        if len(dataset) < len(rows):
+            raise bad_value(
+                "asked",
+                f"{len(rows) - len(dataset)} too long",
+                f"prompt and response of at most {row_tokenizer.max_tokens} tokens",
+                "Leave out what is longer, or train with a larger data.max_tokens",
+            )
+        users = _user_ids(model.card, asked, rows)
+        batches = batches_of(dataset, range(len(rows)), users, batch_size=batch_size)
 
-    def rewards(batch: PreferenceBatch) -> Tensor:
-        return model.rewards(model.hidden(batch, ("user",)), batch)[0, :, 0]
+        def rewards(batch: PreferenceBatch) -> Tensor:
+            return model.rewards(model.hidden(batch, ("user",)), batch)[0, :, 0]
 
-    return compute_per_pair(rewards, batches, model.device) if rows else torch.empty(0)
+        return compute_per_pair(rewards, batches, model.device) if rows else torch.empty(0)
 
 
-def write(model: PersonalDPOPolicy, tokenizer: Tokenizer, asked: Asked, **how: Any) -> list[str]:
-    """N texts, each for its user, all users in one batch.
+def write(model: PersonalDPOPolicy, asked: Asked, **how: Any) -> list[str]:
+    """Write N texts, each for its user, many users in one batch.
 
     Args:
-        model, tokenizer: of an export. asked: prompts and users, see above.
-        how: `max_new_tokens`, `temperature`, `top_p`, `batch_size` of `generate`.
+        model: of an export. asked: prompts and users, see above.
+        how: `max_new_tokens`, `temperature`, `top_p`, `batch_size`, `seed` of `generate`.
 
     Raises:
         ValueError: a prompt that cannot be read, no room for the tokens, or an unknown user.
     """
     rows = _rows(asked)
-    row_tokenizer = RowTokenizer(tokenizer, **model.card.text)
+    row_tokenizer = RowTokenizer(model.tokenizer, **model.card.text)
     users = UserBatch(
         user_id=torch.tensor(_user_ids(model.card, asked, rows), dtype=torch.int64),
         features=model.card.feature_schema().table([row.user_features for row in rows]),
     )
-    return generate(model, tokenizer, [row_tokenizer.prompt(row) for row in rows], users, **how)
+    return generate(
+        model, model.tokenizer, [row_tokenizer.prompt(row) for row in rows], users, **how
+    )
 
 
 def _rows(asked: Asked) -> list[Row]:
-    """What is asked as rows, checked like those of training; their responses mean nothing."""
+    """Check what is asked as rows of training are; the responses put in mean nothing."""
     return [
         parse_row({"user_id": "nobody", **one, "chosen": "A", "rejected": "B"}, f"asked[{place}]")
         for place, one in enumerate(asked)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from plrhf.aggregators import Aggregator
-from plrhf.backbone.loading import load_backbone
+from plrhf.backbone.loading import load_backbone, load_tokenizer
 from plrhf.backbone.model import Backbone
 from plrhf.core.components import build, locate
 from plrhf.core.errors import bad_value
@@ -98,7 +98,20 @@ def load_export(
     model = build_model(backbone, card)
     backbone.load_adapter(Path(directory))
     _load_user_model(model, Path(directory, USER_MODEL))
+    model.directory = Path(directory)
+    model.tokenizer = load_tokenizer(str(directory))
     return model.eval()
+
+
+def reload_users(model: Any, directory: Path) -> None:
+    """Give a model the users its export has by now, in a new encoder; all else stays."""
+    model.card = read_card(directory)
+    with torch.random.fork_rng(devices=[]):
+        encoder = build_encoder(model.backbone, model.aggregator, model.card)
+    state = load_file(directory / USER_MODEL)
+    own = {name.removeprefix("encoder."): value for name, value in state.items()}
+    encoder.load_state_dict({name: own[name] for name in encoder.state_dict()})
+    model.encoder = encoder.to(model.device).train(model.training)
 
 
 def load_checkpoint(

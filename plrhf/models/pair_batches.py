@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -15,9 +16,9 @@ from plrhf.data.packing import packed, two_rows
 from plrhf.data.rows import Row
 from plrhf.data.text_values import compute_text_values
 from plrhf.data.tokenizer import RowTokenizer
-from plrhf.models.base import PersonalModule
-from plrhf.models.policy import PersonalDPOPolicy
-from plrhf.models.reward import PersonalRewardModel
+
+if TYPE_CHECKING:
+    from plrhf.models.base import PersonalModule
 
 POOLED_AT_ONCE = 4096
 """Pairs a batch where only pooled trunk outputs are held, which are small."""
@@ -26,7 +27,7 @@ POOLED_AT_ONCE = 4096
 def dataset_of(
     model: PersonalModule, row_tokenizer: RowTokenizer, rows: Sequence[Row], *, batch_size: int
 ) -> PairDataset:
-    """Rows as pairs, with all computed that no user has a part in: pooled trunk, or reference.
+    """Turn rows into pairs, and compute once what no user has a part in: pooled trunk, or reference.
 
     Rows too long are left out and counted by `row_tokenizer`.
     """
@@ -46,17 +47,17 @@ def dataset_of(
         )
 
     with torch.no_grad():
-        if isinstance(model, PersonalDPOPolicy):
-            dataset.ref_logps = on_device(model.reference_logps)
-        elif isinstance(model, PersonalRewardModel) and model.aggregator.after_trunk:
-            dataset.hidden = on_device(model.pooled_trunk)
+        for name, compute in model.values_without_user().items():
+            setattr(dataset, name, on_device(compute))
     return dataset
 
 
 def batches_of(
     dataset: PairDataset, places: Sequence[int], owners: Sequence[int], *, batch_size: int
 ) -> list[PreferenceBatch]:
-    """Pairs at the places, each with its owner as the user; `row` says which entry of `places`.
+    """Make batches of the pairs at the places, each with its owner as the user.
+
+    `row` of a batch says which entries of `places` its pairs are.
 
     Pairs of like length stand together, so that little is padding.
     """
@@ -80,7 +81,7 @@ def compute_per_pair(
     batches: Sequence[PreferenceBatch],
     device: torch.device,
 ) -> Tensor:
-    """`compute` of all batches on the device, [N, ...] on the CPU in order of `row`."""
+    """Compute values [B, ...] of all batches on the device; [N, ...] on the CPU in order of `row`."""
     values = [compute(move_data_to_device(batch, device)).detach().cpu() for batch in batches]
     rows = torch.cat([batch.row for batch in batches])
     return torch.cat(values)[rows.argsort()]

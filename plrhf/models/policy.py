@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,6 +16,7 @@ from plrhf.core.errors import bad_value
 from plrhf.core.logprobs import response_logps
 from plrhf.core.types import PreferenceBatch
 from plrhf.models.base import PersonalModule
+from plrhf.models.inference import Asked, write
 
 
 @check_arguments("model")
@@ -82,6 +85,18 @@ class PersonalDPOPolicy(PersonalModule):
                 "lora, as with encoder=none a frozen policy has nothing to learn",
                 "Set backbone.trainable=lora, or encoder=lookup",
             )
+
+    def write(self, asked: Asked, **how: Any) -> list[str]:
+        """Write texts for users; see `inference.write`."""
+        return write(self, asked, **how)
+
+    def values_without_user(self) -> dict[str, Callable[[PreferenceBatch], Tensor]]:
+        return {"ref_logps": self.reference_logps}
+
+    def without_user(self, batch: PreferenceBatch) -> PreferenceBatch:
+        if not self.aggregator.after_trunk or batch.trunk is not None:
+            return batch
+        return replace(batch, trunk=self.trunk(batch))
 
     def logps(self, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
         """Turn hidden states [R, L, d] into response log-probabilities [B, 2] float32, in nats."""

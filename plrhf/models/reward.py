@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from plrhf.core import losses
 from plrhf.core.checks import NonNegativeFloat, check_arguments
 from plrhf.core.types import CHOSEN, PADDING, REJECTED, PreferenceBatch
 from plrhf.models.base import PersonalModule
+from plrhf.models.inference import Asked, score
 
 
 def pool_responses(hidden: Tensor, segment: Tensor, *, n_pairs: int, pooling: str) -> Tensor:
@@ -66,13 +68,23 @@ class PersonalRewardModel(PersonalModule):
     def head_parameters(self) -> list[nn.Parameter]:
         return list(self.head.parameters())
 
+    def score(self, asked: Asked, *, batch_size: int = 32) -> Tensor:
+        """Reward responses for their users, [N]; see `inference.score`."""
+        return score(self, asked, batch_size=batch_size)
+
+    def values_without_user(self) -> dict[str, Callable[[PreferenceBatch], Tensor]]:
+        return {"hidden": self.pooled_trunk} if self.aggregator.after_trunk else {}
+
+    def without_user(self, batch: PreferenceBatch) -> PreferenceBatch:
+        if not self.aggregator.after_trunk or batch.hidden is not None:
+            return batch
+        pooled = self.pooled_trunk(batch).flatten(0, 1)
+        texts = torch.arange(len(pooled), device=pooled.device).view(len(batch), 2)
+        return batch.pooled(pooled, texts)
+
     def hidden_for(self, batch: PreferenceBatch, user: Tensor) -> Tensor:
         # A trunk that does not depend on the user is run and pooled once for all contexts.
-        if self.aggregator.after_trunk and batch.hidden is None:
-            pooled = self.pooled_trunk(batch).flatten(0, 1)
-            texts = torch.arange(len(pooled), device=pooled.device).view(len(batch), 2)
-            batch = batch.pooled(pooled, texts)
-        return super().hidden_for(batch, user)
+        return super().hidden_for(self.without_user(batch), user)
 
     def rewards(self, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
         """Turn hidden states [C, R, L, d] into rewards [C, B, 2] float32 (chosen, rejected).

@@ -15,7 +15,6 @@ from scipy.optimize import minimize
 from tiny import AGGREGATORS, WIDTH, make_batch, make_model, make_pairs
 from torch import Tensor, nn, tensor
 
-from plrhf.backbone.loading import load_tokenizer
 from plrhf.core.types import UserBatch
 from plrhf.encoders import ClusterMixtureEncoder, LookupEncoder, NoneEncoder, UserEncoder
 from plrhf.models.adaptation import (
@@ -215,17 +214,16 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_a_new_user_is_fitted_enrolled_and_forgotten(export: Path) -> None:
     before = contents(export)
     model = PersonalModule.from_pretrained(export)
-    tokenizer = load_tokenizer(str(export))
     stranger = world().user_ids[5]
     pairs = [
         {name: row[name] for name in ("prompt", "chosen", "rejected")}
         for row in rows_of_world()
         if row["user_id"] == stranger
     ][:3]
-    user = adapt(model, tokenizer, pairs, Fit(steps=5, prior_scale=20.0))
+    user = adapt(model, pairs, Fit(steps=5, prior_scale=20.0))
     generic = model.encoder.generic(1)[0].detach()
     assert (user.vector - generic).abs().max() > 1e-3
-    assert adapt(model, tokenizer, []).vector.equal(generic)
+    assert adapt(model, []).vector.equal(generic)
 
     enrol(export, stranger, user)
     grown = PersonalModule.from_pretrained(export)
@@ -283,7 +281,7 @@ def test_rows_that_do_not_fit_the_export(export: Path) -> None:
         (
             {"prior_scale": 0.0},
             "eval.prior_scale=0.0 is not allowed: expected a number above 0. "
-            "Set eval.prior_scale=1.",
+            "Set eval.prior_scale=1.0.",
         ),
     ],
 )

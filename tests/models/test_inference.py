@@ -13,7 +13,6 @@ import torch
 import yaml
 from test_export import data_of
 
-from plrhf.backbone.loading import load_tokenizer
 from plrhf.models import inference as serve
 from plrhf.models.card import read_card
 from plrhf.models.inference import score, write
@@ -25,7 +24,7 @@ NOTE = {"prompt": "Write a note.", "response": "Back at six."}
 
 def test_rewards_are_those_of_the_run(reward_run: Path) -> None:
     export = reward_run / "export"
-    model, tokenizer = PersonalRewardModel.from_pretrained(export), load_tokenizer(str(export))
+    model = PersonalRewardModel.from_pretrained(export)
     rows = [
         row for row in data_of(reward_run, model).splits.test if row.user_id in model.card.users
     ]
@@ -38,7 +37,7 @@ def test_rewards_are_those_of_the_run(reward_run: Path) -> None:
             for row in rows
             for text in (row.chosen, row.rejected)
         ]
-        rewards = score(model, tokenizer, asked, batch_size=7).view(-1, 2)
+        rewards = score(model, asked, batch_size=7).view(-1, 2)
         expected = table.loc[context]["margin"].loc[[row.pair_id for row in rows]]
         margins = (rewards[:, 0] - rewards[:, 1]).double()
         torch.testing.assert_close(margins, torch.tensor(expected.to_numpy()), atol=1e-5, rtol=0)
@@ -46,18 +45,18 @@ def test_rewards_are_those_of_the_run(reward_run: Path) -> None:
 
 def test_texts_are_those_of_the_run(policy_run: Path) -> None:
     export = policy_run / "export"
-    model, tokenizer = PersonalDPOPolicy.from_pretrained(export), load_tokenizer(str(export))
+    model = PersonalDPOPolicy.from_pretrained(export)
     lines = [json.loads(line) for line in (policy_run / "generations.jsonl").open()]
     lines = [line for line in lines if line["writer"] == "policy"]
     assert len({line["user_id"] for line in lines}) > 1
     samples = yaml.safe_load((policy_run / "config.yaml").read_text())["samples"]
     how: dict[str, Any] = {name: samples[name] for name in ("max_new_tokens", "temperature")}
-    assert write(model, tokenizer, lines, **how) == [line["response"] for line in lines]
+    assert write(model, lines, **how) == [line["response"] for line in lines]
 
 
 def test_the_example(reward_run: Path, policy_run: Path) -> None:
     assert serve.__doc__ is not None
-    start, end = serve.__doc__.index("    from plrhf"), serve.__doc__.index("\nWhat is asked")
+    start, end = serve.__doc__.index("    import plrhf"), serve.__doc__.index("\nWhat is asked")
     code = textwrap.dedent(serve.__doc__[start:end])
     for name, run in (("REWARD_DIR", reward_run), ("POLICY_DIR", policy_run)):
         code = code.replace(name, str(run))
@@ -71,14 +70,13 @@ def test_the_example(reward_run: Path, policy_run: Path) -> None:
 def test_nothing_asked(reward_run: Path, policy_run: Path) -> None:
     reward = PersonalRewardModel.from_pretrained(reward_run / "export")
     policy = PersonalDPOPolicy.from_pretrained(policy_run / "export")
-    tokenizer = load_tokenizer(str(policy_run / "export"))
-    assert score(reward, tokenizer, []).shape == (0,)
-    assert write(policy, tokenizer, [], max_new_tokens=3) == []
+    assert score(reward, []).shape == (0,)
+    assert write(policy, [], max_new_tokens=3) == []
 
 
 def test_what_cannot_be_answered(reward_run: Path) -> None:
     export = reward_run / "export"
-    model, tokenizer = PersonalRewardModel.from_pretrained(export), load_tokenizer(str(export))
+    model = PersonalRewardModel.from_pretrained(export)
     users = model.card.users
     assert len(users) == 5  # of more the first five are shown
     longest = model.card.text["max_tokens"]
@@ -100,7 +98,7 @@ def test_what_cannot_be_answered(reward_run: Path) -> None:
         ),
     ):
         with pytest.raises(ValueError) as caught:
-            score(model, tokenizer, [asked])
+            score(model, [asked])
         assert str(caught.value) == message
     with pytest.raises(ValueError, match=r"asked\[0\].*prompt"):
-        score(model, tokenizer, [{"response": "Yes."}])
+        score(model, [{"response": "Yes."}])
