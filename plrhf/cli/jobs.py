@@ -1,8 +1,9 @@
-"""Jobs of a sweep: one that fails costs no other, none is done twice, and the end says how all went."""
+"""Jobs of a sweep: a failed one stops no other, a finished one is skipped, and the end names failures."""
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import sys
 import time
@@ -11,10 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from plrhf.core.components import ASIDE, first_difference
+from plrhf.core.components import WITHOUT_EFFECT, first_difference
 from plrhf.core.errors import BadValue, bad_value
 
 FAILED, LOG = "error.txt", "log.txt"
@@ -22,17 +24,17 @@ SOME_FAILED = 1
 
 
 @contextlib.contextmanager
-def job(
-    folder: Path, overrides: list[str], entry: str, word: Callable[[Exception], str]
+def sweep_job(
+    folder: Path, overrides: list[str], entry: str, one_line: Callable[[Exception], str]
 ) -> Iterator[None]:
-    """Within it a job of a sweep says what it says in its folder, and keeps there why it failed.
+    """Run the block as a job of a sweep: its output goes to log.txt, its error to error.txt.
 
-    Only Ctrl-C gets out of it, so that the other jobs are done. What a run notes as its command is
-    the job's own, and not the sweep's.
+    Any exception but Ctrl-C ends the block alone, so that the other jobs run. Within it `sys.argv`
+    is the job's own command, which its results record.
 
     Args:
-        folder: the job's, which is there. overrides: of the job. entry: train.py or eval.py.
-        word: an exception in one line.
+        folder: of the job; it exists. overrides: of the job. entry: train.py or eval.py.
+        one_line: an exception as one line.
     """
     name = " ".join(overrides)
     (folder / FAILED).unlink(missing_ok=True)
@@ -43,7 +45,7 @@ def job(
             sys.argv = [entry, *overrides]
             yield
     except (Exception, SystemExit) as error:
-        line = word(error) if isinstance(error, Exception) else f"exit status {error.code}"
+        line = one_line(error) if isinstance(error, Exception) else f"exit status {error.code}"
         trace = "" if isinstance(error, BadValue) else traceback.format_exc()
         (folder / FAILED).write_text(f"{line}\n{trace}", encoding="utf-8")
         print(f"failed: {folder}: {name}: {line}", file=sys.stderr, flush=True)
@@ -63,46 +65,74 @@ def refuse_processes(settings: Mapping[str, Any]) -> None:
 
 
 def is_finished(settings: Mapping[str, Any]) -> bool:
-    """Whether ``run_dir`` holds this very run with its results, which then need no second time.
+    """Whether ``run_dir`` holds this very run with its results, so that it need not run again.
 
     Raises:
-        ValueError: it holds the results of another run, which would be lost.
+        ValueError: it holds the results of a run with other settings.
     """
-    path = Path(settings["run_dir"]) / "results.json"
-    if not path.is_file():
+    run_dir = Path(settings["run_dir"])
+    before = _config_of_finished(run_dir)
+    if before is None:
         return False
-    before = json.loads(path.read_text(encoding="utf-8"))["config"]
-    now, before = (
-        {name: value for name, value in one.items() if name not in ASIDE}
+    ours, theirs = (
+        {name: value for name, value in one.items() if name not in WITHOUT_EFFECT}
         for one in (settings, before)
     )
-    difference = first_difference(now, before)
+    difference = first_difference(ours, theirs)
     if difference is not None:
-        field, _, theirs = difference
+        field, _, there = difference
         raise bad_value(
             "run_dir",
             settings["run_dir"],
-            f"a directory of its own, as it holds a run of {field}={theirs!r}",
-            "Set run_dir to another",
+            f"a directory of its own, as it holds a run of {field}={there!r}",
+            "Set run_dir to another, or overwrite=true",
         )
     return True
 
 
+def _config_of_finished(run_dir: Path) -> dict[str, Any] | None:
+    """Return the settings of the finished run in a directory, None where there is none."""
+    if (run_dir / "results.json").is_file():
+        return json.loads((run_dir / "results.json").read_text(encoding="utf-8"))["config"]
+    if (run_dir / "config.yaml").is_file() and (run_dir / "export/config.json").is_file():
+        return yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))  # model=sft
+    return None
+
+
+def best_value(run_dir: Path, monitor: str) -> float | None:
+    """Return the best value of a metric in metrics.csv: of an accuracy the highest, else the lowest."""
+    path = run_dir / "metrics.csv"
+    if not path.is_file():
+        return None
+    with path.open(newline="", encoding="utf-8") as file:
+        found = [row.get(monitor) for row in csv.DictReader(file)]
+    values = [float(one) for one in found if one not in (None, "")]
+    if len(values) == 0:
+        return None
+    return max(values) if "accuracy" in monitor else min(values)
+
+
 def why_failed(folder: Path) -> str:
-    """What a job of a sweep failed by, in one line behind a colon; empty where none failed here."""
+    """Return ``: `` and the line that says why the job of a folder failed; empty where it did not."""
     path = folder / FAILED
     return f": {path.read_text(encoding='utf-8').splitlines()[0]}" if path.is_file() else ""
 
 
-class Ending(Callback):
-    """Names at a sweep's end the jobs that failed, and ends with status 1 if there are any."""
+class NameFailedJobs(Callback):
+    """Names the failed jobs at the end of a sweep, and then ends the process with status 1.
+
+    A job removes the error.txt of its own folder when it begins, so what is there at the end is of
+    this sweep. No other file is touched.
+    """
+
+    def __init__(self) -> None:
+        self.began = 0.0
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        for path in _failures(config):
-            path.unlink()
+        self.began = time.time()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        failures = _failures(config)
+        failures = self._failures(Path(config.hydra.sweep.dir))
         if len(failures) == 0:
             return
         head = f"{len(failures)} of the jobs failed; {FAILED} in its folder says more:"
@@ -111,7 +141,8 @@ class Ending(Callback):
             print(f"  {path.parent}{why_failed(path.parent)}", file=sys.stderr)
         sys.exit(SOME_FAILED)
 
-
-def _failures(config: DictConfig) -> list[Path]:
-    """What failed jobs left in the directory of the sweep."""
-    return sorted(Path(config.hydra.sweep.dir).rglob(FAILED))
+    def _failures(self, folder: Path) -> list[Path]:
+        """Find the error.txt files that jobs wrote since the sweep began."""
+        slack = 2.0  # seconds by which the clock of a shared file system may be behind
+        found = sorted(folder.rglob(FAILED))
+        return [path for path in found if path.stat().st_mtime >= self.began - slack]

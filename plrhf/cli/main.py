@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import sys
@@ -20,16 +21,18 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from plrhf.cli.jobs import is_finished, job, refuse_processes
+from plrhf.cli.jobs import best_value, is_finished, refuse_processes, sweep_job
+from plrhf.cli.outputs import FilesMissing, is_disk_full, one_line
 from plrhf.core.components import Settings, unknown_key
 from plrhf.core.errors import BadValue, bad_value
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # Inside the package where it was installed from a wheel, beside it in a checkout.
 CONF = next(one for one in (PACKAGE / "conf", PACKAGE.parent / "conf") if one.is_dir())
-USAGE_ERROR, INTERRUPTED = 2, 130
+FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130  # exit statuses
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # as Lightning, torchrun and SLURM tell a process
-FOR_THE_USER = (BadValue, HydraException, OmegaConfBaseException)
+HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
+FOR_THE_USER = (BadValue, FilesMissing, *HYDRA_ERRORS)
 
 # Advice of libraries to their programmers, which the user of a run can do nothing about.
 NOT_FOR_THE_USER = (
@@ -65,68 +68,82 @@ def main(config_name: str, task: str) -> None:
         task: dotted path of a function of settings, imported once the command line has been read,
             so that a slip on it is answered at once.
     """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through: they are worded here
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to `exit_on_errors`
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # torch's C++ warnings, such as DDP's that all weights were used, do not concern the user.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
-    def composed(config: DictConfig) -> None:
+    def composed(config: DictConfig) -> float | None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            one_of_many(config, config_name, task)
-            return
-        with worded_errors(config_name):  # here already, as Hydra writes a line of its own
-            perform(task, resolved(config))
+            return run_sweep_job(config, config_name, task)
+        with exit_on_errors(config_name):  # here already, as Hydra prints a line of its own
+            return run_task(task, resolved(config))
 
-    with worded_errors(config_name):
+    with exit_on_errors(config_name):
         composed()
 
 
-def one_of_many(config: DictConfig, config_name: str, task: str) -> None:
-    """Run `task` as a job of a sweep, in whatever process the launcher runs it in."""
+def run_sweep_job(config: DictConfig, config_name: str, task: str) -> float | None:
+    """Run a task as a job of a sweep, in whichever process the launcher runs it.
+
+    Returns:
+        What the task returns, which the sweeper may go by; nan where the job failed.
+    """
     hydra_config = HydraConfig.get()
     overrides, folder = list(hydra_config.overrides.task), Path(hydra_config.runtime.output_dir)
 
     def line(error: Exception) -> str:
-        if isinstance(error, FOR_THE_USER):
-            return worded(error, config_name, overrides)
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if isinstance(error, HYDRA_ERRORS):
+            return hydra_error_line(error, config_name, overrides)
+        return one_line(error)
 
-    with job(folder, overrides, f"{config_name}.py", line):
+    with sweep_job(folder, overrides, f"{config_name}.py", line):
         settings = resolved(config)
         refuse_processes(settings)
-        if "run_dir" in settings and is_finished(settings):
+        if "run_dir" not in settings:
+            return run_task(task, settings)
+        if not settings["overwrite"] and is_finished(settings):
             print("finished before")
-            return
-        perform(task, settings)
+            return best_value(folder, settings["trainer"]["monitor"])
+        if settings["ckpt"] is None:
+            settings["overwrite"] = True  # what a job that was cut short left in its own folder
+        return run_task(task, settings)
+    return math.nan
 
 
-def perform(task: str, settings: Settings) -> None:
-    """Import the task, and run it on the settings."""
-    run = hydra.utils.get_method(task)
-    quieten()
-    run(settings)
+def run_task(task: str, settings: Settings) -> float | None:
+    """Import the function that a dotted path names, and call it with the settings."""
+    function = hydra.utils.get_method(task)
+    silence_libraries()
+    return function(settings)
 
 
 @contextlib.contextmanager
-def worded_errors(config_name: str) -> Iterator[None]:
-    """Within it what the user can mend ends the process in one line, unless ``debug=true``."""
+def exit_on_errors(config_name: str) -> Iterator[None]:
+    """Within it an error that the user can mend ends the process in one line.
+
+    With ``debug=true`` it is raised. Any other error keeps its traceback.
+    """
     overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    debug = "debug=true" in (one.lower() for one in overrides)
     try:
         yield
-    except FOR_THE_USER as error:
-        if "debug=true" in (one.lower() for one in overrides):
-            raise
-        first = all(os.environ.get(name, "0") == "0" for name in RANKS)
-        if first:  # of several processes one tells
-            print(f"error: {worded(error, config_name, overrides)}", file=sys.stderr)
-        sys.exit(USAGE_ERROR)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except Exception as error:
+        if debug or not (isinstance(error, FOR_THE_USER) or is_disk_full(error)):
+            raise
+        line = one_line(error)
+        if isinstance(error, HYDRA_ERRORS):
+            line = hydra_error_line(error, config_name, overrides)
+        if all(os.environ.get(name, "0") == "0" for name in RANKS):  # one of several processes
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(USAGE_ERROR if isinstance(error, (BadValue, *HYDRA_ERRORS)) else FAILED)
 
 
-def quieten() -> None:
-    """Leave of what libraries say only what concerns the user; their warnings about a run stay."""
+def silence_libraries() -> None:
+    """Drop messages of libraries that a user can do nothing about; warnings about a run stay."""
     for library in ("lightning.fabric", "lightning.pytorch", "root"):
         logging.getLogger(library).setLevel(logging.WARNING)
     for message in NOT_FOR_THE_USER:
@@ -142,7 +159,7 @@ def _concerns_the_user(record: logging.LogRecord) -> bool:
 
 
 def resolved(config: DictConfig) -> Settings:
-    """The config as a plain dict, interpolations replaced; in a sweep each job its own `run_dir`."""
+    """Return the config as a plain dict without interpolations; a job of a sweep gets its `run_dir`."""
     settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN and "run_dir" in settings:
@@ -150,12 +167,10 @@ def resolved(config: DictConfig) -> Settings:
     return settings
 
 
-def worded(error: Exception, config_name: str, overrides: list[str]) -> str:
-    """One line for an error of ours, of Hydra or of OmegaConf."""
-    if isinstance(error, BadValue):
-        return str(error)
+def hydra_error_line(error: Exception, config_name: str, overrides: list[str]) -> str:
+    """Return an error of Hydra or OmegaConf as one line in our own words."""
     if isinstance(error, OverrideParseException):
-        return str(_unreadable(*_halves(error.override), error.message))
+        return str(_unreadable(*_split_override(error.override), error.message))
     text = str(error)
     if found := re.search(r"Could not override '([^']+)'", text):
         return str(_unknown_override(found[1], config_name, overrides))
@@ -174,8 +189,8 @@ def worded(error: Exception, config_name: str, overrides: list[str]) -> str:
     return f"command line {' '.join(overrides)}: {' '.join(text.split())}"
 
 
-def _halves(override: str) -> tuple[str, str]:
-    """Key and value of an override, whatever stands before them."""
+def _split_override(override: str) -> tuple[str, str]:
+    """Split an override into key and value, without ``+`` or ``~`` in front."""
     key, _, value = override.lstrip("+~").partition("=")
     return key, value
 
@@ -186,8 +201,8 @@ def _unreadable(key: str, value: str, reason: str) -> BadValue:
 
 
 def _unknown_override(key: str, config_name: str, overrides: list[str]) -> BadValue:
-    """The error for an override of a key the config does not have."""
-    given = dict(_halves(override) for override in overrides)
+    """Return the error for an override of a key that the config does not have."""
+    given = dict(_split_override(override) for override in overrides)
     choices = [f"{name}={value}" for name, value in given.items() if (CONF / name).is_dir()]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):

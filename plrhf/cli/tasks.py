@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning
-import yaml
 from lightning import Trainer
 
 from plrhf.backbone.loading import load_tokenizer
+from plrhf.cli.assemble import build_data
+from plrhf.cli.config import RunConfig
+from plrhf.cli.eval_config import EvalConfig, WinrateTask
 from plrhf.cli.jobs import why_failed
-from plrhf.core.components import Settings, accepted, build
+from plrhf.cli.outputs import Outputs
+from plrhf.cli.run_dir import hash_of_rows, write_whole
+from plrhf.core.components import Settings, build
 from plrhf.core.errors import bad_value
-from plrhf.data.build import build_data
 from plrhf.data.module import PreferenceData
 from plrhf.evaluation.few_shot import Shots, learning_curve, shots_table
 from plrhf.evaluation.generations import (
@@ -30,23 +34,14 @@ from plrhf.evaluation.probes import probe
 from plrhf.evaluation.results import summarise_run, write_evaluation
 from plrhf.evaluation.users import write_users
 from plrhf.models.base import PersonalModule
-from plrhf.models.card import read_card
+from plrhf.models.card import Card, read_card
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.reporting import comparison, report, tables
-
-KINDS: dict[str, Any] = {
-    **dict.fromkeys(("run", "runs", "out"), str | None),
-    "data": dict[str, Any] | None,
-    "eval": dict[str, Any],
-    "seed": int,
-    "trust_components": bool,
-    "debug": bool,
-}
 
 
 def evaluate(settings: Settings) -> None:
     """Do what ``eval.name`` says."""
-    accepted(settings, KINDS, "")
+    config = EvalConfig.from_settings(settings)
     tasks = {
         "score": score,
         "generate": write,
@@ -54,52 +49,74 @@ def evaluate(settings: Settings) -> None:
         "adapt": adapt,
         "compare": compare,
     }
-    tasks[settings["eval"]["name"]](settings)
+    tasks[settings["eval"]["name"]](config)
 
 
-def score(settings: Settings) -> None:
+def score(config: EvalConfig) -> None:
     """Evaluate a run again on its own rows, or on others, and write results and report."""
-    run = _run_dir(settings)
-    model, data, trainer, config = load_run(run, settings)
-    out = Path(settings["out"] or run / "eval")
-    cache_dir = Path(config["cache_dir"])
-    prepare(model, data.restrict_to("val", "test"), trainer, cache_dir=cache_dir)
+    run = finished_run(config)
+    model, data, trainer, trained = load_run(run, config)
+    out = Path(config.out or run / "eval")
+    prepare(model, data.restrict_to("val", "test"), trainer, cache_dir=Path(trained.cache_dir))
     predictions = predict(model, data, trainer)
     how = json.loads((run / "results.json").read_text())["run"]
-    results = summarise_run(predictions, config, data, probe(data.splits), how)
+    results = summarise_run(predictions, trained.resolved, data, probe(data.splits), how)
     write_evaluation(out, results, predictions)
-    write_users(out / "users.json", model, data)
-    page = report.write_report(out)
     tables.console().print(tables.closing_table(results))
-    print(f"report: {page}")
+    outputs = Outputs(debug=config.debug)
+    with outputs.writing(out / "users.json"):
+        write_users(out / "users.json", model, data)
+    with outputs.writing(out / "report.html"):
+        print(f"report: {report.write_report(out)}")
+    outputs.check()
 
 
-def write(settings: Settings) -> None:
+def write(config: EvalConfig) -> None:
     """Let a policy, and the reference if asked, write for many users: generations.jsonl, report."""
-    target = f"{GenerationOptions.__module__}.{GenerationOptions.__qualname__}"
-    texts: GenerationOptions = build(
-        {"_target_": target, **settings["eval"]}, "eval", origin="eval"
-    )
-    run = _run_dir(settings)
-    model, data, _, _ = load_run(run, settings)
+    texts: GenerationOptions = config.task
+    run = finished_run(config)
+    model, data, _, trained = load_run(run, config)
     if not isinstance(model, PersonalDPOPolicy):
         raise bad_value("run", str(run), "a run of model=dpo", "Give a run that trained a policy")
-    out = Path(settings["out"] or run)
+    out = Path(config.out or run)
     out.mkdir(parents=True, exist_ok=True)
+    lightning.seed_everything(trained.seed if config.seed is None else config.seed, verbose=False)
     write_generations(out / "generations.jsonl", model, data, texts)
-    if (out / "results.json").is_file():
-        report.write_report(out)
     print(f"texts: {out / 'generations.jsonl'}")
+    rewrite_report(out, config)
 
 
-def winrate(settings: Settings) -> None:
-    """How often a run's texts please their users more than another's, as a judge sees it.
+def winrate(config: EvalConfig) -> None:
+    """Measure how often a run's texts please their users more than another's, as a judge sees it.
 
     Both texts answer the same prompt for the same user; ties count one half; the interval is a
     bootstrap over users.
     """
-    asked = _winrate_settings(settings["eval"])
-    run, against = _run_dir(settings), asked["against"]
+    task: WinrateTask = config.task
+    run = finished_run(config)
+    contests = find_contests(run, task.against)
+    judge: Judge = build(task.judge, "eval.judge", kind=Judge)
+    found = win_rates(contests, judge.compare(contests))
+    result = {"run": str(run), "against": task.against, "judge": task.judge, **found}
+    out = Path(config.out or run)
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "winrate.json", json.dumps(result, indent=2) + "\n")
+    low, high = result["win_rate"]["ci95"] or (math.nan, math.nan)
+    print(
+        f"win rate of {run} against {task.against}: {result['win_rate']['value']:.3f} "
+        f"[{low:.3f}, {high:.3f}] over {result['n_texts']} texts, {result['ties']:.3f} ties"
+    )
+    if result["cost"] is not None:
+        print(_judging(result))
+    rewrite_report(out, config)
+
+
+def find_contests(run: Path, against: str) -> list[Contest]:
+    """Pair the texts of a run with those of the reference, or of another run, by user and prompt.
+
+    Raises:
+        ValueError: the other has no text for one of them.
+    """
     ours = _texts(run, "policy", field="run")
     theirs = (
         _texts(run, "reference", field="run")
@@ -115,55 +132,38 @@ def winrate(settings: Settings) -> None:
             f"texts for the same {len(ours)} prompts and users (has {len(shared)} of them)",
             "Write both with the same eval=generate options",
         )
-    judge: Judge = build(asked["judge"], "eval.judge", kind=Judge)
-    contests = [Contest(ours=text, theirs=theirs[key]) for key, text in ours.items()]
-    found = win_rates(contests, judge.compare(contests))
-    result = {"run": str(run), "against": against, "judge": asked["judge"], **found}
-    out = Path(settings["out"] or run)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "winrate.json").write_text(json.dumps(result, indent=2) + "\n")
-    if (out / "results.json").is_file():
-        report.write_report(out)
-    low, high = result["win_rate"]["ci95"] or (math.nan, math.nan)
-    print(
-        f"win rate of {run} against {against}: {result['win_rate']['value']:.3f} "
-        f"[{low:.3f}, {high:.3f}] over {result['n_texts']} texts, {result['ties']:.3f} ties"
-    )
-    if result["cost"] is not None:
-        print(_judging(result))
+    return [Contest(ours=text, theirs=theirs[key]) for key, text in ours.items()]
 
 
-def adapt(settings: Settings) -> None:
+def adapt(config: EvalConfig) -> None:
     """Measure how well new users are known after a few of their pairs: adapt.json and a table."""
-    target = f"{Shots.__module__}.{Shots.__qualname__}"
-    options: Shots = build({"_target_": target, **settings["eval"]}, "eval")
-    run = _run_dir(settings)
-    model, data, trainer, _ = load_run(run, settings)
+    options: Shots = config.task
+    run = finished_run(config)
+    model, data, trainer, _ = load_run(run, config)
     model.to(trainer.strategy.root_device)
+    seed = 0 if config.seed is None else config.seed
     with trainer.precision_plugin.forward_context():
-        result = learning_curve(model, data, options, seed=settings["seed"])
-    out = Path(settings["out"] or run)
+        result = learning_curve(model, data, options, seed=seed)
+    out = Path(config.out or run)
     out.mkdir(parents=True, exist_ok=True)
     path = out / ("adapt.json" if options.users == "unseen" else "adapt_seen.json")
-    path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    write_whole(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
     tables.console().print(shots_table(result))
-    if (out / "results.json").is_file():
-        report.write_report(out)
     print(f"curve: {path}")
+    rewrite_report(out, config)
 
 
-def compare(settings: Settings) -> None:
-    """One table, one figure, one report of all runs a glob finds."""
-    if settings["runs"] is None or settings["out"] is None:
-        name = "runs" if settings["runs"] is None else "out"
+def compare(config: EvalConfig) -> None:
+    """Write one table, one figure and one report of all runs that a glob finds."""
+    if config.runs is None or config.out is None:
+        name = "runs" if config.runs is None else "out"
         raise bad_value(
             name,
             None,
             "a glob of run directories" if name == "runs" else "a directory",
             "Write eval=compare runs='DIR/*' out=DIR",
         )
-    baseline = settings["eval"]["baseline"]
-    frame = report.compare(settings["runs"], settings["out"], baseline=baseline)
+    frame = report.compare(config.runs, config.out, baseline=config.task.baseline)
     over_seeds = frame.attrs["over_seeds"]
     if over_seeds is None:
         tables.console().print(comparison.comparison_table(frame))
@@ -172,74 +172,101 @@ def compare(settings: Settings) -> None:
         tables.console().print(tables.rich_table(over_seeds, title=title, without=["by seed"]))
     for path in frame.attrs["skipped"]:
         print(f"skipped, as it holds no results.json: {path}{why_failed(Path(path))}")
-    print(f"report: {Path(settings['out']) / 'report.html'}")
+    print(f"report: {Path(config.out) / 'report.html'}")
+
+
+def rewrite_report(out: Path, config: EvalConfig) -> None:
+    """Write the report of a directory anew, where it holds an evaluation.
+
+    Raises:
+        FilesMissing: it cannot be written.
+    """
+    outputs = Outputs(debug=config.debug)
+    if (out / "results.json").is_file():
+        with outputs.writing(out / "report.html"):
+            report.write_report(out)
+    outputs.check()
 
 
 def load_run(
-    run: Path, settings: Settings
-) -> tuple[PersonalModule, PreferenceData, Trainer, Settings]:
-    """A finished run's exported model, its data (or the rows asked for), a trainer, its config.
+    run: Path, config: EvalConfig
+) -> tuple[PersonalModule, PreferenceData, Trainer, RunConfig]:
+    """Load a finished run's exported model, its data or the rows asked for, a trainer, its config.
 
     Raises:
-        ValueError: the rows now give other users than the model was trained on.
+        ValueError: the run's own rows are no longer what it was trained on.
     """
-    config: Settings = yaml.safe_load((run / "config.yaml").read_text())
-    lightning.seed_everything(config["seed"], verbose=False)
+    trained = RunConfig.of_run(run)
+    lightning.seed_everything(trained.seed, verbose=False)
     export = run / "export"
     card = read_card(export)
-    if settings["data"] is None:
-        data = build_data(config["data"])
-        if list(data.splits.users) != card.users:
-            raise bad_value(
-                "data",
-                f"{data.n_users} users",
-                f"the {len(card.users)} users of training",
-                "Restore the file that the run read, or name other rows with data=",
-            )
+    if config.data is None:
+        data = rows_of_run(run, trained, card)
     else:
-        data = build_data(
-            {**settings["data"], **card.text}, users=card.users, schema=card.feature_schema()
-        )
+        data = build_data(config.data, users=card.users, schema=card.feature_schema(), **card.text)
     model = PersonalModule.from_pretrained(
         export,
-        trust_remote_code=config["backbone"]["trust_remote_code"],
-        trust_components=settings["trust_components"],
+        trust_remote_code=trained.backbone.trust_remote_code,
+        trust_components=config.trust_components,
     )
     data.tokenize(
         load_tokenizer(str(export)),
         causal=model.backbone.causal,
         max_positions=model.max_positions,
-        cache_dir=Path(config["cache_dir"]),
+        cache_dir=Path(trained.cache_dir),
     )
     trainer = Trainer(
         # Elsewhere than where it was trained the run is evaluated on what there is.
-        accelerator="cpu" if config["trainer"]["accelerator"] == "cpu" else "auto",
+        accelerator="cpu" if trained.trainer.accelerator == "cpu" else "auto",
         devices=1,
         logger=False,
-        precision=config["trainer"]["precision"],
+        precision=trained.trainer.precision,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    return model, data, trainer, config
+    return model, data, trainer, trained
 
 
-def _run_dir(settings: Settings) -> Path:
-    run = settings["run"]
-    if run is None or not (Path(run) / "results.json").is_file():
+def rows_of_run(run: Path, trained: RunConfig, card: Card) -> PreferenceData:
+    """Read a run's own rows again, for a model that may since know other users.
+
+    A user whom `forget` took out of the export is answered as the generic user and counts as unseen;
+    one whom `enrol` put in counts as seen.
+
+    Raises:
+        ValueError: the rows are not those that the run was trained on.
+    """
+    data = build_data(trained.data)
+    now, then = data.content_hash(), hash_of_rows(run)
+    known, knew = set(card.users), set(data.splits.users)
+    if then is None and known != knew or then not in (None, now):
         raise bad_value(
-            "run", run, "the directory of a finished run", "Give run=DIR as train.py had it"
+            "data",
+            f"{data.n_users} users, rows {now}",
+            f"the rows of training{'' if then is None else f', {then}'}",
+            "Restore the file that the run read, or name other rows with data=",
         )
-    return Path(run)
+    if list(data.splits.users) != card.users:
+        changed = ((knew - known, "forgotten"), (known - knew, "enrolled"))
+        said = [f"{len(users)} {what}" for users, what in changed if len(users) > 0]
+        print(f"users changed since training: {', '.join(said)}; results are of those known now")
+        data.splits = replace(data.splits, users=tuple(card.users))
+        data.user_index = {user: place + 1 for place, user in enumerate(card.users)}
+    return data
 
 
-def _winrate_settings(node: Settings) -> Settings:
-    """``against`` and ``judge`` of eval=winrate, of the right type."""
-    if isinstance(node["judge"], str):
+def finished_run(config: EvalConfig) -> Path:
+    """Return the directory that ``run`` names.
+
+    Raises:
+        ValueError: it holds no finished run.
+    """
+    if config.run is None or not (Path(config.run) / "results.json").is_file():
         raise bad_value(
-            "eval.judge", node["judge"], "a judge's settings", "Choose one with eval/judge=NAME"
+            "run", config.run, "the directory of a finished run", "Give run=DIR as train.py had it"
         )
-    return accepted(node, {"against": str, "judge": dict[str, Any]}, "eval")
+    return Path(config.run)
 
 
 def _same_task(one: GeneratedText, other: GeneratedText) -> bool:

@@ -164,9 +164,9 @@ def _bounds(kind: Any) -> dict[str, float]:
 
 
 def _range(bounds: dict[str, float]) -> str:
-    words = {"ge": "from {:g}", "gt": "above {:g}", "le": "at most {:g}", "lt": "below {:g}"}
+    words = {"ge": "from {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
     if "ge" in bounds and "le" in bounds:
-        words["le"] = "to {:g}"
+        words["le"] = "to {}"
         return "".join(f" {words[name]}".format(bounds[name]) for name in ("ge", "le"))
     said = [words[name].format(bounds[name]) for name in words if name in bounds]
     return f" {' and '.join(said)}" if len(said) > 0 else ""

@@ -6,18 +6,21 @@ import difflib
 import importlib
 import inspect
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from inspect import Parameter
-from typing import Any
+from typing import Any, TypeVar
 
 from plrhf.core.checks import NO_DEFAULT, checked
 from plrhf.core.errors import BadValue, bad_value
 
 NOT_FOR_THE_CONSTRUCTOR = ("_target_", "name")
 Settings = dict[str, Any]  # a config as a plain dict
+T = TypeVar("T")
 
-ASIDE = ("run_dir", "cache_dir", "ckpt", "plan", "plan_for", "debug", "logger")
-"""Settings of where and how a run is made, and not of what comes out of it."""
+WITHOUT_EFFECT = (
+    *("run_dir", "cache_dir", "ckpt", "overwrite", "plan", "plan_for", "debug", "logger"),
+)
+"""Settings of where and how a run is made, which change none of its results."""
 
 
 def locate(target: object, field: str) -> Any:
@@ -92,6 +95,17 @@ def build(
             f"the dotted path of a subclass of {kind.__module__}.{kind.__qualname__}",
             "Name such a class",
         )
+    return construct(component, settings, field, **provided)
+
+
+def construct(
+    component: Callable[..., T], settings: Mapping[str, Any], field: str, **provided: Any
+) -> T:
+    """Call a class or function with its settings, checked as in `build`.
+
+    Raises:
+        ValueError: a setting is unknown, missing, of the wrong type or out of range.
+    """
     takes = parameters(component)
     own = {name: one for name, one in takes.items() if name not in provided}
     given = accepted(

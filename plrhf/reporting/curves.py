@@ -13,12 +13,12 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 
-from plrhf.core.components import ASIDE
+from plrhf.core.components import WITHOUT_EFFECT
 from plrhf.evaluation.metrics import USER_KINDS
 from plrhf.reporting.drawing import INK, MUTED, SERIES, STYLE, Drawing, drawing, panel
 from plrhf.reporting.runs import SETTINGS, Run
 
-NOT_TRAINED = (*ASIDE, "samples")
+NOT_TRAINED = (*WITHOUT_EFFECT, "samples")
 WIDE_RANGE = 8  # from this ratio on an axis is logarithmic
 
 

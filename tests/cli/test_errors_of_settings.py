@@ -96,8 +96,7 @@ TRAIN: dict[str, tuple[list[str], str]] = {
     ),
     "range of steps": (
         ["trainer.max_steps=0"],
-        "trainer.max_steps=0 is not allowed: expected a whole number from 1. "
-        "Set trainer.max_steps=1.",
+        "trainer.max_steps=0 is not allowed: expected -1 or a whole number from 1. *",
     ),
     "no end": (
         ["trainer.max_epochs=null"],
@@ -105,15 +104,15 @@ TRAIN: dict[str, tuple[list[str], str]] = {
     ),
     "range of clipping": (
         ["trainer.gradient_clip_val=0"],
-        "trainer.gradient_clip_val=0.0 is not *",
+        "trainer.gradient_clip_val=0 is not allowed: expected a number above 0 or null. *",
     ),
     "range of a fraction": (
         ["data.unseen_fraction=1"],
-        "data.unseen_fraction=1.0 is not allowed: *",
+        "data.unseen_fraction=1 is not allowed: expected a number from 0 and below 1. *",
     ),
     "range in sft": (
         ["backbone.sft.lr=0"],
-        "backbone.sft.lr=0 is not allowed: expected a number above 0. Set backbone.sft.lr=5e-05.",
+        "backbone.sft.lr=0 is not allowed: expected a number above 0. Set backbone.sft.lr=1.0.",
     ),
     "range in tiny": (["backbone.tiny.n_heads=0"], "backbone.tiny.n_heads=0 is not allowed: *"),
     "key below nothing": (
@@ -128,7 +127,10 @@ TRAIN: dict[str, tuple[list[str], str]] = {
         ["encoder.rank=0"],
         "encoder.rank=0 is not allowed: expected a number fro*",
     ),
-    "seed": (["seed=-1"], "seed=-1 is not allowed: expected a whole number from 0 to 2^32 - 1. *"),
+    "seed": (
+        ["seed=-1"],
+        "seed=-1 is not allowed: expected a whole number from 0 to 4294967295. Set seed=0.",
+    ),
     "metric": (["trainer.monitor=val/auc"], "trainer.monitor='val/auc' is not allowed: expected *"),
     "metric of another model": (
         ["model=sft", "trainer.monitor=val/nll"],

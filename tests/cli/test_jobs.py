@@ -55,7 +55,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, cache_dir: Path, capsy
     status, _, err = sweep(capsys, *same, "encoder.rank=1,3")
     assert status == 1
     allowed = "expected a directory of its own, as it holds a run of encoder.rank=2. "
-    assert f"{allowed}Set run_dir to another." in err
+    assert f"{allowed}Set run_dir to another, or overwrite=true." in err
     assert (there / "1/results.json").stat().st_mtime_ns == before
 
 

@@ -205,7 +205,14 @@ def test_a_tiny_backbone_is_trained_once(tmp_path: Path, capsys: Any) -> None:
     cache = tmp_path / "cache"
 
     def backbones(*overrides: str) -> int:
-        launch("train", *TINY, f"cache_dir={cache}", f"run_dir={tmp_path / 'run'}", *overrides)
+        launch(
+            "train",
+            *TINY,
+            f"cache_dir={cache}",
+            f"run_dir={tmp_path / 'run'}",
+            "overwrite=true",
+            *overrides,
+        )
         return len(list(cache.glob("tiny_gptj-*")))
 
     assert backbones() == 1

@@ -7,7 +7,6 @@ import pickle
 from collections import Counter
 from collections.abc import Iterator
 from math import isnan
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from plrhf.aggregators import FiLM
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj
 from plrhf.core.types import CHOSEN, REJECTED
-from plrhf.data.build import build_data
 from plrhf.data.dataset import RankShard
 from plrhf.data.module import PreferenceData, all_as_test
 from plrhf.data.packing import TokenPair
@@ -584,41 +582,6 @@ def test_hidden_states_of_a_bidirectional_encoder_beforehand(word_tokenizer: Any
     online = margins(model, data, "train")["user"]
     data.precompute_hidden(model.pooled_trunk)
     torch.testing.assert_close(margins(model, data, "train")["user"], online, atol=1e-5, rtol=0)
-
-
-def test_settings_go_to_the_source_or_to_the_module(tmp_path: Path, tokenizer: Any) -> None:
-    path = tmp_path / "pairs.jsonl"
-    lines = [json.dumps({**one, "who": one["user_id"]}) for one in RECORDS]
-    path.write_text("\n".join(lines))
-    node = {
-        "name": "jsonl",
-        "_target_": "plrhf.data.sources.jsonl.JsonlSource",
-        "path": str(path),
-        "columns": {"user_id": "who"},
-        "seed": 5,
-        "batch_size": 4,
-        "eval_batch_size": 3,
-        "max_tokens": 99,
-    }
-    data = build_data(node)
-    assert (data.seed, data.max_tokens, data.n_users) == (5, 99, 3)
-    with pytest.raises(ValueError, match=r"^data\.bach_size=4 .* Write data\.batch_size\.$"):
-        build_data({**node, "bach_size": 4})
-
-
-def test_a_source_may_ask_for_what_the_module_has_too() -> None:
-    node = {
-        "_target_": "plrhf.data.sources.personas.PersonasSource",
-        "kind": "individual",
-        "seed": 5,
-        "n_users": 3,
-        "pairs_per_user": 4,
-        "batch_size": 4,
-        "eval_batch_size": 3,
-    }
-    one, same, other = (build_data({**node, "seed": seed}) for seed in (5, 5, 6))
-    assert one.splits.train == same.splits.train
-    assert one.splits.train != other.splits.train  # the source's own seed
 
 
 def test_texts_by_hand(tokenizer: Any) -> None:

@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from plrhf.cli.assemble import build_data
+from plrhf.cli.config import RunConfig
 from plrhf.cli.run import train
 from plrhf.core.types import PreferenceBatch
-from plrhf.data.build import build_data
 from plrhf.data.module import PreferenceData
 from plrhf.models.base import PersonalModule
 from plrhf.models.card import read_card
@@ -42,7 +43,7 @@ def export(reward_run: Path, tmp_path: Path) -> Path:
 
 
 def data_of(run: Path, model: PersonalModule) -> PreferenceData:
-    data = build_data(yaml.safe_load((run / "config.yaml").read_text())["data"])
+    data = build_data(RunConfig.of_run(run).data)
     data.tokenize(AutoTokenizer.from_pretrained(run / "export"), causal=model.backbone.causal)
     return data
 

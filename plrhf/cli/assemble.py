@@ -1,0 +1,115 @@
+"""Builds data, backbone, model, trainer and loggers from a `RunConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning import Trainer
+
+from plrhf.backbone.loading import Shards, check_path, load_backbone, load_tokenizer
+from plrhf.backbone.model import Backbone
+from plrhf.backbone.tiny import tiny_gptj
+from plrhf.cli.config import BackboneConfig, DataConfig, RunConfig
+from plrhf.core.components import build, kinds
+from plrhf.data.features import FeatureSchema
+from plrhf.data.module import PreferenceData
+from plrhf.data.tokenizer import Tokenizer
+from plrhf.evaluation.generations import requested_users
+from plrhf.models.base import PersonalModule
+from plrhf.models.card import Card
+from plrhf.models.loading import build_model
+from plrhf.training.loggers import build_loggers
+from plrhf.training.trainer import build_trainer
+
+
+def build_data(
+    config: DataConfig,
+    *,
+    users: Sequence[str] | None = None,
+    schema: FeatureSchema | None = None,
+    **options: Any,
+) -> PreferenceData:
+    """Read the rows of the source that the config names, and split them.
+
+    Args:
+        users, schema: of a trained model that is evaluated on these rows; see `PreferenceData`.
+        options: values that replace the config's, e.g. the text options of a trained model.
+    """
+    given = {name: getattr(config, name) for name in DataConfig.model_fields if name != "source"}
+    source = build(config.source, "data")
+    return PreferenceData(**{**given, **options}, source=source, users=users, schema=schema)
+
+
+def build_run_trainer(config: RunConfig, run_dir: Path, *, has_val: bool) -> Trainer:
+    """Build the trainer of the config with its loggers, which write below `run_dir`."""
+    logger = config.logger
+    loggers = build_loggers(run_dir=run_dir, tensorboard=logger.tensorboard, wandb=logger.wandb)
+    options = {name: one for name, one in config.trainer if name != "name"}
+    return build_trainer(**options, run_dir=run_dir, loggers=loggers, has_val=has_val)
+
+
+def open_backbone(
+    config: BackboneConfig, path: str, *, shards: Shards | None = None
+) -> tuple[Tokenizer, Backbone]:
+    """Load the tokenizer and the backbone at `path`.
+
+    Args:
+        shards: context in which the weights are sharded as they are loaded; None: they are whole.
+    """
+    check_path(path)
+    tokenizer = load_tokenizer(
+        path, pad_token=config.pad_token, trust_remote_code=config.trust_remote_code
+    )
+    return tokenizer, load_backbone(**{**load_options(config), "path": path}, shards=shards)
+
+
+def load_options(config: BackboneConfig) -> dict[str, Any]:
+    """Return the settings of the backbone that `load_backbone` takes."""
+    return {name: getattr(config, name) for name in kinds(load_backbone) if name != "shards"}
+
+
+def build_run_model(
+    config: RunConfig, data: PreferenceData, backbone: Backbone, path: str
+) -> PersonalModule:
+    """Build the reward model or policy of the config on a backbone.
+
+    Args:
+        path: where the backbone was loaded from, which the model's card names.
+    """
+    card = make_card(config, data, backbone, path)
+    return build_model(backbone, card, optim=config.optim)
+
+
+def make_card(config: RunConfig, data: PreferenceData, backbone: Backbone, path: str) -> Card:
+    """Collect what is needed to build the run's model again."""
+    local = Path(path)
+    return Card(
+        model=config.model,
+        encoder=config.encoder,
+        aggregator=config.aggregator,
+        backbone={
+            **load_options(config.backbone),
+            "path": str(local.resolve()) if local.is_dir() else path,
+        },
+        users=list(data.splits.users),
+        features=data.schema.to_dict(),
+        text=data.tokenizer_options,
+        fingerprint=backbone.fingerprint(),
+        precision=config.trainer.precision,
+        ships_backbone=config.backbone.path is None,
+    )
+
+
+def check_model(config: RunConfig, data: PreferenceData) -> None:
+    """Build the model once on an untrained tiny backbone, so that errors show before training one."""
+    assert config.backbone.tiny is not None
+    backbone = Backbone(
+        model=tiny_gptj(**config.backbone.tiny.model_dump(), eos_token_id=0),
+        trainable=config.backbone.trainable,
+        lora=config.backbone.lora,
+        gradient_checkpointing=config.backbone.gradient_checkpointing,
+    )
+    model = build_run_model(config, data, backbone, "")
+    requested_users(model.card, config.samples)

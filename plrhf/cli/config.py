@@ -1,0 +1,335 @@
+"""The command line as typed, frozen objects: what a run is asked to do, checked before it begins."""
+
+from __future__ import annotations
+
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from plrhf.backbone.masks import FLEX
+from plrhf.backbone.model import add_lora
+from plrhf.core.checks import (
+    FractionBelowOne,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    checked,
+)
+from plrhf.core.components import (
+    NOT_FOR_THE_CONSTRUCTOR,
+    accepted,
+    build,
+    construct,
+    kinds,
+    locate,
+    parameters,
+    unknown_key,
+)
+from plrhf.core.errors import bad_value
+from plrhf.evaluation.generations import GenerationOptions
+from plrhf.models.optim import Optim
+from plrhf.training.plan import Machine
+from plrhf.training.trainer import MaxSteps, Monitor
+from plrhf.training.zero import Zero3
+
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+
+
+class Section(BaseModel):
+    """A part of the settings: a frozen object with one field a setting.
+
+    Fields are annotated as a component's arguments are (`core.checks`). A field whose type is
+    another `Section`, or a dataclass, is read from the mapping below it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any], field: str) -> Self:
+        """Check plain settings and return them as this section.
+
+        Args:
+            field: the section's dotted name, for messages; empty for the whole config.
+
+        Raises:
+            ValueError: a setting is unknown, missing, of the wrong type or out of range.
+        """
+        annotations = cls.annotations()
+        checked(settings, dict[str, Any], field)
+        given: dict[str, Any] = {}
+        for name, value in settings.items():
+            dotted = f"{field}.{name}" if field else name
+            if name not in annotations:
+                raise unknown_key(dotted, value, list(annotations))
+            given[name] = _read(value, annotations[name], dotted)
+        for name, one in cls.model_fields.items():
+            if name not in given and one.is_required():
+                dotted = f"{field}.{name}" if field else name
+                raise bad_value(dotted, None, "a value", f"Set +{dotted}=VALUE")
+        return cls.model_construct(**given)
+
+    @classmethod
+    def annotations(cls) -> dict[str, Any]:
+        """Return the settings of this section by name, with their types and ranges."""
+        hints = typing.get_type_hints(cls, include_extras=True)
+        return {name: hints[name] for name in cls.model_fields}
+
+
+def _read(value: Any, kind: Any, field: str) -> Any:
+    """Read one setting, which may be a section or a dataclass of its own."""
+    choices = get_args(kind) if get_origin(kind) is types.UnionType else (kind,)
+    for choice in choices:
+        below = isinstance(choice, type) and (issubclass(choice, Section) or is_dataclass(choice))
+        if not below or (value is None and types.NoneType in choices):
+            continue
+        checked(value, dict[str, Any], field)
+        if issubclass(choice, Section):
+            return choice.read(value, field)
+        if "_target_" in value:
+            return build(value, field, kind=choice)
+        provided = {"origin": field} if "origin" in kinds(choice) else {}
+        return construct(choice, value, field, **provided)
+    return checked(value, kind, field)
+
+
+class TinyShape(Section):
+    """The shape of a GPT-J that is made and fine-tuned before the run, ``backbone.tiny``."""
+
+    vocab_size: PositiveInt
+    n_layers: PositiveInt
+    width: PositiveInt
+    n_heads: PositiveInt
+    max_positions: PositiveInt
+
+
+class SftConfig(Section):
+    """How ``model=sft`` fine-tunes a backbone, ``backbone.sft``."""
+
+    responses: Literal["chosen", "both"]
+    max_steps: PositiveInt
+    batch_size: PositiveInt
+    lr: PositiveFloat
+    warmup_steps: NonNegativeInt
+
+
+class BackboneConfig(Section):
+    """The language model; see `backbone.model.load_backbone`."""
+
+    name: str
+    path: str | None
+    architecture: dict[str, Any] | None
+    pad_token: str | None
+    dtype: Literal["float32", "bfloat16", "float16"]
+    attention: str | None
+    trust_remote_code: bool
+    trainable: Literal["lora", "frozen", "full"]
+    lora: dict[str, Any] | None  # arguments of `add_lora`
+    gradient_checkpointing: bool
+    compiled: bool
+    tiny: TinyShape | None
+    sft: SftConfig
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any], field: str) -> Self:
+        config = super().read(settings, field)
+        if config.lora is not None:
+            of_lora = {name: kind for name, kind in kinds(add_lora).items() if name != "model"}
+            accepted(config.lora, of_lora, f"{field}.lora")
+        if config.path is None and config.tiny is None:
+            raise bad_value(
+                f"{field}.path", None, "a directory or hub name", f"Set {field}.path=DIR"
+            )
+        return config
+
+
+class TrainerConfig(Section):
+    """How long and on what the model is trained; see `training.trainer.build_trainer`."""
+
+    name: str
+    accelerator: str
+    devices: PositiveInt
+    num_nodes: PositiveInt
+    zero3: Zero3 | None
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"]
+    matmul_precision: Literal["highest", "high", "medium"]
+    max_epochs: PositiveInt | None
+    max_steps: MaxSteps
+    accumulate_grad_batches: PositiveInt
+    gradient_clip_val: PositiveFloat | None
+    monitor: Monitor
+    patience: PositiveInt | None
+    val_every_n_steps: PositiveInt | None
+    checkpoint_every_n_steps: PositiveInt | None
+    log_every_n_steps: PositiveInt
+    progress: bool
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any], field: str) -> Self:
+        config = super().read(settings, field)
+        if config.max_steps == -1 and config.max_epochs is None:
+            raise bad_value(
+                f"{field}.max_steps",
+                -1,
+                f"a number of steps, or {field}.max_epochs",
+                f"Set {field}.max_steps=1000",
+            )
+        return config
+
+
+class LoggerConfig(Section):
+    """Where metrics go beside metrics.csv; see `training.loggers.build_loggers`."""
+
+    name: str
+    tensorboard: bool = False
+    wandb: dict[str, Any] | None = None
+
+
+class DataConfig(Section):
+    """Which rows there are, how they are split, and how they become batches; see `PreferenceData`."""
+
+    source: dict[str, Any]  # the source's ``_target_`` and arguments
+    seed: Seed
+    batch_size: PositiveInt
+    eval_batch_size: PositiveInt
+    batch_tokens: PositiveInt | None
+    on_bad_row: Literal["refuse", "error"]
+    val_fraction: FractionBelowOne
+    test_fraction: FractionBelowOne
+    seen_prompt_test_fraction: FractionBelowOne
+    unseen_fraction: FractionBelowOne
+    min_pairs_per_user: PositiveInt
+    max_users: PositiveInt | None
+    shuffle_users: bool
+    max_prompt_tokens: NonNegativeInt
+    max_tokens: PositiveInt
+    on_long_prompt: Literal["truncate", "error"]
+    separator: str
+    use_user_text: bool
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any], field: str) -> Self:
+        """Read settings of the data and of the source, which stand side by side in the config.
+
+        A setting that both take, such as ``val_fraction`` of a source with splits of its own, goes
+        to both.
+        """
+        own = [name for name in cls.model_fields if name != "source"]
+        of_source = parameters(locate(settings.get("_target_"), field))
+        allowed = {*own, *of_source, *NOT_FOR_THE_CONSTRUCTOR}
+        for name, value in settings.items():
+            if name not in allowed:
+                raise unknown_key(f"{field}.{name}", value, sorted(allowed))
+        source = {k: v for k, v in settings.items() if k in ("_target_", *of_source)}
+        return super().read(
+            {"source": source, **{k: v for k, v in settings.items() if k in own}}, field
+        )
+
+
+class RunConfig(Section):
+    """Everything that train.py is asked to do."""
+
+    seed: Seed
+    run_dir: str
+    cache_dir: str
+    ckpt: Literal["last"] | None
+    overwrite: bool
+    plan: bool
+    debug: bool
+    data: DataConfig
+    backbone: BackboneConfig
+    encoder: dict[str, Any]  # of this and the next two: ``_target_`` and arguments
+    aggregator: dict[str, Any]
+    model: dict[str, Any]
+    optim: Optim
+    trainer: TrainerConfig
+    logger: LoggerConfig
+    samples: GenerationOptions
+    plan_for: Machine
+    resolved: dict[str, Any]  # the plain settings, as config.yaml keeps them
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> Self:
+        """Check the settings of a command line, and return them as objects.
+
+        Raises:
+            ValueError: a setting is wrong by itself, or two do not go together.
+        """
+        config = cls.parse(settings)
+        for name in ("run_dir", "cache_dir"):
+            check_writable(name, getattr(config, name))
+        _check_processes(config)
+        _check_attention(config)
+        return config
+
+    @classmethod
+    def of_run(cls, run_dir: Path) -> Self:
+        """Read the config.yaml of a run, which may have been made on another machine."""
+        return cls.parse(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")))
+
+    @classmethod
+    def parse(cls, settings: dict[str, Any]) -> Self:
+        """Check each setting by itself."""
+        if "resolved" in settings:
+            raise unknown_key("resolved", settings["resolved"], list(settings))
+        return cls.read({**settings, "resolved": settings}, "")
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether the run fine-tunes a backbone (model=sft) and no user model."""
+        return self.model.get("name") == "sft"
+
+
+def check_writable(field: str, path: str) -> None:
+    """Raise where nothing can be written at a path, which need not exist yet."""
+    existing = next(one for one in (Path(path), *Path(path).absolute().parents) if one.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        allowed = f"a directory that can be written, unlike {existing}"
+        raise bad_value(field, path, allowed, f"Set {field} to another")
+
+
+def _check_processes(config: RunConfig) -> None:
+    """Raise where several processes or sharded weights do not go with the other settings."""
+    zero3, n_processes = config.trainer.zero3, config.trainer.devices * config.trainer.num_nodes
+    if config.encoder.get("sparse") is True and (zero3 is not None or n_processes > 1):
+        raise bad_value(
+            "encoder.sparse",
+            True,
+            "false with several processes or trainer.zero3, whose gradients are dense",
+            "Set encoder.sparse=false",
+        )
+    if zero3 is None:
+        return
+    if config.backbone.compiled:
+        raise bad_value(
+            "backbone.compiled",
+            True,
+            "false under trainer.zero3, which gathers weights layer by layer",
+            "Set backbone.compiled=false",
+        )
+    names = {"32-true": "float32", "bf16-mixed": "bfloat16", "16-mixed": "float16"}
+    wanted = names[config.trainer.precision]
+    if config.backbone.dtype != wanted:
+        raise bad_value(
+            "backbone.dtype",
+            config.backbone.dtype,
+            f"{wanted} under trainer.zero3 with trainer.precision={config.trainer.precision}",
+            f"Set backbone.dtype={wanted}",
+        )
+
+
+def _check_attention(config: RunConfig) -> None:
+    """Raise where torch has no backward pass for the attention asked for."""
+    if config.backbone.attention == FLEX and config.trainer.accelerator == "cpu":
+        raise bad_value(
+            "backbone.attention",
+            FLEX,
+            "null, eager or sdpa with trainer.accelerator=cpu",
+            "Set backbone.attention=null, or trainer=gpu",
+        )

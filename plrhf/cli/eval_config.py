@@ -1,0 +1,145 @@
+"""The command line of eval.py as typed, frozen objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self, TypeAlias
+
+from hydra.core.hydra_config import HydraConfig
+
+from plrhf.cli.config import DataConfig, Section, Seed, check_writable
+from plrhf.core.components import construct, locate, parameters
+from plrhf.core.errors import bad_value
+from plrhf.evaluation.few_shot import Shots
+from plrhf.evaluation.generations import GenerationOptions
+
+TEXT_OPTIONS = ("max_prompt_tokens", "max_tokens", "on_long_prompt", "separator", "use_user_text")
+"""Settings of data that are the trained model's own."""
+
+OF_TRAINING = (
+    *("val_fraction", "test_fraction", "seen_prompt_test_fraction", "unseen_fraction"),
+    *("min_pairs_per_user", "max_users", "shuffle_users", "batch_size", "batch_tokens"),
+)
+"""Settings of data that have no effect where all rows are test rows."""
+
+
+class ScoreTask(Section):
+    """eval=score has no settings of its own."""
+
+    name: Literal["score"]
+
+
+class CompareTask(Section):
+    """Settings of eval=compare."""
+
+    name: Literal["compare"]
+    baseline: str | None
+
+
+class WinrateTask(Section):
+    """Settings of eval=winrate."""
+
+    name: Literal["winrate"]
+    against: str
+    judge: dict[str, Any]  # ``_target_`` and arguments
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any], field: str) -> Self:
+        if isinstance(settings.get("judge"), str):
+            raise bad_value(
+                "eval.judge",
+                settings["judge"],
+                "a judge's settings",
+                "Choose one with eval/judge=NAME",
+            )
+        return super().read(settings, field)
+
+
+Task: TypeAlias = ScoreTask | CompareTask | WinrateTask | GenerationOptions | Shots
+
+
+class EvalConfig(Section):
+    """Everything that eval.py is asked to do."""
+
+    run: str | None
+    runs: str | None
+    out: str | None
+    data: DataConfig | None
+    seed: Seed | None
+    trust_components: bool
+    debug: bool
+    task: Any  # a `Task`, read by `from_settings`
+    resolved: dict[str, Any]  # the plain settings
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> Self:
+        """Check the settings of a command line, and return them as objects.
+
+        Raises:
+            ValueError: a setting is wrong, or has no effect on what is asked.
+        """
+        node = settings["eval"]
+        if settings["data"] is not None and settings["data"].get("seed") is None:
+            settings = {**settings, "data": {**settings["data"], "seed": 0}}
+        task = _read_task(node)
+        rest = {name: value for name, value in settings.items() if name != "eval"}
+        config = cls.read({**rest, "task": None, "resolved": settings}, "")
+        config = config.model_copy(update={"task": task})
+        if config.out is not None:
+            check_writable("out", config.out)
+        config.check_effect(node["name"])
+        return config
+
+    def check_effect(self, task: str) -> None:
+        """Raise where a setting that was given has no effect on the task."""
+        unused: dict[str, Any] = {}
+        if task == "compare":
+            unused = {"run": self.run, "data": self.data}
+        else:
+            unused["runs"] = self.runs
+        if task == "winrate":
+            unused["data"] = self.data
+        if task not in ("generate", "adapt") and self.data is None:
+            unused["seed"] = self.seed
+        for name, value in unused.items():
+            if value is not None:
+                shown = self.resolved[name]
+                shown = shown.get("name", shown) if isinstance(shown, dict) else shown
+                raise bad_value(name, shown, f"null for eval={task}", f"Leave {name} out")
+        if self.data is not None:
+            self._check_data(self.data)
+
+    def _check_data(self, data: DataConfig) -> None:
+        """Raise where ``data`` on the command line asks for what these rows cannot be given."""
+        given = overridden("data")
+        of_source = parameters(locate(data.source["_target_"], "data"))
+        for name in (*TEXT_OPTIONS, *OF_TRAINING):
+            if name in given and name not in of_source:
+                reason = (
+                    "left to the run, whose texts are made one way"
+                    if name in TEXT_OPTIONS
+                    else "left out, as all rows of data= are test rows"
+                )
+                value = getattr(data, name)
+                raise bad_value(f"data.{name}", value, reason, f"Leave data.{name} out")
+
+
+def _read_task(node: Mapping[str, Any]) -> Task:
+    sections: dict[str, type[Section]] = {
+        "score": ScoreTask,
+        "compare": CompareTask,
+        "winrate": WinrateTask,
+    }
+    if node["name"] in sections:
+        return sections[node["name"]].read(node, "eval")  # type: ignore[return-value]
+    if node["name"] == "generate":
+        return construct(GenerationOptions, node, "eval", origin="eval")
+    return construct(Shots, node, "eval")
+
+
+def overridden(section: str) -> set[str]:
+    """Return the settings of a section that the command line gives by name."""
+    if not HydraConfig.initialized():
+        return set()
+    keys = [one.lstrip("+").partition("=")[0] for one in HydraConfig.get().overrides.task]
+    return {key.removeprefix(f"{section}.") for key in keys if key.startswith(f"{section}.")}

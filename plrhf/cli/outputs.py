@@ -1,0 +1,90 @@
+"""Files that are written after an evaluation: one that fails costs no other, and is said at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from plrhf.core.errors import BadValue
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+SPACE_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded")
+
+
+class FilesMissing(Exception):
+    """Some files of a run could not be written; its message is one line."""
+
+
+class Outputs:
+    """Keeps going where one of several files cannot be written; with `debug` it prints tracebacks.
+
+    outputs = Outputs()
+    with outputs.writing(path):
+        write(path)
+    outputs.check()
+    """
+
+    def __init__(self, *, debug: bool = False) -> None:
+        self.failed: list[str] = []
+        self.debug = debug
+
+    @contextlib.contextmanager
+    def writing(self, path: Path) -> Iterator[None]:
+        """Print and remember an error of the block, and go on behind it.
+
+        A file that was not written whole is removed.
+        """
+        try:
+            yield
+        except Exception as error:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+            line = one_line(error)
+            self.failed.append(path.name)
+            print(f"error: {path.name} was not written: {line}", file=sys.stderr, flush=True)
+            if self.debug:
+                traceback.print_exc()
+
+    def check(self) -> None:
+        """Raise where a file could not be written.
+
+        Raises:
+            FilesMissing: it names the files.
+        """
+        if len(self.failed) > 0:
+            raise FilesMissing(f"{', '.join(self.failed)} could not be written; all else is there")
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception as one line for the terminal."""
+    if isinstance(error, BadValue | FilesMissing):
+        return str(error)
+    if is_disk_full(error):
+        return disk_full_line(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an exception, or one that it was raised from, comes from a full disk."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            return True
+        if any(words in str(error) for words in SPACE_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def disk_full_line(error: BaseException) -> str:
+    """Say on one line which disk is full and what to do about it."""
+    name = error.filename if isinstance(error, OSError) and error.filename else None
+    where = "" if name is None else f" that {name} lies on"
+    return f"the disk{where} is full: free space on it, or choose run_dir, cache_dir and TMPDIR on another"

@@ -1,0 +1,144 @@
+"""The run directory: which may be written to, what a run leaves there, and where one goes on from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from plrhf.cli.config import RunConfig
+from plrhf.core.components import first_difference
+from plrhf.core.errors import bad_value
+from plrhf.training.checkpoints import read_checkpoint
+
+LEFT_BY_RUNS = (
+    *("config.yaml", "metrics.csv", "checkpoints", "predictions.parquet", "results.json"),
+    *("users.json", "report.html", "export", "generations.jsonl", "winrate.json", "adapt.json"),
+    *("adapt_seen.json", "eval", "tensorboard", "wandb"),
+)
+"""Everything that train.py and eval.py may leave in a run directory."""
+
+RESUMED_SETTINGS = ("seed", "data", "backbone", "encoder", "aggregator", "model", "optim")
+"""What a run that is gone on with must have in common with its beginning."""
+
+ROWS = "rows_hash"  # in a checkpoint
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A checkpoint to go on from, and the hash of the rows that the run was trained on."""
+
+    path: Path
+    rows_hash: str | None
+
+
+class RecordRows(Callback):
+    """Writes the hash of the run's rows into every checkpoint."""
+
+    def __init__(self, rows_hash: str) -> None:
+        self.rows_hash = rows_hash
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[ROWS] = self.rows_hash
+
+
+def files_of_run(run_dir: Path) -> list[Path]:
+    """Return what an earlier run left in a directory, half-written files included."""
+    names = [name for one in LEFT_BY_RUNS for name in (one, f"{one}.part")]
+    return [run_dir / name for name in names if os.path.lexists(run_dir / name)]
+
+
+def check_unused(config: RunConfig) -> None:
+    """Raise where ``run_dir`` holds another run, whose files would pass for this one's."""
+    if config.ckpt is not None or config.overwrite:
+        return
+    found = files_of_run(Path(config.run_dir))
+    if len(found) > 0:
+        raise bad_value(
+            "run_dir",
+            config.run_dir,
+            f"a directory of its own, as it holds {found[0].name} of another run",
+            "Set run_dir to another, overwrite=true to remove that run, or ckpt=last to go on with it",
+        )
+
+
+@rank_zero_only
+def begin_run(config: RunConfig, *, resume: Resume | None) -> None:
+    """Make the run directory and write config.yaml.
+
+    A run that begins removes what an earlier one left; a run that goes on keeps it.
+    """
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if resume is None:
+        for path in files_of_run(run_dir):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    write_whole(run_dir / "config.yaml", yaml.safe_dump(config.resolved, sort_keys=False))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file aside and rename it, so that no failure leaves half of it."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def find_resume(config: RunConfig) -> Resume | None:
+    """Return the checkpoint that ``ckpt=last`` means; None: the run begins.
+
+    Raises:
+        ValueError: there is none, or it was written under other settings.
+    """
+    if config.ckpt is None:
+        return None
+    run_dir = Path(config.run_dir)
+    path = run_dir / "checkpoints" / "last.ckpt"
+    if not path.is_file():
+        raise bad_value("ckpt", "last", f"a run that left {path}", "Set run_dir to that run's")
+    before: Mapping[str, Any] = yaml.safe_load((run_dir / "config.yaml").read_text())
+    now, then = (
+        {name: one.get(name) for name in RESUMED_SETTINGS} for one in (config.resolved, before)
+    )
+    difference = first_difference(now, then)
+    if difference is not None:
+        field, ours, theirs = difference
+        raise bad_value(
+            field,
+            ours,
+            f"{theirs!r}, which the run began with",
+            "Repeat its command with ckpt=last",
+        )
+    return Resume(path, read_checkpoint(path).get(ROWS))
+
+
+def check_same_rows(resume: Resume | None, rows_hash: str) -> None:
+    """Raise where a run would go on over other rows than it began with."""
+    if resume is not None and resume.rows_hash != rows_hash:
+        raise bad_value(
+            "data",
+            f"rows {rows_hash}",
+            f"the rows {resume.rows_hash}, which the run began with",
+            "Restore the file that it read, or begin anew in another run_dir",
+        )
+
+
+def hash_of_rows(run_dir: Path) -> str | None:
+    """Return the hash of the rows that a run was trained on; None where its checkpoint is gone."""
+    path = run_dir / "checkpoints" / "last.ckpt"
+    return read_checkpoint(path).get(ROWS) if path.is_file() else None
