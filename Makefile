@@ -14,9 +14,9 @@ $(ENV): pyproject.toml constraints.txt
 
 # The embedded world: SFT, vanilla and personalised reward model, P-DPO policy, one table.
 quickstart: $(ENV)
-	$(BIN)/python train.py experiment=quickstart encoder=none run_dir=$(QUICK)/vanilla
-	$(BIN)/python train.py experiment=quickstart run_dir=$(QUICK)/personalised
-	$(BIN)/python train.py experiment=quickstart_policy run_dir=$(QUICK)/policy
+	$(BIN)/python train.py experiment=quickstart encoder=none run_dir=$(QUICK)/vanilla overwrite=true
+	$(BIN)/python train.py experiment=quickstart run_dir=$(QUICK)/personalised overwrite=true
+	$(BIN)/python train.py experiment=quickstart_policy run_dir=$(QUICK)/policy overwrite=true
 	$(BIN)/python eval.py eval=compare runs='$(QUICK)/*' out=$(QUICK)/report
 
 test: $(ENV)
@@ -45,7 +45,7 @@ SWEEP = $(BIN)/python train.py -m hydra/launcher=joblib hydra.launcher.n_jobs=$(
 INTO := run_dir=$(ABLATION)/sweeps
 
 $(BACKBONE): $(ENV)
-	$(BIN)/python train.py experiment=ablation/backbone run_dir=$(@D)
+	$(BIN)/python train.py experiment=ablation/backbone run_dir=$(@D) overwrite=true
 	touch $@
 
 ablation: $(BACKBONE)
