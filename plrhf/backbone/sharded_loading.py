@@ -1,49 +1,88 @@
-"""Weights of safetensors files put into a sharded model, by each process those of its own shards."""
+"""Reads safetensors files into a sharded model: each process reads what its own shards hold.
+
+transformers loads weights whole, so its own pieces are used where they can be: which name a weight of
+the files has in the model, how several weights of the files become one of the model (`conversion_mapping`),
+and which weights are tied.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from plrhf.backbone.sharding import own_part, whole_shape
-from plrhf.core.errors import bad_value
+from plrhf.core.errors import BadValue, bad_value
 
 READ_AT_ONCE = 2**20  # numbers of a tensor, 4 MiB in float32
 
 
+@dataclass(frozen=True)
+class InFile:
+    """A tensor in a safetensors file."""
+
+    file: Path
+    name: str
+
+
+@dataclass
+class Sources:
+    """Where the files have the weights of a model.
+
+    Attributes:
+        plain: weights of the model that the files have as they are, by their name in the model.
+        converted: weights that are made of others, such as the experts of a layer in one tensor. By
+            the name of the first weight that the conversion makes.
+    """
+
+    plain: dict[str, InFile] = field(default_factory=dict)
+    converted: dict[str, WeightConverter] = field(default_factory=dict)
+
+
 def fill_shards(model: PreTrainedModel, path: str) -> PreTrainedModel:
-    """Put the weights at `path` into a sharded model: each process reads its shards, and no more.
+    """Read the weights at `path` into a sharded model, as `from_pretrained` reads them into a whole one.
+
+    A weight that the files have as it is is read a few MiB at a time. What is made of several weights
+    of the files is made whole, one after the other, before its shard is taken.
+
+    Args:
+        model: with the weights of its config's shape, sharded and without values.
+        path: a directory or hub name.
 
     Raises:
-        ValueError: no safetensors files there, or some that lack weights of the model or have others.
+        ValueError: there are no safetensors files, or they lack weights of the model, or have them in
+            another shape.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        patterns = ["*.safetensors", "*.safetensors.index.json"]
-        folder = Path(snapshot_download(path, allow_patterns=patterns))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = [one.name for one in (folder / "model.safetensors",) if one.is_file()]
-    own = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    sources = find_sources(model, _files_of(path))
+    _tie_weights(model, sources)
+    own = _tensors_of(model)
     missing = {name for name, _ in model.named_parameters()}
-    for file in (folder / name for name in names):
-        with safe_open(file, "pt") as weights:
-            in_file = list(weights.keys())
-        for name in in_file:
-            known = (name, f"{model.base_model_prefix}.{name}")
-            found = next((one for one in known if one in own), None)
-            if found is not None:
-                with own_part(own[found]) as (part, first):
-                    _read_part(part, first, file, name, shape=whole_shape(own[found]))
-                missing.discard(found)
+    for name, place in sources.plain.items():
+        with own_part(own[name]) as (part, first):
+            _read_part(part, first, place, shape=whole_shape(own[name]))
+        missing.discard(name)
+    for first_name, converter in sources.converted.items():
+        for name, value in _converted(model, first_name, converter).items():
+            with own_part(own[name]) as (part, first):
+                part.copy_(value.reshape(-1)[first : first + len(part)])
+            missing.discard(name)
     if len(missing) > 0:
         raise bad_value(
             "backbone.path",
@@ -54,21 +93,122 @@ def fill_shards(model: PreTrainedModel, path: str) -> PreTrainedModel:
     return model.eval()
 
 
-def _read_part(part: Tensor, first: int, file: Path, name: str, *, shape: torch.Size) -> None:
+def find_sources(model: PreTrainedModel, files: list[Path]) -> Sources:
+    """Find where the files have each weight of the model, by transformers' own rules of renaming."""
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    own = _tensors_of(model)
+    prefix: dict[str, Any] = {"base_model_prefix": model.base_model_prefix, "meta_state_dict": own}
+    found = Sources()
+    # Their order decides which expert is the first one.
+    for place in sorted(_tensors_in(files), key=lambda one: dot_natural_key(one.name)):
+        name, pattern = rename_source_key(place.name, renamings, converters, **prefix)
+        if name not in own and place.name in own:  # the rules are for an older form of the files
+            name, pattern = rename_source_key(place.name, [], [], **prefix)
+        if name not in own:
+            continue
+        if pattern is None:
+            found.plain[name] = place
+        else:
+            converter = found.converted.setdefault(name, deepcopy(by_pattern[pattern]))
+            read: Any = partial(_read_whole, place, own[name].dtype)
+            converter.add_tensor(name, place.name, pattern, read)
+    return found
+
+
+def _tie_weights(model: PreTrainedModel, sources: Sources) -> None:
+    """Tie weights as `from_pretrained` does: unless the files have both, and they differ."""
+    found = {*sources.plain, *sources.converted}
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if target in sources.plain and source in sources.plain:
+            if _same_in_files(sources.plain[target], sources.plain[source]):
+                found.discard(target)
+                del sources.plain[target]
+            else:
+                del model.all_tied_weights_keys[target]
+    missing = {name for name in _tensors_of(model) if name not in found}
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+
+
+def _converted(
+    model: PreTrainedModel, first_name: str, converter: WeightConverter
+) -> Mapping[str, Tensor]:
+    """Convert the tensors that a converter collected into weights of the model, by name."""
+    own = _tensors_of(model)
+    made = converter.convert(first_name, model=model, config=model.config)
+    values = {name: one[0] if isinstance(one, list) else one for name, one in made.items()}
+    for name, value in values.items():
+        if value.shape != whole_shape(own[name]):
+            raise _wrong_shape(f"backbone.path {name}", list(value.shape), whole_shape(own[name]))
+    return values
+
+
+def _files_of(path: str) -> list[Path]:
+    """List the safetensors files at a directory or hub name."""
+    folder = Path(path)
+    if not folder.is_dir():
+        patterns = ["*.safetensors", "*.safetensors.index.json"]
+        folder = Path(snapshot_download(path, allow_patterns=patterns))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return [folder / name for name in names]
+    return [one for one in (folder / "model.safetensors",) if one.is_file()]
+
+
+def _tensors_in(files: list[Path]) -> list[InFile]:
+    """List the tensors in files."""
+    found = []
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            found += [InFile(file, name) for name in list(weights.keys())]
+    return found
+
+
+def _tensors_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """List parameters and saved buffers by name; tied ones by each of their names."""
+    every = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
+    return {name: every[name] for name in model.state_dict() if name in every}
+
+
+def _read_part(part: Tensor, first: int, place: InFile, *, shape: torch.Size) -> None:
     """Read numbers `first` and on of a tensor in a file into `part`, [n], a piece at a time."""
     for start in range(0, len(part), READ_AT_ONCE):
         piece = part[start : start + READ_AT_ONCE]
         begin, end = first + start, first + start + len(piece)
-        with safe_open(file, "pt") as weights:  # anew: its pages go with each piece
-            found = weights.get_slice(name)
+        with safe_open(place.file, "pt") as weights:  # opened anew: its pages go with each piece
+            found = weights.get_slice(place.name)
             if tuple(found.get_shape()) != tuple(shape):
-                raise bad_value(
-                    f"{file.name} {name}",
-                    found.get_shape(),
-                    f"shape {list(shape)}, as config.json says",
-                    "Save the model anew with save_pretrained",
-                )
+                raise _wrong_shape(f"{place.file.name} {place.name}", found.get_shape(), shape)
+            if len(shape) == 0:
+                piece.copy_(weights.get_tensor(place.name).reshape(-1))
+                continue
             width = shape[1:].numel()  # numbers a row
             rows = found[begin // width : -(-end // width)].reshape(-1)
             skipped = begin - begin // width * width
             piece.copy_(rows[skipped : skipped + len(piece)])
+
+
+def _read_whole(place: InFile, dtype: torch.dtype) -> Tensor:
+    """Read a tensor of a file."""
+    with safe_open(place.file, "pt") as weights:
+        return weights.get_tensor(place.name).to(dtype)
+
+
+def _same_in_files(one: InFile, other: InFile) -> bool:
+    """Compare two tensors of files, a piece at a time."""
+    with safe_open(one.file, "pt") as first, safe_open(other.file, "pt") as second:
+        left, right = first.get_slice(one.name), second.get_slice(other.name)
+        shape = left.get_shape()
+        if shape != right.get_shape():
+            return False
+        step = max(1, READ_AT_ONCE // max(1, torch.Size(shape[1:]).numel()))
+        rows = range(0, shape[0], step)
+        return all(torch.equal(left[at : at + step], right[at : at + step]) for at in rows)
+
+
+def _wrong_shape(field_name: str, found: Any, shape: torch.Size) -> BadValue:
+    allowed = f"shape {list(shape)}, as config.json says"
+    return bad_value(field_name, found, allowed, "Save the model anew with save_pretrained")

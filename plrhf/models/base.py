@@ -205,7 +205,7 @@ class PersonalModule(LightningModule):
         loss, margins = self.loss(batch)
         counted = batch.counted()
         self.val_accuracy.update(margins[counted], batch.user_id[counted])
-        self.val_loss.update(loss, counted)
+        self.val_loss.update((loss.double() * counted).sum(), counted.sum())
 
     def on_validation_epoch_end(self) -> None:
         self.log("val/loss", self.val_loss.compute().float(), prog_bar=True)

@@ -80,12 +80,7 @@ class ExactMean(Metric):
         super().__init__()
         self.add_state("sums", default=torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, values: Tensor, weight: Tensor) -> None:
-        """Add values and their weights, both [B] or 0-dim."""
-        values, weight = values.detach().double(), weight.double()
-        self.add((values * weight).sum(), weight.sum())
-
-    def add(self, total: Tensor, weight: Tensor) -> None:
+    def update(self, total: Tensor, weight: Tensor) -> None:
         """Add a sum of weighted values and the sum of their weights, both 0-dim."""
         self.sums += torch.stack([total.detach().double(), weight.double()])
 

@@ -87,7 +87,7 @@ class SupervisedPolicy(LightningModule):
 
     @torch.no_grad()
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        self.val_loss.add(*self.total_nll(batch))  # over tokens, whatever the batches are
+        self.val_loss.update(*self.total_nll(batch))  # over tokens, whatever the batches are
 
     def on_validation_epoch_end(self) -> None:
         self.log("val/loss", self.val_loss.compute().float(), prog_bar=True)

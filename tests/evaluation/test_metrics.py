@@ -43,10 +43,10 @@ def predictions() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def test_a_mean_counts_what_has_weight() -> None:
+def test_a_mean_is_of_sums_and_weights() -> None:
     mean = ExactMean()
-    mean.update(torch.tensor([1.0, 7.0, 4.0]), torch.tensor([True, False, True]))
-    mean.update(torch.tensor(2.0**-30), torch.tensor(3))
+    mean.update(torch.tensor(5.0), torch.tensor(2))
+    mean.update(torch.tensor(3 * 2.0**-30), torch.tensor(3))
     assert mean.compute().item() == 1.0 + 3 * 2.0**-30 / 5  # which float32 cannot tell from 1
     mean.reset()
     mean.update(torch.tensor(3.0), torch.tensor(1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import os
@@ -19,13 +18,9 @@ import pandas as pd
 import pytest
 import torch
 from runs import ENVIRONMENT, ROOT, TINY, command, launch
-from safetensors.torch import load_file, save_file
-from tiny import language_model
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from plrhf.backbone.loading import load_model
-from plrhf.backbone.sharded_loading import fill_shards
-from plrhf.core.errors import BadValue
 from plrhf.training.zero import Stage3
 
 STEPS, MORE_STEPS = 6, 11  # of 5 an epoch
@@ -196,76 +191,6 @@ def test_reading_into_shards_takes_little_more_memory_than_they(tmp_path: Path) 
         assert process["model"] > 450
         assert process["above"] > 0.4 * process["model"]  # else it is not its half that is measured
         assert process["above"] < 0.6 * process["model"]
-
-
-def fake_shards(model: PreTrainedModel, n_processes: int) -> None:
-    """Take a model's values away and leave room for one of so many shards, as DeepSpeed does."""
-    for number, parameter in enumerate(model.parameters()):
-        whole: Any = parameter
-        whole.ds_id, whole.ds_shape, whole.ds_numel = number, parameter.shape, parameter.numel()
-        whole.ds_tensor = torch.full([-(-parameter.numel() // n_processes)], torch.nan)
-        whole.ds_tensor.final_location = whole.ds_process_group = None
-        parameter.data = torch.empty(0)
-
-
-def read_by(rank: int, n_processes: int, path: Path, monkeypatch: Any) -> dict[str, torch.Tensor]:
-    """What a process has read of each parameter."""
-    model = language_model()
-    fake_shards(model, n_processes)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: rank)
-    fill_shards(model, str(path))
-    return {name: value.ds_tensor for name, value in model.named_parameters()}
-
-
-@pytest.mark.parametrize("n_processes", [1, 2, 5])
-def test_shards_are_read_as_the_whole_is(
-    n_processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    language_model().save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 3
-    monkeypatch.setattr(
-        "plrhf.backbone.sharded_loading.READ_AT_ONCE", 71
-    )  # rows are cut, of 32 or 128 numbers
-    shards = [read_by(rank, n_processes, tmp_path, monkeypatch) for rank in range(n_processes)]
-    for name, whole in AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters():
-        found = torch.cat([one[name] for one in shards])
-        assert found[: whole.numel()].view(whole.shape).equal(whole), name
-        assert found[whole.numel() :].isnan().all()
-
-
-def test_weights_that_are_not_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    language_model().save_pretrained(tmp_path)
-    (file,) = tmp_path.glob("*.safetensors")
-    weights = load_file(file)
-    wrong = {**weights, "transformer.ln_f.weight": torch.ones(31)}
-    lacking = {name: value for name, value in weights.items() if name != "lm_head.bias"}
-    for content, message in (
-        (
-            wrong,
-            "model.safetensors transformer.ln_f.weight=[31] is not allowed: expected shape [32], as "
-            "config.json says. Save the model anew with save_pretrained.",
-        ),
-        (
-            lacking,
-            f"backbone.path={str(tmp_path)!r} is not allowed: expected safetensors files with all "
-            "weights (lacking lm_head.bias). Save the model anew with save_pretrained.",
-        ),
-    ):
-        save_file(content, file, metadata={"format": "pt"})
-        with pytest.raises(BadValue) as error:
-            read_by(1, 2, tmp_path, monkeypatch)
-        assert str(error.value) == message
-
-
-@pytest.mark.parametrize("shards", [None, contextlib.nullcontext])
-def test_a_cut_file_of_weights(shards: Any, tmp_path: Path) -> None:
-    language_model().save_pretrained(tmp_path)
-    (file,) = tmp_path.glob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(
-        BadValue, match=r"^backbone\.path=.* is not allowed: expected a model's dir"
-    ):
-        load_model(str(tmp_path), shards=shards)
 
 
 def test_a_damaged_checkpoint_starts_no_processes(
