@@ -127,7 +127,7 @@ def run(scratch: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     data.batch_tokens = args.batch_tokens
     stage("read and divided")
     for name in ("tokenised", "tokens found again"):
-        data.tokenize(tokenizer, causal=True, cache_dir=scratch)
+        data.tokenize(tokenizer, layout="packed", cache_dir=scratch)
         stage(name)
     probe(data.splits)
     stage("probed")

@@ -28,7 +28,7 @@ def of_file(path: Path, tokenizer: str) -> NDArray[np.int64]:
     """Tokens of the train pairs' rows, [N, 1]."""
     source = JsonlSource(path=str(path))
     data = PreferenceData(source=source, seed=0, batch_size=1, eval_batch_size=1)
-    data.tokenize(load_tokenizer(tokenizer), causal=True)
+    data.tokenize(load_tokenizer(tokenizer), layout="packed")
     return data.datasets["train"].row_lengths()
 
 

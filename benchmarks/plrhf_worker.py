@@ -51,7 +51,7 @@ def make_ours(
     model = kind(
         backbone=backbone, encoder=encoder, aggregator=aggregator, n_users=data.n_users + 1
     )
-    data.tokenize(load_tokenizer(str(folder)), causal=True, max_positions=model.max_positions)
+    data.tokenize(load_tokenizer(str(folder)), layout="packed", max_positions=model.max_positions)
     if isinstance(model, PersonalDPOPolicy):
         data.precompute_reference(model.reference_logps)
     return model, data

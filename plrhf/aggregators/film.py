@@ -101,10 +101,9 @@ class FiLM(Aggregator):
         if self.after_trunk:
             return modulate(self._text(backbone, batch), film[:, :, 0])
         n_contexts, n_rows = film.shape[:2]
-        text = backbone.embed(batch.input_ids).repeat(n_contexts, 1, 1)
         with modulated_blocks(backbone, film.flatten(0, 1)):
             hidden = backbone(
-                text,
+                batch.input_ids.repeat(n_contexts, 1),
                 batch.segment.repeat(n_contexts, 1),
                 batch.position_ids.repeat(n_contexts, 1),
                 apart=True,

@@ -36,14 +36,13 @@ class ConcatSoftPrompt(Aggregator):
         return user.to(dtype).unflatten(-1, (n_tokens, self.hidden_size))
 
     def forward(self, backbone: Backbone, batch: PreferenceBatch, user: Tensor) -> Tensor:
-        text = backbone.embed(batch.input_ids)  # [R, L, d]
-        vectors = self._vectors(spread_over_rows(user, batch), text.dtype)
-        n_contexts, n_rows, n_tokens, _ = vectors.shape  # [C, R, T, d]
-        text = text.expand(n_contexts, -1, -1, -1)  # [C, R, L, d]
+        vectors = self._vectors(spread_over_rows(user, batch), backbone.embedding_dtype)
+        n_contexts, n_rows, n_tokens, _ = vectors.shape  # [C, R, T, e]
         hidden = backbone(
-            torch.cat([vectors, text], dim=2).flatten(0, 1),
+            batch.input_ids.repeat(n_contexts, 1),
             batch.segment.repeat(n_contexts, 1),
             batch.position_ids.repeat(n_contexts, 1),
+            user_vectors=vectors.flatten(0, 1),
         )
         return hidden[:, n_tokens:].unflatten(0, (n_contexts, n_rows))
 

@@ -1,20 +1,102 @@
-"""What a model of each family is, by its config."""
+"""How the rows of a pair are laid out for each family of models, and why.
+
+``packed`` puts a pair into one row, ``prompt | chosen | rejected``, under masks that let neither
+response see the other. That is right where attention is given by masks and positions alone.
+``two_rows`` gives each response a row of its own, which is the model's plain use. Some models are
+refused. What stands here is expected; `plrhf.backbone.check` compares it with the model itself.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from plrhf.core.errors import bad_value
+
+Layout = Literal["packed", "two_rows"]
+
+PACKED = frozenset(
+    {
+        *("arcee", "bert", "biogpt", "camembert", "codegen", "cohere", "cohere2", "ctrl"),
+        *(
+            "deepseek_v3",
+            "diffllama",
+            "electra",
+            "ernie4_5",
+            "exaone4",
+            "falcon",
+            "gemma",
+            "gemma2",
+        ),
+        *("gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "gptj"),
+        *("granite", "granitemoe", "helium", "hunyuan_v1_dense", "llama", "llama4_text"),
+        *("ministral", "ministral3", "mistral", "mixtral", "modernbert-decoder", "nanochat"),
+        *("nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3"),
+        *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "roberta", "seed_oss", "smollm3", "stablelm"),
+        *("starcoder2", "vaultgemma", "xglm", "xlm-roberta"),
+    }
+)
+"""Families that tests hold packed rows of against plain ones; `check` may find others."""
+
+TWO_ROWS = {
+    "bloom": "adds a bias by the distance of indices (ALiBi)",
+    "mpt": "adds a bias by the distance of indices (ALiBi)",
+    "gpt_neo": "keeps the windows of its local layers to itself",
+    **dict.fromkeys(
+        (
+            *("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear"),
+            *("lfm2", "lfm2_moe", "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid"),
+            *("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "recurrent_gemma", "rwkv"),
+            *("xlstm", "zamba", "zamba2"),
+        ),
+        "carries a state from one position to the next",
+    ),
+}
+"""Causal families whose responses can't share a row, with the reason."""
+
+REFUSED = {
+    "fnet": "mixes padding into the text",
+    "reformer": "cuts its rows into chunks of a fixed length",
+    "xlnet": "sees later tokens",
+}
+"""Families whose numbers depend on what they should not see, with the reason."""
+
 
 def is_causal(config: Any) -> bool:
-    """Whether a model of this config writes text left to right."""
+    """Say whether a model of this config writes text left to right."""
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:  # BERT-like: as decoders too
         return bool(getattr(config, "is_decoder", False))
     own_code = getattr(config, "auto_map", None) or {}
     return (
         config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in own_code
     )
+
+
+def expected_layout(config: Any) -> tuple[Layout, str]:
+    """Return the layout for a model of this config, and the reason for it.
+
+    Raises:
+        ValueError: the family is refused.
+    """
+    family = config.model_type
+    refused = REFUSED.get(family)
+    if getattr(config, "is_encoder_decoder", False):
+        refused = "has an encoder and a decoder"
+    if refused is not None:
+        raise bad_value(
+            "backbone.path",
+            f"a model of the family {family}",
+            f"a causal language model or a bidirectional encoder; this one {refused}",
+            "Use a model of another family, as docs/families.md lists them",
+        )
+    if not is_causal(config):
+        return "two_rows", "sees the whole row"
+    if getattr(config, "alibi", False):
+        return "two_rows", TWO_ROWS["bloom"]
+    if family in TWO_ROWS:
+        return "two_rows", TWO_ROWS[family]
+    return "packed", "attends by masks and positions alone"

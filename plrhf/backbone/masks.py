@@ -1,52 +1,130 @@
-"""Which position sees which, as a mask for each implementation of attention."""
+"""Which position sees which in packed rows, given to every layer of a model through transformers.
+
+A model of transformers asks for the mask of each kind of its layers (full, sliding, chunked) by a
+function of two indices. Within `packed_rows` that function is asked about positions in the text in
+place of indices in the row, and joined with what packing allows. So windows and chunks are the model's
+own, and count in the rejected response as they would in a row of its own.
+"""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from plrhf.core.types import PROMPT
 
 FLEX = "flex_attention"
+IMPLEMENTATIONS = ("eager", "sdpa", FLEX)
+MaskFunction = Callable[[Any, Any, Any, Any], Any]
+"""(row, head, query, key) -> whether the query sees the key; tensors that broadcast, or scalars."""
 
 
 def visible(query: Tensor, key: Tensor, of_query: Tensor, of_key: Tensor) -> Tensor:
-    """Whether a position sees another in the packed layout.
+    """Say whether a position sees another in the packed layout.
 
     It sees itself and earlier positions of the prompt and of its own response, never the other
-    response; padding, which nobody sees, sees the prompt: no softmax is over nothing.
+    response. Padding, which nobody sees, sees itself at least: no softmax is over nothing.
 
     Args:
-        query, key: where they stand. of_query, of_key: their segments.
+        query, key: their indices. of_query, of_key: their segments.
     """
     return (key <= query) & ((of_key == PROMPT) | (of_key == of_query))
 
 
 def sees(segment: Tensor, owner: Tensor | None = None) -> Tensor:
-    """Which position sees which, [R, L] -> [R, L, L] bool.
+    """Say which position sees which, [R, L] -> [R, L, L] bool.
 
     Args:
-        owner: [R, L], whose each position is where several pairs are in a row: none sees another's.
+        owner: [R, L], the row each position comes from where several stand in one: none sees another's.
     """
     place = torch.arange(segment.shape[1], device=segment.device)
     seen = visible(place[:, None], place, segment[:, :, None], segment[:, None, :])
     return seen if owner is None else seen & (owner[:, :, None] == owner[:, None, :])
 
 
-def additive_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """`sees` as it is added to attention's scores, [R, L, L] bool -> [R, 1, L, L]."""
-    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+@dataclass
+class PackedRows:
+    """Rows that hold several texts, and which kinds of layers have asked for their mask.
+
+    Attributes:
+        segment, positions: [R, L] int64. owner: as in `sees`.
+        n_asked: masks that the model has asked for.
+    """
+
+    segment: Tensor
+    positions: Tensor
+    owner: Tensor | None = None
+    n_asked: int = field(default=0)
+
+    def over(self, own: MaskFunction) -> MaskFunction:
+        """Return the mask of these rows for layers whose own mask is `own`."""
+        segment, positions, owner = self.segment, self.positions, self.owner
+
+        def seen(row: Any, head: Any, query: Any, key: Any) -> Any:
+            allowed = visible(query, key, segment[row, query], segment[row, key])
+            if owner is not None:
+                allowed = allowed & (owner[row, query] == owner[row, key])
+            return allowed & own(row, head, positions[row, query], positions[row, key])
+
+        return seen
 
 
-def block_mask(segment: Tensor, owner: Tensor | None = None) -> BlockMask:
-    """`sees` for FlexAttention, which skips blocks of positions that see nothing of one another."""
-    whose = torch.zeros_like(segment) if owner is None else owner
+_rows: ContextVar[PackedRows | None] = ContextVar("packed_rows", default=None)
 
-    def of_row(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = visible(query, key, segment[row, query], segment[row, key])
-        return seen & (whose[row, query] == whose[row, key])
 
-    n_rows, length = segment.shape
-    return create_block_mask(of_row, n_rows, None, length, length, device=str(segment.device))
+@contextlib.contextmanager
+def packed_rows(
+    segment: Tensor, positions: Tensor, owner: Tensor | None = None
+) -> Iterator[PackedRows]:
+    """Within it, models make the masks of these packed rows."""
+    rows = PackedRows(segment, positions, owner)
+    token = _rows.set(rows)
+    try:
+        yield rows
+    finally:
+        _rows.reset(token)
+
+
+def block_mask(seen: MaskFunction, n_rows: int, length: int, device: torch.device) -> BlockMask:
+    """Return a mask for FlexAttention, which skips blocks of positions that see nothing of each other."""
+    return create_block_mask(seen, n_rows, None, length, length, device=str(device))
+
+
+def _aware_of_packing(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the mask maker of an attention implementation; outside `packed_rows` it is as before."""
+
+    def make_mask(**given: Any) -> Any:
+        rows = _rows.get()
+        if rows is None:
+            return original(**given)
+        rows.n_asked += 1
+        seen = rows.over(given["mask_function"])
+        if name == FLEX:
+            n_rows, length = rows.segment.shape
+            return block_mask(seen, n_rows, length, rows.segment.device)
+        return original(
+            **{
+                **given,
+                "mask_function": seen,
+                "attention_mask": None,  # padding has a segment of its own
+                "allow_is_causal_skip": False,
+                "allow_is_bidirectional_skip": False,
+                "use_vmap": False,
+            }
+        )
+
+    return make_mask
+
+
+for _name in IMPLEMENTATIONS:
+    AttentionMaskInterface.register(
+        _name, _aware_of_packing(_name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+    )

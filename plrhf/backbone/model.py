@@ -19,11 +19,13 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from plrhf.backbone import gptj, saving
 from plrhf.backbone import lora as lora_layers
-from plrhf.backbone.families import is_causal
+from plrhf.backbone.check import choose_layout
+from plrhf.backbone.families import Layout, is_causal
 from plrhf.backbone.kv_cache import RoomyLayer
-from plrhf.backbone.masks import FLEX, additive_mask, block_mask, sees
+from plrhf.backbone.logits import head_parameters, own_logits
+from plrhf.backbone.masks import packed_rows, sees
 from plrhf.backbone.row_packing import RowPacking
-from plrhf.backbone.sharding import gathered, is_sharded
+from plrhf.backbone.sharding import gathered, is_sharded, whole_shape
 from plrhf.core.errors import bad_value
 from plrhf.core.types import PADDING, PROMPT
 
@@ -67,6 +69,7 @@ class Backbone(nn.Module):
             )
         self.causal = is_causal(model.config)
         self.trainable = trainable
+        switch_dropout_off(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model: PreTrainedModel | PeftModel = model
@@ -88,16 +91,27 @@ class Backbone(nn.Module):
                 "false for GPT-J, whose own forward leaves it little to gain",
                 "Set backbone.compiled=false",
             )
+        self.layout: Layout = choose_layout(self)
         if compiled:
             for block in self.blocks:
                 compile_in_training(block)
 
     @property
+    def bare(self) -> PreTrainedModel:
+        """The Hugging Face model; LoRA layers are put into it in place."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model  # type: ignore[return-value]
+
+    @property
     def trunk(self) -> PreTrainedModel:
-        """The model without its language head; LoRA layers are put into it in place."""
+        """The part that gives last hidden states, which training and generation both call."""
         # Not an attribute: its weights would stand in the state dict a second time.
-        bare: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        return bare.base_model
+        base: Any = self.bare.base_model
+        if (
+            base is self.bare and self.causal
+        ):  # its name of the trunk is not the one it has (Llama 4)
+            base = base.get_decoder()
+        # OPT and the like call the decoder within the base model, and never the base model itself.
+        return base.decoder if self.causal and "decoder" in base._modules else base
 
     @property
     def config(self) -> Any:
@@ -106,17 +120,39 @@ class Backbone(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        """Width d of embeddings and hidden states."""
-        return int(self.config.hidden_size)
+        """Width d of the last hidden states."""
+        # OPT's smaller models project them down to the width of their embeddings.
+        projected = getattr(self.trunk, "project_out", None)
+        return int(self.block_size if projected is None else projected.out_features)
+
+    @property
+    def block_size(self) -> int:
+        """Width of what a block gives."""
+        return int(self.config.get_text_config(decoder=True).hidden_size)
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of the vectors that stand for tokens, which may be narrower than the blocks."""
+        weight: Any = self.trunk.get_input_embeddings().weight
+        return int(whole_shape(weight)[1])
+
+    @property
+    def embedding_dtype(self) -> torch.dtype:
+        """Dtype of the vectors that stand for tokens."""
+        return self.trunk.get_input_embeddings().weight.dtype  # type: ignore[return-value]
 
     @property
     def max_positions(self) -> int | None:
         """Positions the model was made for, or None where its config names no limit."""
         limit = getattr(self.config, "max_position_embeddings", None)
+        return limit if limit is None else limit - self.first_position
+
+    @property
+    def first_position(self) -> int:
+        """Number of a text's first position: RoBERTa and its kin count from behind their padding index."""
         table = getattr(getattr(self.trunk, "embeddings", None), "position_embeddings", None)
         padding = getattr(table, "padding_idx", None)
-        # RoBERTa and its kin number positions from behind their padding index.
-        return limit if limit is None or padding is None else limit - padding - 1
+        return 0 if padding is None else padding + 1
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -133,60 +169,107 @@ class Backbone(nn.Module):
         )
 
     def vocabulary(self) -> Tensor:
-        """Input embeddings of all tokens, [V, d], detached."""
-        weight: Any = self.trunk.get_input_embeddings().weight
-        with gathered([weight]):
-            return weight.detach().clone() if is_sharded(weight) else weight.detach()
+        """Input embeddings of all tokens as they go into the trunk, scaled where it scales, [V, e]."""
+        table: Any = self.trunk.get_input_embeddings()
+        with gathered([table.weight]), torch.no_grad():
+            if type(table) is nn.Embedding:
+                weight = table.weight.detach()
+                return weight.clone() if is_sharded(weight) else weight
+            return table(torch.arange(len(table.weight), device=table.weight.device))
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Token ids [R, L] -> input embeddings [R, L, d]."""
+        """Token ids [R, L] -> input embeddings [R, L, e]."""
         return self.trunk.get_input_embeddings()(input_ids)
 
     def forward(
-        self, inputs_embeds: Tensor, segment: Tensor, position_ids: Tensor, *, apart: bool = False
+        self,
+        input_ids: Tensor,
+        segment: Tensor,
+        position_ids: Tensor,
+        *,
+        user_vectors: Tensor | None = None,
+        apart: bool = False,
     ) -> Tensor:
-        """Last hidden states [R, T + L, d] of T user vectors followed by L text positions.
+        """Compute last hidden states [R, T + L, d] of T user vectors followed by L text positions.
 
         Short rows are put together and taken apart again, see `RowPacking`.
 
         Args:
-            inputs_embeds: [R, T + L, d]; T is what `segment` is shorter by.
-            segment, position_ids: [R, L] int64; user vectors count as prompt and take positions 0..T-1.
+            input_ids, segment, position_ids: [R, L] int64, laid out as `layout` says.
+            user_vectors: [R, T, e], which stand before the text, count as prompt and take positions
+                0..T-1.
             apart: leave rows as they are, since something in the trunk goes by row.
         """
-        n_vectors = inputs_embeds.shape[1] - segment.shape[1]
+        n_vectors = 0 if user_vectors is None else user_vectors.shape[1]
+        embeddings = None
+        if user_vectors is not None and n_vectors > 0:
+            embeddings = torch.cat([user_vectors, self.embed(input_ids)], dim=1)
+        input_ids = nn.functional.pad(input_ids, (n_vectors, 0), value=self.placeholder)
         segment = nn.functional.pad(segment, (n_vectors, 0), value=PROMPT)
-        if not self.causal:
-            output = self.trunk(
-                inputs_embeds=inputs_embeds, attention_mask=(segment != PADDING).long()
-            )
-            return output.last_hidden_state
         own = torch.arange(n_vectors, device=segment.device).expand(segment.shape[0], -1)
         positions = torch.cat([own, position_ids + n_vectors], dim=1)
+        if self.layout == "two_rows":
+            input_ids = input_ids.masked_fill(segment == PADDING, self.padding)
+            mask = (segment != PADDING).long()
+            return self.call_trunk(input_ids, embeddings, attention_mask=mask)
         packing = None if apart else RowPacking.of(segment)
         if packing is None:
-            return self._run(inputs_embeds, segment, positions)
-        segment, positions = packing.pack(segment, PADDING), packing.pack(positions)
-        hidden = self._run(packing.pack(inputs_embeds), segment, positions, packing.source_row)
+            return self._run_packed(input_ids, embeddings, segment, positions)
+        hidden = self._run_packed(
+            packing.pack(input_ids),
+            None if embeddings is None else packing.pack(embeddings),
+            packing.pack(segment, PADDING),
+            packing.pack(positions),
+            packing.source_row,
+        )
         return packing.unpack(hidden)
 
-    def _run(
-        self, inputs: Tensor, segment: Tensor, positions: Tensor, owner: Tensor | None = None
+    def _run_packed(
+        self,
+        input_ids: Tensor,
+        embeddings: Tensor | None,
+        segment: Tensor,
+        positions: Tensor,
+        owner: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states [R, L, d] of a causal trunk; `owner` as in `sees`."""
+        """Last hidden states [R, L, d] of packed rows; `owner` as in `sees`."""
         if self.is_gptj:
+            embeddings = self.embed(input_ids) if embeddings is None else embeddings
             seen = sees(segment, owner)
-            layout = gptj.attention_layout(self.trunk, segment, positions, seen, dtype=inputs.dtype)
-            return gptj.run_trunk(self.trunk, inputs, layout)
-        mask: Any = (
-            block_mask(segment, owner)
-            if self.config._attn_implementation == FLEX
-            else additive_mask(sees(segment, owner), inputs.dtype)
-        )
-        output = self.trunk(
-            inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False
-        )
-        return output.last_hidden_state
+            dtype = embeddings.dtype
+            layout = gptj.attention_layout(self.trunk, segment, positions, seen, dtype=dtype)
+            return gptj.run_trunk(self.trunk, embeddings, layout)
+        with packed_rows(segment, positions, owner):
+            return self.call_trunk(
+                input_ids,
+                embeddings,
+                # The model makes its masks as for one text a row, and `packed_rows` answers.
+                attention_mask=(segment != PADDING).long(),
+                position_ids=positions + self.first_position,
+            )
+
+    def call_trunk(self, input_ids: Tensor, embeddings: Tensor | None, **others: Tensor) -> Tensor:
+        """Last hidden states [R, L, d] by ids, the one way in that no model does by halves.
+
+        Args:
+            embeddings: [R, L, e], what the input embedding is to return for `input_ids`, if anything
+                else than usual.
+        """
+        if self.causal:
+            others["use_cache"] = False  # type: ignore[assignment]
+        with replaced_output(self.trunk.get_input_embeddings(), embeddings):
+            return self.trunk(input_ids=input_ids, **others).last_hidden_state
+
+    @property
+    def padding(self) -> int:
+        """Token id of padding, which masks hide."""
+        padding = getattr(self.config.get_text_config(decoder=True), "pad_token_id", None)
+        return 0 if padding is None or padding < 0 else int(padding)
+
+    @property
+    def placeholder(self) -> int:
+        """Token id at the places of user vectors: any that models do not take for padding."""
+        return 1 if self.padding == 0 else 0
 
     def cache(self, length: int) -> Cache:
         """Empty key-value cache for rows of at most `length` positions, for `generate`."""
@@ -218,18 +301,17 @@ class Backbone(nn.Module):
         cache.batch_select_indices(at)
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., d] -> logits [..., V]."""
-        head: Any = self.model.get_output_embeddings()
-        if isinstance(head, nn.Linear) and is_sharded(head.weight):
-            # As a module it would be gathered at every call, and processes differ in their calls.
-            return nn.functional.linear(hidden, head.weight, head.bias)
-        return head(hidden)
+        """Hidden states [..., d] -> logits [..., V], as the model's own forward makes them."""
+        if self.is_gptj and not is_sharded(self.bare.lm_head.weight):
+            return self.bare.lm_head(hidden)  # all that it does
+        flat = own_logits(self.bare, self.trunk, hidden.reshape(-1, hidden.shape[-1]))
+        return flat.view(*hidden.shape[:-1], -1)
 
     @property
     def unembeds_alike(self) -> bool:
         """Whether `unembed` is the same at every step, and all of it in this process."""
-        head: Any = self.model.get_output_embeddings()
-        return not any(one.requires_grad or is_sharded(one) for one in head.parameters())
+        head = head_parameters(self.bare, self.trunk)
+        return not any(one.requires_grad or is_sharded(one) for one in head)
 
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits of the frozen weights: another model's are others."""
@@ -291,6 +373,37 @@ class Backbone(nn.Module):
                 yield
         finally:
             self.train(was_training)
+
+
+@contextlib.contextmanager
+def replaced_output(module: nn.Module, output: Tensor | None) -> Iterator[None]:
+    """Within it a module returns `output` [R, L, e], unless that is None."""
+    if output is None:
+        yield
+        return
+
+    def replace(_module: nn.Module, _inputs: Any, usual: Tensor) -> Tensor:
+        return torch.cat([output, usual[:, output.shape[1] :]], dim=1)  # some pad their rows inside
+
+    handle = module.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def switch_dropout_off(model: nn.Module) -> None:
+    """Set all dropout rates of a model to 0.
+
+    Policy and reference are the same function before the first step, which dropout in one of them
+    would hide. The rates in its config, which is saved with it, stay.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
 
 
 def compile_in_training(block: nn.Module) -> None:

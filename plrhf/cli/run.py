@@ -110,7 +110,7 @@ def train_personal(
         model = build_run_model(config, data, backbone, path)
         data.tokenize(
             tokenizer,
-            causal=backbone.causal,
+            layout=backbone.layout,
             max_positions=model.max_positions,
             cache_dir=cache_dir,
         )

@@ -74,7 +74,7 @@ def train_supervised(
             tokenizer, backbone = _new_tiny_backbone(config.backbone.tiny, data)
         data.tokenize(
             tokenizer,
-            causal=backbone.causal,
+            layout=backbone.layout,
             max_positions=backbone.max_positions,
             cache_dir=Path(config.cache_dir),
         )

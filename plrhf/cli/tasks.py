@@ -211,7 +211,7 @@ def load_run(
     )
     data.tokenize(
         load_tokenizer(str(export)),
-        causal=model.backbone.causal,
+        layout=model.backbone.layout,
         max_positions=model.max_positions,
         cache_dir=Path(trained.cache_dir),
     )

@@ -18,7 +18,7 @@ from plrhf.core.errors import bad_value
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.dataset import SINGLE_PROCESS, PairDataset, RankShard, longest_first
 from plrhf.data.features import FeatureSchema
-from plrhf.data.packing import packed, two_rows
+from plrhf.data.packing import LAYOUTS, LayoutName
 from plrhf.data.reading import read_rows
 from plrhf.data.rows import SPLITS, Person, Row, Rows, content_hash
 from plrhf.data.samplers import (
@@ -145,14 +145,14 @@ class PreferenceData(LightningDataModule):
         self,
         tokenizer: Tokenizer,
         *,
-        causal: bool,
+        layout: LayoutName,
         max_positions: int | None = None,
         cache_dir: Path | None = None,
     ) -> None:
         """Tokenise the rows of every split, and drop those that are too long.
 
         Args:
-            causal: whether pairs are packed into one row each, or put into two rows.
+            layout: whether a pair is one row or two, which the backbone says.
             max_positions: of the model.
             cache_dir: where other runs find the tokens again, see `load_or_tokenize`.
 
@@ -178,7 +178,7 @@ class PreferenceData(LightningDataModule):
             self.datasets[split] = PairDataset(
                 rows.select(np.flatnonzero(fits)),
                 pairs.select(np.flatnonzero(fits)),
-                layout=packed if causal else two_rows,
+                layout=LAYOUTS[layout],
                 user_index=self.user_index,
                 schema=self.schema,
             )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from plrhf.core.types import CHOSEN, PADDING, PROMPT, REJECTED
 
+LayoutName = Literal["packed", "two_rows"]
 Layout = Callable[[Sequence["TokenPair"]], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -57,6 +59,9 @@ def two_rows(pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor, Tensor]:
                 (ids, [PROMPT] * len(pair.prompt) + [mark] * len(response), [*range(len(ids))])
             )
     return _pad(rows)
+
+
+LAYOUTS: dict[LayoutName, Layout] = {"packed": packed, "two_rows": two_rows}
 
 
 def _pad(rows: Sequence[tuple[list[int], list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:

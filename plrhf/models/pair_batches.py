@@ -12,7 +12,7 @@ from torch import Tensor
 
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.dataset import PairDataset, TextValues
-from plrhf.data.packing import packed, two_rows
+from plrhf.data.packing import LAYOUTS
 from plrhf.data.rows import Row
 from plrhf.data.text_values import compute_text_values
 from plrhf.data.tokenizer import RowTokenizer
@@ -35,7 +35,7 @@ def dataset_of(
     dataset = PairDataset(
         kept,
         pairs,
-        layout=packed if model.backbone.causal else two_rows,
+        layout=LAYOUTS[model.backbone.layout],
         user_index={},
         schema=model.card.feature_schema(),
     )

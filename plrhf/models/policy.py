@@ -116,8 +116,7 @@ class PersonalDPOPolicy(PersonalModule):
 
     def trunk(self, batch: PreferenceBatch) -> Tensor:
         """Run the backbone on the text alone, [R, L, d] last hidden states."""
-        inputs = self.backbone.embed(batch.input_ids)
-        return self.backbone(inputs, batch.segment, batch.position_ids)
+        return self.backbone(batch.input_ids, batch.segment, batch.position_ids)
 
     def margins(self, hidden: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         reference = self.reference_logps(batch) if batch.ref_logps is None else batch.ref_logps

@@ -59,7 +59,7 @@ class SupervisedPolicy(LightningModule):
         if self.responses == "chosen":
             segment = segment.masked_fill(segment == REJECTED, PADDING)
         segment = segment.masked_fill(~batch.counted()[:, None], PADDING)
-        hidden = self.backbone(self.backbone.embed(batch.input_ids), segment, batch.position_ids)
+        hidden = self.backbone(batch.input_ids, segment, batch.position_ids)
         logps = response_logps(
             hidden,
             batch.input_ids,

@@ -268,7 +268,7 @@ def fake_batch(
     """A batch of the shapes that `data` allows, without values."""
     prompt, response = _lengths(data)
     shape = (n_pairs, prompt + 2 * response)
-    if not model.backbone.causal:
+    if model.backbone.layout == "two_rows":
         shape = (2 * n_pairs, prompt + response)
     return PreferenceBatch(
         user_id=torch.zeros(n_pairs, dtype=torch.int64),
@@ -285,7 +285,7 @@ def pairs_of_batch(model: PersonalModule, data: Settings) -> int:
     if data["batch_tokens"] is None:
         return int(data["batch_size"])
     prompt, response = _lengths(data)
-    tokens = prompt + 2 * response if model.backbone.causal else 2 * (prompt + response)
+    tokens = prompt + 2 * response if model.backbone.layout == "packed" else 2 * (prompt + response)
     return max(1, min(data["batch_size"], data["batch_tokens"] // tokens))
 
 

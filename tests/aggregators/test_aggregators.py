@@ -36,7 +36,7 @@ def film(**settings: Any) -> FiLM:
 
 def plain(backbone: Backbone, batch: PreferenceBatch) -> Tensor:
     """Hidden states without any aggregator, [R, L, d]."""
-    return backbone(backbone.embed(batch.input_ids), batch.segment, batch.position_ids)
+    return backbone(batch.input_ids, batch.segment, batch.position_ids)
 
 
 def test_spread_over_rows_by_hand() -> None:

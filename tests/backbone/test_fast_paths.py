@@ -24,10 +24,11 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import create_mask
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.masking_utils import causal_mask_function
 from transformers.models.gptj.modeling_gptj import GPTJAttention, GPTJBlock
 
 from plrhf.backbone import chunked_attention, gptj
-from plrhf.backbone.masks import FLEX, block_mask, sees
+from plrhf.backbone.masks import FLEX, PackedRows, block_mask, sees
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.row_packing import RowPacking
 from plrhf.core.types import PreferenceBatch
@@ -221,7 +222,7 @@ def test_gptj_with_part_of_its_dimensions_turned() -> None:
 
 def run(backbone: Backbone, batch: PreferenceBatch) -> Tensor:
     with torch.no_grad():
-        return backbone(backbone.embed(batch.input_ids), batch.segment, batch.position_ids)
+        return backbone(batch.input_ids, batch.segment, batch.position_ids)
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -233,9 +234,10 @@ def test_block_mask_is_who_sees_whom(together: bool) -> None:
         assert packing is not None
         segment, owner = packing.pack(segment, -1), packing.source_row
     seen = sees(segment, owner)
-    found = create_mask(
-        block_mask(segment, owner).mask_mod, len(segment), 1, *seen.shape[1:], device="cpu"
-    )
+    positions = torch.arange(segment.shape[1]).expand_as(segment)
+    of_rows = PackedRows(segment, positions, owner).over(causal_mask_function)
+    mask = block_mask(of_rows, *segment.shape, segment.device)
+    found = create_mask(mask.mask_mod, len(segment), 1, *seen.shape[1:], device="cpu")
     assert torch.equal(found[:, 0], seen)
 
 

@@ -227,8 +227,7 @@ def test_a_trunk_with_dropout_is_that_of_pefts_layers(
             if isinstance(module, LoraLinear):
                 module.__class__ = kind
         torch.manual_seed(1)
-        inputs = backbone.train().embed(batch.input_ids)
-        hidden = backbone(inputs, batch.segment, batch.position_ids)
+        hidden = backbone.train()(batch.input_ids, batch.segment, batch.position_ids)
         hidden.square().sum().backward()
         found.append({"hidden": hidden.detach(), **gradients(backbone)})
     assert_same(*found, atol=1e-3)

@@ -33,15 +33,15 @@ from transformers import (
 
 from plrhf.backbone.families import is_causal
 from plrhf.backbone.loading import load_backbone, load_model, load_tokenizer, looks_local
-from plrhf.backbone.masks import additive_mask, sees
+from plrhf.backbone.masks import sees
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj, train_tokenizer
 
 
 def test_mask_by_hand() -> None:
-    mask = additive_mask(sees(tensor([[0, 0, 1, 1, 2, -1, -1]])), torch.float32)
-    assert mask.shape == (1, 1, 7, 7)
-    assert (mask[0, 0] == 0).long().tolist() == [
+    seen = sees(tensor([[0, 0, 1, 1, 2, -1, -1]]))
+    assert seen.shape == (1, 7, 7)
+    assert seen[0].long().tolist() == [
         [1, 0, 0, 0, 0, 0, 0],  # prompt: itself and what stands before
         [1, 1, 0, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0, 0],  # chosen: prompt and chosen
@@ -50,7 +50,6 @@ def test_mask_by_hand() -> None:
         [1, 1, 0, 0, 0, 1, 0],  # padding, whose states nobody reads: itself at least
         [1, 1, 0, 0, 0, 1, 1],
     ]
-    assert mask.min() == torch.finfo(torch.float32).min
 
 
 @pytest.mark.parametrize("kind", ["gptj", "llama"])
@@ -58,9 +57,9 @@ def test_mask_by_hand() -> None:
 def test_a_response_sees_its_own_text_only(kind: str) -> None:
     backbone = make_backbone(kind)
     batch = make_batch(make_pairs(5))
-    before = backbone(backbone.embed(batch.input_ids), batch.segment, batch.position_ids)
+    before = backbone(batch.input_ids, batch.segment, batch.position_ids)
     changed = torch.where(batch.segment == 1, 7, batch.input_ids)
-    after = backbone(backbone.embed(changed), batch.segment, batch.position_ids)
+    after = backbone(changed, batch.segment, batch.position_ids)
     moved = (before - after).abs().amax(-1) > 1e-6
     assert not moved[batch.segment != 1].any()
     assert moved[batch.segment == 1].any()
@@ -71,12 +70,12 @@ def test_a_bidirectional_encoder_sees_everything_but_padding() -> None:
     backbone = make_backbone("bert", trainable="frozen")
     pairs = make_pairs(1)
     short, padded = make_batch(pairs), make_batch(pairs, padding=3)
-    text = backbone.embed(padded.input_ids)
+    text = padded.input_ids.clone()
     found = backbone(text, padded.segment, padded.position_ids)
-    alone = backbone(backbone.embed(short.input_ids), short.segment, short.position_ids)
+    alone = backbone(short.input_ids, short.segment, short.position_ids)
     length = short.input_ids.shape[1]
     torch.testing.assert_close(found[:, :length], alone, atol=1e-5, rtol=0)
-    text[:, length - 1] = torch.randn(WIDTH)  # the last token of the text
+    text[:, length - 1] = text[:, length - 1] % 96 + 1  # the last token of the text
     assert (backbone(text, padded.segment, padded.position_ids) - found)[0, 0].abs().max() > 1e-3
 
 
@@ -129,10 +128,10 @@ def test_all_positions_it_names_are_there(config_class: Any, usable: int) -> Non
     backbone = Backbone(model=AutoModel.from_config(config), trainable="frozen")
     assert backbone.max_positions == usable
     segment = torch.zeros(1, usable, dtype=torch.int64)
-    assert backbone(torch.randn(1, usable, WIDTH), segment, segment).isfinite().all()
+    assert backbone(segment + 7, segment, segment).isfinite().all()
     with pytest.raises((IndexError, RuntimeError)):
         more = nn.functional.pad(segment, (0, 1))
-        backbone(torch.randn(1, usable + 1, WIDTH), more, more)
+        backbone(more + 7, more, more)
 
 
 @pytest.mark.parametrize("trainable", ["lora", "frozen", "full"])
@@ -186,7 +185,7 @@ def test_adapter_saved_and_loaded(tmp_path: Path) -> None:
     batch = make_batch(make_pairs(3))
 
     def hidden(backbone: Backbone) -> Any:
-        return backbone(backbone.embed(batch.input_ids), batch.segment, batch.position_ids)
+        return backbone(batch.input_ids, batch.segment, batch.position_ids)
 
     saved, fresh = make_backbone(), Backbone(model=language_model(), lora=LORA)
     saved.save(tmp_path)
@@ -203,10 +202,10 @@ def test_adapter_saved_and_loaded(tmp_path: Path) -> None:
 def test_merged_is_the_plain_model_that_says_the_same() -> None:
     batch = make_batch(make_pairs(3))
     backbone = make_backbone()
-    before = backbone(backbone.embed(batch.input_ids), batch.segment, batch.position_ids)
+    before = backbone(batch.input_ids, batch.segment, batch.position_ids)
     merged = Backbone(model=backbone.merged(), trainable="frozen")
     assert not any("lora" in name for name, _ in merged.named_parameters())
-    after = merged(merged.embed(batch.input_ids), batch.segment, batch.position_ids)
+    after = merged(batch.input_ids, batch.segment, batch.position_ids)
     torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
 
 
@@ -233,7 +232,7 @@ def test_models_load_as_what_they_are(tmp_path: Path) -> None:
 def test_half_precision_stays_near(kind: str) -> None:
     batch = make_batch(make_pairs(5))
     backbone = make_backbone(kind)
-    inputs = backbone.embed(batch.input_ids), batch.segment, batch.position_ids
+    inputs = batch.input_ids, batch.segment, batch.position_ids
     exact = backbone(*inputs)
     with torch.autocast("cpu", torch.bfloat16):
         near = backbone(*inputs)

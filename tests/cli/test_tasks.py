@@ -132,7 +132,7 @@ def test_users_speak_for_themselves(
         eval_batch_size=7,
         use_user_text=speaking,
     )
-    data.tokenize(world_tokenizer(), causal=True)
+    data.tokenize(world_tokenizer(), layout="packed")
     policy = make_model(PersonalDPOPolicy)
     policy.card = Card(
         **dict.fromkeys(("model", "encoder", "aggregator", "backbone", "text"), {}),

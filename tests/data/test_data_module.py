@@ -73,7 +73,7 @@ class ListSource(Source):
 def make_data(tokenizer: Any, *, records: Any = RECORDS, causal: bool = True, **more: Any) -> Any:
     settings = {"seed": 3, "batch_size": 4, "eval_batch_size": 3, **more}
     data = PreferenceData(source=ListSource(records=records), **settings)
-    data.tokenize(tokenizer, causal=causal)
+    data.tokenize(tokenizer, layout="packed" if causal else "two_rows")
     return data
 
 
@@ -635,7 +635,9 @@ BAD = [
         "fits. Raise data.max_tokens.",
     ),
     (
-        lambda tokenizer: make_data(tokenizer).tokenize(tokenizer, causal=True, max_positions=1023),
+        lambda tokenizer: make_data(tokenizer).tokenize(
+            tokenizer, layout="packed", max_positions=1023
+        ),
         "data.max_tokens=1024 is not allowed: expected at most the backbone's 1023 positions. "
         "Set data.max_tokens=1023.",
     ),

@@ -95,7 +95,7 @@ def small_data() -> PreferenceData:
     """70 train, 15 val and 28 test pairs; evaluated four at a time, three at last."""
     source = world(val_pairs_per_user=3, test_pairs_per_user=4)
     data = PreferenceData(source=source, seed=3, batch_size=32, eval_batch_size=4, max_tokens=99)
-    data.tokenize(world_tokenizer(), causal=True)
+    data.tokenize(world_tokenizer(), layout="packed")
     return data
 
 

@@ -44,7 +44,7 @@ def export(reward_run: Path, tmp_path: Path) -> Path:
 
 def data_of(run: Path, model: PersonalModule) -> PreferenceData:
     data = build_data(RunConfig.of_run(run).data)
-    data.tokenize(AutoTokenizer.from_pretrained(run / "export"), causal=model.backbone.causal)
+    data.tokenize(AutoTokenizer.from_pretrained(run / "export"), layout=model.backbone.layout)
     return data
 
 

@@ -91,7 +91,7 @@ def fit_once(
         eval_batch_size=64,
         max_tokens=99,
     )
-    data.tokenize(tokenizer, causal=True)
+    data.tokenize(tokenizer, layout="packed")
     assert len(data.datasets["train"]) == N_ROWS
     backbone = Backbone(
         model=language_model(vocabulary=len(tokenizer)), lora={**LORA, "dropout": 0.3}

@@ -1,0 +1,226 @@
+"""The check of a language model when it is loaded: our way of running it against its own.
+
+Three short pairs of unequal lengths go through the layout that is meant for them. Hidden states and
+logits must be those of the model's plain forward on each sequence by itself. So no family is trusted
+because of its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from plrhf.backbone.families import PACKED, Layout, expected_layout
+from plrhf.backbone.sharding import is_sharded
+from plrhf.core.errors import bad_value
+from plrhf.core.types import CHOSEN, PADDING, PROMPT, REJECTED
+
+if TYPE_CHECKING:
+    from plrhf.backbone.model import Backbone
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest difference allowed, relative to the largest number of the plain forward. Random small models
+hardly attend, so that in float32, where rounding takes 1e-6, it is less than the 1e-3 we promise."""
+
+LENGTHS = ((5, 3, 4), (2, 6, 2), (7, 1, 5))
+"""Tokens of prompt, chosen and rejected of each pair of the check."""
+
+WINDOWS = ("sliding_window", "attention_chunk_size")
+"""Settings of windows that masks are made by. Real ones are longer than the check's rows."""
+
+SHORT_WINDOW = 3
+
+
+def choose_layout(backbone: Backbone) -> Layout:
+    """Return the layout in which a backbone is right, and say so where it is not the expected one.
+
+    Weights that are not here (the shape of a plan, shards) can't be checked: families that tests hold
+    are packed then, all others have two rows.
+
+    Raises:
+        ValueError: it is right in none.
+    """
+    config = backbone.config.get_text_config(decoder=True)
+    layout, reason = expected_layout(config)
+    if not all(_is_here(one) for one in backbone.parameters()):
+        return layout if config.model_type in PACKED else "two_rows"
+    with _at_rest(backbone), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        sequences = _sequences(backbone)
+        if layout == "packed":
+            with short_windows(backbone.bare):
+                found = difference(backbone, "packed", sequences)
+            if found is None:
+                return "packed"
+            _say(
+                f"{config.model_type}: packed rows differ from plain ones ({found}); using two rows a pair"
+            )
+        found = difference(backbone, "two_rows", sequences)
+    if found is not None:
+        raise bad_value(
+            "backbone.path",
+            f"a model of the family {config.model_type}",
+            f"a model whose padded rows are its plain ones ({found})",
+            "Use a model of another family, as docs/families.md lists them",
+        )
+    return "two_rows"
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    print(line)
+
+
+def _is_here(parameter: Tensor) -> bool:
+    unseen = parameter.is_meta or isinstance(parameter, FakeTensor)
+    return not (unseen or isinstance(parameter.data, FakeTensor) or is_sharded(parameter))
+
+
+@contextlib.contextmanager
+def _at_rest(module: nn.Module) -> Iterator[None]:
+    """Within it nothing trains; afterwards each module does what it did."""
+    were = {one: one.training for one in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for one, training in were.items():
+            one.training = training
+
+
+@contextlib.contextmanager
+def short_windows(model: nn.Module) -> Iterator[None]:
+    """Within it windows and chunks are so short that the check's rows reach beyond them."""
+    configs = {id(one.config): one.config for one in model.modules() if hasattr(one, "config")}
+    changed = []
+    for config in configs.values():
+        for name in WINDOWS:
+            value = vars(config).get(name)
+            if isinstance(value, int) and value > SHORT_WINDOW:
+                changed.append((config, name, value))
+                setattr(config, name, SHORT_WINDOW)
+    try:
+        yield
+    finally:
+        for config, name, value in changed:
+            setattr(config, name, value)
+
+
+def _sequences(backbone: Backbone) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Prompt, chosen and rejected token ids of each pair, no control token among them."""
+    config = backbone.config.get_text_config(decoder=True)
+    special: set[Any] = {backbone.padding}
+    for name in ("bos_token_id", "eos_token_id", "mask_token_id", "cls_token_id", "sep_token_id"):
+        value = getattr(config, name, None)
+        special.update(value if isinstance(value, list) else [value])
+    size = int(backbone.vocabulary().shape[0])
+    usable = [one for one in range(min(size, 512)) if one not in special] or [0]
+    device = next(backbone.parameters()).device
+    drawn = (usable[7 * place**2 % len(usable)] for place in range(1, 10_000))
+    return [
+        tuple(torch.tensor([next(drawn) for _ in range(n)], device=device) for n in lengths)  # type: ignore[misc]
+        for lengths in LENGTHS
+    ]
+
+
+def difference(
+    backbone: Backbone, layout: Layout, pairs: list[tuple[Tensor, Tensor, Tensor]]
+) -> str | None:
+    """Say in what a layout differs from the plain forward, None where it does not.
+
+    Args:
+        pairs: prompt, chosen and rejected of each, token ids.
+    """
+    dtype = next(backbone.parameters()).dtype
+    allowed = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
+    try:
+        plain = [
+            plain_forward(backbone, torch.cat([prompt, response]))
+            for prompt, *responses in pairs
+            for response in responses
+        ]
+        ours = _through_layout(backbone, layout, pairs)
+        starts = [len(prompt) - 1 for prompt, *_ in pairs for _ in (CHOSEN, REJECTED)]
+        hidden = _relative(ours, [of[start:] for (of, _), start in zip(plain, starts, strict=True)])
+        if not hidden <= allowed:
+            return f"hidden states by {hidden:.1e}"
+        if backbone.causal:
+            first, second = (plain[place][0][: starts[0] + 1] for place in (0, 1))
+            if not _relative([first], [second]) <= allowed:
+                return "as it sees later tokens"
+            logits = _relative([backbone.unembed(of) for of, _ in plain], [of for _, of in plain])
+            if not logits <= allowed:
+                return f"logits by {logits:.1e}"
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    return None
+
+
+def plain_forward(backbone: Backbone, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Last hidden states [L, d] and, of a causal model, logits [L, V] of one sequence by itself."""
+    seen: list[Tensor] = []
+    handle = backbone.trunk.register_forward_hook(
+        lambda _module, _inputs, output: seen.append(output.last_hidden_state)
+    )
+    try:
+        whole: Any = backbone.bare
+        output = whole(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None])
+    finally:
+        handle.remove()
+    return seen[0][0], output.logits[0] if backbone.causal else seen[0][0]
+
+
+def _through_layout(
+    backbone: Backbone, layout: Layout, pairs: list[tuple[Tensor, Tensor, Tensor]]
+) -> list[Tensor]:
+    """Hidden states of each response and its prompt's last token, the prompt's first as a vector."""
+    rows, places = [], []
+    for prompt, chosen, rejected in pairs:
+        marked = [(chosen, CHOSEN), (rejected, REJECTED)]
+        for members in [marked] if layout == "packed" else [[one] for one in marked]:
+            rows.append(_row(prompt, members))
+            end = len(prompt)
+            for response, _ in members:
+                columns = [len(prompt) - 1, *range(end, end + len(response))]
+                places.append((len(rows) - 1, columns))
+                end += len(response)
+    length = max(row.shape[1] for row in rows)
+    fill = torch.tensor([[0], [PADDING], [0]], device=rows[0].device)
+    whole = torch.stack(
+        [torch.cat([row, fill.expand(-1, length - row.shape[1])], 1) for row in rows]
+    )
+    ids, segment, positions = whole.unbind(dim=1)
+    before, backbone.layout = getattr(backbone, "layout", layout), layout
+    try:
+        hidden = backbone(
+            ids[:, 1:],
+            segment[:, 1:],
+            (positions - 1).clamp(min=0)[:, 1:],
+            user_vectors=backbone.embed(ids[:, :1]),
+        )
+    finally:
+        backbone.layout = before
+    return [hidden[row, columns] for row, columns in places]
+
+
+def _row(prompt: Tensor, members: list[tuple[Tensor, int]]) -> Tensor:
+    """Token ids, segments and positions of one row, [3, L]."""
+    ids, segment, positions = [prompt], [PROMPT] * len(prompt), list(range(len(prompt)))
+    for response, mark in members:
+        ids.append(response)
+        segment += [mark] * len(response)
+        positions += range(len(prompt), len(prompt) + len(response))
+    device = prompt.device
+    others = torch.tensor([segment, positions], device=device)
+    return torch.cat([torch.cat(ids)[None], others])
+
+
+def _relative(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest difference by the largest number expected; nan where one is not finite."""
+    one, other = torch.cat(found).double(), torch.cat(expected).double()
+    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))
