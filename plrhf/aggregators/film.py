@@ -118,8 +118,7 @@ class FiLM(Aggregator):
             return nn.functional.embedding(batch.texts, self.layer(batch.hidden))
         if batch.trunk is not None:
             return self.layer(batch.trunk)
-        inputs = backbone.embed(batch.input_ids)
-        return self.layer(backbone(inputs, batch.segment, batch.position_ids))
+        return self.layer(backbone(batch.input_ids, batch.segment, batch.position_ids))
 
     @contextlib.contextmanager
     def decoding(

@@ -43,11 +43,12 @@ def own_logits(language_model: nn.Module, trunk: nn.Module, hidden: Tensor) -> T
 
 
 def _copy_with(module: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Copy a tree of modules without hooks, `new` in the place of `old`; parameters are shared."""
+    """Copy a tree of modules without hooks and patches, `new` for `old`; parameters are shared."""
     if module is old:
         return new
     made = copy.copy(module)
     made.__dict__ = dict(module.__dict__)
+    made.__dict__.pop("forward", None)  # patched onto an object it would call the original's parts
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         made.__dict__[name] = type(module.__dict__[name])()
     made.__dict__["_modules"] = {

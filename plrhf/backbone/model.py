@@ -11,7 +11,7 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from plrhf.backbone import gptj, saving
 from plrhf.backbone import lora as lora_layers
+from plrhf.backbone.adapters import add_lora
 from plrhf.backbone.check import choose_layout
 from plrhf.backbone.families import Layout, is_causal
 from plrhf.backbone.kv_cache import RoomyLayer
@@ -418,39 +419,3 @@ def compile_in_training(block: nn.Module) -> None:
         return (fast if self.training else plain)(*args, **kwargs)
 
     block.forward = MethodType(forward, block)
-
-
-def add_lora(
-    model: PreTrainedModel, *, r: int, alpha: int, dropout: float, target_modules: Any
-) -> PeftModel:
-    """Freeze `model` and put LoRA beside the named linear layers (a list, or "all-linear")."""
-    if r < 1:
-        raise bad_value("backbone.lora.r", r, "a whole number from 1", "Set backbone.lora.r=8")
-    if not 0 <= dropout < 1:
-        raise bad_value(
-            "backbone.lora.dropout",
-            dropout,
-            "a number from 0 to below 1",
-            "Set backbone.lora.dropout=0.05",
-        )
-    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=targets,
-        bias="none",
-        task_type="CAUSAL_LM" if is_causal(model.config) else "FEATURE_EXTRACTION",
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        linear = sorted(
-            {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-        )
-        raise bad_value(
-            "backbone.lora.target_modules",
-            targets,
-            f"all-linear or names among {linear}",
-            "Name layers this model has",
-        ) from error

@@ -14,7 +14,7 @@ from plrhf.backbone.loading import load_tokenizer
 from plrhf.core.errors import bad_value
 from plrhf.core.stats import correctness
 from plrhf.data.dataset import PairDataset
-from plrhf.data.packing import TokenPair, packed, two_rows
+from plrhf.data.packing import LAYOUTS, TokenPair
 from plrhf.data.rows import Row
 from plrhf.data.tokenizer import RowTokenizer
 from plrhf.evaluation.judges import Contest, Judge, Verdicts
@@ -122,7 +122,7 @@ class RewardJudge(Judge):
         return PairDataset(
             rows,
             tokens,
-            layout=packed if self.model.backbone.causal else two_rows,
+            layout=LAYOUTS[self.model.backbone.layout],
             user_index=index if self.users == "own" else {},
             schema=card.feature_schema(),
         )

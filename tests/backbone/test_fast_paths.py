@@ -31,6 +31,7 @@ from plrhf.backbone import chunked_attention, gptj
 from plrhf.backbone.masks import FLEX, PackedRows, block_mask, sees
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.row_packing import RowPacking
+from plrhf.core.errors import BadValue
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.packing import Layout, TokenPair, packed, two_rows
 from plrhf.models.policy import PersonalDPOPolicy
@@ -309,4 +310,5 @@ def test_other_attention_is_left_to_transformers() -> None:
     assert not make_backbone("llama").is_gptj
     model = language_model()
     model.config._attn_implementation = "flash_attention_2"
-    assert not Backbone(model=model, trainable="frozen").is_gptj
+    with pytest.raises(BadValue, match="padded rows"):  # it takes no mask of who sees whom
+        Backbone(model=model, trainable="frozen")
