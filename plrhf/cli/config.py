@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from plrhf.backbone.adapters import add_lora
 from plrhf.backbone.masks import FLEX
-from plrhf.backbone.model import add_lora
 from plrhf.core.checks import (
     FractionBelowOne,
     NonNegativeInt,
