@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 from runs import ENVIRONMENT, TINY, check_run, command, launch
 
-from plrhf.cli.jobs import is_finished, refuse_processes
+from plrhf.cli.jobs import best_value, is_finished, refuse_processes
 from plrhf.core.components import first_difference
 from plrhf.core.errors import BadValue
 
@@ -72,6 +74,57 @@ def test_what_is_no_slip_of_the_user_keeps_its_traceback(
     assert err.endswith(f"  {tmp_path / '1'}: RuntimeError: out of memory\n")
     kept = (tmp_path / "1/error.txt").read_text()
     assert kept.startswith("RuntimeError: out of memory\nTraceback") and "in broken" in kept
+
+
+def test_a_sweep_leaves_errors_of_others_alone(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plrhf.cli.run.train", lambda settings: 0.25)
+    kept = []
+    for name in ("other/error.txt", "7/error.txt", "0/deeper/error.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True)
+        path.write_text("of somebody else\n")
+        os.utime(path, (1, 1))
+        kept.append(path)
+    (tmp_path / "0/error.txt").write_text("of the job that is done again\n")
+    status, _, err = sweep(capsys, "seed=0,1", f"run_dir={tmp_path}")
+    assert (status, err) == (0, "")
+    assert all(path.read_text() == "of somebody else\n" for path in kept)
+    assert not (tmp_path / "0/error.txt").exists()
+
+
+def test_a_sweeper_gets_the_monitored_value(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+
+    def returned(job: Any) -> Any:
+        found.append(job.return_value)
+        return job.return_value
+
+    def train(settings: Any) -> float:
+        if settings["seed"] == 1:
+            raise RuntimeError("no memory")
+        return 0.25
+
+    monkeypatch.setattr("plrhf.cli.run.train", train)
+    monkeypatch.setattr(
+        "plrhf.cli.jobs.NameFailedJobs.on_job_end",
+        lambda _, **job: returned(job["job_return"]),
+        raising=False,
+    )
+    sweep(capsys, "seed=0,1", f"run_dir={tmp_path}")
+    assert found[0] == 0.25 and math.isnan(found[1])
+
+
+def test_the_best_value_of_a_run(tmp_path: Path) -> None:
+    assert best_value(tmp_path, "val/loss") is None
+    lines = ["step,train/loss,val/accuracy_micro,val/loss", "0,0.1,,", "1,,0.5,0.7", "2,,0.4,0.6"]
+    (tmp_path / "metrics.csv").write_text("\n".join(lines) + "\n")
+    assert best_value(tmp_path, "val/loss") == 0.6
+    assert best_value(tmp_path, "val/accuracy_micro") == 0.5
+    assert best_value(tmp_path, "val/nll") is None
 
 
 def test_a_bad_choice_stops_a_sweep_before_it_begins(tmp_path: Path, capsys: Any) -> None:
