@@ -20,6 +20,7 @@ from plrhf.data.dataset import SINGLE_PROCESS, PairDataset, RankShard, longest_f
 from plrhf.data.features import FeatureSchema
 from plrhf.data.packing import LAYOUTS, LayoutName
 from plrhf.data.reading import read_rows
+from plrhf.data.reasons import Reason, RefusedRow
 from plrhf.data.rows import SPLITS, Person, Row, Rows, content_hash
 from plrhf.data.samplers import (
     BatchIndices,
@@ -85,6 +86,7 @@ class PreferenceData(LightningDataModule):
         max_prompt_tokens: int = 512,
         max_tokens: int = 1024,
         on_long_prompt: str = "truncate",
+        on_long_response: str = "drop",
         separator: str = "\n",
         use_user_text: bool = False,
         users: Sequence[str] | None = None,
@@ -107,6 +109,7 @@ class PreferenceData(LightningDataModule):
         kinds = None if schema is None else schema.kinds()
         rows, self.report = read_rows(source.records(), on_bad_row=on_bad_row, feature_kinds=kinds)
         self.report.check_some_left()
+        self.on_bad_row = on_bad_row
         if users is None:
             self.splits = split_rows(
                 rows,
@@ -128,6 +131,7 @@ class PreferenceData(LightningDataModule):
             "max_prompt_tokens": max_prompt_tokens,
             "max_tokens": max_tokens,
             "on_long_prompt": on_long_prompt,
+            "on_long_response": on_long_response,
             "separator": separator,
             "use_user_text": use_user_text,
         }
@@ -167,14 +171,17 @@ class PreferenceData(LightningDataModule):
                 f"Set data.max_tokens={max_positions}",
             )
         self.row_tokenizer = RowTokenizer(tokenizer, **self.tokenizer_options)  # type: ignore[arg-type]
-        self.truncated = {"prompt truncated": 0, "response too long": 0}
+        self.truncated = {"prompt truncated": 0, "response truncated": 0, "response too long": 0}
         for split in SPLITS:
             rows: Any = getattr(self.splits, split)
             pairs = load_or_tokenize(rows, self.row_tokenizer, cache_dir=cache_dir)
+            self._count_refused(list(pairs.refused.values()))
             prompt, *responses = pairs.lengths.T
             fits = prompt + np.maximum(*responses) <= self.max_tokens
-            self.truncated["prompt truncated"] += int(pairs.cut.sum())
-            self.truncated["response too long"] += int((~fits).sum())
+            fits[list(pairs.refused)] = False
+            self.truncated["prompt truncated"] += int((pairs.cut & fits).sum())
+            self.truncated["response truncated"] += int((pairs.response_cut & fits).sum())
+            self.truncated["response too long"] += int((~fits).sum()) - len(pairs.refused)
             self.datasets[split] = PairDataset(
                 rows.select(np.flatnonzero(fits)),
                 pairs.select(np.flatnonzero(fits)),
@@ -189,6 +196,14 @@ class PreferenceData(LightningDataModule):
                 f"room for some of the {len(self.splits.train)} train rows, and none fits",
                 "Raise data.max_tokens",
             )
+
+    def _count_refused(self, refused: Sequence[str]) -> None:
+        """Count rows that the chat template refuses, or raise the first one's error."""
+        if len(refused) == 0:
+            return
+        if self.on_bad_row == "error":
+            raise RefusedRow(Reason.CHAT_TEMPLATE, refused[0])
+        self.report.refuse(Reason.CHAT_TEMPLATE, refused[0], len(refused))
 
     def content_hash(self) -> str:
         """Hash the rows of all splits: every field, their order, and which split they are in.

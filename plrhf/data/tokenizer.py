@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
 
 from plrhf.core.errors import bad_value
+from plrhf.data.chat import ChatTemplate, TemplateRefusal, chat_template, exchanges
 from plrhf.data.packing import TokenPair
-from plrhf.data.rows import Row, content_hash
+from plrhf.data.reasons import Reason, RefusedRow
+from plrhf.data.rows import Message, Row, content_hash
 from plrhf.data.store import in_blocks
+from plrhf.data.text_encoder import (
+    Ids,
+    Tokenizer,
+    special_tokens,
+    text_encoder,
+    tokenizer_state,
+)
 
-Tokenizer = Any
-"""A transformers tokenizer; typed loosely so that this file does not import transformers."""
+__all__ = ["RowTokenizer", "TokenizedRow", "Tokenizer"]
 
 ON_LONG_PROMPT = ("truncate", "error")
+ON_LONG_RESPONSE = ("drop", "truncate")
 MOST_TEXTS = 30_000  # whose tokens are kept at hand, as texts come again
 
-TOKENISATION = 2
+TOKENISATION = 3
 """Raise it whenever the code makes other tokens of the same text: old files are then not read."""
 
-LIBRARIES = ("tokenizers", "transformers", "jinja2")
-"""Libraries whose version may change the tokens; the last applies chat templates."""
 
-NOT_OF_THE_TOKENS = {
-    *("name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file"),
-    *("cache_dir", "token", "local_files_only", "_commit_hash"),
-}
-"""What a tokenizer was made with that says where it lies, and nothing of its tokens."""
+@dataclass(frozen=True, slots=True)
+class TokenizedRow:
+    """A row's tokens and what was done to it.
+
+    Attributes:
+        refused: why the chat template cannot write its prompt; its tokens are then empty.
+    """
+
+    pair: TokenPair
+    prompt_cut: bool = False
+    response_cut: bool = False
+    refused: str | None = None
+
+
+EMPTY_PAIR = TokenPair((), (), ())
 
 
 class RowTokenizer:
     """Rows -> token pairs, counting what is cut and what does not fit.
 
-    A too-long prompt keeps its end, which holds the instruction or the last turn; a response is
-    never cut: its row is dropped and counted.
+    A too-long prompt in text keeps its end, which holds the instruction, and the user text before
+    it. A too-long chat keeps system turn and user text and loses its oldest exchanges. A chat's
+    prompt is what its template writes, with no start token of ours, and its responses end as the
+    template ends an assistant's turn. Texts never become control tokens, see `TextEncoder`.
 
     Args:
         tokenizer: with an end or separator token.
@@ -44,14 +62,18 @@ class RowTokenizer:
             start token: a bidirectional encoder may do without the text).
         max_tokens: longest prompt and response together.
         on_long_prompt: ``truncate`` (count it) or ``error``.
+        on_long_response: what becomes of rows longer than `max_tokens`: ``drop``, or ``truncate``
+            the responses. A response that is cut keeps its end token, as reward models read there;
+            a policy learns false ends from it.
         separator: text between prompt and response, where no chat template says.
         use_user_text: put the row's `user_text` in front of the prompt.
 
     Raises:
-        ValueError: `max_prompt_tokens` or `on_long_prompt` out of range.
+        ValueError: a setting out of range.
 
     Attributes:
-        counts: rows by what was done to them: "prompt truncated", "response too long".
+        counts: rows by what was done to them: "prompt truncated", "response truncated", "response
+            too long".
     """
 
     def __init__(
@@ -61,74 +83,120 @@ class RowTokenizer:
         max_prompt_tokens: int,
         max_tokens: int,
         on_long_prompt: str = "truncate",
+        on_long_response: str = "drop",
         separator: str = "\n",
         use_user_text: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_prompt_tokens = max_prompt_tokens
         self.max_tokens = max_tokens
-        self.on_long_prompt = on_long_prompt
+        self.on_long_prompt, self.on_long_response = on_long_prompt, on_long_response
         self.separator = separator
         self.use_user_text = use_user_text
-        self.counts: Counter[str] = Counter({"prompt truncated": 0, "response too long": 0})
+        self.counts: Counter[str] = Counter(
+            {"prompt truncated": 0, "response truncated": 0, "response too long": 0}
+        )
         causal_end = tokenizer.eos_token_id
         self.end: int = tokenizer.sep_token_id if causal_end is None else causal_end
         self.encoder_only = causal_end is None
         first = tokenizer.cls_token_id if self.encoder_only else tokenizer.bos_token_id
-        self.start: tuple[int, ...] = () if first is None else (first,)
+        self.start: Ids = () if first is None else (first,)
+        self._check_settings()
+        self.encoder = text_encoder(tokenizer, special_tokens(tokenizer))
+        self._ids: dict[tuple[str, str], Ids] = {}
+
+    def _check_settings(self) -> None:
         least = 1 - len(self.start)  # something must stand before a response's first token
-        if max_prompt_tokens < least:
+        if self.max_prompt_tokens < least:
             raise bad_value(
                 "data.max_prompt_tokens",
-                max_prompt_tokens,
+                self.max_prompt_tokens,
                 f"a whole number from {least}",
                 "Set data.max_prompt_tokens=512",
             )
-        if on_long_prompt not in ON_LONG_PROMPT:
-            raise bad_value(
-                "data.on_long_prompt",
-                on_long_prompt,
-                " or ".join(ON_LONG_PROMPT),
-                "Set data.on_long_prompt=truncate",
-            )
-        self._ids: dict[str, tuple[int, ...]] = {}
+        for name, value, allowed in (
+            ("on_long_prompt", self.on_long_prompt, ON_LONG_PROMPT),
+            ("on_long_response", self.on_long_response, ON_LONG_RESPONSE),
+        ):
+            if value not in allowed:
+                cure = f"Set data.{name}={allowed[0]}"
+                raise bad_value(f"data.{name}", value, " or ".join(allowed), cure)
+
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """The tokenizer's chat template."""
+        return chat_template(self.tokenizer)
 
     def __call__(self, rows: Iterable[Row]) -> tuple[list[Row], list[TokenPair]]:
-        """Rows that fit, and their tokens, in the order given."""
+        """Return the rows that fit, and their tokens, in the order given.
+
+        Raises:
+            RefusedRow: the chat template refuses a row.
+        """
         kept, pairs = [], []
         for block in in_blocks(rows):
-            for row, (pair, cut) in zip(block, self.tokens(block), strict=True):
-                fits = pair.longest <= self.max_tokens
-                self.counts["prompt truncated"] += cut
+            for row, found in zip(block, self.tokens(block), strict=True):
+                if found.refused is not None:
+                    raise RefusedRow(Reason.CHAT_TEMPLATE, found.refused)
+                fits = found.pair.longest <= self.max_tokens
                 self.counts["response too long"] += not fits
                 if fits:
+                    self.counts["prompt truncated"] += found.prompt_cut
+                    self.counts["response truncated"] += found.response_cut
                     kept.append(row)
-                    pairs.append(pair)
+                    pairs.append(found.pair)
         return kept, pairs
 
-    def tokens(self, rows: Sequence[Row]) -> list[tuple[TokenPair, bool]]:
-        """Each row's tokens, and whether its prompt was cut; new texts are tokenised at one go."""
+    def tokens(self, rows: Sequence[Row]) -> list[TokenizedRow]:
+        """Return the tokens of each row; texts that are new are tokenised at one go."""
         if len(self._ids) > MOST_TEXTS:
             self._ids.clear()
-        prompts = [self._prompt_text(row) for row in rows]
-        self._learn(prompts)
-        self._learn([text for row in rows for text in (row.chosen, row.rejected)])
-        found = []
-        for row, text in zip(rows, prompts, strict=True):
-            prompt, cut = self._fitted(row, self._ids[text])
-            pair = TokenPair(prompt, self.response(row.chosen), self.response(row.rejected))
-            found.append((pair, cut))
-        return found
+        plain = [row for row in rows if isinstance(row.prompt, str)]
+        self._learn("", [self._prompt_text(row) for row in plain])
+        after = self._after_plain
+        self._learn(after, [text for row in plain for text in (row.chosen, row.rejected)])
+        return [self._tokenized(row) for row in rows]
 
-    def prompt(self, row: Row) -> tuple[int, ...]:
-        """Prompt tokens, special ones included, cut from the front to `max_prompt_tokens`."""
-        prompt, cut = self._fitted(row, self._encode(self._prompt_text(row)))
+    def _tokenized(self, row: Row) -> TokenizedRow:
+        try:
+            return self._fitted(*self._pair(row))
+        except TemplateRefusal as refusal:
+            allowed = (
+                f"a conversation that the chat template writes (pair {row.pair_id}: {refusal})"
+            )
+            cure = "Leave the row out, or take a tokenizer whose template takes it"
+            return TokenizedRow(
+                EMPTY_PAIR, refused=str(bad_value("prompt", row.prompt, allowed, cure))
+            )
+
+    def pair(self, row: Row) -> TokenPair:
+        """Return the tokens of one row, of responses however long.
+
+        Raises:
+            RefusedRow: the chat template refuses the row.
+        """
+        pair, cut = self._refusing(row, responses=True)
         self.counts["prompt truncated"] += cut
-        return prompt
+        return pair
 
-    def response(self, text: str) -> tuple[int, ...]:
-        """Response tokens with the end token, which is learned and scored like any other."""
-        return (*self._encode(text), self.end)
+    def prompt(self, row: Row) -> Ids:
+        """Return the prompt's tokens, special ones included, at most `max_prompt_tokens`.
+
+        Raises:
+            RefusedRow: the chat template refuses the row.
+        """
+        pair, cut = self._refusing(row, responses=False)
+        self.counts["prompt truncated"] += cut
+        return pair.prompt
+
+    def _refusing(self, row: Row, *, responses: bool) -> tuple[TokenPair, bool]:
+        try:
+            return self._pair(row, responses=responses)
+        except TemplateRefusal as refusal:
+            allowed = f"a conversation that the chat template writes ({refusal})"
+            cure = "Give other messages, or a tokenizer whose template takes them"
+            message = str(bad_value("prompt", row.prompt, allowed, cure))
+            raise RefusedRow(Reason.CHAT_TEMPLATE, message) from refusal
 
     def digest(self) -> str | None:
         """Hash all that decides the tokens of a text; None if the tokenizer cannot be serialised.
@@ -136,73 +204,173 @@ class RowTokenizer:
         This is the tokenizer's class and whole state, the settings, the versions of the libraries that
         apply them, and `TOKENISATION`.
         """
-        pieces = getattr(self.tokenizer, "backend_tokenizer", None)
-        if pieces is None:
+        state = tokenizer_state(self.tokenizer)
+        if state is None:
             return None
-        kind = type(self.tokenizer)
-        state = {
-            name: value
-            for name, value in self.tokenizer.init_kwargs.items()
-            if name not in NOT_OF_THE_TOKENS
-        }
-        return content_hash(
-            TOKENISATION,
-            [f"{name} {version(name)}" for name in LIBRARIES],
-            f"{kind.__module__}.{kind.__qualname__}",
-            pieces.to_str(),
-            json.dumps(state, sort_keys=True, default=str),
-            self.tokenizer.chat_template,
-            [self.start, self.end, self.encoder_only],
-            [self.max_prompt_tokens, self.on_long_prompt, self.separator, self.use_user_text],
-        )
+        settings = [self.max_prompt_tokens, self.on_long_prompt, self.separator, self.use_user_text]
+        if self.on_long_response == "truncate":  # else it decides what fits, and no text's tokens
+            settings += [self.max_tokens]
+        own = [TOKENISATION, self.start, self.end, self.encoder_only]
+        return content_hash(own, state, settings)
 
-    def _fitted(self, row: Row, ids: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
-        """The prompt of these tokens, and whether it was cut."""
+    def _pair(self, row: Row, *, responses: bool = True) -> tuple[TokenPair, bool]:
+        """Return the row's tokens, and whether the prompt was cut."""
+        texts = (row.chosen, row.rejected) if responses else ()
+        if isinstance(row.prompt, str):
+            prompt, cut = self._plain_prompt(row)
+            found = [(*self._encode(text, self._after_plain), self.end) for text in texts]
+        else:
+            prompt, cut, before, continues = self._chat_prompt(row)
+            found = [self._chat_response(text, before, continues) for text in texts]
+        return TokenPair(prompt, *(found or ((), ()))), cut
+
+    def _fitted(self, pair: TokenPair, prompt_cut: bool) -> TokenizedRow:
+        """Cut responses that are longer than `max_tokens` leaves room for, where this is asked for
+        and leaves two different responses; else the row stays too long."""
+        room = self.max_tokens - len(pair.prompt)
+        if (
+            pair.longest <= self.max_tokens
+            or self.on_long_response == "drop"
+            or room < 2  # a token and the end token
+        ):
+            return TokenizedRow(pair, prompt_cut)
+        chosen, rejected = (
+            one if len(one) <= room else (*one[: room - 1], one[-1])
+            for one in (pair.chosen, pair.rejected)
+        )
+        cut = TokenPair(pair.prompt, chosen, rejected)
+        if chosen == rejected:
+            return TokenizedRow(pair, prompt_cut)
+        return TokenizedRow(cut, prompt_cut, response_cut=True)
+
+    # Prompts in text
+
+    def _prompt_text(self, row: Row) -> str:
+        text = f"{row.prompt}{self.separator}"
+        return f"{row.user_text}{self.separator}{text}" if self._speaks(row) else text
+
+    def _speaks(self, row: Row) -> bool:
+        return self.use_user_text and row.user_text is not None
+
+    def _plain_prompt(self, row: Row) -> tuple[Ids, bool]:
         end = (self.end,) if self.encoder_only else ()
-        special = len(self.start) + len(end)
-        room = max(0, self.max_prompt_tokens - special)
+        room = max(0, self.max_prompt_tokens - len(self.start) - len(end))
+        ids = self._encode(self._prompt_text(row))
         cut = len(ids) > room
-        if cut and self.on_long_prompt == "error":
+        if cut:
+            self._check_may_cut(row, len(self.start) + len(ids) + len(end))
+            user: Ids = ()
+            if self._speaks(row):  # at most half of the room is the user's
+                user = self._encode(f"{row.user_text}{self.separator}")[: room // 2]
+                ids = self._encode(f"{row.prompt}{self.separator}")
+            left = room - len(user)
+            ids = user + ids[max(0, len(ids) - left) :] if left > 0 else user
+        return self.start + ids + (end if len(ids) > 0 else ()), cut
+
+    def _check_may_cut(self, row: Row, n_tokens: int) -> None:
+        if self.on_long_prompt == "error":
             raise bad_value(
                 "prompt",
-                f"{special + len(ids)} tokens (pair {row.pair_id})",
+                f"{n_tokens} tokens (pair {row.pair_id})",
                 f"at most data.max_prompt_tokens={self.max_prompt_tokens}",
                 "Raise data.max_prompt_tokens, or set data.on_long_prompt=truncate",
             )
-        ids = ids[len(ids) - room :] if cut else ids
-        return self.start + ids + (end if len(ids) > 0 else ()), cut
 
-    def _learn(self, texts: Iterable[str]) -> None:
-        new = [text for text in dict.fromkeys(texts) if text not in self._ids]
-        if len(new) > 0:
-            tokens = self.tokenizer(new, add_special_tokens=False)["input_ids"]
-            self._ids.update(zip(new, map(tuple, tokens), strict=True))
+    @cached_property
+    def _after_plain(self) -> str:
+        """The last character before a response, where the tokenizer would take a response alone for
+        the beginning of a text and put a space there; else nothing."""
+        return self._context(self.separator[-1:] or ":")
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        if text not in self._ids:
-            self._learn([text])
-        return self._ids[text]
+    def _context(self, before: str) -> str:
+        alone, tail = self.encoder.encode(["a"])[0], self._behind(before, "a")
+        return before if tail is not None and tail != alone else ""
 
-    def _prompt_text(self, row: Row) -> str:
-        if isinstance(row.prompt, str):
-            text = row.prompt + self.separator
-            if self.use_user_text and row.user_text is not None:
-                text = row.user_text + self.separator + text
-            return text
-        if self.tokenizer.chat_template is None:
-            raise bad_value(
-                "prompt",
-                row.prompt,
-                "text, as this tokenizer has no chat template",
-                "Give prompts as text, or a backbone whose tokenizer has a chat template",
-            )
-        messages = [dict(message) for message in row.prompt if isinstance(message, dict)]
-        if self.use_user_text and row.user_text is not None:
-            messages.insert(0, {"role": "system", "content": row.user_text})
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+    def _behind(self, before: str, text: str) -> Ids | None:
+        """The text's ids behind another text; None where the two share a token."""
+        head, whole = self.encoder.encode([before, before + text])
+        return whole[len(head) :] if whole[: len(head)] == head else None
+
+    def _learn(self, before: str, texts: Iterable[str]) -> None:
+        new = [text for text in dict.fromkeys(texts) if (before, text) not in self._ids]
+        if len(new) == 0:
+            return
+        found = self.encoder.encode(new)
+        if before != "":
+            behind = (self._behind(before, text) for text in new)
+            found = [b if b is not None else a for a, b in zip(found, behind, strict=True)]
+        self._ids.update(zip(((before, text) for text in new), found, strict=True))
+
+    def _encode(self, text: str, before: str = "") -> Ids:
+        if (before, text) not in self._ids:
+            self._learn(before, [text])
+        return self._ids[before, text]
+
+    # Chats
+
+    def _chat_prompt(self, row: Row) -> tuple[Ids, bool, str, bool]:
+        """The prompt's tokens, whether it was cut, its end as text, and whether the response goes on
+        with its last turn."""
+        assert not isinstance(row.prompt, str)
+        ids, text, continues = self._rendered(row, row.prompt)
+        cut = len(ids) > self.max_prompt_tokens
+        if cut:
+            self._check_may_cut(row, len(ids))
+            ids = self._shortened(row, row.prompt)
+        return ids, cut, text, continues
+
+    def _rendered(self, row: Row, messages: Sequence[Message]) -> tuple[Ids, str, bool]:
+        found = self.chat.prompt(
+            messages,
+            user_text=row.user_text if self.use_user_text else None,
+            separator=self.separator,
         )
-        start_text = self.tokenizer.bos_token
-        if self.start and start_text is not None and text.startswith(start_text):
-            text = text[len(start_text) :]  # the start token is put there once, by `_fitted`
-        return text
+        ids = self.chat.encoder.encode_rendered(found.text)
+        if self.encoder_only:
+            begun = ids[: len(self.start)] == self.start
+            ids = (
+                *(() if begun else self.start),
+                *ids,
+                *((self.end,) if ids[-1:] != (self.end,) else ()),
+            )
+        return ids, found.text, found.continues
+
+    def _shortened(self, row: Row, messages: Sequence[Message]) -> Ids:
+        """Cut a chat: its oldest exchanges first, then the beginning of the last exchange's first
+        turn; where system turn and user text alone are too long, tokens from the front."""
+        system, groups = exchanges(messages)
+        for first in range(1, len(groups)):
+            ids, _, _ = self._rendered(row, [*system, *(one for g in groups[first:] for one in g)])
+            if len(ids) <= self.max_prompt_tokens:
+                return ids
+        last = groups[-1] if len(groups) > 0 else []
+        content = (last[0]["content"] or "") if len(last) > 0 else ""
+        whole, _, _ = self._rendered(row, [*system, *last])
+        best: Ids | None = None
+        low, high = 0, len(content)
+        while low < high:  # the longest end of the turn that fits
+            middle = (low + high) // 2
+            opening = {**last[0], "content": content[middle:]}
+            ids, _, _ = self._rendered(row, [*system, opening, *last[1:]])
+            if len(ids) <= self.max_prompt_tokens:
+                best, high = ids, middle
+            else:
+                low = middle + 1
+        return best if best is not None else whole[-self.max_prompt_tokens :]
+
+    def _chat_response(self, text: str, before: str, continues: bool) -> Ids:
+        written = self.chat.response(text, continues=continues)
+        encoder = self.chat.encoder
+        before = self._chat_context(before)
+        if before != "":
+            head, whole = (encoder.encode_rendered(one) for one in (before, before + written))
+            if whole[: len(head)] == head:
+                return whole[len(head) :]
+        return encoder.encode_rendered(written)
+
+    def _chat_context(self, prompt: str) -> str:
+        """What of a prompt's end decides how the response behind it begins, see `_after_plain`."""
+        tokens = list(self.chat.encoder.control.finditer(prompt))
+        if len(tokens) > 0 and tokens[-1].end() == len(prompt):
+            return tokens[-1][0]
+        return self._context(self.chat.encoder.show(prompt)[-1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,13 +17,16 @@ from plrhf.data.store import BLOCK, Indices, LazySequence, in_blocks
 from plrhf.data.tokenizer import RowTokenizer
 
 FIELDS = ("prompt", "chosen", "rejected")
+FLAGS = ("prompt_cut", "response_cut")
 
 
 class TokenFile(LazySequence[TokenPair]):
     """The token pairs of a file that `write_tokens` wrote; only what is asked for is read.
 
     Attributes:
-        lengths: tokens of prompt, chosen, rejected, [N, 3] int32. cut: whether the prompt was, [N].
+        lengths: tokens of prompt, chosen, rejected, [N, 3] int32.
+        cut, response_cut: of prompt and responses, see `TokenizedRow`, [N] bool.
+        refused: index -> why the chat template refuses the row.
     """
 
     def __init__(self, source: arrow.NativeFile) -> None:
@@ -31,9 +35,10 @@ class TokenFile(LazySequence[TokenPair]):
         # Offsets and token ids of each field, block by block: views of the file.
         self._blocks = [[_parts(batch.column(name)) for name in FIELDS] for batch in batches]
         lengths = [np.stack([np.diff(ends) for ends, _ in one], axis=1) for one in self._blocks]
-        cut = [batch.column("cut").to_numpy(zero_copy_only=False) for batch in batches]
         self.lengths: NDArray[np.int32] = np.concatenate([np.empty((0, 3), np.int32), *lengths])
-        self.cut: NDArray[np.bool_] = np.concatenate([np.empty(0, np.bool_), *cut])
+        self.cut, self.response_cut = (_flags(batches, name) for name in FLAGS)
+        refused = [one for batch in batches for one in batch.column("refused").to_pylist()]
+        self.refused = {n: one for n, one in enumerate(refused) if one is not None}
         self._indices: Indices = np.arange(len(self.cut))
 
     def __len__(self) -> int:
@@ -51,10 +56,19 @@ class TokenFile(LazySequence[TokenPair]):
         part = object.__new__(type(self))
         part._blocks, part._indices = self._blocks, self._indices[indices]
         part.lengths, part.cut = self.lengths[indices], self.cut[indices]
+        part.response_cut = self.response_cut[indices]
+        part.refused = {
+            n: self.refused[one] for n, one in enumerate(indices.tolist()) if one in self.refused
+        }
         return part
 
     def __reduce__(self) -> Any:
         return list, (list(self),)
+
+
+def _flags(batches: Sequence[Any], name: str) -> NDArray[np.bool_]:
+    found = [batch.column(name).to_numpy(zero_copy_only=False) for batch in batches]
+    return np.concatenate([np.empty(0, np.bool_), *found])
 
 
 def _parts(column: arrow.ListArray) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -86,12 +100,18 @@ def load_or_tokenize(
 def write_tokens(file: arrow.NativeFile, rows: Rows, row_tokenizer: RowTokenizer) -> None:
     """Write the tokens of every row, also of rows that are too long, in as few bytes as ids take."""
     ids = arrow.uint16() if len(row_tokenizer.tokenizer) <= 2**16 else arrow.int32()
-    schema = arrow.schema([*((name, arrow.list_(ids)) for name in FIELDS), ("cut", arrow.bool_())])
+    schema = arrow.schema(
+        [
+            *((name, arrow.list_(ids)) for name in FIELDS),
+            *((name, arrow.bool_()) for name in FLAGS),
+            ("refused", arrow.string()),
+        ]
+    )
     with arrow.ipc.new_file(file, schema) as writer:
         for block in in_blocks(rows):
             found = row_tokenizer.tokens(block)
-            columns = [[getattr(pair, name) for pair, _ in found] for name in FIELDS]
-            columns.append([cut for _, cut in found])
+            columns = [[getattr(one.pair, name) for one in found] for name in FIELDS]
+            columns += [[getattr(one, name) for one in found] for name in (*FLAGS, "refused")]
             arrays = [
                 arrow.array(one, kind) for one, kind in zip(columns, schema.types, strict=True)
             ]

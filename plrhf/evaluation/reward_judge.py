@@ -128,11 +128,8 @@ class RewardJudge(Judge):
         )
 
     def _tokens(self, row: Row) -> TokenPair:
-        prompt = self.row_tokenizer.prompt(row)
-        chosen, rejected = (
-            self.row_tokenizer.response(text) for text in (row.chosen, row.rejected)
-        )
-        room, needed = self.model.max_positions, len(prompt) + max(len(chosen), len(rejected))
+        pair = self.row_tokenizer.pair(row)
+        room, needed = self.model.max_positions, pair.longest
         if room is not None and needed > room:
             raise bad_value(
                 "eval.judge.export",
@@ -140,4 +137,4 @@ class RewardJudge(Judge):
                 f"at most the reward model's {room} positions",
                 "Write shorter texts with eval=generate eval.max_new_tokens",
             )
-        return TokenPair(prompt, chosen, rejected)
+        return pair

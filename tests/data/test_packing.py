@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -22,8 +21,6 @@ from tiny import (
 from torch import Tensor, tensor
 
 from plrhf.data.packing import Layout, TokenPair, packed, two_rows
-from plrhf.data.parsing import parse_row
-from plrhf.data.tokenizer import RowTokenizer
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
 
@@ -163,124 +160,3 @@ def test_packed_policy_equals_a_plain_model_on_one_sequence(kind: str, aggregato
                 ratios.append(ours - reference)
             expected = 0.7 * (ratios[0] - ratios[1])
             torch.testing.assert_close(found[context][place], expected, atol=1e-5, rtol=0)
-
-
-def a_row(**changes: Any) -> Any:
-    good = {"prompt": "Write.", "chosen": "The sea.", "rejected": "wide", "user_id": "ann"}
-    return parse_row({**good, **changes}, "f:1")
-
-
-def row_tokenizer(tokenizer: Any, **changes: Any) -> RowTokenizer:
-    return RowTokenizer(tokenizer, **{"max_prompt_tokens": 50, "max_tokens": 80, **changes})
-
-
-def test_row_as_text(tokenizer: Any) -> None:
-    rows, (pair,) = row_tokenizer(tokenizer)([a_row()])
-    assert [tokenizer.decode(part) for part in (pair.prompt, pair.chosen, pair.rejected)] == [
-        "<|endoftext|>Write.\n",
-        "The sea.<|endoftext|>",
-        "wide<|endoftext|>",
-    ]
-    assert rows == [a_row()]
-
-
-def test_user_text_stands_before_the_prompt(tokenizer: Any) -> None:
-    row = a_row(user_text="I sail.")
-    with_text = row_tokenizer(tokenizer, use_user_text=True, separator=" | ")
-    assert tokenizer.decode(with_text.prompt(row)) == "<|endoftext|>I sail. | Write. | "
-    assert tokenizer.decode(with_text.prompt(a_row())) == "<|endoftext|>Write. | "
-    assert tokenizer.decode(row_tokenizer(tokenizer).prompt(row)) == "<|endoftext|>Write.\n"
-
-
-def test_a_long_prompt_keeps_its_end_and_is_counted(tokenizer: Any) -> None:
-    whole = row_tokenizer(tokenizer).prompt(a_row(prompt="The sea. Write about the sea."))
-    cut = row_tokenizer(tokenizer, max_prompt_tokens=5)
-    prompt = cut.prompt(a_row(prompt="The sea. Write about the sea."))
-    assert prompt == (whole[0], *whole[-4:])  # start token and the end of the text
-    assert cut.counts["prompt truncated"] == 1
-    exact = row_tokenizer(tokenizer, max_prompt_tokens=len(whole))
-    assert exact.prompt(a_row(prompt="The sea. Write about the sea.")) == whole
-    assert exact.counts["prompt truncated"] == 0
-
-
-def test_a_long_prompt_can_be_an_error(tokenizer: Any) -> None:
-    strict = row_tokenizer(tokenizer, max_prompt_tokens=3, on_long_prompt="error")
-    n_tokens = len(row_tokenizer(tokenizer).prompt(a_row()))
-    with pytest.raises(ValueError) as caught:
-        strict([a_row(pair_id="p7")])
-    assert str(caught.value) == (
-        f"prompt='{n_tokens} tokens (pair p7)' is not allowed: expected at most "
-        "data.max_prompt_tokens=3. Raise data.max_prompt_tokens, or set "
-        "data.on_long_prompt=truncate."
-    )
-
-
-def test_a_response_is_never_cut_but_its_row_dropped_and_counted(tokenizer: Any) -> None:
-    fits, too_long = a_row(), a_row(rejected="The sea is blue and wide. " * 3)
-    n_prompt = len(row_tokenizer(tokenizer).prompt(fits))
-    n_longer = len(tokenizer("The sea.")["input_ids"]) + 1
-    exact = row_tokenizer(tokenizer, max_tokens=n_prompt + n_longer)
-    rows, pairs = exact([fits, too_long, fits])
-    assert (len(rows), len(pairs), exact.counts["response too long"]) == (2, 2, 1)
-    assert row_tokenizer(tokenizer, max_tokens=n_prompt + n_longer - 1)([fits]) == ([], [])
-
-
-CHAT = (
-    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-MESSAGES = [{"role": "user", "content": "Write."}]
-
-
-@pytest.mark.parametrize("template", [CHAT, CHAT.removeprefix("{{ bos_token }}")])
-def test_chat_goes_through_the_template_with_one_start_token(tokenizer: Any, template: str) -> None:
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = template
-    row = a_row(prompt=MESSAGES, user_text="I sail.")
-    prompt = row_tokenizer(tokenizer).prompt(row)
-    assert tokenizer.decode(prompt) == "<|endoftext|>[user]Write.[assistant]"
-    assert prompt.count(tokenizer.bos_token_id) == 1
-    with_text = row_tokenizer(tokenizer, use_user_text=True).prompt(row)
-    assert tokenizer.decode(with_text) == ("<|endoftext|>[system]I sail.[user]Write.[assistant]")
-
-
-BAD = [
-    (
-        {"max_prompt_tokens": -1},
-        "data.max_prompt_tokens=-1 is not allowed: expected a whole number from 0. "
-        "Set data.max_prompt_tokens=512.",
-    ),
-    (
-        {"on_long_prompt": "cut"},
-        "data.on_long_prompt='cut' is not allowed: expected truncate or error. "
-        "Set data.on_long_prompt=truncate.",
-    ),
-]
-
-
-@pytest.mark.parametrize(("settings", "message"), BAD)
-def test_bad_settings(tokenizer: Any, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError) as caught:
-        row_tokenizer(tokenizer, **settings)
-    assert str(caught.value) == message
-
-
-def test_without_a_start_token_a_prompt_needs_one_token(
-    tokenizer: Any,
-) -> None:
-    assert row_tokenizer(tokenizer, max_prompt_tokens=0).prompt(a_row()) == (0,)
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.bos_token = None
-    with pytest.raises(ValueError, match="max_prompt_tokens=0 .*a whole number from 1"):
-        row_tokenizer(tokenizer, max_prompt_tokens=0)
-    assert len(row_tokenizer(tokenizer, max_prompt_tokens=1).prompt(a_row())) == 1
-
-
-def test_chat_needs_a_template(tokenizer: Any) -> None:
-    with pytest.raises(ValueError) as caught:
-        row_tokenizer(tokenizer).prompt(a_row(prompt=MESSAGES))
-    assert str(caught.value) == (
-        "prompt=({'role': 'user', 'content': 'Write.'},) is not allowed: expected text, as this "
-        "tokenizer has no chat template. Give prompts as text, or a backbone whose tokenizer has "
-        "a chat template."
-    )

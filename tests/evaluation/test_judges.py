@@ -13,7 +13,7 @@ from chat_server import Answer, ChatServer, completion, serving, shown
 
 from plrhf.backbone.loading import load_tokenizer
 from plrhf.core.types import PreferenceBatch
-from plrhf.data.packing import TokenPair, two_rows
+from plrhf.data.packing import two_rows
 from plrhf.data.rows import Row
 from plrhf.data.tokenizer import RowTokenizer
 from plrhf.evaluation.chat_endpoint import Reply
@@ -340,8 +340,7 @@ def reward(
 ) -> float:
     """The naive twin: one text alone, in two rows a pair, for a user by number."""
     row = Row(one.prompt, one.response, one.response, one.user_id, one.prompt_id, "")
-    response = tokens.response(one.response)
-    input_ids, segment, positions = two_rows([TokenPair(tokens.prompt(row), response, response)])
+    input_ids, segment, positions = two_rows([tokens.pair(row)])
     features = torch.zeros(1, 0)
     batch = PreferenceBatch(
         torch.tensor([user]), features, input_ids, segment, positions, torch.tensor([0])

@@ -1,0 +1,240 @@
+"""Chat prompts and responses as the tokenizer's own chat template writes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from jinja2 import TemplateError
+
+from plrhf.core.errors import bad_value
+from plrhf.data.messages import ASSISTANT_ROLES
+from plrhf.data.rows import Message
+from plrhf.data.text_encoder import TextEncoder, Tokenizer, special_tokens, text_encoder
+
+SYSTEM_ROLES = ("system", "developer")
+PROBE, SECOND_PROBE = "plrhfprobeone", "plrhfprobetwo"
+TEMPLATE_ERRORS = (
+    *(TemplateError, TypeError, ValueError, LookupError),
+    *(AttributeError, ArithmeticError, RecursionError),
+)
+
+
+class TemplateRefusal(Exception):
+    """Why a chat template cannot write a conversation, on one line."""
+
+
+@dataclass(frozen=True)
+class RenderedPrompt:
+    """A prompt as text.
+
+    Attributes:
+        text: with hidden spellings, see `TextEncoder.hide`.
+        continues: whether it ends within an assistant's turn, which the response goes on with.
+    """
+
+    text: str
+    continues: bool
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, and what asking it on probes tells about its conversations.
+
+    Args:
+        tokenizer: with a chat template.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._as_parts = False
+        if PROBE not in (self._probe(_turns(PROBE)) or ""):
+            self._as_parts = True
+            self._as_parts = PROBE in (self._probe(_turns(PROBE)) or "")
+        written = self._probe(_turns(PROBE, SECOND_PROBE, PROBE)) or ""
+        added = (str(one) for one in tokenizer.added_tokens_decoder.values())
+        control = special_tokens(tokenizer) | {
+            one for one in added if one.strip() and one in written
+        }
+        self.encoder: TextEncoder = text_encoder(tokenizer, control)
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether a system turn is written rather than refused or left out."""
+        system = {"role": "system", "content": SECOND_PROBE}
+        return SECOND_PROBE in (self._probe([system, *_turns(PROBE)]) or "")
+
+    @cached_property
+    def trims(self) -> bool:
+        """Whether white space around a response is left out."""
+        trimmed, whole = (
+            self._probe(_turns(PROBE, one)) for one in (SECOND_PROBE, f" {SECOND_PROBE} ")
+        )
+        return trimmed is not None and trimmed == whole
+
+    @cached_property
+    def response_edges(self) -> tuple[str, str]:
+        """What stands before and after a response within its turn.
+
+        Before it: white space that the template puts behind the generation prompt, if any. After
+        it: up to the control token that ends the turn; the tokenizer's end token if there is none.
+        """
+        asked = self._probe(_turns(PROBE), add_generation_prompt=True) or ""
+        turns_alone = self._probe(_turns(PROBE)) or ""
+        answered = self._probe(_turns(PROBE, SECOND_PROBE)) or ""
+        head, found, tail = answered.rpartition(SECOND_PROBE)
+        eos = self.tokenizer.eos_token or ""
+        if not found:
+            return "", eos
+        lead = head[len(asked) :] if head.startswith(asked) else ""
+        opening = asked[len(turns_alone) :] if asked.startswith(turns_alone) else ""
+        openers = self.encoder.control.findall(opening)
+        if opening == "":  # the template opens a turn at every end, or never
+            openers = self.encoder.control.findall(head.partition(PROBE)[2])[-1:]
+        end = self.encoder.control.search(tail)
+        if end is None:
+            after = f"{tail.rstrip()}{eos}"
+        elif end[0] in openers:  # the next turn begins, so this one has no end of its own
+            after = f"{tail[: end.start()].rstrip()}{eos}"
+        else:
+            after = tail[: end.end()]
+        return ("" if lead.strip() else lead), after
+
+    def response(self, text: str, *, continues: bool) -> str:
+        """Return a response with what stands around it in its turn, control tokens meant."""
+        before, after = self.response_edges
+        text = self.encoder.hide(text)
+        if self.trims:
+            text = text.rstrip() if continues else text.strip()
+        return f"{'' if continues else before}{text}{after}"
+
+    def prompt(
+        self, messages: Sequence[Message], *, user_text: str | None = None, separator: str = "\n"
+    ) -> RenderedPrompt:
+        """Write a prompt up to where the response begins.
+
+        The user text goes into the system turn, or before the first user's content where the
+        template takes no system turn. A last turn of the assistant is left open.
+
+        Raises:
+            TemplateRefusal: the template refuses the conversation, or would leave out a part of it.
+        """
+        messages = [dict(message) for message in messages]
+        if user_text is not None:
+            messages = self._with_user_text(messages, user_text, separator or "\n")
+        last = messages[-1]
+        continues = last["role"] in ASSISTANT_ROLES
+        if continues and last.get("tool_calls"):
+            raise TemplateRefusal("the last turn calls a tool and has no result")
+        if continues and not (last["content"] or "").strip():
+            messages, continues = messages[:-1], False
+        if len(messages) == 0:
+            raise TemplateRefusal("no turn says anything")
+        if not self.takes_system and any(one["role"] in SYSTEM_ROLES for one in messages):
+            raise TemplateRefusal("the template has no system turn")
+        hidden = self.encoder.hide(messages)
+        text = self._render(hidden, continues=continues)
+        for message in hidden:
+            _check_written(message, text)
+        return RenderedPrompt(text, continues)
+
+    def _with_user_text(
+        self, messages: list[Message], user_text: str, separator: str
+    ) -> list[Message]:
+        if self.takes_system and messages[0]["role"] not in SYSTEM_ROLES:
+            return [{"role": "system", "content": user_text}, *messages]
+        into = SYSTEM_ROLES if self.takes_system else ("user",)
+        for place, message in enumerate(messages):
+            if message["role"] in into:
+                content = f"{user_text}{separator}{message['content'] or ''}"
+                return [*messages[:place], {**message, "content": content}, *messages[place + 1 :]]
+        raise TemplateRefusal("no turn has room for user_text")
+
+    def _render(self, messages: list[Message], *, continues: bool) -> str:
+        """Write messages; null content stays null unless the template would print it as a word."""
+        how = {"continue_final_message": continues, "add_generation_prompt": not continues}
+        if all(one["content"] is not None for one in messages):
+            return self._apply(messages, **how)
+        blank = [{**one, "content": one["content"] or ""} for one in messages]
+        try:
+            with_null = self._apply(messages, **how)
+        except TemplateRefusal:
+            return self._apply(blank, **how)
+        without = self._apply(blank, **how)
+        return without if with_null.count("None") > without.count("None") else with_null
+
+    def _apply(self, messages: Sequence[Message], **how: Any) -> str:
+        if self._as_parts:
+            messages = [
+                {**one, "content": [{"type": "text", "text": one["content"] or ""}]}
+                for one in messages
+            ]
+        try:
+            text: str = self.tokenizer.apply_chat_template(list(messages), tokenize=False, **how)
+        except TEMPLATE_ERRORS as error:
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise TemplateRefusal(f"the chat template says: {said}") from error
+        return text
+
+    def _probe(self, messages: Sequence[Message], **how: Any) -> str | None:
+        try:
+            return self._apply(messages, **how)
+        except TemplateRefusal:
+            return None
+
+
+def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
+    """Return the tokenizer's chat template.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise bad_value(
+            "prompt",
+            "messages",
+            "text, as this tokenizer has no chat template",
+            "Give prompts as text, or a backbone whose tokenizer has a chat template",
+        )
+    return ChatTemplate(tokenizer)
+
+
+def exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
+    """Divide a conversation into its system turns and its exchanges, each from a user's turn on."""
+    opening = 0
+    while opening < len(messages) and messages[opening]["role"] in SYSTEM_ROLES:
+        opening += 1
+    groups: list[list[Message]] = []
+    before = None
+    for message in messages[opening:]:
+        if len(groups) == 0 or (message["role"] == "user" and before != "user"):
+            groups.append([])
+        groups[-1].append(message)
+        before = message["role"]
+    return list(messages[:opening]), groups
+
+
+def _turns(*contents: str) -> list[Message]:
+    """Return a conversation of these contents, user and assistant in turn."""
+    return [
+        {"role": ("user", "assistant")[place % 2], "content": content}
+        for place, content in enumerate(contents)
+    ]
+
+
+def _check_written(message: Message, text: str) -> None:
+    """Raise a `TemplateRefusal` where the template has left out what a message says or calls."""
+    for call in message.get("tool_calls") or ():
+        called = call.get("function", call) if isinstance(call, dict) else {}
+        name = called.get("name") if isinstance(called, dict) else None
+        if isinstance(name, str) and name not in text:
+            raise TemplateRefusal(f"the template leaves out the call of {name}")
+    content = (message["content"] or "").strip()
+    if message["role"] in ASSISTANT_ROLES:  # whose reasoning templates leave out by design
+        return
+    escaped = json.dumps(content, ensure_ascii=False)[1:-1]
+    first_line = content.partition("\n")[0].strip()
+    if not any(one in text for one in (content, escaped, first_line)):
+        raise TemplateRefusal(f"the template leaves out the {message['role']} turn")
