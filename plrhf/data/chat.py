@@ -132,10 +132,10 @@ class ChatTemplate:
             messages, continues = messages[:-1], False
         if len(messages) == 0:
             raise TemplateRefusal("no turn says anything")
-        if not self.takes_system and any(one["role"] in SYSTEM_ROLES for one in messages):
-            raise TemplateRefusal("the template has no system turn")
         hidden = self.encoder.hide(messages)
         text = self._render(hidden, continues=continues)
+        if not self.takes_system and any(one["role"] in SYSTEM_ROLES for one in messages):
+            raise TemplateRefusal("the template has no system turn")
         for message in hidden:
             _check_written(message, text)
         return RenderedPrompt(text, continues)
