@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_only
 
 from plrhf.backbone.loading import Shards, check_path, load_backbone, load_tokenizer
 from plrhf.backbone.model import Backbone
@@ -22,6 +23,13 @@ from plrhf.models.card import Card
 from plrhf.models.loading import build_model
 from plrhf.training.loggers import build_loggers
 from plrhf.training.trainer import build_trainer
+
+
+@rank_zero_only
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines, on one process of several."""
+    for line in lines:
+        print(line)
 
 
 def build_data(

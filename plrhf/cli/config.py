@@ -210,6 +210,7 @@ class DataConfig(Section):
     max_prompt_tokens: NonNegativeInt
     max_tokens: PositiveInt
     on_long_prompt: Literal["truncate", "error"]
+    on_long_response: Literal["drop", "truncate"]
     separator: str
     use_user_text: bool
 

@@ -13,7 +13,10 @@ from plrhf.core.errors import bad_value
 from plrhf.evaluation.few_shot import Shots
 from plrhf.evaluation.generations import GenerationOptions
 
-TEXT_OPTIONS = ("max_prompt_tokens", "max_tokens", "on_long_prompt", "separator", "use_user_text")
+TEXT_OPTIONS = (
+    *("max_prompt_tokens", "max_tokens", "on_long_prompt", "on_long_response"),
+    *("separator", "use_user_text"),
+)
 """Settings of data that are the trained model's own."""
 
 OF_TRAINING = (

@@ -18,6 +18,7 @@ from plrhf.cli.assemble import (
     build_run_trainer,
     check_model,
     open_backbone,
+    print_lines,
 )
 from plrhf.cli.config import RunConfig
 from plrhf.cli.jobs import best_value
@@ -65,6 +66,7 @@ def train(settings: Settings) -> float | None:
     check_unused(config)
     resume = find_resume(config)
     data = build_data(config.data)
+    print_lines(data.report.lines())
     rows_hash = data.content_hash()
     check_same_rows(resume, rows_hash)
     run_dir = Path(config.run_dir)
@@ -117,6 +119,7 @@ def train_personal(
         if isinstance(model, PersonalDPOPolicy):
             requested_rows(model, data, config.samples)
         probes = probe(data.splits)
+        print_lines(data.tokenizing_notes())
         _print_notes(probes["warnings"], data.padding())
         begin_run(config, resume=resume)
         before = Prepare(data.restrict_to("train", "val"), cache_dir=cache_dir)

@@ -12,7 +12,7 @@ import lightning
 from lightning import Trainer
 
 from plrhf.backbone.loading import load_tokenizer
-from plrhf.cli.assemble import build_data
+from plrhf.cli.assemble import build_data, print_lines
 from plrhf.cli.config import RunConfig
 from plrhf.cli.eval_config import EvalConfig, WinrateTask
 from plrhf.cli.jobs import why_failed
@@ -215,6 +215,7 @@ def load_run(
         max_positions=model.max_positions,
         cache_dir=Path(trained.cache_dir),
     )
+    print_lines([*data.report.lines(), *data.tokenizing_notes()])
     trainer = Trainer(
         # Elsewhere than where it was trained the run is evaluated on what there is.
         accelerator="cpu" if trained.trainer.accelerator == "cpu" else "auto",

@@ -205,6 +205,26 @@ class PreferenceData(LightningDataModule):
             raise RefusedRow(Reason.CHAT_TEMPLATE, refused[0])
         self.report.refuse(Reason.CHAT_TEMPLATE, refused[0], len(refused))
 
+    def tokenizing_notes(self) -> list[str]:
+        """Return what the terminal should say of rows that were cut or left out as tokens."""
+        total = sum(len(getattr(self.splits, split)) for split in SPLITS)
+        notes = []
+        reason = Reason.CHAT_TEMPLATE.value
+        if self.report.refused[reason] > 0:
+            notes.append(
+                f"refused: {self.report.refused[reason]:,} of {total:,} rows, {reason}, first "
+                f"{self.report.examples[reason]}"
+            )
+        for what, cure in (
+            ("response too long", "dropped; raise data.max_tokens or set data.on_long_response"),
+            ("response truncated", "raise data.max_tokens to keep them whole"),
+            ("prompt truncated", "raise data.max_prompt_tokens to keep them whole"),
+        ):
+            n_rows = self.truncated[what]
+            if n_rows > 0:
+                notes.append(f"{what}: {n_rows:,} of {total:,} rows ({n_rows / total:.0%}); {cure}")
+        return notes
+
     def content_hash(self) -> str:
         """Hash the rows of all splits: every field, their order, and which split they are in.
 

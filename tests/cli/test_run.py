@@ -99,7 +99,7 @@ def hf(path: Path) -> list[str]:
     ]
 
 
-def test_rows_of_files(tmp_path: Path) -> None:
+def test_rows_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_model(tmp_path / "gptj")
     rows = rows_of_world()
     rows.append({**rows[0], "pair_id": "new", "chosen": " "})
@@ -117,6 +117,8 @@ def test_rows_of_files(tmp_path: Path) -> None:
         launch("train", *ROWS, *hf(model), f"data.path={path}", f"run_dir={run_dir}")
         results = check_run(run_dir, oracle=False)
         assert results["data"]["refused"] == {"empty response": 1}
+        said = capsys.readouterr().out
+        assert f"refused: 1 of {len(rows)} records\n  1 empty response, first {path}:" in said
         tables.append(pd.read_parquet(run_dir / "predictions.parquet"))
     pd.testing.assert_frame_equal(*tables)
 

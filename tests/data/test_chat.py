@@ -186,6 +186,7 @@ def test_rows_that_the_template_refuses_are_counted(tagged: Any, case: str) -> N
     reason = "prompt that the chat template refuses"
     assert counts["refused"] == {reason: 1}
     assert "System role not supported" in kept.report.examples[reason]
+    assert kept.tokenizing_notes()[0].startswith(f"refused: 1 of 12 rows, {reason}, first prompt=(")
     used = sum(counts["rows"].values()) + sum(counts["dropped"].values())
     assert counts["read"] == used + 1 + counts["truncated"]["response too long"]
     with pytest.raises(RefusedRow, match="System role not supported"):
