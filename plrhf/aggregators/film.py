@@ -80,9 +80,9 @@ class FiLM(Aggregator):
         if self.after_trunk and self.has_shift:
             self.has_shift = False
             self.to_film.out_features = self.output_size
-            self.to_film.weight = nn.Parameter(
-                self.to_film.weight[: self.output_size].detach().clone()
-            )
+            gamma = self.to_film.weight[: self.output_size].detach().clone()
+            learned = self.to_film.weight.requires_grad
+            self.to_film.weight = nn.Parameter(gamma, requires_grad=learned)
 
     def film(self, user: Tensor) -> Tensor:
         """Map user vectors [..., D] to gamma and beta of each site, [..., n_sites, 2, d] float32.

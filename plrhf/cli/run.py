@@ -125,6 +125,7 @@ def train_personal(
         before = Prepare(data.restrict_to("train", "val"), cache_dir=cache_dir)
         trainer.callbacks.append(before)  # type: ignore[attr-defined]
         fit(model, data, trainer, resume_from=None if resume is None else resume.path)
+        model.check_finite()
         outputs = Outputs(debug=config.debug)
         export = Path(config.run_dir) / "export"
         with outputs.writing(export):

@@ -204,6 +204,56 @@ def test_gradient_checkpointing_changes_no_gradient(model_class: Any, name: str)
     assert n_runs[1] == n_runs[0] + 1  # the block ran again in the backward pass
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+@torch.no_grad()
+def test_film_is_computed_in_float32(size: float) -> None:
+    """Against float64, in units of what users change; bfloat16 has no number between 1 and 1.0078."""
+    hidden = torch.randn(5, 7, 64).bfloat16()
+    of_user = size * torch.randn(5, 2, 64)
+    gamma, beta = of_user.double().unsqueeze(2).unbind(1)
+    exact = (1 + gamma) * hidden.double() + beta
+    found = modulate(hidden, of_user)
+    assert found.dtype == torch.bfloat16
+    assert found.equal(exact.float().bfloat16())  # rounded once, at the end
+    aggregator = film(user_dim=4)
+    nn.init.normal_(aggregator.to_film.weight, std=size)
+    user = torch.randn(3, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert aggregator.film(user).equal(aggregator.film(user.clone()))
+        assert aggregator.film(user).dtype == torch.float32
+        mapped = aggregator.film(user)
+    assert mapped.equal(aggregator.film(user))  # autocast rounds nothing
+
+
+@pytest.mark.parametrize(
+    ("width", "site", "expected"),
+    [(64, "last", 64), (4096, "last", 128), (16, "every_block", 16), (4096, "every_block", 32)],
+)
+def test_user_vectors_are_no_wider_than_makes_sense(width: int, site: Any, expected: int) -> None:
+    with torch.device("meta"):
+        aggregator = FiLM(hidden_size=width, n_blocks=3, site=site)
+    assert aggregator.user_dim == expected
+
+
+@torch.no_grad()
+def test_dropping_the_shift_changes_what_is_the_same_for_both_responses_alone() -> None:
+    whole, less = film(user_dim=4), film(user_dim=4)
+    nn.init.normal_(whole.to_film.weight)
+    less.to_film.weight.copy_(whole.to_film.weight)
+    less.drop_shift()
+    assert less.to_film.weight.shape == (WIDTH, 4)
+    batch = make_batch(make_pairs(3)).pooled(
+        torch.randn(4, WIDTH), torch.tensor([[0, 1], [2, 3], [1, 0]])
+    )
+    user, backbone = torch.randn(6, 4), make_backbone()
+    one, other = whole(backbone, batch, user), less(backbone, batch, user)
+    torch.testing.assert_close(one[:, :, 0] - one[:, :, 1], other[:, :, 0] - other[:, :, 1])
+    assert not torch.allclose(one, other)
+    in_every_block = film(site="every_block", user_dim=4)
+    in_every_block.drop_shift()  # where later blocks see it, it stays
+    assert in_every_block.to_film.weight.shape == (N_LAYERS * 2 * WIDTH, 4)
+
+
 BAD = [
     (
         lambda: ConcatSoftPrompt(hidden_size=WIDTH, n_tokens=0),

@@ -15,6 +15,7 @@ from scipy.optimize import minimize
 from tiny import AGGREGATORS, WIDTH, make_batch, make_model, make_pairs
 from torch import Tensor, nn, tensor
 
+import plrhf
 from plrhf.core.types import UserBatch
 from plrhf.encoders import ClusterMixtureEncoder, LookupEncoder, NoneEncoder, UserEncoder
 from plrhf.models.adaptation import (
@@ -203,6 +204,87 @@ def export(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A copy of an export, to change: lookup with FiLM, clusters with soft prompt."""
     run = request.getfixturevalue(request.param)
     return Path(shutil.copytree(run / "export", tmp_path / "export"))
+
+
+@pytest.mark.parametrize("kind", [PersonalRewardModel, PersonalDPOPolicy])
+def test_the_trunk_runs_once_where_it_does_not_depend_on_the_user(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(kind, aggregator="film_last").eval()
+    batches = [make_batch(make_pairs(n), users=[1] * n) for n in (5, 3)]
+    with torch.no_grad():
+        for batch in batches:
+            if kind is PersonalDPOPolicy:
+                batch.ref_logps = model.reference_logps(batch)
+    prior = Prior(model.encoder, scale=2.0)
+    monkeypatch.setattr("plrhf.models.adaptation.KEPT_NUMBERS", 0)
+    naive = fit_users(model, batches, prior, n_users=1, steps=10)
+    monkeypatch.undo()
+    runs: list[int] = []
+    model.backbone.trunk.register_forward_hook(lambda *_: runs.append(1))
+    found = fit_users(model, batches, prior, n_users=1, steps=10)
+    assert len(runs) <= len(batches)
+    torch.testing.assert_close(found, naive)
+    assert naive.abs().max() > 1e-3
+
+
+def test_sparse_tables_are_adapted_as_dense_ones() -> None:
+    found = []
+    for sparse in (False, True):
+        model = make_model(PersonalRewardModel, aggregator="film_last").eval()
+        model.encoder.offsets.sparse = sparse
+        batch = make_batch(make_pairs(5), users=[1] * 5)
+        found.append(fit_users(model, [batch], Prior(model.encoder), n_users=1, steps=10))
+        assert model.encoder.offsets.sparse is sparse
+    assert found[0].equal(found[1]) and found[0].abs().max() > 0
+
+
+def test_pairs_too_long_are_counted_and_never_all_there_is(export: Path) -> None:
+    model = plrhf.load(export)
+    short = {"prompt": "Write a note.", "chosen": "Back at six.", "rejected": "I shall return."}
+    long = {**short, "chosen": "sea " * 2000}
+    user = model.adapt([short, long, short], Fit(steps=3))
+    assert (user.n_pairs, user.n_too_long) == (2, 1)
+    assert model.adapt([]).n_pairs == 0
+    with pytest.raises(ValueError) as caught:
+        model.adapt([long, long])
+    assert str(caught.value) == (
+        "pairs='2 too long' is not allowed: expected prompt and response of at most "
+        f"{model.card.text['max_tokens']} tokens. Give shorter pairs, or train with a larger "
+        "data.max_tokens."
+    )
+
+
+def test_an_id_that_is_no_text_is_refused_before_a_file_changes(export: Path) -> None:
+    before = contents(export)
+    user = plrhf.load(export).adapt([])
+    for bad in (7, "", " "):
+        with pytest.raises(
+            ValueError, match=r"^user_id=.* is not allowed: expected text that is not"
+        ):
+            enrol(export, bad, user)  # type: ignore[arg-type]
+    rows = {name: torch.full_like(row, torch.nan) for name, row in user.rows.items()}
+    with pytest.raises(ValueError, match=r"^user=.* is not allowed: expected finite numbers"):
+        enrol(export, "eve", NewUser(rows=rows, vector=user.vector))
+    assert contents(export) == before
+
+
+def test_a_loaded_model_enrols_and_forgets_in_memory_and_in_its_export(export: Path) -> None:
+    model = plrhf.load(export)
+    pairs = [{"prompt": "Write a note.", "chosen": "Back at six.", "rejected": "I shall return."}]
+    user = model.adapt(pairs, Fit(steps=5, prior_scale=20.0))
+    before = vectors(model, *range(6))
+    state = torch.get_rng_state()
+    model.enrol("eve", user)
+    assert torch.get_rng_state().equal(state)
+    assert model.card.user_index("eve") == 6
+    for one in (model, plrhf.load(export)):
+        torch.testing.assert_close(vectors(one, 6)[0], user.vector)
+        assert vectors(one, *range(6)).equal(before)
+    model.forget("eve")
+    assert vectors(model, *range(6)).equal(before)
+    with pytest.raises(ValueError, match="^user_id='eve' is not allowed"):
+        model.card.user_index("eve")
 
 
 def contents(directory: Path) -> dict[str, bytes]:

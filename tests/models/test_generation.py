@@ -213,6 +213,44 @@ def test_a_text_ends_with_the_end_token(aggregator: str) -> None:
     assert 0 < len(found[0].split()) <= 2 or found[0] == ""
 
 
+def test_a_text_ends_with_any_end_token_of_the_backbone() -> None:
+    policy, users = make_policy(), user_batch(*USERS)
+    whole = [text.split() for text in write(policy, PROMPTS, users)]
+    end = whole[0][2]
+    policy.backbone.model.get_base_model().generation_config.eos_token_id = [0, int(end)]
+    for text, tokens in zip(write(policy, PROMPTS, users), whole, strict=True):
+        expected = tokens[: tokens.index(end) + 1] if end in tokens else tokens
+        # Of the tokens Numbers calls special only 0 is left out.
+        assert text.split() == [one for one in expected if one != "0"]
+    assert len(write(policy, PROMPTS, users)[0].split()) == whole[0].index(end) + 1
+
+
+def test_other_generation_settings_of_the_backbone_change_nothing() -> None:
+    policy, users = make_policy(), user_batch(*USERS)
+    expected = [write(policy, PROMPTS, users), write(policy, PROMPTS, None)]
+    config = policy.backbone.model.get_base_model().generation_config
+    leaky = {
+        **{"repetition_penalty": 5.0, "num_beams": 3, "min_new_tokens": 5, "temperature": 7.0},
+        **{"no_repeat_ngram_size": 1, "suppress_tokens": [int(expected[0][0].split()[0])]},
+        **{"forced_eos_token_id": 5, "bad_words_ids": [[3]], "do_sample": True, "top_k": 3},
+        **{"length_penalty": 3.0, "exponential_decay_length_penalty": (1, 9.0)},
+    }
+    for name, value in leaky.items():
+        setattr(config, name, value)
+    assert [write(policy, PROMPTS, users), write(policy, PROMPTS, None)] == expected
+    assert policy.backbone.model.get_base_model().generation_config is config
+
+
+def test_a_seed_decides_what_is_sampled_and_leaves_the_generator_alone() -> None:
+    policy, users = make_policy(), user_batch(*USERS)
+    state = torch.get_rng_state()
+    one = write(policy, PROMPTS, users, temperature=1.0, seed=1)
+    assert torch.get_rng_state().equal(state)
+    torch.manual_seed(7)
+    assert write(policy, PROMPTS, users, temperature=1.0, seed=1) == one
+    assert write(policy, PROMPTS, users, temperature=1.0, seed=2) != one
+
+
 def test_sampling() -> None:
     policy, users = make_policy(), user_batch(*USERS)
 
@@ -253,6 +291,10 @@ BAD = [
     (
         {"temperature": -0.5},
         "eval.temperature=-0.5 is not allowed: expected a number from 0. Set eval.temperature=1.",
+    ),
+    (
+        {"temperature": float("inf")},
+        "eval.temperature=inf is not allowed: expected a number from 0. Set eval.temperature=1.",
     ),
     (
         {"top_p": 0.0},

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,15 @@ import torch
 import yaml
 from test_export import data_of
 
+import plrhf
+from plrhf.models import adaptation, enrolment
 from plrhf.models import inference as serve
 from plrhf.models.card import read_card
 from plrhf.models.inference import score, write
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
 
+GREEDY: dict[str, Any] = {"max_new_tokens": 4, "temperature": 0.0}
 NOTE = {"prompt": "Write a note.", "response": "Back at six."}
 
 
@@ -102,3 +108,38 @@ def test_what_cannot_be_answered(reward_run: Path) -> None:
         assert str(caught.value) == message
     with pytest.raises(ValueError, match=r"asked\[0\].*prompt"):
         score(model, [{"response": "Yes."}])
+
+
+def test_a_loaded_model_is_asked_itself(reward_run: Path, policy_run: Path) -> None:
+    reward, policy = plrhf.load(reward_run / "export"), plrhf.load(policy_run)  # a run will do
+    assert isinstance(reward, plrhf.PersonalRewardModel)
+    assert isinstance(policy, plrhf.PersonalDPOPolicy)
+    asked = [{**NOTE, "user_id": reward.card.users[1]}, NOTE]
+    assert reward.score(asked).equal(score(reward, asked))
+    assert policy.write(asked, **GREEDY) == write(policy, asked, **GREEDY)
+
+
+def test_the_package_is_imported_lazily() -> None:
+    code = """
+import sys
+import plrhf
+print(sorted({"torch", "lightning", "transformers", "pandas"} & sys.modules.keys()))
+print(set(plrhf.__all__) <= set(dir(plrhf)))
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split("\n") == ["[]", "True", ""]
+    for name in plrhf.__all__:
+        assert getattr(plrhf, name).__name__ == name
+    assert plrhf.adapt is adaptation.adapt and plrhf.enrol is enrolment.enrol
+    with pytest.raises(AttributeError, match="^module 'plrhf' has no attribute 'nothing'$"):
+        _ = plrhf.nothing
+
+
+def test_what_was_trained_in_bfloat16_is_asked_in_it(reward_run: Path) -> None:
+    model = plrhf.load(reward_run)
+    full = model.score([NOTE])
+    model.card = replace(model.card, precision="bf16-mixed")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model.score([NOTE])
+    found = model.score([NOTE])
+    assert found.equal(expected) and not found.equal(full)

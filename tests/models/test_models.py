@@ -30,6 +30,7 @@ from plrhf.aggregators import FiLM
 from plrhf.backbone.model import Backbone
 from plrhf.core.logprobs import naive_response_logps
 from plrhf.data.packing import TokenPair, packed, two_rows
+from plrhf.encoders import LookupEncoder
 from plrhf.models.base import PersonalModule
 from plrhf.models.optim import Optim
 from plrhf.models.policy import PersonalDPOPolicy
@@ -382,6 +383,86 @@ def test_supervision_by_chosen_does_not_see_rejected() -> None:
     pairs = make_pairs()
     changed = [TokenPair(pair.prompt, pair.chosen, (5, 5, 5)) for pair in pairs]
     torch.testing.assert_close(model.nll(make_batch(pairs)), model.nll(make_batch(changed)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_validation_of_supervision_is_the_mean_over_tokens(batch_size: int) -> None:
+    model = SupervisedPolicy(backbone=make_backbone(), optim=Optim(), responses="both")
+    (found,) = Trainer(**QUIET).validate(model, loader(batch_size, 7), verbose=False)
+    with torch.no_grad():
+        expected = model.nll(make_batch(make_pairs(7)))  # of all seven at once
+    assert found["val/loss"] == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_ties_count_one_half_in_training_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(PersonalRewardModel)
+    logged: dict[str, float] = {}
+    monkeypatch.setattr(model, "log", lambda name, value, **_: logged.update({name: float(value)}))
+    with torch.no_grad():
+        model.head.weight.zero_()  # so that every margin is 0
+    model.training_step(make_batch(make_pairs()), 0)
+    assert logged["train/accuracy"] == 0.5
+
+
+@both_models
+def test_a_model_is_called_for_the_margins_of_its_users(model_class: Any) -> None:
+    model, batch = make_model(model_class), make_batch(make_pairs())
+    torch.testing.assert_close(model(batch).detach(), model.context_margins(batch)["user"])
+    assert model(batch).requires_grad
+
+
+class Penalised(LookupEncoder):
+    """A lookup that asks training for a penalty of 3 a user."""
+
+    penalty_weight = 0.5
+
+    def encode(self, users: Any) -> tuple[Tensor, Tensor | None]:
+        return self(users), torch.full((len(users.user_id),), 3.0)
+
+
+@both_models
+def test_penalties_are_added_in_training_alone(model_class: Any, monkeypatch: Any) -> None:
+    model, batch = make_model(model_class), make_batch(make_pairs())
+    monkeypatch.setattr(model, "log", lambda *_, **__: None)
+    plain, val = model.training_step(batch, 0), model.loss(batch)[0]
+    model.encoder.__class__ = Penalised
+    monkeypatch.setattr(model.aggregator, "penalty", lambda: tensor(10.0))
+    monkeypatch.setattr(model.aggregator, "penalty_weight", 0.1, raising=False)
+    found = model.training_step(batch, 0)
+    torch.testing.assert_close(found, plain + 0.5 * 3.0 + 0.1 * 10.0)
+    assert model.loss(batch)[0].equal(val)
+
+
+def test_a_diverged_model_is_said_to_be_one() -> None:
+    model = make_model(PersonalRewardModel)
+    model.check_finite()
+    with torch.no_grad():
+        model.encoder.basis[1, 2] = torch.inf
+    with pytest.raises(ValueError) as caught:
+        model.check_finite()
+    assert str(caught.value).startswith(
+        "encoder.basis='nan or inf' is not allowed: expected finite numbers. The model diverged"
+    )
+
+
+def test_a_reward_model_learns_no_shift_that_its_loss_cannot_see() -> None:
+    plain = make_model(PersonalRewardModel, aggregator="film_last")
+    assert plain.aggregator.to_film.weight.shape == (WIDTH, WIDTH)
+    centred = make_model(PersonalRewardModel, aggregator="film_last", centring=0.1)
+    assert centred.aggregator.to_film.weight.shape == (2 * WIDTH, WIDTH)
+    policy = make_model(PersonalDPOPolicy, aggregator="film_last")
+    assert policy.aggregator.to_film.weight.shape == (2 * WIDTH, WIDTH)
+
+
+@both_models
+@all_aggregators
+def test_every_learned_number_has_a_gradient(model_class: Any, aggregator: str) -> None:
+    for personal in (True, False):
+        model = make_model(model_class, aggregator=aggregator, personal=personal)
+        model.loss(make_batch(make_pairs()))[0].mean().backward()
+        for name, value in model.named_parameters():
+            if value.requires_grad:
+                assert value.grad is not None and value.grad.abs().max() > 0, name
 
 
 BAD = [
