@@ -150,6 +150,8 @@ def load_backbone(
     shards: Shards | None = None,
 ) -> Backbone:
     """A `Backbone` over the model at `path`; see `load_model` and `Backbone` for the settings."""
+    if trainable == "full" and shards is None:
+        dtype = "float32"  # as `Backbone` keeps learned weights: read so, nothing is rounded
     model = load_model(
         path,
         dtype=dtype,

@@ -79,6 +79,10 @@ class Backbone(nn.Module):
             lora_layers.fuse(self.model)
         elif trainable == "frozen":
             model.requires_grad_(False)
+        elif not any(is_sharded(one) for one in model.parameters()):
+            # Steps are smaller than what bfloat16 can tell apart, so learned weights are float32.
+            # Sharded ones are in float32 too, in DeepSpeed's own copy.
+            model.float()
         # With another implementation of attention asked for, that one is used.
         self.is_gptj = (
             model.config.model_type == "gptj" and model.config._attn_implementation == "eager"
@@ -333,7 +337,8 @@ class Backbone(nn.Module):
             if not value.requires_grad:
                 with gathered([value]):
                     digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                    bits: Any = value.detach().cpu().contiguous().view(torch.uint8).numpy()
+                    numbers = value.detach().cpu().contiguous().view(-1)  # a 0-dim one too
+                    bits: Any = numbers.view(torch.uint8).numpy()
                     digest.update(bits)
         return digest.hexdigest()
 

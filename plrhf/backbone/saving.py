@@ -11,10 +11,20 @@ from lightning.pytorch.utilities import rank_zero_only
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plrhf.backbone.sharding import gathered, is_sharded
+
+
+def without_frozen(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict without the module's frozen weights, tied ones among them.
+
+    Frozen weights are the pretrained model's, which lies where it was loaded from.
+    """
+    every = module.named_parameters(remove_duplicate=False)
+    frozen = {name for name, value in every if not value.requires_grad}
+    return {name: value for name, value in state.items() if name not in frozen}
 
 
 def save_adapter(model: PeftModel, directory: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from plrhf.aggregators import Aggregator
 from plrhf.backbone.model import Backbone
+from plrhf.backbone.saving import without_frozen
 from plrhf.core import losses
 from plrhf.core.checks import Fraction, check_arguments
 from plrhf.core.errors import bad_value
@@ -316,10 +317,8 @@ class PersonalModule(LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what is learned only: frozen weights are the backbone's and lie where it came from."""
-        frozen = {name for name, value in self.named_parameters() if not value.requires_grad}
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: state[name] for name in state if name not in frozen}
+        """Keep only what is learned, and note what the model was made for."""
+        checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
         checkpoint["made_for"] = self._made_for()
         if hasattr(self, "card"):  # plain data, from which `load_from_checkpoint` builds the model
             checkpoint["hyper_parameters"] = {

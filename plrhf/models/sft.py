@@ -9,6 +9,7 @@ from lightning import LightningModule
 from torch import Tensor
 
 from plrhf.backbone.model import Backbone
+from plrhf.backbone.saving import without_frozen
 from plrhf.core.checks import check_arguments
 from plrhf.core.errors import bad_value
 from plrhf.core.logprobs import response_logps
@@ -92,6 +93,10 @@ class SupervisedPolicy(LightningModule):
     def on_validation_epoch_end(self) -> None:
         self.log("val/loss", self.val_loss.compute().float(), prog_bar=True)
         self.val_loss.reset()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep only what is learned."""
+        checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
 
     def configure_optimizers(self) -> Any:
         optimizer, schedule = self.optim.build(

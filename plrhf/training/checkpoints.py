@@ -26,7 +26,7 @@ from plrhf.training.steps import is_accumulating, validation_is_due
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint to a temporary file and renames it.
 
-    So a kill at any moment leaves the old checkpoint or the new one, never half of one.
+    So a kill or a full disk at any moment leaves the old checkpoint or the new one, never half of one.
     """
 
     def save_checkpoint(
@@ -35,9 +35,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.part")
-        torch.save(checkpoint, part)
-        _sync_to_disk(part)  # else a power cut could leave the new name with old content
-        os.replace(part, path)
+        try:
+            torch.save(checkpoint, part)
+            _sync_to_disk(part)  # else a power cut could leave the new name with old content
+            os.replace(part, path)
+        except (OSError, RuntimeError) as error:  # a RuntimeError where torch writes the file
+            part.unlink(missing_ok=True)
+            raise bad_value(
+                "run_dir",
+                str(path.parent),
+                "a directory with room for a checkpoint",
+                f"Make room, then go on with ckpt=last ({' '.join(str(error).split())[:120]})",
+            ) from error
         _sync_to_disk(path.parent)
 
     def load_checkpoint(

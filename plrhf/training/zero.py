@@ -199,10 +199,11 @@ class Stage3(DeepSpeedStrategy):
         from deepspeed.utils import safe_get_full_fp32_param
 
         assert self.lightning_module is not None
-        named: dict[str, Any] = dict(self.lightning_module.named_parameters())
-        whole = self.lightning_module.state_dict()
-        state = {name: value for name, value in whole.items() if name not in named}
-        for name, parameter in named.items():
+        module = self.lightning_module
+        every = dict(module.named_parameters(remove_duplicate=False))  # a tied one by each name
+        state = {name: one for name, one in module.state_dict().items() if name not in every}
+        parameter: Any
+        for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 value = safe_get_full_fp32_param(parameter)
                 if self.is_global_zero:
@@ -214,7 +215,7 @@ class Stage3(DeepSpeedStrategy):
 
         assert self.lightning_module is not None
         state = checkpoint["state_dict"]
-        named = dict(self.lightning_module.named_parameters())
+        named = dict(self.lightning_module.named_parameters())  # a tied weight by its first name
         for name, value in state.items():
             if name not in named:
                 continue
@@ -241,7 +242,7 @@ class Stage3(DeepSpeedStrategy):
         for place, parameter in enumerate(self.learned if len(kept) > 0 else ()):
             state[place] = {}
             for name, value in kept.items():
-                if value.dim() > 0:
+                if name != "step":
                     value = safe_get_full_optimizer_state(parameter, name)
                     value = value.view(parameter.ds_shape)
                 if self.is_global_zero:
@@ -262,12 +263,12 @@ class Stage3(DeepSpeedStrategy):
         kept: dict[str, Any] = next(iter(saved["state"].values()), {})
         for flat in optimizer.fp32_partitioned_groups_flat if len(kept) > 0 else ():
             inner.state[flat] = {
-                name: torch.zeros_like(flat) if value.dim() > 0 else value.clone()
+                name: value.clone() if name == "step" else torch.zeros_like(flat)
                 for name, value in kept.items()
             }
         for place, values in saved["state"].items():
             for name, value in values.items():
-                if value.dim() > 0:
+                if name != "step":
                     whole = value.to(self.root_device)
                     safe_set_full_optimizer_state(self.learned[place], whole, name)
         for group, settings in zip(inner.param_groups, saved["param_groups"], strict=True):
