@@ -201,6 +201,15 @@ def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
     return ChatTemplate(tokenizer)
 
 
+def end_of_turn(tokenizer: Tokenizer) -> int | None:
+    """Return the token that ends a response in the tokenizer's chats; None without a template."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    template = ChatTemplate(tokenizer)
+    ids = template.encoder.encode_rendered(template.response_edges[1])
+    return ids[-1] if len(ids) > 0 else None
+
+
 def exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
     """Divide a conversation into its system turns and its exchanges, each from a user's turn on."""
     opening = 0

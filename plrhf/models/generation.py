@@ -14,6 +14,7 @@ from torch import Tensor
 from plrhf.backbone.decoding import end_tokens, plain_generation
 from plrhf.core.errors import bad_value
 from plrhf.core.types import UserBatch
+from plrhf.data.chat import end_of_turn
 from plrhf.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -147,7 +148,9 @@ def _write(
         with torch.autocast(input_ids.device.type, enabled=False):
             user = model.encoder(move_data_to_device(users, input_ids.device))
         user = user.to(input_ids.device)
+    turn_end = end_of_turn(tokenizer)
     ends = end_tokens(model.backbone, tokenizer.eos_token_id)
+    ends += [turn_end] if turn_end is not None and turn_end not in ends else []
     n_read = model.aggregator.n_positions + input_ids.shape[1]
     cache = model.backbone.cache(n_read + max_new_tokens)
     with contextlib.ExitStack() as stack:

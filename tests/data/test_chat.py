@@ -10,6 +10,7 @@ import pytest
 from jinja2 import TemplateError
 
 from plrhf.core.errors import BadValue
+from plrhf.data.chat import end_of_turn
 from plrhf.data.module import PreferenceData
 from plrhf.data.parsing import parse_row
 from plrhf.data.reasons import RefusedRow
@@ -179,9 +180,9 @@ def test_rows_that_the_template_refuses_are_counted(tagged: Any, case: str) -> N
     kept = data()
     if case == "chat_twousers":
         with pytest.raises(BadValue):  # no row is left
-            kept.tokenize(tokenizer, causal=True)
+            kept.tokenize(tokenizer, layout="packed")
         return
-    kept.tokenize(tokenizer, causal=True)
+    kept.tokenize(tokenizer, layout="packed")
     counts = kept.counts()
     reason = "prompt that the chat template refuses"
     assert counts["refused"] == {reason: 1}
@@ -190,7 +191,7 @@ def test_rows_that_the_template_refuses_are_counted(tagged: Any, case: str) -> N
     used = sum(counts["rows"].values()) + sum(counts["dropped"].values())
     assert counts["read"] == used + 1 + counts["truncated"]["response too long"]
     with pytest.raises(RefusedRow, match="System role not supported"):
-        data(on_bad_row="error").tokenize(tokenizer, causal=True)
+        data(on_bad_row="error").tokenize(tokenizer, layout="packed")
 
 
 @pytest.mark.parametrize("template", [CHATML, GEMMA, LLAMA2, PLAIN, ALWAYS_OPEN])
@@ -258,3 +259,20 @@ def test_templates_raise_what_is_caught(tagged: Any) -> None:
     tokenizer = with_template(tagged, GEMMA).tokenizer
     with pytest.raises(TemplateError):
         tokenizer.apply_chat_template([{"role": "system", "content": "a"}, USER], tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [(CHATML, "<|im_end|>"), (LLAMA2, "<|endoftext|>"), (ALWAYS_OPEN, "<|endoftext|>")],
+)
+def test_a_turn_ends_by_the_token_that_responses_end_with(
+    tagged: Any, template: str, end: str
+) -> None:
+    rows = with_template(tagged, template)
+    number = end_of_turn(rows.tokenizer)
+    assert number == rows.tokenizer.convert_tokens_to_ids(end)
+    assert {rows.pair(a_row(USER)).chosen[-1], rows.pair(a_row(USER)).rejected[-1]} == {number}
+
+
+def test_without_a_template_no_turn_ends(tokenizer: Any) -> None:
+    assert end_of_turn(tokenizer) is None
