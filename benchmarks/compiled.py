@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from plrhf.backbone.model import compile_in_training
+from plrhf.backbone.compiled import compile_in_training
 from plrhf.core.types import PreferenceBatch
 
 DTYPES = ("float32", "bfloat16")

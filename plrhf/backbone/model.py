@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -21,6 +20,7 @@ from plrhf.backbone import gptj, saving
 from plrhf.backbone import lora as lora_layers
 from plrhf.backbone.adapters import add_lora
 from plrhf.backbone.check import choose_layout
+from plrhf.backbone.compiled import compile_in_training
 from plrhf.backbone.families import Layout, is_causal
 from plrhf.backbone.kv_cache import RoomyLayer
 from plrhf.backbone.logits import head_parameters, own_logits
@@ -410,17 +410,3 @@ def switch_dropout_off(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if isinstance(value, float) and "drop" in name:
                 setattr(module, name, 0.0)
-
-
-def compile_in_training(block: nn.Module) -> None:
-    """Let a block run by torch.compile while it trains; texts and margins, of all lengths, do not.
-
-    Its own forward alone is compiled: hooks around it (`aggregators.film`) are new at every call.
-    """
-    plain = block.forward
-    fast = torch.compile(plain, dynamic=True)
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return (fast if self.training else plain)(*args, **kwargs)
-
-    block.forward = MethodType(forward, block)

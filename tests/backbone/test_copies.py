@@ -13,6 +13,7 @@ from tiny import LORA, make_backbone, make_batch, make_model, make_pairs
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from plrhf.backbone.compiled import CompiledBlock
 from plrhf.models.policy import PersonalDPOPolicy
 
 BATCH = make_batch(make_pairs())
@@ -51,6 +52,20 @@ def test_a_copy_computes_with_its_own_weights(
     assert not torch.allclose(changed, before, atol=1e-3)
     moved(model)
     assert torch.equal(margins(model), changed) and torch.equal(margins(other), changed)
+
+
+@pytest.mark.parametrize("take_copy", [copy.deepcopy, pickled])
+def test_a_copy_of_compiled_blocks_is_of_compiled_blocks(take_copy: Callable[[Any], Any]) -> None:
+    with torch.compiler.set_stance("force_eager"):
+        model = make_model(PersonalDPOPolicy, backbone=make_backbone("llama", compiled=True))
+        other = take_copy(model)
+        kinds = [type(block) for one in (model, other) for block in one.backbone.blocks]
+        assert len(set(kinds)) == 1 and issubclass(kinds[0], CompiledBlock)
+        before = margins(model)
+        assert not torch.allclose(margins(moved(other)), before, atol=1e-3)
+        assert torch.equal(margins(model), before)
+        losses = [one.train().loss(BATCH)[0] for one in (model, other)]
+        assert not torch.allclose(*losses, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["gptj", "llama"])
