@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from plrhf.backbone.loading import load_tokenizer
-from plrhf.backbone.row_packing import first_fit
+from plrhf.core.row_packing import first_fit_decreasing
 from plrhf.data.module import PreferenceData
 from plrhf.data.samplers import ResumableBatchSampler
 from plrhf.data.sources.jsonl import JsonlSource
@@ -45,7 +45,7 @@ def put_together(batches: ResumableBatchSampler) -> float:
     n_read = n_text = 0
     for places, _ in batches:
         lengths = batches.lengths[places, 0].tolist()
-        n_read += len(first_fit(lengths, max(lengths))) * max(lengths)
+        n_read += len(first_fit_decreasing(lengths, max(lengths))) * max(lengths)
         n_text += sum(lengths)
     return 1 - n_text / n_read
 

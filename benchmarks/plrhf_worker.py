@@ -51,7 +51,12 @@ def make_ours(
     model = kind(
         backbone=backbone, encoder=encoder, aggregator=aggregator, n_users=data.n_users + 1
     )
-    data.tokenize(load_tokenizer(str(folder)), layout="packed", max_positions=model.max_positions)
+    data.tokenize(
+        load_tokenizer(str(folder)),
+        layout="packed",
+        max_positions=model.max_positions,
+        n_user_vectors=model.n_user_vectors,
+    )
     if isinstance(model, PersonalDPOPolicy):
         data.precompute_reference(model.reference_logps)
     return model, data

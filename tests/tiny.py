@@ -18,6 +18,7 @@ from transformers import (
 from plrhf.aggregators import Aggregator, ConcatSoftPrompt, FiLM
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj
+from plrhf.core.row_packing import RowPacking
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.packing import Layout, TokenPair, packed
 from plrhf.encoders import LookupEncoder, NoneEncoder, UserEncoder
@@ -125,9 +126,17 @@ def make_pairs(n: int = len(USERS), *, seed: int = 0) -> list[TokenPair]:
 
 
 def make_batch(
-    pairs: list[TokenPair], *, layout: Layout = packed, padding: int = 0, users: Any = None
+    pairs: list[TokenPair],
+    *,
+    layout: Layout = packed,
+    padding: int = 0,
+    users: Any = None,
+    n_vectors: int | None = 0,
 ) -> PreferenceBatch:
-    """The pairs as a batch of `USERS` in turn, with `padding` columns more than it needs."""
+    """The pairs as a batch of `USERS` in turn, with `padding` columns more than it needs.
+
+    Packed rows may stand together under `n_vectors` user vectors each; None: they stay apart.
+    """
     input_ids, segment, position_ids = layout(pairs)
     n_pairs = len(pairs)
     if users is None:
@@ -136,7 +145,11 @@ def make_batch(
     def padded(values: Tensor, filler: int) -> Tensor:
         return nn.functional.pad(values, (0, padding), value=filler)
 
+    packing = None
+    if layout is packed and n_vectors is not None:
+        packing = RowPacking.of(padded(segment, -1), n_vectors=n_vectors)
     return PreferenceBatch(
+        packing=packing,
         user_id=torch.tensor(users),
         features=torch.zeros(n_pairs, 0),
         input_ids=padded(input_ids, 9),

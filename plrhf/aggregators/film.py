@@ -105,8 +105,7 @@ class FiLM(Aggregator):
             hidden = backbone(
                 batch.input_ids.repeat(n_contexts, 1),
                 batch.segment.repeat(n_contexts, 1),
-                batch.position_ids.repeat(n_contexts, 1),
-                apart=True,
+                batch.position_ids.repeat(n_contexts, 1),  # and not packed: users go by row
             )
         return hidden.unflatten(0, (n_contexts, n_rows))
 
@@ -118,7 +117,7 @@ class FiLM(Aggregator):
             return nn.functional.embedding(batch.texts, self.layer(batch.hidden))
         if batch.trunk is not None:
             return self.layer(batch.trunk)
-        return self.layer(backbone(batch.input_ids, batch.segment, batch.position_ids))
+        return self.layer(backbone.read_text(batch))
 
     @contextlib.contextmanager
     def decoding(

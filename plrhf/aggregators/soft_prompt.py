@@ -38,11 +38,13 @@ class ConcatSoftPrompt(Aggregator):
     def forward(self, backbone: Backbone, batch: PreferenceBatch, user: Tensor) -> Tensor:
         vectors = self._vectors(spread_over_rows(user, batch), backbone.embedding_dtype)
         n_contexts, n_rows, n_tokens, _ = vectors.shape  # [C, R, T, e]
+        packing = batch.packing_for(n_tokens)
         hidden = backbone(
             batch.input_ids.repeat(n_contexts, 1),
             batch.segment.repeat(n_contexts, 1),
             batch.position_ids.repeat(n_contexts, 1),
             user_vectors=vectors.flatten(0, 1),
+            packing=None if packing is None else packing.repeated(n_contexts),
         )
         return hidden[:, n_tokens:].unflatten(0, (n_contexts, n_rows))
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from plrhf.backbone.families import PACKED, Layout, expected_layout
 from plrhf.backbone.sharding import is_sharded
 from plrhf.core.errors import bad_value
+from plrhf.core.row_packing import RowPacking
 from plrhf.core.types import CHOSEN, PADDING, PROMPT, REJECTED
 
 if TYPE_CHECKING:
@@ -195,6 +197,8 @@ def _through_layout(
         [torch.cat([row, fill.expand(-1, length - row.shape[1])], 1) for row in rows]
     )
     ids, segment, positions = whole.unbind(dim=1)
+    packing = RowPacking.of(segment[:, 1:].cpu(), n_vectors=1) if layout == "packed" else None
+    packing = move_data_to_device(packing, ids.device)
     before, backbone.layout = getattr(backbone, "layout", layout), layout
     try:
         hidden = backbone(
@@ -202,6 +206,7 @@ def _through_layout(
             segment[:, 1:],
             (positions - 1).clamp(min=0)[:, 1:],
             user_vectors=backbone.embed(ids[:, :1]),
+            packing=packing,
         )
     finally:
         backbone.layout = before

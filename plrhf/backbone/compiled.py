@@ -32,7 +32,8 @@ class CompiledBlock(nn.Module):
 
 def compile_in_training(block: nn.Module) -> None:
     """Let a block run by torch.compile while it trains; its naive twin is the block before."""
-    block.__class__ = _compiled_class(type(block))
+    plain_class: Any = type(block)
+    block.__class__ = _compiled_class(plain_class)
 
 
 @cache

@@ -25,10 +25,10 @@ from plrhf.backbone.families import Layout, is_causal
 from plrhf.backbone.kv_cache import RoomyLayer
 from plrhf.backbone.logits import head_parameters, own_logits
 from plrhf.backbone.masks import packed_rows, sees
-from plrhf.backbone.row_packing import RowPacking
 from plrhf.backbone.sharding import gathered, is_sharded, whole_shape
 from plrhf.core.errors import bad_value
-from plrhf.core.types import PADDING, PROMPT
+from plrhf.core.row_packing import RowPacking
+from plrhf.core.types import PADDING, PROMPT, PreferenceBatch
 
 Trainable = Literal["lora", "frozen", "full"]
 
@@ -193,17 +193,16 @@ class Backbone(nn.Module):
         position_ids: Tensor,
         *,
         user_vectors: Tensor | None = None,
-        apart: bool = False,
+        packing: RowPacking | None = None,
     ) -> Tensor:
         """Compute last hidden states [R, T + L, d] of T user vectors followed by L text positions.
-
-        Short rows are put together and taken apart again, see `RowPacking`.
 
         Args:
             input_ids, segment, position_ids: [R, L] int64, laid out as `layout` says.
             user_vectors: [R, T, e], which stand before the text, count as prompt and take positions
                 0..T-1.
-            apart: leave rows as they are, since something in the trunk goes by row.
+            packing: how the trunk computes short rows together, made for T user vectors; None: it
+                computes them as they are.
         """
         n_vectors = 0 if user_vectors is None else user_vectors.shape[1]
         embeddings = None
@@ -217,7 +216,6 @@ class Backbone(nn.Module):
             input_ids = input_ids.masked_fill(segment == PADDING, self.padding)
             mask = (segment != PADDING).long()
             return self.call_trunk(input_ids, embeddings, attention_mask=mask)
-        packing = None if apart else RowPacking.of(segment)
         if packing is None:
             return self._run_packed(input_ids, embeddings, segment, positions)
         hidden = self._run_packed(
@@ -228,6 +226,11 @@ class Backbone(nn.Module):
             packing.source_row,
         )
         return packing.unpack(hidden)
+
+    def read_text(self, batch: PreferenceBatch) -> Tensor:
+        """Compute last hidden states [R, L, d] of a batch's text, without any user."""
+        packing = batch.packing_for(0)
+        return self(batch.input_ids, batch.segment, batch.position_ids, packing=packing)
 
     def _run_packed(
         self,

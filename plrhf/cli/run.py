@@ -114,6 +114,7 @@ def train_personal(
             tokenizer,
             layout=backbone.layout,
             max_positions=model.max_positions,
+            n_user_vectors=model.n_user_vectors,
             cache_dir=cache_dir,
         )
         if isinstance(model, PersonalDPOPolicy):

@@ -213,6 +213,7 @@ def load_run(
         load_tokenizer(str(export)),
         layout=model.backbone.layout,
         max_positions=model.max_positions,
+        n_user_vectors=model.n_user_vectors,
         cache_dir=Path(trained.cache_dir),
     )
     print_lines([*data.report.lines(), *data.tokenizing_notes()])

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from plrhf.core.row_packing import RowPacking
 
 GENERIC_USER = 0
 """Index of the generic user u_0. The users of the training rows have the indices 1, 2, ..."""
@@ -50,6 +54,7 @@ class PreferenceBatch:
         None  # [R, L, d] last hidden states without any user, where they are kept
     )
     weight: Tensor | None = None  # [B] float32, see `PairDataset.shard`; None: a batch of its own
+    packing: RowPacking | None = None  # how rows may be packed for the trunk; None: they stay
     step_weight: float = 1.0  # of the batch in its optimiser step, see `ResumableBatchSampler`
 
     @property
@@ -68,7 +73,13 @@ class PreferenceBatch:
             position_ids=blank,
             hidden=hidden,
             texts=texts,
+            packing=None,
         )
+
+    def packing_for(self, n_vectors: int) -> RowPacking | None:
+        """How rows with `n_vectors` user vectors in front may be packed, if it was made for as many."""
+        made = self.packing
+        return made if made is not None and made.n_vectors == n_vectors else None
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of values [B] over the batch's pairs, of which this process may have a share.

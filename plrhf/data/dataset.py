@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from plrhf.core.row_packing import RowPacking
 from plrhf.core.types import GENERIC_USER, PreferenceBatch
 from plrhf.data.features import FeatureSchema
 from plrhf.data.packing import Layout, TokenPair, packed
@@ -58,6 +59,9 @@ class TextValues:
 class PairDataset:
     """Tokenised pairs of one split, with the values that were computed for them beforehand.
 
+    Args:
+        n_user_vectors: how many user vectors will stand in front of each row, for `RowPacking`.
+
     Attributes:
         user_id: index of each pair's user, [N] int64. features: of each pair's user, [N, F] float32.
         ref_logps: reference log-probabilities of chosen and rejected, [N, 2], or None.
@@ -72,8 +76,10 @@ class PairDataset:
         layout: Layout,
         user_index: dict[str, int],
         schema: FeatureSchema,
+        n_user_vectors: int = 0,
     ) -> None:
         self.rows, self.pairs, self.layout = rows, pairs, layout
+        self.n_user_vectors = n_user_vectors
         people: Sequence[Row | Person] = rows
         person = np.arange(len(rows))
         if isinstance(rows, Rows):
@@ -109,6 +115,9 @@ class PairDataset:
         at = torch.tensor(indices, dtype=torch.int64)
         pairs = [] if self.hidden is not None else [self.pairs[index] for index in indices]
         input_ids, segment, positions = self.layout(pairs)
+        packing = None
+        if self.layout is packed and self.hidden is None:
+            packing = RowPacking.of(segment, n_vectors=self.n_user_vectors)
         batch = PreferenceBatch(
             user_id=self.user_id[at],
             features=self.features[at],
@@ -117,6 +126,7 @@ class PairDataset:
             position_ids=positions,
             row=at,
             ref_logps=None if self.ref_logps is None else self.ref_logps[at],
+            packing=packing,
         )
         if self.hidden is None:
             return batch

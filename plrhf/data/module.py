@@ -151,13 +151,14 @@ class PreferenceData(LightningDataModule):
         *,
         layout: LayoutName,
         max_positions: int | None = None,
+        n_user_vectors: int = 0,
         cache_dir: Path | None = None,
     ) -> None:
         """Tokenise the rows of every split, and drop those that are too long.
 
         Args:
             layout: whether a pair is one row or two, which the backbone says.
-            max_positions: of the model.
+            max_positions: of the model. n_user_vectors: see `PairDataset`.
             cache_dir: where other runs find the tokens again, see `load_or_tokenize`.
 
         Raises:
@@ -188,6 +189,7 @@ class PreferenceData(LightningDataModule):
                 layout=LAYOUTS[layout],
                 user_index=self.user_index,
                 schema=self.schema,
+                n_user_vectors=n_user_vectors,
             )
         if len(self.splits.train) > 0 and len(self.datasets["train"]) == 0:
             raise bad_value(

@@ -125,6 +125,7 @@ class RewardJudge(Judge):
             layout=LAYOUTS[self.model.backbone.layout],
             user_index=index if self.users == "own" else {},
             schema=card.feature_schema(),
+            n_user_vectors=self.model.n_user_vectors,
         )
 
     def _tokens(self, row: Row) -> TokenPair:

@@ -80,7 +80,9 @@ class PersonalModule(LightningModule):
         self.encoder = encoder
         self.aggregator = aggregator
         self.optim = Optim() if optim is None else optim
-        if encoder.generic(1).shape[1] == 0:  # no user vectors: what maps them would never learn
+        has_vectors = encoder.generic(1).shape[1] > 0
+        self.n_user_vectors = aggregator.n_positions if has_vectors else 0
+        if not has_vectors:  # what maps user vectors would never learn
             for parameter in user_maps(aggregator):
                 parameter.requires_grad_(False)
         # An encoder that does not tell users apart gives both contexts the same vectors.

@@ -116,7 +116,7 @@ class PersonalDPOPolicy(PersonalModule):
 
     def trunk(self, batch: PreferenceBatch) -> Tensor:
         """Run the backbone on the text alone, [R, L, d] last hidden states."""
-        return self.backbone(batch.input_ids, batch.segment, batch.position_ids)
+        return self.backbone.read_text(batch)
 
     def margins(self, hidden: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         reference = self.reference_logps(batch) if batch.ref_logps is None else batch.ref_logps

@@ -112,7 +112,7 @@ class PersonalRewardModel(PersonalModule):
 
     def pooled_trunk(self, batch: PreferenceBatch) -> Tensor:
         """Run the trunk without any user and pool its outputs, [B, 2, d] float32."""
-        hidden = self.backbone(batch.input_ids, batch.segment, batch.position_ids)
+        hidden = self.backbone.read_text(batch)
         return pool_responses(
             hidden[None], batch.segment, n_pairs=len(batch), pooling=self.pooling
         )[0].float()

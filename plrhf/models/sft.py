@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from plrhf.backbone.saving import without_frozen
 from plrhf.core.checks import check_arguments
 from plrhf.core.errors import bad_value
 from plrhf.core.logprobs import response_logps
+from plrhf.core.row_packing import RowPacking
 from plrhf.core.types import CHOSEN, PADDING, REJECTED, PreferenceBatch
 from plrhf.models.metrics import ExactMean
 from plrhf.models.optim import Optim
@@ -50,17 +52,32 @@ class SupervisedPolicy(LightningModule):
         total, n_tokens = self.total_nll(batch)
         return total / self._mean_over_processes(n_tokens)
 
+    def on_before_batch_transfer(
+        self, batch: PreferenceBatch, dataloader_idx: int
+    ) -> PreferenceBatch:
+        """Leave out what is not learned, and pack the rest: texts of one response are shorter."""
+        segment = self._learned_segment(batch)
+        packing = RowPacking.of(segment) if self.backbone.layout == "packed" else None
+        return replace(batch, segment=segment, packing=packing)
+
+    def _learned_segment(self, batch: PreferenceBatch) -> Tensor:
+        """The batch's segments, padding in place of what is not learned from."""
+        segment = batch.segment
+        if self.responses == "chosen":
+            segment = segment.masked_fill(segment == REJECTED, PADDING)
+        counted = batch.counted().repeat(len(segment) // len(batch))  # of each row
+        return segment.masked_fill(~counted[:, None], PADDING)
+
     def total_nll(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """Sum the negative log-likelihood of this process's response tokens, and count the tokens.
 
         Returns:
             0-dim tensors: the sum in nats, and the count.
         """
-        segment = batch.segment
-        if self.responses == "chosen":
-            segment = segment.masked_fill(segment == REJECTED, PADDING)
-        segment = segment.masked_fill(~batch.counted()[:, None], PADDING)
-        hidden = self.backbone(batch.input_ids, segment, batch.position_ids)
+        segment = self._learned_segment(batch)
+        hidden = self.backbone(
+            batch.input_ids, segment, batch.position_ids, packing=batch.packing_for(0)
+        )
         logps = response_logps(
             hidden,
             batch.input_ids,

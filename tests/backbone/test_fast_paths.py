@@ -30,8 +30,8 @@ from transformers.models.gptj.modeling_gptj import GPTJAttention, GPTJBlock
 from plrhf.backbone import chunked_attention, gptj
 from plrhf.backbone.masks import FLEX, PackedRows, block_mask, sees
 from plrhf.backbone.model import Backbone
-from plrhf.backbone.row_packing import RowPacking
 from plrhf.core.errors import BadValue
+from plrhf.core.row_packing import RowPacking
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.packing import Layout, TokenPair, packed, two_rows
 from plrhf.models.policy import PersonalDPOPolicy
