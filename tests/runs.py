@@ -106,6 +106,13 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def evaluation_of(directory: Path) -> dict[str, Any]:
+    """results.json without the command that evaluated the run."""
+    results = json.loads((directory / "results.json").read_text())
+    del results["provenance"]["command"]
+    return dict(results)
+
+
 def check_run(
     run_dir: Path, *, oracle: bool = True, generations: bool = False, in_sweep: bool = False
 ) -> dict[str, Any]:
@@ -142,7 +149,7 @@ def check_evaluation(directory: Path, *, oracle: bool = True) -> dict[str, Any]:
 
     results = json.loads((directory / "results.json").read_text())
     keys = {"schema", "config", "test", "cells", "oracle", "controls", "data", "probes", "run"}
-    assert set(results) == keys and results["schema"] == 1
+    assert set(results) == {*keys, "provenance"} and results["schema"] == 1
     assert set(results["run"]) == {"command", "versions"}
     counts = {"read", "refused", "dropped", "truncated", "rows", "users", "padding"}
     assert set(results["data"]) == counts

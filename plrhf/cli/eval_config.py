@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from plrhf.cli.config import DataConfig, Section, Seed, check_writable
 from plrhf.core.components import construct, locate, parameters
 from plrhf.core.errors import bad_value
-from plrhf.evaluation.few_shot import Shots
+from plrhf.evaluation.few_shot import FewShotOptions
 from plrhf.evaluation.generations import GenerationOptions
 
 TEXT_OPTIONS = (
@@ -58,7 +58,7 @@ class WinrateTask(Section):
         return super().read(settings, field)
 
 
-Task: TypeAlias = ScoreTask | CompareTask | WinrateTask | GenerationOptions | Shots
+Task: TypeAlias = ScoreTask | CompareTask | WinrateTask | GenerationOptions | FewShotOptions
 
 
 class EvalConfig(Section):
@@ -137,7 +137,7 @@ def _read_task(node: Mapping[str, Any]) -> Task:
         return sections[node["name"]].read(node, "eval")  # type: ignore[return-value]
     if node["name"] == "generate":
         return construct(GenerationOptions, node, "eval", origin="eval")
-    return construct(Shots, node, "eval")
+    return construct(FewShotOptions, node, "eval")
 
 
 def overridden(section: str) -> set[str]:

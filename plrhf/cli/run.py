@@ -32,14 +32,20 @@ from plrhf.cli.run_dir import (
     find_resume,
 )
 from plrhf.cli.supervised import cached_tiny_backbone, train_supervised
-from plrhf.core.components import Settings
+from plrhf.core.components import WITHOUT_EFFECT, Settings
 from plrhf.core.errors import bad_value
 from plrhf.data.features import FeatureSchema
 from plrhf.data.module import PreferenceData
 from plrhf.evaluation.generations import requested_rows, write_generations
 from plrhf.evaluation.predictions import Prepare, engine, predict, prepare
 from plrhf.evaluation.probes import probe
-from plrhf.evaluation.results import summarise_run, write_evaluation
+from plrhf.evaluation.results import (
+    Command,
+    model_fingerprint,
+    provenance_of,
+    summarise_run,
+    write_evaluation,
+)
 from plrhf.evaluation.users import write_users
 from plrhf.models.base import PersonalModule
 from plrhf.models.export import save_export
@@ -151,14 +157,16 @@ def evaluate_run(
     run_dir = Path(config.run_dir)
     prepare(model, data.restrict_to("test"), trainer, cache_dir=Path(config.cache_dir))
     predictions = predict(model, data, trainer)
-    write_results(config, data, predictions, probes)
+    fingerprint = fingerprint_of(config, model, data)
+    write_results(config, data, predictions, probes, fingerprint)
     ask = engine(model, trainer)
     with outputs.writing(run_dir / "users.json"):
-        ask(write_users, run_dir / "users.json", model, data)
+        ask(write_users, run_dir / "users.json", model, data, fingerprint)
     if isinstance(model, PersonalDPOPolicy):
         lightning.seed_everything(config.seed, verbose=False)  # all processes draw alike
-        with outputs.writing(run_dir / "generations.jsonl"):
-            ask(write_generations, run_dir / "generations.jsonl", model, data, config.samples)
+        texts = run_dir / "generations.jsonl"
+        with outputs.writing(texts):
+            ask(write_generations, texts, model, data, config.samples, fingerprint)
     if trainer.is_global_zero:
         with outputs.writing(run_dir / "report.html"):
             report.write_report(run_dir)
@@ -167,11 +175,23 @@ def evaluate_run(
 
 @rank_zero_only
 def write_results(
-    config: RunConfig, data: PreferenceData, predictions: pd.DataFrame, probes: dict[str, Any]
+    config: RunConfig,
+    data: PreferenceData,
+    predictions: pd.DataFrame,
+    probes: dict[str, Any],
+    fingerprint: str,
 ) -> None:
     """Write predictions.parquet and results.json, and print the table of test results."""
-    how = {"command": " ".join(["python", *sys.argv]), "versions": versions()}
-    results = summarise_run(predictions, config.resolved, data, probes, how)
+    how = this_command()
+    settings = config.data.model_dump(mode="json")
+    results = summarise_run(
+        predictions,
+        config=config.resolved,
+        counts=data.counts(),
+        probes=probes,
+        run=how,
+        provenance=provenance_of(data, settings=settings, how=how, fingerprint=fingerprint),
+    )
     write_evaluation(Path(config.run_dir), results, predictions)
     tables.console().print(tables.closing_table(results))
 
@@ -182,6 +202,23 @@ def _print_notes(warnings: list[str], padding: float | None) -> None:
         print(f"warning: {line}")
     if padding is not None:
         print(f"padding: {100 * padding:.1f}% of the tokens of train batches")
+
+
+def this_command() -> Command:
+    """Return what was typed, and the libraries' versions."""
+    return Command(command=" ".join(["python", *sys.argv]), versions=versions())
+
+
+def fingerprint_of(config: RunConfig, model: PersonalModule, data: PreferenceData) -> str:
+    """Return the fingerprint of the model that a run arrives at."""
+    aside = (*WITHOUT_EFFECT, "samples")
+    settings = {name: value for name, value in config.resolved.items() if name not in aside}
+    return model_fingerprint(
+        config=settings,
+        backbone=model.card.fingerprint,
+        rows=data.content_hash(),
+        versions=versions(),
+    )
 
 
 def versions() -> dict[str, str]:

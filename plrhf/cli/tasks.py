@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import lightning
 from lightning import Trainer
@@ -17,26 +15,38 @@ from plrhf.cli.config import RunConfig
 from plrhf.cli.eval_config import EvalConfig, WinrateTask
 from plrhf.cli.jobs import why_failed
 from plrhf.cli.outputs import Outputs
-from plrhf.cli.run_dir import hash_of_rows, write_whole
+from plrhf.cli.run import this_command
+from plrhf.cli.run_dir import hash_of_rows
 from plrhf.core.components import Settings, build
 from plrhf.core.errors import bad_value
 from plrhf.data.module import PreferenceData
-from plrhf.evaluation.few_shot import Shots, learning_curve, shots_table
+from plrhf.evaluation.few_shot import (
+    FewShotOptions,
+    few_shot_terminal_table,
+    learning_curve,
+)
 from plrhf.evaluation.generations import (
     GeneratedText,
     GenerationOptions,
     read_generations,
     write_generations,
 )
-from plrhf.evaluation.judges import Contest, Judge, win_rates
+from plrhf.evaluation.judges import Contest, Judge, JudgedRun, win_rates
 from plrhf.evaluation.predictions import predict, prepare
 from plrhf.evaluation.probes import probe
-from plrhf.evaluation.results import summarise_run, write_evaluation
+from plrhf.evaluation.records import write_record
+from plrhf.evaluation.results import (
+    provenance_of,
+    read_results,
+    summarise_run,
+    write_evaluation,
+)
 from plrhf.evaluation.users import write_users
 from plrhf.models.base import PersonalModule
 from plrhf.models.card import Card, read_card
 from plrhf.models.policy import PersonalDPOPolicy
-from plrhf.reporting import comparison, report, tables
+from plrhf.reporting import comparison, comparison_page, report, tables
+from plrhf.reporting.over_seeds import seeds_table
 
 
 def evaluate(settings: Settings) -> None:
@@ -59,13 +69,25 @@ def score(config: EvalConfig) -> None:
     out = Path(config.out or run / "eval")
     prepare(model, data.restrict_to("val", "test"), trainer, cache_dir=Path(trained.cache_dir))
     predictions = predict(model, data, trainer)
-    how = json.loads((run / "results.json").read_text())["run"]
-    results = summarise_run(predictions, trained.resolved, data, probe(data.splits), how)
+    before = read_results(run)
+    results = summarise_run(
+        predictions,
+        config=trained.resolved,
+        counts=data.counts(),
+        probes=probe(data.splits),
+        run=before.run,
+        provenance=provenance_of(
+            data,
+            settings=(config.data or trained.data).model_dump(mode="json"),
+            how=this_command(),
+            fingerprint=before.fingerprint,
+        ),
+    )
     write_evaluation(out, results, predictions)
     tables.console().print(tables.closing_table(results))
     outputs = Outputs(debug=config.debug)
     with outputs.writing(out / "users.json"):
-        write_users(out / "users.json", model, data)
+        write_users(out / "users.json", model, data, before.fingerprint)
     with outputs.writing(out / "report.html"):
         print(f"report: {report.write_report(out)}")
     outputs.check()
@@ -81,7 +103,8 @@ def write(config: EvalConfig) -> None:
     out = Path(config.out or run)
     out.mkdir(parents=True, exist_ok=True)
     lightning.seed_everything(trained.seed if config.seed is None else config.seed, verbose=False)
-    write_generations(out / "generations.jsonl", model, data, texts)
+    fingerprint = read_results(run).fingerprint
+    write_generations(out / "generations.jsonl", model, data, texts, fingerprint)
     print(f"texts: {out / 'generations.jsonl'}")
     rewrite_report(out, config)
 
@@ -96,17 +119,22 @@ def winrate(config: EvalConfig) -> None:
     run = finished_run(config)
     contests = find_contests(run, task.against)
     judge: Judge = build(task.judge, "eval.judge", kind=Judge)
-    found = win_rates(contests, judge.compare(contests))
-    result = {"run": str(run), "against": task.against, "judge": task.judge, **found}
+    result = JudgedRun(
+        **win_rates(contests, judge.compare(contests)).model_dump(),
+        fingerprint=read_results(run).fingerprint,
+        run=str(run),
+        against=task.against,
+        judge=task.judge,
+    )
     out = Path(config.out or run)
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "winrate.json", json.dumps(result, indent=2) + "\n")
-    low, high = result["win_rate"]["ci95"] or (math.nan, math.nan)
+    write_record(out / "winrate.json", result)
+    low, high = result.win_rate["ci95"] or (math.nan, math.nan)
     print(
-        f"win rate of {run} against {task.against}: {result['win_rate']['value']:.3f} "
-        f"[{low:.3f}, {high:.3f}] over {result['n_texts']} texts, {result['ties']:.3f} ties"
+        f"win rate of {run} against {task.against}: {result.win_rate['value']:.3f} "
+        f"[{low:.3f}, {high:.3f}] over {result.n_texts} texts, {result.ties:.3f} ties"
     )
-    if result["cost"] is not None:
+    if result.cost is not None:
         print(_judging(result))
     rewrite_report(out, config)
 
@@ -137,18 +165,19 @@ def find_contests(run: Path, against: str) -> list[Contest]:
 
 def adapt(config: EvalConfig) -> None:
     """Measure how well new users are known after a few of their pairs: adapt.json and a table."""
-    options: Shots = config.task
+    options: FewShotOptions = config.task
     run = finished_run(config)
     model, data, trainer, _ = load_run(run, config)
     model.to(trainer.strategy.root_device)
     seed = 0 if config.seed is None else config.seed
     with trainer.precision_plugin.forward_context():
-        result = learning_curve(model, data, options, seed=seed)
+        fingerprint = read_results(run).fingerprint
+        result = learning_curve(model, data, options, seed=seed, fingerprint=fingerprint)
     out = Path(config.out or run)
     out.mkdir(parents=True, exist_ok=True)
     path = out / ("adapt.json" if options.users == "unseen" else "adapt_seen.json")
-    write_whole(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
-    tables.console().print(shots_table(result))
+    write_record(path, result)
+    tables.console().print(few_shot_terminal_table(result))
     print(f"curve: {path}")
     rewrite_report(out, config)
 
@@ -163,14 +192,14 @@ def compare(config: EvalConfig) -> None:
             "a glob of run directories" if name == "runs" else "a directory",
             "Write eval=compare runs='DIR/*' out=DIR",
         )
-    frame = report.compare(config.runs, config.out, baseline=config.task.baseline)
-    over_seeds = frame.attrs["over_seeds"]
-    if over_seeds is None:
-        tables.console().print(comparison.comparison_table(frame))
+    made = comparison_page.compare(config.runs, config.out, baseline=config.task.baseline)
+    if made.over_seeds is None:
+        tables.console().print(comparison.comparison_table(made.frame))
     else:
         title = "Test results over seeds, 95% intervals over users"
-        tables.console().print(tables.rich_table(over_seeds, title=title, without=["by seed"]))
-    for path in frame.attrs["skipped"]:
+        table = seeds_table(made.over_seeds)
+        tables.console().print(tables.rich_table(table, title=title, without=["by seed"]))
+    for path in made.skipped:
         print(f"skipped, as it holds no results.json: {path}{why_failed(Path(path))}")
     print(f"report: {Path(config.out) / 'report.html'}")
 
@@ -275,14 +304,14 @@ def _same_task(one: GeneratedText, other: GeneratedText) -> bool:
     return (one.prompt, one.profile) == (other.prompt, other.profile)
 
 
-def _judging(result: dict[str, Any]) -> str:
+def _judging(result: JudgedRun) -> str:
     """What a judge who was asked did: cost, position bias, answers that were none."""
-    answers, cost = result["answers"], result["cost"]
+    answers, cost = result.answers or {}, result.cost or {}
     price = "not known" if cost["price"] is None else f"{cost['price']:.4f}"
     return (
         f"judge: {cost['questions']} questions, {cost['from_cache']} answered before; "
         f"{cost['input_tokens']} + {cost['output_tokens']} tokens, price {price}; "
-        f"prefers the first text {result['first_position_wins']:.3f}; "
+        f"prefers the first text {result.first_position_wins or 0.0:.3f}; "
         f"{answers['refused']} refused, {answers['unparseable']} unparseable"
     )
 

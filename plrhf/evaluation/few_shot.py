@@ -9,9 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import rich.table
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from plrhf.core.checks import check_arguments
+from plrhf.core.checks import PositiveFloat, PositiveInt, check_arguments
 from plrhf.core.errors import bad_value
 from plrhf.core.stats import (
     Estimate,
@@ -25,16 +26,18 @@ from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
 from plrhf.data.reading import read_rows
 from plrhf.data.rows import Row
+from plrhf.evaluation.records import Record
 from plrhf.models.adaptation import Fit, Prior, fit_users, scores
 from plrhf.models.base import PersonalModule
 from plrhf.models.pair_batches import batches_of, compute_per_pair, dataset_of
 
-ADAPT_SCHEMA = 1
+FITTED = ("adapted", "other_user", "pooled")
+"""Whose pairs a user is fitted to: their own, one other person's, or many other people's."""
 
 
 @check_arguments("eval")
 @dataclass(frozen=True, kw_only=True)
-class Shots(Fit):
+class FewShotOptions(Fit):
     """Which curve to measure.
 
     Args:
@@ -42,11 +45,13 @@ class Shots(Fit):
         draws: how often pairs to give are drawn for each user, from 1.
         users: ``unseen``, or ``seen``: train users as if they were new, given train pairs and asked
             val pairs, which is where settings may be chosen.
-        others: see `Fit`.
+        steps, prior_scale: see `Fit`.
     """
 
     shots: list[int]
-    draws: int = 5
+    steps: PositiveInt = 40
+    prior_scale: PositiveFloat = 1.0
+    draws: PositiveInt = 5
     users: Literal["unseen", "seen"] = "unseen"
 
     def __post_init__(self) -> None:
@@ -58,8 +63,31 @@ class Shots(Fit):
                 "whole numbers from 0, each above the one before",
                 "Set eval.shots=[0,1,2,4,8,16]",
             )
-        if self.draws < 1:
-            raise bad_value("eval.draws", self.draws, "a whole number from 1", "Set eval.draws=5")
+
+
+class FewShotCurve(Record):
+    """adapt.json, schema 1: accuracy by number of pairs given, and the controls.
+
+    Attributes:
+        fingerprint: of the model.
+        shots: numbers of pairs given.
+        curves: by `FITTED`, and ``generic``, fitted to nothing, and ``oracle`` or None; an estimate for
+            each number of pairs.
+        over_generic: how much better than the generic user, paired.
+        gain_recovered: as a share of what the oracle wins over the generic user; None without one.
+        users: which were asked. left_out: how many had too few pairs.
+    """
+
+    version: Literal[1] = Field(default=1, alias="schema")
+    fingerprint: str | None = None
+    shots: list[int]
+    curves: dict[str, list[Estimate] | None]
+    over_generic: dict[str, list[Estimate]] = {}
+    gain_recovered: dict[str, list[Estimate]] | None
+    users: str = "unseen"
+    n_users: int
+    n_draws: int
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,16 +99,22 @@ class Trial:
 
 
 def learning_curve(
-    model: PersonalModule, data: PreferenceData, options: Shots, *, seed: int
-) -> dict[str, Any]:
-    """adapt.json: accuracy on new users' other pairs after k pairs given, and the controls.
+    model: PersonalModule,
+    data: PreferenceData,
+    options: FewShotOptions,
+    *,
+    seed: int,
+    fingerprint: str | None = None,
+) -> FewShotCurve:
+    """Measure accuracy on new users' other pairs after k pairs given, and the controls.
 
-    ``adapted`` is fitted to the user's own k pairs, ``pooled`` to k pairs of somebody else drawn
-    anew for each draw, ``generic`` to none. All are asked the same pairs; intervals are a bootstrap
-    over users, `over_generic` and `gain_recovered` of paired figures.
+    ``adapted`` is fitted to the user's own k pairs. ``other_user`` is fitted to k pairs of one other
+    person, which should lose: it knows somebody, and the wrong one. ``pooled`` is fitted to k pairs
+    of k other people: what it gains is not personal. ``generic`` is fitted to none. All are asked the
+    same pairs. Intervals are a bootstrap over users; `over_generic` and `gain_recovered` are paired.
 
     Args:
-        data: tokenised. seed: of the draws.
+        data: tokenised. seed: of the draws. fingerprint: of the model.
 
     Raises:
         ValueError: fewer than two users with enough pairs.
@@ -94,27 +128,29 @@ def learning_curve(
     given_ids = {row.pair_id for row in given}
     trials, left_out = draw_trials(dataset.rows, given_ids, options, seed=seed)
     curve = Curve(model, dataset, prior, trials, batch_size=data.eval_batch_size)
-    margins: dict[str, list[np.ndarray]] = {name: [] for name in ("adapted", "pooled", "generic")}
+    margins: dict[str, list[np.ndarray]] = {name: [] for name in (*FITTED, "generic")}
     generic = curve.margins(torch.zeros(curve.n_trials, len(prior.factor)), curve.own)
     for k in options.shots:
         t = curve.fit(k, steps=options.steps)
         margins["adapted"].append(curve.margins(t, curve.own))
-        margins["pooled"].append(curve.margins(t, curve.others))
+        margins["other_user"].append(curve.margins(t, curve.others))
+        t = curve.fit(k, steps=options.steps, pooled=True)
+        margins["pooled"].append(curve.margins(t, curve.own))
         margins["generic"].append(generic)
     true = data.source.oracle_margins()
     if true is not None:
         of_pair = np.array([true[dataset.rows[place].pair_id] for place in curve.asked])
         margins["oracle"] = [of_pair] * len(options.shots)
     outcomes = {name: [curve.outcomes(one) for one in found] for name, found in margins.items()}
-    return {
-        "schema": ADAPT_SCHEMA,
-        "shots": options.shots,
+    return FewShotCurve(
+        fingerprint=fingerprint,
+        shots=options.shots,
         **summarised(outcomes),
-        "users": options.users,
-        "n_users": len(trials[0]),
-        "n_draws": options.draws,
-        "left_out": left_out,
-    }
+        users=options.users,
+        n_users=len(trials[0]),
+        n_draws=options.draws,
+        left_out=left_out,
+    )
 
 
 def rows_of_users(data: PreferenceData, users: str) -> tuple[Sequence[Row], Sequence[Row]]:
@@ -134,7 +170,7 @@ def rows_of_users(data: PreferenceData, users: str) -> tuple[Sequence[Row], Sequ
 
 
 def draw_trials(
-    rows: Sequence[Row], given_ids: set[str], options: Shots, *, seed: int
+    rows: Sequence[Row], given_ids: set[str], options: FewShotOptions, *, seed: int
 ) -> tuple[list[list[Trial]], int]:
     """Trials by draw and user, and how many users have too few pairs for the most shots.
 
@@ -171,7 +207,7 @@ def _drawn(given: list[int], asked: list[int], most: int, generator: np.random.G
     return Trial(order[:most], order[most:])
 
 
-def _too_few(rooms: Sequence[int], options: Shots) -> Exception:
+def _too_few(rooms: Sequence[int], options: FewShotOptions) -> Exception:
     """The error for fewer than two users who could be given and asked enough."""
     if len(rooms) < 2:
         return bad_value(
@@ -206,7 +242,7 @@ class Curve:
         self.trials = [trial for of_draw in trials for trial in of_draw]
         self.n_trials = len(self.trials)
         self.asked = [place for trial in self.trials for place in trial.asked]
-        n_users = len(trials[0])
+        self.n_users = n_users = len(trials[0])
         self.own, self.others = [], []
         for number, trial in enumerate(self.trials):
             draw, user = divmod(number, n_users)
@@ -215,9 +251,24 @@ class Curve:
             self.own += [number + 1] * len(trial.asked)
             self.others += [other + 1] * len(trial.asked)
 
-    def fit(self, k: int, *, steps: int) -> Tensor:
-        """t [n_trials, r] of every trial after its first k pairs."""
-        given = [(place, n) for n, trial in enumerate(self.trials, 1) for place in trial.given[:k]]
+    def given(self, number: int, k: int) -> list[int]:
+        """Return the places of a trial's own first k pairs."""
+        return self.trials[number].given[:k]
+
+    def pooled(self, number: int, k: int) -> list[int]:
+        """Return the places of k pairs of other people in the same draw, one of each in turn.
+
+        With fewer than k other people each gives several pairs, never the same one twice.
+        """
+        draw, user = divmod(number, self.n_users)
+        n_others = self.n_users - 1
+        others = [draw * self.n_users + (user + 1 + n) % self.n_users for n in range(n_others)]
+        return [self.trials[others[n % n_others]].given[n // n_others] for n in range(k)]
+
+    def fit(self, k: int, *, steps: int, pooled: bool = False) -> Tensor:
+        """Fit every trial's user to k pairs, their own or `pooled` ones; t [n_trials, r]."""
+        pairs_of = self.pooled if pooled else self.given
+        given = [(place, n + 1) for n in range(self.n_trials) for place in pairs_of(n, k)]
         places, owners = [place for place, _ in given], [owner for _, owner in given]
         batches = batches_of(self.dataset, places, owners, batch_size=self.batch_size)
         return fit_users(self.model, batches, self.prior, n_users=self.n_trials, steps=steps)
@@ -253,7 +304,7 @@ def summarised(outcomes: Mapping[str, Sequence[Outcomes]]) -> dict[str, Any]:
         for who, found in outcomes.items()
     }
     generic, oracle = outcomes["generic"], outcomes.get("oracle")
-    fitted = {who: outcomes[who] for who in ("adapted", "pooled")}
+    fitted = {who: outcomes[who] for who in FITTED if who in outcomes}
     over = {
         who: [paired_difference(a, g)[name] for a, g in zip(found, generic, strict=True)]
         for who, found in fitted.items()
@@ -271,27 +322,26 @@ def summarised(outcomes: Mapping[str, Sequence[Outcomes]]) -> dict[str, Any]:
     }
 
 
-def shots_table(result: Mapping[str, Any]) -> rich.table.Table:
+def few_shot_terminal_table(result: FewShotCurve) -> rich.table.Table:
     """adapt.json as a table for the terminal, a line a number of pairs given.
 
     Beside the curves stands the gain: as a share of the oracle's where there is one, else in points
     over the generic user.
     """
     table = rich.table.Table(
-        title=f"{result['n_users']} {result['users']} users, {result['n_draws']} draws: "
-        "accuracy in per cent"
+        title=f"{result.n_users} {result.users} users, {result.n_draws} draws: accuracy in per cent"
     )
-    curves = {name: found for name, found in result["curves"].items() if found is not None}
+    curves = {name: found for name, found in result.curves.items() if found is not None}
     columns = [(name, found, 100, 1) for name, found in curves.items()]
-    if result["gain_recovered"] is None:
-        gains = result["over_generic"].items()
+    if result.gain_recovered is None:
+        gains = result.over_generic.items()
         columns += [(f"{name}, over generic", found, 100, 1) for name, found in gains]
     else:
-        gains = result["gain_recovered"].items()
+        gains = result.gain_recovered.items()
         columns += [(f"{name}, of oracle's gain", found, 1, 2) for name, found in gains]
     for heading in ("pairs", *(name for name, *_ in columns)):
         table.add_column(heading, justify="right")
-    for place, k in enumerate(result["shots"]):
+    for place, k in enumerate(result.shots):
         cells = [_shown(found[place], scale, digits) for _, found, scale, digits in columns]
         table.add_row(str(k), *cells)
     return table

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from pydantic import TypeAdapter, ValidationError
 
 from plrhf.core.errors import bad_value
 from plrhf.core.types import UserBatch
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Features, Message, Row
 from plrhf.evaluation.people import evenly, features_of, first_people, first_prompts
+from plrhf.evaluation.records import Record, read_lines, write_text
 from plrhf.models.base import PersonalModule
 from plrhf.models.card import Card
 from plrhf.models.generation import check_options, check_room, generate
@@ -60,8 +61,7 @@ class GenerationOptions:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class GeneratedText:
+class GeneratedText(Record):
     """One line of generations.jsonl: a text, who wrote it, and for whom.
 
     Attributes:
@@ -69,6 +69,7 @@ class GeneratedText:
             source has no better.
         writer: "policy" or "reference".
         score: how much the user likes the text, in log odds; None where nobody knows.
+        fingerprint: of the model.
     """
 
     prompt: str | tuple[Message, ...]
@@ -79,30 +80,16 @@ class GeneratedText:
     writer: str
     response: str
     score: float | None
+    fingerprint: str | None = None
 
 
 def read_generations(path: Path) -> list[GeneratedText]:
-    """The texts that `write_generations` left.
+    """Read the texts that `write_generations` left.
 
     Raises:
         ValueError: a line holds no such text.
     """
-    line_of = TypeAdapter(GeneratedText)
-    texts = []
-    with path.open() as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                texts.append(line_of.validate_json(line, strict=True))
-            except ValidationError as error:
-                first = error.errors()[0]
-                reason = ": ".join([*map(str, first["loc"]), first["msg"]])
-                raise bad_value(
-                    f"{path.name}:{number}",
-                    line.strip(),
-                    f"a line as eval=generate writes it ({reason})",
-                    "Write the texts anew",
-                ) from error
-    return texts
+    return list(read_lines(path, GeneratedText))
 
 
 def requested_users(card: Card, texts: GenerationOptions) -> list[str]:
@@ -149,13 +136,46 @@ def requested_rows(
 
 
 def write_generations(
-    path: Path, model: PersonalDPOPolicy, data: PreferenceData, texts: GenerationOptions
+    path: Path,
+    model: PersonalDPOPolicy,
+    data: PreferenceData,
+    texts: GenerationOptions,
+    fingerprint: str | None = None,
 ) -> None:
-    """Write prompts x users x responses as JSONL, true scores with them where the source knows.
+    """Let the policy, and the reference if asked, write for prompts x users; write generations.jsonl.
 
     The reference writes once for all who would ask it the same: everybody, unless users speak.
+
+    Args:
+        path: of generations.jsonl. data: tokenised. fingerprint: of the model.
     """
     asked = requested_rows(model, data, texts)
+    written = _responses(model, data, texts, asked)
+    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
+        return
+    lines = []
+    for writer, responses in written.items():
+        for row, text in zip(asked, responses, strict=True):
+            profile = data.source.profile(row.user_id)
+            one = GeneratedText(
+                prompt=row.prompt,
+                prompt_id=row.prompt_id,
+                user_id=row.user_id,
+                profile=row.user_text if profile is None else profile,
+                user_features=row.user_features,
+                writer=writer,
+                response=text,
+                score=data.source.true_score(row.user_id, text),
+                fingerprint=fingerprint,
+            )
+            lines.append(json.dumps(one.to_json(), ensure_ascii=False) + "\n")
+    write_text(path, "".join(lines))
+
+
+def _responses(
+    model: PersonalDPOPolicy, data: PreferenceData, texts: GenerationOptions, asked: Sequence[Row]
+) -> dict[str, list[str]]:
+    """Return the responses to the rows asked, by writer."""
     how: dict[str, Any] = {
         "max_new_tokens": texts.max_new_tokens,
         "temperature": texts.temperature,
@@ -171,20 +191,4 @@ def write_generations(
         distinct = list(dict.fromkeys(prompts))
         once = dict(zip(distinct, generate(model, tokenizer, distinct, None, **how), strict=True))
         written["reference"] = [once[prompt] for prompt in prompts]
-    if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
-        return
-    with path.open("w") as file:
-        for writer, responses in written.items():
-            for row, text in zip(asked, responses, strict=True):
-                profile = data.source.profile(row.user_id)
-                one = GeneratedText(
-                    prompt=row.prompt,
-                    prompt_id=row.prompt_id,
-                    user_id=row.user_id,
-                    profile=row.user_text if profile is None else profile,
-                    user_features=row.user_features,
-                    writer=writer,
-                    response=text,
-                    score=data.source.true_score(row.user_id, text),
-                )
-                file.write(json.dumps(asdict(one), ensure_ascii=False) + "\n")
+    return written

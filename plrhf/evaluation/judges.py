@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from plrhf.core.errors import bad_value
-from plrhf.core.stats import Array, Outcomes, correctness, summarise_outcomes
+from plrhf.core.stats import Array, Estimate, Outcomes, correctness, summarise_outcomes
 from plrhf.evaluation.generations import GeneratedText
+from plrhf.evaluation.records import Record
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,50 @@ class Verdicts:
     cost: dict[str, Any] | None = None
 
 
+class UserWins(TypedDict):
+    """One user's win rate."""
+
+    win_rate: float
+    n_texts: int
+
+
+class WinRates(Record):
+    """The figures of winrate.json.
+
+    Attributes:
+        win_rate, win_rate_macro: over all texts, and the mean of the users' own rates.
+        ties: share of texts. n_unanswered: contests that were not answered in full.
+        first_position_wins: how often the text shown first wins; None from a judge without order.
+        answers, cost: see `Verdicts`.
+    """
+
+    win_rate: Estimate
+    win_rate_macro: Estimate
+    ties: float
+    n_texts: int
+    n_users: int
+    n_unanswered: int
+    per_user: dict[str, UserWins]
+    first_position_wins: float | None
+    answers: dict[str, int] | None
+    cost: dict[str, Any] | None
+
+
+class JudgedRun(WinRates):
+    """winrate.json: a run's win rates against another's texts.
+
+    Attributes:
+        fingerprint: of the run's model.
+        run, against: directories, or "reference".
+        judge: its settings.
+    """
+
+    fingerprint: str | None = None
+    run: str
+    against: str
+    judge: dict[str, Any]
+
+
 class Judge(ABC):
     """Says which text each user likes better."""
 
@@ -48,7 +94,7 @@ class Judge(ABC):
         """Verdicts on N contests, in their order."""
 
 
-def win_rates(contests: Sequence[Contest], verdicts: Verdicts) -> dict[str, Any]:
+def win_rates(contests: Sequence[Contest], verdicts: Verdicts) -> WinRates:
     """The figures of winrate.json, from contests answered in full.
 
     Who wins in one order and loses in the other has tied, so that a judge who always prefers the
@@ -75,24 +121,24 @@ def win_rates(contests: Sequence[Contest], verdicts: Verdicts) -> dict[str, Any]
     first = None
     if wins.shape[1] == 2:
         first = float(np.mean([wins[:, 0], 1 - wins[:, 1]]))
-    return {
-        "win_rate": found["accuracy_micro"],
-        "win_rate_macro": found["accuracy_macro"],
-        "ties": float((share == 0.5).mean()),
-        "n_texts": len(share),
-        "n_users": found["n_users"],
-        "n_unanswered": int((~judged).sum()),
-        "per_user": {
+    return WinRates(
+        win_rate=found["accuracy_micro"],
+        win_rate_macro=found["accuracy_macro"],
+        ties=float((share == 0.5).mean()),
+        n_texts=len(share),
+        n_users=found["n_users"],
+        n_unanswered=int((~judged).sum()),
+        per_user={
             str(one): {
                 "win_rate": float(share[user == one].mean()),
                 "n_texts": int((user == one).sum()),
             }
             for one in np.unique(user)
         },
-        "first_position_wins": first,
-        "answers": verdicts.answers,
-        "cost": verdicts.cost,
-    }
+        first_position_wins=first,
+        answers=verdicts.answers,
+        cost=verdicts.cost,
+    )
 
 
 class PreferenceJudge(Judge):

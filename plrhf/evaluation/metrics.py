@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,8 @@ from plrhf.core.stats import (
 # Of nll and ece in results.json. Numbers of processes, threads and devices round float32 margins
 # differently, by some 1e-6 after 50 steps; accuracies count signs alone and are exact.
 DECIMALS = 4
-USER_KINDS = ("seen", "unseen")
+UserKind = Literal["seen", "unseen"]
+USER_KINDS: tuple[UserKind, ...] = ("seen", "unseen")
 PROMPT_KINDS = ("seen", "unseen")
 
 

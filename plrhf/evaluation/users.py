@@ -6,36 +6,81 @@ vectors, cluster weights, and the words that soft prompts are nearest to.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from plrhf.core.stats import Array
 from plrhf.core.types import GENERIC_USER, UserBatch
 from plrhf.data.module import PreferenceData
 from plrhf.encoders import ClusterMixtureEncoder
+from plrhf.evaluation.metrics import UserKind
 from plrhf.evaluation.people import evenly, features_of, first_people
+from plrhf.evaluation.records import Record, write_record
 from plrhf.models.base import PersonalModule
 
-USERS_SCHEMA = 1
 MOST_USERS = 1000  # described; more would crowd the map
 N_OWNERS, N_NEAREST = 3, 3
 
 
+class Place(TypedDict):
+    """Where a user's vector lies on the first two principal components, and its cluster weights."""
+
+    at: list[float]
+    weights: list[float] | None
+
+
+class LearnedUser(Place):
+    """A user, and what may be read about them."""
+
+    user_id: str
+    user_kind: UserKind
+    profile: str | None
+    group: str | None
+
+
+class NearestTokens(TypedDict):
+    """Of each soft prompt vector the nearest tokens of the vocabulary, with their cosines."""
+
+    owner: str
+    vectors: list[list[tuple[str, float]]]
+
+
+class LearnedUsers(Record):
+    """users.json, schema 1.
+
+    Attributes:
+        fingerprint: of the model. n_users: of training, described here or not.
+        explained: shares of variance of the two components.
+        generic: the generic user.
+    """
+
+    version: Literal[1] = Field(default=1, alias="schema")
+    fingerprint: str | None = None
+    n_users: int
+    explained: list[float]
+    generic: Place
+    users: list[LearnedUser]
+    nearest_tokens: list[NearestTokens]
+
+
 @torch.no_grad()
-def write_users(path: Path, model: PersonalModule, data: PreferenceData) -> None:
+def write_users(
+    path: Path, model: PersonalModule, data: PreferenceData, fingerprint: str | None
+) -> None:
     """Write what the user model learned of the run's users; nothing where it tells none apart.
 
-    ``{"schema": 1, "n_users", "explained": [2] | null, "generic": U, "users": [U & {"user_id",
-    "user_kind", "profile", "group"}], "nearest_tokens": [{"owner", "vectors": [[[token, cosine]]]}]}``
-    with ``U = {"at": [x, y] | null, "weights": [K] | null}``. Users who have the generic user's
-    vector are left out.
+    Users who have the generic user's vector are left out.
+
+    Args:
+        path: of users.json. data: tokenised. fingerprint: of the model.
     """
     if not model.encoder.personal:
         return
@@ -48,21 +93,21 @@ def write_users(path: Path, model: PersonalModule, data: PreferenceData) -> None
     vectors = vectors[own]
     places, explained = principal(torch.cat([vectors, generic]).double().cpu().numpy())
     weights = _weights(model, torch.cat([index, index.new_tensor([GENERIC_USER])]))
-    learned = [
+    learned: list[Place] = [
         {"at": place, "weights": weight} for place, weight in zip(places, weights, strict=True)
     ]
     people = _who(names, data)
-    users = [{**who, **fact} for who, fact in zip(people, learned, strict=False)]
-    content = {
-        "schema": USERS_SCHEMA,
-        "n_users": data.n_users,
-        "explained": explained,
-        "generic": learned[-1],
-        "users": users,
-        "nearest_tokens": _nearest(model, data, names, vectors, generic),
-    }
+    users: list[Any] = [{**who, **fact} for who, fact in zip(people, learned, strict=False)]
+    record = LearnedUsers(
+        fingerprint=fingerprint,
+        n_users=data.n_users,
+        explained=explained,
+        generic=learned[-1],
+        users=users,
+        nearest_tokens=_nearest(model, data, names, vectors, generic),
+    )
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_record(path, record)
 
 
 def principal(vectors: Array) -> tuple[list[list[float]], list[float]]:
@@ -129,7 +174,7 @@ def _nearest(
     names: Sequence[str],
     vectors: Tensor,
     generic: Tensor,
-) -> list[dict[str, Any]]:
+) -> list[NearestTokens]:
     """Vocabulary tokens nearest, by cosine, to each soft prompt vector of a few owners.
 
     Owners are the generic user and the likeliest clusters, or a few users.
@@ -148,7 +193,7 @@ def _nearest(
     tokens = torch.arange(model.backbone.config.vocab_size, device=vectors.device)
     table = torch.nn.functional.normalize(model.backbone.embed(tokens).float(), dim=1)  # [V, d]
     tokenizer = data.row_tokenizer.tokenizer
-    found = []
+    found: list[NearestTokens] = []
     for owner, vector in owners.items():
         each = torch.nn.functional.normalize(vector.float().view(n_tokens, -1), dim=1)  # [T, d]
         cosine, token = (each @ table.T).topk(N_NEAREST, dim=1)
@@ -157,7 +202,7 @@ def _nearest(
                 "owner": owner,
                 "vectors": [
                     [
-                        [_written(tokenizer, place), round(value, 4)]
+                        (_written(tokenizer, place), round(value, 4))
                         for place, value in zip(*row, strict=True)
                     ]
                     for row in zip(token.tolist(), cosine.tolist(), strict=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import rich.table
 
+from plrhf.core.errors import bad_value
 from plrhf.core.stats import (
     Estimate,
     PairedTest,
@@ -38,31 +40,73 @@ BESIDE_THE_DATA = ("shuffle_users", "batch_size", "batch_tokens", "eval_batch_si
 PARTS = ("data", "backbone", "aggregator", "model", "optim", "trainer")
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Finished runs side by side.
+
+    Attributes:
+        runs: what is compared.
+        frame: one row a run, then the oracle and the length rule of each set of test pairs; intervals
+            in columns ending in ``_low`` and ``_high``.
+        skipped: directories without results.
+        over_seeds: the frame of `over_seeds.seeds_frame`; None where no two runs differ in seed alone.
+    """
+
+    runs: list[Run]
+    frame: pd.DataFrame
+    skipped: list[str]
+    over_seeds: pd.DataFrame | None
+
+
 def comparison_frame(runs: Sequence[Run], *, baseline: Run | None = None) -> pd.DataFrame:
-    """One row a run, then oracle and length-only of each test set; see `report.compare`.
+    """Return one row a run, then the oracle and the length rule of each set of test pairs.
 
     Args:
         baseline: what every run is paired with, None: each with the vanilla run that suits it.
+
+    Raises:
+        ValueError: a run was not tested on the baseline's pairs.
     """
+    if baseline is not None:
+        for run in runs:
+            _check_baseline(run, baseline)
     rows = [
-        _run_row(run, _baseline_of(run, runs) if baseline is None else baseline) for run in runs
+        run_row(run, _baseline_among(runs, run) if baseline is None else baseline) for run in runs
     ]
-    worlds: list[Run] = []  # the first run of each test set
+    worlds: dict[tuple[str, ...], Run] = {}  # the first run of each test set
     for run in runs:
-        if not any(_same_test(run, world) for world in worlds):
-            worlds.append(run)
-    for world in worlds:
-        suffix = f" ({world.name})" if len(worlds) > 1 else ""
-        references = (
-            ("oracle", "oracle", world.results["oracle"]),
-            ("length only", "length", world.results["controls"]["length_only"]),
-        )
-        rows += [
-            {"run": f"{name}{suffix}", "role": role, **_accuracy_columns(cells)}
-            for name, role, cells in references
-            if cells is not None
-        ]
+        worlds.setdefault(run.test_key, run)
+    for world in worlds.values():
+        rows += reference_rows(world, f" ({world.name})" if len(worlds) > 1 else "")
     return with_holm(pd.DataFrame(rows))
+
+
+def reference_rows(run: Run, suffix: str = "") -> list[dict[str, Any]]:
+    """Rows of the oracle, where it is known, and of the length rule on a run's test pairs."""
+    length = run.results.controls["length_only"]
+    references: list[tuple[str, str, Mapping[str, Any] | None]] = [
+        ("oracle", "oracle", run.results.oracle),
+        ("length only", "length", length),
+    ]
+    return [
+        {"run": f"{name}{suffix}", "role": role, **_accuracy_columns(cells)}
+        for name, role, cells in references
+        if cells is not None
+    ]
+
+
+def _check_baseline(run: Run, baseline: Run) -> None:
+    """Raise unless both were tested on the same pairs: ids, users and texts."""
+    if run.tested_as(baseline):
+        return
+    ids = all(same_pairs(run.outcomes(kind), baseline.outcomes(kind)) for kind in USER_KINDS)
+    what = "pairs of the same ids with other texts" if ids else "other test pairs"
+    raise bad_value(
+        "eval.baseline",
+        str(baseline.path),
+        f"a run on the same test pairs ({run.path} has {what})",
+        "Name a run on the same data, splits and seed, or leave eval.baseline out",
+    )
 
 
 def with_holm(frame: pd.DataFrame) -> pd.DataFrame:
@@ -120,7 +164,7 @@ def p_cell(p_value: float) -> Cell:
     return Cell("<0.001" if p_value < 0.001 else f"{p_value:.3f}")
 
 
-def names(paths: Sequence[Path]) -> list[str]:
+def distinct_names(paths: Sequence[Path]) -> list[str]:
     """Last parts of the paths, or all that differs where these are not unique."""
     resolved = [path.resolve() for path in paths]
     names = [path.name for path in resolved]
@@ -130,57 +174,63 @@ def names(paths: Sequence[Path]) -> list[str]:
     return [str(path.relative_to(common)) for path in resolved]
 
 
-def _baseline_of(run: Run, runs: Sequence[Run]) -> Run | None:
-    """The vanilla run with the model, data, seed and test pairs of this one, None for it itself.
+def _baseline_among(runs: Sequence[Run], run: Run) -> Run | None:
+    """The vanilla run that suits one of these runs: of its seed and on its test pairs."""
+    seed = run.settings["seed"]
+    alike = [one for one in runs if one.settings["seed"] == seed and one.tested_as(run)]
+    return nearest_baseline(run, alike)
 
-    Of several the one with most other settings in common, the first of equals.
+
+def nearest_baseline(run: Run, candidates: Sequence[Run]) -> Run | None:
+    """Return the vanilla run with this one's model and data; None for a vanilla run.
+
+    Of several it is the one with most other settings in common, the first of equals.
+
+    Args:
+        candidates: runs with test pairs in common, of the same seeds.
     """
     if run.role == "vanilla":
         return None
     fitting = [
         other
-        for other in runs
+        for other in candidates
         if other.role == "vanilla"
-        and all(other.settings[key] == run.settings[key] for key in ("model", "seed"))
+        and other.settings["model"] == run.settings["model"]
         and _same_data(run, other)
-        and _same_test(run, other)
     ]
-    config = run.results["config"]
 
     def in_common(other: Run) -> int:
-        theirs = other.results["config"]
-        return sum(config.get(part) == theirs.get(part) for part in PARTS)
+        return sum(run.config.get(part) == other.config.get(part) for part in PARTS)
 
     return max(fitting, key=in_common, default=None)
 
 
 def _same_data(first: Run, second: Run) -> bool:
     ours, theirs = (
-        {k: v for k, v in run.results["config"]["data"].items() if k not in BESIDE_THE_DATA}
+        {k: v for k, v in run.config["data"].items() if k not in (*BESIDE_THE_DATA, "seed")}
         for run in (first, second)
     )
     return ours == theirs
 
 
-def _same_test(first: Run, second: Run) -> bool:
-    return all(same_pairs(first.outcomes(kind), second.outcomes(kind)) for kind in USER_KINDS)
+def run_row(run: Run, baseline: Run | None, *, paired_on: Run | None = None) -> dict[str, Any]:
+    """Return a run's row of the frame.
 
-
-def _run_row(run: Run, baseline: Run | None) -> dict[str, Any]:
-    cells = {kind: run.results["test"][kind]["user"] for kind in USER_KINDS}
+    Args:
+        baseline: what it is paired with, None for nothing.
+        paired_on: the run on the pairs it has in common with the baseline; None: on all its pairs.
+    """
     row: dict[str, Any] = {"run": run.name, "role": run.role, **run.settings}
-    row |= _accuracy_columns(cells)
+    row |= _accuracy_columns({kind: run.results.test[kind]["user"] for kind in USER_KINDS})
     if baseline is not None and baseline.path.resolve() == run.path.resolve():
         baseline = None
     row["baseline"] = None if baseline is None else baseline.name
     for kind in USER_KINDS:
-        row |= _paired_columns(run, baseline, kind)
-    for name, cell in run.results["cells"].items():
-        of_user: dict[str, Any] = {"accuracy_micro": NO_ESTIMATE, "n_pairs": 0}
-        if cell is not None:
-            of_user = cell["user"]
-        row |= columns_of(f"{name}_accuracy_micro", of_user["accuracy_micro"])
-        row[f"{name}_n_pairs"] = of_user["n_pairs"]
+        row |= _paired_columns(run if paired_on is None else paired_on, baseline, kind)
+    for name, cell in run.results.cells.items():
+        accuracy = NO_ESTIMATE if cell is None else cell["user"]["accuracy_micro"]
+        row |= columns_of(f"{name}_accuracy_micro", accuracy)
+        row[f"{name}_n_pairs"] = 0 if cell is None else cell["user"]["n_pairs"]
     return row
 
 

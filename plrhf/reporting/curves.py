@@ -7,14 +7,14 @@ aside, is an axis.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 
 from plrhf.core.components import WITHOUT_EFFECT
-from plrhf.evaluation.metrics import USER_KINDS
+from plrhf.evaluation.metrics import USER_KINDS, UserKind
 from plrhf.reporting.drawing import INK, MUTED, SERIES, STYLE, Drawing, drawing, panel
 from plrhf.reporting.runs import SETTINGS, Run
 
@@ -41,7 +41,7 @@ def sweep_curves(runs: Sequence[Run]) -> list[Drawing]:
 
 def curves(runs: Sequence[Run]) -> dict[str, list[Family]]:
     """Families by the setting they vary: dotted names of numbers with two values or more."""
-    flat = [flattened(run.results["config"]) for run in runs]
+    flat = [flattened(run.config) for run in runs]
     names = sorted({name for settings in flat for name in settings})
     varied = [name for name in names if len({settings.get(name) for settings in flat}) > 1]
     found: dict[str, list[Family]] = {}
@@ -85,7 +85,7 @@ def _labels(first: Sequence[Run], axis: str) -> list[str]:
     keys = [key for key in SETTINGS if key != "seed"]
     told = [key for key in keys if len({run.settings[key] for run in first}) > 1]
     parts = [[run.settings[key] for key in told] for run in first]
-    flat = [flattened(run.results["config"]) for run in first]
+    flat = [flattened(run.config) for run in first]
     for name in dict.fromkeys(name for settings in flat for name in settings):
         labels = [", ".join(words) for words in parts]
         if len(set(labels)) == len(labels):
@@ -101,7 +101,7 @@ def _labels(first: Sequence[Run], axis: str) -> list[str]:
 
 
 @rc_context(STYLE)
-def _curve(setting: str, families: Sequence[Family], kind: str) -> Drawing:
+def _curve(setting: str, families: Sequence[Family], kind: UserKind) -> Drawing:
     """Mean over seeds as a line, each run as a mark; the generic context dashed."""
     figure, axes = panel()
     for number, family in enumerate(families):
@@ -123,21 +123,27 @@ def _curve(setting: str, families: Sequence[Family], kind: str) -> Drawing:
     return drawing(figure, f"{setting} and {kind} users")
 
 
-def _line(axes: Axes, family: Family, kind: str, context: str, **style: Any) -> None:
+def _line(
+    axes: Axes,
+    family: Family,
+    kind: UserKind,
+    context: Literal["user", "generic"],
+    **style: Any,
+) -> None:
     """Micro accuracy of the runs that have such pairs; an interval where a value has one run."""
     held = [
-        (value, run.results["test"][kind][context]["accuracy_micro"])
+        (value, run.results.test[kind][context]["accuracy_micro"])
         for value, run in family.runs
-        if run.results["test"][kind][context]["n_pairs"] > 0
+        if run.results.test[kind][context]["n_pairs"] > 0
     ]
     values = sorted({value for value, _ in held})
     by_value = {value: [cell for at, cell in held if at == value] for value in values}
-    means = [100 * np.mean([cell["value"] for cell in by_value[value]]) for value in values]
+    means = [100 * np.mean([cell["value"] or 0.0 for cell in by_value[value]]) for value in values]
     axes.plot(values, means, linewidth=1.6, **style)
     colour = style["color"]
     axes.plot(
         [at for at, _ in held],
-        [100 * cell["value"] for _, cell in held],
+        [100 * (cell["value"] or 0.0) for _, cell in held],
         "o",
         color=colour,
         markersize=3.5,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,16 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 
 from plrhf.core.stats import Estimate, Outcomes, reliability, user_sums
+from plrhf.evaluation.few_shot import FewShotCurve
 from plrhf.evaluation.metrics import USER_KINDS
+from plrhf.evaluation.results import Results
 from plrhf.reporting.drawing import (
     ACCENT,
     INK,
     KIND_COLOURS,
     KIND_MARKERS,
     MUTED,
+    SERIES,
     STYLE,
     WARM,
     Drawing,
@@ -115,7 +118,7 @@ def _bars_of(personal: Outcomes, kind: str) -> Drawing:
 
 
 @rc_context(STYLE)
-def seen_against_unseen(results: Mapping[str, Any]) -> Drawing:
+def seen_against_unseen(results: Results) -> Drawing:
     """Micro accuracy with intervals, by context and kind of user."""
     names = [name for name, _ in headline_rows(results, "seen")]
     figure, axes = panel()
@@ -204,23 +207,22 @@ def comparison_bars(frame: pd.DataFrame) -> Drawing:
     return drawing(figure, "Accuracy by run", wide=True)
 
 
-CURVES = {
+CURVES: dict[str, tuple[str, Any]] = {
     "adapted": (ACCENT, "-"),
     "pooled": (WARM, "--"),
+    "other_user": (SERIES[2], (0, (1, 1))),
     "generic": (MUTED, "-."),
     "oracle": (INK, ":"),
 }
 
 
 @rc_context(STYLE)
-def few_shot_curves(
-    adapted: Mapping[str, Any], *, label: str = "Accuracy by pairs given"
-) -> Drawing:
+def few_shot_curves(adapted: FewShotCurve, *, label: str = "Accuracy by pairs given") -> Drawing:
     """Accuracy on a new user's other pairs by the number k given, from adapt.json, bands of 95%."""
     figure, axes = panel(9.6, 3.2)
-    places = np.arange(len(adapted["shots"]))
+    places = np.arange(len(adapted.shots))
     for name, (colour, dashes) in CURVES.items():
-        curve = adapted["curves"][name]
+        curve = adapted.curves.get(name)
         if curve is None:
             continue
         values, low, high = _percents(curve)
@@ -228,10 +230,10 @@ def few_shot_curves(
             places, values, color=colour, linestyle=dashes, marker="o", markersize=3.5, label=name
         )
         axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
-    axes.set_xticks(places, [str(shots) for shots in adapted["shots"]])
+    axes.set_xticks(places, [str(shots) for shots in adapted.shots])
     axes.set(xlabel="pairs of the new user", ylabel="accuracy, %")
     axes.set_title(label)
-    figure.legend(loc="outside lower right", ncols=4, labelcolor=INK)
+    figure.legend(loc="outside lower right", ncols=5, labelcolor=INK)
     return drawing(figure, label, wide=True)
 
 

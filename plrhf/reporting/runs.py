@@ -1,19 +1,25 @@
-"""A finished run, as its directory tells it."""
+"""A finished run, read from its directory."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
 from plrhf.core.errors import bad_value
 from plrhf.core.stats import Outcomes
-from plrhf.evaluation.metrics import outcomes
+from plrhf.data.rows import content_hash
+from plrhf.evaluation.few_shot import FewShotCurve
+from plrhf.evaluation.generations import GeneratedText, read_generations
+from plrhf.evaluation.judges import JudgedRun
+from plrhf.evaluation.metrics import USER_KINDS, outcomes
+from plrhf.evaluation.records import read_record
+from plrhf.evaluation.results import PREDICTIONS, RESULTS, Results, read_results
+from plrhf.evaluation.users import LearnedUsers
 
 ROLES = {
     "plrhf.encoders.NoneEncoder": "vanilla",
@@ -22,72 +28,159 @@ ROLES = {
 PERSONAL, SHUFFLED = "personal", "shuffled"
 SETTINGS = ("model", "data", "encoder", "aggregator", "seed")
 
+F = TypeVar("F", LearnedUsers, FewShotCurve, JudgedRun)
+
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, read from its directory."""
+    """A finished run, or runs of several seeds as one.
+
+    Attributes:
+        path: its directory. name: by which it is shown.
+        of_seeds: the runs that were pooled, in order of their seeds; empty for a single run.
+    """
 
     path: Path
     name: str
-    results: dict[str, Any]
+    results: Results
     predictions: pd.DataFrame = field(repr=False)
+    of_seeds: tuple[Run, ...] = ()
+    _outcomes: dict[tuple[str, str], Outcomes] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The settings it was trained with, as config.yaml has them."""
+        return self.results.config
 
     @cached_property
     def settings(self) -> dict[str, str]:
         """What tells runs apart, as text."""
-        return {key: _component(self.results["config"], key) for key in SETTINGS}
+        return {key: _component(self.config, key) for key in SETTINGS}
 
     @property
     def role(self) -> str:
         """What the run is in a comparison; see `role`."""
-        return role(self.results["config"])
+        return role(self.config)
 
-    @cached_property
-    def learned(self) -> Any:
-        """users.json: what the user model learned; None where users are not told apart."""
-        return self._json("users.json")
-
-    @cached_property
-    def adapted(self) -> Any:
-        """adapt.json: what new users' pairs gave; None before eval=adapt."""
-        return self._json("adapt.json")
-
-    @cached_property
-    def winrate(self) -> Any:
-        """winrate.json: how the run's texts fared; None before eval=winrate."""
-        return self._json("winrate.json")
-
-    def _json(self, name: str) -> Any:
-        path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    @property
+    def singles(self) -> tuple[Run, ...]:
+        """The pooled runs, or the run itself."""
+        return self.of_seeds if len(self.of_seeds) > 0 else (self,)
 
     def outcomes(self, user_kind: str, context: str = "user") -> Outcomes:
-        """The run's test pairs of one kind of user."""
-        return outcomes(self.predictions, user_kind=user_kind, context=context)
+        """The run's test pairs of one kind of user; computed once."""
+        key = user_kind, context
+        if key not in self._outcomes:
+            found = outcomes(self.predictions, user_kind=user_kind, context=context)
+            self._outcomes[key] = found
+        return self._outcomes[key]
+
+    @cached_property
+    def test_key(self) -> tuple[str, ...]:
+        """What the test pairs of both kinds of users are: equal for the same ids and texts alone."""
+        ids = []
+        for kind in USER_KINDS:
+            found = self.outcomes(kind)
+            pairs, users = found.pair_id.astype(str), found.user_id.astype(str)
+            ids.append(content_hash(sorted(zip(pairs.tolist(), users.tolist(), strict=True))))
+        provenance = self.results.provenance
+        return (*ids, "" if provenance is None else provenance.test_pairs)
+
+    def tested_as(self, other: Run) -> bool:
+        """Whether both were evaluated on the same test pairs of the same users."""
+        return self.test_key == other.test_key
+
+    @cached_property
+    def val_accuracy(self) -> float | None:
+        """Accuracy on val pairs in user context; None without val pairs."""
+        table = self.predictions
+        correct = table["correct"][(table["split"] == "val") & (table["context"] == "user")]
+        return None if len(correct) == 0 else float(correct.mean())
+
+    @cached_property
+    def learned(self) -> LearnedUsers | None:
+        """users.json: what the user model learned; None where users are not told apart."""
+        return self._own("users.json", LearnedUsers)
+
+    @cached_property
+    def adapted(self) -> FewShotCurve | None:
+        """adapt.json: what new users' pairs gave; None before eval=adapt."""
+        return self._own("adapt.json", FewShotCurve)
+
+    @cached_property
+    def winrate(self) -> JudgedRun | None:
+        """winrate.json: how the run's texts fared; None before eval=winrate."""
+        return self._own("winrate.json", JudgedRun)
+
+    @cached_property
+    def texts(self) -> list[GeneratedText]:
+        """The texts of generations.jsonl; empty where none were written."""
+        path = self.path / "generations.jsonl"
+        found = read_generations(path) if path.is_file() else []
+        return [text for text in found if text.fingerprint == self.results.fingerprint]
+
+    @cached_property
+    def left_over(self) -> list[str]:
+        """Names of files in the directory that another model left there, and that are not shown."""
+        kinds: tuple[tuple[str, Any], ...] = (
+            ("users.json", LearnedUsers),
+            ("adapt.json", FewShotCurve),
+            ("winrate.json", JudgedRun),
+        )
+        names = [
+            name
+            for name, kind in kinds
+            if (found := self._read(name, kind)) is not None
+            and found.fingerprint != self.results.fingerprint
+        ]
+        path = self.path / "generations.jsonl"
+        if path.is_file() and len(self.texts) == 0 and path.stat().st_size > 0:
+            names.append(path.name)
+        return names
+
+    def _read(self, name: str, kind: type[F]) -> F | None:
+        path = self.path / name
+        return read_record(path, kind) if path.is_file() else None
+
+    def _own(self, name: str, kind: type[F]) -> F | None:
+        """The file's record if this run's model left it, else None."""
+        found = self._read(name, kind)
+        return (
+            found if found is not None and found.fingerprint == self.results.fingerprint else None
+        )
 
 
 def read_run(run_dir: Path | str, *, name: str | None = None) -> Run:
     """Read results.json and predictions.parquet of a run directory.
 
     Raises:
-        ValueError: one of the two is not there.
+        ValueError: one of the two is not there, or is damaged.
     """
     path = Path(run_dir)
-    for file in ("results.json", "predictions.parquet"):
+    for file in (RESULTS, PREDICTIONS):
         if not (path / file).is_file():
             raise bad_value(
                 "run", str(path), f"a directory that holds {file}", "Evaluate the run first"
             )
+    try:
+        predictions = pd.read_parquet(path / PREDICTIONS)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise bad_value(
+            str(path / PREDICTIONS), reason, "a whole Parquet file", "Evaluate the run anew"
+        ) from error
     return Run(
         path=path,
         name=path.resolve().name if name is None else name,
-        results=json.loads((path / "results.json").read_text(encoding="utf-8")),
-        predictions=pd.read_parquet(path / "predictions.parquet"),
+        results=read_results(path),
+        predictions=predictions,
     )
 
 
 def role(config: Mapping[str, Any]) -> str:
-    """What a run is in a comparison, by its settings alone, so that no control passes as a result.
+    """Return what a run is in a comparison, by its settings alone, so that no control passes as a result.
 
     Shuffled ids come first: whatever is trained on them is a control. Encoders count by class, as
     an outsider's may go by any name.
@@ -98,7 +191,7 @@ def role(config: Mapping[str, Any]) -> str:
 
 
 def read_users(run: Run) -> pd.DataFrame:
-    """users.json as a table: one row a user, the generic user last.
+    """Return users.json as a table: one row a user, the generic user last.
 
     Raises:
         ValueError: the run's encoder tells no users apart, so there is none.
@@ -107,8 +200,8 @@ def read_users(run: Run) -> pd.DataFrame:
         raise bad_value(
             "run", str(run.path), "a run that left users.json", "Train with encoder=lookup"
         )
-    generic = {"user_id": "generic user", **run.learned["generic"]}
-    return pd.DataFrame([*run.learned["users"], generic])
+    generic = {"user_id": "generic user", **run.learned.generic}
+    return pd.DataFrame([*run.learned.users, generic])
 
 
 def _component(config: Mapping[str, Any], key: str) -> str:

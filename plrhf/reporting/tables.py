@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -13,9 +14,22 @@ from rich.console import Console
 from rich.text import Text
 
 from plrhf.core.stats import Estimate
-from plrhf.evaluation.metrics import PROMPT_KINDS, USER_KINDS
+from plrhf.evaluation.few_shot import FewShotCurve
+from plrhf.evaluation.judges import JudgedRun
+from plrhf.evaluation.metrics import PROMPT_KINDS, USER_KINDS, UserKind
+from plrhf.evaluation.results import Measures, Results
 from plrhf.reporting.runs import SHUFFLED, role
 
+FORMULA = re.compile(r"[=@\t\r]|[+-](?!\d*\.?\d+$)")
+LATEX = {
+    **{one: rf"\{one}" for one in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+}
 FEW_USERS = 10  # below it, intervals over users are too narrow
 
 
@@ -38,7 +52,7 @@ class Table:
     texts: Sequence[int] = (0,)  # columns of words, set to the left
 
 
-def closing_table(results: Mapping[str, Any]) -> rich.table.Table:
+def closing_table(results: Results) -> rich.table.Table:
     """The test results of results.json, for the terminal at a run's end."""
     return rich_table(
         headline(results), title="Test results, 95% intervals over users", without=["ECE"]
@@ -57,34 +71,63 @@ def rich_table(table: Table, *, title: str, without: Sequence[str]) -> rich.tabl
     for name, rows in table.groups:
         if len(rows) > 0:
             shown.add_section()
-            shown.add_row(Text(name, style="bold"))
+            shown.add_row(Text(printable(name), style="bold"))
         for row in rows:
-            cells = [row[place] for place in kept]
-            shown.add_row(*(Text(f"{cell.value}\n{cell.interval}".strip()) for cell in cells))
+            cells = [(printable(row[place].value), row[place].interval) for place in kept]
+            shown.add_row(*(Text(f"{value}\n{interval}".strip()) for value, interval in cells))
     return shown
 
 
+def printable(text: str) -> str:
+    """Return text in which line ends and control characters, which a terminal obeys, are escaped."""
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+    )
+
+
+def csv_text(frame: pd.DataFrame) -> str:
+    """Return the frame as CSV; text that a spreadsheet would take for a formula is quoted."""
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return f"'{value}" if FORMULA.match(value) else value
+
+    return frame.map(plain).to_csv(index=False)
+
+
+def markdown_text(text: str) -> str:
+    """Return text that Markdown shows as it is."""
+    escaped = re.sub(r"([\\|`*])", r"\\\1", printable(text)).replace("](", r"]\(")
+    return escaped.replace("<", "&lt;")
+
+
+def latex_text(text: str) -> str:
+    """Return text that LaTeX sets as it is, in any font encoding."""
+    return "".join(LATEX.get(one, one) for one in printable(text))
+
+
 def markdown(table: Table, note: str) -> str:
-    lines = ["# Comparison of runs", "", note]
+    lines = ["# Comparison of runs", "", note.replace("<", "&lt;")]
     for name, rows in table.groups:
         if len(rows) > 0:
             rule = ["---" if at in table.texts else "---:" for at in range(len(table.columns))]
-            cells = [[str(cell).replace("|", r"\|") for cell in row] for row in rows]
+            cells = [[markdown_text(str(cell)) for cell in row] for row in rows]
             body = [f"| {' | '.join(row)} |" for row in (table.columns, rule, *cells)]
-            lines += ["", f"## {name}", "", *body]
+            lines += ["", f"## {markdown_text(name)}", "", *body]
     return "\n".join(lines) + "\n"
 
 
 def latex(table: Table, note: str) -> str:
     """One booktabs tabular a group, the note in front as a comment."""
     align = "".join("l" if at in table.texts else "r" for at in range(len(table.columns)))
-    parts = [f"% {line}" for line in note.splitlines() if line]
+    parts = [f"% {printable(line)}" for line in note.split("\n") if line]
     for name, rows in table.groups:
         if len(rows) > 0:
-            cells = pd.DataFrame([[str(cell) for cell in row] for row in rows])
-            cells.columns = pd.Index(table.columns)
-            tabular = cells.to_latex(index=False, escape=True, column_format=align)
-            parts += ["", f"% {name}", tabular.rstrip()]
+            cells = pd.DataFrame([[latex_text(str(cell)) for cell in row] for row in rows])
+            cells.columns = pd.Index([latex_text(column) for column in table.columns])
+            tabular = cells.to_latex(index=False, escape=False, column_format=align)
+            parts += ["", f"% {printable(name)}", tabular.rstrip()]
     return "\n".join(parts) + "\n"
 
 
@@ -107,23 +150,23 @@ def points(estimate: Estimate) -> Cell:
     return estimate_cell(estimate, "+z.1f", scale=100)
 
 
-def headline_rows(results: Mapping[str, Any], kind: str) -> list[tuple[str, Mapping[str, Any]]]:
-    rule = results["controls"]["length_only"]
-    shuffled = role(results["config"]) == SHUFFLED
+def headline_rows(results: Results, kind: UserKind) -> list[tuple[str, Measures]]:
+    rule = results.controls["length_only"]
+    shuffled = role(results.config) == SHUFFLED
     rows = [
         (
             "user context, ids shuffled" if shuffled else "user context",
-            results["test"][kind]["user"],
+            results.test[kind]["user"],
         ),
-        ("generic context", results["test"][kind]["generic"]),
+        ("generic context", results.test[kind]["generic"]),
         ("length only", rule[kind]),
     ]
-    if results["oracle"] is not None:
-        rows.insert(2, ("oracle", results["oracle"][kind]))
+    if results.oracle is not None:
+        rows.insert(2, ("oracle", results.oracle[kind]))
     return rows
 
 
-def headline(results: Mapping[str, Any]) -> Table:
+def headline(results: Results) -> Table:
     """Contexts, oracle and control by seen and unseen users; kinds without test pairs left out."""
     groups = []
     for kind in USER_KINDS:
@@ -132,7 +175,7 @@ def headline(results: Mapping[str, Any]) -> Table:
         by_prompt = [
             (f"user context, {prompts} prompts", cell["user"])
             for prompts in PROMPT_KINDS
-            if (cell := results["cells"][f"{kind}_user_{prompts}_prompt"]) is not None
+            if (cell := results.cells[f"{kind}_user_{prompts}_prompt"]) is not None
         ]
         shown = [
             [
@@ -147,21 +190,21 @@ def headline(results: Mapping[str, Any]) -> Table:
             if cell["n_pairs"] > 0
         ]
         title = f"{kind.capitalize()} users: {size['n_users']:,}, with {size['n_pairs']:,} pairs"
-        if len(by_prompt) == 1 and results["cells"][f"{kind}_user_seen_prompt"] is not None:
+        if len(by_prompt) == 1 and results.cells[f"{kind}_user_seen_prompt"] is not None:
             title += " on seen prompts"
         groups.append((title, shown))
     columns = ["", "accuracy, %", "mean of users, %", "worst tenth, %", "nll, nats", "ECE"]
     return Table(columns, groups)
 
 
-def interval_note(results: Mapping[str, Any]) -> str:
-    cells = [results["test"][kind]["user"] for kind in USER_KINDS]
+def interval_note(results: Results) -> str:
+    cells = [results.test[kind]["user"] for kind in USER_KINDS]
     few = [cell["n_users"] for cell in cells if 0 < cell["n_users"] < FEW_USERS]
     note = (
         "In brackets: 95% intervals from a bootstrap over users with all their pairs. They say how "
         "far a figure would move with other users, not with other prompts or another seed. "
         "Accuracy is over pairs, ties one half; the worst tenth is of users. "
-        f"Length only: {results['controls']['length_only'].get('rule', 'by tokens')}."
+        f"Length only: {results.controls['length_only']['rule']}."
     )
     return note + (
         f" With only {' and '.join(map(str, few))} users these intervals are too narrow."
@@ -170,11 +213,11 @@ def interval_note(results: Mapping[str, Any]) -> str:
     )
 
 
-def few_shot_table(adapted: Mapping[str, Any]) -> Table:
+def few_shot_table(adapted: FewShotCurve) -> Table:
     """The curves of adapt.json as rows, one a number of pairs, and the gain recovered where known."""
-    curves = {name: curve for name, curve in adapted["curves"].items() if curve is not None}
-    over = adapted.get("over_generic") or {}  # paired, so narrower than the curves are apart
-    recovered = adapted["gain_recovered"] or {}
+    curves = {name: curve for name, curve in adapted.curves.items() if curve is not None}
+    over = adapted.over_generic  # paired, so narrower than the curves are apart
+    recovered = adapted.gain_recovered or {}
     rows = [
         [
             Cell(f"{shots}"),
@@ -182,7 +225,7 @@ def few_shot_table(adapted: Mapping[str, Any]) -> Table:
             *(points(curve[place]) for curve in over.values()),
             *(estimate_cell(curve[place], "z.2f") for curve in recovered.values()),
         ]
-        for place, shots in enumerate(adapted["shots"])
+        for place, shots in enumerate(adapted.shots)
     ]
     heads = [
         *(f"{name}, %" for name in curves),
@@ -192,23 +235,23 @@ def few_shot_table(adapted: Mapping[str, Any]) -> Table:
     return Table(["pairs given", *heads], [("", rows)])
 
 
-def winrate_table(judged: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+def winrate_table(judged: Sequence[tuple[str, JudgedRun]]) -> Table:
     """Runs by name, each with its winrate.json, as rows."""
     rows = []
     for name, result in judged:
-        first, judge = result["first_position_wins"], result["judge"]
+        first, judge = result.first_position_wins, result.judge
         who = judge["_target_"].rpartition(".")[2] + (
             f" {judge['model']}" if "model" in judge else ""
         )
         rows.append(
             [
                 Cell(name),
-                Cell(result["against"]),
+                Cell(result.against),
                 Cell(who),
-                percent(result["win_rate"]),
-                percent(result["win_rate_macro"]),
-                Cell(f"{100 * result['ties']:.1f}"),
-                *(Cell(f"{result[count]:,}") for count in ("n_texts", "n_users", "n_unanswered")),
+                percent(result.win_rate),
+                percent(result.win_rate_macro),
+                Cell(f"{100 * result.ties:.1f}"),
+                *(Cell(f"{n:,}") for n in (result.n_texts, result.n_users, result.n_unanswered)),
                 Cell("–" if first is None else f"{100 * first:.1f}"),
             ]
         )

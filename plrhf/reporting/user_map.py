@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 
 from plrhf.core.stats import user_sums
 from plrhf.evaluation.metrics import USER_KINDS
+from plrhf.evaluation.users import LearnedUser, LearnedUsers
 from plrhf.reporting.drawing import (
     INK,
     KIND_MARKERS,
@@ -29,9 +29,9 @@ OTHERS, EVERYBODY = "other", "users"
 
 
 @rc_context(STYLE)
-def user_map(run: Run, learned: Mapping[str, Any]) -> Drawing:
+def user_map(run: Run, learned: LearnedUsers) -> Drawing:
     """User vectors on their first two principal components; a mark says who it is when pointed at."""
-    users, groups = learned["users"], groups_of(learned["users"])
+    users, groups = learned.users, groups_of(learned.users)
     accuracies = _accuracies(run)
     figure, axes = panel(9.6, 4.6)
     hover: dict[str, list[str]] = {}
@@ -58,17 +58,16 @@ def user_map(run: Run, learned: Mapping[str, Any]) -> Drawing:
                 label=group if kind == "seen" else f"{group}, unseen",
                 gid=name,
             )
-    x, y = learned["generic"]["at"]
+    x, y = learned.generic["at"]
     axes.scatter(x, y, s=80, color=INK, marker="X", label="generic user")
     shares = [
-        f"component {n + 1}: {share:.0%} of variance"
-        for n, share in enumerate(learned["explained"])
+        f"component {n + 1}: {share:.0%} of variance" for n, share in enumerate(learned.explained)
     ]
     axes.set(xlabel=shares[0], ylabel=shares[1])
     figure.legend(loc="outside right upper", labelcolor=INK)
     n_seen = sum(user["user_kind"] == "seen" for user in users)
     unseen = f" and {len(users) - n_seen:,} unseen ones" if n_seen < len(users) else ""
-    shown = f"{n_seen:,} of {learned['n_users']:,} train users{unseen}"
+    shown = f"{n_seen:,} of {learned.n_users:,} train users{unseen}"
     caption = f"{shown}. Point at a mark to see who it is."
     made = drawing(figure, "User map", caption=caption, wide=True)
     for name, words in hover.items():
@@ -76,7 +75,7 @@ def user_map(run: Run, learned: Mapping[str, Any]) -> Drawing:
     return made
 
 
-def groups_of(users: Sequence[Mapping[str, Any]]) -> list[str]:
+def groups_of(users: Sequence[LearnedUser]) -> list[str]:
     """What a map is coloured by: what users are known to be, else their largest cluster.
 
     Rare groups beyond the colours there are become one.
@@ -84,7 +83,7 @@ def groups_of(users: Sequence[Mapping[str, Any]]) -> list[str]:
     if any(user["group"] is not None for user in users):
         found = ["unknown" if user["group"] is None else user["group"] for user in users]
     elif any(user["weights"] is not None for user in users):
-        found = [f"cluster {np.argmax(user['weights'])}" for user in users]
+        found = [f"cluster {np.argmax(user['weights'] or [0])}" for user in users]
     else:
         found = [EVERYBODY] * len(users)
     common = [group for group, _ in Counter(found).most_common()]
@@ -112,7 +111,7 @@ def _accuracies(run: Run) -> dict[str, str]:
     return words
 
 
-def _hover(user: Mapping[str, Any], accuracies: Mapping[str, str]) -> str:
+def _hover(user: LearnedUser, accuracies: Mapping[str, str]) -> str:
     facts = [user["user_id"], user["group"], user["profile"], accuracies.get(user["user_id"])]
     if user["weights"] is not None:
         best = int(np.argmax(user["weights"]))
@@ -121,9 +120,9 @@ def _hover(user: Mapping[str, Any], accuracies: Mapping[str, str]) -> str:
 
 
 @rc_context(STYLE)
-def weight_bars(learned: Mapping[str, Any]) -> Drawing:
+def weight_bars(learned: LearnedUsers) -> Drawing:
     """Cluster weights, one column a user, users of a cluster side by side; one path a cluster."""
-    weights = np.array([user["weights"] for user in learned["users"]])  # [U, K]
+    weights = np.array([user["weights"] for user in learned.users])  # [U, K]
     n_users, n_clusters = weights.shape
     leading = weights.argmax(axis=1)
     weights = weights[np.lexsort((-weights.max(axis=1), leading))]
@@ -150,21 +149,22 @@ def weight_bars(learned: Mapping[str, Any]) -> Drawing:
     return drawing(figure, "Cluster weights", wide=True)
 
 
-def cluster_table(learned: Mapping[str, Any]) -> Table:
+def cluster_table(learned: LearnedUsers) -> Table:
     """Each cluster's weight for the generic user and on average, and whom it leads."""
-    users = learned["users"]
+    users = learned.users
     groups = [user["group"] for user in users]
     known = groups_of(users) if any(group is not None for group in groups) else []
     columns = list(dict.fromkeys(_ranked(known)))
     weights = np.array([user["weights"] for user in users])
     leading = weights.argmax(axis=1)
+    of_generic = learned.generic["weights"] or []
     rows = []
     for cluster, mean in enumerate(weights.mean(axis=0)):
         led = np.flatnonzero(leading == cluster)
         rows.append(
             [
                 Cell(f"cluster {cluster}"),
-                Cell(f"{learned['generic']['weights'][cluster]:.3f}"),
+                Cell(f"{of_generic[cluster]:.3f}"),
                 Cell(f"{mean:.3f}"),
                 Cell(f"{len(led):,}"),
                 *(Cell(f"{sum(known[at] == column for at in led):,}") for column in columns),
@@ -174,9 +174,9 @@ def cluster_table(learned: Mapping[str, Any]) -> Table:
     return Table(heads, [("", rows)])
 
 
-def token_table(learned: Mapping[str, Any]) -> Table:
+def token_table(learned: LearnedUsers) -> Table:
     """The words nearest to each soft prompt vector, nearest first, one column an owner."""
-    owners = learned["nearest_tokens"]
+    owners = learned.nearest_tokens
     rows = []
     for at in range(len(owners[0]["vectors"])):
         cells = [_token_cell(owner["vectors"][at]) for owner in owners]

@@ -31,7 +31,7 @@ from plrhf.cli.eval_config import EvalConfig, WinrateTask
 from plrhf.cli.main import CONF
 from plrhf.core.components import accepted, build, kinds, locate
 from plrhf.data.module import PreferenceData
-from plrhf.evaluation.few_shot import Shots
+from plrhf.evaluation.few_shot import FewShotOptions
 from plrhf.evaluation.generations import GenerationOptions
 from plrhf.evaluation.judges import Judge
 from plrhf.models.optim import Optim
@@ -219,7 +219,7 @@ def test_loggers(logger: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", options("eval"))
 def test_tasks(task: str) -> None:
     config = EvalConfig.from_settings(composed(f"eval={task}", config="eval"))
-    kinds_of = {"generate": GenerationOptions, "adapt": Shots, "winrate": WinrateTask}
+    kinds_of = {"generate": GenerationOptions, "adapt": FewShotOptions, "winrate": WinrateTask}
     assert config.data is None
     assert isinstance(config.task, kinds_of.get(task, Section))
 

@@ -17,6 +17,7 @@ from runs import (
     TINY,
     check_run,
     command,
+    evaluation_of,
     launch,
     rows_of_world,
     save_model,
@@ -42,7 +43,7 @@ def test_reward_models(name: str, tmp_path: Path, cache_dir: Path) -> None:
     run_dir, again = tmp_path / "run", tmp_path / "again"
     launch("train", *TINY, f"cache_dir={cache_dir}", f"run_dir={run_dir}", *KINDS[name])
     launch("eval", f"run={run_dir}", f"out={again}")
-    assert (again / "results.json").read_bytes() == (run_dir / "results.json").read_bytes()
+    assert evaluation_of(again) == evaluation_of(run_dir)
     if name == "shuffled":
         events = list((run_dir / "tensorboard").iterdir())
         assert any("tfevents" in path.name for path in events)
@@ -188,7 +189,7 @@ def test_an_outsiders_encoder_by_its_dotted_path(
     launch("train", *TINY, f"cache_dir={cache_dir}", f"run_dir={run_dir}", *own)
     check_run(run_dir)
     launch("eval", f"run={run_dir}")
-    assert (run_dir / "eval/results.json").read_bytes() == (run_dir / "results.json").read_bytes()
+    assert evaluation_of(run_dir / "eval") == evaluation_of(run_dir)
 
 
 def test_a_sweep_gives_each_job_its_directory(tmp_path: Path, cache_dir: Path) -> None:

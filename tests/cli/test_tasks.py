@@ -16,6 +16,7 @@ from runs import (
     TINY,
     check_evaluation,
     command,
+    evaluation_of,
     launch,
     rows_of_world,
     world,
@@ -57,10 +58,14 @@ def test_a_run_scores_the_same_again(
     names = ("predictions.parquet", "results.json", "users.json", "report.html")
     assert after.keys() - before.keys() == {f"eval/{name}" for name in names}
     assert {name: after[name] for name in before} == before
-    for name in names[:3]:
+    for name in ("predictions.parquet", "users.json"):
         assert after[f"eval/{name}"] == before[name]
-    launch("eval", f"run={copy}", f"out={tmp_path / 'elsewhere'}")
-    assert (tmp_path / "elsewhere/results.json").read_bytes() == before["results.json"]
+    assert evaluation_of(copy / "eval") == evaluation_of(copy)
+    commands = [
+        json.loads((folder / "results.json").read_text())["provenance"]["command"]
+        for folder in (copy, copy / "eval")
+    ]
+    assert "train.py" in commands[0] and commands[1].endswith(f"eval.py run={copy}")
 
 
 def test_other_rows(reward_run: Path, tmp_path: Path) -> None:
@@ -100,7 +105,7 @@ def test_texts_for_many_users(policy: Path) -> None:
     launch("eval", f"run={policy}", "eval=generate", *asked)
     texts = pd.read_json(policy / "generations.jsonl", lines=True)
     columns = ["prompt", "prompt_id", "user_id", "profile", "user_features", "writer", "response"]
-    assert list(texts.columns) == [*columns, "score"]
+    assert list(texts.columns) == [*columns, "score", "fingerprint"]
     assert texts["writer"].value_counts().to_dict() == {"policy": 6, "reference": 6}
     users = [world().user_ids[place] for place in (0, 1, 3)]  # 3 of 5, evenly
     assert set(texts["user_id"]) == set(users)
@@ -190,8 +195,8 @@ def test_win_rates(policy: Path, tmp_path: Path, capsys: Any) -> None:
         ([{**records[0], "profile": "Prefers dull answers."}, *records[1:]], "(has 7 of them)"),
         (
             [records[0], unscored],
-            " is not allowed: expected a line as eval=generate writes it (score: Field required). "
-            "Write the texts anew.",
+            "generations.jsonl:2 score=None is not allowed: expected a value, as the key is missing. "
+            "Write generations.jsonl anew.",
         ),
     ):
         write_rows(other / "generations.jsonl", texts)
@@ -314,5 +319,4 @@ def test_a_process_of_its_own(reward_run: Path, tmp_path: Path) -> None:
     done = subprocess.run(asked, env=ENVIRONMENT, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.endswith(f"report: {tmp_path / 'out/report.html'}\n")
-    again = (tmp_path / "out/results.json").read_bytes()
-    assert again == (reward_run / "results.json").read_bytes()
+    assert evaluation_of(tmp_path / "out") == evaluation_of(reward_run)

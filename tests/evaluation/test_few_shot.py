@@ -21,11 +21,12 @@ from plrhf.data.rows import Row
 from plrhf.data.sources.jsonl import JsonlSource
 from plrhf.evaluation.few_shot import (
     Curve,
-    Shots,
+    FewShotCurve,
+    FewShotOptions,
     Trial,
     draw_trials,
+    few_shot_terminal_table,
     rows_of_users,
-    shots_table,
     summarised,
 )
 from plrhf.models.adaptation import Prior
@@ -45,7 +46,7 @@ def test_who_is_given_and_asked_what() -> None:
     # ann and bob have test pairs only; cid has 4 pairs outside test and 2 in it; dan has too few.
     rows = rows_of(ann=7, bob=4, cid=6, dan=3, eva=5)
     outside = {"11", "12", "13", "14"} | {"20", "21"}  # of cid, and of eva, who has 2
-    trials, left_out = draw_trials(rows, outside, Shots(shots=[0, 3], draws=9), seed=0)
+    trials, left_out = draw_trials(rows, outside, FewShotOptions(shots=[0, 3], draws=9), seed=0)
     assert left_out == 2 and len(trials) == 9
     for ann, bob, cid in trials:
         assert len(ann.given) == len(bob.given) == len(cid.given) == 3
@@ -53,21 +54,21 @@ def test_who_is_given_and_asked_what() -> None:
         assert sorted(bob.given + bob.asked) == [7, 8, 9, 10]
         assert set(cid.given) < {11, 12, 13, 14} and cid.asked == [15, 16]
     assert len({tuple(ann.given) for ann, _, _ in trials}) > 5
-    again, _ = draw_trials(rows, outside, Shots(shots=[0, 3], draws=9), seed=0)
-    other, _ = draw_trials(rows, outside, Shots(shots=[0, 3], draws=9), seed=1)
+    again, _ = draw_trials(rows, outside, FewShotOptions(shots=[0, 3], draws=9), seed=0)
+    other, _ = draw_trials(rows, outside, FewShotOptions(shots=[0, 3], draws=9), seed=1)
     assert again == trials and other != trials
 
 
 def test_too_few_pairs_or_users() -> None:
     with pytest.raises(ValueError) as caught:
-        draw_trials(rows_of(ann=7, bob=4, cid=2), set(), Shots(shots=[2, 4]), seed=0)
+        draw_trials(rows_of(ann=7, bob=4, cid=2), set(), FewShotOptions(shots=[2, 4]), seed=0)
     assert str(caught.value) == (
         "eval.shots=[2, 4] is not allowed: expected at most 3 pairs given, which leaves 2 of 3 "
         "unseen users some to ask. Lower eval.shots, or give more rows with data= (personas: "
         "data.test_pairs_per_user=60)."
     )
     with pytest.raises(ValueError) as caught:
-        draw_trials(rows_of(ann=7, bob=4), {"7", "8", "9", "10"}, Shots(shots=[1]), seed=0)
+        draw_trials(rows_of(ann=7, bob=4), {"7", "8", "9", "10"}, FewShotOptions(shots=[1]), seed=0)
     assert str(caught.value) == (
         "unseen users=1 is not allowed: expected 2 or more with pairs to give and to ask. Train "
         "with data.unseen_fraction=0.1 (personas: data.n_unseen_users=40), or name rows of other "
@@ -114,6 +115,15 @@ def test_the_control_is_always_somebody_else() -> None:
     assert curve.others == [2, 2, 3, 1, 1, 6, 6, 4, 5, 5, 8, 8, 9, 7, 7]
 
 
+def test_pooled_pairs_are_of_as_many_other_people() -> None:
+    trials = [Trial([10 * user + n for n in range(4)], [user]) for user in range(4)]
+    curve = curve_of([trials, trials])
+    assert curve.pooled(1, 3) == [20, 30, 0]  # one pair of each of the three others
+    assert curve.pooled(1, 4) == [20, 30, 0, 21]  # then another one, never the same twice
+    assert curve.pooled(6, 2) == [30, 0]  # of the second draw
+    assert curve.given(6, 2) == [20, 21]
+
+
 def test_a_model_that_knows_how_people_differ_learns_who_this_is() -> None:
     """Simulated people within the model's reach: their own pairs tell, other people's do not."""
     model = make_model(PersonalRewardModel, aggregator="film_last").eval()
@@ -136,7 +146,7 @@ def test_a_model_that_knows_how_people_differ_learns_who_this_is() -> None:
     schema = FeatureSchema.fit(())
     dataset = PairDataset(people, pairs, layout=packed, user_index={}, schema=schema)
     dataset.hidden = TextValues(hidden.flatten(0, 1), torch.arange(2 * len(people)).view(-1, 2))
-    trials, _ = draw_trials(people, set(), Shots(shots=[24], draws=3), seed=0)
+    trials, _ = draw_trials(people, set(), FewShotOptions(shots=[24], draws=3), seed=0)
     curve = Curve(model, dataset, Prior(model.encoder), trials, batch_size=50)
     t = curve.fit(24, steps=30)
     accuracy = {
@@ -158,7 +168,7 @@ def outcomes(*margins: float) -> Outcomes:
 def test_curves_by_hand() -> None:
     found = {
         "adapted": [outcomes(1, -1, 1, -1), outcomes(1, 1, 1, -2)],
-        "pooled": [outcomes(1, -1, 1, -1), outcomes(-1, -1, 1, 0)],
+        "other_user": [outcomes(1, -1, 1, -1), outcomes(-1, -1, 1, 0)],
         "generic": [outcomes(1, -1, 1, -1)] * 2,
         "oracle": [outcomes(1, 1, 1, 1)] * 2,
     }
@@ -166,7 +176,7 @@ def test_curves_by_hand() -> None:
     values = {name: [one["value"] for one in curve] for name, curve in result["curves"].items()}
     assert values == {
         "adapted": [0.5, 0.75],
-        "pooled": [0.5, 0.375],
+        "other_user": [0.5, 0.375],
         "generic": [0.5, 0.5],
         "oracle": [1.0, 1.0],
     }
@@ -174,15 +184,15 @@ def test_curves_by_hand() -> None:
     assert result["over_generic"]["adapted"][1]["ci95"] == [0.0, 0.5]
     recovered = result["gain_recovered"]
     assert [one["value"] for one in recovered["adapted"]] == [0.0, 0.5]
-    assert [one["value"] for one in recovered["pooled"]] == [0.0, -0.25]
-    about = {"shots": [0, 8], "users": "unseen", "n_users": 2, "n_draws": 1}
-    assert lines(shots_table({**about, **result}))[1] == [
+    assert [one["value"] for one in recovered["other_user"]] == [0.0, -0.25]
+    about: Any = {"shots": [0, 8], "users": "unseen", "n_users": 2, "n_draws": 1}
+    assert lines(few_shot_terminal_table(FewShotCurve(**about, **result)))[1] == [
         *("8", "75.0", "37.5", "50.0", "100.0", "0.50", "-0.25"),
     ]
     del found["oracle"]
     result = summarised(found)
     assert result["curves"]["oracle"] is None and result["gain_recovered"] is None
-    assert lines(shots_table({**about, **result}))[1] == [
+    assert lines(few_shot_terminal_table(FewShotCurve(**about, **result)))[1] == [
         "8",
         "75.0",
         "37.5",
@@ -219,7 +229,7 @@ def lines(table: Any) -> list[list[str]]:
 )
 def test_bad_settings(settings: Any, message: str) -> None:
     with pytest.raises(ValueError) as caught:
-        Shots(**settings)
+        FewShotOptions(**settings)
     assert str(caught.value) == message
 
 
@@ -232,17 +242,17 @@ def test_a_run_is_asked_about_people_it_has_not_met(
     launch("eval", *asked, f"out={tmp_path}")
     result = json.loads((tmp_path / "adapt.json").read_text())
     assert set(result) == {
-        *("schema", "shots", "curves", "over_generic", "gain_recovered"),
+        *("schema", "fingerprint", "shots", "curves", "over_generic", "gain_recovered"),
         *("users", "n_users", "n_draws", "left_out"),
     }
     assert (result["schema"], result["shots"]) == (1, [0, 1, 3])
     counts = [result[name] for name in ("users", "n_users", "n_draws", "left_out")]
     assert counts == ["unseen", 2, 2, 0]
-    assert set(result["curves"]) == {"adapted", "pooled", "generic", "oracle"}
+    assert set(result["curves"]) == {"adapted", "other_user", "pooled", "generic", "oracle"}
     for curve in (*result["curves"].values(), *result["over_generic"].values()):
         assert len(curve) == 3 and all(set(one) == {"value", "ci95"} for one in curve)
-    first = [result["curves"][name][0] for name in ("adapted", "pooled", "generic")]
-    assert first[0] == first[1] == first[2]  # nothing given, nothing learned
+    first = [result["curves"][name][0] for name in ("adapted", "other_user", "pooled", "generic")]
+    assert first[0] == first[1] == first[2] == first[3]  # nothing given, nothing learned
     shown = capsys.readouterr().out
     assert "2 unseen users, 2 draws" in shown
     assert shown.replace("\n", "").endswith(f"curve: {tmp_path / 'adapt.json'}")

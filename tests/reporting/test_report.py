@@ -15,7 +15,9 @@ import pytest
 from rich.console import Console
 
 from plrhf.evaluation.metrics import summarise
+from plrhf.evaluation.results import Results
 from plrhf.reporting import comparison, report, tables
+from plrhf.reporting.comparison_page import compare
 
 # Seen users of 5, 2 and 7 pairs, an unseen one of 3.
 OWNERS = ["ann"] * 5 + ["bob"] * 2 + ["cid"] * 7 + ["dan"] * 3
@@ -47,7 +49,13 @@ def predictions(right: dict[str, int], *, oracle: dict[str, int] | None = None) 
 
 
 def make_run(
-    run_dir: Path, table: pd.DataFrame, *, encoder: str, seed: int = 1, shuffled: bool = False
+    run_dir: Path,
+    table: pd.DataFrame,
+    *,
+    encoder: str,
+    seed: int = 1,
+    shuffled: bool = False,
+    provenance: dict[str, Any] | None = None,
 ) -> Path:
     run_dir.mkdir(parents=True)
     table.to_parquet(run_dir / "predictions.parquet")
@@ -63,11 +71,16 @@ def make_run(
         "config": config,
         **summarise(table, longer_wins=True, n_resamples=200),
         "data": {"read": 12345, "refused": {"empty_response": 4}, "splits": {"val": {"pairs": 6}}},
+        "provenance": None if provenance is None else {**PROVENANCE, **provenance},
     }
     (run_dir / "results.json").write_text(json.dumps(results, allow_nan=False))
     return run_dir
 
 
+PROVENANCE: dict[str, Any] = {
+    **{"command": "python train.py", "versions": {}, "data": {}, "world": None},
+    **{"fingerprint": "f", "rows": "r", "test_pairs": "t"},
+}
 VANILLA = {"ann": 3, "bob": 1, "cid": 2, "dan": 1}  # 6 of 14 seen
 PERSONAL = {"ann": 4, "bob": 1, "cid": 4, "dan": 1}  # 9 of 14
 ORACLE = {"ann": 5, "bob": 2, "cid": 5, "dan": 3}  # 12 of 14
@@ -123,8 +136,11 @@ def add_optional_files(run_dir: Path) -> None:
     generations = [
         {
             "prompt": "On <rain> & sun",
+            "prompt_id": "rain",
             "user_id": user,
             "profile": "<b>terse</b>" if user == "u1" else None,
+            "user_features": None,
+            "writer": "policy",
             "response": f"<script>alert('{user}')</script>",
             "score": 0.256 if user == "u1" else None,
         }
@@ -188,7 +204,7 @@ def test_report_of_an_unfinished_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_comparison_by_hand(runs: Path, tmp_path: Path) -> None:
-    frame = report.compare(str(runs / "*"), tmp_path / "out").set_index("run")
+    frame = compare(str(runs / "*"), tmp_path / "out").frame.set_index("run")
     assert list(frame.index) == ["lookup", "other", "vanilla", "oracle", "length only"]
     lookup, vanilla = frame.loc["lookup"], frame.loc["vanilla"]
     assert lookup["seen_accuracy_micro"] == pytest.approx(9 / 14)
@@ -207,7 +223,7 @@ def test_comparison_by_hand(runs: Path, tmp_path: Path) -> None:
 
 def test_comparison_files(runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
-    frame = report.compare([runs / "vanilla", runs / "lookup", runs / "sft"], out)
+    frame = compare([runs / "vanilla", runs / "lookup", runs / "sft"], out).frame
     read_back = pd.read_csv(out / "comparison.csv", keep_default_na=False, na_values=[""])
     assert read_back["run"].tolist() == frame["run"].tolist()
     assert read_back["seen_accuracy_micro"].to_numpy() == pytest.approx(
@@ -225,7 +241,7 @@ def test_runs_on_other_pairs_are_not_paired(runs: Path, tmp_path: Path) -> None:
     table = predictions(PERSONAL)
     table["pair_id"] = table["pair_id"] + "-b"
     make_run(runs / "elsewhere", table, encoder="lookup")
-    frame = report.compare(str(runs / "*"), tmp_path / "out").set_index("run")
+    frame = compare(str(runs / "*"), tmp_path / "out").frame.set_index("run")
     assert frame["seen_difference_micro"].isna()["elsewhere"]
     assert frame.loc["lookup", "seen_difference_micro"] == pytest.approx(3 / 14)
     assert "length only (elsewhere)" in frame.index
@@ -237,7 +253,7 @@ def test_controls_are_recognised_from_settings(runs: Path, tmp_path: Path) -> No
     make_run(runs / "best", predictions(PERSONAL), encoder="lookup", shuffled=True)
     make_run(runs / "same", predictions(wrong), encoder="uniform")
     make_run(runs / "bare", predictions(VANILLA, oracle=ORACLE), encoder="none", shuffled=True)
-    frame = report.compare(str(runs / "*"), tmp_path / "out").set_index("run")
+    frame = compare(str(runs / "*"), tmp_path / "out").frame.set_index("run")
     assert frame["role"].to_dict() == {
         "bare": "shuffled",
         "best": "shuffled",
@@ -258,7 +274,7 @@ def test_controls_are_recognised_from_settings(runs: Path, tmp_path: Path) -> No
 
 def test_tests_and_price_of_the_comparison(runs: Path, tmp_path: Path) -> None:
     make_run(runs / "third", predictions(ORACLE), encoder="lookup")
-    frame = report.compare(str(runs / "*"), tmp_path / "out").set_index("run")
+    frame = compare(str(runs / "*"), tmp_path / "out").frame.set_index("run")
     lookup = frame.loc["lookup"]
     gaps = np.array([1 / 5, 0, 2 / 7])
     assert lookup["seen_effect_size"] == pytest.approx(gaps.mean() / gaps.std(ddof=1))
@@ -279,14 +295,14 @@ def test_tests_and_price_of_the_comparison(runs: Path, tmp_path: Path) -> None:
 
 def test_any_run_can_be_the_baseline(runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    frame = report.compare(str(runs / "*"), out, baseline=runs / "lookup").set_index("run")
+    frame = compare(str(runs / "*"), out, baseline=runs / "lookup").frame.set_index("run")
     assert frame["baseline"].dropna().to_dict() == {"other": "lookup", "vanilla": "lookup"}
     assert frame.loc["vanilla", "seen_difference_micro"] == pytest.approx(-3 / 14)
     elsewhere = predictions(PERSONAL)
     elsewhere["pair_id"] = elsewhere["pair_id"] + "-b"
     make_run(runs / "elsewhere", elsewhere, encoder="lookup")
-    with pytest.raises(ValueError, match="two tables that hold the same pairs of the same users"):
-        report.compare(str(runs / "*"), out, baseline=runs / "lookup")
+    with pytest.raises(ValueError, match="elsewhere has other test pairs"):
+        compare(str(runs / "*"), out, baseline=runs / "lookup")
 
 
 def test_the_nearest_vanilla_run_is_the_baseline(runs: Path, tmp_path: Path) -> None:
@@ -300,18 +316,18 @@ def test_the_nearest_vanilla_run_is_the_baseline(runs: Path, tmp_path: Path) -> 
             results["config"]["encoder"] = {"name": "lookup", "_target_": TARGETS["lookup"]}
         (make / "results.json").write_text(json.dumps(results))
     paths = [tmp_path / name for name in ("a-vanilla", "lookup", "z-vanilla")]
-    frame = report.compare(paths, tmp_path / "out").set_index("run")
+    frame = compare(paths, tmp_path / "out").frame.set_index("run")
     assert frame.loc["lookup", "baseline"] == "z-vanilla"
     other_data = json.loads((paths[2] / "results.json").read_text())
     other_data["config"]["data"]["pairs_per_user"] = 7
     (paths[2] / "results.json").write_text(json.dumps(other_data))
-    frame = report.compare(paths, tmp_path / "out").set_index("run")
+    frame = compare(paths, tmp_path / "out").frame.set_index("run")
     assert frame.loc["lookup", "baseline"] == "a-vanilla"
 
 
 def test_latex_table(runs: Path, tmp_path: Path) -> None:
     make_run(runs / "50%_off & on", predictions(PERSONAL), encoder="lookup")
-    report.compare(str(runs / "*"), tmp_path / "out")
+    compare(str(runs / "*"), tmp_path / "out")
     text = (tmp_path / "out/comparison.tex").read_text()
     assert text.count(r"\begin{tabular}{llll") == 2 == text.count(r"\bottomrule")
     assert r"50\%\_off \& on & personal & lookup" in text
@@ -335,13 +351,13 @@ def test_seen_prompts_are_shown_apart(tmp_path: Path) -> None:
 def test_run_names_are_text_and_tell_runs_apart(runs: Path, tmp_path: Path) -> None:
     odd = make_run(tmp_path / "a" / "$x|<i>[red]", predictions(PERSONAL), encoder="lookup")
     twins = [make_run(tmp_path / at / "0", predictions(VANILLA), encoder="none") for at in "bc"]
-    frame = report.compare([odd, *twins], tmp_path / "out")
+    frame = compare([odd, *twins], tmp_path / "out").frame
     assert frame["run"].tolist()[:3] == ["a/$x|<i>[red]", "b/0", "c/0"]
     page, reader = read_page(tmp_path / "out" / "report.html")
     assert "<i>" not in page
     # Rows of seen and unseen users, the figure, and where it was made.
     assert reader.text.count("a/$x|<i>[red]") == 4
-    assert r"| a/$x\|<i>[red] |" in (tmp_path / "out" / "comparison.md").read_text()
+    assert r"| a/$x\|&lt;i>[red] |" in (tmp_path / "out" / "comparison.md").read_text()
     console = Console(width=120, record=True, file=StringIO())
     console.print(comparison.comparison_table(frame))
     assert "a/$x|<i>[red]" in console.export_text()
@@ -352,12 +368,12 @@ def test_glob_without_results_is_refused(runs: Path, tmp_path: Path, found: str)
     pattern = str(runs / ("nowhere*" if found == "nothing" else "sft"))
     expected = re.escape(f"runs='{pattern}'"[:60])
     with pytest.raises(ValueError, match=expected + ".* expected a glob of run directories"):
-        report.compare(pattern, tmp_path / "out")
+        compare(pattern, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_closing_table_fits_a_terminal(runs: Path) -> None:
-    results = json.loads((runs / "lookup" / "results.json").read_text())
+    results = Results.model_validate_json((runs / "lookup" / "results.json").read_bytes())
     console = Console(width=100, record=True, file=StringIO())
     console.print(tables.closing_table(results))
     text = console.export_text()

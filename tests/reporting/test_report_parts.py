@@ -21,8 +21,12 @@ from test_report import (
     read_page,
 )
 
+from plrhf.evaluation.few_shot import FewShotCurve
+from plrhf.evaluation.judges import JudgedRun
+from plrhf.evaluation.users import LearnedUsers
 from plrhf.reporting import curves as sweeps
 from plrhf.reporting import report
+from plrhf.reporting.comparison_page import compare
 from plrhf.reporting.drawing import drawing, panel, with_hover
 from plrhf.reporting.runs import Run, read_run
 from plrhf.reporting.tables import few_shot_table, grid_table, key_table, winrate_table
@@ -158,7 +162,7 @@ def test_hover_needs_a_word_for_each_mark() -> None:
 
 
 def test_cluster_table_by_hand() -> None:
-    table = cluster_table(LEARNED)
+    table = cluster_table(LearnedUsers(**LEARNED))
     assert list(table.columns)[1:] == [
         *("generic user's weight", "mean weight", "users led by it", "type 0", "type 1")
     ]
@@ -177,7 +181,7 @@ def test_colours_follow_what_is_known() -> None:
 
 
 def test_tokens_are_quoted() -> None:
-    table = token_table(LEARNED)
+    table = token_table(LearnedUsers(**LEARNED))
     assert list(table.columns) == ["", "generic user", "cluster 0"]
     first = table.groups[0][1][0]
     assert [cell.value for cell in first] == ["vector 1", '" the" 0.31', '"a" 0.50']
@@ -185,7 +189,7 @@ def test_tokens_are_quoted() -> None:
 
 
 def test_few_shot_table_by_hand() -> None:
-    table = few_shot_table(ADAPTED)
+    table = few_shot_table(FewShotCurve(**ADAPTED))
     assert list(table.columns) == [
         *("pairs given", "adapted, %", "pooled, %", "generic, %", "oracle, %", "gain, adapted")
     ]
@@ -193,12 +197,12 @@ def test_few_shot_table_by_hand() -> None:
     assert [str(cell) for cell in rows[1]][:2] == ["4", "62.5 [57.5, 67.5]"]
     assert [row[-1].value for row in rows] == ["0.00", "0.33", "0.67"]
     paired = {"adapted": constant(0.125)}
-    with_paired = few_shot_table({**ADAPTED, "over_generic": paired})
+    with_paired = few_shot_table(FewShotCurve(**{**ADAPTED, "over_generic": paired}))
     assert with_paired.columns[5] == "adapted over generic, points"
     assert str(with_paired.groups[0][1][0][5]) == "+12.5 [+7.5, +17.5]"
     # Human data have no oracle, and no gain to recover.
     people = {**ADAPTED, "curves": {**ADAPTED["curves"], "oracle": None}, "gain_recovered": None}
-    assert len(few_shot_table(people).columns) == 4
+    assert len(few_shot_table(FewShotCurve(**people)).columns) == 4
 
 
 def test_win_rates_by_hand(whole: Path, tmp_path: Path) -> None:
@@ -208,7 +212,7 @@ def test_win_rates_by_hand(whole: Path, tmp_path: Path) -> None:
         "first_position_wins": None,
     }
     (row,), (other,) = (
-        winrate_table([(name, result)]).groups[0][1]
+        winrate_table([(name, JudgedRun(**result))]).groups[0][1]
         for name, result in (("policy", JUDGED), ("other", by_scores))
     )
     assert [str(cell) for cell in row] == [
@@ -217,7 +221,7 @@ def test_win_rates_by_hand(whole: Path, tmp_path: Path) -> None:
     ]
     assert [cell.value for cell in other][2] == "Mine" and other[-1].value == "–"
     make_run(tmp_path / "vanilla", predictions(VANILLA), encoder="none")
-    report.compare([whole, tmp_path / "vanilla"], tmp_path / "out")
+    compare([whole, tmp_path / "vanilla"], tmp_path / "out")
     page, reader = read_page(tmp_path / "out" / "report.html")
     assert "Win rates" in reader.text and page.count("runs/&lt;vanilla&gt;") == 1
 
@@ -266,7 +270,7 @@ def test_alpha_curve_is_in_the_comparison(tmp_path: Path) -> None:
     for alpha in (0.0, 0.5, 1.0):
         for seed in (1, 2):
             sweep_run(tmp_path / "runs", alpha=alpha, seed=seed)
-    report.compare(str(tmp_path / "runs" / "*"), tmp_path / "out")
+    compare(str(tmp_path / "runs" / "*"), tmp_path / "out")
     page, reader = read_page(tmp_path / "out" / "report.html")
     assert "Curves over settings" in reader.text
     assert {"Seen users by model.alpha", "Unseen users by model.alpha"} <= set(reader.text)

@@ -28,6 +28,13 @@ class Source(ABC):
         """
         return None
 
+    def world(self) -> str | None:
+        """Return what tells this source's people from people of the same ids elsewhere.
+
+        None for real people, of whom an id is the same person in every run.
+        """
+        return None
+
     def true_score(self, user_id: str, text: str) -> float | None:
         """Return how much this user likes a text, in log odds; None where nobody knows."""
         return None

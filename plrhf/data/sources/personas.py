@@ -109,6 +109,7 @@ class PersonasSource(Source):
         if not (is_number and math.isfinite(scale) and scale > 0):
             raise bad_value("data.scale", scale, "a number above 0", "Set data.scale=1.8")
         self.kind, self.n_users, self.scale, self.seed = kind, n_users, scale, seed
+        self.n_types = n_types
         self.pairs_per_split = (pairs_per_user, val_pairs_per_user, test_pairs_per_user)
         self._prompts = self._draw_prompts(n_prompts)
         self._world = _World(kind=kind, n_types=n_types, rng=self._rng(_WORLD_STREAM))
@@ -122,6 +123,10 @@ class PersonasSource(Source):
     def user_ids(self) -> list[str]:
         """Every user, the `n_users` seen ones first."""
         return list(self._personas)
+
+    def world(self) -> str:
+        """Return a hash of what decides the people: other seeds reuse their ids."""
+        return content_hash(self.kind, self.seed, self.scale, self.n_types)
 
     def records(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield (where, raw row) user by user, each in the order train, val, test."""

@@ -11,27 +11,37 @@ import pytest
 from test_report import ORACLE, PERSONAL, VANILLA, make_run, predictions, read_page
 
 from plrhf.reporting import curves as sweeps
-from plrhf.reporting import report, tables
-from plrhf.reporting.runs import Run, read_run
-from plrhf.reporting.seeds import (
-    at_base,
-    base_values,
+from plrhf.reporting.comparison_page import compare
+from plrhf.reporting.over_seeds import (
     curves_table,
+    over_next,
     over_seeds,
     seeds_frame,
     seeds_note,
     seeds_table,
 )
+from plrhf.reporting.runs import Run, read_run
 
 WORSE = {"ann": 2, "bob": 1, "cid": 1, "dan": 2}  # 4 of 14 seen
 
 
-def made(folder: Path, right: dict[str, int], seed: int, encoder: str, **settings: Any) -> Run:
+def made(
+    folder: Path,
+    right: dict[str, int],
+    seed: int,
+    encoder: str,
+    *,
+    on_val: dict[str, int] | None = None,
+    **settings: Any,
+) -> Run:
     """A run of a world of its own: no pair in common with another seed's."""
     table = predictions(right, oracle=ORACLE)
+    val = predictions(right if on_val is None else on_val).assign(split="val")
+    table = pd.concat([table, val.assign(pair_id="val-" + val["pair_id"])], ignore_index=True)
     table["pair_id"] = f"world-{seed}-" + table["pair_id"]
     name = "-".join([encoder, *map(str, settings.values()), str(seed)])
-    run_dir = make_run(folder / name, table, encoder=encoder, seed=seed)
+    of_world = {"world": f"world-{seed}", "test_pairs": f"tests-{seed}"}
+    run_dir = make_run(folder / name, table, encoder=encoder, seed=seed, provenance=of_world)
     results = json.loads((run_dir / "results.json").read_text())
     results["config"]["data"]["seed"] = seed
     results["config"]["run_dir"] = str(run_dir)
@@ -57,14 +67,14 @@ def runs(tmp_path: Path) -> list[Run]:
 def test_seeds_are_pooled_by_hand(runs: list[Run]) -> None:
     lookup, vanilla, cluster = over_seeds(runs)
     assert lookup.settings["seed"] == "9, 10"
-    cell = lookup.results["test"]["seen"]["user"]
+    cell = lookup.results.test["seen"]["user"]
     assert cell["accuracy_micro"]["value"] == pytest.approx((9 + 12) / 28)
     assert (cell["n_pairs"], cell["n_users"]) == (28, 6)  # ann of one world is not ann of another
-    assert lookup.results["by_seed"] == {"seen": "64.3, 85.7", "unseen": "33.3, 100.0"}
-    assert lookup.results["oracle"]["seen"]["accuracy_micro"]["value"] == pytest.approx(12 / 14)
+    assert lookup.results.oracle["seen"]["accuracy_micro"]["value"] == pytest.approx(12 / 14)
     frame = seeds_frame([lookup, vanilla, cluster])
     by_role = frame.set_index("run")
     first, other, third = (by_role.loc[run.name] for run in (lookup, vanilla, cluster))
+    assert (first["seen_by_seed"], first["unseen_by_seed"]) == ("64.3, 85.7", "33.3, 100.0")
     assert first["seen_difference_micro"] == pytest.approx((21 - 12) / 28)
     assert first["seen_gain_recovered"] == pytest.approx((21 - 12) / (24 - 12))
     assert first["seen_over_next"] == pytest.approx((21 - 18) / 28)  # cluster's 9 + 9
@@ -81,8 +91,46 @@ def test_users_of_the_same_rows_stay_the_same(tmp_path: Path) -> None:
         for seed in (1, 2)
     ]
     (pooled,) = over_seeds([*same, same[0]])  # a repeated seed counts once
-    cell = pooled.results["test"]["seen"]["user"]
+    cell = pooled.results.test["seen"]["user"]
     assert (cell["n_pairs"], cell["n_users"]) == (28, 3)
+
+
+def test_people_without_a_pair_in_common_stay_the_same(tmp_path: Path) -> None:
+    """Seeds may divide the same people's pairs so that no test pair is in two of them."""
+    same = []
+    for seed in (1, 2):
+        table = predictions(PERSONAL)
+        table["pair_id"] = f"{seed}-" + table["pair_id"]
+        same.append(read_run(make_run(tmp_path / str(seed), table, encoder="none", seed=seed)))
+    (pooled,) = over_seeds(same)
+    cell = pooled.results.test["seen"]["user"]
+    assert (cell["n_pairs"], cell["n_users"]) == (28, 3)
+
+
+def test_a_missing_seed_leaves_the_others_paired(tmp_path: Path) -> None:
+    runs = [made(tmp_path, right, 1, "lookup") for right in (PERSONAL,)]
+    runs += [made(tmp_path, ORACLE, 2, "lookup"), made(tmp_path, WORSE, 3, "lookup")]
+    runs += [made(tmp_path, VANILLA, seed, "none") for seed in (1, 3)]
+    frame = seeds_frame(over_seeds(runs)).set_index("role")
+    row = frame.loc["personal"]
+    assert row["seen_n_pairs"] == 3 * 14  # of all its seeds
+    assert row["seen_accuracy_micro"] == pytest.approx((9 + 12 + 4) / 42)
+    assert row["seen_difference_micro"] == pytest.approx((9 + 4 - 6 - 6) / 28)  # of seeds 1 and 3
+    note = seeds_note(frame)
+    assert "lookup-1 and 2 more and none-1 and 1 more are not compared in seed 2." in note
+    assert frame["tests"].nunique() == 1
+
+
+def test_the_next_best_is_chosen_on_val(tmp_path: Path) -> None:
+    runs = [
+        made(tmp_path, PERSONAL, 1, "lookup"),  # 9 of 14 on test
+        made(tmp_path, ORACLE, 1, "cluster", on_val=WORSE),  # best on test, worst on val
+        made(tmp_path, VANILLA, 1, "uniform", on_val=ORACLE),  # 6 of 14, best on val
+    ]
+    found = over_next(runs[0], runs, "seen")
+    assert found["value"] == pytest.approx((9 - 6) / 14)
+    no_val = read_run(make_run(tmp_path / "bare", predictions(PERSONAL), encoder="cluster"))
+    assert over_next(no_val, [no_val], "seen")["value"] is None
 
 
 def test_length_goes_by_each_seed_s_own_rule(tmp_path: Path) -> None:
@@ -91,7 +139,7 @@ def test_length_goes_by_each_seed_s_own_rule(tmp_path: Path) -> None:
     results["controls"]["length_only"]["rule"] = "the shorter response wins"
     (other.path / "results.json").write_text(json.dumps(results))
     (pooled,) = over_seeds([one, read_run(other.path)])
-    control = pooled.results["controls"]["length_only"]
+    control = pooled.results.controls["length_only"]
     # Chosen responses are the longer ones: right by the rule of seed 1, wrong by that of seed 2.
     assert control["seen"]["accuracy_micro"]["value"] == 0.5
     assert control["rule"] == "the longer response wins, the shorter response wins"
@@ -121,28 +169,31 @@ def test_a_page_of_a_sweep_shows_methods_first(runs: list[Run], tmp_path: Path) 
     folder = tmp_path / "runs"
     for seed in (9, 10):
         made(folder, WORSE, seed, "lookup", model_alpha=0.25)
-    frame = report.compare(str(folder / "*"), tmp_path / "out")
-    assert len(frame) == 8 + 2 * 2  # each run, then oracle and length rule of each world
+    made_of = compare(str(folder / "*"), tmp_path / "out")
+    assert len(made_of.frame) == 8 + 2 * 2  # each run, then oracle and length rule of each world
     _, reader = read_page(tmp_path / "out/report.html")
     text = reader.text
     assert text.index("Test results over seeds") < text.index("Single runs")
     assert "24 rows" in text  # of single runs, seen and unseen users
-    table = frame.attrs["over_seeds"]
-    assert isinstance(table, tables.Table)
+    assert made_of.over_seeds is not None
     saved = pd.read_csv(tmp_path / "out/over_seeds.csv")
     assert saved["run"].notna().all() and (tmp_path / "out/over_seeds.tex").is_file()
     assert "| personal | lookup |" in (tmp_path / "out/over_seeds.md").read_text()
 
 
-def test_points_of_curves_are_left_to_the_curves(tmp_path: Path) -> None:
+def test_every_value_of_a_setting_is_a_labelled_row_and_a_point_of_its_curve(
+    tmp_path: Path,
+) -> None:
     runs = [made(tmp_path, VANILLA, seed, "none", model_alpha=0.5) for seed in (1, 2)]
     for alpha, right in ((0.0, WORSE), (0.5, PERSONAL), (1.0, ORACLE)):
         runs += [made(tmp_path, right, seed, "lookup", model_alpha=alpha) for seed in (1, 2)]
     pooled = over_seeds(runs)
-    base = base_values(pooled)
-    assert base == {"model.alpha": 0.5}
-    assert [run.settings["encoder"] for run in at_base(pooled, base)] == ["none", "lookup"]
-    assert seeds_note(base).endswith(" At model.alpha=0.5; other values are in the curves.")
+    # Each alpha is a row of its own, labelled, beside the one vanilla run.
+    frame = seeds_frame(pooled)
+    labels = frame.loc[frame["role"] == "personal", "others"].tolist()
+    assert labels == ["model.alpha=0.0", "model.alpha=0.5", "model.alpha=1.0"]
+    differences = frame.loc[frame["role"] == "personal", "seen_difference_micro"]
+    assert differences.tolist() == pytest.approx([(n - 6) / 14 for n in (4, 9, 12)])
     table = curves_table(pooled)
     assert table is not None
     ((setting, rows),) = table.groups

@@ -1,0 +1,91 @@
+"""Files of a run directory as typed records: written and read through one class a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from plrhf.core.errors import bad_value
+
+R = TypeVar("R", bound="Record")
+
+
+class Record(BaseModel):
+    """The content of a JSON file; keys that a later version added are passed over."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, populate_by_name=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as the file holds it."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record as JSON; a reader never finds half a file.
+
+    Raises:
+        ValueError: a number is nan or infinite, which JSON does not know.
+    """
+    text = json.dumps(record.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under another name and rename it, so that no reader finds half of it."""
+    aside = path.with_name(f"{path.name}.part")
+    try:
+        aside.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_record(path: Path, kind: type[R]) -> R:
+    """Read a record.
+
+    Raises:
+        ValueError: the file is damaged or of another version; the message names file and key.
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise damaged(path, error) from error
+
+
+def read_lines(path: Path, kind: type[R]) -> Iterator[R]:
+    r"""Yield the records of a file with one a line.
+
+    Lines end in ``\n`` alone: texts may hold other characters that Unicode calls line ends, such as
+    U+2028, and JSON leaves them as they are.
+
+    Raises:
+        ValueError: a line is damaged; the message names file, line and key.
+    """
+    with path.open("rb") as file:  # bytes, which end lines by \n only
+        for number, line in enumerate(file, start=1):
+            if line.strip() == b"":
+                continue
+            try:
+                yield kind.model_validate_json(line)
+            except ValidationError as error:
+                raise damaged(path, error, line=number) from error
+
+
+def damaged(path: Path, error: ValidationError, *, line: int | None = None) -> Exception:
+    """Return the error that names the first key by which a file is not what it should be."""
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    place = str(path) if line is None else f"{path}:{line}"
+    found = None if first["type"] == "missing" else first["input"]
+    if isinstance(found, bytes):
+        found = found.decode(errors="replace")
+    expected = first["msg"].removeprefix("Input should be ")
+    allowed = f"{expected[:1].lower()}{expected[1:]}"
+    if first["type"] == "missing":
+        allowed = "a value, as the key is missing"
+    return bad_value(f"{place} {key}".strip(), found, allowed, f"Write {path.name} anew")

@@ -1,0 +1,172 @@
+"""Several finished runs on one page, in tables and figures: comparison.csv, .md, .tex, report.html."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from plrhf.core.errors import bad_value
+from plrhf.reporting.comparison import (
+    COMPARISON_NOTE,
+    Comparison,
+    comparison,
+    comparison_frame,
+    distinct_names,
+)
+from plrhf.reporting.curves import sweep_curves
+from plrhf.reporting.figures import comparison_bars, few_shot_curves
+from plrhf.reporting.over_seeds import (
+    curves_table,
+    over_seeds,
+    seeds_frame,
+    seeds_note,
+    seeds_table,
+)
+from plrhf.reporting.page import Section, write_page
+from plrhf.reporting.report import winrate_section
+from plrhf.reporting.runs import Run, read_run
+from plrhf.reporting.tables import Cell, Table, csv_text, latex, markdown
+
+
+def compare(
+    runs: str | Sequence[Path], out: Path | str, *, baseline: Path | str | None = None
+) -> Comparison:
+    """Set finished runs side by side; leave comparison.csv, .md, .tex and report.html in `out`.
+
+    Differences are paired with the vanilla run of the same model, data, seed and test pairs, where
+    there is one. Directories without results are skipped and named. Where runs differ in seed alone,
+    over_seeds.csv, .md and .tex and the page's first table have one row for them.
+
+    Args:
+        runs: a glob of run directories, or the directories; ``**`` is any number of folders.
+        out: directory to write to, made where it is not there.
+        baseline: a run's directory, to pair all runs with that one instead.
+
+    Raises:
+        ValueError: no directory matches, none of them holds results, or a run does not hold the
+            pairs of the baseline.
+    """
+    there, skipped = read_runs(runs)
+    frame = comparison_frame(there, baseline=None if baseline is None else read_run(baseline))
+    groups = over_seeds(there)
+    several = baseline is None and any(len(run.of_seeds) > 0 for run in groups)
+    made = Comparison(
+        runs=there,
+        frame=frame,
+        skipped=skipped,
+        over_seeds=seeds_frame(groups) if several else None,
+    )
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    table, shared = comparison(frame)
+    _write_tables(out / "comparison", frame, table, _notes(made))
+    if made.over_seeds is not None:
+        note = seeds_note(made.over_seeds)
+        _write_tables(out / "over_seeds", made.over_seeds, seeds_table(made.over_seeds), [note])
+    sections = [
+        seeds_section(made),
+        sweeps_section(groups),
+        comparison_section(made),
+        few_shot_section(there),
+        winrate_section(there),
+        commands_section(made),
+    ]
+    subtitle = f"{len(there)} runs{shared}"
+    write_page(out / "report.html", "Comparison of runs", subtitle, sections)
+    return made
+
+
+def read_runs(runs: str | Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """Read the finished runs of a glob, or of directories, and name the directories without results.
+
+    Raises:
+        ValueError: no directory matches, or none of them holds results.
+    """
+    recursive = isinstance(runs, str) and "**" in runs
+    paths = glob.glob(runs, recursive=True) if isinstance(runs, str) else runs
+    found = sorted(Path(path) for path in paths)
+    with_results = [path for path in found if (path / "results.json").is_file()]
+    if recursive:  # what an evaluation left inside a run is no run of its own
+        kept = set(with_results)
+        with_results = [path for path in with_results if kept.isdisjoint(path.parents)]
+    if len(with_results) == 0:
+        raise bad_value(
+            "runs",
+            runs if isinstance(runs, str) else [str(path) for path in runs],
+            "a glob of run directories, at least one of which holds results.json",
+            "Give the runs' own directories, quoted: eval=compare 'runs=outputs/*' out=comparison",
+        )
+    named = zip(with_results, distinct_names(with_results), strict=True)
+    skipped = [
+        str(path) for path in found if path.is_dir() and path not in with_results and not recursive
+    ]
+    return [read_run(path, name=name) for path, name in named], skipped
+
+
+def seeds_section(made: Comparison) -> Section | None:
+    """The table over seeds; None where no two runs differ in seed alone."""
+    frame = made.over_seeds
+    if frame is None:
+        return None
+    return Section("Test results over seeds", seeds_note(frame), table=seeds_table(frame))
+
+
+def comparison_section(made: Comparison) -> Section:
+    """Single runs as a table and bars; beside a table over seeds the table alone, behind a click."""
+    folded = made.over_seeds is not None
+    table, _ = comparison(made.frame)
+    title = "Single runs" if folded else "Test results"
+    figures = [] if folded else [comparison_bars(made.frame)]
+    return Section(title, " ".join(_notes(made)), table=table, folded=folded, figures=figures)
+
+
+def sweeps_section(runs: Sequence[Run]) -> Section | None:
+    """Accuracy over each setting in which otherwise equal runs differ; None where there is none."""
+    figures = sweep_curves(runs)
+    note = (
+        "Runs that differ in this setting and in seed alone; lines are means over seeds, bars 95% "
+        "intervals over users."
+    )
+    if len(figures) == 0:
+        return None
+    table = curves_table(runs)
+    return Section("Curves over settings", note, table=table, folded=True, figures=figures)
+
+
+def few_shot_section(runs: Sequence[Run]) -> Section | None:
+    """Few-shot curves of the runs that eval=adapt has seen; None where there are none."""
+    figures = [
+        few_shot_curves(run.adapted, label=f"{run.name}: accuracy by pairs given")
+        for run in runs
+        if run.adapted is not None
+    ]
+    return Section("New users", figures=figures) if len(figures) > 0 else None
+
+
+def commands_section(made: Comparison) -> Section:
+    """The exact command and versions of each run, and where its own report lies."""
+    rows = []
+    for run in made.runs:
+        how = run.results.run
+        versions = {} if how is None else how.versions
+        words = ", ".join(f"{name} {number}" for name, number in versions.items())
+        rows.append([Cell(run.name), Cell("–" if how is None else how.command), Cell(words)])
+    table = Table(["run", "command", "versions"], [("", rows)], (0, 1, 2))
+    return Section("How they were made", table=table, folded=made.over_seeds is not None)
+
+
+def _notes(made: Comparison) -> list[str]:
+    named = []
+    if len(made.skipped) > 0:
+        named = [f"Skipped, as without results.json: {', '.join(made.skipped)}."]
+    return [COMPARISON_NOTE, *named]
+
+
+def _write_tables(path: Path, frame: pd.DataFrame, table: Table, notes: Sequence[str]) -> None:
+    """The frame as .csv, its table as .md and .tex."""
+    path.with_suffix(".csv").write_text(csv_text(frame), encoding="utf-8", newline="")
+    path.with_suffix(".md").write_text(markdown(table, "\n\n".join(notes)), encoding="utf-8")
+    path.with_suffix(".tex").write_text(latex(table, "\n".join(notes)), encoding="utf-8")
