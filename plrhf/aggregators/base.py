@@ -15,8 +15,8 @@ from plrhf.core.types import PreferenceBatch
 class Aggregator(nn.Module, ABC):
     """Runs the backbone on a batch for given user vectors.
 
-    A subclass is built by keyword. Of `hidden_size`, `embedding_size` and `n_blocks` it is handed those
-    that its constructor names, beside its own settings.
+    A subclass is built by keyword. Of `hidden_size`, `block_size`, `embedding_size` and `n_blocks` it is
+    handed those that its constructor names, beside its own settings.
 
     Attributes:
         user_dim: width of the user vectors it needs; the encoder is built to it.

@@ -29,7 +29,8 @@ class FiLM(Aggregator):
     computed in float32, whatever the dtype of the hidden states: small gammas vanish in bfloat16.
 
     Args:
-        hidden_size: d of the backbone. n_blocks: its number of blocks.
+        hidden_size: d of the last hidden states. n_blocks: number of blocks.
+        block_size: d of what a block gives; None: the same.
         site: ``last`` acts on the last hidden states, so the trunk does not depend on the user;
             ``every_block`` acts on the output of each block.
         user_dim: width of e_u; None: d, but at most `DEFAULT_USER_DIM` of the site.
@@ -43,6 +44,7 @@ class FiLM(Aggregator):
         *,
         hidden_size: int,
         n_blocks: int,
+        block_size: int | None = None,
         site: Literal["last", "every_block"] = "last",
         user_dim: PositiveInt | None = None,
         layer_width: PositiveInt | None = None,
@@ -70,7 +72,10 @@ class FiLM(Aggregator):
                 nn.Linear(hidden_size, layer_width),
                 nn.Tanh(),
             )
-        self.to_film = nn.Linear(self.user_dim, self.n_sites * 2 * self.output_size, bias=False)
+        self.width = self.output_size  # of gamma and of beta
+        if site == "every_block" and block_size is not None:
+            self.width = block_size
+        self.to_film = nn.Linear(self.user_dim, self.n_sites * 2 * self.width, bias=False)
         nn.init.zeros_(self.to_film.weight)
 
     def text_parameters(self) -> list[nn.Parameter]:
@@ -79,8 +84,8 @@ class FiLM(Aggregator):
     def drop_shift(self) -> None:
         if self.after_trunk and self.has_shift:
             self.has_shift = False
-            self.to_film.out_features = self.output_size
-            gamma = self.to_film.weight[: self.output_size].detach().clone()
+            self.to_film.out_features = self.width
+            gamma = self.to_film.weight[: self.width].detach().clone()
             learned = self.to_film.weight.requires_grad
             self.to_film.weight = nn.Parameter(gamma, requires_grad=learned)
 
@@ -92,7 +97,7 @@ class FiLM(Aggregator):
         n_maps = 2 if self.has_shift else 1
         with torch.autocast(user.device.type, enabled=False):
             maps = self.to_film(user.to(self.to_film.weight.dtype)).float()
-        return maps.unflatten(-1, (self.n_sites, n_maps, self.output_size))
+        return maps.unflatten(-1, (self.n_sites, n_maps, self.width))
 
     def forward(self, backbone: Backbone, batch: PreferenceBatch, user: Tensor) -> Tensor:
         if user.shape[-1] == 0:  # no user model

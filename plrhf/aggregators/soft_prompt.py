@@ -22,18 +22,22 @@ class ConcatSoftPrompt(Aggregator):
     They take positions, attend causally and are never predicted.
 
     Args:
-        hidden_size: d of the backbone. n_tokens: T_u; encoder=none gives no user vectors.
+        hidden_size: d of the backbone. embedding_size: width of its token embeddings; None: d.
+        n_tokens: T_u; encoder=none gives no user vectors.
     """
 
-    def __init__(self, *, hidden_size: int, n_tokens: PositiveInt = 10) -> None:
+    def __init__(
+        self, *, hidden_size: int, embedding_size: int | None = None, n_tokens: PositiveInt = 10
+    ) -> None:
         super().__init__()
-        self.hidden_size = self.output_size = hidden_size
-        self.user_dim = n_tokens * hidden_size
+        self.embedding_size = hidden_size if embedding_size is None else embedding_size
+        self.output_size = hidden_size
+        self.user_dim = n_tokens * self.embedding_size
         self.n_positions = n_tokens
 
     def _vectors(self, user: Tensor, dtype: torch.dtype) -> Tensor:
-        n_tokens = user.shape[-1] // self.hidden_size  # 0 where there is no user model
-        return user.to(dtype).unflatten(-1, (n_tokens, self.hidden_size))
+        n_tokens = user.shape[-1] // self.embedding_size  # 0 where there is no user model
+        return user.to(dtype).unflatten(-1, (n_tokens, self.embedding_size))
 
     def forward(self, backbone: Backbone, batch: PreferenceBatch, user: Tensor) -> Tensor:
         vectors = self._vectors(spread_over_rows(user, batch), backbone.embedding_dtype)

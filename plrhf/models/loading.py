@@ -35,6 +35,8 @@ def build_model(backbone: Backbone, card: Card, **provided: Any) -> Any:
         "aggregator",
         kind=Aggregator,
         hidden_size=backbone.hidden_size,
+        block_size=backbone.block_size,
+        embedding_size=backbone.embedding_size,
         n_blocks=backbone.config.num_hidden_layers,
     )
     model = build(

@@ -254,6 +254,17 @@ def test_dropping_the_shift_changes_what_is_the_same_for_both_responses_alone() 
     assert in_every_block.to_film.weight.shape == (N_LAYERS * 2 * WIDTH, 4)
 
 
+def test_widths_that_differ() -> None:
+    """Some models embed tokens, run blocks and end in three widths (OPT-350m, ALBERT)."""
+    widths: dict[str, Any] = {"hidden_size": 6, "n_blocks": 3}
+    prompt = ConcatSoftPrompt(hidden_size=6, embedding_size=5, n_tokens=4)
+    assert (prompt.user_dim, prompt.output_size) == (20, 6)
+    assert prompt._vectors(torch.zeros(2, 20), torch.float32).shape == (2, 4, 5)
+    every = FiLM(**widths, block_size=7, site="every_block")
+    assert every.film(torch.zeros(2, 6)).shape == (2, 3, 2, 7) and every.output_size == 6
+    assert FiLM(**widths, block_size=7).film(torch.zeros(2, 6)).shape == (2, 1, 2, 6)
+
+
 BAD = [
     (
         lambda: ConcatSoftPrompt(hidden_size=WIDTH, n_tokens=0),
