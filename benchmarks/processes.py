@@ -61,7 +61,7 @@ class Run:
         self.run_dir, self.n_processes = run_dir, n_processes
         self.last = run_dir / "checkpoints/last.ckpt"
         places = [f"run_dir={run_dir}", f"cache_dir={cache_dir}"]
-        on = ["ckpt=last"] if self.last.is_file() else []
+        on = ["ckpt=last" if self.last.is_file() else "overwrite=true"]
         command = [sys.executable, str(TRAIN), *SETTINGS, *more, *ON[n_processes], *places, *on]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         self.began = time.monotonic()

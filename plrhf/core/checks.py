@@ -24,6 +24,7 @@ import json
 import types
 import typing
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -103,6 +104,7 @@ def check_arguments(field: str) -> Callable[[C], C]:
     def decorate(target: C) -> C:
         function: Any = target.__init__ if inspect.isclass(target) else target
         signature = inspect.signature(function)
+        owner: Any = target if inspect.isclass(target) else None
 
         @functools.wraps(function)
         def call(*arguments: Any, **named: Any) -> Any:
@@ -110,7 +112,7 @@ def check_arguments(field: str) -> Callable[[C], C]:
                 given = signature.bind(*arguments, **named).arguments
             except TypeError:  # Python words a missing or unknown argument itself
                 given = {}
-            for name, kind in _plain_kinds(function).items():
+            for name, kind in _plain_kinds(function, owner).items():
                 if name in given:
                     prefix = f"{field}." if field else ""
                     default = signature.parameters[name].default
@@ -238,17 +240,25 @@ def _new_adapter(kind: Any) -> TypeAdapter[Any] | None:
 _kept_adapter = functools.cache(_new_adapter)
 
 
+def type_hints(function: Callable[..., Any], owner: type | None) -> dict[str, Any]:
+    """Return the types of a function's arguments by name, ranges included.
+
+    A dataclass writes its ``__init__`` itself, with fields of a base class of another module among
+    its arguments; their types are looked up where each class was written.
+
+    Args:
+        owner: the class whose constructor the function is; None: it is no constructor.
+    """
+    return typing.get_type_hints(owner if is_dataclass(owner) else function, include_extras=True)
+
+
 @functools.cache
-def _plain_kinds(function: Callable[..., Any]) -> dict[str, Any]:
-    """The arguments of a function that can be checked, by name, with their types."""
-    hints = typing.get_type_hints(function, include_extras=True)
+def _plain_kinds(function: Callable[..., Any], owner: type | None) -> dict[str, Any]:
+    """Return the arguments of a function that can be checked, by name, with their types."""
+    hints = type_hints(function, owner)
     named = inspect.signature(function).parameters.values()
-    variable = {one.name for one in named if one.kind in (one.VAR_KEYWORD, one.VAR_POSITIONAL)}
-    return {
-        name: kind
-        for name, kind in hints.items()
-        if name not in ("return", *variable) and _is_plain(kind)
-    }
+    own = [one.name for one in named if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
+    return {name: hints[name] for name in own if name in hints and _is_plain(hints[name])}
 
 
 def _is_plain(kind: Any) -> bool:

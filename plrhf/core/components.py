@@ -5,12 +5,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import typing
 from collections.abc import Callable, Mapping
 from inspect import Parameter
 from typing import Any, TypeVar
 
-from plrhf.core.checks import NO_DEFAULT, checked
+from plrhf.core.checks import NO_DEFAULT, checked, type_hints
 from plrhf.core.errors import BadValue, bad_value
 
 NOT_FOR_THE_CONSTRUCTOR = ("_target_", "name")
@@ -49,14 +48,14 @@ def parameters(component: Any) -> dict[str, Parameter]:
     """
     found: dict[str, Parameter] = {}
     functions = (
-        [vars(c)["__init__"] for c in component.__mro__ if "__init__" in vars(c)]
+        [(vars(c)["__init__"], c) for c in component.__mro__ if "__init__" in vars(c)]
         if inspect.isclass(component)
-        else [component]
+        else [(component, None)]
     )
-    for function in functions:
+    for function, owner in functions:
         if function is object.__init__:
             break
-        hints = typing.get_type_hints(function, include_extras=True)
+        hints = type_hints(function, owner)
         signature = inspect.signature(function).parameters.values()
         for one in signature:
             if one.name != "self" and one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL):

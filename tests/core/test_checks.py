@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import numpy as np
 import pytest
@@ -25,7 +25,9 @@ from plrhf.core.checks import (
     checked,
     describe,
 )
-from plrhf.core.components import build
+from plrhf.core.components import build, parameters
+from plrhf.evaluation.few_shot import Shots
+from plrhf.models.adaptation import Fit
 
 
 @check_arguments("part")
@@ -138,6 +140,22 @@ def test_a_dataclass_is_checked_with_its_own_name() -> None:
         ValueError, match=r"^rates\.steps=-1 .* whole number from 0\. Set rates\.ste"
     ):
         Rates(steps=-1)
+
+
+def test_a_dataclass_finds_types_of_a_base_from_another_module() -> None:
+    """`Fit` is of plrhf.models.adaptation, whose names plrhf.evaluation.few_shot lacks."""
+    takes = parameters(Shots)
+    assert takes["steps"].annotation == get_type_hints(Fit, include_extras=True)["steps"]
+    assert takes["shots"].annotation == list[int]
+
+    @check_arguments("more")
+    @dataclass(frozen=True, kw_only=True)
+    class More(Rates):
+        times: PositiveInt = 1
+
+    assert More(lr=1.0, times=2).times == 2
+    with pytest.raises(ValueError, match=r"^more\.times=0 is not allowed"):
+        More(times=0)
 
 
 DESCRIBED = [

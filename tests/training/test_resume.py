@@ -356,7 +356,7 @@ def test_a_run_begun_anew_is_no_longer_finished(
 
     monkeypatch.setattr("plrhf.cli.run.fit", killed)
     with pytest.raises(InterruptedError):
-        launch("train", *TINY, f"cache_dir={cache_dir}", f"run_dir={run}", "seed=0")
+        launch("train", *TINY, f"cache_dir={cache_dir}", f"run_dir={run}", "overwrite=true")
     assert not (run / "results.json").exists()
     assert not (run / "metrics.csv").exists()
     assert not (run / "checkpoints/last.ckpt").exists()
