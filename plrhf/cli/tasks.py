@@ -233,6 +233,7 @@ def load_run(
         data = rows_of_run(run, trained, card)
     else:
         data = build_data(config.data, users=card.users, schema=card.feature_schema(), **card.text)
+    print_lines(data.report.lines())
     model = PersonalModule.from_pretrained(
         export,
         trust_remote_code=trained.backbone.trust_remote_code,
@@ -245,7 +246,7 @@ def load_run(
         n_user_vectors=model.n_user_vectors,
         cache_dir=Path(trained.cache_dir),
     )
-    print_lines([*data.report.lines(), *data.tokenizing_notes()])
+    print_lines(data.tokenizing_notes())
     trainer = Trainer(
         # Elsewhere than where it was trained the run is evaluated on what there is.
         accelerator="cpu" if trained.trainer.accelerator == "cpu" else "auto",

@@ -34,10 +34,13 @@ class RenderedPrompt:
     Attributes:
         text: with hidden spellings, see `TextEncoder.hide`.
         continues: whether it ends within an assistant's turn, which the response goes on with.
+        trimmed: white space at the end of that turn that the template leaves out; the response
+            begins with it, so that both together say what was written.
     """
 
     text: str
-    continues: bool
+    continues: bool = False
+    trimmed: str = ""
 
 
 class ChatTemplate:
@@ -102,13 +105,13 @@ class ChatTemplate:
             after = tail[: end.end()]
         return ("" if lead.strip() else lead), after
 
-    def response(self, text: str, *, continues: bool) -> str:
+    def response(self, text: str, prompt: RenderedPrompt) -> str:
         """Return a response with what stands around it in its turn, control tokens meant."""
         before, after = self.response_edges
         text = self.encoder.hide(text)
         if self.trims:
-            text = text.rstrip() if continues else text.strip()
-        return f"{'' if continues else before}{text}{after}"
+            text = text.rstrip() if prompt.continues else text.strip()
+        return f"{prompt.trimmed if prompt.continues else before}{text}{after}"
 
     def prompt(
         self, messages: Sequence[Message], *, user_text: str | None = None, separator: str = "\n"
@@ -138,7 +141,9 @@ class ChatTemplate:
             raise TemplateRefusal("the template has no system turn")
         for message in hidden:
             _check_written(message, text)
-        return RenderedPrompt(text, continues)
+        said = hidden[-1]["content"] or ""
+        trimmed = said[len(said.rstrip()) :] if continues and not text.endswith(said) else ""
+        return RenderedPrompt(text, continues, trimmed)
 
     def _with_user_text(
         self, messages: list[Message], user_text: str, separator: str

@@ -173,6 +173,7 @@ class PreferenceData(LightningDataModule):
             )
         self.row_tokenizer = RowTokenizer(tokenizer, **self.tokenizer_options)  # type: ignore[arg-type]
         self.truncated = {"prompt truncated": 0, "response truncated": 0, "response too long": 0}
+        self.report.refused.pop(Reason.CHAT_TEMPLATE.value, None)
         for split in SPLITS:
             rows: Any = getattr(self.splits, split)
             pairs = load_or_tokenize(rows, self.row_tokenizer, cache_dir=cache_dir)
@@ -192,6 +193,12 @@ class PreferenceData(LightningDataModule):
                 n_user_vectors=n_user_vectors,
             )
         if len(self.splits.train) > 0 and len(self.datasets["train"]) == 0:
+            n_refused = self.report.refused[Reason.CHAT_TEMPLATE.value]
+            if n_refused > 0 and self.truncated["response too long"] == 0:
+                shown = f"0 of {len(self.splits.train):,} train rows usable"
+                allowed = f"prompts that the chat template writes ({n_refused:,} rows refused)"
+                first = self.report.examples[Reason.CHAT_TEMPLATE.value].removesuffix(".")
+                raise bad_value("rows", shown, allowed, f"Mend what the first one names: {first}")
             raise bad_value(
                 "data.max_tokens",
                 self.max_tokens,

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from plrhf.core.errors import bad_value
-from plrhf.data.chat import ChatTemplate, TemplateRefusal, chat_template, exchanges
+from plrhf.data.chat import (
+    ChatTemplate,
+    RenderedPrompt,
+    TemplateRefusal,
+    chat_template,
+    exchanges,
+)
 from plrhf.data.packing import TokenPair
 from plrhf.data.reasons import Reason, RefusedRow
 from plrhf.data.rows import Message, Row, content_hash
@@ -220,8 +226,8 @@ class RowTokenizer:
             prompt, cut = self._plain_prompt(row)
             found = [(*self._encode(text, self._after_plain), self.end) for text in texts]
         else:
-            prompt, cut, before, continues = self._chat_prompt(row)
-            found = [self._chat_response(text, before, continues) for text in texts]
+            prompt, cut, rendered = self._chat_prompt(row)
+            found = [self._chat_response(text, rendered) for text in texts]
         return TokenPair(prompt, *(found or ((), ()))), cut
 
     def _fitted(self, pair: TokenPair, prompt_cut: bool) -> TokenizedRow:
@@ -308,18 +314,17 @@ class RowTokenizer:
 
     # Chats
 
-    def _chat_prompt(self, row: Row) -> tuple[Ids, bool, str, bool]:
-        """The prompt's tokens, whether it was cut, its end as text, and whether the response goes on
-        with its last turn."""
+    def _chat_prompt(self, row: Row) -> tuple[Ids, bool, RenderedPrompt]:
+        """Return the prompt's tokens, whether it was cut, and what it is as text when whole."""
         assert not isinstance(row.prompt, str)
-        ids, text, continues = self._rendered(row, row.prompt)
+        ids, rendered = self._rendered(row, row.prompt)
         cut = len(ids) > self.max_prompt_tokens
         if cut:
             self._check_may_cut(row, len(ids))
             ids = self._shortened(row, row.prompt)
-        return ids, cut, text, continues
+        return ids, cut, rendered
 
-    def _rendered(self, row: Row, messages: Sequence[Message]) -> tuple[Ids, str, bool]:
+    def _rendered(self, row: Row, messages: Sequence[Message]) -> tuple[Ids, RenderedPrompt]:
         found = self.chat.prompt(
             messages,
             user_text=row.user_text if self.use_user_text else None,
@@ -327,41 +332,37 @@ class RowTokenizer:
         )
         ids = self.chat.encoder.encode_rendered(found.text)
         if self.encoder_only:
-            begun = ids[: len(self.start)] == self.start
-            ids = (
-                *(() if begun else self.start),
-                *ids,
-                *((self.end,) if ids[-1:] != (self.end,) else ()),
-            )
-        return ids, found.text, found.continues
+            start = () if ids[: len(self.start)] == self.start else self.start
+            ids = (*start, *ids, *((self.end,) if ids[-1:] != (self.end,) else ()))
+        return ids, found
 
     def _shortened(self, row: Row, messages: Sequence[Message]) -> Ids:
         """Cut a chat: its oldest exchanges first, then the beginning of the last exchange's first
         turn; where system turn and user text alone are too long, tokens from the front."""
         system, groups = exchanges(messages)
         for first in range(1, len(groups)):
-            ids, _, _ = self._rendered(row, [*system, *(one for g in groups[first:] for one in g)])
+            ids, _ = self._rendered(row, [*system, *(one for g in groups[first:] for one in g)])
             if len(ids) <= self.max_prompt_tokens:
                 return ids
         last = groups[-1] if len(groups) > 0 else []
         content = (last[0]["content"] or "") if len(last) > 0 else ""
-        whole, _, _ = self._rendered(row, [*system, *last])
+        whole, _ = self._rendered(row, [*system, *last])
         best: Ids | None = None
         low, high = 0, len(content)
         while low < high:  # the longest end of the turn that fits
             middle = (low + high) // 2
             opening = {**last[0], "content": content[middle:]}
-            ids, _, _ = self._rendered(row, [*system, opening, *last[1:]])
+            ids, _ = self._rendered(row, [*system, opening, *last[1:]])
             if len(ids) <= self.max_prompt_tokens:
                 best, high = ids, middle
             else:
                 low = middle + 1
         return best if best is not None else whole[-self.max_prompt_tokens :]
 
-    def _chat_response(self, text: str, before: str, continues: bool) -> Ids:
-        written = self.chat.response(text, continues=continues)
+    def _chat_response(self, text: str, prompt: RenderedPrompt) -> Ids:
+        written = self.chat.response(text, prompt)
         encoder = self.chat.encoder
-        before = self._chat_context(before)
+        before = self._chat_context(prompt.text)
         if before != "":
             head, whole = (encoder.encode_rendered(one) for one in (before, before + written))
             if whole[: len(head)] == head:

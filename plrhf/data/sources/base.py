@@ -65,7 +65,7 @@ def id_as_text(value: object) -> object:
     return str(value) if isinstance(value, int) else value
 
 
-def prompts_apart(
+def refuse_shared_prompts(
     records: Iterable[tuple[str, Mapping[str, Any] | Refusal]],
 ) -> Iterator[tuple[str, Mapping[str, Any] | Refusal]]:
     """Yield the records, refusing those whose prompt a later split has too: test keeps all of its

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeGuard
 from plrhf.core.errors import bad_value
 from plrhf.data.reasons import Reason, Refusal, refusal
 from plrhf.data.rows import Features, content_hash
-from plrhf.data.sources.base import Source, prompts_apart
+from plrhf.data.sources.base import Source, refuse_shared_prompts
 from plrhf.data.sources.files import HubFiles, data_files, files_by_stem, read_files
 from plrhf.data.sources.formats import Record
 from plrhf.data.splits import is_unseen_user, uniform_hash
@@ -95,7 +95,7 @@ class PrismSource(Source):
     def records(self) -> Iterator[tuple[str, Record]]:
         """Yield refusals of survey lines and dialogues, and the pairs dialogue by dialogue."""
         rows = self._rows()
-        yield from prompts_apart(rows) if self.protocol == "disjoint" else rows
+        yield from refuse_shared_prompts(rows) if self.protocol == "disjoint" else rows
 
     def profile(self, user_id: str) -> str | None:
         """Return the user text."""

@@ -18,7 +18,7 @@ from plrhf.core.errors import bad_value
 from plrhf.data.reading import read_rows
 from plrhf.data.reasons import Reason, Refusal, refusal
 from plrhf.data.rows import content_hash
-from plrhf.data.sources.base import Source, prompts_apart
+from plrhf.data.sources.base import Source, refuse_shared_prompts
 from plrhf.data.sources.files import HubFiles, data_files, read_files
 from plrhf.data.sources.formats import Record
 from plrhf.data.splits import uniform_hash
@@ -86,7 +86,7 @@ class TldrSource(Source):
         """Yield refusals of what is not selected, then a row for every comparison that is."""
         seen = set(self._workers[: self.n_seen])
         rows = ((where, self._row(one, seen)) for where, one in self._comparisons)
-        yield from prompts_apart(rows) if self.protocol == "disjoint" else rows
+        yield from refuse_shared_prompts(rows) if self.protocol == "disjoint" else rows
 
     def oracle_margins(self) -> dict[str, float] | None:
         """Return how many characters each choice is on its user's side of, for synthetic tastes."""
