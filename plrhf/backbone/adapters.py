@@ -4,12 +4,43 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from plrhf.backbone.families import is_causal
+from plrhf.backbone.sharding import is_sharded
 from plrhf.core.errors import bad_value
+
+ALL_LINEAR = "all-linear"
+
+MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Families whose output projection PEFT bars from LoRA: their kernels take its bare weight."""
+
+
+def not_plain_linear(model: PreTrainedModel) -> list[str] | None:
+    """Name the linear layers that "all-linear" must leave out, as LoRA beside them is not linear.
+
+    Those are routers that return more than a product, and what PEFT bars.
+    """
+    barred = {"out_proj", "conv1d"} if model.config.model_type in MAMBA else set()
+    names = [
+        name
+        for name, one in model.named_modules()
+        if isinstance(one, nn.Linear)
+        and (name.split(".")[-1] in barred or not gives_a_product(one))
+    ]
+    return names if len(names) > 0 else None
+
+
+def gives_a_product(layer: nn.Linear) -> bool:
+    """Say whether a linear layer gives one tensor, as wide as it says: subclasses may not."""
+    if type(layer).forward is nn.Linear.forward or is_sharded(layer.weight):
+        return True
+    with torch.no_grad():
+        found = layer(layer.weight.new_zeros(1, layer.in_features))
+    return isinstance(found, torch.Tensor) and found.shape == (1, layer.out_features)
 
 
 def add_lora(
@@ -31,6 +62,7 @@ def add_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=targets,
+        exclude_modules=not_plain_linear(model) if targets == ALL_LINEAR else None,
         bias="none",
         task_type="CAUSAL_LM" if is_causal(model.config) else "FEATURE_EXTRACTION",
     )
@@ -43,6 +75,8 @@ def add_lora(
         raise bad_value(
             "backbone.lora.target_modules",
             targets,
-            f"all-linear or names among {linear}",
+            f"names among {linear}"
+            if targets == ALL_LINEAR
+            else f"all-linear or names among {linear}",
             "Name layers this model has",
         ) from error

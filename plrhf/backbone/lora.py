@@ -95,11 +95,17 @@ class _FusedLora(torch.autograd.Function):
             kept = None if kept is None else kept.view(flat.shape)
             low = a.to(dtype) @ _masked(flat, kept).t()  # (r, N)
             used = weight.to(dtype).t()
-            y = flat @ used if bias is None else torch.addmm(bias.to(dtype), flat, used)
-            y.addmm_(low.t(), b.to(dtype).t(), alpha=scaling)
+            # Not a view of it is returned: models may change it in place.
+            y = flat.new_empty(*x.shape[:-1], weight.shape[0])
+            rows = y.view(-1, weight.shape[0])
+            if bias is None:
+                torch.mm(flat, used, out=rows)
+            else:
+                torch.addmm(bias.to(dtype), flat, used, out=rows)
+            rows.addmm_(low.t(), b.to(dtype).t(), alpha=scaling)
         ctx.save_for_backward(flat, weight, a, b, low, kept)
         ctx.scaling, ctx.shape, ctx.dtype = scaling, x.shape, x.dtype
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -111,10 +111,8 @@ class Backbone(nn.Module):
         """The part that gives last hidden states, which training and generation both call."""
         # Not an attribute: its weights would stand in the state dict a second time.
         base: Any = self.bare.base_model
-        if (
-            base is self.bare and self.causal
-        ):  # its name of the trunk is not the one it has (Llama 4)
-            base = base.get_decoder()
+        if base is self.bare and self.causal:  # Llama 4 gives its trunk another name than it has
+            base = base.model
         # OPT and the like call the decoder within the base model, and never the base model itself.
         return base.decoder if self.causal and "decoder" in base._modules else base
 
