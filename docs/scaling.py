@@ -11,8 +11,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from plrhf.cli.main import CONF
+from plrhf.cli.planning import forecast
 from plrhf.data.features import FeatureSchema
-from plrhf.training.plan import GB, Plan, forecast
+from plrhf.training.plan import GB, Plan
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend has been chosen)

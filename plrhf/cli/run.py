@@ -23,6 +23,7 @@ from plrhf.cli.assemble import (
 from plrhf.cli.config import RunConfig
 from plrhf.cli.jobs import best_value
 from plrhf.cli.outputs import Outputs
+from plrhf.cli.planning import forecast, plan_table
 from plrhf.cli.run_dir import (
     RecordRows,
     Resume,
@@ -51,7 +52,6 @@ from plrhf.models.base import PersonalModule
 from plrhf.models.export import save_export
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.reporting import report, tables
-from plrhf.training.plan import forecast, plan_table
 from plrhf.training.processes import launched_processes, rank_shard_of, sharding_context
 from plrhf.training.trainer import fit
 

@@ -13,58 +13,71 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from plrhf.backbone.loading import DTYPES, empty_model
-from plrhf.backbone.masks import FLEX
-from plrhf.backbone.model import Backbone
-from plrhf.core.components import Settings
-from plrhf.core.errors import bad_value
+from plrhf.core.checks import NonNegativeInt, PositiveFloat, check_arguments
 from plrhf.core.types import PreferenceBatch
-from plrhf.data.features import FeatureSchema
 from plrhf.models.base import PersonalModule
-from plrhf.models.card import Card
-from plrhf.models.loading import build_model
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
-from plrhf.training.zero import Offload, Zero3, build_zero3
+from plrhf.training.zero import Offload, Zero3
 
 GB = 1e9
 HEADROOM = 0.1  # of a GPU: CUDA's own share and fragmentation, which no count of tensors sees
-HALF = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
+HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 FLOAT = 4  # bytes
 MASTER_BYTES = (
     16  # float32 copy, two moments, float32 gradient of a parameter; arXiv 1910.02054, 3.1
 )
 
 
+@check_arguments("plan_for")
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What is planned for and no other setting says, ``plan_for``.
+    """What a plan needs to know and no other setting says, ``plan_for``.
 
     Args:
         gpu_memory_gb: of each GPU, 1e9 bytes.
-        users: train users, or None for those of the data, which are then read.
+        users: train users; None: those of the data, which are then read.
     """
 
-    gpu_memory_gb: float = 80.0
-    users: int | None = None
+    gpu_memory_gb: PositiveFloat = 80.0
+    users: NonNegativeInt | None = None
 
-    def __post_init__(self) -> None:
-        if self.users is not None and self.users < 0:
-            allowed = "a whole number from 0"
-            raise bad_value("plan_for.users", self.users, allowed, "Set plan_for.users=1000")
-        if not self.gpu_memory_gb > 0:
-            raise bad_value(
-                "plan_for.gpu_memory_gb",
-                self.gpu_memory_gb,
-                "a number above 0",
-                "Set plan_for.gpu_memory_gb=80",
-            )
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The batches of a training, each pair as long as it may be.
+
+    Args:
+        prompt_tokens, response_tokens: of a pair's prompt, and of each of its responses.
+        n_features: of a user.
+        batch_size, batch_tokens: most pairs and tokens of a train batch, over all GPUs.
+        eval_batch_size: pairs of a batch of evaluation, over all GPUs.
+        accumulated_batches: whose gradients are summed to one step.
+        n_gpus: that share each batch.
+    """
+
+    prompt_tokens: int
+    response_tokens: int
+    n_features: int
+    batch_size: int
+    batch_tokens: int | None
+    eval_batch_size: int
+    accumulated_batches: int
+    n_gpus: int
+
+    def pairs(self, *, two_rows: bool) -> int:
+        """Count the pairs of a train batch, over all GPUs."""
+        if self.batch_tokens is None:
+            return self.batch_size
+        return max(1, min(self.batch_size, self.batch_tokens // self.tokens(two_rows=two_rows)))
+
+    def tokens(self, *, two_rows: bool) -> int:
+        """Count the tokens of a pair."""
+        return (1 + two_rows) * self.prompt_tokens + 2 * self.response_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +123,8 @@ class Plan:
         return self.total <= (1 - HEADROOM) * gpu_memory_gb * GB
 
 
-class Tally(TorchDispatchMode):
-    """Within it the bytes of all tensors made and not yet freed are counted, and their peak.
+class MemoryTracker(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside the block and not yet freed, and their peak.
 
     Args:
         n_response_tokens, n_prompt_tokens: of a batch and of each of its rows. Fake tensors cannot
@@ -147,68 +160,6 @@ class Tally(TorchDispatchMode):
         self.live -= n_bytes
 
 
-def forecast(settings: Settings, *, n_users: int, schema: FeatureSchema) -> Plan:
-    """What training by `settings` needs of each of the GPUs that ``trainer`` names.
-
-    Rows are taken as long as ``data`` lets them be with the longest prompt: prompts of
-    max_prompt_tokens, responses that fill max_tokens.
-
-    Args:
-        n_users: train users. schema: of their features.
-    """
-    trainer = settings["trainer"]
-    half, zero3 = HALF.get(trainer["precision"]), build_zero3(trainer["zero3"])
-    backbone = empty_backbone(settings["backbone"])
-    with FakeTensorMode(allow_non_fake_inputs=True):  # on the CPU, where autocast is known
-        backbone.to_empty(device="cpu")
-        model = model_of_shapes(settings, backbone, n_users=n_users, schema=schema)
-        if zero3 is not None:
-            for one in model.backbone.parameters():
-                one.ds_id = 0  # type: ignore[attr-defined]  # DeepSpeed's mark: LoRA goes by it
-                if half is not None:  # DeepSpeed casts weights where others autocast
-                    one.data = one.data.to(DTYPES[half])
-            half = None
-        steps = trace(model, settings["data"], schema.n_features, n_gpus=n_gpus(trainer), half=half)
-    return _shared_out(settings, zero3, model, steps, n_users=n_users)
-
-
-def n_gpus(trainer: Settings) -> int:
-    """GPUs of all nodes together."""
-    return trainer["devices"] * trainer["num_nodes"]
-
-
-def empty_backbone(node: Settings) -> Backbone:
-    """The backbone of settings ``backbone`` on the meta device: shapes, and no weights read."""
-    of_shape = ("path", "architecture", "tiny", "dtype", "attention", "trust_remote_code")
-    shape = {name: node[name] for name in of_shape}
-    if shape["attention"] == FLEX:  # which fake tensors do not have: with a mask, a little more
-        shape["attention"] = "sdpa"
-    with torch.device("meta"):
-        return Backbone(
-            model=empty_model(**shape),
-            trainable=node["trainable"],
-            lora=node["lora"],
-            gradient_checkpointing=node["gradient_checkpointing"],
-        )
-
-
-def model_of_shapes(
-    settings: Settings, backbone: Backbone, *, n_users: int, schema: FeatureSchema
-) -> PersonalModule:
-    """The run's model for that many users, with nothing known of who they are."""
-    card = Card(
-        model=settings["model"],
-        encoder=settings["encoder"],
-        aggregator=settings["aggregator"],
-        backbone={},
-        users=range(n_users),  # type: ignore[arg-type]  # they are only counted
-        features=schema.to_dict(),
-        text={},
-        fingerprint="",
-    )
-    return build_model(backbone, card)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Steps:
     """Peaks, in bytes, of what steps hold beyond weights, gradients and optimiser.
@@ -223,56 +174,73 @@ class Steps:
     reached: list[nn.Parameter]
 
 
-def trace(
-    model: PersonalModule, data: Settings, n_features: int, *, n_gpus: int, half: str | None
-) -> Steps:
-    """Take a training step and a batch of evaluation, and see what they hold.
+def plan_training(
+    model: PersonalModule, work: Workload, *, precision: str, zero3: Zero3 | None, n_users: int
+) -> Plan:
+    """Plan what training needs of each GPU.
+
+    Args:
+        model: on fake tensors on the CPU, since autocast is not known of the meta device.
+        precision: the trainer's.
+        zero3: how weights are sharded; None: they are not.
+        n_users: train users.
+    """
+    half = HALF.get(precision)
+    if zero3 is not None:
+        for one in model.backbone.parameters():
+            one.ds_id = 0  # type: ignore[attr-defined]  # DeepSpeed's mark: LoRA goes by it
+            if half is not None:  # DeepSpeed casts weights where others autocast
+                one.data = one.data.to(half)
+    steps = trace(model, work, half=half if zero3 is None else None)
+    width = None if zero3 is None or half is None else half.itemsize
+    return _total(model, work, steps, zero3=zero3, width=width, n_users=n_users)
+
+
+def trace(model: PersonalModule, work: Workload, *, half: torch.dtype | None) -> Steps:
+    """Take a training step and a batch of evaluation, and measure what they hold.
 
     Evaluation is that of test pairs, whose reference is not computed beforehand.
 
     Args:
-        model: on fake tensors. data: settings, of which the lengths and batch sizes are read.
-        n_gpus: each takes its share of a batch.
-        half: dtype of autocast, None for none.
+        model: on fake tensors.
+        half: dtype of autocast; None: none.
     """
-    cast = torch.autocast("cpu", dtype=DTYPES[half]) if half else contextlib.nullcontext()
-    batch = fake_batch(model, data, -(-pairs_of_batch(model, data) // n_gpus), n_features)
+    cast = torch.autocast("cpu", dtype=half) if half else contextlib.nullcontext()
+    n_pairs = work.pairs(two_rows=model.backbone.layout == "two_rows")
+    batch = fake_batch(model, work, -(-n_pairs // work.n_gpus))
     pooled = isinstance(model, PersonalRewardModel) and model.pooled_suffices
     if pooled:
         texts = torch.arange(2 * len(batch)).view(-1, 2)
         batch = batch.pooled(torch.zeros(2 * len(batch), model.backbone.hidden_size), texts)
     elif isinstance(model, PersonalDPOPolicy):
         batch.ref_logps = torch.zeros(len(batch), 2)
-    with tally_of(batch, data) as tally:
+    with tracker_of(batch, work) as tracker:
         with cast:
             loss = model.train().loss(batch)[0].mean()
-        forward = tally.peak  # beside which the gradients of the step before are still there
+        forward = tracker.peak  # the gradients of the step before are still there
         loss.backward()
     reached = [one for one in model.parameters() if one.grad is not None]
     model.zero_grad()
 
-    batch = fake_batch(model, data, -(-data["eval_batch_size"] // n_gpus), n_features)
-    with tally_of(batch, data) as evaluation, torch.no_grad(), cast:
+    batch = fake_batch(model, work, -(-work.eval_batch_size // work.n_gpus))
+    with tracker_of(batch, work) as evaluation, torch.no_grad(), cast:
         model.eval()
         model.pooled_trunk(batch) if pooled else model.context_margins(batch)  # type: ignore[operator]
     return Steps(
-        training=max(forward, tally.peak - _bytes(reached)),
+        training=max(forward, tracker.peak - _bytes(reached)),
         evaluation=evaluation.peak,
         reached=reached,
     )
 
 
-def fake_batch(
-    model: PersonalModule, data: Settings, n_pairs: int, n_features: int
-) -> PreferenceBatch:
-    """A batch of the shapes that `data` allows, without values."""
-    prompt, response = _lengths(data)
-    shape = (n_pairs, prompt + 2 * response)
+def fake_batch(model: PersonalModule, work: Workload, n_pairs: int) -> PreferenceBatch:
+    """Make a batch of the work's shapes, without values."""
+    shape = (n_pairs, work.tokens(two_rows=False))
     if model.backbone.layout == "two_rows":
-        shape = (2 * n_pairs, prompt + response)
+        shape = (2 * n_pairs, work.prompt_tokens + work.response_tokens)
     return PreferenceBatch(
         user_id=torch.zeros(n_pairs, dtype=torch.int64),
-        features=torch.zeros(n_pairs, n_features),
+        features=torch.zeros(n_pairs, work.n_features),
         input_ids=torch.zeros(shape, dtype=torch.int64),
         segment=torch.zeros(shape, dtype=torch.int64),
         position_ids=torch.zeros(shape, dtype=torch.int64),
@@ -280,37 +248,30 @@ def fake_batch(
     )
 
 
-def pairs_of_batch(model: PersonalModule, data: Settings) -> int:
-    """Pairs of the longest kind that a train batch holds, of all processes together."""
-    if data["batch_tokens"] is None:
-        return int(data["batch_size"])
-    prompt, response = _lengths(data)
-    tokens = prompt + 2 * response if model.backbone.layout == "packed" else 2 * (prompt + response)
-    return max(1, min(data["batch_size"], data["batch_tokens"] // tokens))
+def tracker_of(batch: PreferenceBatch, work: Workload) -> MemoryTracker:
+    """Make a tracker that knows what the values of a `fake_batch` would say."""
+    n_response_tokens = len(batch) * 2 * work.response_tokens
+    return MemoryTracker(n_response_tokens=n_response_tokens, n_prompt_tokens=work.prompt_tokens)
 
 
-def tally_of(batch: PreferenceBatch, data: Settings) -> Tally:
-    """A tally that knows what the values of a `fake_batch` would say."""
-    prompt, response = _lengths(data)
-    return Tally(n_response_tokens=len(batch) * 2 * response, n_prompt_tokens=prompt)
-
-
-def _lengths(data: Settings) -> tuple[int, int]:
-    """Tokens of a prompt and of a response."""
-    prompt = min(data["max_prompt_tokens"], data["max_tokens"] - 1)
-    return prompt, data["max_tokens"] - prompt
-
-
-def _shared_out(
-    settings: Settings, zero3: Zero3 | None, model: PersonalModule, steps: Steps, *, n_users: int
+def _total(
+    model: PersonalModule,
+    work: Workload,
+    steps: Steps,
+    *,
+    zero3: Zero3 | None,
+    width: int | None,
+    n_users: int,
 ) -> Plan:
-    """The plan from a model's parameters and the peaks of its steps."""
-    trainer, data = settings["trainer"], settings["data"]
-    share = 1.0 if zero3 is None else 1 / n_gpus(trainer)
+    """Make the plan from a model's parameters and the peaks of its steps.
+
+    Args:
+        width: bytes of a number of sharded weights; None: those of its own dtype.
+    """
+    share = 1.0 if zero3 is None else 1 / work.n_gpus
     every, of_users = list(model.parameters()), {id(p) for p in model.encoder.user_parameters()}
     trainable = [one for one in every if one.requires_grad]
     learned = steps.reached if zero3 is None else trainable
-    width = 2 if zero3 is not None and trainer["precision"] in HALF else None
 
     def held(*, tables: bool) -> dict[str, float]:
         """Bytes a GPU has of the tables of single users, or of all else."""
@@ -327,10 +288,8 @@ def _shared_out(
         if place is not None:
             away[place] += rest[name] + users[name]
             rest[name] = users[name] = 0.0
-    prompt, response = _lengths(data)
-    accumulated_batches = trainer["accumulate_grad_batches"]
     if zero3 is not None:  # weights twice, gradients once, for each batch
-        received = (2 * _bytes(every, width) + _bytes(learned, width)) * accumulated_batches
+        received = (2 * _bytes(every, width) + _bytes(learned, width)) * work.accumulated_batches
     else:  # DDP: gradients are averaged once a step, by a reduce-scatter and an all-gather
         received = 2 * _bytes(learned)
     return Plan(
@@ -343,10 +302,10 @@ def _shared_out(
         evaluation=steps.evaluation,
         host=away["cpu"],
         nvme=away["nvme"],
-        communication=received * (1 - 1 / n_gpus(trainer)),
+        communication=received * (1 - 1 / work.n_gpus),
         checkpoint=3 * (_bytes(learned) if zero3 is None else FLOAT * _count(learned)),
-        row_tokens=prompt + 2 * response + model.aggregator.n_positions,
-        pairs=pairs_of_batch(model, data) * accumulated_batches,
+        row_tokens=work.tokens(two_rows=False) + model.aggregator.n_positions,
+        pairs=work.pairs(two_rows=model.backbone.layout == "two_rows") * work.accumulated_batches,
         n_users=n_users,
     )
 
@@ -362,63 +321,6 @@ def _gathered(zero3: Zero3, every: list[nn.Parameter], learned: list[nn.Paramete
     live = min(_count(every), max(zero3.live_parameters, _largest(every)))
     too_large = _largest(learned) if _largest(learned) > zero3.bucket_size else 0
     return live + zero3.bucket_size + too_large
-
-
-def plan_table(plan: Plan, settings: Settings, machine: Machine) -> Table:
-    """The plan for the terminal."""
-    node = settings["backbone"]
-    own = "tiny" if node["tiny"] is not None else node["path"]
-    name = own if node["architecture"] is None else f"{node['name']} (backbone.architecture)"
-    trainer = settings["trainer"]
-    how = "ZeRO stage 3"
-    if trainer["zero3"] is None:
-        how = "DDP" if n_gpus(trainer) > 1 else "no shards"
-    table = Table(
-        title=f"model={settings['model']['name']} on {name}, GPUs: {n_gpus(trainer)}, {how}",
-        caption=f"{100 * HEADROOM:.0f}% of a GPU are left to CUDA and fragmentation",
-    )
-    table.add_column("", no_wrap=True)
-    table.add_column("", justify="right", no_wrap=True)
-    table.add_column("", style="dim")
-    for row in _facts(plan):
-        table.add_row(*row)
-    table.add_section()
-    for what, n_bytes, note in _memory(plan):
-        table.add_row(what, f"{n_bytes / GB:,.2f} GB", note)
-    table.add_section()
-    fits = "fits" if plan.fits(machine.gpu_memory_gb) else "does not fit"
-    table.add_row("memory a GPU", f"{plan.total / GB:,.2f} GB", "the larger of the two steps")
-    table.add_row("", fits, f"{machine.gpu_memory_gb:g} GB a GPU")
-    for what, n_bytes in (("host memory a GPU", plan.host), ("NVMe a GPU", plan.nvme)):
-        if n_bytes > 0:
-            table.add_row(what, f"{n_bytes / GB:,.2f} GB", "what is offloaded")
-    table.add_row("communication a step", f"{plan.communication / GB:,.2f} GB", "a GPU receives")
-    table.add_row(
-        "checkpoint", f"{plan.checkpoint / GB:,.2f} GB", "what is learned, and its moments"
-    )
-    return table
-
-
-def _facts(plan: Plan) -> list[tuple[str, str, str]]:
-    return [
-        ("parameters", f"{plan.parameters:,}", "the user model's among them"),
-        ("trainable", f"{plan.trainable:,}", ""),
-        ("users", f"{plan.n_users:,}", "of train rows"),
-        ("pairs a step", f"{plan.pairs:,}", "over all GPUs"),
-        ("row", f"{plan.row_tokens:,} tokens", "user vectors | prompt | chosen | rejected"),
-    ]
-
-
-def _memory(plan: Plan) -> list[tuple[str, float, str]]:
-    return [
-        ("weights", plan.weights, ""),
-        ("gradients", plan.gradients, ""),
-        ("optimiser", plan.optimiser, ""),
-        ("user tables", plan.user_tables, "weights, gradients, optimiser of users"),
-        ("gathered", plan.gathered, "weights and gradients not in shards"),
-        ("activations, training", plan.training, "of a share of data.batch_size pairs"),
-        ("activations, evaluation", plan.evaluation, "of a share of data.eval_batch_size"),
-    ]
 
 
 def _tensors(values: Any) -> Iterable[Tensor]:

@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from plrhf.backbone import devices
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj
+from plrhf.cli.planning import forecast, model_of_shapes
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.features import FeatureSchema
 from plrhf.models.policy import PersonalDPOPolicy
-from plrhf.training.plan import GB, Plan, forecast, model_of_shapes
+from plrhf.training.plan import GB, Plan
 
 COUNTS = 3 * 8 * (211 + 1)  # of right answers by user, float64
 NO_FEATURES = FeatureSchema(moments={}, codes={})

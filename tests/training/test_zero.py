@@ -110,8 +110,8 @@ def assert_same_runs(one: Path, two: Path) -> None:
     """Two runs learned the same, but for how sums over processes round."""
     assert len(losses(one, "train/loss")) == MORE_STEPS
     for metric in ("train/loss", "train/accuracy", "val/loss", "val/accuracy_macro"):
-        # At first the policy is its reference, and the sign of a margin is rounding.
-        first = 1 if metric == "train/accuracy" else 0
+        # At first the policy is all but its reference, and the sign of a margin is rounding.
+        first = 3 if metric == "train/accuracy" else 0
         expected, found = (losses(run, metric)[first:] for run in (one, two))
         assert found == pytest.approx(expected, abs=1e-4), metric
     results = [json.loads((run / "results.json").read_text()) for run in (one, two)]

@@ -19,10 +19,10 @@ from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElastic
 from runs import ENVIRONMENT, ROOT, TINY, check_run, command, composed, save_model
 from safetensors.torch import load_file
 
+from plrhf.cli.planning import forecast
 from plrhf.core.errors import BadValue
 from plrhf.data.features import FeatureSchema
 from plrhf.models.reward import PersonalRewardModel
-from plrhf.training.plan import forecast
 from plrhf.training.processes import launched_processes
 from plrhf.training.trainer import build_trainer
 from plrhf.training.zero import Zero3, build_zero3
