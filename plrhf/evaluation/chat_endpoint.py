@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -150,17 +150,23 @@ class ChatEndpoint:
             reason = getattr(error, "reason", error)
             raise self._not_a_reply(f"{reason} after {self._retries} retries") from error
         text = response.data.decode(errors="replace")
-        if self._key is not None:
-            text = text.replace(self._key, "***")  # some servers repeat it in their errors
         try:
             content = json.loads(text)
+            text = json.dumps(content, ensure_ascii=False)  # in which a key is spelled out
             if response.status == 400 and content["error"]["code"] in FILTERED:
                 return Reply(text="", refused=True, input_tokens=0, output_tokens=0)
             if response.status == 200:
-                return _reply(content)
+                reply = _reply(content)
+                return replace(reply, text=self._without_key(reply.text))
         except (ValueError, TypeError, LookupError, AttributeError):
             pass
-        raise self._not_a_reply(f"HTTP {response.status}, {' '.join(text.split())[:200]}")
+        shown = "".join(one if one.isprintable() else " " for one in self._without_key(text))
+        raise self._not_a_reply(f"HTTP {response.status}, {' '.join(shown.split())[:200]}")
+
+    def _without_key(self, text: str) -> str:
+        """Blot the key out: some servers repeat it. Only once a reply is parsed, or a key that is a
+        part of JSON itself would tear it."""
+        return text if self._key is None else text.replace(self._key, "***")
 
     def _not_a_reply(self, found: str) -> ValueError:
         return bad_value(
@@ -209,6 +215,11 @@ def _reply(content: dict[str, Any]) -> Reply:
     return Reply(
         text=text if isinstance(text, str) else "",
         refused=filtered or message.get("refusal") is not None,
-        input_tokens=usage.get("prompt_tokens"),
-        output_tokens=usage.get("completion_tokens"),
+        input_tokens=_count(usage.get("prompt_tokens")),
+        output_tokens=_count(usage.get("completion_tokens")),
     )
+
+
+def _count(value: object) -> int | None:
+    """A number of tokens; None for what is none."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -18,6 +18,7 @@ from plrhf.data.rows import SPLITS, Row
 from plrhf.data.splits import Splits, prompt_keys
 
 MOST_PAIRS = 20_000  # of a split, spread evenly: more would cost time and change no digit
+HELD_OUT = 5  # every fifth train pair is scored where val cannot be
 RIDGE = 1.0  # penalty on weights of standardised features, half its square
 NEWTON_STEPS = 25
 SPLIT_PAIRS = (("train", "val"), ("train", "test"), ("val", "test"))
@@ -51,12 +52,14 @@ CAPITALS = re.compile(r"[A-Z]")
 
 
 def probe(splits: Splits) -> dict[str, Any]:
-    """The key ``probes`` of results.json; empty without train rows, where nothing can be fitted.
+    """Compute the key ``probes`` of results.json; empty without train rows, where nothing can be fitted.
 
     Returns:
         ``overlap``: for two splits, how many pairs of the later one share a user, prompt, ... with
-        the earlier; ``format_only`` and ``length_only``: accuracy on val of a classifier fitted on
-        train that sees nothing else; ``warnings``: a line for each probe that found something.
+        the earlier; ``format_only`` and ``length_only``: accuracy of a classifier fitted on train
+        that sees nothing else, ``scored_on`` val, or on a part of train that was held out where val
+        has fewer than two users; ``warnings``: a line for each probe that found something, or that
+        could not be run.
     """
     if len(splits.train) == 0:
         return {}
@@ -130,8 +133,17 @@ def length_features(text: str) -> list[float]:
 
 
 def blind_accuracy(splits: Splits, features: Callable[[str], list[float]]) -> dict[str, Any]:
-    """Accuracy on val of a Bradley-Terry model on features of the responses, fitted on train."""
+    """Accuracy of a Bradley-Terry model on features of the responses, fitted on train.
+
+    It is scored on val. An interval needs two users, so where val has fewer every fifth train pair
+    is held out and scored; ``not_run`` says why where train has a single user, too.
+    """
     train, val = (_spread(rows) for rows in (splits.train, splits.val))
+    scored_on = "val"
+    if _n_users(val) < 2 and _n_users(train[::HELD_OUT]) >= 2:
+        scored_on = "held-out train pairs"
+        val = train[::HELD_OUT]
+        train = [row for place, row in enumerate(train) if place % HELD_OUT != 0]
     values: dict[str, list[float]] = {}
     for row in (*train, *val):
         for text in (row.chosen, row.rejected):
@@ -145,9 +157,14 @@ def blind_accuracy(splits: Splits, features: Callable[[str], list[float]]) -> di
         )
         return np.asarray(chosen - rejected, dtype=np.float64)
 
-    if len(val) == 0:
-        return _accuracy(val, np.zeros(0))
-    return _accuracy(val, differences(val) @ fit_bradley_terry(differences(train)))
+    not_run = None
+    if _n_users(val) < 2:
+        not_run = f"{_n_users(val)} of the two users that an interval needs could be scored"
+    margin = np.zeros(0)
+    if len(val) > 0 and len(train) > 0:
+        margin = differences(val) @ fit_bradley_terry(differences(train))
+    found = _accuracy(val if len(margin) > 0 else [], margin)
+    return {**found, "scored_on": scored_on, "not_run": not_run}
 
 
 def fit_bradley_terry(differences: Array) -> Array:
@@ -191,14 +208,26 @@ def warnings(found: Mapping[str, Any], *, shared_prompts: bool) -> list[str]:
         if len(shares) > 0:
             lines.append(f"probe {name}: {'; '.join(shares)}")
     for name in ("format_only", "length_only"):
+        if found[name]["not_run"] is not None:
+            lines.append(f"probe {name}: not run, as {found[name]['not_run']}")
         estimate: Estimate = found[name]["accuracy"]
         if estimate["ci95"] is not None and estimate["ci95"][0] > 0.5:
             low, high = (100 * end for end in estimate["ci95"])
             lines.append(
                 f"probe {name}: fitted on train, it alone gets {100 * (estimate['value'] or 0):.1f}% "
-                f"[{low:.1f}, {high:.1f}] of val pairs right: a leak, or a taste that everybody shares"
+                f"[{low:.1f}, {high:.1f}] of {_pairs(found[name])} right: a leak, or a taste "
+                "that everybody shares"
             )
     return lines
+
+
+def _pairs(found: Mapping[str, Any]) -> str:
+    """What a probe was scored on, in words."""
+    return "val pairs" if found["scored_on"] == "val" else str(found["scored_on"])
+
+
+def _n_users(rows: Sequence[Row]) -> int:
+    return len({row.user_id for row in rows})
 
 
 def _spread(rows: Sequence[Row]) -> Sequence[Row]:

@@ -91,6 +91,7 @@ def csv_text(frame: pd.DataFrame) -> str:
     def plain(value: Any) -> Any:
         if not isinstance(value, str):
             return value
+        value = printable(value)
         return f"'{value}" if FORMULA.match(value) else value
 
     return frame.map(plain).to_csv(index=False)

@@ -307,6 +307,15 @@ def test_settings_are_refused(case: str, tmp_path: Path) -> None:
     assert str(error.value).startswith(message)
 
 
+def test_a_key_that_is_a_part_of_the_reply_does_not_tear_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_KEY", "content")  # as the replies' own JSON has it
+    with serving(lambda *_: completion("A")) as server:
+        found = judge_at(server, tmp_path, key_variable="SOME_KEY").compare(CONTESTS)
+    assert found.answers is not None and found.answers["unparseable"] == 0
+
+
 def test_urllib3_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("plrhf.evaluation.chat_endpoint.find_spec", lambda name: None)
     with pytest.raises(ValueError) as error:

@@ -137,7 +137,7 @@ def test_warnings_name_what_is_shared_against_the_protocol() -> None:
 
     def lines(**more: Any) -> list[str]:
         found = probes.probe(Splits(train, val, test, users=("ann", "bob"), dropped={}, **more))
-        return found["warnings"]
+        return [line for line in found["warnings"] if "not run" not in line]  # of one val user
 
     assert lines() == [
         "probe unseen_user: 1 of 3 test pairs are of users called unseen, whom train has; "
@@ -152,14 +152,31 @@ def test_warnings_name_what_is_shared_against_the_protocol() -> None:
     assert parts.test is test
 
 
-def test_without_val_nothing_is_scored_and_without_train_nothing_probed() -> None:
-    found = probes.probe(splits((40, 0, 9)))
-    assert found["warnings"] == []
-    assert found["format_only"] == {
-        "accuracy": {"value": None, "ci95": None},
-        "n_pairs": 0,
-        "n_users": 0,
-    }
+def test_without_val_a_leak_is_found_on_held_out_train_pairs() -> None:
+    found = probes.probe(splits((90, 0, 9), of_chosen=lambda text: f"**{text}**"))
+    assert found["format_only"]["scored_on"] == "held-out train pairs"
+    assert found["format_only"]["n_pairs"] == 18  # every fifth
+    assert found["format_only"]["accuracy"]["value"] == 1
+    (line,) = [one for one in found["warnings"] if "format_only" in one]
+    assert "of held-out train pairs right" in line
+
+
+def test_one_val_user_is_not_enough_to_score_on() -> None:
+    parts = splits((90, 40, 5), of_chosen=lambda text: f"**{text}**")
+    val = [row("u1", f"v{n}", "**A sea.**", "A boat.") for n in range(7)]
+    found = probes.probe(Splits(parts.train, val, parts.test, users=parts.users, dropped={}))
+    assert found["format_only"]["scored_on"] == "held-out train pairs"
+    assert "probe format_only" in " ".join(found["warnings"])
+
+
+def test_what_cannot_be_scored_is_said_and_without_train_nothing_is_probed() -> None:
+    train = [row("ann", f"p{n}", "a sea", "b") for n in range(20)]
+    found = probes.probe(Splits(train, [], [], users=("ann",), dropped={}))
+    assert found["warnings"] == [
+        f"probe {name}: not run, as 0 of the two users that an interval needs could be scored"
+        for name in ("format_only", "length_only")
+    ]
+    assert found["format_only"]["accuracy"] == {"value": None, "ci95": None}
     assert probes.probe(splits((0, 0, 9))) == {}
 
 

@@ -305,6 +305,50 @@ def test_any_run_can_be_the_baseline(runs: Path, tmp_path: Path) -> None:
         compare(str(runs / "*"), out, baseline=runs / "lookup")
 
 
+def test_a_baseline_of_the_same_ids_and_other_texts_is_refused(tmp_path: Path) -> None:
+    table = predictions(PERSONAL, oracle=ORACLE)
+    for name, world in (("one", "a"), ("two", "b")):
+        of_world = {"test_pairs": world, "world": world}
+        make_run(tmp_path / "runs" / name, table, encoder="none", provenance=of_world)
+    with pytest.raises(ValueError) as caught:
+        compare([tmp_path / "runs/two"], tmp_path / "out", baseline=tmp_path / "runs/one")
+    assert str(caught.value).startswith(f"eval.baseline='{tmp_path}/runs/one'"[:70])
+    assert "has pairs of the same ids with other texts" in str(caught.value)
+    # Side by side each has the oracle of its own world.
+    frame = compare(str(tmp_path / "runs/*"), tmp_path / "out").frame
+    assert frame["run"].tolist()[2:] == [
+        *("oracle (one)", "length only (one)", "oracle (two)", "length only (two)")
+    ]
+
+
+def test_what_another_model_left_is_named_and_not_shown(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", predictions(PERSONAL), encoder="lookup", provenance={})
+    add_optional_files(run_dir)  # texts of no fingerprint, though the run has one
+    _, reader = read_page(report.write_report(run_dir))
+    assert "Generations" not in reader.text
+    assert "Files of another model" in reader.text
+    lines = (run_dir / "generations.jsonl").read_text().split("\n")
+    own = [json.dumps({**json.loads(line), "fingerprint": "f"}) for line in lines]
+    (run_dir / "generations.jsonl").write_text("\n".join(own))
+    _, reader = read_page(report.write_report(run_dir))
+    assert "Generations" in reader.text and "Files of another model" not in reader.text
+
+
+def test_names_are_text_in_every_file(tmp_path: Path) -> None:
+    odd = make_run(tmp_path / "=1+1 <b>\x1b[31m", predictions(PERSONAL), encoder="lookup")
+    frame = compare([odd], tmp_path / "out").frame
+    for name in ("comparison.tex", "comparison.md", "comparison.csv"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "\x1b" not in text, name
+    assert r"=1+1 \textless{}b\textgreater{}" in (tmp_path / "out/comparison.tex").read_text()
+    assert "&lt;b>" in (tmp_path / "out/comparison.md").read_text()
+    csv = (tmp_path / "out/comparison.csv").read_text().splitlines()
+    assert csv[1].startswith("'=1+1")
+    console = Console(width=150, record=True, file=StringIO())
+    console.print(comparison.comparison_table(frame))
+    assert "\x1b[31m" not in console.export_text()
+
+
 def test_the_nearest_vanilla_run_is_the_baseline(runs: Path, tmp_path: Path) -> None:
     for name in ("a-vanilla", "z-vanilla", "lookup"):
         make = make_run(tmp_path / name, predictions(VANILLA), encoder="none")
