@@ -31,8 +31,10 @@ from plrhf.models.policy import PersonalDPOPolicy
 VOCABULARY, N_LAYERS, WIDTH, END = 2048, 6, 256, 0
 LORA = {"r": 8, "alpha": 16, "dropout": 0.0, "target_modules": "all-linear"}
 AGGREGATORS: dict[str, Callable[[], Any]] = {
-    "FiLM, last layer": lambda: FiLM(hidden_size=WIDTH, n_blocks=N_LAYERS),
-    "FiLM, every block": lambda: FiLM(hidden_size=WIDTH, n_blocks=N_LAYERS, site="every_block"),
+    "FiLM, last layer": lambda: FiLM(hidden_size=WIDTH, n_blocks=N_LAYERS, user_dim=WIDTH),
+    "FiLM, every block": lambda: FiLM(
+        hidden_size=WIDTH, n_blocks=N_LAYERS, user_dim=WIDTH, site="every_block"
+    ),
     "soft prompt": lambda: ConcatSoftPrompt(hidden_size=WIDTH),
 }
 

@@ -87,7 +87,7 @@ def make_model(tokenizer: Any, n_users: int) -> PersonalRewardModel:
         eos_token_id=tokenizer.eos_token_id,
     )
     backbone = Backbone(model=language_model, trainable="full")
-    film = FiLM(hidden_size=WIDTH, n_blocks=N_LAYERS)
+    film = FiLM(hidden_size=WIDTH, n_blocks=N_LAYERS, user_dim=WIDTH)
     encoder = LookupEncoder(
         n_users=n_users,
         user_dim=film.user_dim,

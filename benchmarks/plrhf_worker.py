@@ -42,7 +42,7 @@ def make_ours(
     aggregator: Any = (
         ConcatSoftPrompt(hidden_size=width, n_tokens=N_TOKENS)
         if method.aggregator == "soft_prompt"
-        else FiLM(hidden_size=width, n_blocks=backbone.config.num_hidden_layers)
+        else FiLM(hidden_size=width, n_blocks=backbone.config.num_hidden_layers, user_dim=width)
     )
     encoder = LookupEncoder(
         n_users=data.n_users, user_dim=aggregator.user_dim, vocabulary=backbone.vocabulary()
