@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -22,6 +22,7 @@ from plrhf.core.errors import bad_value
 from plrhf.data.module import PreferenceData
 from plrhf.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, ResumeState, load_best
 from plrhf.training.loggers import StepMetrics
+from plrhf.training.progress import RunProgressBar
 from plrhf.training.zero import Stage3, Zero3, stage3
 
 Monitor = Literal["val/loss", "val/accuracy_micro", "val/accuracy_macro", "val/nll"]
@@ -88,7 +89,7 @@ def build_trainer(
         log_every_n_steps=log_every_n_steps,
     )
     if shows_progress:
-        callbacks.append(RichProgressBar(leave=False))
+        callbacks.append(RunProgressBar())
     strategy = _strategy(
         zero3,
         n_processes=devices * num_nodes,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from plrhf.models.reward import PersonalRewardModel
 from plrhf.training.checkpoints import AtomicCheckpointIO, read_checkpoint
 from plrhf.training.loggers import MetricsFile
 from plrhf.training.processes import rank_shard_of
+from plrhf.training.progress import RunProgressBar
 from plrhf.training.trainer import build_trainer, fit
 
 N_USERS, N_ROWS = 3, 21
@@ -360,3 +363,15 @@ def test_a_run_begun_anew_is_no_longer_finished(
     assert not (run / "results.json").exists()
     assert not (run / "metrics.csv").exists()
     assert not (run / "checkpoints/last.ckpt").exists()
+
+
+def test_one_bar_counts_the_batches_of_the_whole_run(tmp_path: Path, tokenizer: Any) -> None:
+    screen = StringIO()
+    bar = RunProgressBar(console_kwargs={"file": screen, "force_terminal": True, "width": 200})
+    fit_once(tmp_path / "run", tokenizer, extra=[bar], max_steps=7, max_epochs=3)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    found = re.findall(r"Training +\S+ (\d+)/(\d+)", shown)
+    assert {total for _, total in found} == {"7"}  # 5 an epoch
+    counts = [int(count) for count, _ in found]
+    assert counts == sorted(counts) and counts[-1] == 7
+    assert "Epoch" not in shown

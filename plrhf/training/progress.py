@@ -1,0 +1,41 @@
+"""The progress bar of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+
+
+class RunProgressBar(RichProgressBar):
+    """Shows one bar for the whole training, with the time left until its last step.
+
+    Lightning's own begins anew with each epoch, and takes a run without max_epochs to have -1 of them.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(leave=False, **options)
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Batches until training ends, unless it stops early."""
+        of_epoch, limits = super().total_train_batches, []
+        if self.trainer.max_epochs not in (None, -1):
+            limits.append(of_epoch * int(self.trainer.max_epochs or 0))
+        if self.trainer.max_steps != -1:
+            limits.append(self.trainer.max_steps * self.trainer.accumulate_grad_batches)
+        return min(limits)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.train_progress_bar_id is None:
+            super().on_train_epoch_start(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        done = trainer.fit_loop.total_batch_idx  # batches of all epochs, this one the last
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, done)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training".ljust(len(self.validation_description))
