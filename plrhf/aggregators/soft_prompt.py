@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from plrhf.aggregators.base import Aggregator, spread_over_rows
 from plrhf.backbone.model import Backbone
@@ -57,10 +57,15 @@ class ConcatSoftPrompt(Aggregator):
         self, backbone: Backbone, input_ids: Tensor, attention_mask: Tensor, user: Tensor
     ) -> Iterator[dict[str, Any]]:
         text = backbone.embed(input_ids)
-        vectors = self._vectors(user, text.dtype)  # [N, T, d]
-        seen = attention_mask.new_ones(vectors.shape[:2])
-        # User vectors stand before the left padding, which the mask hides: positions skip padding.
-        yield {
-            "inputs_embeds": torch.cat([vectors, text], dim=1),
-            "attention_mask": torch.cat([seen, attention_mask], dim=1),
-        }
+        vectors = self._vectors(user, text.dtype)  # [N, T, e]
+        n_tokens = vectors.shape[1]
+        # Padding stays on the left, as windows and chunks count from the first token they see.
+        n_padded = (attention_mask == 0).sum(dim=1, keepdim=True)  # [N, 1]
+        columns = n_padded + torch.arange(n_tokens, device=text.device)  # [N, T]
+        rows = torch.arange(len(text), device=text.device)[:, None]
+        whole = nn.functional.pad(text, (0, 0, n_tokens, 0))
+        whole[rows, columns] = vectors
+        ids = nn.functional.pad(input_ids, (n_tokens, 0), value=backbone.placeholder)
+        mask = torch.arange(ids.shape[1], device=ids.device) >= n_padded  # [N, T + L]
+        with backbone.first_embeddings(whole):
+            yield {"input_ids": ids, "attention_mask": mask.to(attention_mask.dtype)}

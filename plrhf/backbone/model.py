@@ -22,6 +22,7 @@ from plrhf.backbone.adapters import add_lora
 from plrhf.backbone.check import choose_layout
 from plrhf.backbone.compiled import compile_in_training
 from plrhf.backbone.families import Layout, is_causal
+from plrhf.backbone.hooks import replaced_output, switch_dropout_off
 from plrhf.backbone.kv_cache import RoomyLayer
 from plrhf.backbone.logits import head_parameters, own_logits
 from plrhf.backbone.masks import packed_rows, sees
@@ -266,6 +267,41 @@ class Backbone(nn.Module):
         with replaced_output(self.trunk.get_input_embeddings(), embeddings):
             return self.trunk(input_ids=input_ids, **others).last_hidden_state
 
+    @contextlib.contextmanager
+    def first_embeddings(self, embeddings: Tensor) -> Iterator[None]:
+        """Within it rows as long as `embeddings` [N, L, e] begin with those; later tokens with their own.
+
+        So `generate` takes user vectors by way of ids, as `forward` does.
+        """
+
+        def replace(_module: nn.Module, _inputs: Any, usual: Tensor) -> Tensor:
+            return embeddings if usual.shape == embeddings.shape else usual
+
+        handle = self.trunk.get_input_embeddings().register_forward_hook(replace)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextlib.contextmanager
+    def own_positions(self) -> Iterator[None]:
+        """Within it positions that `generate` counts from 0 are counted from `first_position`."""
+        first = self.first_position
+
+        def shift(_module: nn.Module, args: Any, given: dict[str, Any]) -> Any:
+            if given.get("position_ids") is not None:
+                given["position_ids"] = given["position_ids"] + first
+            return args, given
+
+        if first == 0:
+            yield
+            return
+        handle = self.trunk.register_forward_pre_hook(shift, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
     @property
     def padding(self) -> int:
         """Token id of padding, which masks hide."""
@@ -277,8 +313,13 @@ class Backbone(nn.Module):
         """Token id at the places of user vectors: any that models do not take for padding."""
         return 1 if self.padding == 0 else 0
 
-    def cache(self, length: int) -> Cache:
-        """Empty key-value cache for rows of at most `length` positions, for `generate`."""
+    def cache(self, length: int) -> Cache | None:
+        """Empty key-value cache for rows of at most `length` positions, for `generate`.
+
+        None where the model is to make its own, as those do that carry a state along.
+        """
+        if self.layout == "two_rows":
+            return None
         cache = DynamicCache(config=self.config.get_text_config(decoder=True))
         # Sliding windows and recurrent states are of one size: no room would spare them anything.
         cache.layers = [
@@ -296,7 +337,7 @@ class Backbone(nn.Module):
         both = torch.stack([input_ids, attention_mask], dim=1)  # padding is any token, masked
         distinct, at = both.unique(dim=0, return_inverse=True)
         ids, mask = distinct[:, 0, :-1], distinct[:, 1, :-1]
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0) + self.first_position
         self.trunk(
             input_ids=ids,
             attention_mask=mask,
@@ -380,34 +421,3 @@ class Backbone(nn.Module):
                 yield
         finally:
             self.train(was_training)
-
-
-@contextlib.contextmanager
-def replaced_output(module: nn.Module, output: Tensor | None) -> Iterator[None]:
-    """Within it a module returns `output` [R, L, e], unless that is None."""
-    if output is None:
-        yield
-        return
-
-    def replace(_module: nn.Module, _inputs: Any, usual: Tensor) -> Tensor:
-        return torch.cat([output, usual[:, output.shape[1] :]], dim=1)  # some pad their rows inside
-
-    handle = module.register_forward_hook(replace)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def switch_dropout_off(model: nn.Module) -> None:
-    """Set all dropout rates of a model to 0.
-
-    Policy and reference are the same function before the first step, which dropout in one of them
-    would hide. The rates in its config, which is saved with it, stay.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and "drop" in name:
-                setattr(module, name, 0.0)

@@ -54,12 +54,11 @@ def generate(
     check_room(model, prompts, max_new_tokens=max_new_tokens)
     was_training = model.training
     model.eval()
-    # Rows of like length together: least left padding.
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     written: dict[int, str] = {}
     device = next(model.backbone.parameters()).device
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
+    start = 0
+    unpadded = model.backbone.layout == "two_rows"  # a state or a bias by index would see padding
+    for places in batches_by_length(prompts, batch_size=batch_size, unpadded=unpadded):
         at = torch.tensor(places)
         input_ids, mask = left_padded([prompts[place] for place in places])
         of_users = None
@@ -78,6 +77,7 @@ def generate(
             )
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         written.update(zip(places, texts, strict=True))
+        start += len(places)
     model.train(was_training)
     return [written[place] for place in range(len(prompts))]
 
@@ -155,22 +155,27 @@ def _write(
     cache = model.backbone.cache(n_read + max_new_tokens)
     with contextlib.ExitStack() as stack:
         stack.enter_context(writer)
-        if model.aggregator.after_trunk:  # prompts are read alike for all users
+        if (
+            model.aggregator.after_trunk and cache is not None
+        ):  # prompts are read alike for all users
             model.backbone.prefill(cache, input_ids, mask)
         inputs = stack.enter_context(
             model.aggregator.decoding(model.backbone, input_ids, mask, user)
         )
+        stack.enter_context(model.backbone.own_positions())
         writing = stack.enter_context(plain_generation(model.backbone))
         output = writing.generate(
             **inputs,
             **how,
-            past_key_values=cache,
+            **({} if cache is None else {"past_key_values": cache}),
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=ends,
         )
     # Given embeddings, `generate` returns the new tokens alone; given ids, the prompt before them.
-    return output if "inputs_embeds" in inputs else output[:, input_ids.shape[1] :]
+    if "input_ids" not in inputs:
+        return output
+    return output[:, inputs["input_ids"].shape[1] :]
 
 
 @contextlib.contextmanager
@@ -182,6 +187,25 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def batches_by_length(
+    prompts: Sequence[Sequence[int]], *, batch_size: int, unpadded: bool
+) -> list[list[int]]:
+    """Divide the places of prompts into batches of like length, which need least padding.
+
+    Args:
+        unpadded: batches of equal length alone.
+    """
+    batches: list[list[int]] = []
+    for place in sorted(range(len(prompts)), key=lambda place: len(prompts[place])):
+        last = batches[-1] if len(batches) > 0 else []
+        fits = 0 < len(last) < batch_size
+        if fits and (not unpadded or len(prompts[last[0]]) == len(prompts[place])):
+            last.append(place)
+        else:
+            batches.append([place])
+    return batches
 
 
 def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

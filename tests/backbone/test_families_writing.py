@@ -1,0 +1,57 @@
+"""Texts of every family begin as transformers' own plain forward continues them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from test_families import CAUSAL, REFUSED_HERE, lora_backbone, make_pairs
+from torch import Tensor
+
+from plrhf.aggregators import ConcatSoftPrompt, FiLM
+from plrhf.backbone.model import Backbone
+from plrhf.core.types import UserBatch
+from plrhf.encoders import NoneEncoder
+from plrhf.models.generation import generate
+from plrhf.models.policy import PersonalDPOPolicy
+
+
+@pytest.mark.parametrize("name", [name for name in CAUSAL if name not in REFUSED_HERE])
+def test_texts_begin_as_transformers_writes_them(name: str) -> None:
+    """With no user model all aggregators must write what plain greedy search does."""
+    backbone = lora_backbone(CAUSAL[name])
+    prompts = [pair.prompt for pair in make_pairs(4, seed=1)]
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        for _ in range(3):
+            logits = backbone.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+        expected.append(ids[0, len(prompt) :].tolist())
+    tokenizer = NoText()
+    nobody = torch.zeros(len(prompts), dtype=torch.int64)
+    users = UserBatch(user_id=nobody, features=torch.zeros(len(prompts), 0))
+    for aggregator in aggregators(backbone):
+        model = PersonalDPOPolicy(
+            backbone=backbone, encoder=NoneEncoder(), aggregator=aggregator, n_users=2
+        )
+        found = generate(model, tokenizer, prompts, users, max_new_tokens=3, temperature=0)
+        assert [json.loads(text) for text in found] == expected
+
+
+class NoText:
+    """A tokenizer that leaves tokens as they are."""
+
+    pad_token_id = 3
+    eos_token_id = None
+
+    def batch_decode(self, tokens: Tensor, **_: Any) -> list[str]:
+        return [json.dumps(row.tolist()) for row in tokens]
+
+
+def aggregators(backbone: Backbone) -> list[Any]:
+    size = backbone.hidden_size
+    last = FiLM(hidden_size=size, n_blocks=2, user_dim=3)
+    return [last, ConcatSoftPrompt(hidden_size=backbone.embedding_size, n_tokens=2)]
