@@ -289,22 +289,21 @@ class RowTokenizer:
         return self._context(self.separator[-1:] or ":")
 
     def _context(self, before: str) -> str:
-        alone, tail = self.encoder.encode(["a"])[0], self._behind(before, "a")
-        return before if tail is not None and tail != alone else ""
-
-    def _behind(self, before: str, text: str) -> Ids | None:
-        """The text's ids behind another text; None where the two share a token."""
-        head, whole = self.encoder.encode([before, before + text])
-        return whole[len(head) :] if whole[: len(head)] == head else None
+        (alone,) = self.encoder.encode(["a"])
+        head, whole = self.encoder.encode([before, f"{before}a"])
+        return before if whole[: len(head)] == head and whole[len(head) :] != alone else ""
 
     def _learn(self, before: str, texts: Iterable[str]) -> None:
         new = [text for text in dict.fromkeys(texts) if (before, text) not in self._ids]
         if len(new) == 0:
             return
-        found = self.encoder.encode(new)
+        found = self.encoder.encode([before + text for text in new])
         if before != "":
-            behind = (self._behind(before, text) for text in new)
-            found = [b if b is not None else a for a, b in zip(found, behind, strict=True)]
+            (head,) = self.encoder.encode([before])
+            found = [
+                whole[len(head) :] if whole[: len(head)] == head else self.encoder.encode([text])[0]
+                for text, whole in zip(new, found, strict=True)
+            ]
         self._ids.update(zip(((before, text) for text in new), found, strict=True))
 
     def _encode(self, text: str, before: str = "") -> Ids:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from jinja2 import TemplateError
+from test_tokenizer import KINDS, sentencepiece_bpe
 
 from plrhf.core.errors import BadValue
 from plrhf.data.chat import end_of_turn
@@ -277,3 +278,36 @@ def test_a_turn_ends_by_the_token_that_responses_end_with(
 
 def test_without_a_template_no_turn_ends(tokenizer: Any) -> None:
     assert end_of_turn(tokenizer) is None
+
+
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+DIRECT = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", [CHATML, GEMMA, LLAMA2, ZEPHYR, DIRECT])
+def test_prompt_and_response_are_the_whole_conversation_of_the_tokenizer(
+    kind: Any, template: str
+) -> None:
+    tokenizer = kind()
+    tokenizer.add_special_tokens({"additional_special_tokens": TAGS})
+    rows = with_template(tokenizer, template)
+    user, reply = {"role": "user", "content": "ok the sea"}, "is blue and wide"
+    conversation = [user, {"role": "assistant", "content": reply}]
+    whole = rows.tokenizer.apply_chat_template(conversation)["input_ids"]
+    pair = rows.pair(a_row(user, chosen=reply))
+    both = [*pair.prompt, *pair.chosen]
+    assert both == whole[: len(both)]
+    assert pair.chosen[-1] == end_of_turn(rows.tokenizer)
+    if kind is sentencepiece_bpe:  # its pieces span words, so it has none that ends at "is blue"
+        return
+    begun = [user, {"role": "assistant", "content": "is blue"}]
+    pair = rows.pair(a_row(*begun, chosen=" and wide"))
+    both = [*pair.prompt, *pair.chosen]
+    assert both == whole[: len(both)]
