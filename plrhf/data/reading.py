@@ -141,7 +141,8 @@ def _good(
         try:
             if isinstance(record, Refusal):
                 raise RefusedRow(record.reason, f"{where}: {record.detail}")
-            report.unread.update(name for name in record if name not in known)
+            if not known.issuperset(record):
+                report.unread.update(name for name in record if name not in known)
             if implicit is None:
                 implicit = "prompt" not in record
             if implicit and "prompt" not in record:

@@ -19,6 +19,9 @@ MESSAGE_COLUMNS = ("prompt", "chosen", "rejected")
 _LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
 
 
+Plan = tuple[list[tuple[str, str]], list[tuple[str, str]], list[str]]
+
+
 class ColumnMap:
     """Row field -> column; a dotted one reaches into it: ``info.post``, ``chosen.-1.content``.
 
@@ -42,6 +45,7 @@ class ColumnMap:
         self.column_of = {name: mapping.get(name, name) for name in ROW_FIELDS}
         self.required = self.mapped | {self.column_of[name] for name in REQUIRED_FIELDS}
         self._used = frozenset(self.column_of.values())
+        self._plans: dict[tuple[str, ...], Plan] = {}
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Return the record under row field names, with what no row field is made from behind.
@@ -49,23 +53,36 @@ class ColumnMap:
         Whole-number ids become text. As tables have no objects, ``user_features`` may be JSON text
         and prompt and responses the text of a list of messages.
         """
-        row = {
-            name: value
-            for name, column in self.column_of.items()
-            if (value := _reach(record, column)) is not None or column in record
-        }
+        names = tuple(record)
+        plan = self._plans.get(names)  # most records of a file have the same names
+        if plan is None:
+            plan = self._plans[names] = self._plan(names)
+        whole, parts, others = plan
+        row = {name: record[column] for name, column in whole}
+        for name, column in parts:
+            value = _reach(record, column)
+            if value is not None:
+                row[name] = value
         for name, value in row.items():
             if isinstance(value, bytes):
                 row[name] = value = _decoded(value)
             if name in ID_FIELDS:
                 row[name] = id_as_text(value)
-            elif name in MESSAGE_COLUMNS and isinstance(value, str):
+            elif isinstance(value, str) and name in MESSAGE_COLUMNS:
                 row[name] = messages_or_text(value)
         if isinstance(row.get("user_features"), str):
             row["user_features"] = _json_or_text(row["user_features"])
-        heads = self._heads(record)
-        row.update({k: v for k, v in record.items() if k not in heads and k not in row})
+        row.update({name: record[name] for name in others if name not in row})
         return row
+
+    def _plan(self, names: tuple[str, ...]) -> Plan:
+        """Return, for records of these names, fields that are whole columns, fields that are parts
+        of columns, and the names that no field is made from."""
+        present, heads = frozenset(names), self._heads(names)
+        columns = self.column_of.items()
+        whole = [(name, column) for name, column in columns if column in present]
+        parts = [one for one in columns if one[1] not in present and "." in one[1]]
+        return whole, parts, [name for name in names if name not in heads]
 
     def _heads(self, present: Collection[str]) -> set[str]:
         return {_head(column, present) for column in self._used}
