@@ -38,6 +38,7 @@ def make_ours(
     )
     lora = {**LORA, "dropout": method.dropout, "target_modules": targets}
     backbone = load_backbone(path=str(folder), dtype=method.dtype, lora=lora)
+    data.tokenize(load_tokenizer(str(folder)), layout="packed")
     width = backbone.hidden_size
     aggregator: Any = (
         ConcatSoftPrompt(hidden_size=width, n_tokens=N_TOKENS)
@@ -51,12 +52,7 @@ def make_ours(
     model = kind(
         backbone=backbone, encoder=encoder, aggregator=aggregator, n_users=data.n_users + 1
     )
-    data.tokenize(
-        load_tokenizer(str(folder)),
-        layout="packed",
-        max_positions=model.max_positions,
-        n_user_vectors=model.n_user_vectors,
-    )
+    data.fit_to_model(max_positions=model.max_positions, n_user_vectors=model.n_user_vectors)
     if isinstance(model, PersonalDPOPolicy):
         data.precompute_reference(model.reference_logps)
     return model, data

@@ -200,8 +200,8 @@ class DataConfig(Section):
     eval_batch_size: PositiveInt
     batch_tokens: PositiveInt | None
     on_bad_row: Literal["refuse", "error"]
-    val_fraction: FractionBelowOne
-    test_fraction: FractionBelowOne
+    val_fraction: FractionBelowOne | None
+    test_fraction: FractionBelowOne | None
     seen_prompt_test_fraction: FractionBelowOne
     unseen_fraction: FractionBelowOne
     min_pairs_per_user: PositiveInt

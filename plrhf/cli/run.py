@@ -115,14 +115,14 @@ def train_personal(
         data.set_shard(rank_shard_of(trainer))
         lightning.seed_everything(config.seed, verbose=False)
         tokenizer, backbone = open_backbone(config.backbone, path, shards=sharding_context(trainer))
-        model = build_run_model(config, data, backbone, path)
         data.tokenize(
             tokenizer,
             layout=backbone.layout,
-            max_positions=model.max_positions,
-            n_user_vectors=model.n_user_vectors,
+            max_positions=backbone.max_positions,
             cache_dir=cache_dir,
         )
+        model = build_run_model(config, data, backbone, path)  # of the users whose rows fit
+        data.fit_to_model(max_positions=model.max_positions, n_user_vectors=model.n_user_vectors)
         if isinstance(model, PersonalDPOPolicy):
             requested_rows(model, data, config.samples)
         probes = probe(data.splits)

@@ -72,6 +72,8 @@ def train_supervised(
         else:
             assert config.backbone.tiny is not None
             tokenizer, backbone = _new_tiny_backbone(config.backbone.tiny, data)
+        # Before rows that are too long are left out, which the tokenizer is needed for.
+        folder = cache_folder(config, data) if path is None else None
         data.tokenize(
             tokenizer,
             layout=backbone.layout,
@@ -87,8 +89,8 @@ def train_supervised(
         backbone.save_whole(export)
         if trainer.is_global_zero:
             tokenizer.save_pretrained(export)
-            if path is None:
-                _copy_into_cache(export, cache_folder(config, data))
+            if folder is not None:
+                _copy_into_cache(export, folder)
 
 
 def cached_tiny_backbone(config: RunConfig, data: PreferenceData) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import lightning
@@ -230,7 +229,7 @@ def load_run(
     export = run / "export"
     card = read_card(export)
     if config.data is None:
-        data = rows_of_run(run, trained, card)
+        data = build_data(trained.data)
     else:
         data = build_data(config.data, users=card.users, schema=card.feature_schema(), **card.text)
     print_lines(data.report.lines())
@@ -247,6 +246,8 @@ def load_run(
         cache_dir=Path(trained.cache_dir),
     )
     print_lines(data.tokenizing_notes())
+    if config.data is None:
+        check_rows_of_run(run, data, card)
     trainer = Trainer(
         # Elsewhere than where it was trained the run is evaluated on what there is.
         accelerator="cpu" if trained.trainer.accelerator == "cpu" else "auto",
@@ -260,8 +261,8 @@ def load_run(
     return model, data, trainer, trained
 
 
-def rows_of_run(run: Path, trained: RunConfig, card: Card) -> PreferenceData:
-    """Read a run's own rows again, for a model that may since know other users.
+def check_rows_of_run(run: Path, data: PreferenceData, card: Card) -> None:
+    """Check a run's own rows, and number their users as the model knows them now.
 
     A user whom `forget` took out of the export is answered as the generic user and counts as unseen;
     one whom `enrol` put in counts as seen.
@@ -269,7 +270,6 @@ def rows_of_run(run: Path, trained: RunConfig, card: Card) -> PreferenceData:
     Raises:
         ValueError: the rows are not those that the run was trained on.
     """
-    data = build_data(trained.data)
     now, then = data.content_hash(), hash_of_rows(run)
     known, knew = set(card.users), set(data.splits.users)
     if then is None and known != knew or then not in (None, now):
@@ -283,9 +283,7 @@ def rows_of_run(run: Path, trained: RunConfig, card: Card) -> PreferenceData:
         changed = ((knew - known, "forgotten"), (known - knew, "enrolled"))
         said = [f"{len(users)} {what}" for users, what in changed if len(users) > 0]
         print(f"users changed since training: {', '.join(said)}; results are of those known now")
-        data.splits = replace(data.splits, users=tuple(card.users))
-        data.user_index = {user: place + 1 for place, user in enumerate(card.users)}
-    return data
+        data.set_known_users(card.users)
 
 
 def finished_run(config: EvalConfig) -> Path:

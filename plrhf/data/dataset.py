@@ -85,15 +85,19 @@ class PairDataset:
         if isinstance(rows, Rows):
             numbers, person = np.unique(rows.person, return_inverse=True)
             people = [rows.people[number] for number in numbers]
-        index = [user_index.get(one.user_id, GENERIC_USER) for one in people]
-        features = schema.table([one.user_features for one in people])
-        self.user_id = torch.tensor(index, dtype=torch.int64)[person]
-        self.features = features[person]
+        self._user_ids, self._person = [one.user_id for one in people], torch.from_numpy(person)
+        self.number_users(user_index)
+        self.features = schema.table([one.user_features for one in people])[self._person]
         self.ref_logps: TextValues | None = None
         self.hidden: TextValues | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def number_users(self, user_index: dict[str, int]) -> None:
+        """Give every pair the index of its user; users who have none are the generic one."""
+        index = [user_index.get(user, GENERIC_USER) for user in self._user_ids]
+        self.user_id = torch.tensor(index, dtype=torch.int64)[self._person]
 
     @property
     def lengths(self) -> NDArray[np.int32]:

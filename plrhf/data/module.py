@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from lightning import LightningDataModule
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -18,10 +19,10 @@ from plrhf.core.errors import bad_value
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.dataset import SINGLE_PROCESS, PairDataset, RankShard, longest_first
 from plrhf.data.features import FeatureSchema
-from plrhf.data.packing import LAYOUTS, LayoutName
+from plrhf.data.packing import LAYOUTS, Layout, LayoutName
 from plrhf.data.reading import read_rows
 from plrhf.data.reasons import Reason, RefusedRow
-from plrhf.data.rows import SPLITS, Person, Row, Rows, content_hash
+from plrhf.data.rows import SPLITS, Person, Row, Rows
 from plrhf.data.samplers import (
     BatchIndices,
     ResumableBatchSampler,
@@ -29,11 +30,14 @@ from plrhf.data.samplers import (
     ShardedBatches,
 )
 from plrhf.data.sources.base import Source
-from plrhf.data.splits import Splits, shuffle_users, split_rows
+from plrhf.data.splits import all_as_test, split_rows, with_shuffled_users
 from plrhf.data.text_value_cache import TextValueCache
 from plrhf.data.text_values import compute_text_values
 from plrhf.data.tokenizer import RowTokenizer, Tokenizer
-from plrhf.data.tokens import load_or_tokenize
+from plrhf.data.tokens import TokenFile, load_or_tokenize
+
+FRACTIONS = ("val_fraction", "test_fraction")
+"""Settings by which either the source divides its rows, or `split_rows` does."""
 
 
 class RestrictedDatasets(dict[str, PairDataset]):
@@ -50,7 +54,8 @@ class PreferenceData(LightningDataModule):
     """Reads the rows of a source, splits and tokenises them, and serves them as batches.
 
     Rows are read and split on construction, so that a tokenizer can be learned from the train rows.
-    Call `tokenize` before asking for a loader.
+    Call `tokenize` before asking for users or loaders: it leaves out rows that are too long and
+    splits the others.
 
     Args:
         source: where rows come from.
@@ -76,8 +81,8 @@ class PreferenceData(LightningDataModule):
         eval_batch_size: int,
         batch_tokens: int | None = None,
         on_bad_row: str = "refuse",
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.2,
+        val_fraction: float | None = None,
+        test_fraction: float | None = None,
         seen_prompt_test_fraction: float = 0.0,
         unseen_fraction: float = 0.0,
         min_pairs_per_user: int = 1,
@@ -110,23 +115,21 @@ class PreferenceData(LightningDataModule):
         rows, self.report = read_rows(source.records(), on_bad_row=on_bad_row, feature_kinds=kinds)
         self.report.check_some_left()
         self.on_bad_row = on_bad_row
-        if users is None:
-            self.splits = split_rows(
-                rows,
-                seed=seed,
-                val_fraction=val_fraction,
-                test_fraction=test_fraction,
-                seen_prompt_test_fraction=seen_prompt_test_fraction,
-                unseen_fraction=unseen_fraction,
-                min_pairs_per_user=min_pairs_per_user,
-                max_users=max_users,
-            )
-        else:
-            self.splits = all_as_test(rows, users)
-        if shuffle_users:
-            self.splits = with_shuffled_users(self.splits, seed=seed)
-        self.schema = FeatureSchema.fit(people_in(self.splits.train)) if schema is None else schema
-        self.user_index = {user: place + 1 for place, user in enumerate(self.splits.users)}
+        self._rows = rows
+        self._split_settings: dict[str, Any] = {
+            "seed": seed,
+            "val_fraction": val_fraction,
+            "test_fraction": test_fraction,
+            "seen_prompt_test_fraction": seen_prompt_test_fraction,
+            "unseen_fraction": unseen_fraction,
+            "min_pairs_per_user": min_pairs_per_user,
+            "max_users": max_users,
+            "applied_by_source": {name for name in FRACTIONS if hasattr(source, name)},
+        }
+        self.shuffle_users = shuffle_users
+        self._trained_users, self._trained_schema = users, schema
+        self._split()
+        self._counted = self.splits.counted
         self.tokenizer_options = {
             "max_prompt_tokens": max_prompt_tokens,
             "max_tokens": max_tokens,
@@ -139,11 +142,26 @@ class PreferenceData(LightningDataModule):
         self.datasets: dict[str, PairDataset] = {}
         self.truncated: dict[str, int] = {}
         self.shard = SINGLE_PROCESS
+        self._content_hash: str | None = None
 
     @property
     def n_users(self) -> int:
         """Users of the train rows; they are numbered from 1."""
         return len(self.splits.users)
+
+    def _split(self, fits: NDArray[np.bool_] | None = None) -> None:
+        """Split the rows that fit, and number users and features as the train rows have them."""
+        if self._trained_users is None:
+            self.splits = split_rows(self._rows, fits=fits, **self._split_settings)
+        else:
+            self.splits = all_as_test(self._rows, self._trained_users, fits=fits)
+        if self.shuffle_users:
+            self.splits = with_shuffled_users(self.splits, seed=self.seed)
+        people = people_in(self.splits.train)
+        self.schema = (
+            FeatureSchema.fit(people) if self._trained_schema is None else self._trained_schema
+        )
+        self.user_index = {user: place + 1 for place, user in enumerate(self.splits.users)}
 
     def tokenize(
         self,
@@ -154,16 +172,93 @@ class PreferenceData(LightningDataModule):
         n_user_vectors: int = 0,
         cache_dir: Path | None = None,
     ) -> None:
-        """Tokenise the rows of every split, and drop those that are too long.
+        """Tokenise the rows, leave out those that are too long, and split the others.
+
+        Users are counted over the rows that remain, so read `splits`, `n_users` and `schema`
+        afterwards. Only a tokenizer that is learned from the train rows needs them before.
 
         Args:
             layout: whether a pair is one row or two, which the backbone says.
-            max_positions: of the model. n_user_vectors: see `PairDataset`.
+            max_positions, n_user_vectors: see `fit_to_model`.
             cache_dir: where other runs find the tokens again, see `load_or_tokenize`.
 
         Raises:
-            ValueError: the model has fewer positions than `max_tokens`, or no train row fits.
+            ValueError: the model has fewer positions than `max_tokens`, or a split has rows and none
+                of them fits.
         """
+        self.fit_to_model(max_positions=max_positions, n_user_vectors=n_user_vectors)
+        self.row_tokenizer = RowTokenizer(tokenizer, **self.tokenizer_options)  # type: ignore[arg-type]
+        tokens = load_or_tokenize(
+            self._rows.select(self._counted), self.row_tokenizer, cache_dir=cache_dir
+        )
+        self.report.refused.pop(Reason.CHAT_TEMPLATE.value, None)
+        self._count_refused(list(tokens.refused.values()))
+        fits = np.ones(len(self._rows), dtype=np.bool_)
+        fits[self._counted] = self._fitting(tokens)
+        n_too_long = int((~fits).sum()) - len(tokens.refused)
+        self._check_some_fit(fits, n_too_long=n_too_long)
+        if not fits.all():
+            self._split(fits)
+        self.truncated = dict.fromkeys(("prompt truncated", "response truncated"), 0)
+        self.truncated["response too long"] = n_too_long
+        for split in SPLITS:
+            rows: Any = getattr(self.splits, split)
+            if self.shuffle_users and self.row_tokenizer.use_user_text:
+                # The users' texts were permuted with them, so that these are other prompts.
+                pairs = load_or_tokenize(rows, self.row_tokenizer, cache_dir=cache_dir)
+            else:
+                pairs = tokens.select(np.searchsorted(self._counted, self.splits.indices[split]))
+            self._keep(split, rows, pairs, LAYOUTS[layout])
+
+    def _keep(self, split: str, rows: Rows, pairs: TokenFile, layout: Layout) -> None:
+        """Make the dataset of a split, and count what was cut in it."""
+        fits = self._fitting(pairs)
+        self.truncated["response too long"] += int((~fits).sum())
+        self.truncated["prompt truncated"] += int((pairs.cut & fits).sum())
+        self.truncated["response truncated"] += int((pairs.response_cut & fits).sum())
+        self.datasets[split] = PairDataset(
+            rows.select(np.flatnonzero(fits)),
+            pairs.select(np.flatnonzero(fits)),
+            layout=layout,
+            user_index=self.user_index,
+            schema=self.schema,
+            n_user_vectors=self.n_user_vectors,
+        )
+
+    def _fitting(self, pairs: TokenFile) -> NDArray[np.bool_]:
+        """Say of each pair whether prompt and longer response have at most `max_tokens`, [N].
+
+        Rows that the chat template refuses fit nowhere.
+        """
+        prompt, *responses = pairs.lengths.T
+        fits: NDArray[np.bool_] = prompt + np.maximum(*responses) <= self.max_tokens
+        fits[list(pairs.refused)] = False
+        return fits
+
+    def set_known_users(self, users: Sequence[str]) -> None:
+        """Number users as a model knows them now, which has forgotten or enrolled some since training.
+
+        Args:
+            users: their ids in the model's order.
+        """
+        self.splits = replace(self.splits, users=tuple(users))
+        self.user_index = {user: place + 1 for place, user in enumerate(users)}
+        for dataset in self.datasets.values():
+            dataset.number_users(self.user_index)
+
+    def fit_to_model(self, *, max_positions: int | None, n_user_vectors: int) -> None:
+        """Prepare the batches for a model that was built after the rows were tokenised.
+
+        Args:
+            max_positions: of the model beside its user vectors; None: it has no limit.
+            n_user_vectors: see `PairDataset`.
+
+        Raises:
+            ValueError: `max_tokens` is larger than the positions of the model.
+        """
+        self.n_user_vectors = n_user_vectors
+        for dataset in self.datasets.values():
+            dataset.n_user_vectors = n_user_vectors
         if max_positions is not None and self.max_tokens > max_positions:
             raise bad_value(
                 "data.max_tokens",
@@ -171,38 +266,22 @@ class PreferenceData(LightningDataModule):
                 f"at most the backbone's {max_positions} positions",
                 f"Set data.max_tokens={max_positions}",
             )
-        self.row_tokenizer = RowTokenizer(tokenizer, **self.tokenizer_options)  # type: ignore[arg-type]
-        self.truncated = {"prompt truncated": 0, "response truncated": 0, "response too long": 0}
-        self.report.refused.pop(Reason.CHAT_TEMPLATE.value, None)
+
+    def _check_some_fit(self, fits: NDArray[np.bool_], *, n_too_long: int) -> None:
+        n_refused = self.report.refused[Reason.CHAT_TEMPLATE.value]
         for split in SPLITS:
-            rows: Any = getattr(self.splits, split)
-            pairs = load_or_tokenize(rows, self.row_tokenizer, cache_dir=cache_dir)
-            self._count_refused(list(pairs.refused.values()))
-            prompt, *responses = pairs.lengths.T
-            fits = prompt + np.maximum(*responses) <= self.max_tokens
-            fits[list(pairs.refused)] = False
-            self.truncated["prompt truncated"] += int((pairs.cut & fits).sum())
-            self.truncated["response truncated"] += int((pairs.response_cut & fits).sum())
-            self.truncated["response too long"] += int((~fits).sum()) - len(pairs.refused)
-            self.datasets[split] = PairDataset(
-                rows.select(np.flatnonzero(fits)),
-                pairs.select(np.flatnonzero(fits)),
-                layout=LAYOUTS[layout],
-                user_index=self.user_index,
-                schema=self.schema,
-                n_user_vectors=n_user_vectors,
-            )
-        if len(self.splits.train) > 0 and len(self.datasets["train"]) == 0:
-            n_refused = self.report.refused[Reason.CHAT_TEMPLATE.value]
-            if n_refused > 0 and self.truncated["response too long"] == 0:
-                shown = f"0 of {len(self.splits.train):,} train rows usable"
+            n_rows = len(self.splits.indices[split])
+            if n_rows == 0 or fits[self.splits.indices[split]].any():
+                continue
+            if n_refused > 0 and n_too_long == 0:
+                shown = f"0 of {n_rows:,} {split} rows usable"
                 allowed = f"prompts that the chat template writes ({n_refused:,} rows refused)"
                 first = self.report.examples[Reason.CHAT_TEMPLATE.value].removesuffix(".")
                 raise bad_value("rows", shown, allowed, f"Mend what the first one names: {first}")
             raise bad_value(
                 "data.max_tokens",
                 self.max_tokens,
-                f"room for some of the {len(self.splits.train)} train rows, and none fits",
+                f"room for some of the {n_rows} {split} rows, and none fits",
                 "Raise data.max_tokens",
             )
 
@@ -216,7 +295,7 @@ class PreferenceData(LightningDataModule):
 
     def tokenizing_notes(self) -> list[str]:
         """Return what the terminal should say of rows that were cut or left out as tokens."""
-        total = sum(len(getattr(self.splits, split)) for split in SPLITS)
+        total = len(self._counted)
         notes = []
         reason = Reason.CHAT_TEMPLATE.value
         if self.report.refused[reason] > 0:
@@ -235,19 +314,22 @@ class PreferenceData(LightningDataModule):
         return notes
 
     def content_hash(self) -> str:
-        """Hash the rows of all splits: every field, their order, and which split they are in.
+        """Hash all rows that were read: every field and their order, also of rows that are dropped.
 
         A run that goes on from a checkpoint, or is compared with another, finds by it whether the
-        rows are still the same, whatever file they came from. It takes a few seconds for a million
-        rows, so keep it rather than ask again. Of one split, see `Splits.content_hash`.
+        rows are still the same, whatever file they came from. It is the same before and after
+        `tokenize`. It takes a few seconds for a million rows and is computed once. For the rows of one
+        split see `Splits.content_hash`.
         """
-        return content_hash([self.splits.content_hash(split) for split in SPLITS])
+        if self._content_hash is None:
+            self._content_hash = self._rows.content_hash()
+        return self._content_hash
 
     def restrict_to(self, *splits: str) -> Self:
         """Return a copy that holds the tokenised pairs of these splits and nothing of the others."""
         part = copy(self)
         part.datasets = RestrictedDatasets({split: self.datasets[split] for split in splits})
-        for name in ("splits", "source"):  # the rows of all splits, and where they come from
+        for name in ("splits", "source", "_rows"):  # all rows, and where they come from
             vars(part).pop(name, None)
         return part
 
@@ -351,27 +433,3 @@ class PreferenceData(LightningDataModule):
 def people_in(rows: Sequence[Row]) -> Sequence[Row | Person]:
     """Return who made the choices, by first appearance; plain lists may name a person repeatedly."""
     return rows.distinct_people() if isinstance(rows, Rows) else rows
-
-
-def all_as_test(rows: Rows, users: Sequence[str]) -> Splits:
-    """Make all rows, or those of split "test" if rows carry one, the test rows of a trained model.
-
-    Args:
-        users: whom the model was trained on.
-    """
-    is_test = np.array([split in (None, "test") for split in rows.texts("split")], dtype=np.bool_)
-    test = rows.select(np.flatnonzero(is_test))
-    if len(test) == 0:
-        raise bad_value("test rows", 0, "1 or more", "Give rows without split, or with split=test")
-    dropped = {} if len(test) == len(rows) else {"row outside test": len(rows) - len(test)}
-    none = rows.select(np.empty(0, dtype=np.int64))
-    return Splits(train=none, val=none, test=test, users=tuple(users), dropped=dropped)
-
-
-def with_shuffled_users(splits: Splits, *, seed: int) -> Splits:
-    """Permute users over train rows and over val rows; test rows keep the truth."""
-    train, val = splits.train, splits.val
-    assert isinstance(train, Rows) and isinstance(val, Rows)
-    return replace(
-        splits, train=shuffle_users(train, seed=seed), val=shuffle_users(val, seed=seed + 1)
-    )

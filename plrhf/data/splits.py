@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import blake2b
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from plrhf.core.errors import bad_value
 from plrhf.data.rows import SPLITS, Row, Rows
+from plrhf.data.store import Indices
 
 TOO_FEW_PAIRS = "user below data.min_pairs_per_user"
 BEYOND_MAX_USERS = "user beyond data.max_users"
@@ -24,16 +25,32 @@ Codes = NDArray[np.int8]
 """Of each row, the place of its split in `SPLITS`."""
 
 
+VAL_FRACTION, TEST_FRACTION = 0.1, 0.2
+"""Fractions of prompts for val and test, unless others are given."""
+
+
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Rows by split, each in reading order; a test user not in `users` is an unseen one."""
+    """Rows by split, each in reading order.
+
+    Attributes:
+        users: ids of the seen users, sorted; a user's index in the model is the place here + 1. A
+            test user who is not among them is an unseen one.
+        dropped: reason -> number of rows that are in no split.
+        shared_prompts: whether test was meant to hold pairs on prompts of train.
+        indices: of the rows of each split among all rows.
+        counted: indices of the rows by which users were counted: those of all users with enough pairs,
+            also of the unseen ones and of those beyond the largest number of users.
+    """
 
     train: Sequence[Row]
     val: Sequence[Row]
     test: Sequence[Row]
-    users: tuple[str, ...]  # seen users, sorted; user index in the model = place + 1
-    dropped: dict[str, int]  # reason -> rows that are in no split
-    shared_prompts: bool = False  # whether test was meant to hold pairs on prompts of train
+    users: tuple[str, ...]
+    dropped: dict[str, int]
+    shared_prompts: bool = False
+    indices: Mapping[str, Indices] = field(default_factory=dict, compare=False)
+    counted: Indices = field(default_factory=lambda: np.empty(0, np.int64), compare=False)
 
     def content_hash(self, split: str) -> str:
         """Hash all that the rows of a split hold, every field and their order.
@@ -46,16 +63,22 @@ class Splits:
 
 
 def uniform_hash(key: str, *, salt: str, seed: int) -> float:
-    """Return a uniform number in [0, 1) fixed by key, salt and seed in every process and version.
+    """Hash a key to a number in [0, 1), uniformly over keys and alike in every process and version.
 
-    Unlike a draw from a generator it does not move when other keys come or go.
+    Unlike a draw from a generator it stays the same when other keys come or go.
+
+    Args:
+        salt: what the number is for; draws with different salts are independent.
     """
     digest = blake2b(json.dumps([salt, seed, key]).encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: more could round up to 1.0
 
 
 def is_unseen_user(user_id: str, *, seed: int, unseen_fraction: float) -> bool:
-    """Whether the user is among the fraction drawn to be unseen; sources that draw them agree."""
+    """Decide whether a user is among the fraction drawn to be unseen.
+
+    Sources that draw unseen users themselves call it too, so that both draw the same.
+    """
     return uniform_hash(user_id, salt="unseen user", seed=seed) < unseen_fraction
 
 
@@ -63,90 +86,106 @@ def split_rows(
     rows: Rows,
     *,
     seed: int,
-    val_fraction: float,
-    test_fraction: float,
+    val_fraction: float | None,
+    test_fraction: float | None,
     unseen_fraction: float,
     min_pairs_per_user: int,
     max_users: int | None = None,
     seen_prompt_test_fraction: float = 0.0,
+    fits: NDArray[np.bool_] | None = None,
+    applied_by_source: Collection[str] = (),
 ) -> Splits:
     """Divide rows into train, val and test by prompt, and hold back unseen users.
 
-    1. A row's split is its own where the rows carry one (all or none must; the val and test
-       fractions are then not used), otherwise that of its ``prompt_id``, drawn by salted hash, so
-       that no prompt is in two splits. Of the train rows, `seen_prompt_test_fraction` then go to
-       test by a hash of their own: the test pairs on prompts that are seen.
-    2. Users with fewer than `min_pairs_per_user` train rows are dropped whole. A user with test
-       rows only is unseen by construction and held to the same minimum on these, so that a light
-       user of real data does not come back in as an unseen one.
-    3. Of the users left that have train rows, the `max_users` with most of them stay (ties by id).
-    4. Of these, `unseen_fraction` are drawn by salted hash and keep their test rows only. Drawing
-       last leaves seen and unseen users under the same bounds, hence comparable.
+    1. If rows carry a split, they keep it. Otherwise a salted hash of its ``prompt_id`` draws the
+       split of each row, so that no prompt is in two splits; `seen_prompt_test_fraction` of the train
+       rows then go to test by a hash of their own, as the test pairs on seen prompts.
+    2. Rows that do not fit are left out, before anything is counted.
+    3. Users with fewer than `min_pairs_per_user` train rows are dropped with all their rows. Users
+       without any train row are unseen, and are held to the same minimum on their test rows, so that
+       a light user does not come back in as an unseen one.
+    4. Of the users left that have train rows, the `max_users` with most of them stay (ties by id).
+    5. Of these, a salted hash of the id draws the fraction of unseen ones, who keep their test rows
+       alone. Drawing last leaves seen and unseen users under the same bounds, hence comparable.
 
-    Every row that goes nowhere is counted in `Splits.dropped`.
+    Every row that goes nowhere is counted in `Splits.dropped`, except those that do not fit.
+
+    Args:
+        val_fraction, test_fraction: of prompts; None: 0.1 and 0.2.
+        fits: whether each row is short enough, [N]; None: all are.
+        applied_by_source: names of fractions by which the source has divided rows that carry a split.
 
     Raises:
-        ValueError: a setting out of range, rows with and without a split, no train or test rows.
+        ValueError: a setting out of range or without effect, rows with and without a split, no train
+            or test rows.
     """
-    _check_settings(val_fraction, test_fraction, unseen_fraction, min_pairs_per_user, max_users)
-    _check_seen_prompts(seen_prompt_test_fraction, rows)
-    code = _split_codes(rows, seed=seed, val_fraction=val_fraction, test_fraction=test_fraction)
-    if seen_prompt_test_fraction > 0:
-        places = np.flatnonzero(code == TRAIN)
-        drawn = [
-            uniform_hash(str(pair_id), salt="seen prompt", seed=seed) < seen_prompt_test_fraction
-            for pair_id in rows.select(places).texts("pair_id")
-        ]
-        code[places[drawn]] = TEST
+    _check_settings(
+        min_pairs_per_user,
+        max_users,
+        val=val_fraction,
+        test=test_fraction,
+        unseen=unseen_fraction,
+        seen_prompt_test=seen_prompt_test_fraction,
+    )
+    code = _split_codes(
+        rows,
+        seed=seed,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        seen_prompt_test_fraction=seen_prompt_test_fraction,
+        applied_by_source=applied_by_source,
+    )
+    fits = np.ones(len(rows), dtype=np.bool_) if fits is None else fits
     names, user = _users(rows)
-    pairs = np.stack([np.bincount(user[code == one], minlength=len(names)) for one in range(3)])
+    pairs = np.stack(
+        [np.bincount(user[fits & (code == one)], minlength=len(names)) for one in range(3)]
+    )
     enough, trained = _which_users(pairs, at_least=min_pairs_per_user, at_most=max_users)
     beyond = enough & (pairs[TRAIN] > 0) & ~trained
     unseen = [is_unseen_user(name, seed=seed, unseen_fraction=unseen_fraction) for name in names]
     seen = trained & ~np.array(unseen, dtype=np.bool_)
 
     left_out = {
-        TOO_FEW_PAIRS: ~enough[user],
-        BEYOND_MAX_USERS: beyond[user],
-        UNSEEN_OUTSIDE_TEST: (enough & ~beyond & ~seen)[user] & (code != TEST),
+        TOO_FEW_PAIRS: fits & ~enough[user],
+        BEYOND_MAX_USERS: fits & beyond[user],
+        UNSEEN_OUTSIDE_TEST: fits & (enough & ~beyond & ~seen)[user] & (code != TEST),
     }
     dropped = {reason: int(where.sum()) for reason, where in left_out.items() if where.any()}
-    kept = ~np.logical_or.reduce(list(left_out.values()))
-    parts = {
-        name: rows.select(np.flatnonzero(kept & (code == one))) for one, name in enumerate(SPLITS)
-    }
-    _check_not_empty(parts, dropped, rows)
+    kept = fits & ~np.logical_or.reduce(list(left_out.values()))
+    indices = {name: np.flatnonzero(kept & (code == one)) for one, name in enumerate(SPLITS)}
+    parts = {name: rows.select(indices[name]) for name in SPLITS}
+    _check_not_empty(parts, dropped, rows, n_too_long=int((~fits).sum()))
     return Splits(
         **parts,
         users=tuple(names[place] for place in np.flatnonzero(seen)),
         dropped=dropped,
         shared_prompts=seen_prompt_test_fraction > 0,
+        indices=indices,
+        counted=np.flatnonzero(fits & enough[user]),
     )
 
 
 def _which_users(
     pairs: NDArray[np.int64], *, at_least: int, at_most: int | None
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which of U users have enough pairs, and which of these may be trained on.
+    """Decide which of U users have enough pairs, [U], and which of these may be trained on, [U].
 
     Args:
-        pairs: by split and user, [3, U], users by id.
+        pairs: number of pairs by split and user, [3, U], users by id.
     """
-    # A user with val rows but no train rows is neither trained nor unseen: below the minimum.
-    without_train = np.where(pairs[VAL] == 0, pairs[TEST], 0)
-    enough = np.where(pairs[TRAIN] > 0, pairs[TRAIN], without_train) >= at_least
+    enough = np.where(pairs[TRAIN] > 0, pairs[TRAIN], pairs[TEST]) >= at_least
     trainable = np.flatnonzero(enough & (pairs[TRAIN] > 0))
     heaviest = trainable[np.argsort(-pairs[TRAIN, trainable], kind="stable")][:at_most]
     return enough, np.isin(np.arange(pairs.shape[1]), heaviest)
 
 
 def prompt_keys(row: Row) -> tuple[str, str]:
-    """What a prompt is recognised by: its id, and its text, as one text may go by two ids."""
+    """Return the keys by which a prompt is found again: its id, and its text, which may have two ids."""
     return f"id {row.prompt_id}", f"text {row.prompt}"
 
 
 def prompt_kinds(rows: Sequence[Row], splits: Splits) -> list[str]:
-    """Whether each row's prompt is one of train: "seen", "unseen"; "unknown" without train rows."""
+    """Say whether each row's prompt is in train: "seen" or "unseen", "unknown" without train rows."""
     if len(splits.train) == 0:
         return ["unknown"] * len(rows)
     known = np.isin(_prompt_hashes(rows), _prompt_hashes(splits.train))
@@ -155,7 +194,7 @@ def prompt_kinds(rows: Sequence[Row], splits: Splits) -> list[str]:
 
 
 def _prompt_hashes(rows: Sequence[Row]) -> NDArray[np.int64]:
-    """64 bits of each of a row's `prompt_keys`, [N, 2]: sets of the keys would be large."""
+    """Hash each of the rows' `prompt_keys` to 64 bits, [N, 2], since sets of the keys would be large."""
     hashes = (hash(key) for row in rows for key in prompt_keys(row))
     return np.fromiter(hashes, np.int64, 2 * len(rows)).reshape(-1, 2)
 
@@ -171,34 +210,94 @@ def shuffle_users(rows: Rows, *, seed: int) -> Rows:
     return rows.with_people(rows.person[givers])
 
 
+def all_as_test(
+    rows: Rows, users: Sequence[str], *, fits: NDArray[np.bool_] | None = None
+) -> Splits:
+    """Make all rows, or those of split "test" if rows carry one, the test rows of a trained model.
+
+    Args:
+        users: whom the model was trained on.
+        fits: whether each row is short enough, [N]; None: all are. The others are left out.
+    """
+    is_test = np.array([split in (None, "test") for split in rows.texts("split")], dtype=np.bool_)
+    if not is_test.any():
+        raise bad_value("test rows", 0, "1 or more", "Give rows without split, or with split=test")
+    n_others = int((~is_test).sum())
+    test = np.flatnonzero(is_test if fits is None else is_test & fits)
+    none = np.empty(0, dtype=np.int64)
+    return Splits(
+        train=rows.select(none),
+        val=rows.select(none),
+        test=rows.select(test),
+        users=tuple(users),
+        dropped={} if n_others == 0 else {"row outside test": n_others},
+        indices={"train": none, "val": none, "test": test},
+        counted=test,
+    )
+
+
+def with_shuffled_users(splits: Splits, *, seed: int) -> Splits:
+    """Permute users over train rows and over val rows; test rows keep the truth."""
+    train, val = splits.train, splits.val
+    assert isinstance(train, Rows) and isinstance(val, Rows)
+    return replace(
+        splits, train=shuffle_users(train, seed=seed), val=shuffle_users(val, seed=seed + 1)
+    )
+
+
 def _users(rows: Rows) -> tuple[list[str], NDArray[np.int64]]:
-    """Ids of the users, sorted, and each row's place among them, [N]."""
+    """Return the ids of the users, sorted, and each row's index among them, [N]."""
     names = sorted({person.user_id for person in rows.people})
     place = {name: at for at, name in enumerate(names)}
     of_person = np.array([place[person.user_id] for person in rows.people], dtype=np.int64)
     return names, of_person[rows.person]
 
 
-def _split_codes(rows: Rows, *, seed: int, val_fraction: float, test_fraction: float) -> Codes:
-    """Each row's split: its own, or its prompt's place on the hashed unit interval."""
+def _split_codes(
+    rows: Rows,
+    *,
+    seed: int,
+    val_fraction: float | None,
+    test_fraction: float | None,
+    seen_prompt_test_fraction: float,
+    applied_by_source: Collection[str],
+) -> Codes:
+    """Return each row's split: its own, or that of its prompt's hash on the unit interval."""
     own: dict[str | None, int] = {None: -1}
     own.update({name: place for place, name in enumerate(SPLITS)})
     codes = _codes(len(rows), (own[name] for name in rows.texts("split")))
     n_own = int((codes >= 0).sum())
     if n_own == len(rows):
+        given = {"val_fraction": val_fraction, "test_fraction": test_fraction}
+        idle = {name: given[name] for name in given if name not in applied_by_source}
+        _check_no_fractions(idle, seen_prompt_test_fraction)
         return codes
     if n_own > 0:
         shown = f"{n_own} of {len(rows)} rows"
         raise bad_value("split", shown, "a split in all rows or in none", "Add or remove the rest")
+    for_val = VAL_FRACTION if val_fraction is None else val_fraction
+    for_test = TEST_FRACTION if test_fraction is None else test_fraction
+    if not for_val + for_test < 1:
+        cure = "Lower it so that prompts are left to train on"
+        allowed = f"less than 1 - data.test_fraction = {1 - for_test:g}"
+        raise bad_value("data.val_fraction", for_val, allowed, cure)
 
     @lru_cache(maxsize=2**16)
     def of_prompt(prompt_id: str | None) -> int:
         place = uniform_hash(str(prompt_id), salt="prompt", seed=seed)
-        if place < test_fraction:
+        if place < for_test:
             return TEST
-        return VAL if place < test_fraction + val_fraction else TRAIN
+        return VAL if place < for_test + for_val else TRAIN
 
-    return _codes(len(rows), map(of_prompt, rows.texts("prompt_id")))
+    codes = _codes(len(rows), map(of_prompt, rows.texts("prompt_id")))
+    if seen_prompt_test_fraction > 0:
+        train = np.flatnonzero(codes == TRAIN)
+        drawn = [
+            uniform_hash(str(pair_id), salt="seen prompt", seed=seed) < seen_prompt_test_fraction
+            for pair_id in rows.select(train).texts("pair_id")
+        ]
+        codes[train[drawn]] = TEST
+    return codes
 
 
 def _codes(n_rows: int, codes: Iterator[int]) -> Codes:
@@ -206,21 +305,12 @@ def _codes(n_rows: int, codes: Iterator[int]) -> Codes:
 
 
 def _check_settings(
-    val_fraction: float,
-    test_fraction: float,
-    unseen_fraction: float,
-    min_pairs_per_user: int,
-    max_users: int | None,
+    min_pairs_per_user: int, max_users: int | None, **fractions: float | None
 ) -> None:
-    fractions = {"val": val_fraction, "test": test_fraction, "unseen": unseen_fraction}
     for name, fraction in fractions.items():
-        if not 0 <= fraction < 1:
+        if fraction is not None and not 0 <= fraction < 1:
             cure = f"Set data.{name}_fraction=0.1"
             raise bad_value(f"data.{name}_fraction", fraction, "0 <= fraction < 1", cure)
-    if not val_fraction + test_fraction < 1:
-        cure = "Lower it so that prompts are left to train on"
-        allowed = f"less than 1 - data.test_fraction = {1 - test_fraction:g}"
-        raise bad_value("data.val_fraction", val_fraction, allowed, cure)
     if min_pairs_per_user < 1:
         cure = "Set data.min_pairs_per_user=1 to keep every user who has a train row"
         raise bad_value("data.min_pairs_per_user", min_pairs_per_user, "1 or more", cure)
@@ -229,24 +319,31 @@ def _check_settings(
         raise bad_value("data.max_users", max_users, "1 or more, or null", cure)
 
 
-def _check_seen_prompts(fraction: float, rows: Rows) -> None:
-    if not 0 <= fraction < 1:
-        cure = "Set data.seen_prompt_test_fraction=0.1"
-        raise bad_value("data.seen_prompt_test_fraction", fraction, "0 <= fraction < 1", cure)
-    if fraction > 0 and any(split is not None for split in rows.texts("split")):
+def _check_no_fractions(
+    fractions: Mapping[str, float | None], seen_prompt_test_fraction: float
+) -> None:
+    """Refuse fractions where rows carry a split: they would have no effect."""
+    for name, fraction in fractions.items():
+        if fraction is not None:
+            cure = f"Set data.{name}=null, or leave split out of every row"
+            raise bad_value(f"data.{name}", fraction, "null where rows carry a split", cure)
+    if seen_prompt_test_fraction != 0:
         cure = "Put such pairs into test in the rows, or leave split out of every row"
-        raise bad_value(
-            "data.seen_prompt_test_fraction", fraction, "0 where rows carry a split", cure
-        )
+        allowed = "0 where rows carry a split"
+        raise bad_value("data.seen_prompt_test_fraction", seen_prompt_test_fraction, allowed, cure)
 
 
-def _check_not_empty(parts: dict[str, Rows], dropped: dict[str, int], rows: Rows) -> None:
+def _check_not_empty(
+    parts: dict[str, Rows], dropped: dict[str, int], rows: Rows, *, n_too_long: int
+) -> None:
     for name in ("train", "test"):
         if len(parts[name]) == 0:
             prompts = len(set(rows.texts("prompt_id")))
+            longer = f", longer than data.max_tokens: {n_too_long}" if n_too_long > 0 else ""
             cure = (
-                "Lower data.min_pairs_per_user or data.unseen_fraction, change "
+                f"{'Raise data.max_tokens, lower' if n_too_long > 0 else 'Lower'} "
+                "data.min_pairs_per_user or data.unseen_fraction, change "
                 f"data.test_fraction or give more prompts ({len(rows)} rows on {prompts} prompts "
-                f"were read, dropped: {dropped})"
+                f"were read, dropped: {dropped}{longer})"
             )
             raise bad_value(f"{name} rows", 0, "1 or more", cure)

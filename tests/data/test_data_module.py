@@ -23,12 +23,13 @@ from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj
 from plrhf.core.types import CHOSEN, REJECTED
 from plrhf.data.dataset import RankShard
-from plrhf.data.module import PreferenceData, all_as_test
+from plrhf.data.module import PreferenceData
 from plrhf.data.packing import TokenPair
 from plrhf.data.parsing import parse_row
 from plrhf.data.rows import Rows
 from plrhf.data.samplers import ResumableBatchSampler, length_buckets
 from plrhf.data.sources.base import Source
+from plrhf.data.splits import all_as_test
 from plrhf.data.text_values import distinct_texts, texts_as_pairs
 from plrhf.encoders import LookupEncoder
 from plrhf.models.optim import Optim
@@ -347,6 +348,155 @@ def test_the_content_hash_tells_rows_and_splits_apart() -> None:
     assert one.content_hash() != data(moved).content_hash()
 
 
+def long_record(number: int, user: str, split: str, **more: Any) -> dict[str, Any]:
+    return record(number, user, split, pair_id=f"long-{split}{number}", **more) | {
+        "chosen": "far away home " * 60
+    }
+
+
+MIXED = [
+    *(record(i, "ann", "train") for i in range(9)),
+    *(record(i + 20, "bob", "train") for i in range(2)),
+    *(long_record(i, "bob", "train") for i in range(7)),  # who has two left
+    *(long_record(i + 10, "cat", "train") for i in range(5)),  # who has none left
+    *(record(i, "ann", "val") for i in range(2)),
+    long_record(3, "ann", "val"),
+    *(record(i + 40, user, "test") for i, user in enumerate(["ann", "bob", "cat"] * 4)),
+    long_record(7, "ann", "test"),
+    record(61, "dan", "val"),
+    *(record(i + 60, "dan", "test") for i in range(3)),
+]
+
+
+def test_users_are_counted_over_the_rows_that_fit(tokenizer: Any) -> None:
+    settings = {"records": MIXED, "min_pairs_per_user": 3, "max_tokens": 90}
+    data = make_data(tokenizer, **settings)
+    assert data.splits.users == ("ann",) and data.user_index == {"ann": 1} and data.n_users == 1
+    users = {
+        split: Counter(row.user_id for row in data.datasets[split].rows)
+        for split in ("train", "val", "test")
+    }
+    # cat has no train row left, and is unseen.
+    assert users == {"train": {"ann": 9}, "val": {"ann": 2}, "test": {"ann": 4, "cat": 4, "dan": 3}}
+    assert data.unseen_users() == {"cat", "dan"}
+    for split in users:
+        assert list(data.datasets[split].rows) == list(getattr(data.splits, split))
+        for row, pair in zip(data.datasets[split].rows, data.datasets[split].pairs, strict=True):
+            chosen = tokenizer(row.chosen)["input_ids"]
+            assert list(pair.chosen[:-1]) == chosen  # tokens are still those of the row
+    counts = data.counts()
+    assert counts["truncated"]["response too long"] == 7 + 5 + 1 + 1
+    assert counts["dropped"] == {
+        "user below data.min_pairs_per_user": 2 + 4,
+        "unseen user outside test": 1,
+    }
+    kept = sum(counts["rows"].values())
+    assert kept + 14 + sum(counts["dropped"].values()) == counts["read"] == len(MIXED)
+    again = make_data(tokenizer, **settings)
+    again.tokenize(tokenizer, layout="packed")
+    assert again.counts() == counts
+
+
+def test_the_largest_number_of_users_is_of_those_whose_rows_fit(tokenizer: Any) -> None:
+    records = [
+        *(record(i, "ann", "train") for i in range(3)),
+        *(long_record(i, "bob", "train") for i in range(5)),
+        record(40, "bob", "train"),
+        *(record(i, user, "test") for i, user in enumerate(["ann", "bob"])),
+    ]
+    data = make_data(tokenizer, records=records, max_users=1, max_tokens=90)
+    assert data.splits.users == ("ann",)
+
+
+def test_unseen_users_are_counted_over_the_rows_that_fit(tokenizer: Any) -> None:
+    records = [
+        *(record(i, f"u{i % 20}", "train") for i in range(60)),
+        *(record(i, f"u{i % 20}", "test") for i in range(40)),
+    ]
+    whole = make_data(tokenizer, records=records, unseen_fraction=0.4, min_pairs_per_user=3)
+    light = sorted(whole.unseen_users())[0]
+    cut = [
+        long_record(i, light, "train")
+        if (one["user_id"], one["split"]) == (light, "train") and i < 20
+        else one
+        for i, one in enumerate(records)
+    ]
+    settings = {"unseen_fraction": 0.4, "min_pairs_per_user": 3, "max_tokens": 90}
+    data = make_data(tokenizer, records=cut, **settings)
+    assert data.unseen_users() == whole.unseen_users() - {light}  # two pairs are too few for all
+    assert data.splits.users == whole.splits.users
+
+
+def test_prompts_are_counted_as_truncated_where_their_rows_are_used(tokenizer: Any) -> None:
+    long_prompt = {"prompt": "write about the sea " * 20}
+    records = [
+        *(record(i, "ann", "train") for i in range(3)),
+        record(3, "ann", "train", **long_prompt),
+        long_record(4, "ann", "train", **long_prompt),
+        record(5, "ann", "test", **long_prompt),
+        record(6, "low", "test", **long_prompt),
+    ]
+    settings = {"max_tokens": 90, "max_prompt_tokens": 30, "min_pairs_per_user": 2}
+    data = make_data(tokenizer, records=records, **settings)
+    assert data.counts()["truncated"]["prompt truncated"] == 2
+    assert data.counts()["truncated"]["response too long"] == 1
+    assert data.counts()["dropped"] == {"user below data.min_pairs_per_user": 1}
+
+
+def test_shuffled_users_bring_their_own_text_to_other_rows(tokenizer: Any) -> None:
+    texts = {"ann": "I like the sea", "bob": "boats " * 30, "cat": "calm"}
+    records = [
+        *(record(i, "abc"[i % 3], "train") for i in range(12)),
+        *(record(i, "abc"[i % 3], "test") for i in range(3)),
+    ]
+    for one in records:
+        one["user_id"] = {"a": "ann", "b": "bob", "c": "cat"}[one["user_id"]]
+        one["user_text"] = texts[one["user_id"]]
+    settings = {"use_user_text": True, "shuffle_users": True, "max_tokens": 90}
+    data = make_data(tokenizer, records=records, **settings)
+    dataset = data.datasets["train"]
+    assert 0 < len(dataset) <= 12
+    for row, pair in zip(dataset.rows, dataset.pairs, strict=True):
+        text = f"{texts[row.user_id]}\n{row.prompt}\n"
+        assert list(pair.prompt[1:]) == tokenizer(text)["input_ids"]
+        assert pair.longest <= 90
+    counts = data.counts()
+    n_dropped = counts["truncated"]["response too long"] + sum(counts["dropped"].values())
+    assert sum(counts["rows"].values()) + n_dropped == 15
+
+
+def test_the_content_hash_is_the_same_before_and_after_tokenising(tokenizer: Any) -> None:
+    settings = {"seed": 3, "batch_size": 4, "eval_batch_size": 3, "max_tokens": 90}
+    data = PreferenceData(source=ListSource(records=MIXED), **settings)
+    before = data.content_hash()
+    data.tokenize(tokenizer, layout="packed")
+    after = make_data(tokenizer, records=MIXED, max_tokens=90).content_hash()
+    assert before == data.content_hash() == after
+
+
+def test_users_can_be_numbered_as_a_model_knows_them_now(tokenizer: Any) -> None:
+    data = make_data(tokenizer)
+    data.set_known_users(["cat", "zoe", "bob"])  # ann was forgotten, zoe enrolled
+    assert data.datasets["train"].user_id[:4].tolist() == [1, 0, 3, 1]
+    assert data.datasets["test"].user_id[:3].tolist() == [2, 3, 0]
+    assert data.unseen_users() == {"ann"} and data.n_users == 3
+
+
+def test_fractions_are_refused_where_rows_carry_a_split(tokenizer: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"^data\.val_fraction=0\.3 .*null where rows carry a split"
+    ):
+        make_data(tokenizer, val_fraction=0.3)
+
+    class Dividing(ListSource):
+        val_fraction = 0.3  # by which it has divided its rows
+
+    data = PreferenceData(
+        source=Dividing(), seed=3, batch_size=4, eval_batch_size=3, val_fraction=0.3
+    )
+    assert len(data.splits.val) == 5
+
+
 def test_shuffled_users_keep_their_number_of_rows_but_not_their_choices(tokenizer: Any) -> None:
     true, control = make_data(tokenizer), make_data(tokenizer, shuffle_users=True)
     for split in ("train", "val"):
@@ -616,6 +766,10 @@ def test_texts_of_one_prompt_share_a_row_by_hand() -> None:
     assert places.tolist() == [[0, 2], [1, 2]]
 
 
+LONG_VAL = [
+    *(one for one in RECORDS if one["split"] != "val"),
+    *(long_record(i, "ann", "val") for i in range(2)),
+]
 BAD = [
     (
         lambda tokenizer: make_data(tokenizer, batch_size=0),
@@ -638,6 +792,11 @@ BAD = [
     (
         lambda tokenizer: make_data(tokenizer, max_tokens=3),
         "data.max_tokens=3 is not allowed: expected room for some of the 17 train rows, and none "
+        "fits. Raise data.max_tokens.",
+    ),
+    (
+        lambda tokenizer: make_data(tokenizer, max_tokens=90, records=LONG_VAL),
+        "data.max_tokens=90 is not allowed: expected room for some of the 2 val rows, and none "
         "fits. Raise data.max_tokens.",
     ),
     (

@@ -184,6 +184,7 @@ def test_splits_by_user_and_dialogue(tmp_path: Path) -> None:
         test_fraction=0.3,
         unseen_fraction=0.2,
         min_pairs_per_user=1,
+        applied_by_source={"val_fraction", "test_fraction"},
     )
     assert set(splits.users) == by_user.keys() - unseen and splits.dropped == {}
 

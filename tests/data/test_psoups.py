@@ -24,7 +24,8 @@ def read(path: Path, **settings: Any) -> tuple[list[Row], ReadReport]:
 def divided(rows: list[Row]) -> Splits:
     """As the data module does."""
     fractions = {"val_fraction": 0.2, "test_fraction": 0.3, "unseen_fraction": 0.0}
-    return split_rows(rows, seed=0, min_pairs_per_user=1, **fractions)
+    applied = {"val_fraction", "test_fraction"}
+    return split_rows(rows, seed=0, min_pairs_per_user=1, applied_by_source=applied, **fractions)
 
 
 @pytest.mark.parametrize("folder", ["", "rm_training"])

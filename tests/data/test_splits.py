@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from plrhf.data.rows import Row, Rows
@@ -16,8 +17,8 @@ from plrhf.data.splits import Splits, prompt_kinds, shuffle_users, split_rows, u
 
 SETTINGS: dict[str, Any] = {
     "seed": 1,
-    "val_fraction": 0.1,
-    "test_fraction": 0.2,
+    "val_fraction": None,
+    "test_fraction": None,
     "unseen_fraction": 0.0,
     "min_pairs_per_user": 1,
 }
@@ -46,7 +47,7 @@ def split(rows: Iterable[Row], **changes: Any) -> Splits:
     return split_rows(Rows.from_rows(rows), **{**SETTINGS, **changes})
 
 
-def test_assign_is_fixed_and_even() -> None:
+def test_the_uniform_hash_is_fixed_and_even() -> None:
     code = (
         "from plrhf.data.splits import uniform_hash; print(uniform_hash('key', salt='s', seed=3))"
     )
@@ -114,7 +115,7 @@ def test_a_prompt_stays_where_it_is_when_rows_are_added() -> None:
 
 def test_own_split_is_used_and_order_kept() -> None:
     rows = rows_of("b", {"test": 3, "train": 4}) + rows_of("a", {"train": 2, "val": 1})
-    parts = split(rows, val_fraction=0.9, test_fraction=0.05)
+    parts = split(rows)
     assert [row.pair_id for row in parts.train] == ["b-3", "b-4", "b-5", "b-6", "a-0", "a-1"]
     assert [row.pair_id for row in parts.val] == ["a-2"]
     assert [row.pair_id for row in parts.test] == ["b-0", "b-1", "b-2"]
@@ -141,16 +142,55 @@ def test_minimum_counts_train_rows_and_test_rows_of_test_only_users() -> None:
     ]
     parts = split(rows, min_pairs_per_user=5)
     assert parts.users == ("enough",)
-    assert Counter(row.user_id for row in parts.test) == {"enough": 2, "new": 5}
+    assert Counter(row.user_id for row in parts.test) == {"enough": 2, "new": 5, "no_train": 8}
     assert {row.user_id for row in (*parts.train, *parts.val)} == {"enough"}
-    assert parts.dropped == {"user below data.min_pairs_per_user": 22 + 4 + 15}
+    assert parts.dropped == {
+        "user below data.min_pairs_per_user": 22 + 4,
+        "unseen user outside test": 7,
+    }
 
 
-def test_user_with_val_but_no_train_rows_is_never_trained_nor_called_unseen() -> None:
-    rows = rows_of("a", {"train": 2, "test": 2}) + rows_of("b", {"val": 3, "test": 3})
+def test_a_val_row_does_not_cost_an_unseen_user_the_test_rows() -> None:
+    rows = rows_of("a", {"train": 2, "test": 2}) + rows_of("b", {"val": 1, "test": 50})
     parts = split(rows)
     assert parts.users == ("a",)
-    assert parts.dropped == {"user below data.min_pairs_per_user": 6}
+    assert Counter(row.user_id for row in parts.test) == {"a": 2, "b": 50}
+    assert parts.dropped == {"unseen user outside test": 1}
+
+
+def test_users_are_counted_over_the_rows_that_fit() -> None:
+    rows = [
+        *rows_of("a", {"train": 5, "test": 2}),
+        *rows_of("b", {"train": 4, "val": 2, "test": 3}),  # three left to train on
+        *rows_of("c", {"train": 9, "test": 4}),  # none left to train on: unseen
+        *rows_of("d", {"test": 5}),  # three left
+        *rows_of("e", {"train": 6, "test": 1}),
+    ]
+    too_long = {"a-0", "b-1", *(f"c-{n}" for n in range(9)), "d-0", "d-4"}
+    fits = np.array([row.pair_id not in too_long for row in rows])
+    parts = split(rows, min_pairs_per_user=4, fits=fits)
+    assert parts.users == ("a", "e")
+    assert Counter(row.user_id for row in parts.train) == {"a": 4, "e": 6}
+    assert Counter(row.user_id for row in parts.test) == {"a": 2, "c": 4, "e": 1}
+    assert parts.dropped == {"user below data.min_pairs_per_user": 8 + 3}
+    assert not too_long & {row.pair_id for row in (*parts.train, *parts.val, *parts.test)}
+    n_kept = len(parts.train) + len(parts.val) + len(parts.test)
+    assert n_kept + sum(parts.dropped.values()) + len(too_long) == len(rows)
+    heaviest = split(rows, min_pairs_per_user=4, fits=fits, max_users=1)
+    assert heaviest.users == ("e",)
+
+
+def test_indices_are_those_of_the_rows() -> None:
+    rows = [
+        *rows_of("a", {"train": 5, "val": 1, "test": 2}),
+        *rows_of("light", {"train": 1, "test": 9}),
+        *rows_of("b", {"train": 4, "test": 3}),
+    ]
+    parts = split(rows, min_pairs_per_user=2, max_users=1)
+    for name, part in (("train", parts.train), ("val", parts.val), ("test", parts.test)):
+        assert [rows[index] for index in parts.indices[name]] == list(part)
+    assert {rows[index].user_id for index in parts.counted} == {"a", "b"}
+    assert len(parts.counted) == 8 + 7
 
 
 def test_max_users_keeps_the_heaviest_with_ties_by_id() -> None:
@@ -192,7 +232,8 @@ def test_unseen_users_keep_test_rows_only_and_face_the_same_minimum() -> None:
         ({"val_fraction": -0.1}, "data.val_fraction=-0.1 is not allowed: expected 0 <= fraction"),
         ({"test_fraction": 1.0}, "data.test_fraction=1.0 is not allowed: expected 0 <= fraction"),
         ({"unseen_fraction": float("nan")}, "data.unseen_fraction=nan is not allowed"),
-        ({"val_fraction": 0.8}, "data.val_fraction=0.8 .* less than 1 - data.test_fraction = 0.8"),
+        ({"val_fraction": 0.1}, "data.val_fraction=0.1 .* null where rows carry a split"),
+        ({"test_fraction": 0.0}, "data.test_fraction=0.0 .* null where rows carry a split"),
         ({"min_pairs_per_user": 0}, "data.min_pairs_per_user=0 is not allowed: expected 1 or"),
         ({"seen_prompt_test_fraction": 1}, "data.seen_prompt_test_fraction=1 is not .* < 1"),
         (
@@ -208,6 +249,18 @@ def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
         split(rows_of("a", {"train": 2, "test": 2}), **changes)
 
 
+def test_val_and_test_fractions_must_leave_prompts_to_train_on() -> None:
+    with pytest.raises(ValueError, match=r"^data.val_fraction=0.8 .* 1 - data.test_fraction = 0.8"):
+        split(rows_of("a", {None: 9}), val_fraction=0.8)
+
+
+def test_fractions_that_the_source_has_applied_are_not_refused() -> None:
+    rows = rows_of("a", {"train": 2, "test": 2})
+    assert split(rows, val_fraction=0.1, applied_by_source={"val_fraction"}) == split(rows)
+    with pytest.raises(ValueError, match="^data.test_fraction=0.3 .* where rows carry a split"):
+        split(rows, test_fraction=0.3, applied_by_source={"val_fraction"})
+
+
 def test_no_train_or_test_rows_is_an_error_with_the_cure() -> None:
     with pytest.raises(ValueError) as caught:
         split(rows_of("a", {"train": 2, "test": 3}), min_pairs_per_user=3)
@@ -216,6 +269,8 @@ def test_no_train_or_test_rows_is_an_error_with_the_cure() -> None:
         "data.unseen_fraction, change data.test_fraction or give more prompts (5 rows on 5 "
         "prompts were read, dropped: {'user below data.min_pairs_per_user': 5})."
     )
+    with pytest.raises(ValueError, match=r"Raise data.max_tokens, lower .*max_tokens: 1\)\.$"):
+        split(rows_of("a", {"train": 1, "test": 1}), fits=np.array([False, True]))
     with pytest.raises(ValueError, match="^test rows=0 is not allowed"):
         split(rows_of("a", {"train": 2}))
     with pytest.raises(ValueError, match="^train rows=0 is not allowed"):
