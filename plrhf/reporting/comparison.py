@@ -22,6 +22,7 @@ from plrhf.core.stats import (
     same_pairs,
 )
 from plrhf.evaluation.metrics import USER_KINDS
+from plrhf.reporting.curves import flattened
 from plrhf.reporting.runs import SETTINGS, Run
 from plrhf.reporting.tables import Cell, Table, estimate_cell, percent, points, rich_table
 
@@ -37,6 +38,7 @@ COMPARISON_NOTE = (
 )
 # A baseline may differ in these: they are not what rows are read and divided by.
 BESIDE_THE_DATA = ("shuffle_users", "batch_size", "batch_tokens", "eval_batch_size")
+OF_ENCODER = ("encoder", "aggregator")
 PARTS = ("data", "backbone", "aggregator", "model", "optim", "trainer")
 
 
@@ -73,12 +75,26 @@ def comparison_frame(runs: Sequence[Run], *, baseline: Run | None = None) -> pd.
     rows = [
         run_row(run, _baseline_among(runs, run) if baseline is None else baseline) for run in runs
     ]
+    for row, label in zip(rows, other_settings(runs), strict=True):
+        row["others"] = label
     worlds: dict[tuple[str, ...], Run] = {}  # the first run of each test set
     for run in runs:
         worlds.setdefault(run.test_key, run)
     for world in worlds.values():
         rows += reference_rows(world, f" ({world.name})" if len(worlds) > 1 else "")
     return with_holm(pd.DataFrame(rows))
+
+
+def other_settings(runs: Sequence[Run]) -> list[str]:
+    """Return of each run the settings that tell it from others of its role, encoder and aggregator."""
+    flat = [flattened(run.config) for run in runs]
+    kinds = [(run.role, *(run.settings[key] for key in OF_ENCODER)) for run in runs]
+    labels = []
+    for kind, settings in zip(kinds, flat, strict=True):
+        alike = [other for other, its in zip(flat, kinds, strict=True) if its == kind]
+        varied = [name for name in settings if len({one.get(name) for one in alike}) > 1]
+        labels.append(", ".join(f"{name}={settings[name]}" for name in varied))
+    return labels
 
 
 def reference_rows(run: Run, suffix: str = "") -> list[dict[str, Any]]:
@@ -131,6 +147,7 @@ def comparison(frame: pd.DataFrame) -> tuple[Table, str]:
     """The frame as a table, and in words the settings that all runs share."""
     values = {key: frame[key].dropna().unique() for key in SETTINGS}
     varied = [key for key in SETTINGS if len(values[key]) > 1]
+    varied += ["others"] * bool((frame["others"].fillna("") != "").any())
     shared = [f"{key} {values[key][0]}" for key in SETTINGS if len(values[key]) == 1]
     groups = []
     for kind in USER_KINDS:

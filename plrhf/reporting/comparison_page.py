@@ -41,7 +41,8 @@ def compare(
     over_seeds.csv, .md and .tex and the page's first table have one row for them.
 
     Args:
-        runs: a glob of run directories, or the directories; ``**`` is any number of folders.
+        runs: a glob of run directories, or the directories; ``**`` is any number of folders, and a
+            sweep's directory stands for its jobs.
         out: directory to write to, made where it is not there.
         baseline: a run's directory, to pair all runs with that one instead.
 
@@ -87,11 +88,11 @@ def read_runs(runs: str | Sequence[Path]) -> tuple[list[Run], list[str]]:
     """
     recursive = isinstance(runs, str) and "**" in runs
     paths = glob.glob(runs, recursive=True) if isinstance(runs, str) else runs
-    found = sorted(Path(path) for path in paths)
+    found = [one for path in sorted(Path(path) for path in paths) for one in _runs_in(path)]
     with_results = [path for path in found if (path / "results.json").is_file()]
     if recursive:  # what an evaluation left inside a run is no run of its own
         kept = set(with_results)
-        with_results = [path for path in with_results if kept.isdisjoint(path.parents)]
+        with_results = [path for path in sorted(kept) if kept.isdisjoint(path.parents)]
     if len(with_results) == 0:
         raise bad_value(
             "runs",
@@ -104,6 +105,14 @@ def read_runs(runs: str | Sequence[Path]) -> tuple[list[Run], list[str]]:
         str(path) for path in found if path.is_dir() and path not in with_results and not recursive
     ]
     return [read_run(path, name=name) for path, name in named], skipped
+
+
+def _runs_in(path: Path) -> list[Path]:
+    """A directory itself, or, where it is a sweep's, those of its jobs."""
+    if (path / "results.json").is_file() or not path.is_dir():
+        return [path]
+    jobs = sorted(one for one in path.iterdir() if one.is_dir())
+    return jobs if any((one / "results.json").is_file() for one in jobs) else [path]
 
 
 def seeds_section(made: Comparison) -> Section | None:

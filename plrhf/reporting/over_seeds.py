@@ -17,9 +17,11 @@ from plrhf.evaluation.metrics import USER_KINDS, UserKind, summarise
 from plrhf.reporting.comparison import (
     BESIDE_THE_DATA,
     NO_ESTIMATE,
+    OF_ENCODER,
     columns_of,
     estimate_in,
     nearest_baseline,
+    other_settings,
     p_cell,
     reference_rows,
     run_row,
@@ -36,7 +38,6 @@ NOTE = (
     "accuracy of the other encoder with the same aggregator and settings that is best on val, on the "
     "same test pairs, paired, in points. A difference is over the seeds that both have."
 )
-OF_ENCODER = ("encoder", "aggregator")
 SWAPPED = {"chosen_tokens": "rejected_tokens", "rejected_tokens": "chosen_tokens"}
 
 
@@ -204,7 +205,7 @@ def _rows_of_set(runs: Sequence[Run], axes: Sequence[str]) -> list[dict[str, Any
     """Rows of runs that share test pairs."""
     rows = []
     flat = [flattened(run.config) for run in runs]
-    for run, settings, label in zip(runs, flat, _others(runs), strict=True):
+    for run, settings, label in zip(runs, flat, other_settings(runs), strict=True):
         alike = [
             other
             for other, its in zip(runs, flat, strict=True)
@@ -276,18 +277,6 @@ def _titles(first: Sequence[Run]) -> list[str]:
 def _seeds(run: Run) -> str:
     seeds = run.settings["seed"]
     return f"seeds {seeds}" if "," in seeds else f"seed {seeds}"
-
-
-def _others(runs: Sequence[Run]) -> list[str]:
-    """Of each run the settings that tell it from others of its role, encoder and aggregator."""
-    flat = [flattened(run.config) for run in runs]
-    kinds = [(run.role, *(run.settings[key] for key in OF_ENCODER)) for run in runs]
-    labels = []
-    for kind, settings in zip(kinds, flat, strict=True):
-        alike = [other for other, its in zip(flat, kinds, strict=True) if its == kind]
-        varied = [name for name in settings if len({one.get(name) for one in alike}) > 1]
-        labels.append(", ".join(f"{name}={settings[name]}" for name in varied))
-    return labels
 
 
 def _by_seed(run: Run, kind: UserKind) -> str | None:

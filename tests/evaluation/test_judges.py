@@ -65,7 +65,7 @@ def test_win_rates_by_hand() -> None:
     # ada: 1, 3/4, 1/2 and one unanswered; ben: 0.
     wins = np.array([[1, 1], [1, 0.5], [0, 1], [np.nan, 1], [0, 0]])
     contests = [*CONTESTS[:3], contest("ada", "oak", "a", "b"), CONTESTS[3]]
-    found = win_rates(contests, Verdicts(wins=wins))
+    found = win_rates(contests, Verdicts(wins=wins)).model_dump()
     assert found["win_rate"]["value"] == pytest.approx(2.25 / 4)
     assert found["win_rate_macro"]["value"] == pytest.approx((2.25 / 3 + 0) / 2)
     assert found["win_rate_macro"]["ci95"] == [0.0, 0.75]  # both users ben, both users ada
@@ -78,7 +78,7 @@ def test_win_rates_by_hand() -> None:
     # Shown first, ours won 1, 1, 0, 0; shown second, theirs, then first, won 0, 1/2, 0, 1.
     assert found["first_position_wins"] == pytest.approx(3.5 / 8)
     assert found["answers"] is found["cost"] is None
-    alone = win_rates(CONTESTS, Verdicts(wins=np.array([[1.0], [0.5], [0.0], [0.5]])))
+    alone = win_rates(CONTESTS, Verdicts(wins=np.array([[1.0], [0.5], [0.0], [0.5]]))).model_dump()
     assert (alone["win_rate"]["value"], alone["ties"]) == (0.5, 0.5)
     assert alone["first_position_wins"] is None
 
@@ -109,7 +109,7 @@ def test_both_orders_are_asked(tmp_path: Path) -> None:
         **{"questions": 8, "from_cache": 0, "input_tokens": 800, "output_tokens": 16},
         "price": pytest.approx(price),
     }
-    found = win_rates(CONTESTS, verdicts)
+    found = win_rates(CONTESTS, verdicts).model_dump()
     assert (found["win_rate"]["value"], found["first_position_wins"]) == (2.5 / 4, 0.5)
     asked = {shown(body) for body in server.bodies}
     pairs = [(one.ours.response, one.theirs.response) for one in CONTESTS]
@@ -127,7 +127,7 @@ def test_both_orders_are_asked(tmp_path: Path) -> None:
 
 def test_a_judge_that_favours_the_first_answer_says_nothing(tmp_path: Path) -> None:
     with serving(lambda *_: completion("A")) as server:
-        found = win_rates(CONTESTS, judge_at(server, tmp_path).compare(CONTESTS))
+        found = win_rates(CONTESTS, judge_at(server, tmp_path).compare(CONTESTS)).model_dump()
     assert found["win_rate"] == {"value": 0.5, "ci95": [0.5, 0.5]}
     assert (found["ties"], found["first_position_wins"]) == (1.0, 1.0)
 
@@ -149,7 +149,7 @@ def test_answers_that_are_none_are_counted_and_left_out(tmp_path: Path) -> None:
         verdicts = judge_at(server, tmp_path, input_price=1.0).compare(CONTESTS)
     assert verdicts.answers == {"questions": 8, "refused": 2, "unparseable": 3}
     assert verdicts.wins[0][0] == 1.0 and np.isnan(verdicts.wins[0][1])
-    found = win_rates(CONTESTS, verdicts)
+    found = win_rates(CONTESTS, verdicts).model_dump()
     assert (found["n_texts"], found["n_unanswered"], set(found["per_user"])) == (1, 3, {"ben"})
     assert found["win_rate"] == {"value": 0.0, "ci95": None}
     assert found["first_position_wins"] == 0.5

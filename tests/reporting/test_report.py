@@ -369,6 +369,22 @@ def test_the_nearest_vanilla_run_is_the_baseline(runs: Path, tmp_path: Path) -> 
     assert frame.loc["lookup", "baseline"] == "a-vanilla"
 
 
+def test_rows_say_by_which_setting_they_differ(tmp_path: Path) -> None:
+    for rank in (2, 4):
+        run_dir = make_run(tmp_path / f"runs/{rank}", predictions(PERSONAL), encoder="lookup")
+        results = json.loads((run_dir / "results.json").read_text())
+        results["config"]["encoder"]["rank"] = rank
+        (run_dir / "results.json").write_text(json.dumps(results))
+    made = compare(str(tmp_path / "runs" / "**"), tmp_path / "out")
+    assert made.frame["others"].tolist()[:2] == ["encoder.rank=2", "encoder.rank=4"]
+    words = (tmp_path / "out/comparison.md").read_text()
+    assert "| 2 | personal | encoder.rank=2 |" in words and made.skipped == []
+    # A sweep's directory beside a single run stands for its jobs.
+    single = make_run(tmp_path / "single", predictions(VANILLA), encoder="none")
+    both = compare([single, tmp_path / "runs"], tmp_path / "out")
+    assert [run.name for run in both.runs] == ["2", "4", "single"]
+
+
 def test_latex_table(runs: Path, tmp_path: Path) -> None:
     make_run(runs / "50%_off & on", predictions(PERSONAL), encoder="lookup")
     compare(str(runs / "*"), tmp_path / "out")
