@@ -46,6 +46,7 @@ NOT_FOR_THE_USER = (
     r".*does not have many workers which may be a bottleneck",
     r"The number of training batches .* is smaller than the logging interval",
     r"Checkpoint directory .* exists and is not empty",
+    r"You have overridden `on_before_batch_transfer` in `LightningModule`",
 )
 
 
