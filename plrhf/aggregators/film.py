@@ -104,7 +104,8 @@ class FiLM(Aggregator):
             return self._text(backbone, batch).expand(len(user) // len(batch), -1, -1, -1)
         film = self.film(spread_over_rows(user, batch))  # [C, R, n_sites, 2, d]
         if self.after_trunk:
-            return modulate(self._text(backbone, batch), film[:, :, 0])
+            # In float32 up to the head: a small change would vanish in hidden states of fewer bits.
+            return modulate(self._text(backbone, batch).float(), film[:, :, 0])
         n_contexts, n_rows = film.shape[:2]
         with modulated_blocks(backbone, film.flatten(0, 1)):
             hidden = backbone(

@@ -63,7 +63,8 @@ def prepare(
 
     with evaluating(model, trainer):
         if isinstance(model, PersonalDPOPolicy):
-            data.precompute_reference(ask(model.reference_logps), cache("reference"))
+            head = "head in float32" if model.head_in_float32 else "head as the model"
+            data.precompute_reference(ask(model.reference_logps), cache("reference", head))
         elif isinstance(model, PersonalRewardModel) and model.pooled_suffices:
             data.precompute_hidden(ask(model.pooled_trunk), cache("pooled", model.pooling))
     model.train()

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from plrhf.backbone.precision import unembed_in_float32
 from plrhf.core import losses
 from plrhf.core.checks import PositiveFloat, check_arguments
 from plrhf.core.errors import bad_value
@@ -98,13 +99,25 @@ class PersonalDPOPolicy(PersonalModule):
             return batch
         return replace(batch, trunk=self.trunk(batch))
 
+    @property
+    def head_in_float32(self) -> bool:
+        """Whether logits are computed in float32 though the model computes in fewer bits.
+
+        They are where the user acts on the last hidden states, for the reference too: log-ratios then
+        hold the user's effect and not the rounding of logits.
+        """
+        is_mixed = torch.is_autocast_enabled(self.device.type)
+        is_narrow = is_mixed or self.backbone.embedding_dtype != torch.float32
+        return self.aggregator.after_trunk and is_narrow
+
     def logps(self, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
         """Turn hidden states [R, L, d] into response log-probabilities [B, 2] float32, in nats."""
+        wide = self.head_in_float32
         return response_logps(
-            hidden,
+            hidden.float() if wide else hidden,
             batch.input_ids,
             batch.segment,
-            self.backbone.unembed,
+            unembed_in_float32(self.backbone) if wide else self.backbone.unembed,
             n_pairs=len(batch),
             constant=self.backbone.unembeds_alike,
         )

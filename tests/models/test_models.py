@@ -553,3 +553,39 @@ def test_bad_settings(build: Any, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         build()
     assert str(caught.value) == message
+
+
+@torch.no_grad()
+def test_a_users_small_effect_is_not_rounded_away_in_bfloat16() -> None:
+    """Log-ratios of a policy whose user acts on the last hidden states, against float64."""
+    language = language_model("llama").bfloat16()
+    backbone = Backbone(model=language, trainable="frozen")
+    policy = make_model(PersonalDPOPolicy, backbone=backbone, aggregator="film_last").eval()
+    policy.aggregator.to_film.weight.mul_(0.02)
+    batch = make_batch(make_pairs(50), users=[1, 2, 3, 4, 5] * 10)
+    trunk, user = policy.trunk(batch), policy.encoder(batch.users)
+    gamma, beta = policy.aggregator.film(user)[:, 0].double().unbind(1)
+    changed = (1 + gamma[:, None]) * trunk.double() + beta[:, None]
+    head = language.get_output_embeddings().weight.double()
+    exact = [
+        naive_logps(hidden @ head.T, batch) for hidden in (changed, trunk.double())
+    ]  # of policy and reference
+    effect = exact[0] - exact[1]
+    for precision in ("as it is", "mixed"):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "mixed"):
+            found = policy.logps(policy.hidden(batch, ("user",))[0], batch)
+            found = found - policy.reference_logps(batch)
+        assert (found.double() - effect).abs().max() < 0.05 * effect.abs().max()
+
+
+def naive_logps(logits: Tensor, batch: Any) -> Tensor:
+    """Sums of log-probabilities of the responses, [B, 2], from logits [B, L, V], token by token."""
+    found = torch.zeros(len(batch), 2, dtype=logits.dtype)
+    logps = logits.log_softmax(dim=-1)
+    for pair, segment in enumerate(batch.segment.tolist()):
+        end_of_prompt = segment.count(0) - 1
+        for place, mark in enumerate(segment):
+            if mark in (1, 2):
+                before = place - 1 if segment[place - 1] == mark else end_of_prompt
+                found[pair, mark - 1] += logps[pair, before, batch.input_ids[pair, place]]
+    return found
