@@ -120,7 +120,7 @@ def _sequences(backbone: Backbone) -> list[tuple[Tensor, Tensor, Tensor]]:
     for name in ("bos_token_id", "eos_token_id", "mask_token_id", "cls_token_id", "sep_token_id"):
         value = getattr(config, name, None)
         special.update(value if isinstance(value, list) else [value])
-    size = int(backbone.vocabulary().shape[0])
+    size = backbone.vocabulary_size
     usable = [one for one in range(min(size, 512)) if one not in special] or [0]
     device = next(backbone.parameters()).device
     drawn = (usable[7 * place**2 % len(usable)] for place in range(1, 10_000))

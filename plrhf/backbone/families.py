@@ -100,3 +100,37 @@ def expected_layout(config: Any) -> tuple[Layout, str]:
     if family in TWO_ROWS:
         return "two_rows", TWO_ROWS[family]
     return "packed", "attends by masks and positions alone"
+
+
+def families_page() -> str:
+    """Return docs/families.md: how each family is run."""
+    packed = ", ".join(f"`{name}`" for name in sorted(PACKED))
+    two_rows = "\n".join(f"| `{name}` | {why} |" for name, why in sorted(TWO_ROWS.items()))
+    refused = "\n".join(f"| `{name}` | {why} |" for name, why in sorted(REFUSED.items()))
+    return PAGE.format(packed=packed, two_rows=two_rows, refused=refused)
+
+
+PAGE = """# Families of language models
+
+Made from `plrhf/backbone/families.py`. What stands here is expected, not trusted: when a model is
+loaded, three short pairs go through its layout and, each sequence by itself, through the model's own
+forward. Hidden states and logits must agree to 1e-4 of the largest number in float32. Where packed rows
+differ, two rows are used and a line says so; where those differ too, the run ends with one line.
+
+**Packed**, a pair in one row. Windows, chunks, soft caps and scales are the model's own: {packed}.
+Bidirectional encoders always have two rows. Causal families that are not named anywhere are packed if
+the check agrees. Weights that are sharded can't be checked: these families are packed then, all others
+have two rows.
+
+**Two rows** a pair, also for `falcon` with `alibi`:
+
+| family | as it |
+|---|---|
+{two_rows}
+
+**Refused**, beside all models with an encoder and a decoder:
+
+| family | as it |
+|---|---|
+{refused}
+"""

@@ -30,6 +30,11 @@ from plrhf.core.errors import BadValue, bad_value
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION = ("eager", "sdpa", FLEX)
 """Implementations that take a mask of who sees whom; flash-attention does not."""
+UNREADABLE = (
+    *(OSError, ValueError, SafetensorError, KeyError, TypeError, AttributeError, RuntimeError),
+    ImportError,  # quantised checkpoints without their library
+)
+"""What transformers raises over files that hold no model it can make."""
 Shards = Callable[[], contextlib.AbstractContextManager[None]]
 
 
@@ -72,11 +77,11 @@ def load_model(
         )
     except BadValue:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise bad_value(
             "backbone.path",
             path,
-            "a model's directory or a hub name that can be reached",
+            "a model's directory or a hub name that can be reached, of a kind that is installed",
             f"Check it ({' '.join(str(error).split())[:120]})",
         ) from error
 
@@ -181,6 +186,26 @@ def check_path(path: str) -> None:
             path,
             "a model's directory (with config.json) or a hub name",
             "Give the directory that save_pretrained wrote",
+        )
+
+
+def check_vocabulary(backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise where a tokenizer has tokens that the model has no embedding for."""
+    size = backbone.vocabulary_size
+    if int(tokenizer.pad_token_id) >= size:
+        raise bad_value(
+            "backbone.pad_token",
+            str(tokenizer.pad_token),
+            f"a token among the {size} that the model has embeddings for",
+            f"Set backbone.pad_token='{tokenizer.eos_token}', or resize the model's embeddings",
+        )
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= size:
+        raise bad_value(
+            "backbone.path",
+            f"a tokenizer with token ids up to {largest}",
+            f"ids below {size}, as the model has so many embeddings",
+            "Save the model with its embeddings resized, or the tokenizer it was trained with",
         )
 
 

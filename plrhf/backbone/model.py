@@ -148,8 +148,19 @@ class Backbone(nn.Module):
     @property
     def max_positions(self) -> int | None:
         """Positions the model was made for, or None where its config names no limit."""
-        limit = getattr(self.config, "max_position_embeddings", None)
+        config = self.config.get_text_config(decoder=True)
+        limit = getattr(config, "max_position_embeddings", None)
+        rope = getattr(config, "rope_parameters", None) or {}
+        if limit is not None and rope.get("rope_type") == "longrope":
+            # Beyond it all rows of a batch are turned by other angles if one of them is long.
+            limit = rope.get("original_max_position_embeddings", limit)
         return limit if limit is None else limit - self.first_position
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number V of tokens that have an embedding."""
+        weight: Any = self.trunk.get_input_embeddings().weight
+        return int(whole_shape(weight)[0])
 
     @property
     def first_position(self) -> int:

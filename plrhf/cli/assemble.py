@@ -9,7 +9,13 @@ from typing import Any
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from plrhf.backbone.loading import Shards, check_path, load_backbone, load_tokenizer
+from plrhf.backbone.loading import (
+    Shards,
+    check_path,
+    check_vocabulary,
+    load_backbone,
+    load_tokenizer,
+)
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj
 from plrhf.cli.config import BackboneConfig, DataConfig, RunConfig
@@ -70,7 +76,9 @@ def open_backbone(
     tokenizer = load_tokenizer(
         path, pad_token=config.pad_token, trust_remote_code=config.trust_remote_code
     )
-    return tokenizer, load_backbone(**{**load_options(config), "path": path}, shards=shards)
+    backbone = load_backbone(**{**load_options(config), "path": path}, shards=shards)
+    check_vocabulary(backbone, tokenizer)
+    return tokenizer, backbone
 
 
 def load_options(config: BackboneConfig) -> dict[str, Any]:

@@ -348,3 +348,8 @@ def test_film_at_every_block_is_that_of_plain_sequences(name: str) -> None:
             row = place if backbone.layout == "packed" else which * len(pairs) + place
             with modulated_blocks(backbone, film[row : row + 1]):
                 close(found[place, which], plain_logps(backbone, pair.prompt, response))
+
+
+def test_the_page_of_families_is_what_the_tables_say() -> None:
+    page = Path(__file__).parents[2] / "docs/families.md"
+    assert page.read_text() == families.families_page()

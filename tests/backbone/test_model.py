@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,17 @@ from transformers import (
 )
 
 from plrhf.backbone.families import is_causal
-from plrhf.backbone.loading import load_backbone, load_model, load_tokenizer, looks_local
+from plrhf.backbone.loading import (
+    check_vocabulary,
+    load_backbone,
+    load_model,
+    load_tokenizer,
+    looks_local,
+)
 from plrhf.backbone.masks import sees
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj, train_tokenizer
+from plrhf.core.errors import BadValue
 
 
 def test_mask_by_hand() -> None:
@@ -393,3 +401,26 @@ def test_bad_settings(build: Any, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         build()
     assert str(caught.value) == message
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused() -> None:
+    tokenizer = train_tokenizer(["some words to learn from"], vocab_size=300)
+    largest = max(tokenizer.get_vocab().values())
+    fits = Backbone(model=language_model(vocabulary=largest + 1), trainable="frozen")
+    check_vocabulary(fits, tokenizer)
+    small = Backbone(model=language_model(vocabulary=largest), trainable="frozen")
+    with pytest.raises(BadValue, match=f"token ids up to {largest}.*ids below {largest}"):
+        check_vocabulary(small, tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    with pytest.raises(BadValue, match="backbone.pad_token='<pad>'"):
+        check_vocabulary(fits, tokenizer)
+
+
+def test_quantised_weights_without_their_library_are_refused_in_one_line(tmp_path: Path) -> None:
+    language_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadValue, match="backbone.path") as caught:
+        load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
