@@ -59,7 +59,7 @@ def step(model: Any, batch: PreferenceBatch, dtype: str) -> float:
 
 def measure(dtype: str, folder: Path, pairs: Path, turns: int) -> dict[str, float]:
     """Seconds of a step plain and compiled, of the first compiled one, and their ratio."""
-    method = shared.Method("ours", "dpo", "plrhf", dtype=dtype)
+    method = shared.Method("ours", "dpo", "plrhf", dtype=dtype, dropout=0.0)
     made = [plrhf_worker.make_ours(method, folder, pairs, targets=TARGETS) for _ in range(2)]
     models = [model.train() for model, _ in made]
     batches = list(made[0][1].train_dataloader())

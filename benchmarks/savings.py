@@ -109,7 +109,7 @@ def main() -> None:
         folder, pairs = Path(scratch, "backbone"), Path(scratch, f"{args.shape}.jsonl")
         shared.write_backbone(folder, layers=6, width=256, vocabulary=2048)
         shared.write_pairs(pairs, shape=args.shape, vocabulary=2048)
-        method = shared.Method("ours", "dpo", "plrhf", aggregator=args.aggregator)
+        method = shared.Method("ours", "dpo", "plrhf", aggregator=args.aggregator, dropout=0.0)
         made = {name: plrhf_worker.make_ours(method, folder, pairs) for name in VARIANTS}
         made["prompt twice (two rows a pair)"][1].datasets["train"].layout = two_rows
         batches = {name: list(data.train_dataloader()) for name, (_, data) in made.items()}
