@@ -236,8 +236,8 @@ def _spread(rows: Sequence[Row]) -> Sequence[Row]:
 
 def _accuracy(rows: Sequence[Row], margin: Array) -> dict[str, Any]:
     outcomes = Outcomes(
-        pair_id=np.array([row.pair_id for row in rows], dtype=str),
-        user_id=np.array([row.user_id for row in rows], dtype=str),
+        pair_id=np.array([row.pair_id for row in rows], dtype=object),
+        user_id=np.array([row.user_id for row in rows], dtype=object),
         margin=margin,
         correct=correctness(margin),
     )

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 
-from plrhf.core.stats import Estimate, Outcomes, reliability, user_sums
+from plrhf.core.stats import Estimate, Outcomes, as_text, reliability, user_sums
 from plrhf.evaluation.few_shot import FewShotCurve
 from plrhf.evaluation.metrics import USER_KINDS
 from plrhf.evaluation.results import Results
@@ -109,7 +109,7 @@ def _bars_of(personal: Outcomes, kind: str) -> Drawing:
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderpad=0, ncols=3, labelcolor=INK)
     fewest, most = (f"{end:.0f}" for end in (sums.count.min(), sums.count.max()))
     pairs = f"{fewest if fewest == most else f'{fewest} to {most}'} pairs a user"
-    names = np.unique(personal.user_id.astype(str))  # in the order of the sums
+    names = np.unique(as_text(personal.user_id))  # in the order of the sums
     lowest = ", ".join(f"{names[at]} {own[at]:.0f}" for at in own.argsort(kind="stable")[:N_LOWEST])
     caption = (
         f"{pairs}: with few, much of the spread is chance. The grey line is 50%. Lowest: {lowest}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from plrhf.core import stats
-from plrhf.core.stats import Outcomes
+from plrhf.core.stats import Outcomes, same_pairs, user_sums
 
 # Users of 5, 2 and 7 pairs: accuracies 4/5, 1/2 (two ties) and 2/7.
 USERS = np.array(["ann"] * 5 + ["bob"] * 2 + ["cid"] * 7)
@@ -274,3 +275,17 @@ def coverage(n_simulations: int, n_users: int) -> float:
 
 def test_interval_covers_the_truth_roughly() -> None:
     assert 0.88 <= coverage(150, n_users=40) <= 0.995
+
+
+def test_one_long_id_does_not_widen_all_others() -> None:
+    n_pairs, long = 20_000, "x" * 10_000
+    users = np.array([*(f"u{place % 7}" for place in range(n_pairs - 1)), long], dtype=object)
+    pairs = np.array([f"p{place}" for place in range(n_pairs)], dtype=object)
+    outcomes = Outcomes(pairs, users, np.ones(n_pairs), np.ones(n_pairs))
+    tracemalloc.start()
+    sums = user_sums(outcomes)
+    assert same_pairs(outcomes, outcomes)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sums.n_users == 8 and sums.count.tolist()[-1] == 1
+    assert peak < 60e6  # as text of fixed width the users alone take 800 MB
