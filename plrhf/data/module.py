@@ -304,7 +304,10 @@ class PreferenceData(LightningDataModule):
                 f"{self.report.examples[reason]}"
             )
         for what, cure in (
-            ("response too long", "dropped; raise data.max_tokens or set data.on_long_response"),
+            (
+                "response too long",
+                "dropped; raise data.max_tokens or set data.on_long_response=truncate",
+            ),
             ("response truncated", "raise data.max_tokens to keep them whole"),
             ("prompt truncated", "raise data.max_prompt_tokens to keep them whole"),
         ):

@@ -536,7 +536,7 @@ def test_counts_add_up_to_the_rows_read(tokenizer: Any) -> None:
     assert 34 == 2 + 1 + 1 + (18 + 5 + 7)  # read = refused + dropped + too long + rows
     assert data.tokenizing_notes() == [
         "response too long: 1 of 31 rows (3%); dropped; raise data.max_tokens or set "
-        "data.on_long_response",
+        "data.on_long_response=truncate",
         "prompt truncated: 1 of 31 rows (3%); raise data.max_prompt_tokens to keep them whole",
     ]
     assert make_data(tokenizer).tokenizing_notes() == []
