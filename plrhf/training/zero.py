@@ -1,4 +1,8 @@
-"""DeepSpeed ZeRO stage 3 as a Lightning strategy; deepspeed is imported when it is used."""
+"""DeepSpeed ZeRO stage 3 as a Lightning strategy; deepspeed is imported when it is used.
+
+Lightning's own strategy writes checkpoints that only as many processes can read, and runs on GPUs alone.
+FSDP2 does not offload to NVMe; beside ZeRO it would need loading, export and gathering a second time.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +61,7 @@ class Zero3:
             )
 
     def optimization(self, *, on_cpu: bool) -> dict[str, Any]:
-        """The settings as DeepSpeed's ``zero_optimization``."""
+        """Return the settings as DeepSpeed's ``zero_optimization``."""
         chosen: dict[str, Any] = {
             "stage": 3,
             "contiguous_gradients": True,
@@ -91,7 +95,7 @@ def stage3(
     accumulate_grad_batches: int,
     gradient_clip_val: float | None,
 ) -> Stage3:
-    """The strategy that shards weights, gradients and optimiser over all processes.
+    """Build the strategy that shards weights, gradients and optimiser over all processes.
 
     Args:
         on_cpu: processes are CPU processes, which talk over gloo.
@@ -173,7 +177,7 @@ class Stage3(DeepSpeedStrategy):
 
     @contextlib.contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Parameters made within it are sharded at once; what they hold is read from files later."""
+        """Shard parameters as they are made inside the block; their values are read from files later."""
         import deepspeed
 
         class Unfilled(deepspeed.zero.Init):
@@ -195,7 +199,7 @@ class Stage3(DeepSpeedStrategy):
         return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Learned parameters, whole and in full precision, on rank 0; buffers everywhere."""
+        """Gather learned parameters on rank 0, whole and in float32; buffers are on every process."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         assert self.lightning_module is not None
@@ -233,7 +237,7 @@ class Stage3(DeepSpeedStrategy):
         return True
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """The state as one process's optimiser has it, on rank 0."""
+        """Gather the optimiser's state on rank 0, as one process's optimiser has it."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         inner = optimizer.optimizer
