@@ -136,9 +136,3 @@ def check_same_rows(resume: Resume | None, rows_hash: str) -> None:
             f"the rows {resume.rows_hash}, which the run began with",
             "Restore the file that it read, or begin anew in another run_dir",
         )
-
-
-def hash_of_rows(run_dir: Path) -> str | None:
-    """Return the hash of the rows that a run was trained on; None where its checkpoint is gone."""
-    path = run_dir / "checkpoints" / "last.ckpt"
-    return read_checkpoint(path).get(ROWS) if path.is_file() else None

@@ -15,7 +15,6 @@ from plrhf.cli.eval_config import EvalConfig, WinrateTask
 from plrhf.cli.jobs import why_failed
 from plrhf.cli.outputs import Outputs
 from plrhf.cli.run import this_command
-from plrhf.cli.run_dir import hash_of_rows
 from plrhf.core.components import Settings, build
 from plrhf.core.errors import bad_value
 from plrhf.data.module import PreferenceData
@@ -31,6 +30,7 @@ from plrhf.evaluation.generations import (
     write_generations,
 )
 from plrhf.evaluation.judges import Contest, Judge, JudgedRun, win_rates
+from plrhf.evaluation.metrics import LONGER_WINS
 from plrhf.evaluation.predictions import predict, prepare
 from plrhf.evaluation.probes import probe
 from plrhf.evaluation.records import write_record
@@ -81,6 +81,8 @@ def score(config: EvalConfig) -> None:
             how=this_command(),
             fingerprint=before.fingerprint,
         ),
+        # The rule that the run chose on its val pairs; other rows have none to choose it on.
+        longer_wins=before.controls["length_only"]["rule"] == LONGER_WINS,
     )
     write_evaluation(out, results, predictions)
     tables.console().print(tables.closing_table(results))
@@ -270,7 +272,8 @@ def check_rows_of_run(run: Path, data: PreferenceData, card: Card) -> None:
     Raises:
         ValueError: the rows are not those that the run was trained on.
     """
-    now, then = data.content_hash(), hash_of_rows(run)
+    provenance = read_results(run).provenance
+    now, then = data.content_hash(), None if provenance is None else provenance.rows
     known, knew = set(card.users), set(data.splits.users)
     if then is None and known != knew or then not in (None, now):
         raise bad_value(

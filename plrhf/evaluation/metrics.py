@@ -45,6 +45,9 @@ def outcomes(
     return _outcomes(rows, rows["margin"], rows["correct"])
 
 
+LONGER_WINS, SHORTER_WINS = "the longer response wins", "the shorter response wins"
+
+
 def choose_length_rule(predictions: pd.DataFrame) -> bool:
     """Whether the longer response was chosen more often in train or val pairs: `longer_wins`.
 
@@ -107,7 +110,7 @@ def summarise(
         for kind in USER_KINDS
     }
     test = {kind: {"user": user[kind], "generic": generic[kind]} for kind in USER_KINDS}
-    rule = "the longer response wins" if longer_wins else "the shorter response wins"
+    rule = LONGER_WINS if longer_wins else SHORTER_WINS
     has_oracle = (predictions["context"] == "oracle").any()
     return {
         "test": test,

@@ -161,12 +161,16 @@ def summarise_run(
     probes: dict[str, Any],
     run: Command | None,
     provenance: Provenance,
+    longer_wins: bool | None = None,
 ) -> Results:
     """Compute results.json from predictions.
 
-    The length rule's direction is chosen on val, never on test.
+    Args:
+        longer_wins: direction of the length rule, of a run that is evaluated on rows without val;
+            None: it is chosen on val, never on test.
     """
-    longer_wins = choose_length_rule(predictions[predictions["split"] == "val"])
+    if longer_wins is None:
+        longer_wins = choose_length_rule(predictions[predictions["split"] == "val"])
     return Results(
         config=config,
         **summarise(predictions, longer_wins=longer_wins),

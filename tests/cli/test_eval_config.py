@@ -128,3 +128,29 @@ def test_other_rows_under_the_name_of_the_runs_own_are_refused(
         launch("eval", f"run={run}")
     err = capsys.readouterr().err
     assert err.startswith("error: data='5 users, rows ") and "Restore the file that the run" in err
+
+
+def test_other_rows_are_judged_by_the_runs_own_length_rule(
+    reward_run: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(reward_run, tmp_path / "run"))
+    results = json.loads((run / "results.json").read_text())
+    rows = [row for row in rows_of_world() if row["split"] == "test"]
+    for row in rows:  # the shorter response always wins
+        row["chosen"], row["rejected"] = "It is blue.", "It is blue and wide and calm and deep."
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    found = {}
+    for rule in ("shorter", "longer"):
+        results["controls"]["length_only"]["rule"] = f"the {rule} response wins"
+        (run / "results.json").write_text(json.dumps(results))
+        out = tmp_path / rule
+        launch("eval", f"run={run}", "data=jsonl", f"data.path={path}", f"out={out}")
+        other = json.loads((out / "results.json").read_text())
+        control = other["controls"]["length_only"]
+        assert control["rule"] == f"the {rule} response wins"
+        found[rule] = control["seen"]["accuracy_micro"]["value"]
+        assert other["provenance"]["data"]["source"]["path"] == str(path)
+        assert "eval" in other["provenance"]["command"]
+        assert other["provenance"]["rows"] != results["provenance"]["rows"]
+        assert other["config"] == results["config"]
+    assert found == {"shorter": 1.0, "longer": 0.0}
