@@ -81,7 +81,7 @@ def load_model(
         raise bad_value(
             "backbone.path",
             path,
-            "a model's directory or a hub name that can be reached, of a kind that is installed",
+            "a model's directory or a hub name that can be reached",
             f"Check it ({' '.join(str(error).split())[:120]})",
         ) from error
 

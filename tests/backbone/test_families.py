@@ -339,7 +339,7 @@ def test_film_at_every_block_is_that_of_plain_sequences(name: str) -> None:
     torch.manual_seed(3)
     film = torch.randn(batch.segment.shape[0], 2, 2, backbone.block_size) / 4
     with modulated_blocks(backbone, film):
-        hidden = backbone(batch.input_ids, batch.segment, batch.position_ids, apart=True)
+        hidden = backbone(batch.input_ids, batch.segment, batch.position_ids)
     found = response_logps(
         hidden, batch.input_ids, batch.segment, backbone.unembed, n_pairs=len(pairs), constant=True
     )
