@@ -80,6 +80,21 @@ def test_no_file_is_long(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 450
 
 
+def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function's body, its docstring left out."""
+    body = function.body
+    if ast.get_docstring(function) is not None:
+        body = body[1:]
+    return 0 if len(body) == 0 else (body[-1].end_lineno or 0) - body[0].lineno + 1
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_function_is_long(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert lines_of_code(node) <= 50, f"{path}:{node.lineno} {node.name}"
+
+
 def test_every_wing_says_what_it_is_for() -> None:
     for path in PACKAGE.rglob("__init__.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path

@@ -6,6 +6,8 @@ Several processes work together by torch's DDP, where each holds the whole model
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -73,13 +75,8 @@ def build_trainer(
     Raises:
         ValueError: a number out of range, no end to training, or a device this machine lacks.
     """
-    if max_epochs is None and max_steps == -1:
-        allowed = "a number of steps, or trainer.max_epochs"
-        raise bad_value("trainer.max_steps", -1, allowed, "Set trainer.max_steps=1000")
-    if patience is not None and not has_val:
-        raise bad_value(
-            "trainer.patience", patience, "null without val pairs", "Set trainer.patience=null"
-        )
+    _check_end(max_epochs=max_epochs, max_steps=max_steps)
+    _check_patience(patience, has_val=has_val)
     shows_progress = progress and Console().is_terminal
     callbacks = _callbacks(
         run_dir / "checkpoints",
@@ -99,7 +96,7 @@ def build_trainer(
     )
     n_summed = accumulate_grad_batches
     val_every_n_batches = None if val_every_n_steps is None else val_every_n_steps * n_summed
-    try:
+    with _device_errors_named(accelerator):
         trainer = Trainer(
             default_root_dir=run_dir,
             logger=loggers,
@@ -122,6 +119,31 @@ def build_trainer(
             num_sanity_val_steps=0,
             enable_model_summary=False,
         )
+    if trainer.strategy.root_device.type == "cuda":
+        torch.set_float32_matmul_precision(matmul_precision)
+    return trainer
+
+
+def _check_end(*, max_epochs: int | None, max_steps: int) -> None:
+    """Raise where neither a number of epochs nor of steps ends training."""
+    if max_epochs is None and max_steps == -1:
+        allowed = "a number of steps, or trainer.max_epochs"
+        raise bad_value("trainer.max_steps", -1, allowed, "Set trainer.max_steps=1000")
+
+
+def _check_patience(patience: int | None, *, has_val: bool) -> None:
+    """Raise where training is to stop early by val pairs that there are none of."""
+    if patience is not None and not has_val:
+        raise bad_value(
+            "trainer.patience", patience, "null without val pairs", "Set trainer.patience=null"
+        )
+
+
+@contextlib.contextmanager
+def _device_errors_named(accelerator: str) -> Iterator[None]:
+    """Turn Lightning's error for a device that is not there into one that names the setting."""
+    try:
+        yield
     except MisconfigurationException as error:
         raise bad_value(
             "trainer.accelerator",
@@ -129,9 +151,6 @@ def build_trainer(
             "a device this machine has, or auto",
             f"Set trainer=cpu ({' '.join(str(error).split())})",
         ) from error
-    if trainer.strategy.root_device.type == "cuda":
-        torch.set_float32_matmul_precision(matmul_precision)
-    return trainer
 
 
 def _strategy(
