@@ -282,6 +282,16 @@ def check_rows_of_run(run: Path, data: PreferenceData, card: Card) -> None:
             f"the rows of training{'' if then is None else f', {then}'}",
             "Restore the file that the run read, or name other rows with data=",
         )
+    # Neither `forget` nor `enrol` changes the order of the others: vectors would be of other users.
+    if [one for one in card.users if one in knew] != [
+        one for one in data.splits.users if one in known
+    ]:
+        raise bad_value(
+            "export",
+            "users in another order",
+            f"the {len(knew)} users of training in their order",
+            "Restore the export that the run wrote",
+        )
     if list(data.splits.users) != card.users:
         changed = ((knew - known, "forgotten"), (known - knew, "enrolled"))
         said = [f"{len(users)} {what}" for users, what in changed if len(users) > 0]

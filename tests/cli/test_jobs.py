@@ -16,7 +16,9 @@ from plrhf.cli.jobs import best_value, is_finished, refuse_processes
 from plrhf.core.components import first_difference
 from plrhf.core.errors import BadValue
 
-NO_RANK = "encoder.rank=0 is not allowed: expected a number from 1. Set encoder.rank=1."
+NO_RANK = (
+    "encoder.rank=0 is not allowed: expected a whole number from 1 or null. Set encoder.rank=1."
+)
 
 
 def sweep(capsys: Any, *overrides: str) -> tuple[int, str, str]:

@@ -26,7 +26,7 @@ from plrhf.core.checks import (
     describe,
 )
 from plrhf.core.components import build, parameters
-from plrhf.evaluation.few_shot import Shots
+from plrhf.evaluation.few_shot import FewShotOptions
 from plrhf.models.adaptation import Fit
 
 
@@ -144,7 +144,7 @@ def test_a_dataclass_is_checked_with_its_own_name() -> None:
 
 def test_a_dataclass_finds_types_of_a_base_from_another_module() -> None:
     """`Fit` is of plrhf.models.adaptation, whose names plrhf.evaluation.few_shot lacks."""
-    takes = parameters(Shots)
+    takes = parameters(FewShotOptions)
     assert takes["steps"].annotation == get_type_hints(Fit, include_extras=True)["steps"]
     assert takes["shots"].annotation == list[int]
 

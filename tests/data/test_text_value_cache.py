@@ -64,9 +64,9 @@ def prepared(model: Any, cache_dir: Path, pairs: list[TokenPair]) -> tuple[Any, 
     rows: list[int] = []
     counted = type(model.backbone).forward
 
-    def forward(self: Any, inputs: Tensor, *others: Any) -> Tensor:
+    def forward(self: Any, inputs: Tensor, *others: Any, **named: Any) -> Tensor:
         rows.append(len(inputs))
-        return counted(self, inputs, *others)
+        return counted(self, inputs, *others, **named)
 
     model.backbone.forward = forward.__get__(model.backbone)
     prepare(model, data, Trainer(accelerator="cpu", logger=False), cache_dir=cache_dir)
