@@ -73,6 +73,43 @@ def choose_layout(backbone: Backbone) -> Layout:
     return "two_rows"
 
 
+def cache_is_right(backbone: Backbone) -> bool:
+    """Say whether rows written together with the model's own cache are those written without.
+
+    Not so for RWKV, whose state mixes rows. Families that tests hold are taken at their word, as the
+    answer takes several passes of the model.
+    """
+    config = backbone.config.get_text_config(decoder=True)
+    if not backbone.causal or config.model_type in PACKED:
+        return True
+    if not all(_is_here(one) for one in backbone.parameters()):
+        return False
+    prompts = torch.stack([torch.cat([one, one])[:4] for one, *_ in _sequences(backbone)])
+    writer: Any = backbone.bare
+    with _at_rest(backbone), torch.no_grad():
+        cached, plain = (
+            writer.generate(
+                input_ids=prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=3,
+                min_new_tokens=3,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=backbone.padding,
+                output_scores=True,
+                return_dict_in_generate=True,
+                use_cache=use_cache,
+            )
+            for use_cache in (True, False)
+        )
+    allowed = TOLERANCE.get(next(backbone.parameters()).dtype, TOLERANCE[torch.bfloat16])
+    finite = [torch.isfinite(one) for one in plain.scores]
+    found, expected = (
+        [one[keep] for one, keep in zip(by.scores, finite, strict=True)] for by in (cached, plain)
+    )
+    return torch.equal(cached.sequences, plain.sequences) and _relative(found, expected) <= allowed
+
+
 @rank_zero_only
 def _say(line: str) -> None:
     print(line)

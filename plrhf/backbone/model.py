@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from plrhf.backbone import gptj, saving
 from plrhf.backbone import lora as lora_layers
 from plrhf.backbone.adapters import add_lora
-from plrhf.backbone.check import choose_layout
+from plrhf.backbone.check import cache_is_right, choose_layout
 from plrhf.backbone.compiled import compile_in_training
 from plrhf.backbone.families import Layout, is_causal
 from plrhf.backbone.hooks import replaced_output, switch_dropout_off
@@ -98,6 +98,7 @@ class Backbone(nn.Module):
                 "Set backbone.compiled=false",
             )
         self.layout: Layout = choose_layout(self)
+        self.writes_with_cache = cache_is_right(self)
         if compiled:
             for block in self.blocks:
                 compile_in_training(block)

@@ -168,6 +168,7 @@ def _write(
             **inputs,
             **how,
             **({} if cache is None else {"past_key_values": cache}),
+            use_cache=model.backbone.writes_with_cache,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=ends,

@@ -23,6 +23,7 @@ def test_texts_begin_as_transformers_writes_them(name: str) -> None:
     """With no user model all aggregators must write what plain greedy search does."""
     backbone = lora_backbone(CAUSAL[name])
     prompts = [pair.prompt for pair in make_pairs(4, seed=1)]
+    prompts += [tuple(reversed(prompts[0]))]  # two of one length, which are written together
     expected = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
