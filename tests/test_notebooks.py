@@ -49,7 +49,9 @@ def test_executed_from_a_small_run(
 ) -> None:
     for run, source in (("policy", policy_run), ("reward", reward_run)):
         shutil.copytree(source, tmp_path / run, ignore=shutil.ignore_patterns("checkpoints"))
-    (tmp_path / "policy" / "adapt.json").write_text(json.dumps(ADAPTED))
+    results = json.loads((tmp_path / "policy" / "results.json").read_text())
+    of_the_run = {**ADAPTED, "fingerprint": results["provenance"]["fingerprint"]}
+    (tmp_path / "policy" / "adapt.json").write_text(json.dumps(of_the_run))
     book = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
     (settings,) = [cell for cell in book.cells if "parameters" in cell.metadata.get("tags", [])]
     settings.source = "RUNS, OUT, RUN = '[pr]*', 'out', 'policy'"
