@@ -18,7 +18,8 @@ from upstream import (
 
 from plrhf.cli.main import CONF
 
-UNSEEN = {"tldr_gptj_6b": "data.n_seen=2"}  # some users of a small file; of the others a share
+DIVIDED = {"tldr_gptj_6b": ["data.n_seen=2"]}  # upstream says which rows are the test
+OTHERS_DIVIDED = ["data.unseen_fraction=0.4", "data.test_fraction=0.3"]
 MODELS = {"tldr_gptj_6b": "gptj", "psoups_tulu_7b": "llama", "prism_llama3_8b": "llama"}
 
 # The table of the authors' scripts: beta, prompt and total tokens, epochs, LoRA alpha and dropout.
@@ -52,9 +53,9 @@ def test_the_authors_experiments(name: str, upstream: dict[str, Path], tmp_path:
         *("backbone.pad_token=null", "backbone.dtype=float32", "trainer=cpu", "samples.users=1"),
         *("trainer.max_steps=2", "trainer.accumulate_grad_batches=2", "samples.prompts=1"),
         *("data.batch_size=4", "data.eval_batch_size=8"),
-        *("trainer.val_every_n_steps=1", "data.val_fraction=0.3", "data.test_fraction=0.3"),
+        *("trainer.val_every_n_steps=1", "data.val_fraction=0.3"),
         *("data.max_prompt_tokens=40", "data.max_tokens=110", "samples.max_new_tokens=4"),
-        UNSEEN.get(name, "data.unseen_fraction=0.4"),
+        *DIVIDED.get(name, OTHERS_DIVIDED),
         f"run_dir={tmp_path / 'run'}",
     )
     results = check_run(tmp_path / "run", oracle=name == "tldr_gptj_6b", generations=True)
