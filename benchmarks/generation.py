@@ -60,7 +60,7 @@ def make(aggregator: str, n_users: int) -> PersonalDPOPolicy:
         eos_token_id=END,
     )
     with torch.no_grad():
-        language_model.lm_head.bias[END] = -1e4  # type: ignore[operator, index]
+        language_model.lm_head.bias[END] = -1e4
     backbone = Backbone(model=language_model, lora=LORA)
     acts = AGGREGATORS[aggregator]()
     users = LookupEncoder(
@@ -80,7 +80,7 @@ def tokens_a_second(
     began = time.perf_counter()
     written = generate(
         policy,
-        Counting(),  # type: ignore[arg-type]
+        Counting(),
         prompts,
         batch,
         max_new_tokens=n_new,

@@ -14,7 +14,9 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from resident import forget_peak, resident
@@ -22,7 +24,7 @@ from transformers import GPTJConfig, GPTJForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from plrhf.backbone.loading import load_model
-from plrhf.cli.main import quieten
+from plrhf.cli.main import silence_libraries
 from plrhf.training.processes import gather_objects, launched_processes, sharding_context
 from plrhf.training.trainer import build_trainer
 from plrhf.training.zero import Zero3
@@ -48,7 +50,7 @@ def save(directory: Path, *, layers: int, width: int, file_size: str) -> None:
 
 def measure(directory: Path, n_processes: int) -> list[dict[str, float]] | None:
     """MiB before, at most while and after loading, of each process; on rank 0 alone."""
-    quieten()
+    silence_libraries()
     trainer = build_trainer(
         run_dir=directory,
         loggers=[],
@@ -67,7 +69,8 @@ def measure(directory: Path, n_processes: int) -> list[dict[str, float]] | None:
         model = load_model(str(directory), shards=sharding_context(trainer))
         now = resident()
         own = {"before": before, "peak": now["peak"], "after": now["held"]}
-        own["model"] = sum(4 * one.ds_numel for one in model.parameters()) / 2**20
+        weights: Iterable[Any] = model.parameters()  # with DeepSpeed's attributes
+        own["model"] = sum(4 * one.ds_numel for one in weights) / 2**20
         found = gather_objects(own)
     return found if trainer.is_global_zero else None
 

@@ -50,9 +50,11 @@ def train(method: Method, folder: Path, pairs: Path, turns: Turns) -> None:
     }
     if is_dpo:
         settings["precompute_ref_log_probs"] = not method.online_reference
-    trainer = (DPOTrainer if is_dpo else RewardTrainer)(
+    kinds: Any = (DPOTrainer, DPOConfig) if is_dpo else (RewardTrainer, RewardConfig)
+    make_trainer, make_config = kinds
+    trainer = make_trainer(
         model=str(folder),
-        args=(DPOConfig if is_dpo else RewardConfig)(**settings),
+        args=make_config(**settings),
         train_dataset=rows.select(twice),
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=LoraConfig(

@@ -6,6 +6,7 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -44,7 +45,7 @@ class Method:
     name: str
     model: str  # dpo, reward
     trainer: str  # plrhf, trl
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     aggregator: str = "film"
     rows_a_pair: int = 1
     online_reference: bool = False

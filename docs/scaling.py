@@ -58,8 +58,10 @@ def planned(*overrides: str, users: int = 1000, gpus: int | None = None) -> Plan
 def models() -> None:
     """A table of what each model needs of a GPU; offloaded, one GPU is enough."""
     for name, overrides in MODELS.items():
-        whole = [(None, "1", [])] if "70B" not in name else []  # whose weights alone fill two
-        for gpus, label, more in [*whole, (1, "1, offloaded", OFFLOAD), (8, "8", [])]:
+        ways: list[tuple[int | None, str, list[str]]] = [(1, "1, offloaded", OFFLOAD), (8, "8", [])]
+        if "70B" not in name:  # whose weights alone fill two GPUs
+            ways.insert(0, (None, "1", []))
+        for gpus, label, more in ways:
             plan = planned(*overrides, *more, gpus=gpus)
             learned = plan.gradients + plan.optimiser
             parts = (plan.weights, learned, plan.gathered, plan.training, plan.total)
