@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import plrhf_worker
 import torch
@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from plrhf.backbone.compiled import compile_in_training
 from plrhf.core.types import PreferenceBatch
 
-DTYPES = ("float32", "bfloat16")
+DTYPES: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -57,7 +57,9 @@ def step(model: Any, batch: PreferenceBatch, dtype: str) -> float:
     return time.perf_counter() - began
 
 
-def measure(dtype: str, folder: Path, pairs: Path, turns: int) -> dict[str, float]:
+def measure(
+    dtype: Literal["float32", "bfloat16"], folder: Path, pairs: Path, turns: int
+) -> dict[str, float]:
     """Seconds of a step plain and compiled, of the first compiled one, and their ratio."""
     method = shared.Method("ours", "dpo", "plrhf", dtype=dtype, dropout=0.0)
     made = [plrhf_worker.make_ours(method, folder, pairs, targets=TARGETS) for _ in range(2)]
