@@ -6,6 +6,7 @@ python eval.py eval=generate run=DIR                # texts for many users
 python eval.py eval=winrate run=DIR eval.against=DIR  # eval/judge=preferences, reward, chat
 python eval.py eval=adapt run=DIR                   # new users, from a few pairs of theirs
 python eval.py eval=compare runs='runs/*' out=DIR   # one table, one report
+python eval.py eval=referee data=jsonl data.path=F backbone.path=DIR  # every method, by one protocol
 """
 
 from plrhf.cli.main import evaluate

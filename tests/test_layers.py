@@ -19,6 +19,7 @@ PICTURE = PACKAGE.parent / "docs" / "architecture.md"
 # From the top; a wing imports from lower rows and from itself.
 FLOORS = (
     ("cli",),
+    ("referee",),
     ("reporting", "serving"),
     ("evaluation", "training"),
     ("models",),

@@ -233,6 +233,24 @@ class DataConfig(Section):
         )
 
 
+class RefereeConfig(Section):
+    """How ``eval=referee`` tunes and tests a method; training does not read it.
+
+    Attributes:
+        grid: dotted setting -> values to try. The trials of a method are points of their product.
+        adaptation: rule by which users that training has not seen are inferred from their pairs.
+        features: what stands for a text: ``text``, the frozen backbone's pooled output, or, for
+            controls, ``length``, ``shape`` or ``item`` (see `referee.features`).
+        shots: pairs given of users that training has not seen, where rows allow others than
+            ``eval.shots``.
+    """
+
+    grid: dict[str, list[Any]] = {}
+    adaptation: str | None = "posterior"
+    features: Literal["text", "length", "shape", "item"] = "text"
+    shots: list[NonNegativeInt] | None = None
+
+
 class RunConfig(Section):
     """Everything that train.py is asked to do."""
 
@@ -253,6 +271,7 @@ class RunConfig(Section):
     logger: LoggerConfig
     samples: GenerationOptions
     plan_for: Machine
+    referee: RefereeConfig | None
     resolved: dict[str, Any]  # the plain settings, as config.yaml keeps them
 
     @classmethod

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, TypeAlias
 from hydra.core.hydra_config import HydraConfig
 
 from plrhf.cli.config import DataConfig, Section, Seed, check_writable
+from plrhf.core.checks import NonNegativeInt, PositiveInt
 from plrhf.core.components import construct, locate, parameters
 from plrhf.core.errors import bad_value
 from plrhf.evaluation.few_shot import FewShotOptions
@@ -58,7 +59,28 @@ class WinrateTask(Section):
         return super().read(settings, field)
 
 
-Task: TypeAlias = ScoreTask | CompareTask | WinrateTask | GenerationOptions | FewShotOptions
+class RefereeTask(Section):
+    """Settings of eval=referee.
+
+    Attributes:
+        rows: experiments that name rows; None: ``data`` names them.
+        methods: names in ``conf/experiment/method``; None: all that go with the rows.
+        trials: points of each method's grid, at most.
+        shots, draws: pairs given of unseen users, and how often they are drawn for each.
+    """
+
+    name: Literal["referee"]
+    rows: list[str] | None
+    methods: list[str] | None
+    seeds: list[Seed]
+    trials: PositiveInt
+    shots: list[NonNegativeInt]
+    draws: PositiveInt
+
+
+Task: TypeAlias = (
+    ScoreTask | CompareTask | WinrateTask | RefereeTask | GenerationOptions | FewShotOptions
+)
 
 
 class EvalConfig(Section):
@@ -68,6 +90,7 @@ class EvalConfig(Section):
     runs: str | None
     out: str | None
     data: DataConfig | None
+    backbone: dict[str, Any] | None = None  # of eval=referee
     seed: Seed | None
     trust_components: bool
     debug: bool
@@ -96,20 +119,22 @@ class EvalConfig(Section):
     def check_effect(self, task: str) -> None:
         """Raise where a setting that was given has no effect on the task."""
         unused: dict[str, Any] = {}
-        if task == "compare":
+        if task == "referee":
+            unused = {"run": self.run, "runs": self.runs, "seed": self.seed}
+        elif task == "compare":
             unused = {"run": self.run, "data": self.data}
         else:
             unused["runs"] = self.runs
         if task == "winrate":
             unused["data"] = self.data
-        if task not in ("generate", "adapt") and self.data is None:
+        if task not in ("generate", "adapt", "referee") and self.data is None:
             unused["seed"] = self.seed
         for name, value in unused.items():
             if value is not None:
                 shown = self.resolved[name]
                 shown = shown.get("name", shown) if isinstance(shown, dict) else shown
                 raise bad_value(name, shown, f"null for eval={task}", f"Leave {name} out")
-        if self.data is not None:
+        if self.data is not None and task != "referee":
             self._check_data(self.data)
 
     def _check_data(self, data: DataConfig) -> None:
@@ -132,12 +157,21 @@ def _read_task(node: Mapping[str, Any]) -> Task:
         "score": ScoreTask,
         "compare": CompareTask,
         "winrate": WinrateTask,
+        "referee": RefereeTask,
     }
     if node["name"] in sections:
         return sections[node["name"]].read(node, "eval")  # type: ignore[return-value]
     if node["name"] == "generate":
         return construct(GenerationOptions, node, "eval", origin="eval")
     return construct(FewShotOptions, node, "eval")
+
+
+def overrides_of(*sections: str) -> list[str]:
+    """Return the overrides of the command line that choose or change these sections."""
+    if not HydraConfig.initialized():
+        return []
+    given = HydraConfig.get().overrides.task
+    return [one for one in given if one.lstrip("+~").partition("=")[0].split(".")[0] in sections]
 
 
 def overridden(section: str) -> set[str]:

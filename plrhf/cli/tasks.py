@@ -1,4 +1,4 @@
-"""What eval.py does with finished runs: score, generate, winrate, adapt, compare."""
+"""What eval.py does: score, generate, winrate, adapt and compare finished runs; referee methods."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from plrhf.cli.config import RunConfig
 from plrhf.cli.eval_config import EvalConfig, WinrateTask
 from plrhf.cli.jobs import why_failed
 from plrhf.cli.outputs import Outputs
+from plrhf.cli.referee import referee
 from plrhf.cli.run import this_command
 from plrhf.core.components import Settings, build
 from plrhf.core.errors import bad_value
@@ -57,6 +58,7 @@ def evaluate(settings: Settings) -> None:
         "winrate": winrate,
         "adapt": adapt,
         "compare": compare,
+        "referee": referee,
     }
     tasks[settings["eval"]["name"]](config)
 

@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 WITHOUT_EFFECT = (
     *("run_dir", "cache_dir", "ckpt", "overwrite", "plan", "plan_for", "debug", "logger"),
+    "referee",
 )
 """Settings of where and how a run is made, which change none of its results."""
 

@@ -189,7 +189,8 @@ class PersonalModule(LightningModule):
         mixed = losses.mixed(self.pair_loss(margins, extra), alpha=self.alpha)
         return mixed, margins[0], penalty
 
-    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+    def training_loss(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+        """Compute what training minimises on a batch, penalties included, and its accuracy; scalars."""
         pair_losses, margins, user_penalty = self._loss_and_penalty(batch)
         correct = 0.5 * (margins.detach().sign() + 1)  # ties count one half, as in validation
         loss, accuracy = batch.mean(pair_losses), batch.mean(correct)
@@ -198,6 +199,10 @@ class PersonalModule(LightningModule):
             loss = loss + self.encoder.penalty_weight * batch.mean(user_penalty)
         if text_penalty is not None:
             loss = loss + self.aggregator.penalty_weight * text_penalty
+        return loss, accuracy
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        loss, accuracy = self.training_loss(batch)
         for name, value in (("train/loss", loss), ("train/accuracy", accuracy)):
             self.log(  # loggers are told by `training.StepMetrics`
                 name, value, prog_bar=True, logger=False, batch_size=len(batch), sync_dist=True
@@ -279,13 +284,17 @@ class PersonalModule(LightningModule):
         settings |= {"backbone": card.backbone, "text": card.text, "optim": asdict(self.optim)}
         self.save_hyperparameters({**settings, "n_users": len(card.users)})
 
+    def trainable_parts(self) -> dict[str, list[nn.Parameter]]:
+        """Divide the parameters by learning rate: "backbone", "user" and "head"."""
+        return {
+            "backbone": [*self.backbone.parameters()],
+            "user": [*self.encoder.parameters(), *user_maps(self.aggregator)],
+            "head": [*self.head_parameters(), *self.aggregator.text_parameters()],
+        }
+
     def configure_optimizers(self) -> Any:
-        of_text = self.aggregator.text_parameters()
         optimizer, schedule = self.optim.build(
-            backbone=self.backbone.parameters(),
-            user=[*self.encoder.parameters(), *user_maps(self.aggregator)],
-            head=[*self.head_parameters(), *of_text],
-            total_steps=int(self.trainer.estimated_stepping_batches),
+            **self.trainable_parts(), total_steps=int(self.trainer.estimated_stepping_batches)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -108,8 +108,8 @@ def latex_text(text: str) -> str:
     return "".join(LATEX.get(one, one) for one in printable(text))
 
 
-def markdown(table: Table, note: str) -> str:
-    lines = ["# Comparison of runs", "", note.replace("<", "&lt;")]
+def markdown(table: Table, note: str, *, title: str = "Comparison of runs") -> str:
+    lines = [f"# {title}", "", note.replace("<", "&lt;")]
     for name, rows in table.groups:
         if len(rows) > 0:
             rule = ["---" if at in table.texts else "---:" for at in range(len(table.columns))]

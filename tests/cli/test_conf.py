@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -238,11 +239,10 @@ def test_judges(judge: str, tmp_path: Path) -> None:
         assert isinstance(build(node, "eval.judge", kind=Judge), Judge)
 
 
-EXPERIMENTS = [
-    *options("experiment"),
-    *(f"ablation/{name}" for name in options("experiment/ablation")),
-]
-SWEEPS = EXPERIMENTS[len(options("experiment")) :]
+SWEEPS = [f"ablation/{name}" for name in options("experiment/ablation")]
+METHODS = [f"method/{name}" for name in options("experiment/method")]
+ROWS = [f"referee/{name}" for name in options("experiment/referee")]
+EXPERIMENTS = [*options("experiment"), *SWEEPS, *METHODS, *ROWS]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -263,6 +263,19 @@ def test_experiments(
         build_run_trainer(config, tmp_path, has_val=True)
     if not config.is_supervised:
         model_of(config)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_has_a_grid_of_settings_that_there_are(method: str) -> None:
+    referee = RunConfig.parse(composed(f"experiment={method}")).referee
+    assert referee is not None
+    assert math.prod(len(values) for values in referee.grid.values()) >= 12
+    last = {name: values[-1] for name, values in referee.grid.items()}
+    settings = composed(f"experiment={method}", *(f"{k}={v}" for k, v in last.items()))
+    for name, value in last.items():
+        part, _, key = name.rpartition(".")
+        assert settings[part][key] == value
+    check_job(settings)
 
 
 def jobs_of(*overrides: str) -> Iterator[dict[str, Any]]:

@@ -28,16 +28,19 @@ class JsonlSource(Source):
     Args:
         path: the file; its ending says how it is read.
         columns: row field -> column of the file, see `ColumnMap`.
+        keep_split: whether rows keep the split that the file gives them; else they are divided by prompt.
 
     Raises:
         ValueError: unknown ending, or a field in `columns` that rows do not have.
     """
 
-    def __init__(self, *, path: str, columns: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, *, path: str, columns: Mapping[str, str] | None = None, keep_split: bool = True
+    ) -> None:
         if not path.lower().endswith(ENDINGS):
             cure = f"Convert the file to one of {', '.join(ENDINGS)}"
             raise bad_value("data.path", path, f"a file ending in {' '.join(ENDINGS)}", cure)
-        self.path = path
+        self.path, self.keep_split = path, keep_split
         self.columns = ColumnMap(columns)
 
     def records(self) -> Iterator[tuple[str, Record]]:
@@ -58,6 +61,8 @@ class JsonlSource(Source):
         with undamaged(self.path):
             for number, record in read():
                 row = record if isinstance(record, Refusal) else self.columns.row(record)
+                if not (self.keep_split or isinstance(row, Refusal)):
+                    row.pop("split", None)
                 yield f"{self.path}:{number}", row
 
     def _json(self) -> Iterator[tuple[int, Record]]:

@@ -1,0 +1,183 @@
+"""Methods of `conf/experiment/method/` as entrants of the referee: their trials, and how one is built."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from plrhf.backbone.model import Backbone
+from plrhf.cli.assemble import build_run_model
+from plrhf.cli.config import RefereeConfig, RunConfig
+from plrhf.cli.main import CONF
+from plrhf.core.errors import bad_value
+from plrhf.data.module import PreferenceData
+from plrhf.models.reward import PersonalRewardModel
+from plrhf.referee.leaderboard import VANILLA
+from plrhf.referee.side_by_side import Training
+
+METHODS = Path("experiment", "method")
+
+
+def config_folders() -> list[Path]:
+    """Return the folders of settings: the package's, and that of ``--config-dir``."""
+    folders = [CONF]
+    if HydraConfig.initialized():
+        sources = HydraConfig.get().runtime.config_sources
+        folders += [Path(one.path) for one in sources if one.provider == "command-line"]
+    return folders
+
+
+def method_names() -> list[str]:
+    """Return the methods there are, by their files, vanilla first."""
+    paths = (path for folder in config_folders() for path in (folder / METHODS).glob("*.yaml"))
+    names = sorted({path.stem for path in paths} - {"base"})
+    return sorted(names, key=lambda name: name != VANILLA)
+
+
+def compose_method(name: str, rows: str | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of ``train.py experiment=[method/NAME,ROWS] OVERRIDES`` as a plain dict.
+
+    Args:
+        rows: an experiment that names rows, e.g. ``referee/polis``; None: `overrides` name them.
+    """
+    if name not in method_names():
+        names = ", ".join(method_names())
+        cure = f"Add {METHODS}/{name}.yaml to a folder of yours, and name that by --config-dir"
+        raise bad_value("eval.methods", name, f"one of {names}", cure)
+    experiments = [f"method/{name}", *([] if rows is None else [rows])]
+    folders = ",".join(f"file://{one.absolute()}" for one in config_folders()[1:])
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        node = hydra.compose(
+            "train",
+            overrides=[
+                f"experiment=[{','.join(experiments)}]",
+                f"hydra.searchpath=[{folders}]",
+                *overrides,
+            ],
+        )
+    return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+def grid_points(grid: Mapping[str, Sequence[Any]], n: int) -> list[dict[str, Any]]:
+    """Return `n` points of the product of a grid, drawn without replacement, or all where it has fewer.
+
+    The draw depends on nothing but the grid, so that a larger `n` adds points and keeps the others.
+    """
+    values = itertools.product(*grid.values())
+    points = [dict(zip(grid, point, strict=True)) for point in values]
+    random.Random(0).shuffle(points)
+    return points[:n]
+
+
+def with_settings(settings: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with values changed at dotted names.
+
+    Raises:
+        ValueError: there is no such setting.
+    """
+    changed = deepcopy(settings)
+    for dotted, value in changes.items():
+        *path, key = dotted.split(".")
+        node = changed
+        for part in path:
+            node = node.get(part) or {}
+        if key not in node:
+            raise bad_value(f"referee.grid.{dotted}", value, "a setting of the method", "Name one")
+        node[key] = value
+    return changed
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of a method's grid, and the settings of its run."""
+
+    point: dict[str, Any]
+    config: RunConfig
+
+    @property
+    def structure(self) -> dict[str, Any]:
+        """Settings that trials must share to be trained side by side: all but those of `optim`."""
+        resolved = self.config.resolved
+        return {name: resolved[name] for name in ("encoder", "aggregator", "model", "trainer")}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method with its trials on some rows, for one seed."""
+
+    name: str
+    config: RunConfig
+    trials: list[Trial]
+
+    @property
+    def referee(self) -> RefereeConfig:
+        """How it is tuned and tested."""
+        assert self.config.referee is not None
+        return self.config.referee
+
+    @property
+    def training(self) -> Training:
+        """How long its trials are trained."""
+        trainer = self.config.trainer
+        names = Training.__dataclass_fields__
+        return Training(**{name: getattr(trainer, name) for name in names})
+
+    def groups(self) -> list[list[Trial]]:
+        """Return trials that can be trained side by side together."""
+        found: list[list[Trial]] = []
+        for trial in self.trials:
+            same = [one for one in found if one[0].structure == trial.structure]
+            same[0].append(trial) if same else found.append([trial])
+        return found
+
+
+def read_method(
+    name: str, rows: str | None, overrides: Sequence[str], *, seed: int, n_trials: int
+) -> Method:
+    """Compose a method with its grid on some rows.
+
+    Raises:
+        ValueError: the method has no grid, or is no reward model on frozen features.
+    """
+    settings = compose_method(name, rows, [*overrides, f"seed={seed}"])
+    config = RunConfig.parse(settings)
+    if config.referee is None or len(config.referee.grid) == 0:
+        raise bad_value("referee.grid", None, "settings and values", f"Add it to {name}.yaml")
+    if config.backbone.trainable != "frozen" or config.model["name"] != "reward":
+        shown = f"{config.model['name']}, {config.backbone.trainable}"
+        raise bad_value(
+            f"method/{name}", shown, "model=reward, backbone.trainable=frozen", "Set both"
+        )
+    points = grid_points(config.referee.grid, n_trials)
+    trials = [
+        Trial(point, RunConfig.parse(with_settings(settings, point)) if point else config)
+        for point in points
+    ]
+    return Method(name=name, config=config, trials=trials)
+
+
+def build_trial(trial: Trial, data: PreferenceData, backbone: Backbone) -> PersonalRewardModel:
+    """Build the model of a trial with the start that ``train.py`` gives it."""
+    config = trial.config
+    lightning.seed_everything(config.seed, verbose=False)
+    model = build_run_model(config, data, backbone, config.backbone.path or "")
+    if not (isinstance(model, PersonalRewardModel) and model.pooled_suffices):
+        raise bad_value(
+            "aggregator",
+            config.aggregator["name"],
+            "one that acts after the trunk",
+            "Set aggregator.site=last",
+        )
+    return model

@@ -1,0 +1,1 @@
+"""Compares methods on frozen features: many trials trained side by side, controls, one leaderboard."""

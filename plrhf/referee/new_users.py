@@ -1,0 +1,135 @@
+"""Users that training has not seen: which pairs are given and asked, and what a model then says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+
+from plrhf.core.errors import bad_value
+from plrhf.data.dataset import PairDataset
+from plrhf.data.module import PreferenceData
+from plrhf.data.packing import LAYOUTS, LayoutName
+from plrhf.evaluation.few_shot import (
+    Curve,
+    FewShotOptions,
+    Trial,
+    draw_trials,
+    rows_of_users,
+)
+from plrhf.models.adaptation import Prior, user_tables
+from plrhf.models.reward import PersonalRewardModel
+
+NEW = "new users"
+"""Name of the split with the pairs of unseen users, given and asked."""
+
+
+def add_new_users(data: PreferenceData, *, layout: LayoutName) -> set[str]:
+    """Add the pairs of unseen users, which training leaves aside, to tokenised data as a split `NEW`.
+
+    Returns:
+        Ids of the pairs that may be given and are never asked. Without unseen users nothing is added.
+    """
+    if len(data.unseen_users()) == 0:
+        return set()
+    given, asked = rows_of_users(data, "unseen")
+    rows, pairs = data.row_tokenizer([*given, *asked])
+    data.datasets[NEW] = PairDataset(
+        rows, pairs, layout=LAYOUTS[layout], user_index={}, schema=data.schema
+    )
+    return {row.pair_id for row in given}
+
+
+@dataclass(frozen=True)
+class FewShots:
+    """Which pairs of unseen users are given, and which are asked.
+
+    Attributes:
+        options: numbers of pairs given, draws. dataset: the pairs. trials: by draw and user.
+    """
+
+    options: FewShotOptions
+    dataset: PairDataset
+    trials: list[list[Trial]]
+
+    @classmethod
+    def draw(
+        cls, data: PreferenceData, given_ids: set[str], options: FewShotOptions, *, seed: int
+    ) -> FewShots | None:
+        """Draw the pairs; None where fewer than two unseen users have enough of them."""
+        dataset = data.datasets.get(NEW)
+        if dataset is None:
+            return None
+        try:
+            trials, _ = draw_trials(dataset.rows, given_ids, options, seed=seed)
+        except ValueError:  # too few pairs for the most shots
+            return None
+        check_trials(trials, dataset)
+        return cls(options, dataset, trials)
+
+
+def check_trials(trials: Sequence[Sequence[Trial]], dataset: PairDataset) -> None:
+    """Raise where a pair is given to a user's model and asked of it too.
+
+    Raises:
+        ValueError: it names the pair.
+    """
+    names = [
+        (row.user_id, row.prompt_id, *sorted((row.chosen, row.rejected))) for row in dataset.rows
+    ]
+    for trial in (one for of_draw in trials for one in of_draw):
+        given = {names[place] for place in trial.given}
+        for place in trial.asked:
+            if names[place] in given:
+                raise bad_value(
+                    "pairs asked",
+                    dataset.rows[place].pair_id,
+                    "pairs that were not given",
+                    "Take what is given out of what is asked",
+                )
+
+
+def new_user_margins(
+    model: PersonalRewardModel, shots: FewShots, *, batch_size: int
+) -> tuple[pd.DataFrame, float]:
+    """Return margins on the pairs asked after k pairs given, and the seconds that a fit takes a user.
+
+    `who` is ``own`` (fitted to the user's k pairs) or ``wrong`` (to k pairs of another person).
+    """
+    model.eval()
+    if len(user_tables(model.encoder)) == 0:
+        return pd.DataFrame(), 0.0
+    prior = Prior(model.encoder, scale=shots.options.prior_scale)
+    curve = Curve(model, shots.dataset, prior, shots.trials, batch_size=batch_size)
+    frames, seconds = [], 0.0
+    for k in shots.options.shots:
+        started = time.perf_counter()
+        fitted = curve.fit(k, steps=shots.options.steps)
+        seconds = (time.perf_counter() - started) / curve.n_trials  # of the most pairs
+        for who, owners in (("own", curve.own), ("wrong", curve.others)):
+            frames.append(_frame(curve, who, k, curve.margins(fitted, owners)))
+    generic = curve.margins(torch.zeros(curve.n_trials, len(prior.factor)), curve.own)
+    frames.append(_frame(curve, "generic", 0, generic))
+    return pd.concat(frames, ignore_index=True), seconds
+
+
+def _frame(curve: Curve, who: str, k: int, margins: Any) -> pd.DataFrame:
+    rows = [curve.dataset.rows[place] for place in curve.asked]
+    draws = [
+        number // curve.n_users for number, trial in enumerate(curve.trials) for _ in trial.asked
+    ]
+    return pd.DataFrame(
+        {
+            "user_kind": "unseen",
+            "who": who,
+            "shots": k,
+            "draw": draws,
+            "pair_id": [row.pair_id for row in rows],
+            "user_id": [row.user_id for row in rows],
+            "margin": margins,
+        }
+    )

@@ -1,0 +1,316 @@
+"""Trains several settings of one model side by side, on features that are computed already.
+
+Trials of equal structure are one stack of parameters, and a step of all of them is one vmapped call of
+the model's own loss. Each trial sees the batches, the starting weights and the dropout masks that
+`train.py` would give it with the same seed; its naive twin is that run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from plrhf.core.types import PreferenceBatch
+from plrhf.data.module import PreferenceData
+from plrhf.models.reward import PersonalRewardModel
+
+NOT_STACKED = ("backbone.", "val_accuracy.", "val_loss.")
+"""Parts of a model that trials share, or that training side by side has no use for."""
+
+Named = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How long trials are trained, and what chooses their best weights; see `training.build_trainer`."""
+
+    max_steps: int = -1
+    max_epochs: int | None = None
+    val_every_n_steps: int | None = None
+    patience: int | None = None
+    gradient_clip_val: float | None = None
+    monitor: Literal["val/loss", "val/accuracy_micro"] = "val/loss"
+
+    def total_steps(self, n_batches: int) -> int:
+        """Return the steps after which training ends."""
+        limits = [] if self.max_steps == -1 else [self.max_steps]
+        limits += [] if self.max_epochs is None else [self.max_epochs * n_batches]
+        return min(limits)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a trial came to: its best value of `Training.monitor`, val loss and accuracy there, the step.
+
+    Attributes:
+        vmapped: whether it was trained in one call with others.
+    """
+
+    score: float
+    val_loss: float
+    val_accuracy: float
+    step: int
+    vmapped: bool = True
+
+
+class Call(nn.Module):
+    """Makes a method of a model what `functional_call` calls."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, method: str, *arguments: Any) -> Any:
+        return getattr(self.model, method)(*arguments)
+
+
+class Stack:
+    """Weights of T models of one structure, [T, ...] by name, and calls of all of them at once.
+
+    Attributes:
+        vmapped: whether one call serves all trials. Parts that `vmap` cannot take are called for one
+            trial after the other.
+    """
+
+    def __init__(self, models: Sequence[PersonalRewardModel]) -> None:
+        self.models, self.template = models, models[0]
+        self._call = Call(self.template)
+        states = [model_state(model) for model in models]
+        self.weights = {name: torch.stack([one[name] for one in states]) for name in states[0]}
+        self.learned = [
+            name
+            for name, one in self.template.named_parameters()
+            if one.requires_grad and name in self.weights
+        ]
+        for name in self.learned:
+            self.weights[name].requires_grad_()
+        self.vmapped = True
+
+    def __len__(self) -> int:
+        return len(self.models)
+
+    def call(self, method: str, batch: PreferenceBatch) -> tuple[Tensor, ...]:
+        """Return what the method returns for each trial, tensors [T, ...]."""
+
+        def one(weights: Named) -> tuple[Tensor, ...]:
+            named = {f"model.{name}": value for name, value in weights.items()}
+            return tuple(functional_call(self._call, named, (method, batch)))
+
+        state = torch.get_rng_state()
+        if self.vmapped:
+            try:
+                return vmap(one, randomness="same")(self.weights)
+            except (RuntimeError, NotImplementedError):  # e.g. a branch that depends on values
+                self.vmapped = False
+        found = []
+        for trial in range(len(self)):  # all draw the same dropout masks
+            torch.set_rng_state(state)
+            found.append(one({name: value[trial] for name, value in self.weights.items()}))
+        return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
+
+    def gradients(self, batch: PreferenceBatch) -> Named:
+        """Return each trial's gradient of its own training loss, by name of what is learned."""
+        loss, _ = self.call("training_loss", batch)
+        learned = [self.weights[name] for name in self.learned]
+        found = torch.autograd.grad(loss.sum(), learned, allow_unused=True)
+        return {
+            name: value
+            for name, value in zip(self.learned, found, strict=True)
+            if value is not None
+        }
+
+    def load(self, weights: Named) -> None:
+        """Put each trial's weights [T, ...] into its model."""
+        for trial, model in enumerate(self.models):
+            own = {name: value[trial].detach().clone() for name, value in weights.items()}
+            model.load_state_dict(own, strict=False)
+
+
+def model_state(model: nn.Module) -> Named:
+    """Return parameters and buffers of a model that are its own, by name."""
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    return {name: one.detach() for name, one in named if not name.startswith(NOT_STACKED)}
+
+
+class StackedAdamW:
+    """AdamW on stacked weights, each trial with its own learning rates and decays (torch.optim.AdamW).
+
+    Args:
+        weights: [T, ...] by name. rates, decays: by name, one a trial, [T].
+    """
+
+    def __init__(
+        self,
+        weights: Named,
+        *,
+        rates: Named,
+        decays: Named,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        self.weights, self.rates, self.decays = weights, rates, decays
+        self.betas, self.eps = betas, eps
+        self.mean = {name: torch.zeros_like(one) for name, one in weights.items()}
+        self.square = {name: torch.zeros_like(one) for name, one in weights.items()}
+        self.n_steps: dict[str, int] = dict.fromkeys(weights, 0)
+
+    @torch.no_grad()
+    def step(self, gradients: Mapping[str, Tensor], factor: Tensor) -> None:
+        """Take a step of `rates` times `factor` [T]; what has no gradient stays as it is."""
+        beta1, beta2 = self.betas
+        for name, gradient in gradients.items():
+            weight, mean, square = self.weights[name], self.mean[name], self.square[name]
+            self.n_steps[name] += 1
+            shape = (-1, *[1] * (weight.dim() - 1))
+            rate = (self.rates[name] * factor).view(shape)
+            weight.mul_(1 - rate * self.decays[name].view(shape))
+            mean.lerp_(gradient, 1 - beta1)
+            square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            correction = (1 - beta2 ** self.n_steps[name]) ** 0.5
+            change = mean / (square.sqrt().div_(correction).add_(self.eps))
+            weight.sub_(change.mul_(rate / (1 - beta1 ** self.n_steps[name])))
+
+
+def stacked_optimizer(
+    stack: Stack, total_steps: int
+) -> tuple[StackedAdamW, Callable[[int], Tensor]]:
+    """Return AdamW with the learning rates of each model's `Optim`, and the factor [T] at a step."""
+    groups = stack.template.trainable_parts()
+    part_of = {id(one): part for part, found in groups.items() for one in found}
+    names = dict(stack.template.named_parameters())
+    optims = [model.optim for model in stack.models]
+    rates, decays = {}, {}
+    for name in stack.learned:
+        is_user = part_of[id(names[name])] == "user"
+        rates[name] = torch.tensor([one.user_lr if is_user else one.head_lr for one in optims])
+        decays[name] = torch.tensor(
+            [one.user_weight_decay if is_user else one.weight_decay for one in optims]
+        )
+    learned = {name: stack.weights[name] for name in stack.learned}
+    at = [one.factor(total_steps) for one in optims]
+    optimizer = StackedAdamW(learned, rates=rates, decays=decays)
+    return optimizer, lambda step: torch.tensor([one(step) for one in at])
+
+
+def clip(gradients: Named, max_norm: float) -> None:
+    """Scale each trial's gradients to a total 2-norm of at most `max_norm`, in place."""
+    squares = [one.flatten(1).square().sum(dim=1) for one in gradients.values()]
+    scale = (max_norm / (torch.stack(squares).sum(dim=0).sqrt() + 1e-6)).clamp(max=1.0)
+    for one in gradients.values():
+        one.mul_(scale.view(-1, *[1] * (one.dim() - 1)))
+
+
+class BestWeights:
+    """Keeps each trial's weights where its val score was best, and says who goes on training.
+
+    Args:
+        patience: validations without progress after which a trial stops; None: it goes on.
+    """
+
+    def __init__(self, stack: Stack, training: Training) -> None:
+        self.stack, self.patience = stack, training.patience
+        self.sign = -1.0 if "accuracy" in training.monitor else 1.0  # the lower, the better
+        n_trials = len(stack)
+        self.weights = {name: one.detach().clone() for name, one in stack.weights.items()}
+        self.best = torch.full((n_trials,), torch.inf, dtype=torch.float64)
+        self.found = torch.full((n_trials, 2), torch.nan, dtype=torch.float64)
+        self.step = torch.zeros(n_trials, dtype=torch.int64)
+        self.waited = torch.zeros(n_trials, dtype=torch.int64)
+
+    def update(self, score: Tensor, found: Tensor, step: int) -> None:
+        """Take a validation: scores [T], val loss and accuracy [T, 2], after so many steps."""
+        going = self.going
+        score = self.sign * score
+        better = (score < self.best) & going
+        self.waited = torch.where(better, 0, self.waited + 1)
+        self.best = torch.where(better, score, self.best)
+        self.found[better], self.step[better] = found[better], step
+        for name, one in self.stack.weights.items():
+            self.weights[name][better] = one.detach()[better]
+
+    @property
+    def going(self) -> Tensor:
+        """Whether each trial is still trained, [T]."""
+        if self.patience is None:
+            return torch.ones(len(self.stack), dtype=torch.bool)
+        return self.waited < self.patience
+
+    def results(self) -> list[Trained]:
+        """Return what each trial came to."""
+        return [
+            Trained(
+                score=self.sign * float(best),
+                val_loss=float(found[0]),
+                val_accuracy=float(found[1]),
+                step=int(step),
+                vmapped=self.stack.vmapped,
+            )
+            for best, found, step in zip(self.best, self.found, self.step, strict=True)
+        ]
+
+
+def train_side_by_side(
+    models: Sequence[PersonalRewardModel], data: PreferenceData, training: Training
+) -> list[Trained]:
+    """Train models of one structure on the same batches, and leave each with its best weights by val.
+
+    They may differ in start values and in `optim`. Learning rates, schedules, clipping, validation and
+    early stopping are those of `train.py`, and so are the random numbers: call it with the state that
+    building the models left.
+
+    Args:
+        data: with `PairDataset.hidden`; train and val alone are read.
+    """
+    seen = data.restrict_to("train", "val")
+    loader = seen.train_dataloader()
+    total_steps = training.total_steps(len(loader))
+    stack = Stack(models)
+    optimizer, factor = stacked_optimizer(stack, total_steps)
+    best = BestWeights(stack, training)
+    val = list(seen.val_dataloader())
+    every = training.val_every_n_steps or len(loader)
+    stack.template.train()
+    for step, batch in enumerate(_batches(loader, total_steps)):
+        gradients = stack.gradients(batch)
+        if training.gradient_clip_val is not None:
+            clip(gradients, training.gradient_clip_val)
+        optimizer.step(gradients, factor(step))
+        if len(val) > 0 and (step + 1) % every == 0:
+            found = validate(stack, val)
+            column = 0 if training.monitor == "val/loss" else 1
+            best.update(found[:, column], found, step + 1)
+            if not best.going.any():
+                break
+    last = {name: one.detach() for name, one in stack.weights.items()}
+    stack.load(best.weights if bool(best.step.any()) else last)
+    for model in models:
+        model.eval()
+    return best.results()
+
+
+def _batches(loader: Any, n_steps: int) -> Iterator[PreferenceBatch]:
+    """Yield the batches of as many epochs as `n_steps` take."""
+    done = 0
+    while done < n_steps:
+        for batch in itertools.islice(loader, n_steps - done):
+            yield batch
+            done += 1
+
+
+def validate(stack: Stack, batches: Sequence[PreferenceBatch]) -> Tensor:
+    """Return val loss and micro accuracy of each trial, [T, 2] float64."""
+    stack.template.eval()
+    total = torch.zeros(len(stack), 2, dtype=torch.float64)
+    with torch.no_grad():
+        for batch in batches:
+            losses, margins = stack.call("loss", batch)  # each [T, B]
+            correct = 0.5 * (margins.sign() + 1)
+            total += torch.stack([losses.double().sum(1), correct.double().sum(1)], dim=1)
+    stack.template.train()
+    return total / sum(len(batch) for batch in batches)

@@ -1,0 +1,82 @@
+"""What a comparison has found so far, on disk: a job that is there is not done again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from pydantic import Field
+
+from plrhf.evaluation.records import Record, read_record, write_record
+
+JOB, MARGINS_FILE = "job.json", "margins.parquet"
+
+
+class JobRecord(Record):
+    """job.json, schema 1: a method on some rows with one seed.
+
+    Attributes:
+        rows, method, seed: what was done. features: what stood for a text.
+        fingerprint: hash of all that decides the result.
+        world: what people of other seeds must share to be the same people.
+        trials: each with ``point``, ``val_loss``, ``val_accuracy``, ``step``. best: the one chosen.
+        vmapped: whether trials were trained in one call.
+        seconds: of training all trials. seconds_per_user: of a new user's fit.
+        numbers_per_user: learned numbers that belong to one user alone.
+        facts: of the rows, the same for all methods.
+    """
+
+    version: Literal[1] = Field(default=1, alias="schema")
+    rows: str
+    method: str
+    features: str
+    seed: int
+    fingerprint: str
+    world: str | None
+    personal: bool
+    trials: list[dict[str, Any]]
+    best: int
+    vmapped: bool
+    seconds: float
+    seconds_per_user: float
+    numbers_per_user: int
+    facts: dict[str, Any] = {}
+
+
+class Store:
+    """A folder of finished jobs.
+
+    Args:
+        folder: made where it is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "jobs"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, rows: str, method: str, seed: int) -> Path:
+        """Return the folder of a job."""
+        return self.folder / rows.replace("/", "-") / method / str(seed)
+
+    def has(self, rows: str, method: str, seed: int, fingerprint: str) -> bool:
+        """Say whether a job was done, with the same settings on the same rows."""
+        path = self.path(rows, method, seed) / JOB
+        return path.is_file() and read_record(path, JobRecord).fingerprint == fingerprint
+
+    def write(self, record: JobRecord, margins: pd.DataFrame) -> None:
+        """Keep a job's record and its margins on test pairs; a killed one leaves no record."""
+        path = self.path(record.rows, record.method, record.seed)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / JOB).unlink(missing_ok=True)
+        aside = path / f"{MARGINS_FILE}.part"
+        margins.to_parquet(aside, index=False)
+        os.replace(aside, path / MARGINS_FILE)
+        write_record(path / JOB, record)
+
+    def jobs(self) -> Iterator[tuple[JobRecord, pd.DataFrame]]:
+        """Yield all finished jobs with their margins, by rows, method and seed."""
+        for path in sorted(self.folder.glob(f"*/*/*/{JOB}")):
+            yield read_record(path, JobRecord), pd.read_parquet(path.parent / MARGINS_FILE)

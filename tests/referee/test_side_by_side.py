@@ -1,0 +1,156 @@
+"""Trials trained side by side against one run of the Lightning trainer each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from runs import WORLD, world, world_tokenizer
+from torch import Tensor, nn
+
+from plrhf.aggregators import FiLM
+from plrhf.core.types import UserBatch
+from plrhf.data.module import PreferenceData
+from plrhf.encoders import LookupEncoder
+from plrhf.models.optim import Optim
+from plrhf.models.reward import PersonalRewardModel
+from plrhf.referee.features import FixedFeatures, with_features
+from plrhf.referee.protocol import margins_on
+from plrhf.referee.side_by_side import (
+    Stack,
+    StackedAdamW,
+    Training,
+    clip,
+    train_side_by_side,
+)
+from plrhf.training.trainer import build_trainer, fit
+
+N_STEPS = 11
+
+
+@pytest.fixture(scope="module")
+def data() -> PreferenceData:
+    """A small world whose texts are known by their shape."""
+    found = PreferenceData(source=world(), seed=3, batch_size=13, eval_batch_size=7, max_tokens=128)
+    found.tokenize(world_tokenizer(), layout="packed")
+    return with_features(found, "shape")
+
+
+class Branching(LookupEncoder):
+    """Looks at values to decide what to do, which `vmap` cannot follow."""
+
+    def forward(self, users: UserBatch) -> Tensor:
+        vectors = super().forward(users)
+        return vectors if bool(vectors.sum() > -1e9) else -vectors
+
+
+def make(data: PreferenceData, optim: Optim, encoder: type[LookupEncoder] = LookupEncoder) -> Any:
+    """A model that always starts alike."""
+    torch.manual_seed(5)
+    hidden = data.datasets["train"].hidden
+    assert hidden is not None
+    backbone: Any = FixedFeatures(hidden.values.shape[1])
+    film = FiLM(
+        hidden_size=backbone.hidden_size, n_blocks=1, user_dim=6, layer_width=9, layer_dropout=0.3
+    )
+    users = encoder(
+        n_users=data.n_users, user_dim=6, vocabulary=torch.zeros(1, 1), rank=2, init="normal"
+    )
+    parts = {"backbone": backbone, "encoder": users, "aggregator": film}
+    return PersonalRewardModel(**parts, n_users=data.n_users + 1, optim=optim, alpha=0.7)
+
+
+OPTIMS = [
+    Optim(user_lr=0.05, head_lr=0.02, user_weight_decay=0.3, warmup_steps=3),
+    Optim(user_lr=0.01, head_lr=0.05, weight_decay=2.0, warmup_steps=1, schedule="constant"),
+    Optim(user_lr=0.2, head_lr=0.001, user_weight_decay=3.0, warmup_steps=0),
+]
+LIMITS: dict[str, Any] = {"val_every_n_steps": 2, "max_steps": N_STEPS, "gradient_clip_val": 0.5}
+
+
+def test_a_stack_learns_what_single_runs_learn(data: PreferenceData, tmp_path: Path) -> None:
+    assert data.n_users == WORLD["n_users"]
+    stacked = [make(data, optim) for optim in OPTIMS]
+    found = train_side_by_side(stacked, data, Training(**LIMITS, patience=3))
+    assert all(one.vmapped for one in found)
+    for optim, ours, result in zip(OPTIMS, stacked, found, strict=True):
+        trainer = build_trainer(
+            run_dir=tmp_path / str(id(optim)),
+            loggers=[],
+            has_val=True,
+            accelerator="cpu",
+            patience=3,
+            **LIMITS,
+        )
+        theirs = make(data, optim)
+        fit(theirs, data, trainer, resume_from=None)
+        margins = [
+            margins_on(one, data.datasets["test"], batch_size=6) for one in (ours, theirs.eval())
+        ]
+        assert np.abs(margins[0]).max() > 0.01
+        np.testing.assert_allclose(*margins, rtol=0, atol=1e-6)
+        best = trainer.checkpoint_callback.best_model_score  # type: ignore[union-attr]
+        assert result.score == pytest.approx(float(best), abs=1e-5)
+        assert result.step % 2 == 0
+
+
+def test_what_vmap_cannot_take_is_trained_one_after_the_other(data: PreferenceData) -> None:
+    training = Training(max_steps=4, val_every_n_steps=2)
+    one_call = [make(data, optim) for optim in OPTIMS[:2]]
+    train_side_by_side(one_call, data, training)
+    in_turn = [make(data, optim, Branching) for optim in OPTIMS[:2]]
+    found = train_side_by_side(in_turn, data, training)
+    assert not any(one.vmapped for one in found)
+    for ours, theirs in zip(in_turn, one_call, strict=True):
+        test = data.datasets["test"]
+        np.testing.assert_allclose(
+            margins_on(ours, test, batch_size=9), margins_on(theirs, test, batch_size=9), atol=1e-5
+        )
+
+
+def test_stacked_adamw_is_torchs() -> None:
+    rates, decays = torch.tensor([0.1, 0.03]), torch.tensor([0.0, 0.7])
+    start = torch.randn(2, 3, 4)
+    stacked = {"w": start.clone()}
+    ours = StackedAdamW(stacked, rates={"w": rates}, decays={"w": decays})
+    singles = [nn.Parameter(one.clone()) for one in start]
+    theirs = [
+        torch.optim.AdamW([one], lr=float(rate), weight_decay=float(decay))
+        for one, rate, decay in zip(singles, rates, decays, strict=True)
+    ]
+    for _ in range(5):
+        gradient = torch.randn(2, 3, 4)
+        ours.step({"w": gradient.clone()}, torch.ones(2))
+        for one, optimizer, own in zip(singles, theirs, gradient, strict=True):
+            one.grad = own.clone()
+            optimizer.step()
+    torch.testing.assert_close(stacked["w"], torch.stack([one.detach() for one in singles]))
+
+
+def test_clipping_is_torchs_for_each_trial() -> None:
+    gradients = {"a": torch.randn(2, 3), "b": torch.randn(2, 4, 1)}
+    gradients["a"][1] *= 1e-3
+    gradients["b"][1] *= 1e-3
+    expected = []
+    for trial in range(2):
+        own = [nn.Parameter(torch.zeros_like(one[trial])) for one in gradients.values()]
+        for parameter, one in zip(own, gradients.values(), strict=True):
+            parameter.grad = one[trial].clone()
+        nn.utils.clip_grad_norm_(own, 0.5)
+        expected.append([one.grad for one in own])
+    clip(gradients, 0.5)
+    for trial in range(2):
+        for found, wanted in zip(gradients.values(), expected[trial], strict=True):
+            torch.testing.assert_close(found[trial], wanted)
+
+
+def test_only_what_is_learned_is_stacked(data: PreferenceData) -> None:
+    model = make(data, OPTIMS[0])
+    model.head.requires_grad_(False)
+    stack = Stack([model, model])
+    assert "encoder.basis" in stack.learned and "head.weight" not in stack.learned
+    assert stack.weights["head.weight"].shape[0] == 2
+    assert not any(name.startswith(("backbone.", "val_")) for name in stack.weights)
