@@ -20,7 +20,7 @@ from rich.table import Table
 from plrhf.backbone.loading import load_tokenizer
 from plrhf.core.row_packing import first_fit_decreasing
 from plrhf.data.module import PreferenceData
-from plrhf.data.samplers import ResumableBatchSampler
+from plrhf.data.samplers import PairSampler
 from plrhf.data.sources.jsonl import JsonlSource
 
 
@@ -40,7 +40,7 @@ def like_tldr(n_pairs: int = 60_000) -> NDArray[np.int64]:
     return (prompt + responses.sum(axis=0)).astype(np.int64)[:, None]
 
 
-def put_together(batches: ResumableBatchSampler) -> float:
+def put_together(batches: PairSampler) -> float:
     """Share of padding in what the trunk reads of the first epoch, where it puts short rows together."""
     n_read = n_text = 0
     for places, _ in batches:
@@ -64,8 +64,8 @@ def main() -> None:
     for name, of_pairs in lengths.items():
         mean, longest = float(of_pairs.mean()), int(of_pairs.max())
         for size in args.pairs:
-            at_random = ResumableBatchSampler(of_pairs, batch_size=size, seed=0)
-            by_length = ResumableBatchSampler(
+            at_random = PairSampler(of_pairs, batch_size=size, seed=0)
+            by_length = PairSampler(
                 of_pairs, batch_size=10**6, batch_tokens=round(size * mean), seed=0
             )
             found = (at_random.padding(), put_together(at_random), by_length.padding())

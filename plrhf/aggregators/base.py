@@ -26,6 +26,7 @@ class Aggregator(nn.Module, ABC):
         unembeddable: whether its hidden states can be unembedded, as a policy must.
         n_positions: how many of the backbone's positions user vectors take.
         penalty_weight: factor of `penalty` in the training loss.
+        user_acts: whether user vectors change the hidden states; else they act in the reward head alone.
     """
 
     user_dim: int
@@ -34,6 +35,7 @@ class Aggregator(nn.Module, ABC):
     unembeddable: bool = True
     n_positions: int = 0
     penalty_weight: float = 0.0
+    user_acts: bool = True
 
     @abstractmethod
     def forward(self, backbone: Backbone, batch: PreferenceBatch, user: Tensor) -> Tensor:
@@ -71,6 +73,33 @@ class Aggregator(nn.Module, ABC):
     def penalty(self) -> Tensor | None:
         """Return a scalar that training adds to its loss with `penalty_weight`, or None."""
         return None
+
+
+def text_layer(hidden_size: int, width: int | None, dropout: float) -> nn.Module:
+    """Build tanh(W dropout(LayerNorm(h))) of a width, for features the trunk does not have linearly.
+
+    Args:
+        width: None gives hidden states as they are.
+    """
+    if width is None:
+        return nn.Identity()
+    return nn.Sequential(
+        nn.LayerNorm(hidden_size, elementwise_affine=False),
+        nn.Dropout(dropout),
+        nn.Linear(hidden_size, width),
+        nn.Tanh(),
+    )
+
+
+def read_without_user(backbone: Backbone, batch: PreferenceBatch, layer: nn.Module) -> Tensor:
+    """Compute the text's hidden states [R, L, d], or pooled ones [B, 2, d] where given, behind a layer."""
+    if batch.hidden is not None:
+        # The layer runs once a distinct text. Of two ways to index, this one's backward is faster.
+        assert batch.texts is not None
+        return nn.functional.embedding(batch.texts, layer(batch.hidden))
+    if batch.trunk is not None:
+        return layer(batch.trunk)
+    return layer(backbone.read_text(batch))
 
 
 def spread_over_rows(user: Tensor, batch: PreferenceBatch) -> Tensor:

@@ -9,7 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from plrhf.aggregators.base import Aggregator, spread_over_rows
+from plrhf.aggregators.base import (
+    Aggregator,
+    read_without_user,
+    spread_over_rows,
+    text_layer,
+)
 from plrhf.backbone.model import Backbone
 from plrhf.core.checks import FractionBelowOne, PositiveInt, check_arguments
 from plrhf.core.errors import bad_value
@@ -34,9 +39,7 @@ class FiLM(Aggregator):
         site: ``last`` acts on the last hidden states, so the trunk does not depend on the user;
             ``every_block`` acts on the output of each block.
         user_dim: width of e_u; None: d, but at most `DEFAULT_USER_DIM` of the site.
-        layer_width: put tanh(W dropout(LayerNorm(h))) of this width before FiLM, for features that the
-            trunk does not have linearly (reward models with site=last only).
-        layer_dropout: of that layer.
+        layer_width, layer_dropout: of `base.text_layer` before FiLM (reward models with site=last only).
     """
 
     def __init__(
@@ -63,15 +66,8 @@ class FiLM(Aggregator):
         self.n_sites = 1 if self.after_trunk else n_blocks
         self.output_size = hidden_size if layer_width is None else layer_width
         self.has_shift = True
-        self.layer: nn.Module = nn.Identity()
-        if layer_width is not None:
-            self.unembeddable = False
-            self.layer = nn.Sequential(
-                nn.LayerNorm(hidden_size, elementwise_affine=False),
-                nn.Dropout(layer_dropout),
-                nn.Linear(hidden_size, layer_width),
-                nn.Tanh(),
-            )
+        self.unembeddable = layer_width is None
+        self.layer = text_layer(hidden_size, layer_width, layer_dropout)
         self.width = self.output_size  # of gamma and of beta
         if site == "every_block" and block_size is not None:
             self.width = block_size
@@ -101,11 +97,13 @@ class FiLM(Aggregator):
 
     def forward(self, backbone: Backbone, batch: PreferenceBatch, user: Tensor) -> Tensor:
         if user.shape[-1] == 0:  # no user model
-            return self._text(backbone, batch).expand(len(user) // len(batch), -1, -1, -1)
+            text = read_without_user(backbone, batch, self.layer)
+            return text.expand(len(user) // len(batch), -1, -1, -1)
         film = self.film(spread_over_rows(user, batch))  # [C, R, n_sites, 2, d]
         if self.after_trunk:
             # In float32 up to the head: a small change would vanish in hidden states of fewer bits.
-            return modulate(self._text(backbone, batch).float(), film[:, :, 0])
+            text = read_without_user(backbone, batch, self.layer)
+            return modulate(text.float(), film[:, :, 0])
         n_contexts, n_rows = film.shape[:2]
         with modulated_blocks(backbone, film.flatten(0, 1)):
             hidden = backbone(
@@ -114,16 +112,6 @@ class FiLM(Aggregator):
                 batch.position_ids.repeat(n_contexts, 1),  # and not packed: users go by row
             )
         return hidden.unflatten(0, (n_contexts, n_rows))
-
-    def _text(self, backbone: Backbone, batch: PreferenceBatch) -> Tensor:
-        """What the user acts on: hidden states [R, L, d], or pooled ones [B, 2, d] where given."""
-        if batch.hidden is not None:
-            # The layer runs once a distinct text. Of two ways to index, this one's backward is faster.
-            assert batch.texts is not None
-            return nn.functional.embedding(batch.texts, self.layer(batch.hidden))
-        if batch.trunk is not None:
-            return self.layer(batch.trunk)
-        return self.layer(backbone.read_text(batch))
 
     @contextlib.contextmanager
     def decoding(

@@ -199,6 +199,7 @@ class DataConfig(Section):
     batch_size: PositiveInt
     eval_batch_size: PositiveInt
     batch_tokens: PositiveInt | None
+    users_per_batch: PositiveInt | None
     on_bad_row: Literal["refuse", "error"]
     val_fraction: FractionBelowOne | None
     test_fraction: FractionBelowOne | None

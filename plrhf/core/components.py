@@ -120,6 +120,28 @@ def construct(
     return component(**given, **{k: v for k, v in provided.items() if k in takes})
 
 
+def named_settings(
+    given: object, known: Mapping[str, type], field: str, example: str
+) -> dict[str, Any]:
+    """Return the settings of a component that is chosen by name or by ``_target_``.
+
+    Args:
+        given: a name of `known`, or a mapping with such a ``name`` or with a ``_target_``, and the
+            component's own settings. field: where it stands, for messages. example: a name to propose.
+
+    Raises:
+        ValueError: neither.
+    """
+    settings = {"name": given} if isinstance(given, str) else given
+    if isinstance(settings, Mapping) and "_target_" in settings:
+        return dict(settings)
+    found = known.get(str(settings.get("name"))) if isinstance(settings, Mapping) else None
+    if found is None:
+        allowed = f"one of {', '.join(known)}, or a _target_"
+        raise bad_value(field, given, allowed, f"Set {field}={example}")
+    return {**settings, "_target_": f"{found.__module__}.{found.__qualname__}"}  # type: ignore[dict-item]
+
+
 def accepted(
     settings: Mapping[str, Any],
     kinds: Mapping[str, Any],

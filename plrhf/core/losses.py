@@ -24,6 +24,14 @@ def bradley_terry(reward_margin: Tensor, *, target_margin: float = 0.0) -> Tenso
     return -logsigmoid(reward_margin - target_margin)
 
 
+def reward_hinge(reward_margin: Tensor, *, target_margin: float = 0.0) -> Tensor:
+    """Return the hinge loss of each choice, [B]: relu(1 + m - margin), with the target margin m.
+
+    With m = 0 the loss of PAL-A (Chen et al. 2024, arXiv 2406.08469).
+    """
+    return torch.relu(1 + target_margin - reward_margin)
+
+
 def reward_centring(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
     """Return a penalty [B] that keeps rewards near zero.
 

@@ -28,6 +28,7 @@ from plrhf.data.samplers import (
     ResumableBatchSampler,
     ResumableLoader,
     ShardedBatches,
+    make_sampler,
 )
 from plrhf.data.sources.base import Source
 from plrhf.data.splits import all_as_test, split_rows, with_shuffled_users
@@ -61,7 +62,7 @@ class PreferenceData(LightningDataModule):
         source: where rows come from.
         seed: of splits and batch order.
         batch_size, eval_batch_size: pairs in a batch, over all processes.
-        batch_tokens: see `ResumableBatchSampler`; of train batches.
+        batch_tokens, users_per_batch: see `samplers.make_sampler`; of train batches.
         shuffle_users: permute users over train rows and over val rows, the control that must lose.
         users, schema: of a trained model, to evaluate it on other rows. All rows (of split "test", if
             rows carry a split) are then test rows. None: both are taken from the train rows.
@@ -80,6 +81,7 @@ class PreferenceData(LightningDataModule):
         batch_size: int,
         eval_batch_size: int,
         batch_tokens: int | None = None,
+        users_per_batch: int | None = None,
         on_bad_row: str = "refuse",
         val_fraction: float | None = None,
         test_fraction: float | None = None,
@@ -110,7 +112,7 @@ class PreferenceData(LightningDataModule):
                 )
         self.source, self.seed = source, seed
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.batch_tokens = batch_tokens
+        self.batch_tokens, self.users_per_batch = batch_tokens, users_per_batch
         kinds = None if schema is None else schema.kinds()
         rows, self.report = read_rows(source.records(), on_bad_row=on_bad_row, feature_kinds=kinds)
         self.report.check_some_left()
@@ -364,11 +366,12 @@ class PreferenceData(LightningDataModule):
         return self._loader("train", self._train_sampler(), kind=ResumableLoader)
 
     def _train_sampler(self) -> ResumableBatchSampler:
-        return ResumableBatchSampler(
-            self.datasets["train"].row_lengths(),
+        return make_sampler(
+            self.datasets["train"],
             batch_size=self.batch_size,
-            seed=self.seed,
             batch_tokens=self.batch_tokens,
+            users_per_batch=self.users_per_batch,
+            seed=self.seed,
             accumulated_batches=self.shard.accumulated_batches,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from plrhf.core.errors import bad_value
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.dataset import PairDataset, RankShard
 from plrhf.data.store import Indices
@@ -29,19 +31,12 @@ class BatchIndices(NamedTuple):
 class ResumableBatchSampler(Sampler[BatchIndices]):
     """Draws train batches in an order fixed by seed and epoch alone, from any batch on.
 
-    With `batch_tokens` pairs are divided once into buckets of like length. Every epoch draws the
-    batches of a bucket at random and mixes the batches of all buckets, so that all epochs have the
-    same number of batches.
-
     A batch of n pairs has the step weight k n / sum n, over the k batches whose gradients are summed
     to one optimiser step. Weighted so, the mean of their k losses is the mean over the step's pairs.
 
     Args:
         lengths: tokens of every pair's rows, [N, R].
-        batch_size: largest number of pairs in a batch.
         seed: any integer.
-        batch_tokens: largest number of tokens in a batch, padding included; a longer pair is a batch
-            of its own. None: no limit, and pairs in random order.
         accumulated_batches: see `RankShard`.
 
     Attributes:
@@ -50,62 +45,167 @@ class ResumableBatchSampler(Sampler[BatchIndices]):
     """
 
     def __init__(
+        self, lengths: NDArray[np.int64], *, seed: int, accumulated_batches: int = 1
+    ) -> None:
+        self.lengths, self.seed = lengths, seed
+        self.accumulated_batches = accumulated_batches
+        self.served = 0
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of batches in an epoch, the same in all."""
+
+    @abstractmethod
+    def batches(self, generator: torch.Generator) -> list[Indices]:
+        """Draw the pairs of each batch of an epoch."""
+
+    def epoch(self, number: int) -> list[Indices]:
+        """Return the pairs of each batch of an epoch, in its order."""
+        return self.batches(torch.Generator().manual_seed(self.seed * 1_000_003 + number))
+
+    def __iter__(self) -> Iterator[BatchIndices]:
+        epoch, first = divmod(self.served, max(1, len(self)))
+        batches = self.epoch(epoch)
+        sizes = np.array([len(one) for one in batches], dtype=np.int64)
+        step_starts = np.arange(0, len(sizes), self.accumulated_batches)
+        step_sizes = np.add.reduceat(sizes, step_starts)  # pairs of each optimiser step
+        for turn in range(first, len(batches)):
+            self.served += 1
+            step_size = int(step_sizes[turn // self.accumulated_batches])
+            weight = self.accumulated_batches * int(sizes[turn]) / step_size
+            yield BatchIndices(batches[turn].tolist(), weight)
+
+    def padding(self) -> float | None:
+        """Return the fraction of padding among the tokens of the first epoch, None without pairs."""
+        if len(self.lengths) == 0:
+            return None
+        longest = self.lengths.max(axis=1)
+        padded = sum(int(longest[one].max()) * len(one) for one in self.epoch(0))
+        return 1 - float(self.lengths.sum() / (self.lengths.shape[1] * padded))
+
+
+class PairSampler(ResumableBatchSampler):
+    """Draws pairs at random, whoever's they are.
+
+    With `batch_tokens` pairs are divided once into buckets of like length. Every epoch draws the
+    batches of a bucket at random and mixes the batches of all buckets, so that all epochs have the
+    same number of batches.
+
+    Args:
+        batch_size: largest number of pairs in a batch.
+        batch_tokens: largest number of tokens in a batch, padding included; a longer pair is a batch
+            of its own. None: no limit, and pairs in random order.
+        others: see `ResumableBatchSampler`.
+    """
+
+    def __init__(
         self,
         lengths: NDArray[np.int64],
         *,
         batch_size: int,
-        seed: int,
         batch_tokens: int | None = None,
-        accumulated_batches: int = 1,
+        **others: Any,
     ) -> None:
-        self.lengths, self.seed = lengths, seed
-        self.accumulated_batches = accumulated_batches
-        self.longest = lengths.max(axis=1)
+        super().__init__(lengths, **others)
         self.bucket, sizes = np.zeros(len(lengths), dtype=np.int32), [batch_size]
         if batch_tokens is not None:
             row_tokens = batch_tokens // lengths.shape[1]
-            self.bucket, sizes = length_buckets(self.longest, batch_size, row_tokens)
+            self.bucket, sizes = length_buckets(lengths.max(axis=1), batch_size, row_tokens)
         # Batches as slices of the pairs sorted by bucket.
         starts, end = [], 0
         for size, n_pairs in zip(sizes, np.bincount(self.bucket, minlength=1), strict=True):
             starts.append(np.arange(end, end + n_pairs, size))
             end += int(n_pairs)
         self.starts = np.concatenate(starts)
-        self.ends = np.append(self.starts[1:], end)
-        self.served = 0
 
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __iter__(self) -> Iterator[BatchIndices]:
-        epoch, first = divmod(self.served, max(1, len(self)))
-        pairs, batches = self.epoch_order(epoch)
-        sizes = (self.ends - self.starts)[batches]
-        step_starts = np.arange(0, len(sizes), self.accumulated_batches)
-        step_sizes = np.add.reduceat(sizes, step_starts)  # pairs of each optimiser step
-        for turn in range(first, len(self)):
-            self.served += 1
-            indices = pairs[self.starts[batches[turn]] : self.ends[batches[turn]]].tolist()
-            step_size = int(step_sizes[turn // self.accumulated_batches])
-            yield BatchIndices(indices, self.accumulated_batches * len(indices) / step_size)
-
-    def epoch_order(self, epoch: int) -> tuple[Indices, Indices]:
-        """Return the pairs shuffled and sorted by bucket, [N], and the order of the batches."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+    def batches(self, generator: torch.Generator) -> list[Indices]:
         pairs = torch.randperm(len(self.lengths), generator=generator).numpy()
-        if self.bucket.max(initial=0) == 0:
-            return pairs, np.arange(len(self))
-        pairs = pairs[np.argsort(self.bucket[pairs], kind="stable")]
-        return pairs, torch.randperm(len(self), generator=generator).numpy()
+        order = np.arange(len(self))
+        if self.bucket.max(initial=0) > 0:
+            pairs = pairs[np.argsort(self.bucket[pairs], kind="stable")]
+            order = torch.randperm(len(self), generator=generator).numpy()
+        slices = np.split(pairs, self.starts[1:])
+        return [slices[place] for place in order]
 
-    def padding(self) -> float | None:
-        """Return the fraction of padding among the tokens of the first epoch, None without pairs."""
-        if len(self.lengths) == 0:
-            return None
-        pairs, _ = self.epoch_order(0)
-        longest = np.maximum.reduceat(self.longest[pairs], self.starts)
-        padded = self.lengths.shape[1] * (longest * (self.ends - self.starts)).sum()
-        return 1 - float(self.lengths.sum() / padded)
+
+class UserSampler(ResumableBatchSampler):
+    """Draws users at random, and several pairs of each: a batch is a few tasks.
+
+    A user's pairs are divided at random into parts of `pairs_per_user`, the last of them smaller. An
+    epoch has rounds: in each, every user who has a part left gives one, in random order, and
+    `users_per_batch` of them are a batch. So a batch has each of its users once.
+
+    Args:
+        user_id: user of each pair, [N]. others: see `ResumableBatchSampler`.
+    """
+
+    def __init__(
+        self,
+        lengths: NDArray[np.int64],
+        user_id: NDArray[np.int64],
+        *,
+        users_per_batch: int,
+        pairs_per_user: int,
+        **others: Any,
+    ) -> None:
+        super().__init__(lengths, **others)
+        self.user_id = user_id
+        self.users_per_batch, self.pairs_per_user = users_per_batch, pairs_per_user
+
+    def __len__(self) -> int:
+        _, counts = np.unique(self.user_id, return_counts=True)
+        parts = -(-counts // self.pairs_per_user)
+        users = [int((parts > turn).sum()) for turn in range(int(parts.max(initial=0)))]
+        return sum(-(-one // self.users_per_batch) for one in users)
+
+    def batches(self, generator: torch.Generator) -> list[Indices]:
+        pairs = torch.randperm(len(self.user_id), generator=generator).numpy()
+        pairs = pairs[np.argsort(self.user_id[pairs], kind="stable")]
+        _, starts = np.unique(self.user_id[pairs], return_index=True)
+        of_users = np.split(pairs, starts[1:]) if len(pairs) > 0 else []
+        size, found = self.pairs_per_user, []
+        for start in range(0, max(map(len, of_users), default=0), size):
+            parts = [one[start : start + size] for one in of_users if len(one) > start]
+            order = torch.randperm(len(parts), generator=generator).tolist()
+            for first in range(0, len(order), self.users_per_batch):
+                taken = order[first : first + self.users_per_batch]
+                found.append(np.concatenate([parts[place] for place in taken]))
+        return found
+
+
+def make_sampler(
+    dataset: PairDataset,
+    *,
+    batch_size: int,
+    batch_tokens: int | None,
+    users_per_batch: int | None,
+    **others: Any,
+) -> ResumableBatchSampler:
+    """Make the sampler of train batches: `PairSampler`, or with `users_per_batch` `UserSampler`.
+
+    Raises:
+        ValueError: users are to be drawn with a limit of tokens, or more users than pairs.
+    """
+    lengths = dataset.row_lengths()
+    if users_per_batch is None:
+        return PairSampler(lengths, batch_size=batch_size, batch_tokens=batch_tokens, **others)
+    if batch_tokens is not None or users_per_batch > batch_size:
+        raise bad_value(
+            "data.users_per_batch",
+            users_per_batch,
+            f"null with data.batch_tokens, else at most data.batch_size={batch_size}",
+            "Set data.users_per_batch=null, or data.batch_tokens=null and a larger data.batch_size",
+        )
+    return UserSampler(
+        lengths,
+        dataset.user_id.numpy(),
+        users_per_batch=users_per_batch,
+        pairs_per_user=batch_size // users_per_batch,
+        **others,
+    )
 
 
 def length_buckets(

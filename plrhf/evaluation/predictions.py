@@ -34,6 +34,9 @@ class Prepare(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PersonalModule)
         prepare(pl_module, self.data, trainer, cache_dir=self.cache_dir)
+        if trainer.ckpt_path is None:
+            total_steps = int(trainer.estimated_stepping_batches)
+            pl_module.initialise(self.data, total_steps=total_steps)
 
 
 def prepare(
@@ -66,7 +69,7 @@ def prepare(
             head = "head in float32" if model.head_in_float32 else "head as the model"
             data.precompute_reference(ask(model.reference_logps), cache("reference", head))
         elif isinstance(model, PersonalRewardModel) and model.pooled_suffices:
-            data.precompute_hidden(ask(model.pooled_trunk), cache("pooled", model.pooling))
+            data.precompute_hidden(ask(model.pooled_trunk), cache("pooled", model.pooled_name))
     model.train()
 
 

@@ -115,7 +115,7 @@ def scores(
     off = torch.autocast(batch.user_id.device.type, enabled=False)
     with off, dense_gradients(model.encoder):
         users = functional_call(model.encoder, dict(tables), (batch.users,))
-    margins, extra = model.margins(model.hidden_for(batch, users), batch)
+    margins, extra = model.margins_for(batch, users)
     return margins[0], model.pair_loss(margins, extra)[0]
 
 

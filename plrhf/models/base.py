@@ -18,17 +18,22 @@ from plrhf.backbone.model import Backbone
 from plrhf.backbone.saving import without_frozen
 from plrhf.core import losses
 from plrhf.core.checks import Fraction, check_arguments
+from plrhf.core.components import construct
 from plrhf.core.errors import bad_value
 from plrhf.core.types import PreferenceBatch
+from plrhf.data.dataset import PairDataset
+from plrhf.data.module import PreferenceData
 from plrhf.data.rows import content_hash
 from plrhf.data.tokenizer import Tokenizer
 from plrhf.encoders import UserEncoder
 from plrhf.models.adaptation import Fit, NewUser, adapt
 from plrhf.models.card import Card
 from plrhf.models.enrolment import enrol, forget
+from plrhf.models.inner import Inner, fit_train_users, task_vectors
 from plrhf.models.loading import load_checkpoint, load_export, reload_users
 from plrhf.models.metrics import ExactMean, UserAccuracy
 from plrhf.models.optim import Optim, RowAdamW, clip_gradients
+from plrhf.models.reduction import Reduce, Reduction
 
 T = TypeVar("T")
 
@@ -55,6 +60,8 @@ class PersonalModule(LightningModule):
         n_users: number of user indices, the generic user's among them.
         optim: learning rates, decay, schedule.
         alpha: weight of the user-specific against the generic loss.
+        reduce: see `reduction.Reduction`. inner: arguments of `inner.Inner`; None: users are learned
+            like all else.
 
     Attributes:
         card: the settings the model was built from; None for a model put together from its parts.
@@ -74,19 +81,23 @@ class PersonalModule(LightningModule):
         n_users: int,
         optim: Optim | None = None,
         alpha: Fraction = 0.5,
+        reduce: Reduce = "pairs",
+        inner: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.encoder = encoder
         self.aggregator = aggregator
         self.optim = Optim() if optim is None else optim
-        has_vectors = encoder.generic(1).shape[1] > 0
-        self.n_user_vectors = aggregator.n_positions if has_vectors else 0
-        if not has_vectors:  # what maps user vectors would never learn
+        self.has_user_vectors = encoder.generic(1).shape[1] > 0
+        self.n_user_vectors = aggregator.n_positions if self.has_user_vectors else 0
+        if not self.has_user_vectors:  # what maps user vectors would never learn
             for parameter in user_maps(aggregator):
                 parameter.requires_grad_(False)
         # An encoder that does not tell users apart gives both contexts the same vectors.
         self.alpha = alpha if encoder.personal else 1.0
+        self.reduction = Reduction(reduce, n_users=n_users)
+        self.inner = None if inner is None else construct(Inner, inner, "model.inner")
         self.strict_loading = False  # checkpoints leave out frozen weights
         self.val_accuracy = UserAccuracy(n_users=n_users)
         self.val_loss = ExactMean()
@@ -114,8 +125,23 @@ class PersonalModule(LightningModule):
         return model if map_location is None else model.to(map_location)
 
     @abstractmethod
-    def margins(self, hidden: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        """Turn hidden states [C, R, L, d] into margins [C, B], in nats, and what else the loss needs."""
+    def margins(
+        self, hidden: Tensor, batch: PreferenceBatch, user: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Turn hidden states [C, R, L, d] into margins [C, B], in nats, and what else the loss needs.
+
+        Args:
+            user: the user vectors [C * B, user_dim] that the hidden states were computed for.
+        """
+
+    def margins_for(self, batch: PreferenceBatch, user: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute `margins` of the batch for user vectors [C * B, user_dim]."""
+        return self.margins(self.hidden_for(batch, user), batch, user)
+
+    def margins_in(self, batch: PreferenceBatch, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """Compute `margins` of the batch in the named contexts, "user", "generic" or both."""
+        user, _ = self.user_vectors(batch, names)
+        return self.margins_for(batch, user)
 
     @abstractmethod
     def pair_loss(self, margins: Tensor, extra: Tensor) -> Tensor:
@@ -143,19 +169,10 @@ class PersonalModule(LightningModule):
         """Parameters that are neither language model nor user model."""
         return []
 
-    def hidden(self, batch: PreferenceBatch, names: tuple[str, ...]) -> Tensor:
-        """Compute the hidden states of the batch in the named contexts, [C, R, L, d].
-
-        Args:
-            names: "user", "generic" or both.
-        """
-        user, _ = self.user_vectors(batch, names)
-        return self.hidden_for(batch, user)
-
     def user_vectors(
         self, batch: PreferenceBatch, names: tuple[str, ...]
     ) -> tuple[Tensor, Tensor | None]:
-        """Encode the batch's users in the named contexts.
+        """Encode the batch's users in the named contexts, "user", "generic" or both.
 
         Autocast is off: user vectors keep their precision, whatever text is computed in. Vectors are
         moved to the batch's device, as an encoder may make some of them on the CPU.
@@ -173,33 +190,47 @@ class PersonalModule(LightningModule):
                 found.append(vectors.to(batch.user_id.device))
         return torch.cat(found), penalty
 
+    def hidden(self, batch: PreferenceBatch, names: tuple[str, ...]) -> Tensor:
+        """Compute the hidden states of the batch in the named contexts, [C, R, L, d]."""
+        user, _ = self.user_vectors(batch, names)
+        return self.hidden_for(batch, user)
+
     def hidden_for(self, batch: PreferenceBatch, user: Tensor) -> Tensor:
         """Compute the hidden states [C, R, L, d] of the batch for user vectors [C * B, user_dim]."""
         return self.aggregator(self.backbone, batch, user)
 
     def loss(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """Compute the mixed loss of each pair [B] and the margins [B] of the first context taken."""
-        pair_losses, margins, _ = self._loss_and_penalty(batch)
-        return pair_losses, margins
+        user, _ = self.user_vectors(batch, self.context_names)
+        return self._loss_for(batch, user)
 
-    def _loss_and_penalty(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor, Tensor | None]:
-        names = tuple(name for name, _ in losses.contexts(self.alpha))
-        user, penalty = self.user_vectors(batch, names)
-        margins, extra = self.margins(self.hidden_for(batch, user), batch)
-        mixed = losses.mixed(self.pair_loss(margins, extra), alpha=self.alpha)
-        return mixed, margins[0], penalty
+    @property
+    def context_names(self) -> tuple[str, ...]:
+        """The contexts that the loss is computed in."""
+        return tuple(name for name, _ in losses.contexts(self.alpha))
+
+    def _loss_for(self, batch: PreferenceBatch, user: Tensor) -> tuple[Tensor, Tensor]:
+        margins, extra = self.margins_for(batch, user)
+        return losses.mixed(self.pair_loss(margins, extra), alpha=self.alpha), margins[0]
 
     def training_loss(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """Compute what training minimises on a batch, penalties included, and its accuracy; scalars."""
-        pair_losses, margins, user_penalty = self._loss_and_penalty(batch)
+        user, user_penalty = self.user_vectors(batch, self.context_names)
+        weights = self.reduction.weights(batch.user_id)
+        if self.inner is not None and self.context_names[0] == "user":
+            vectors, asked = task_vectors(self, batch, self.inner)
+            user = torch.cat([vectors, user[len(batch) :]])
+            weights = asked if weights is None else weights * asked
+        pair_losses, margins = self._loss_for(batch, user)
+        self.reduction.record(batch.user_id, pair_losses)
         correct = 0.5 * (margins.detach().sign() + 1)  # ties count one half, as in validation
-        loss, accuracy = batch.mean(pair_losses), batch.mean(correct)
+        loss = batch.mean(pair_losses if weights is None else weights * pair_losses)
         text_penalty = self.aggregator.penalty()
         if user_penalty is not None:
             loss = loss + self.encoder.penalty_weight * batch.mean(user_penalty)
         if text_penalty is not None:
             loss = loss + self.aggregator.penalty_weight * text_penalty
-        return loss, accuracy
+        return loss, batch.mean(correct)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         loss, accuracy = self.training_loss(batch)
@@ -226,12 +257,12 @@ class PersonalModule(LightningModule):
     def context_margins(self, batch: PreferenceBatch) -> dict[str, Tensor]:
         """Compute the margins [B] of the pairs in the contexts "user" and "generic"."""
         names = ("user", "generic") if self.encoder.personal else ("user",)
-        margins, _ = self.margins(self.hidden(batch, names), batch)
+        margins, _ = self.margins_in(batch, names)
         return {"user": margins[0], "generic": margins[-1]}
 
     def forward(self, batch: PreferenceBatch) -> Tensor:
         """Margins [B], in nats, of the pairs for the users who chose; above 0 where the model agrees."""
-        margins, _ = self.margins(self.hidden(batch, ("user",)), batch)
+        margins, _ = self.margins_in(batch, ("user",))
         return margins[0]
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Tensor]:
@@ -298,14 +329,35 @@ class PersonalModule(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def initialise(self, data: PreferenceData, *, total_steps: int) -> None:
+        """Take start values from the train pairs, once values without any user are computed."""
+
+    def on_fit_start(self) -> None:
+        if self.reduction.kind != "pairs":
+            self.reduction.count(self._train_pairs().user_id)
+
+    def _train_pairs(self) -> PairDataset:
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        pairs: PairDataset = data.datasets["train"]
+        return pairs
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.reduction.step()
+
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
         self._catch_up(batch.user_id)
 
     def on_validation_start(self) -> None:
-        self._catch_up()
+        self._finish_users()
 
     def on_train_end(self) -> None:
+        self._finish_users()
+
+    def _finish_users(self) -> None:
+        """Bring the rows of all train users to where the steps taken leave them."""
         self._catch_up()
+        if self.inner is not None:
+            fit_train_users(self, self._train_pairs(), self.inner)
 
     def _catch_up(self, rows: Tensor | None = None) -> None:
         """Decay rows of sparse tables, all or those of a batch, as far as the steps taken ask for."""
@@ -331,6 +383,8 @@ class PersonalModule(LightningModule):
         """Keep only what is learned, and note what the model was made for."""
         checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
         checkpoint["made_for"] = self._made_for()
+        if self.reduction.kind == "tail":
+            checkpoint["user_losses"] = self.reduction.losses
         if hasattr(self, "card"):  # plain data, from which `load_from_checkpoint` builds the model
             checkpoint["hyper_parameters"] = {
                 "card": asdict(self.card),
@@ -339,6 +393,7 @@ class PersonalModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model's checkpoint, and say in what they differ."""
+        self.reduction.losses = checkpoint.get("user_losses", self.reduction.losses)
         before = checkpoint.get("made_for", {})
         for name, value in self._made_for().items():
             if before.get(name) != value:

@@ -88,7 +88,7 @@ def score(model: PersonalRewardModel, asked: Asked, *, batch_size: int = 32) -> 
         batches = batches_of(dataset, range(len(rows)), users, batch_size=batch_size)
 
         def rewards(batch: PreferenceBatch) -> Tensor:
-            return model.rewards(model.hidden(batch, ("user",)), batch)[0, :, 0]
+            return model.rewards(batch)[:, 0]
 
         return compute_per_pair(rewards, batches, model.device) if rows else torch.empty(0)
 

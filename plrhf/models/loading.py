@@ -19,6 +19,7 @@ from plrhf.core.errors import bad_value
 from plrhf.encoders import UserEncoder
 from plrhf.models.card import CARD, Card, card_of, read_card
 from plrhf.models.export import BACKBONE, USER_MODEL, check_files, restore, user_model_state
+from plrhf.models.heads import head_settings
 from plrhf.models.optim import Optim
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -162,8 +163,11 @@ def load_checkpoint(
 
 def _check_class(model_class: type, card: Card, *, trust_components: bool) -> None:
     """Raise where a card names another class than is wanted, or code from outside plrhf without leave."""
-    for field in ("model", "encoder", "aggregator"):
-        target = str(vars(card)[field].get("_target_"))
+    parts = {"model": card.model, "encoder": card.encoder, "aggregator": card.aggregator}
+    if "head" in card.model:
+        parts["model.head"] = head_settings(card.model["head"])
+    for field, settings in parts.items():
+        target = str(settings.get("_target_"))
         if not trust_components and not target.startswith("plrhf."):
             raise bad_value(
                 f"{CARD}.{field}._target_",

@@ -72,6 +72,13 @@ class PersonalDPOPolicy(PersonalModule):
                 "null for a policy",
                 "Set aggregator.layer_width=null",
             )
+        if self.has_user_vectors and not self.aggregator.user_acts:
+            raise bad_value(
+                "aggregator",
+                type(self.aggregator).__name__,
+                "one in which users act, as a policy has no reward head",
+                "Set aggregator=film, or encoder=none",
+            )
         if self.backbone.trainable == "full":
             raise bad_value(
                 "backbone.trainable",
@@ -131,7 +138,9 @@ class PersonalDPOPolicy(PersonalModule):
         """Run the backbone on the text alone, [R, L, d] last hidden states."""
         return self.backbone.read_text(batch)
 
-    def margins(self, hidden: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+    def margins(
+        self, hidden: Tensor, batch: PreferenceBatch, user: Tensor
+    ) -> tuple[Tensor, Tensor]:
         reference = self.reference_logps(batch) if batch.ref_logps is None else batch.ref_logps
         logits = torch.stack(
             [losses.dpo_logits(self.logps(of_context, batch), reference) for of_context in hidden]

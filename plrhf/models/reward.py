@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from plrhf.core import losses
 from plrhf.core.checks import NonNegativeFloat, check_arguments
-from plrhf.core.types import CHOSEN, PADDING, REJECTED, PreferenceBatch
+from plrhf.core.errors import bad_value
+from plrhf.core.types import CHOSEN, PADDING, PROMPT, REJECTED, PreferenceBatch
+from plrhf.data.module import PreferenceData
 from plrhf.models.base import PersonalModule
+from plrhf.models.heads import RewardHead, build_head
 from plrhf.models.inference import Asked, score
+from plrhf.models.loading import build_model
+from plrhf.models.start import build_start
+
+
+def pool_prompts(hidden: Tensor, segment: Tensor, *, n_pairs: int, pooling: str) -> Tensor:
+    """Pool hidden states of the prompt of each response, as `pool_responses` does, to [C, B, 2, d].
+
+    In the packed layout both responses have the same prompt.
+    """
+    prompt = torch.where(segment == PROMPT, CHOSEN, PADDING)
+    pooled = pool_responses(hidden, prompt, n_pairs=len(segment), pooling=pooling)[..., 0, :]
+    of_rows = pooled.unflatten(1, (-1, n_pairs))  # [C, 1 or 2 rows, B, d]
+    return of_rows.expand(-1, 2, -1, -1).transpose(1, 2)
 
 
 def pool_responses(hidden: Tensor, segment: Tensor, *, n_pairs: int, pooling: str) -> Tensor:
@@ -40,30 +57,76 @@ def pool_responses(hidden: Tensor, segment: Tensor, *, n_pairs: int, pooling: st
 class PersonalRewardModel(PersonalModule):
     """Rewards a response for a user, r(x, y, u), learned from choices (arXiv 2402.05133, P-RM).
 
-    r = w . pool(h) over the response's hidden states h, on which the aggregator lets the user act.
+    r = head(pool(h), e_u) over the response's hidden states h. Users act in the aggregator, which makes
+    h, or in the head.
 
     Args:
+        head: a name of `heads.HEADS`, a mapping with it or a ``_target_`` and settings, or a head.
+        loss: ``sigmoid``, the likelihood `losses.bradley_terry`, or ``hinge``, `losses.reward_hinge`.
+        start: a name of `start.STARTS`, or a mapping with it and its settings.
         pooling: ``last`` response token, or ``mean`` over the response's tokens.
-        target_margin: m of `losses.bradley_terry`. centring: weight of `losses.reward_centring`.
+        target_margin: m of these two. centring: weight of `losses.reward_centring`.
         parts: see `PersonalModule`.
     """
 
     def __init__(
         self,
         *,
+        head: str | dict[str, Any] | RewardHead = "linear",
+        loss: Literal["sigmoid", "hinge"] = "sigmoid",
+        start: str | dict[str, Any] = "random",
         pooling: Literal["last", "mean"] = "mean",
         target_margin: NonNegativeFloat = 0.0,
         centring: NonNegativeFloat = 0.0,
         **parts: Any,
     ) -> None:
         super().__init__(**parts)
-        if centring == 0:  # the loss then sees differences of rewards alone
-            self.aggregator.drop_shift()
+        self.start = start
+        self.choice_loss = losses.reward_hinge if loss == "hinge" else losses.bradley_terry
         self.pooling = pooling
         self.target_margin = target_margin
         self.centring = centring
-        self.head = nn.Linear(self.aggregator.output_size, 1, bias=False)
-        nn.init.normal_(self.head.weight, std=self.aggregator.output_size**-0.5)
+        self.head = build_head(
+            head, hidden_size=self.aggregator.output_size, user_dim=self.aggregator.user_dim
+        )
+        if centring == 0 and self.head.shift_cancels:
+            self.aggregator.drop_shift()
+        self._check_user_acts()
+
+    def initialise(self, data: PreferenceData, *, total_steps: int) -> None:
+        build_start(self.start).apply(self, data, total_steps=total_steps)
+
+    def drawn_anew(self) -> Self:
+        """Build the same model on the same backbone, with a user model and head drawn anew."""
+        anew: Self = build_model(self.backbone, self.card, optim=self.optim)
+        return anew.to(self.device)
+
+    def _check_user_acts(self) -> None:
+        """Raise where head and aggregator leave users without effect, or the head is without its input."""
+        acts = self.aggregator.user_acts or self.head.reads_user
+        if self.has_user_vectors and not acts:
+            raise bad_value(
+                "aggregator",
+                type(self.aggregator).__name__,
+                "one in which users act, with a reward head that does not read them",
+                "Set aggregator=film, model.head=basis, or encoder=none",
+            )
+        if self.head.reads_user and not self.has_user_vectors:
+            raise bad_value(
+                "model.head",
+                type(self.head).__name__,
+                "one that reads no user with encoder=none",
+                "Set encoder=uniform, or model.head=linear",
+            )
+        if self.head.reads_prompt and (
+            self.aggregator.user_acts or len(self.aggregator.text_parameters()) > 0
+        ):
+            raise bad_value(
+                "aggregator",
+                type(self.aggregator).__name__,
+                "none without a layer, with a reward head that reads the prompt",
+                "Set aggregator=none aggregator.layer_width=null",
+            )
 
     def head_parameters(self) -> list[nn.Parameter]:
         return list(self.head.parameters())
@@ -86,23 +149,30 @@ class PersonalRewardModel(PersonalModule):
         # A trunk that does not depend on the user is run and pooled once for all contexts.
         return super().hidden_for(self.without_user(batch), user)
 
-    def rewards(self, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
-        """Turn hidden states [C, R, L, d] into rewards [C, B, 2] float32 (chosen, rejected).
+    def rewards(self, batch: PreferenceBatch) -> Tensor:
+        """Compute rewards [B, 2] float32 of chosen and rejected responses for the users who chose."""
+        return self.margins_in(batch, ("user",))[1][0]
 
-        With `aggregator.after_trunk` the hidden states are pooled already, [C, B, 2, d].
+    def margins(
+        self, hidden: Tensor, batch: PreferenceBatch, user: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Turn hidden states into margins [C, B] and rewards [C, B, 2], both float32.
+
+        Args:
+            hidden: [C, R, L, d]; pooled already, [C, B, 2, d], with `aggregator.after_trunk`.
         """
         pooled = hidden
         if not self.aggregator.after_trunk:
             pooled = pool_responses(hidden, batch.segment, n_pairs=len(batch), pooling=self.pooling)
+        if self.head.reads_prompt:
+            pooled, prompt = pooled.chunk(2, dim=-1)
+            batch = replace(batch, prompt=prompt[0])
+        dtype = self.head.dtype
         with torch.autocast(pooled.device.type, enabled=False):  # which would round rewards
-            return self.head(pooled.to(self.head.weight.dtype)).squeeze(-1).float()
-
-    def margins(self, hidden: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        rewards = self.rewards(hidden, batch)
-        return rewards[..., 0] - rewards[..., 1], rewards
+            return self.head.compare(pooled.to(dtype), user.to(dtype), batch)
 
     def pair_loss(self, margins: Tensor, extra: Tensor) -> Tensor:
-        loss = losses.bradley_terry(margins, target_margin=self.target_margin)
+        loss = self.choice_loss(margins, target_margin=self.target_margin)
         return loss + self.centring * losses.reward_centring(extra[..., 0], extra[..., 1])
 
     @property
@@ -111,8 +181,18 @@ class PersonalRewardModel(PersonalModule):
         return self.aggregator.after_trunk and self.backbone.trainable == "frozen"
 
     def pooled_trunk(self, batch: PreferenceBatch) -> Tensor:
-        """Run the trunk without any user and pool its outputs, [B, 2, d] float32."""
-        hidden = self.backbone.read_text(batch)
-        return pool_responses(
-            hidden[None], batch.segment, n_pairs=len(batch), pooling=self.pooling
-        )[0].float()
+        """Run the trunk without any user and pool its outputs, [B, 2, d] float32.
+
+        Where the head reads prompts, those of the prompt follow, [B, 2, 2 d].
+        """
+        hidden = self.backbone.read_text(batch)[None]
+        how: dict[str, Any] = {"n_pairs": len(batch), "pooling": self.pooling}
+        pooled = pool_responses(hidden, batch.segment, **how)
+        if self.head.reads_prompt:
+            pooled = torch.cat([pooled, pool_prompts(hidden, batch.segment, **how)], dim=-1)
+        return pooled[0].float()
+
+    @property
+    def pooled_name(self) -> str:
+        """What `pooled_trunk` gives, for the name that its values are kept under."""
+        return f"{self.pooling} and prompt" if self.head.reads_prompt else self.pooling

@@ -140,7 +140,10 @@ def test_settings_go_to_the_source_or_to_the_data(files: dict[str, Path]) -> Non
 @pytest.mark.parametrize("encoder", options("encoder"))
 @pytest.mark.parametrize("aggregator", options("aggregator"))
 def test_encoders_and_aggregators(encoder: str, aggregator: str, model_of: Any) -> None:
-    config = RunConfig.from_settings(composed(f"encoder={encoder}", f"aggregator={aggregator}"))
+    overrides = [f"encoder={encoder}", f"aggregator={aggregator}"]
+    if aggregator == "none" and encoder != "none":  # so that users act somewhere
+        overrides.append("model.head=basis")
+    config = RunConfig.from_settings(composed(*overrides))
     model = model_of(config)
     assert isinstance(model, PersonalRewardModel)
     assert model.encoder.generic(3).shape in ((3, 0), (3, model.aggregator.user_dim))

@@ -27,7 +27,7 @@ from plrhf.data.module import PreferenceData
 from plrhf.data.packing import TokenPair
 from plrhf.data.parsing import parse_row
 from plrhf.data.rows import Rows
-from plrhf.data.samplers import ResumableBatchSampler, length_buckets
+from plrhf.data.samplers import PairSampler, length_buckets
 from plrhf.data.sources.base import Source
 from plrhf.data.splits import all_as_test
 from plrhf.data.text_values import distinct_texts, texts_as_pairs
@@ -160,7 +160,7 @@ def test_order_goes_on_where_it_stopped(
 def test_an_iterator_left_at_its_last_batch_starts_the_next_epoch() -> None:
     # Lightning knows how many batches there are and asks for no more.
     lengths = np.ones((7, 1), dtype=np.int64)
-    left, exhausted = (ResumableBatchSampler(lengths, batch_size=3, seed=0) for _ in range(2))
+    left, exhausted = (PairSampler(lengths, batch_size=3, seed=0) for _ in range(2))
     iterator = iter(left)
     assert [next(iterator) for _ in range(3)] == list(exhausted)
     assert list(left) == list(exhausted)
@@ -180,7 +180,7 @@ def test_classes_of_like_length_by_hand() -> None:
 @pytest.mark.parametrize("rows_a_pair", [1, 2])
 def test_batches_keep_to_a_budget_of_tokens(rows_a_pair: int) -> None:
     lengths = np.random.default_rng(0).integers(5, 60, size=(1009, rows_a_pair))
-    batches = ResumableBatchSampler(lengths, batch_size=9, seed=2, batch_tokens=130 * rows_a_pair)
+    batches = PairSampler(lengths, batch_size=9, seed=2, batch_tokens=130 * rows_a_pair)
     epochs = [list(batches) for _ in range(3)]
     assert len(batches) == len(epochs[0]) == len(epochs[1]) == len(epochs[2])
     seen_together = set()
@@ -192,7 +192,7 @@ def test_batches_keep_to_a_budget_of_tokens(rows_a_pair: int) -> None:
         assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.2  # lengths are mixed
         seen_together |= {tuple(sorted(places)) for places, _ in epoch}
     assert len(seen_together) > 2.8 * len(batches)  # and so is who stands with whom
-    at_random = ResumableBatchSampler(lengths, batch_size=9, seed=2)
+    at_random = PairSampler(lengths, batch_size=9, seed=2)
     share, more = batches.padding(), at_random.padding()
     assert share is not None and more is not None
     assert (share < 0.1 if rows_a_pair == 1 else share < 0.3) and more > share + 0.1
@@ -201,11 +201,11 @@ def test_batches_keep_to_a_budget_of_tokens(rows_a_pair: int) -> None:
 def test_padding_by_hand() -> None:
     def padding(lengths: list[list[int]]) -> float | None:
         table = np.array(lengths, dtype=np.int64).reshape(len(lengths), -1)
-        return ResumableBatchSampler(table, batch_size=3, seed=0).padding()
+        return PairSampler(table, batch_size=3, seed=0).padding()
 
     assert padding([[4], [4], [2]]) == pytest.approx(2 / 12)
     assert padding([[3, 4], [2, 2]]) == pytest.approx(5 / 16)
-    assert ResumableBatchSampler(np.empty((0, 1), np.int64), batch_size=3, seed=0).padding() is None
+    assert PairSampler(np.empty((0, 1), np.int64), batch_size=3, seed=0).padding() is None
 
 
 def test_padding_is_what_batches_hold(tokenizer: Any, word_tokenizer: Any) -> None:
@@ -701,7 +701,7 @@ def test_reward_of_a_bidirectional_encoder_is_that_of_one_sequence(word_tokenize
         rewards = []
         for response in (pair.chosen, pair.rejected):
             hidden = model.backbone.model(tensor([[*pair.prompt, *response]])).last_hidden_state[0]
-            rewards.append(model.head(hidden[len(pair.prompt) :].mean(0)))
+            rewards.append(model.head.weight @ hidden[len(pair.prompt) :].mean(0))
         torch.testing.assert_close(found[place], (rewards[0] - rewards[1])[0], atol=1e-5, rtol=0)
 
 

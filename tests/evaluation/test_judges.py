@@ -354,7 +354,7 @@ def reward(
     batch = PreferenceBatch(
         torch.tensor([user]), features, input_ids, segment, positions, torch.tensor([0])
     )
-    return float(model.rewards(model.hidden(batch, ("user",)), batch)[0, 0, 0])
+    return float(model.rewards(batch)[0, 0])
 
 
 @torch.no_grad()

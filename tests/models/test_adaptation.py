@@ -181,7 +181,7 @@ def test_the_fit_in_a_table_really_enlarged(kind: Any, aggregator: str) -> None:
     table = torch.cat([encoder.offsets.weight, row[None]]).detach()
     encoder.offsets = nn.Embedding.from_pretrained(table, freeze=False, padding_idx=0)
     batch.user_id = torch.full((5,), len(table) - 1)
-    margins, extra = model.margins(model.hidden(batch, ("user",)), batch)
+    margins, extra = model.margins_in(batch, ("user",))
     likelihood = model.pair_loss(margins, extra).sum()
     precision = torch.linalg.inv(prior.factor.T @ prior.factor)
     penalty = 0.5 * encoder.offsets.weight[-1] @ precision @ encoder.offsets.weight[-1]

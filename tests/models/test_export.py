@@ -247,6 +247,14 @@ BROKEN = {
         changed(encoder={"_target_": "shutil.rmtree"}),
         "plrhf.json.encoder._target_='shutil.rmtree' is not allowed: expected a class of plrhf",
     ),
+    "a head from elsewhere": (
+        changed(model={"head": {"_target_": "shutil.rmtree"}}),
+        "plrhf.json.model.head._target_='shutil.rmtree' is not allowed: expected a class of plrhf",
+    ),
+    "no such head": (
+        changed(model={"head": {"name": "lineal"}}),
+        "model.head={'name': 'lineal'} is not allowed: expected one of linear",
+    ),
     "a user twice": (
         changed(users=["ann", "bob", "ann"]),
         "plrhf.json.users='ann' is not allowed: expected each user once.",

@@ -333,7 +333,7 @@ def test_each_weight_learns_at_its_own_rate(
 def test_target_margin_and_centring_enter_the_reward_loss() -> None:
     batch = make_batch(make_pairs())
     plain = make_model(PersonalRewardModel, alpha=1.0)
-    rewards = plain.rewards(plain.hidden(batch, ("user",)), batch)[0]
+    rewards = plain.rewards(batch)
     chosen, rejected = rewards.unbind(1)
     loss, _ = make_model(PersonalRewardModel, alpha=1.0, target_margin=0.5, centring=0.1).loss(
         batch

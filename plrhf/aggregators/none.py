@@ -1,0 +1,53 @@
+"""No aggregator: the text stays as it is, and users act in the reward head alone."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+
+from plrhf.aggregators.base import Aggregator, read_without_user, text_layer
+from plrhf.backbone.model import Backbone
+from plrhf.core.checks import FractionBelowOne, PositiveInt, check_arguments
+from plrhf.core.types import PreferenceBatch
+
+
+@check_arguments("aggregator")
+class NoAggregator(Aggregator):
+    """Hands hidden states to the reward head without any user, who acts there.
+
+    Args:
+        user_dim: width of the user vectors that the head reads.
+        layer_width, layer_dropout: of `base.text_layer` before the head.
+    """
+
+    after_trunk = True
+    user_acts = False
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        user_dim: PositiveInt = 8,
+        layer_width: PositiveInt | None = None,
+        layer_dropout: FractionBelowOne = 0.0,
+    ) -> None:
+        super().__init__()
+        self.user_dim = user_dim
+        self.output_size = hidden_size if layer_width is None else layer_width
+        self.unembeddable = layer_width is None
+        self.layer = text_layer(hidden_size, layer_width, layer_dropout)
+
+    def text_parameters(self) -> list[Any]:
+        return list(self.layer.parameters())
+
+    def forward(self, backbone: Backbone, batch: PreferenceBatch, user: Tensor) -> Tensor:
+        text = read_without_user(backbone, batch, self.layer)
+        return text.float().expand(len(user) // len(batch), -1, -1, -1)
+
+    def decoding(
+        self, backbone: Backbone, input_ids: Tensor, attention_mask: Tensor, user: Tensor
+    ) -> AbstractContextManager[dict[str, Any]]:
+        return contextlib.nullcontext({"input_ids": input_ids, "attention_mask": attention_mask})

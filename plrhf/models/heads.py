@@ -1,0 +1,362 @@
+"""Reward heads: pooled hidden states of responses and the user's vector -> rewards."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from plrhf.core.checks import PositiveFloat, PositiveInt, check_arguments
+from plrhf.core.components import build, named_settings
+from plrhf.core.errors import bad_value
+from plrhf.core.types import PreferenceBatch
+
+
+class RewardHead(nn.Module, ABC):
+    """Rewards the two responses of each pair.
+
+    A subclass is built by keyword. Of `hidden_size` and `user_dim`, the aggregator's, it is handed those
+    that its constructor names, beside its own settings.
+
+    Attributes:
+        reads_user: whether the user vectors it is handed change rewards.
+        reads_prompt: whether it needs `PreferenceBatch.prompt`.
+        shift_cancels: whether a vector added to both hidden states of a pair changes no margin.
+    """
+
+    reads_user: bool = False
+    reads_prompt: bool = False
+    shift_cancels: bool = False
+
+    @abstractmethod
+    def forward(self, hidden: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
+        """Compute rewards [C, B, 2] float32 of chosen and rejected responses.
+
+        Args:
+            hidden: [C, B, 2, hidden_size], pooled, in the dtype of the head's weights.
+            user: [C * B, user_dim], C contexts one after the other, in the same dtype.
+            batch: the B pairs.
+        """
+
+    def compare(
+        self, hidden: Tensor, user: Tensor, batch: PreferenceBatch
+    ) -> tuple[Tensor, Tensor]:
+        """Compute margins [C, B] and rewards [C, B, 2].
+
+        sigma(margin) is the probability that the user prefers the chosen response. By default the margin
+        is the difference of rewards; a head with another probability p overrides this and gives
+        log p / (1 - p).
+        """
+        rewards = self(hidden, user, batch)
+        return rewards[..., 0] - rewards[..., 1], rewards
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the head's weights."""
+        return next((one.dtype for one in self.parameters()), torch.float32)
+
+
+class LinearHead(RewardHead):
+    """Rewards by one direction for all users, r = w . h; users act in the aggregator."""
+
+    shift_cancels = True
+
+    def __init__(self, *, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Linear(hidden_size, 1, bias=False).weight
+        nn.init.normal_(self.weight, std=hidden_size**-0.5)
+
+    def forward(self, hidden: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
+        return nn.functional.linear(hidden, self.weight).squeeze(-1).float()
+
+
+def of_contexts(user: Tensor, hidden: Tensor) -> Tensor:
+    """Give every response its user's vector, [C * B, D] -> [C, B, 2, D]."""
+    return user.view(*hidden.shape[:2], 1, -1).expand(-1, -1, 2, -1)
+
+
+def projector(hidden_size: int, out: int, width: int | None) -> nn.Module:
+    """Build a linear map from hidden states, or with a `width` one through a GELU layer of it."""
+    if width is None:
+        return nn.Linear(hidden_size, out)
+    return nn.Sequential(nn.Linear(hidden_size, width), nn.GELU(), nn.Linear(width, out))
+
+
+@check_arguments("model.head")
+class DistanceHead(RewardHead):
+    """Rewards a response by its distance to the user's ideal point, r = -|f(h) - e_u|.
+
+    PAL-A of Chen et al. 2024, arXiv 2406.08469, section 3; there e_u is a mixture of K prototypes
+    (``encoder=cluster``) and the loss is the hinge (``model.loss=hinge``).
+
+    Args:
+        width: of the layer in f; None: f is linear.
+    """
+
+    reads_user = True
+
+    def __init__(
+        self, *, hidden_size: int, user_dim: int, width: PositiveInt | None = None
+    ) -> None:
+        super().__init__()
+        self.project = projector(hidden_size, user_dim, width)
+
+    def forward(self, hidden: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
+        away = self.project(hidden) - of_contexts(user, hidden)
+        # The norm has no gradient at 0.
+        return -(away.float().square().sum(-1) + 1e-12).sqrt()
+
+
+@check_arguments("model.head")
+class CosineHead(RewardHead):
+    """Rewards a response by its direction, r = exp(s) cos(f(h), u) with a learned scale s.
+
+    u is the user's vector, or with `prompt_width` depends on the prompt x too: u(x) = sum_k
+    softmax(e_u)_k g_k(h_x), one g_k a number of e_u. That is PAL-B of Chen et al. 2024, arXiv 2406.08469.
+
+    Args:
+        width: of the layer in f, None: f is linear. prompt_width: of the layer in the g_k, None: the
+            user's vector is u. dim: width of f(h) and u(x); without `prompt_width` it is the user's.
+        temperature: exp(-s) at the start.
+    """
+
+    reads_user = True
+    largest_scale = 100.0
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        user_dim: int,
+        width: PositiveInt | None = None,
+        prompt_width: PositiveInt | None = None,
+        dim: PositiveInt = 64,
+        temperature: PositiveFloat = 0.07,
+    ) -> None:
+        super().__init__()
+        self.reads_prompt = prompt_width is not None
+        dim = dim if self.reads_prompt else user_dim
+        self.project = projector(hidden_size, dim, width)
+        n_points = user_dim if self.reads_prompt else 0
+        self.points = nn.ModuleList(
+            projector(hidden_size, dim, prompt_width) for _ in range(n_points)
+        )
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
+
+    def forward(self, hidden: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
+        point = of_contexts(user, hidden)
+        if self.reads_prompt:
+            assert batch.prompt is not None
+            prompt = batch.prompt.to(hidden.dtype)
+            points = torch.stack([one(prompt) for one in self.points], dim=-1)  # [B, 2, dim, K]
+            point = (points * point.softmax(-1).unsqueeze(-2)).sum(-1)
+        cosine = nn.functional.cosine_similarity(self.project(hidden), point, dim=-1)
+        return (self.log_scale.exp().clamp(max=self.largest_scale) * cosine).float()
+
+
+@check_arguments("model.head")
+class DecoderHead(RewardHead):
+    """Rewards a response by an MLP on [h; e_u] (VPL: Poddar et al. 2024, arXiv 2408.10075).
+
+    With `film` the user also scales and shifts the last layer, x' = (1 + tanh(a_u) / 2) x + tanh(b_u) / 2
+    with linear a_u, b_u (SPL's decoder, arXiv 2603.12595).
+
+    Args:
+        width: H of the layers.
+    """
+
+    reads_user = True
+
+    def __init__(
+        self, *, hidden_size: int, user_dim: int, width: PositiveInt = 512, film: bool = False
+    ) -> None:
+        super().__init__()
+        first = max(1, width // 2) if film else width
+        self.body = nn.Sequential(
+            nn.Linear(hidden_size + user_dim, first),
+            nn.LeakyReLU(0.2),
+            nn.Linear(first, width),
+            nn.LeakyReLU(0.2),
+        )
+        self.film = nn.Linear(user_dim, 2 * width) if film else None
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, hidden: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
+        of_user = of_contexts(user, hidden)
+        features = self.body(torch.cat([hidden, of_user], dim=-1))
+        if self.film is not None:
+            scale, shift = (0.5 * self.film(of_user).tanh()).chunk(2, dim=-1)
+            features = (1 + scale) * features + shift
+        return self.out(features).squeeze(-1).float()
+
+
+@check_arguments("model.head")
+class BasisHead(RewardHead):
+    """Mixes K directions by the user's K numbers, r = sum_k w_uk V_k . h; K is `aggregator.user_dim`.
+
+    LoRe (arXiv 2504.14439) and MRM (arXiv 2601.18731) mix rewards by softmax weights, PReF
+    (arXiv 2503.06358) and RFM (arXiv 2503.17338) by the numbers as they are.
+
+    Args:
+        weights: ``softmax`` of the user's vector, or ``raw``.
+        mixes: what is mixed: ``rewards``; ``probabilities``, sigma(m) = sum_k w_uk sigma(m_k), so that one
+            of K people judges a pair (MiCRo, arXiv 2505.24846); or in training ``losses``, sum_k w_uk
+            -log sigma(m_k), and in use rewards, so that each direction learns by itself from users
+            of weight w_uk (HyRe, arXiv 2412.08812). The last two need weights that sum to 1.
+        scale: factor of all rewards. std: of the starting V; None: 1 / sqrt(d).
+        routed: add a linear map of the prompt's hidden state to the user's vector (MiCRo's router).
+        frozen: leave V as it starts, see ``model.start``.
+    """
+
+    reads_user = True
+    shift_cancels = True
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        user_dim: int,
+        weights: Literal["softmax", "raw"] = "softmax",
+        mixes: Literal["rewards", "probabilities", "losses"] = "rewards",
+        scale: PositiveFloat = 1.0,
+        std: PositiveFloat | None = None,
+        routed: bool = False,
+        frozen: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weights, self.mixes, self.scale = weights, mixes, scale
+        self.basis = nn.Linear(hidden_size, user_dim, bias=False)  # V, [K, d]
+        nn.init.normal_(self.basis.weight, std=hidden_size**-0.5 if std is None else std)
+        self.basis.requires_grad_(not frozen)
+        self.reads_prompt = routed
+        self.router = nn.Linear(hidden_size, user_dim, bias=False) if routed else None
+        if mixes == "probabilities" and weights == "raw":
+            raise bad_value(
+                "model.head.weights",
+                weights,
+                "softmax where probabilities are mixed",
+                "Set model.head.weights=softmax",
+            )
+
+    def mixture(self, hidden: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
+        """Compute the weights w_uk of each response's directions, [C, B, 2, K]."""
+        given = of_contexts(user, hidden)
+        if self.router is not None:
+            assert batch.prompt is not None
+            given = given + self.router(batch.prompt.to(hidden.dtype))
+        return given.softmax(-1) if self.weights == "softmax" else given
+
+    def members(self, hidden: Tensor) -> Tensor:
+        """Compute the rewards [C, B, 2, K] of each direction by itself."""
+        return (self.scale * self.basis(hidden)).float()
+
+    def forward(self, hidden: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
+        return (self.mixture(hidden, user, batch).float() * self.members(hidden)).sum(-1)
+
+    def compare(
+        self, hidden: Tensor, user: Tensor, batch: PreferenceBatch
+    ) -> tuple[Tensor, Tensor]:
+        margins, rewards = super().compare(hidden, user, batch)
+        if self.mixes == "rewards" or (self.mixes == "losses" and not self.training):
+            return margins, rewards
+        members = self.members(hidden)
+        of_member = members[..., 0, :] - members[..., 1, :]  # [C, B, K]
+        weights = self.mixture(hidden, user, batch).float().mean(dim=2)  # prompts of both responses
+        if self.mixes == "losses":
+            return margin_of_loss((weights * -logsigmoid(of_member)).sum(-1)), rewards
+        log_weights = weights.clamp(min=1e-30).log()
+        for_chosen, for_rejected = (
+            (log_weights + logsigmoid(sign * of_member)).logsumexp(-1) for sign in (1, -1)
+        )
+        return for_chosen - for_rejected, rewards
+
+
+def margin_of_loss(loss: Tensor) -> Tensor:
+    """Return the margin m whose logistic loss -log sigma(m) is `loss` > 0: -log(exp(loss) - 1)."""
+    loss = loss.clamp(min=1e-12)
+    return -(loss + torch.log(-torch.expm1(-loss)))
+
+
+@check_arguments("model.head")
+class AffineHead(RewardHead):
+    """Scales one scalar reward by user, r = (1 + e_u) w . h; `aggregator.user_dim` is 1.
+
+    Per-rater affine maps of a reward model (PEBS, arXiv 2606.27578). The map's shift is left out, since
+    a choice between two responses does not depend on it. What pulls users to the shared scale is the
+    encoder's shrinkage, or `optim.user_weight_decay`.
+    """
+
+    reads_user = True
+    shift_cancels = True
+
+    def __init__(self, *, hidden_size: int, user_dim: int) -> None:
+        super().__init__()
+        if user_dim != 1:
+            raise bad_value(
+                "aggregator.user_dim", user_dim, "1, the user's scale", "Set aggregator.user_dim=1"
+            )
+        self.shared = LinearHead(hidden_size=hidden_size)
+
+    def forward(self, hidden: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
+        scale = 1 + of_contexts(user, hidden).squeeze(-1).float()
+        return scale * self.shared(hidden, user, batch)
+
+
+class MeanVarianceHead(RewardHead):
+    """Knows how much people disagree on a response, and no person: a mean and a variance of rewards.
+
+    p = Phi((mu_1 - mu_2) / sqrt(s_1^2 + s_2^2)), Phi normal (distributional preference learning of
+    Siththaranjan et al. 2024, arXiv 2312.08358, the mean-and-variance model).
+    """
+
+    def __init__(self, *, hidden_size: int) -> None:
+        super().__init__()
+        self.mean = LinearHead(hidden_size=hidden_size)
+        self.log_std = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.log_std.weight)
+        nn.init.zeros_(self.log_std.bias)
+
+    def forward(self, hidden: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
+        return self.mean(hidden, user, batch)
+
+    def compare(
+        self, hidden: Tensor, user: Tensor, batch: PreferenceBatch
+    ) -> tuple[Tensor, Tensor]:
+        difference, rewards = super().compare(hidden, user, batch)
+        variance = (2 * self.log_std(hidden).squeeze(-1).float()).exp().sum(-1)  # [C, B]
+        z = difference / variance.sqrt()
+        return torch.special.log_ndtr(z) - torch.special.log_ndtr(-z), rewards
+
+
+HEADS: dict[str, type[RewardHead]] = {
+    "linear": LinearHead,
+    "distance": DistanceHead,
+    "cosine": CosineHead,
+    "decoder": DecoderHead,
+    "basis": BasisHead,
+    "affine": AffineHead,
+    "mean_variance": MeanVarianceHead,
+}
+
+
+def head_settings(head: object) -> dict[str, Any]:
+    """Return ``model.head``, a name of `HEADS` or a mapping, as settings with ``_target_``."""
+    return named_settings(head, HEADS, "model.head", "linear")
+
+
+def build_head(
+    head: str | Mapping[str, Any] | RewardHead, *, hidden_size: int, user_dim: int
+) -> RewardHead:
+    """Build the head that ``model.head`` names, for an aggregator's hidden states and user vectors."""
+    if isinstance(head, RewardHead):
+        return head
+    settings = head_settings(head)
+    found: RewardHead = build(
+        settings, "model.head", kind=RewardHead, hidden_size=hidden_size, user_dim=user_dim
+    )
+    return found

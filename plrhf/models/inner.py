@@ -1,0 +1,179 @@
+"""Users as tasks: a few differentiable steps from the generic user to a person, inside training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from pydantic import Field
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from plrhf.core.checks import PositiveFloat, PositiveInt, check_arguments
+from plrhf.core.errors import bad_value
+from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
+from plrhf.data.dataset import PairDataset
+from plrhf.encoders import UserEncoder
+from plrhf.models.adaptation import dense_gradients, user_tables
+from plrhf.models.pair_batches import POOLED_AT_ONCE
+
+if TYPE_CHECKING:
+    from plrhf.models.base import PersonalModule
+
+
+Tables: TypeAlias = dict[str, Tensor]
+
+
+@check_arguments("model.inner")
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    """How a person is found inside training (MAML, as MRM has it: arXiv 2601.18731).
+
+    Their parameters start at the generic user's, z <- z_0; `steps` times z <- z - lr * gradient of the
+    mean loss of their support pairs; what training minimises is the loss of their query pairs at that z,
+    through the steps, so that z_0 and all that is shared make a person easy to find.
+
+    Args:
+        lr: of these steps. query_share: share of a user's pairs in a batch that are query pairs.
+    """
+
+    steps: PositiveInt = 1
+    lr: PositiveFloat = 1.0
+    query_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+
+
+@dataclass(frozen=True)
+class Support:
+    """Pairs that users are fitted to.
+
+    Attributes:
+        task: row of each pair's user in the tables, [B] int64 from 1.
+        weight: of each pair's loss, [B]; those of a user sum to 1, of query pairs they are 0.
+    """
+
+    batch: PreferenceBatch
+    task: Tensor
+    weight: Tensor
+
+
+def tasks_of(user_id: Tensor, query_share: float) -> tuple[Tensor, Tensor]:
+    """Number a batch's users from 1, and say which of their pairs are query pairs.
+
+    The first pairs of a user in the batch are support, at least one; of a user with one pair there is
+    nothing to ask.
+
+    Returns:
+        [B] int64, and [B] bool.
+    """
+    _, task, counts = user_id.unique(return_inverse=True, return_counts=True)
+    order = task.argsort(stable=True)
+    starts = counts.cumsum(0) - counts
+    rank = torch.empty_like(task)
+    rank[order] = torch.arange(len(task), device=task.device) - starts[task[order]]
+    n_support = (counts - (query_share * counts).round().long()).clamp(min=1)
+    return task + 1, rank >= n_support[task]
+
+
+def mean_weights(task: Tensor, chosen: Tensor) -> Tensor:
+    """Weigh the `chosen` pairs [B] bool so that those of each task sum to 1, all others 0."""
+    counts = torch.zeros(int(task.max()) + 1, device=task.device)
+    counts.index_add_(0, task, chosen.float())
+    return chosen / counts[task].clamp(min=1)
+
+
+def vectors_of(
+    model: PersonalModule, batch: PreferenceBatch, task: Tensor, tables: Tables
+) -> Tensor:
+    """Compute the user vectors [B, user_dim] of pairs whose users are rows of tables."""
+    users = UserBatch(user_id=task, features=batch.features)
+    off = torch.autocast(task.device.type, enabled=False)
+    with off, dense_gradients(model.encoder):
+        return functional_call(model.encoder, tables, (users,))
+
+
+def fitted_tables(
+    model: PersonalModule, given: Sequence[Support], inner: Inner, *, n_tasks: int
+) -> Tables:
+    """Take the inner steps of all tasks at once; no task's loss holds another's parameters.
+
+    Returns:
+        Tables by name, [1 + n_tasks, ...], the generic user's row first. They are differentiable in all
+        that the model has learned.
+
+    Raises:
+        ValueError: the encoder has no parameters of single users.
+    """
+    generic = _generic_rows(model.encoder)
+
+    def tables_of(rows: Tables) -> Tables:
+        return {name: torch.cat([generic[name], row]) for name, row in rows.items()}
+
+    def loss(rows: Tables, one: Support) -> Tensor:
+        user = vectors_of(model, one.batch, one.task, tables_of(rows))
+        margins, extra = model.margins_for(one.batch, user)
+        return (model.pair_loss(margins, extra)[0] * one.weight).sum()
+
+    rows = {name: row.expand(n_tasks, *row.shape[1:]) for name, row in generic.items()}
+    for _ in range(inner.steps):
+        gradients = [torch.func.grad(loss)(rows, one) for one in given]
+        rows = {
+            name: row - inner.lr * sum(gradient[name] for gradient in gradients)
+            for name, row in rows.items()
+        }
+    return tables_of(rows)
+
+
+def _generic_rows(encoder: UserEncoder) -> Tables:
+    """Return the generic user's row of each table, [1, ...]; a row that is fixed gets no gradient."""
+    tables = user_tables(encoder)
+    if len(tables) == 0:
+        raise bad_value(
+            "model.inner",
+            type(encoder).__name__,
+            "null with an encoder that has no parameters of single users",
+            "Set encoder=lookup or encoder=cluster, or model.inner=null",
+        )
+    embeddings = (one for one in encoder.modules() if isinstance(one, nn.Embedding))
+    fixed = {id(one.weight) for one in embeddings if one.padding_idx == GENERIC_USER}
+    return {
+        name: (table.detach() if id(table) in fixed else table)[GENERIC_USER : GENERIC_USER + 1]
+        for name, table in tables.items()
+    }
+
+
+def task_vectors(
+    model: PersonalModule, batch: PreferenceBatch, inner: Inner
+) -> tuple[Tensor, Tensor]:
+    """Fit a batch's users to their support pairs.
+
+    Returns:
+        The vectors [B, user_dim], differentiable, and the weights [B] by which the mean over the batch
+        is that over its query pairs.
+    """
+    task, is_query = tasks_of(batch.user_id, inner.query_share)
+    given = [Support(batch, task, mean_weights(task, ~is_query))]
+    n_tasks = int(task.max())
+    tables = fitted_tables(model, given, inner, n_tasks=n_tasks)
+    asked = is_query * (len(task) / is_query.sum().clamp(min=1))
+    return vectors_of(model, batch, task, tables), asked
+
+
+@torch.no_grad()
+def fit_train_users(model: PersonalModule, dataset: PairDataset, inner: Inner) -> None:
+    """Write the rows of all train users, fitted to all of their train pairs, into the encoder."""
+    device = next(model.parameters()).device
+    users = dataset.user_id.to(device)
+    weight = mean_weights(users, users > GENERIC_USER)
+    given = []
+    for start in range(0, len(dataset), POOLED_AT_ONCE):
+        places = range(start, min(start + POOLED_AT_ONCE, len(dataset)))
+        batch = move_data_to_device(dataset.batch(places), device)
+        given.append(Support(batch, batch.user_id, weight[start : places.stop]))
+    own = user_tables(model.encoder)
+    n_users = len(next(iter(own.values()))) - 1
+    tables = fitted_tables(model, given, inner, n_tasks=n_users)
+    for name, table in own.items():
+        table[GENERIC_USER + 1 :] = tables[name][GENERIC_USER + 1 :]

@@ -1,0 +1,74 @@
+"""How the losses of pairs become one: a mean over pairs, over users, or over users of large loss."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Reduce = Literal["pairs", "users", "tail"]
+
+TAIL_QUANTILE, TAIL_TEMPERATURE = 0.5, 0.5
+"""The authors' settings of ``tail`` (MRM, arXiv 2601.18731)."""
+
+
+class Reduction:
+    """Weighs pairs so that the mean over them is the mean wanted.
+
+    Weights are counted over the whole train set, not in a batch, so that neither batch size nor
+    accumulation changes what is minimised.
+
+    * ``pairs``: every pair counts alike.
+    * ``users``: every user counts alike, w_i = N / (U n_u) for N pairs, U users and n_u pairs of i's user:
+      1/N sum_i w_i loss_i = 1/U sum_u mean_u.
+    * ``tail``: users of large loss count more, by sigma((L_u - tau) / gamma) on top, with tau the
+      median of the L_u (robust preference optimisation of MRM, arXiv 2601.18731). L_u is the user's
+      mean loss in the last optimiser step that had them, and no gradient goes through the weight;
+      a user not yet met counts as one at tau.
+
+    Args:
+        n_users: number of user indices, the generic user's among them.
+    """
+
+    def __init__(self, kind: Reduce, *, n_users: int) -> None:
+        self.kind = kind
+        self.share = torch.ones(n_users)  # weight of each user's pairs
+        self.losses = torch.full((n_users,), torch.nan)  # L_u
+        self._sums, self._counts = torch.zeros(n_users), torch.zeros(n_users)
+
+    def count(self, user_id: Tensor) -> None:
+        """Count the pairs of each user over the train set's `user_id` [N], and begin anew."""
+        counts = user_id.bincount(minlength=len(self.share)).float()
+        n_users = int((counts > 0).sum())
+        self.share = len(user_id) / (n_users * counts.clamp(min=1))
+        self.losses.fill_(torch.nan)
+
+    def weights(self, user_id: Tensor) -> Tensor | None:
+        """Return the weights [B] of pairs of these users, None where all are 1."""
+        if self.kind == "pairs":
+            return None
+        at = user_id.cpu()
+        weights = self.share[at]
+        if self.kind == "tail":
+            weights = weights * self.tail_weights()[at]
+        return weights.to(user_id.device)
+
+    def tail_weights(self) -> Tensor:
+        """Return sigma((L_u - tau) / gamma) of every user, [n_users]."""
+        tau = self.losses.nanquantile(TAIL_QUANTILE)
+        return ((self.losses - tau) / TAIL_TEMPERATURE).nan_to_num(0.0).sigmoid()
+
+    def record(self, user_id: Tensor, losses: Tensor) -> None:
+        """Note the losses [B] of a batch's pairs, for the steps after this one."""
+        if self.kind == "tail":
+            at = user_id.cpu()
+            self._sums.index_add_(0, at, losses.detach().float().cpu())
+            self._counts.index_add_(0, at, torch.ones(len(at)))
+
+    def step(self) -> None:
+        """Take what was noted since the last optimiser step as the users' losses."""
+        met = self._counts > 0
+        self.losses = torch.where(met, self._sums / self._counts.clamp(min=1), self.losses)
+        self._sums.zero_()
+        self._counts.zero_()

@@ -1,0 +1,341 @@
+"""Start values of a reward model that are computed from the train pairs, before the first step."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from pydantic import Field
+from safetensors.torch import load_file
+from torch import Tensor
+
+from plrhf.core.checks import Fraction, NonNegativeFloat, check_arguments
+from plrhf.core.components import build, named_settings
+from plrhf.core.errors import BadValue, bad_value
+from plrhf.data.dataset import PairDataset
+from plrhf.data.module import PreferenceData
+from plrhf.encoders import LookupEncoder
+from plrhf.models.heads import AffineHead, BasisHead, LinearHead
+
+if TYPE_CHECKING:
+    from plrhf.models.reward import PersonalRewardModel
+
+IMPUTING_ROUNDS = 10
+"""Rounds in which gaps of the matrix of judgments are filled, as in PReF's code."""
+
+
+class Start(ABC):
+    """Gives a reward model its start values, once pooled trunk outputs are known."""
+
+    @abstractmethod
+    def apply(self, model: PersonalRewardModel, data: PreferenceData, *, total_steps: int) -> None:
+        """Set parameters of the model in place.
+
+        Args:
+            data: of which train pairs alone are looked at. total_steps: optimiser steps of the training.
+
+        Raises:
+            ValueError: a model whose parts have no such start.
+        """
+
+
+class RandomStart(Start):
+    """Leaves every part with the values it has drawn for itself."""
+
+    def apply(self, model: PersonalRewardModel, data: PreferenceData, *, total_steps: int) -> None:
+        pass
+
+
+class PcaStart(Start):
+    """Starts the directions of a `BasisHead` at principal components of h_chosen - h_rejected.
+
+    Components are not centred, divided by the standard deviation of the margins they give, and turned
+    so that most train pairs agree with them. Softmax weights mix each with its reverse, as in DRM
+    (Luo et al. 2025, arXiv 2502.13131), raw weights need no reverse.
+    """
+
+    def apply(self, model: PersonalRewardModel, data: PreferenceData, *, total_steps: int) -> None:
+        head = _basis_head(model)
+        rank, width = head.basis.weight.shape
+        n_components = -(-rank // 2) if head.weights == "softmax" else rank
+        if n_components > width:
+            allowed = f"at most as many components as features, {width}"
+            raise bad_value("aggregator.user_dim", rank, allowed, "Set aggregator.user_dim=8")
+        differences = text_differences(model, data.datasets["train"])
+        found = principal_directions(differences, n_components)
+        if head.weights == "softmax":
+            found = torch.stack([found, -found], dim=1).flatten(0, 1)[:rank]
+        _set(head.basis.weight, found / head.scale)
+
+
+class SvdStart(Start):
+    """Starts users and directions at a truncated SVD of who chose what (PReF, arXiv 2503.06358).
+
+    Where most pairs of texts are judged by several users, the matrix of users by pairs is factorised,
+    its gaps filled in `IMPUTING_ROUNDS` rounds, and the pairs' factors regressed on h_chosen -
+    h_rejected. Elsewhere the matrix of each user's own ridge regression coefficients is factorised.
+
+    Args:
+        ridge: of these regressions, as a multiple of the mean square of h_chosen - h_rejected.
+    """
+
+    def __init__(self, *, ridge: NonNegativeFloat = 1.0) -> None:
+        self.ridge = ridge
+
+    def apply(self, model: PersonalRewardModel, data: PreferenceData, *, total_steps: int) -> None:
+        head, encoder, pairs = _basis_head(model), model.encoder, data.datasets["train"]
+        if not isinstance(encoder, LookupEncoder) or encoder.basis is not None:
+            raise _no_start(
+                "svd", "encoder=lookup with rank null", "encoder=lookup encoder.rank=null"
+            )
+        if head.weights != "raw":
+            raise _no_start("svd", "raw weights", "model.head.weights=raw")
+        differences = text_differences(model, pairs)
+        ridge = self.ridge * float(differences.square().sum(1).mean())
+        n_users = len(encoder.offsets.weight) - 1
+        factorise = factors_of_judgments if are_shared(pairs) else factors_of_coefficients
+        users, basis = factorise(
+            pairs, differences, n_users=n_users, rank=head.basis.weight.shape[0], ridge=ridge
+        )
+        _set(head.basis.weight, basis / head.scale)
+        _set(encoder.generic_vector, users.mean(0))
+        _set(encoder.offsets.weight[1:], users - users.mean(0))
+
+
+@check_arguments("model.start")
+class HeadStart(Start):
+    """Starts at the reward head of a published reward model, which everybody then departs from.
+
+    It becomes w of a linear or affine head; to a `BasisHead` it is added, in all directions.
+
+    Args:
+        path: a safetensors file. key: of the weights in it, [1, d] or [d].
+    """
+
+    def __init__(self, *, path: str, key: str = "score.weight") -> None:
+        self.path, self.key = path, key
+
+    def apply(self, model: PersonalRewardModel, data: PreferenceData, *, total_steps: int) -> None:
+        if not Path(self.path).is_file():
+            raise bad_value("model.start.path", self.path, "a safetensors file", "Give its path")
+        content = load_file(self.path)
+        if self.key not in content:
+            cure = f"Set model.start.key to one of {', '.join(sorted(content))}"
+            raise bad_value("model.start.key", self.key, "a tensor of the file", cure)
+        direction = content[self.key].float().reshape(1, -1)
+        head = model.head
+        own = {LinearHead: "weight", AffineHead: "shared.weight", BasisHead: "basis.weight"}
+        name = next((one for kind, one in own.items() if isinstance(head, kind)), None)
+        if name is None:
+            raise _no_start("head", "a head of directions", "model.head=linear")
+        weight = head.get_parameter(name)
+        if direction.shape[1] != weight.shape[1]:
+            allowed = f"{weight.shape[1]} numbers, the width of the features"
+            cure = "Give the head of the backbone that the model reads"
+            raise bad_value("model.start.key", tuple(direction.shape), allowed, cure)
+        _set(weight, weight.cpu() + direction if isinstance(head, BasisHead) else direction)
+
+
+@check_arguments("model.start")
+class SeveralStarts(Start):
+    """Begins from several random starts and goes on with the one of lowest loss on train pairs.
+
+    Mixtures get stuck where users who differ share a cluster; another draw finds them.
+
+    Args:
+        n: starts. share: of the training's steps that each is trained for before they are compared.
+    """
+
+    def __init__(
+        self,
+        *,
+        n: Annotated[int, Field(ge=2)] = 8,
+        share: Annotated[Fraction, Field(gt=0)] = 0.1,
+    ) -> None:
+        self.n, self.share = n, share
+
+    def apply(self, model: PersonalRewardModel, data: PreferenceData, *, total_steps: int) -> None:
+        _check_pooled(model, data.datasets["train"])
+        steps = max(1, math.ceil(self.share * total_steps))
+        best, lowest = None, math.inf
+        for number in range(self.n):
+            with torch.random.fork_rng():
+                torch.manual_seed(torch.initial_seed() + number)
+                candidate = model if number == 0 else model.drawn_anew()
+                train_plainly(candidate, data, steps=steps, total_steps=total_steps)
+            loss = train_loss(candidate, data.datasets["train"])
+            if loss < lowest:
+                best, lowest = _own_state(candidate), loss
+        assert best is not None
+        model.load_state_dict(best, strict=False)
+
+
+STARTS: dict[str, type[Start]] = {
+    "random": RandomStart,
+    "pca": PcaStart,
+    "svd": SvdStart,
+    "head": HeadStart,
+    "several": SeveralStarts,
+}
+
+
+def build_start(start: str | Mapping[str, Any]) -> Start:
+    """Build what ``model.start`` names: a name of `STARTS`, or a mapping with it and its settings."""
+    settings = named_settings(start, STARTS, "model.start", "random")
+    found: Start = build(settings, "model.start", kind=Start)
+    return found
+
+
+def train_plainly(
+    model: PersonalRewardModel, data: PreferenceData, *, steps: int, total_steps: int
+) -> None:
+    """Train a model for the first steps of its training, without a trainer around it."""
+    optimizer, schedule = model.optim.build(**model.trainable_parts(), total_steps=total_steps)
+    device = next(model.parameters()).device
+    model.train()
+    model.reduction.count(data.datasets["train"].user_id)
+    step = 0
+    while step < steps:
+        for batch in data.train_dataloader():
+            optimizer.zero_grad()
+            model.training_loss(move_data_to_device(batch, device))[0].backward()
+            model.reduction.step()
+            optimizer.step()
+            schedule.step()
+            step += 1
+            if step == steps:
+                break
+    optimizer.catch_up()
+
+
+@torch.no_grad()
+def train_loss(model: PersonalRewardModel, pairs: PairDataset) -> float:
+    """Compute the mean loss over train pairs."""
+    device = next(model.parameters()).device
+    model.eval()
+    total = 0.0
+    for start in range(0, len(pairs), 4096):
+        batch = pairs.batch(range(start, min(start + 4096, len(pairs))))
+        total += float(model.loss(move_data_to_device(batch, device))[0].double().sum())
+    model.train()
+    return total / len(pairs)
+
+
+def text_differences(model: PersonalRewardModel, pairs: PairDataset) -> Tensor:
+    """Return h_chosen - h_rejected of train pairs as the head will see them, [N, d] float64."""
+    _check_pooled(model, pairs)
+    if len(model.aggregator.text_parameters()) > 0:
+        raise _no_start("pca or svd", "no layer", "aggregator.layer_width=null")
+    assert pairs.hidden is not None
+    both = pairs.hidden[torch.arange(len(pairs))].double()  # [N, 2, d], prompts behind them if read
+    width = model.aggregator.output_size
+    return both[:, 0, :width] - both[:, 1, :width]
+
+
+def principal_directions(differences: Tensor, n: int) -> Tensor:
+    """Return the n directions of largest second moment of [N, d], each giving margins of variance 1."""
+    values, vectors = torch.linalg.eigh(differences.T @ differences / len(differences))
+    directions = vectors.flip(1).T[:n] / values.flip(0)[:n, None].clamp(min=1e-12).sqrt()
+    signs = (differences @ directions.T).sign().sum(0).sign()
+    return directions * torch.where(signs == 0, 1.0, signs)[:, None]
+
+
+def are_shared(pairs: PairDataset) -> bool:
+    """Whether most train pairs are of two texts that several users judged."""
+    assert pairs.hidden is not None
+    texts = pairs.hidden.of_pair.sort(dim=1).values
+    _, which = texts.unique(dim=0, return_inverse=True)
+    judged = torch.stack([which, pairs.user_id], dim=1).unique(dim=0)[:, 0]
+    users_of_texts = judged.bincount(minlength=int(which.max()) + 1)
+    return bool((users_of_texts[which] > 1).float().mean() > 0.5)
+
+
+def factors_of_judgments(
+    pairs: PairDataset, differences: Tensor, *, n_users: int, rank: int, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """Factorise the matrix of users by pairs of texts, 1 and -1, 0 where there is no judgment.
+
+    Returns:
+        Users [n_users, rank] and directions [rank, d].
+    """
+    assert pairs.hidden is not None
+    texts, order = pairs.hidden.of_pair.sort(dim=1)
+    _, which = texts.unique(dim=0, return_inverse=True)
+    sign = (1 - 2 * order[:, 0]).double()  # 1 where the chosen text comes first
+    n_items = int(which.max()) + 1
+    at = (pairs.user_id - 1, which)
+    given = torch.zeros(n_users, n_items, dtype=torch.float64)
+    given.index_put_(at, sign, accumulate=True)
+    known = torch.zeros_like(given, dtype=torch.bool)
+    known[at] = True
+    filled = given.clamp(-1, 1)
+    for _ in range(IMPUTING_ROUNDS):
+        users, sizes, items = _truncated_svd(filled, rank)
+        filled = torch.where(known, given.clamp(-1, 1), (users * sizes) @ items)
+    of_item = torch.zeros(n_items, differences.shape[1], dtype=torch.float64)
+    of_item[which] = sign[:, None] * differences
+    gram = of_item.T @ of_item + ridge * torch.eye(of_item.shape[1], dtype=torch.float64)
+    basis = torch.linalg.solve(gram, of_item.T @ (sizes.sqrt()[:, None] * items).T).T
+    return users * sizes.sqrt(), basis
+
+
+def factors_of_coefficients(
+    pairs: PairDataset, differences: Tensor, *, n_users: int, rank: int, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """Factorise the matrix of each user's ridge regression of 1 on their differences.
+
+    Returns:
+        Users [n_users, rank] and directions [rank, d].
+    """
+    order = pairs.user_id.argsort(stable=True)
+    counts = pairs.user_id.bincount(minlength=n_users + 1).tolist()
+    coefficients = torch.zeros(n_users, differences.shape[1], dtype=torch.float64)
+    for user, own in enumerate(differences[order].split(counts)):
+        if user > 0 and len(own) > 0:
+            gram = own @ own.T + ridge * torch.eye(len(own), dtype=torch.float64)
+            weights = torch.linalg.solve(gram, torch.ones(len(own), dtype=torch.float64))
+            coefficients[user - 1] = own.T @ weights
+    users, sizes, directions = _truncated_svd(coefficients, rank)
+    return users * sizes.sqrt(), sizes.sqrt()[:, None] * directions
+
+
+def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    if rank > min(matrix.shape):
+        allowed = f"at most {min(matrix.shape)}, the smaller side of a matrix {tuple(matrix.shape)}"
+        raise bad_value("aggregator.user_dim", rank, allowed, "Set a smaller aggregator.user_dim")
+    left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left[:, :rank], sizes[:rank], right[:rank]
+
+
+def _basis_head(model: PersonalRewardModel) -> BasisHead:
+    if not isinstance(model.head, BasisHead) or model.aggregator.user_acts:
+        raise _no_start("pca or svd", "a basis head alone", "model.head=basis aggregator=none")
+    return model.head
+
+
+def _check_pooled(model: PersonalRewardModel, pairs: PairDataset) -> None:
+    if not model.pooled_suffices or pairs.hidden is None:
+        raise _no_start(
+            "other than random",
+            "a frozen trunk that no user acts in",
+            "backbone.trainable=frozen aggregator=none",
+        )
+
+
+def _no_start(name: str, needed: str, cure: str) -> BadValue:
+    return bad_value("model.start", name, f"random, or a model with {needed}", f"Set {cure}")
+
+
+def _own_state(model: PersonalRewardModel) -> dict[str, Tensor]:
+    state = model.state_dict().items()
+    return {name: value.clone() for name, value in state if not name.startswith("backbone.")}
+
+
+@torch.no_grad()
+def _set(parameter: Tensor, value: Tensor) -> None:
+    parameter.copy_(value)
