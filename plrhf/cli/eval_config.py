@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeAlias
 
 from hydra.core.hydra_config import HydraConfig
 
 from plrhf.cli.config import DataConfig, Section, Seed, check_writable
 from plrhf.core.checks import NonNegativeInt, PositiveInt
-from plrhf.core.components import construct, locate, parameters
+from plrhf.core.components import build, construct, locate, parameters
 from plrhf.core.errors import bad_value
 from plrhf.evaluation.few_shot import FewShotOptions
 from plrhf.evaluation.generations import GenerationOptions
+from plrhf.models.adaptation import Adaptation
 
 TEXT_OPTIONS = (
     *("max_prompt_tokens", "max_tokens", "on_long_prompt", "on_long_response"),
@@ -78,8 +80,34 @@ class RefereeTask(Section):
     draws: PositiveInt
 
 
+@dataclass(frozen=True)
+class AdaptTask:
+    """Settings of eval=adapt: which curve, and by which rule users are fitted."""
+
+    options: FewShotOptions
+    rule: Adaptation
+    adaptation: dict[str, Any]  # the rule's ``_target_`` and arguments
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any]) -> Self:
+        adaptation = settings["adaptation"]
+        if isinstance(adaptation, str):
+            raise bad_value(
+                "eval.adaptation",
+                adaptation,
+                "a rule's settings",
+                "Choose one with eval/adaptation=NAME",
+            )
+        curve = {name: value for name, value in settings.items() if name != "adaptation"}
+        return cls(
+            options=construct(FewShotOptions, curve, "eval"),
+            rule=build(adaptation, "eval.adaptation", kind=Adaptation),
+            adaptation=adaptation,
+        )
+
+
 Task: TypeAlias = (
-    ScoreTask | CompareTask | WinrateTask | RefereeTask | GenerationOptions | FewShotOptions
+    ScoreTask | CompareTask | WinrateTask | RefereeTask | GenerationOptions | AdaptTask
 )
 
 
@@ -163,7 +191,7 @@ def _read_task(node: Mapping[str, Any]) -> Task:
         return sections[node["name"]].read(node, "eval")  # type: ignore[return-value]
     if node["name"] == "generate":
         return construct(GenerationOptions, node, "eval", origin="eval")
-    return construct(FewShotOptions, node, "eval")
+    return AdaptTask.read(node)
 
 
 def overrides_of(*sections: str) -> list[str]:

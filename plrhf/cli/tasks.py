@@ -11,7 +11,7 @@ from lightning import Trainer
 from plrhf.backbone.loading import load_tokenizer
 from plrhf.cli.assemble import build_data, print_lines
 from plrhf.cli.config import RunConfig
-from plrhf.cli.eval_config import EvalConfig, WinrateTask
+from plrhf.cli.eval_config import AdaptTask, EvalConfig, WinrateTask
 from plrhf.cli.jobs import why_failed
 from plrhf.cli.outputs import Outputs
 from plrhf.cli.referee import referee
@@ -19,11 +19,7 @@ from plrhf.cli.run import this_command
 from plrhf.core.components import Settings, build
 from plrhf.core.errors import bad_value
 from plrhf.data.module import PreferenceData
-from plrhf.evaluation.few_shot import (
-    FewShotOptions,
-    few_shot_terminal_table,
-    learning_curve,
-)
+from plrhf.evaluation.few_shot import few_shot_terminal_table, learning_curve
 from plrhf.evaluation.generations import (
     GeneratedText,
     GenerationOptions,
@@ -168,17 +164,20 @@ def find_contests(run: Path, against: str) -> list[Contest]:
 
 def adapt(config: EvalConfig) -> None:
     """Measure how well new users are known after a few of their pairs: adapt.json and a table."""
-    options: FewShotOptions = config.task
+    task: AdaptTask = config.task
     run = finished_run(config)
     model, data, trainer, _ = load_run(run, config)
     model.to(trainer.strategy.root_device)
     seed = 0 if config.seed is None else config.seed
     with trainer.precision_plugin.forward_context():
         fingerprint = read_results(run).fingerprint
-        result = learning_curve(model, data, options, seed=seed, fingerprint=fingerprint)
+        result = learning_curve(
+            model, data, task.options, task.rule, seed=seed, fingerprint=fingerprint
+        )
+    result = result.model_copy(update={"adaptation": task.adaptation})
     out = Path(config.out or run)
     out.mkdir(parents=True, exist_ok=True)
-    path = out / ("adapt.json" if options.users == "unseen" else "adapt_seen.json")
+    path = out / ("adapt.json" if task.options.users == "unseen" else "adapt_seen.json")
     write_record(path, result)
     tables.console().print(few_shot_terminal_table(result))
     print(f"curve: {path}")

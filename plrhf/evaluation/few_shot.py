@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from plrhf.core.checks import PositiveFloat, PositiveInt, check_arguments
+from plrhf.core.checks import PositiveInt, check_arguments
 from plrhf.core.errors import bad_value
 from plrhf.core.stats import (
     Estimate,
@@ -22,12 +22,18 @@ from plrhf.core.stats import (
     paired_difference,
     summarise_outcomes,
 )
+from plrhf.core.types import PreferenceBatch
 from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
 from plrhf.data.reading import read_rows
 from plrhf.data.rows import Row
 from plrhf.evaluation.records import Record
-from plrhf.models.adaptation import Fit, Prior, fit_users, scores
+from plrhf.models.adaptation.base import (
+    Adaptation,
+    AdaptedUsers,
+    attenuated_margins,
+    score_pairs,
+)
 from plrhf.models.base import PersonalModule
 from plrhf.models.pair_batches import batches_of, compute_per_pair, dataset_of
 
@@ -37,7 +43,7 @@ FITTED = ("adapted", "other_user", "pooled")
 
 @check_arguments("eval")
 @dataclass(frozen=True, kw_only=True)
-class FewShotOptions(Fit):
+class FewShotOptions:
     """Which curve to measure.
 
     Args:
@@ -45,12 +51,9 @@ class FewShotOptions(Fit):
         draws: how often pairs to give are drawn for each user, from 1.
         users: ``unseen``, or ``seen``: train users as if they were new, given train pairs and asked
             val pairs, which is where settings may be chosen.
-        steps, prior_scale: see `Fit`.
     """
 
     shots: list[int]
-    steps: PositiveInt = 40
-    prior_scale: PositiveFloat = 1.0
     draws: PositiveInt = 5
     users: Literal["unseen", "seen"] = "unseen"
 
@@ -69,10 +72,12 @@ class FewShotCurve(Record):
     """adapt.json, schema 1: accuracy by number of pairs given, and the controls.
 
     Attributes:
-        fingerprint: of the model.
+        fingerprint: of the model. adaptation: settings of the rule that fitted users.
         shots: numbers of pairs given.
         curves: by `FITTED`, and ``generic``, fitted to nothing, and ``oracle`` or None; an estimate for
             each number of pairs.
+        nll, ece: as `curves`, the likelihood in nats and the calibration error; ``attenuated`` is
+            ``adapted`` with margins shrunk by what is not known of the user, where the rule tells.
         over_generic: how much better than the generic user, paired.
         gain_recovered: as a share of what the oracle wins over the generic user; None without one.
         users: which were asked. left_out: how many had too few pairs.
@@ -80,8 +85,11 @@ class FewShotCurve(Record):
 
     version: Literal[1] = Field(default=1, alias="schema")
     fingerprint: str | None = None
+    adaptation: dict[str, Any] = {}
     shots: list[int]
     curves: dict[str, list[Estimate] | None]
+    nll: dict[str, list[Estimate]] = {}
+    ece: dict[str, list[Estimate]] = {}
     over_generic: dict[str, list[Estimate]] = {}
     gain_recovered: dict[str, list[Estimate]] | None
     users: str = "unseen"
@@ -98,10 +106,30 @@ class Trial:
     asked: list[int]
 
 
+def judgment(row: Row) -> Hashable:
+    """Say by whom, and between which texts, a choice was made."""
+    return row.user_id, str(row.prompt), frozenset((row.chosen, row.rejected))
+
+
+def check_trials(trials: Sequence[Sequence[Trial]], rows: Sequence[Row]) -> None:
+    """Raise where a user is asked about a pair that they are fitted to, by its place or its texts."""
+    for trial in (one for of_draw in trials for one in of_draw):
+        given = {judgment(rows[place]) for place in trial.given}
+        for place in trial.asked:
+            if judgment(rows[place]) in given:
+                raise bad_value(
+                    "pairs asked",
+                    rows[place].pair_id,
+                    "pairs that were not given",
+                    "Take what is given out of what is asked",
+                )
+
+
 def learning_curve(
     model: PersonalModule,
     data: PreferenceData,
     options: FewShotOptions,
+    rule: Adaptation,
     *,
     seed: int,
     fingerprint: str | None = None,
@@ -114,12 +142,11 @@ def learning_curve(
     same pairs. Intervals are a bootstrap over users; `over_generic` and `gain_recovered` are paired.
 
     Args:
-        data: tokenised. seed: of the draws. fingerprint: of the model.
+        data: tokenised. rule: how users are fitted. seed: of the draws. fingerprint: of the model.
 
     Raises:
-        ValueError: fewer than two users with enough pairs.
+        ValueError: fewer than two users with enough pairs, or a model that the rule cannot adapt.
     """
-    prior = Prior(model.encoder, scale=options.prior_scale)
     model.eval()
     given, asked = rows_of_users(data, options.users)
     dataset = dataset_of(
@@ -127,15 +154,18 @@ def learning_curve(
     )
     given_ids = {row.pair_id for row in given}
     trials, left_out = draw_trials(dataset.rows, given_ids, options, seed=seed)
-    curve = Curve(model, dataset, prior, trials, batch_size=data.eval_batch_size)
+    curve = Curve(model, dataset, trials, batch_size=data.eval_batch_size)
     margins: dict[str, list[np.ndarray]] = {name: [] for name in (*FITTED, "generic")}
-    generic = curve.margins(torch.zeros(curve.n_trials, len(prior.factor)), curve.own)
+    nobody = AdaptedUsers(vectors=model.encoder.generic(curve.n_trials).detach().to(model.device))
+    generic = curve.margins(nobody, curve.own)
     for k in options.shots:
-        t = curve.fit(k, steps=options.steps)
-        margins["adapted"].append(curve.margins(t, curve.own))
-        margins["other_user"].append(curve.margins(t, curve.others))
-        t = curve.fit(k, steps=options.steps, pooled=True)
-        margins["pooled"].append(curve.margins(t, curve.own))
+        users = curve.fit(rule, k)
+        margins["adapted"].append(curve.margins(users, curve.own))
+        margins["other_user"].append(curve.margins(users, curve.others))
+        if users.covariance is not None:
+            attenuated = curve.margins(users, curve.own, attenuated=True)
+            margins.setdefault("attenuated", []).append(attenuated)
+        margins["pooled"].append(curve.margins(curve.fit(rule, k, pooled=True), curve.own))
         margins["generic"].append(generic)
     true = data.source.oracle_margins()
     if true is not None:
@@ -174,14 +204,21 @@ def draw_trials(
 ) -> tuple[list[list[Trial]], int]:
     """Trials by draw and user, and how many users have too few pairs for the most shots.
 
+    Of pairs of the same texts that a user judged more than once, one is kept: one asked, if there is one.
+
     Args:
         rows: the users' rows. given_ids: pair ids of those that may be given but not asked.
     """
     most = options.shots[-1]
     places: dict[str, tuple[list[int], list[int]]] = {}
-    for place, row in enumerate(rows):
+    is_given = [row.pair_id in given_ids for row in rows]
+    judged: set[Any] = set()
+    for place in sorted(range(len(rows)), key=is_given.__getitem__):  # those asked first
+        row = rows[place]
         of_user = places.setdefault(row.user_id, ([], []))
-        of_user[row.pair_id not in given_ids].append(place)
+        if judgment(row) not in judged:
+            of_user[not is_given[place]].append(place)
+        judged.add(judgment(row))
     places = {user: both for user, both in sorted(places.items()) if len(both[1]) > 0}
     rooms = {user: room(*both) for user, both in places.items()}
     enough = [both for user, both in places.items() if rooms[user] >= most]
@@ -227,18 +264,22 @@ def _too_few(rooms: Sequence[int], options: FewShotOptions) -> Exception:
 
 
 class Curve:
-    """Trials as new users of one table, numbered from 1 by draw and user, and the pairs they are asked."""
+    """Trials as new users, numbered from 0 by draw and user, and the pairs they are asked.
+
+    Raises:
+        ValueError: a pair is given and asked.
+    """
 
     def __init__(
         self,
         model: PersonalModule,
         dataset: PairDataset,
-        prior: Prior,
         trials: Sequence[Sequence[Trial]],
         *,
         batch_size: int,
     ) -> None:
-        self.model, self.dataset, self.prior, self.batch_size = model, dataset, prior, batch_size
+        check_trials(trials, dataset.rows)
+        self.model, self.dataset, self.batch_size = model, dataset, batch_size
         self.trials = [trial for of_draw in trials for trial in of_draw]
         self.n_trials = len(self.trials)
         self.asked = [place for trial in self.trials for place in trial.asked]
@@ -248,8 +289,8 @@ class Curve:
             draw, user = divmod(number, n_users)
             # Somebody else, in another draw another one.
             other = draw * n_users + (user + 1 + draw % (n_users - 1)) % n_users
-            self.own += [number + 1] * len(trial.asked)
-            self.others += [other + 1] * len(trial.asked)
+            self.own += [number] * len(trial.asked)
+            self.others += [other] * len(trial.asked)
 
     def given(self, number: int, k: int) -> list[int]:
         """Return the places of a trial's own first k pairs."""
@@ -265,24 +306,27 @@ class Curve:
         others = [draw * self.n_users + (user + 1 + n) % self.n_users for n in range(n_others)]
         return [self.trials[others[n % n_others]].given[n // n_others] for n in range(k)]
 
-    def fit(self, k: int, *, steps: int, pooled: bool = False) -> Tensor:
-        """Fit every trial's user to k pairs, their own or `pooled` ones; t [n_trials, r]."""
+    def fit(self, rule: Adaptation, k: int, *, pooled: bool = False) -> AdaptedUsers:
+        """Fit every trial's user to k pairs, their own or `pooled` ones."""
         pairs_of = self.pooled if pooled else self.given
-        given = [(place, n + 1) for n in range(self.n_trials) for place in pairs_of(n, k)]
+        given = [(place, n) for n in range(self.n_trials) for place in pairs_of(n, k)]
         places, owners = [place for place, _ in given], [owner for _, owner in given]
         batches = batches_of(self.dataset, places, owners, batch_size=self.batch_size)
-        return fit_users(self.model, batches, self.prior, n_users=self.n_trials, steps=steps)
+        return rule.fit(self.model, batches, n_users=self.n_trials)
 
-    def margins(self, t: Tensor, owners: Sequence[int]) -> np.ndarray:
-        """Margins [N] of the pairs asked, each for its owner."""
-        tables = self.prior.tables(t.to(self.prior.factor))
+    def margins(
+        self, users: AdaptedUsers, owners: Sequence[int], *, attenuated: bool = False
+    ) -> np.ndarray:
+        """Margins [N] of the pairs asked, each for its owner; see `attenuated_margins`."""
+
+        def of_batch(batch: PreferenceBatch) -> Tensor:
+            if attenuated:
+                return attenuated_margins(self.model, batch, users)
+            return score_pairs(self.model, batch, users.vectors)[0]
+
         batches = batches_of(self.dataset, self.asked, owners, batch_size=self.batch_size)
         with torch.no_grad():
-            found = compute_per_pair(
-                lambda batch: scores(self.model, batch, tables)[0],
-                batches,
-                self.prior.factor.device,
-            )
+            found = compute_per_pair(of_batch, batches, users.vectors.device)
         return found.double().numpy()
 
     def outcomes(self, margins: np.ndarray) -> Outcomes:
@@ -298,11 +342,16 @@ class Curve:
 
 def summarised(outcomes: Mapping[str, Sequence[Outcomes]]) -> dict[str, Any]:
     """Curves with intervals, and against the generic user and the oracle, an entry a shot."""
-    name = "accuracy_micro"
-    curves = {
-        who: [summarise_outcomes(one, names=(name,))[name] for one in found]
+    name, sizes = "accuracy_micro", ("nll", "ece")
+    summaries = {
+        who: [summarise_outcomes(one, names=(name, *sizes)) for one in found]
         for who, found in outcomes.items()
     }
+
+    def by_shots(statistic: str) -> dict[str, list[Estimate]]:
+        return {who: [one[statistic] for one in found] for who, found in summaries.items()}
+
+    curves = {who: found for who, found in by_shots(name).items() if who != "attenuated"}
     generic, oracle = outcomes["generic"], outcomes.get("oracle")
     fitted = {who: outcomes[who] for who in FITTED if who in outcomes}
     over = {
@@ -317,6 +366,7 @@ def summarised(outcomes: Mapping[str, Sequence[Outcomes]]) -> dict[str, Any]:
         }
     return {
         "curves": {**curves, "oracle": curves.get("oracle")},
+        **{statistic: by_shots(statistic) for statistic in sizes},
         "over_generic": over,
         "gain_recovered": recovered,
     }
@@ -326,7 +376,7 @@ def few_shot_terminal_table(result: FewShotCurve) -> rich.table.Table:
     """adapt.json as a table for the terminal, a line a number of pairs given.
 
     Beside the curves stands the gain: as a share of the oracle's where there is one, else in points
-    over the generic user.
+    over the generic user, and the likelihood in nats of whoever is fitted to their own pairs.
     """
     table = rich.table.Table(
         title=f"{result.n_users} {result.users} users, {result.n_draws} draws: accuracy in per cent"
@@ -339,6 +389,9 @@ def few_shot_terminal_table(result: FewShotCurve) -> rich.table.Table:
     else:
         gains = result.gain_recovered.items()
         columns += [(f"{name}, of oracle's gain", found, 1, 2) for name, found in gains]
+    for name, likelihood in result.nll.items():
+        if name in ("adapted", "attenuated", "generic"):
+            columns.append((f"{name}, nll", likelihood, 1, 3))
     for heading in ("pairs", *(name for name, *_ in columns)):
         table.add_column(heading, justify="right")
     for place, k in enumerate(result.shots):

@@ -86,7 +86,7 @@ def write_users(
         return
     model.eval()
     names, batch = _users(model, data)
-    vectors = model.encoder(batch).float()  # [U, user_dim]
+    vectors = model.encode(batch)[0].float()  # [U, user_dim]
     generic = model.encoder.generic(1).float()  # [1, user_dim]
     own = [at for at in range(len(names)) if not torch.allclose(vectors[at], generic[0])]
     names, index = [names[at] for at in own], batch.user_id[own]
@@ -165,7 +165,12 @@ def _who(names: Sequence[str], data: PreferenceData) -> list[dict[str, Any]]:
 def _weights(model: PersonalModule, index: Tensor) -> list[list[float] | None]:
     if not isinstance(model.encoder, ClusterMixtureEncoder):
         return [None] * len(index)
-    return [[round(one, 5) for one in row] for row in model.encoder.mixture(index).tolist()]
+    has_weights = index <= model.card.n_in_tables
+    weights = model.encoder.mixture(index.where(has_weights, GENERIC_USER)).tolist()
+    return [
+        [round(one, 5) for one in row] if known else None
+        for row, known in zip(weights, has_weights.tolist(), strict=True)
+    ]
 
 
 def _nearest(
@@ -183,7 +188,7 @@ def _nearest(
     if n_tokens == 0:
         return []
     if isinstance(model.encoder, ClusterMixtureEncoder):
-        everyone = torch.arange(data.n_users + 1, device=vectors.device)
+        everyone = torch.arange(model.card.n_in_tables + 1, device=vectors.device)
         order = model.encoder.mixture(everyone).mean(dim=0).argsort(descending=True)[:N_OWNERS]
         own = {f"cluster {at}": model.encoder.clusters[at] for at in order.tolist()}
     else:

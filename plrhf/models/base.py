@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -20,13 +20,13 @@ from plrhf.core import losses
 from plrhf.core.checks import Fraction, check_arguments
 from plrhf.core.components import construct
 from plrhf.core.errors import bad_value
-from plrhf.core.types import PreferenceBatch
+from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
 from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import content_hash
 from plrhf.data.tokenizer import Tokenizer
 from plrhf.encoders import UserEncoder
-from plrhf.models.adaptation import Fit, NewUser, adapt
+from plrhf.models.adaptation import Adaptation, NewUser, adapt
 from plrhf.models.card import Card
 from plrhf.models.enrolment import enrol, forget
 from plrhf.models.inner import Inner, fit_train_users, task_vectors
@@ -65,10 +65,12 @@ class PersonalModule(LightningModule):
 
     Attributes:
         card: the settings the model was built from; None for a model put together from its parts.
+        enrolled: vectors [n, user_dim] of the last n users of the card, who have no rows in the encoder.
         tokenizer, directory: of the export, where the model was loaded from one.
     """
 
     card: Card
+    enrolled: Tensor
     tokenizer: Tokenizer
     directory: Path
 
@@ -99,6 +101,8 @@ class PersonalModule(LightningModule):
         self.reduction = Reduction(reduce, n_users=n_users)
         self.inner = None if inner is None else construct(Inner, inner, "model.inner")
         self.strict_loading = False  # checkpoints leave out frozen weights
+        none_enrolled = torch.empty(0, aggregator.user_dim)
+        self.register_buffer("enrolled", none_enrolled, persistent=False)
         self.val_accuracy = UserAccuracy(n_users=n_users)
         self.val_loss = ExactMean()
 
@@ -184,7 +188,7 @@ class PersonalModule(LightningModule):
         with torch.autocast(batch.user_id.device.type, enabled=False):
             for name in names:
                 if name == "user":
-                    vectors, penalty = self.encoder.encode(batch.users)
+                    vectors, penalty = self.encode(batch.users)
                 else:
                     vectors = self.encoder.generic(len(batch))
                 found.append(vectors.to(batch.user_id.device))
@@ -194,6 +198,21 @@ class PersonalModule(LightningModule):
         """Compute the hidden states of the batch in the named contexts, [C, R, L, d]."""
         user, _ = self.user_vectors(batch, names)
         return self.hidden_for(batch, user)
+
+    def encode(self, users: UserBatch) -> tuple[Tensor, Tensor | None]:
+        """Encode users; of those enrolled without rows of the encoder's tables the vectors are known.
+
+        Returns:
+            [B, user_dim], and the encoder's penalty [B] or None.
+        """
+        if len(self.enrolled) == 0:
+            return self.encoder.encode(users)
+        place = users.user_id - 1 - self.card.n_in_tables
+        is_enrolled = place >= 0
+        by_encoder = replace(users, user_id=users.user_id.masked_fill(is_enrolled, GENERIC_USER))
+        vectors, penalty = self.encoder.encode(by_encoder)
+        known = self.enrolled[place.clamp(min=0)].to(vectors)
+        return torch.where(is_enrolled[:, None], known, vectors), penalty
 
     def hidden_for(self, batch: PreferenceBatch, user: Tensor) -> Tensor:
         """Compute the hidden states [C, R, L, d] of the batch for user vectors [C * B, user_dim]."""
@@ -294,9 +313,9 @@ class PersonalModule(LightningModule):
         kind = AUTOCAST.get(self.card.precision) if hasattr(self, "card") else None
         return nullcontext() if kind is None else torch.autocast(self.device.type, dtype=kind)
 
-    def adapt(self, pairs: Sequence[Mapping[str, Any]], fit: Fit | None = None) -> NewUser:
+    def adapt(self, pairs: Sequence[Mapping[str, Any]], rule: Adaptation | None = None) -> NewUser:
         """Fit a new user to a few of their pairs; see `adaptation.adapt`."""
-        return adapt(self, pairs, fit)
+        return adapt(self, pairs, rule)
 
     def enrol(self, user_id: str, user: NewUser) -> None:
         """Add an adapted user to this model and to the export it was loaded from."""

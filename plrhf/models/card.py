@@ -16,6 +16,8 @@ from plrhf.data.features import FeatureSchema
 
 CARD = "plrhf.json"
 SCHEMA = 1
+ADDED = {"enrolled": 0, "user_dim": 0}
+"""Fields that exports and checkpoints of schema 1 may lack, as they were added later."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class Card:
         precision: the trainer's; a loaded model computes in the same.
         ships_backbone: whether the export holds the frozen backbone too, in ``backbone/``.
         user_tables: names of the encoder's parameters whose rows belong to users.
+        enrolled: how many of the users, the last ones, have no rows in the tables but a vector of their
+            own in ``enrolled.safetensors``.
+        user_dim: width of user vectors; 0 in exports from before there was a width in the card.
         files: BLAKE2b digests of the export's other files by name; of a checkpoint none.
     """
 
@@ -44,12 +49,19 @@ class Card:
     precision: str = "32-true"
     ships_backbone: bool = False
     user_tables: list[str] = field(default_factory=list)
+    enrolled: int = 0
+    user_dim: int = 0
     files: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def feature_schema(self) -> FeatureSchema:
         """Return how features of users are encoded."""
         return FeatureSchema.from_dict(self.features)
+
+    @property
+    def n_in_tables(self) -> int:
+        """How many users have rows in the encoder's tables."""
+        return len(self.users) - self.enrolled
 
     @cached_property
     def places(self) -> dict[str, int]:
@@ -111,7 +123,7 @@ def card_of(content: Mapping[str, Any], origin: str) -> Card:
             f"{origin} schema", content.get("schema"), f"{SCHEMA}", "Export the model anew"
         )
     takes = kinds(Card)
-    given = accepted(content, takes, origin)
+    given = accepted({**ADDED, **content}, takes, origin)
     for name in takes:
         if name not in given:
             raise bad_value(f"{origin}.{name}", None, "a value", "Export the model anew")

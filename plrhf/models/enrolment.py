@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from plrhf.core.errors import bad_value
-from plrhf.models.card import read_card
-from plrhf.models.export import USER_MODEL, replace_users
+from plrhf.models.card import Card, read_card
+from plrhf.models.export import USER_MODEL, enrolled_vectors, replace_users
 
 if TYPE_CHECKING:
     from plrhf.models.adaptation import NewUser
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 def enrol(directory: str | Path, user_id: str, user: NewUser) -> None:
     """Add an adapted user to an export, so that models loaded from it know the id.
+
+    A user with rows gets a row of each of the encoder's tables. One with a vector alone is written to
+    ``enrolled.safetensors``; such users come last among the users of the card.
 
     Args:
         directory: an export. user: what `adapt` gave for its model.
@@ -30,18 +34,23 @@ def enrol(directory: str | Path, user_id: str, user: NewUser) -> None:
     card = read_card(directory)
     if user_id in card.places:
         raise bad_value("user_id", user_id, "an id the export does not have", "Call forget first")
-    tables = _tables(directory)
+    for name, value in {"vector": user.vector, **(user.rows or {})}.items():
+        if not bool(value.isfinite().all()):
+            raise bad_value("user", name, "finite numbers", "Adapt the user to this export")
+    tables, vectors = _tables(directory), enrolled_vectors(Path(directory))
+    if user.rows is None:
+        vectors = _with_vector(card, vectors, user.vector)
+        replace_users(directory, [*card.users, user_id], tables, vectors)
+        return
     shapes = {name: tuple(table.shape[1:]) for name, table in tables.items()}
     given = {name: tuple(row.shape) for name, row in user.rows.items()}
     if given != shapes:
         raise bad_value("user", given, f"rows of shapes {shapes}", "Adapt the user to this export")
-    for name, row in user.rows.items():
-        if not bool(row.isfinite().all()):
-            raise bad_value("user", name, "finite numbers", "Adapt the user to this export")
     grown = {
         name: torch.cat([table, user.rows[name][None].to(table)]) for name, table in tables.items()
     }
-    replace_users(directory, [*card.users, user_id], grown)
+    in_tables, others = card.users[: card.n_in_tables], card.users[card.n_in_tables :]
+    replace_users(directory, [*in_tables, user_id, *others], grown, vectors)
 
 
 def forget(directory: str | Path, user_id: str) -> None:
@@ -59,14 +68,37 @@ def forget(directory: str | Path, user_id: str) -> None:
     card = read_card(directory)
     place = card.user_index(user_id)
     users = [user for user in card.users if user != user_id]
-    shrunk = {
-        name: torch.cat([table[:place], table[place + 1 :]])
-        for name, table in _tables(directory).items()
-    }
-    replace_users(directory, users, shrunk)
+    tables, vectors = _tables(directory), enrolled_vectors(Path(directory))
+    if vectors is not None and place > card.n_in_tables:
+        vectors = _without(vectors, place - 1 - card.n_in_tables)
+    else:
+        tables = {name: _without(table, place) for name, table in tables.items()}
+    replace_users(directory, users, tables, vectors)
 
 
-def _tables(directory: str | Path) -> dict[str, torch.Tensor]:
+def _with_vector(card: Card, vectors: Tensor | None, vector: Tensor) -> Tensor:
+    """Put a vector behind those that were enrolled before.
+
+    Raises:
+        ValueError: it is of another width than the export's.
+    """
+    before = vector.new_empty(0, len(vector)) if vectors is None else vectors
+    width = before.shape[1] if vectors is not None or card.user_dim == 0 else card.user_dim
+    if tuple(vector.shape) != (width,):
+        raise bad_value(
+            "user",
+            tuple(vector.shape),
+            f"a vector of shape {(width,)}",
+            "Adapt the user to this export",
+        )
+    return torch.cat([before, vector[None].to(before)])
+
+
+def _without(table: Tensor, place: int) -> Tensor:
+    return torch.cat([table[:place], table[place + 1 :]])
+
+
+def _tables(directory: str | Path) -> dict[str, Tensor]:
     """The tables of an export's encoder whose rows belong to users, by name in the encoder."""
     state = load_file(Path(directory, USER_MODEL))
     return {name: state[f"encoder.{name}"] for name in read_card(directory).user_tables}

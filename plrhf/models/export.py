@@ -17,10 +17,11 @@ from torch import Tensor
 
 from plrhf.backbone.sharding import gathered
 from plrhf.core.errors import bad_value
-from plrhf.models.adaptation import user_tables
+from plrhf.models.adaptation.fitting import user_tables
 from plrhf.models.card import CARD, Card, card_text, read_card
 
 USER_MODEL = "user_encoder.safetensors"
+ENROLLED = "enrolled.safetensors"
 BACKBONE = "backbone"
 README = "README.md"
 
@@ -48,12 +49,19 @@ def save_export(directory: Path, model: Any, card: Card, tokenizer: Any) -> None
         if not is_first:
             return
         save_file(user_model_state(model), part / USER_MODEL)
+    if len(model.enrolled) > 0:
+        save_file({"vectors": model.enrolled.cpu()}, part / ENROLLED)
     if card.ships_backbone and model.backbone.trainable != "full":
         _copy_backbone(Path(card.backbone["path"]), part / BACKBONE)
         card = replace(card, backbone={**card.backbone, "path": BACKBONE})
     tokenizer.save_pretrained(part)
     _model_card(card).save(part / README)
-    card = replace(card, user_tables=sorted(user_tables(model.encoder)), files=_digests(part))
+    card = replace(
+        card,
+        user_tables=sorted(user_tables(model.encoder)),
+        user_dim=model.aggregator.user_dim,
+        files=_digests(part),
+    )
     (part / CARD).write_text(card_text(card))
     for path in (part, *part.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
@@ -73,38 +81,58 @@ def check_files(directory: Path, card: Card) -> None:
             )
 
 
+def enrolled_vectors(directory: Path) -> Tensor | None:
+    """Return the vectors [n, user_dim] of an export's last n users, who have no rows; None for no such."""
+    path = directory / ENROLLED
+    return load_file(path)["vectors"] if path.is_file() else None
+
+
 def replace_users(
-    directory: str | Path, users: Sequence[str], tables: Mapping[str, Tensor]
+    directory: str | Path,
+    users: Sequence[str],
+    tables: Mapping[str, Tensor],
+    vectors: Tensor | None = None,
 ) -> None:
     """Give an export other users: their ids, and the encoder's tables of one row a user.
 
     A new export is made beside the old one and takes its place, so that it loads at any moment.
 
     Args:
-        tables: by name in the encoder, [1 + number of users, ...]; other weights stay as they are.
+        tables: by name in the encoder, [1 + users with rows, ...]; other weights stay as they are.
+        vectors: of the last users, who have no rows, [n, user_dim]; None: there are none.
 
     Raises:
         ValueError: a table with another number of rows, so that rows are not those of users.
     """
+    n_enrolled = 0 if vectors is None else len(vectors)
+    n_rows = len(users) - n_enrolled + 1
     for name, table in tables.items():
-        if len(table) != len(users) + 1:
+        if len(table) != n_rows:
             raise bad_value(
                 f"encoder {name}",
                 f"{len(table)} rows",
-                f"{len(users) + 1}, one a user and the generic user's",
+                f"{n_rows}, one a user and the generic user's",
                 "Let user_parameters() name only parameters whose row u belongs to user u",
             )
     directory = Path(directory)
     restore(directory)
     rows = {f"encoder.{name}": table.detach().cpu().contiguous() for name, table in tables.items()}
-    card = replace(read_card(directory), users=list(users))
+    card = replace(read_card(directory), users=list(users), enrolled=n_enrolled)
     part = _beside(directory, "part")
     _remove(part)
     shutil.copytree(directory, part)
-    (part / USER_MODEL).unlink()
-    save_file({**load_file(directory / USER_MODEL), **rows}, part / USER_MODEL)
-    (part / USER_MODEL).chmod(0o644)
-    files = {**card.files, USER_MODEL: _digest(part / USER_MODEL)}
+    files = dict(card.files)
+    written = {
+        USER_MODEL: {**load_file(directory / USER_MODEL), **rows},
+        ENROLLED: {} if vectors is None or n_enrolled == 0 else {"vectors": vectors.contiguous()},
+    }
+    for name, state in written.items():
+        (part / name).unlink(missing_ok=True)
+        files.pop(name, None)
+        if len(state) > 0:
+            save_file(state, part / name)
+            (part / name).chmod(0o644)
+            files[name] = _digest(part / name)
     (part / CARD).write_text(card_text(replace(card, files=files)))
     _replace_directory(part, directory)
 

@@ -146,7 +146,7 @@ def _write(
     else:
         writer = contextlib.nullcontext()
         with torch.autocast(input_ids.device.type, enabled=False):
-            user = model.encoder(move_data_to_device(users, input_ids.device))
+            user, _ = model.encode(move_data_to_device(users, input_ids.device))
         user = user.to(input_ids.device)
     turn_end = end_of_turn(tokenizer)
     ends = end_tokens(model.backbone, tokenizer.eos_token_id)

@@ -17,7 +17,7 @@ from plrhf.core.errors import bad_value
 from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
 from plrhf.data.dataset import PairDataset
 from plrhf.encoders import UserEncoder
-from plrhf.models.adaptation import dense_gradients, user_tables
+from plrhf.models.adaptation.fitting import dense_gradients, user_tables
 from plrhf.models.pair_batches import POOLED_AT_ONCE
 
 if TYPE_CHECKING:

@@ -18,7 +18,15 @@ from plrhf.core.components import build, locate
 from plrhf.core.errors import bad_value
 from plrhf.encoders import UserEncoder
 from plrhf.models.card import CARD, Card, card_of, read_card
-from plrhf.models.export import BACKBONE, USER_MODEL, check_files, restore, user_model_state
+from plrhf.models.export import (
+    BACKBONE,
+    ENROLLED,
+    USER_MODEL,
+    check_files,
+    enrolled_vectors,
+    restore,
+    user_model_state,
+)
 from plrhf.models.heads import head_settings
 from plrhf.models.optim import Optim
 
@@ -61,7 +69,7 @@ def build_encoder(backbone: Backbone, aggregator: Aggregator, card: Card) -> Use
         card.encoder,
         "encoder",
         kind=UserEncoder,
-        n_users=len(card.users),
+        n_users=card.n_in_tables,
         user_dim=aggregator.user_dim,
         n_numbers=len(schema.numbers),
         category_sizes=schema.category_sizes,
@@ -101,6 +109,7 @@ def load_export(
     model = build_model(backbone, card)
     backbone.load_adapter(Path(directory))
     _load_user_model(model, Path(directory, USER_MODEL))
+    _load_enrolled(model, Path(directory))
     model.directory = Path(directory)
     model.tokenizer = load_tokenizer(str(directory))
     return model.eval()
@@ -115,6 +124,7 @@ def reload_users(model: Any, directory: Path) -> None:
     own = {name.removeprefix("encoder."): value for name, value in state.items()}
     encoder.load_state_dict({name: own[name] for name in encoder.state_dict()})
     model.encoder = encoder.to(model.device).train(model.training)
+    _load_enrolled(model, directory)
 
 
 def load_checkpoint(
@@ -223,6 +233,15 @@ def _load_user_model(model: Any, path: Path) -> None:
         ) from error
     _check_state(state, user_model_state(model), USER_MODEL)
     model.load_state_dict(state, strict=False)
+
+
+def _load_enrolled(model: Any, directory: Path) -> None:
+    """Give a model the vectors of users who were enrolled without rows."""
+    wanted = torch.empty(model.card.enrolled, model.aggregator.user_dim)
+    found = enrolled_vectors(directory)
+    state = {} if found is None else {ENROLLED: found}
+    _check_state(state, {ENROLLED: wanted} if len(wanted) > 0 else {}, "export")
+    model.enrolled = (wanted if found is None else found).to(model.device)
 
 
 def _check_state(state: dict[str, Tensor], own: dict[str, Tensor], origin: str) -> None:

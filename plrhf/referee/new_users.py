@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-import torch
 
-from plrhf.core.errors import bad_value
 from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
 from plrhf.data.packing import LAYOUTS, LayoutName
@@ -21,7 +18,8 @@ from plrhf.evaluation.few_shot import (
     draw_trials,
     rows_of_users,
 )
-from plrhf.models.adaptation import Prior, user_tables
+from plrhf.models.adaptation import Adaptation, AdaptedUsers, Posterior
+from plrhf.models.adaptation.fitting import user_tables
 from plrhf.models.reward import PersonalRewardModel
 
 NEW = "new users"
@@ -68,52 +66,33 @@ class FewShots:
             trials, _ = draw_trials(dataset.rows, given_ids, options, seed=seed)
         except ValueError:  # too few pairs for the most shots
             return None
-        check_trials(trials, dataset)
         return cls(options, dataset, trials)
 
 
-def check_trials(trials: Sequence[Sequence[Trial]], dataset: PairDataset) -> None:
-    """Raise where a pair is given to a user's model and asked of it too.
-
-    Raises:
-        ValueError: it names the pair.
-    """
-    names = [
-        (row.user_id, row.prompt_id, *sorted((row.chosen, row.rejected))) for row in dataset.rows
-    ]
-    for trial in (one for of_draw in trials for one in of_draw):
-        given = {names[place] for place in trial.given}
-        for place in trial.asked:
-            if names[place] in given:
-                raise bad_value(
-                    "pairs asked",
-                    dataset.rows[place].pair_id,
-                    "pairs that were not given",
-                    "Take what is given out of what is asked",
-                )
-
-
 def new_user_margins(
-    model: PersonalRewardModel, shots: FewShots, *, batch_size: int
+    model: PersonalRewardModel, shots: FewShots, rule: Adaptation | None = None, *, batch_size: int
 ) -> tuple[pd.DataFrame, float]:
     """Return margins on the pairs asked after k pairs given, and the seconds that a fit takes a user.
 
     `who` is ``own`` (fitted to the user's k pairs) or ``wrong`` (to k pairs of another person).
+
+    Args:
+        rule: how users are fitted; None: `Posterior`.
     """
+    rule = Posterior() if rule is None else rule
     model.eval()
     if len(user_tables(model.encoder)) == 0:
         return pd.DataFrame(), 0.0
-    prior = Prior(model.encoder, scale=shots.options.prior_scale)
-    curve = Curve(model, shots.dataset, prior, shots.trials, batch_size=batch_size)
+    curve = Curve(model, shots.dataset, shots.trials, batch_size=batch_size)
     frames, seconds = [], 0.0
     for k in shots.options.shots:
         started = time.perf_counter()
-        fitted = curve.fit(k, steps=shots.options.steps)
+        fitted = curve.fit(rule, k)
         seconds = (time.perf_counter() - started) / curve.n_trials  # of the most pairs
         for who, owners in (("own", curve.own), ("wrong", curve.others)):
             frames.append(_frame(curve, who, k, curve.margins(fitted, owners)))
-    generic = curve.margins(torch.zeros(curve.n_trials, len(prior.factor)), curve.own)
-    frames.append(_frame(curve, "generic", 0, generic))
+    nobody = AdaptedUsers(vectors=model.encoder.generic(curve.n_trials).to(model.device))
+    frames.append(_frame(curve, "generic", 0, curve.margins(nobody, curve.own)))
     return pd.concat(frames, ignore_index=True), seconds
 
 

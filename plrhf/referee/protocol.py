@@ -19,7 +19,7 @@ import torch
 from plrhf.core.types import GENERIC_USER
 from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
-from plrhf.models.adaptation import user_tables
+from plrhf.models.adaptation.fitting import user_tables
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.referee.facts import Facts
 from plrhf.referee.new_users import FewShots, new_user_margins

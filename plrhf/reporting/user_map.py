@@ -83,7 +83,10 @@ def groups_of(users: Sequence[LearnedUser]) -> list[str]:
     if any(user["group"] is not None for user in users):
         found = ["unknown" if user["group"] is None else user["group"] for user in users]
     elif any(user["weights"] is not None for user in users):
-        found = [f"cluster {np.argmax(user['weights'] or [0])}" for user in users]
+        leading = [
+            None if user["weights"] is None else np.argmax(user["weights"]) for user in users
+        ]
+        found = ["a vector of their own" if at is None else f"cluster {at}" for at in leading]
     else:
         found = [EVERYBODY] * len(users)
     common = [group for group, _ in Counter(found).most_common()]
@@ -119,10 +122,15 @@ def _hover(user: LearnedUser, accuracies: Mapping[str, str]) -> str:
     return "\n".join(fact for fact in facts if fact is not None)
 
 
+def with_weights(learned: LearnedUsers) -> list[LearnedUser]:
+    """Leave out users who were enrolled by a vector alone, and belong to no cluster."""
+    return [user for user in learned.users if user["weights"] is not None]
+
+
 @rc_context(STYLE)
 def weight_bars(learned: LearnedUsers) -> Drawing:
     """Cluster weights, one column a user, users of a cluster side by side; one path a cluster."""
-    weights = np.array([user["weights"] for user in learned.users])  # [U, K]
+    weights = np.array([user["weights"] for user in with_weights(learned)])  # [U, K]
     n_users, n_clusters = weights.shape
     leading = weights.argmax(axis=1)
     weights = weights[np.lexsort((-weights.max(axis=1), leading))]
@@ -151,7 +159,7 @@ def weight_bars(learned: LearnedUsers) -> Drawing:
 
 def cluster_table(learned: LearnedUsers) -> Table:
     """Each cluster's weight for the generic user and on average, and whom it leads."""
-    users = learned.users
+    users = with_weights(learned)
     groups = [user["group"] for user in users]
     known = groups_of(users) if any(group is not None for group in groups) else []
     columns = list(dict.fromkeys(_ranked(known)))

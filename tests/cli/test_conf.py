@@ -28,11 +28,10 @@ from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj
 from plrhf.cli.assemble import build_data, build_run_model, build_run_trainer, open_backbone
 from plrhf.cli.config import BackboneConfig, DataConfig, RunConfig, Section, TrainerConfig
-from plrhf.cli.eval_config import EvalConfig, WinrateTask
+from plrhf.cli.eval_config import AdaptTask, EvalConfig, WinrateTask
 from plrhf.cli.main import CONF
 from plrhf.core.components import accepted, build, kinds, locate
 from plrhf.data.module import PreferenceData
-from plrhf.evaluation.few_shot import FewShotOptions
 from plrhf.evaluation.generations import GenerationOptions
 from plrhf.evaluation.judges import Judge
 from plrhf.models.optim import Optim
@@ -223,9 +222,16 @@ def test_loggers(logger: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", options("eval"))
 def test_tasks(task: str) -> None:
     config = EvalConfig.from_settings(composed(f"eval={task}", config="eval"))
-    kinds_of = {"generate": GenerationOptions, "adapt": FewShotOptions, "winrate": WinrateTask}
+    kinds_of = {"generate": GenerationOptions, "adapt": AdaptTask, "winrate": WinrateTask}
     assert config.data is None
     assert isinstance(config.task, kinds_of.get(task, Section))
+
+
+@pytest.mark.parametrize("rule", options("eval/adaptation"))
+def test_adaptation_rules(rule: str) -> None:
+    settings = composed("eval=adapt", f"eval/adaptation={rule}", config="eval")
+    task = EvalConfig.from_settings(settings).task
+    assert type(task.rule).__name__.lower() == rule == task.adaptation["name"]
 
 
 @pytest.mark.parametrize("judge", options("eval/judge"))

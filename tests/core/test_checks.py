@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from plrhf.cli.eval_config import AdaptTask
 from plrhf.core.checks import (
     Fraction,
     FractionBelowOne,
@@ -26,8 +27,6 @@ from plrhf.core.checks import (
     describe,
 )
 from plrhf.core.components import build, parameters
-from plrhf.evaluation.few_shot import FewShotOptions
-from plrhf.models.adaptation import Fit
 
 
 @check_arguments("part")
@@ -143,10 +142,13 @@ def test_a_dataclass_is_checked_with_its_own_name() -> None:
 
 
 def test_a_dataclass_finds_types_of_a_base_from_another_module() -> None:
-    """`Fit` is of plrhf.models.adaptation, whose names plrhf.evaluation.few_shot lacks."""
-    takes = parameters(FewShotOptions)
-    assert takes["steps"].annotation == get_type_hints(Fit, include_extras=True)["steps"]
-    assert takes["shots"].annotation == list[int]
+    """`Adaptation`, the type of a field of `AdaptTask`, is not among the names of this module."""
+
+    @dataclass(frozen=True)
+    class Longer(AdaptTask):
+        width: int = 1
+
+    assert parameters(Longer)["rule"].annotation == get_type_hints(AdaptTask)["rule"]
 
     @check_arguments("more")
     @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,12 +26,13 @@ from plrhf.evaluation.few_shot import (
     FewShotCurve,
     FewShotOptions,
     Trial,
+    check_trials,
     draw_trials,
     few_shot_terminal_table,
     rows_of_users,
     summarised,
 )
-from plrhf.models.adaptation import Prior
+from plrhf.models.adaptation import AdaptedUsers, Posterior
 from plrhf.models.reward import PersonalRewardModel
 
 
@@ -37,7 +40,7 @@ def rows_of(**counts: int) -> list[Row]:
     """So many rows of each user, one user after the other."""
     users = [user for user, count in counts.items() for _ in range(count)]
     return [
-        Row(prompt="p", chosen="c", rejected="r", user_id=user, prompt_id="p", pair_id=f"{n}")
+        Row(f"p{n}", "c", "r", user_id=user, prompt_id=f"p{n}", pair_id=f"{n}")
         for n, user in enumerate(users)
     ]
 
@@ -101,22 +104,51 @@ def test_people_held_out_of_training_bring_the_rows_it_left_aside(tmp_path: Path
     assert {row.user_id for row in [*given, *asked]}.isdisjoint(unseen)
 
 
+def test_a_pair_asked_is_never_given() -> None:
+    """The fault of a published evaluation: shots stay in what is asked."""
+    rows = rows_of(ann=4, bob=3)
+    check_trials([[Trial([0, 1], [2, 3]), Trial([4], [5, 6])]], rows)
+    for trial in (Trial([0, 1], [1, 2]), Trial([5], [4, 5])):
+        with pytest.raises(ValueError) as caught:
+            curve_of([[Trial([3], [0]), trial]])
+        assert str(caught.value) == (
+            f"pairs asked='{trial.given[-1]}' is not allowed: expected pairs that were not given. "
+            "Take what is given out of what is asked."
+        )
+    # The same texts under another id, chosen the other way round.
+    rows[3] = replace(rows[0], pair_id="3", chosen="r", rejected="c")
+    with pytest.raises(ValueError, match="^pairs asked='3' is not allowed"):
+        check_trials([[Trial([0, 1], [2, 3]), Trial([4], [5, 6])]], rows)
+
+
+def test_a_pair_judged_twice_is_not_given_where_it_is_asked() -> None:
+    rows = rows_of(ann=6, bob=4)
+    texts = ["one", "two", "one", "three", "four", "five", "one", "two", "six", "seven"]
+    rows = [replace(row, prompt=text) for row, text in zip(rows, texts, strict=True)]
+    rows[2] = replace(rows[2], chosen="r", rejected="c")  # the same pair, the other choice
+    trials, _ = draw_trials(rows, {"0", "1"}, FewShotOptions(shots=[1], draws=4), seed=0)
+    for ann, bob in trials:
+        assert (ann.given, ann.asked) == ([1], [2, 3, 4, 5])
+        assert sorted(bob.given + bob.asked) == [6, 7, 8, 9]  # ann's are no business of bob's
+
+
 def curve_of(trials: list[list[Trial]]) -> Curve:
     nothing: Any = None
-    return Curve(nothing, nothing, nothing, trials, batch_size=5)
+    dataset: Any = SimpleNamespace(rows=rows_of(ann=200))
+    return Curve(nothing, dataset, trials, batch_size=5)
 
 
 def test_the_control_is_always_somebody_else() -> None:
     one, two, three = Trial([], [0, 1]), Trial([], [2]), Trial([], [3, 4])
     curve = curve_of([[one, two, three], [one, two, three], [one, two, three]])
     assert curve.asked == [0, 1, 2, 3, 4] * 3
-    assert curve.own == [1, 1, 2, 3, 3, 4, 4, 5, 6, 6, 7, 7, 8, 9, 9]
+    assert curve.own == [0, 0, 1, 2, 2, 3, 3, 4, 5, 5, 6, 6, 7, 8, 8]
     # The next user of the same draw, then the one after, then the next again.
-    assert curve.others == [2, 2, 3, 1, 1, 6, 6, 4, 5, 5, 8, 8, 9, 7, 7]
+    assert curve.others == [1, 1, 2, 0, 0, 5, 5, 3, 4, 4, 7, 7, 8, 6, 6]
 
 
 def test_pooled_pairs_are_of_as_many_other_people() -> None:
-    trials = [Trial([10 * user + n for n in range(4)], [user]) for user in range(4)]
+    trials = [Trial([10 * user + n for n in range(4)], [100 + user]) for user in range(4)]
     curve = curve_of([trials, trials])
     assert curve.pooled(1, 3) == [20, 30, 0]  # one pair of each of the three others
     assert curve.pooled(1, 4) == [20, 30, 0, 21]  # then another one, never the same twice
@@ -147,15 +179,19 @@ def test_a_model_that_knows_how_people_differ_learns_who_this_is() -> None:
     dataset = PairDataset(people, pairs, layout=packed, user_index={}, schema=schema)
     dataset.hidden = TextValues(hidden.flatten(0, 1), torch.arange(2 * len(people)).view(-1, 2))
     trials, _ = draw_trials(people, set(), FewShotOptions(shots=[24], draws=3), seed=0)
-    curve = Curve(model, dataset, Prior(model.encoder), trials, batch_size=50)
-    t = curve.fit(24, steps=30)
+    curve = Curve(model, dataset, trials, batch_size=50)
+    found = curve.fit(Posterior(laplace=True), 24)
     accuracy = {
-        name: correctness(curve.margins(t, owners)).mean()
+        name: correctness(curve.margins(found, owners)).mean()
         for name, owners in (("own", curve.own), ("others", curve.others))
     }
     assert accuracy["own"] > 0.85
     assert accuracy["others"] < 0.65
-    assert curve.margins(0 * t, curve.own) == pytest.approx(0, abs=1e-4)
+    nobody = AdaptedUsers(vectors=model.encoder.generic(curve.n_trials))
+    assert curve.margins(nobody, curve.own) == pytest.approx(0, abs=1e-4)
+    # What is not known of the person shrinks margins and turns none.
+    plain, shrunk = (curve.margins(found, curve.own, attenuated=yes) for yes in (False, True))
+    assert (np.sign(plain) == np.sign(shrunk)).all() and (np.abs(shrunk) < np.abs(plain)).all()
 
 
 def outcomes(*margins: float) -> Outcomes:
@@ -186,19 +222,31 @@ def test_curves_by_hand() -> None:
     assert [one["value"] for one in recovered["adapted"]] == [0.0, 0.5]
     assert [one["value"] for one in recovered["other_user"]] == [0.0, -0.25]
     about: Any = {"shots": [0, 8], "users": "unseen", "n_users": 2, "n_draws": 1}
-    assert lines(few_shot_terminal_table(FewShotCurve(**about, **result)))[1] == [
-        *("8", "75.0", "37.5", "50.0", "100.0", "0.50", "-0.25"),
-    ]
+    shown = lines(few_shot_terminal_table(FewShotCurve(**about, **result)))[1]
+    assert shown[:7] == ["8", "75.0", "37.5", "50.0", "100.0", "0.50", "-0.25"]
     del found["oracle"]
     result = summarised(found)
     assert result["curves"]["oracle"] is None and result["gain_recovered"] is None
-    assert lines(few_shot_terminal_table(FewShotCurve(**about, **result)))[1] == [
-        "8",
-        "75.0",
-        "37.5",
-        "50.0",
-        "25.0",
-        "-12.5",
+    shown = lines(few_shot_terminal_table(FewShotCurve(**about, **result)))[1]
+    assert shown[:6] == ["8", "75.0", "37.5", "50.0", "25.0", "-12.5"]
+
+
+def test_likelihood_and_calibration_by_hand() -> None:
+    found = {"adapted": [outcomes(1, -1, 2, -3)], "generic": [outcomes(1, -1, 1, -1)]}
+    found["attenuated"] = [outcomes(0.5, -0.5, 1, -1.5)]
+    result = summarised(found)
+    assert set(result["curves"]) == {"adapted", "generic", "oracle"}  # signs are the same
+    for name, margins in (("adapted", (1, -1, 2, -3)), ("attenuated", (0.5, -0.5, 1, -1.5))):
+        nll = np.mean([np.log1p(np.exp(-margin)) for margin in margins])
+        assert result["nll"][name][0]["value"] == pytest.approx(nll)
+    # Four bins of one confidence each: |1 + 0 - 2 * 0.731| / 4 and so on.
+    confident = 1 / (1 + np.exp(-np.array([1, 2, 3])))
+    gaps = [abs(1 - 2 * confident[0]), abs(1 - confident[1]), confident[2]]
+    assert result["ece"]["adapted"][0]["value"] == pytest.approx(sum(gaps) / 4)
+    about: Any = {"shots": [4], "users": "unseen", "n_users": 2, "n_draws": 1}
+    table = few_shot_terminal_table(FewShotCurve(**about, **result))
+    assert [str(column.header) for column in table.columns][-3:] == [
+        *("adapted, nll", "generic, nll", "attenuated, nll")
     ]
 
 
@@ -238,13 +286,15 @@ def test_a_run_is_asked_about_people_it_has_not_met(
     which: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: Any
 ) -> None:
     run = request.getfixturevalue(which)
-    asked = ["eval=adapt", f"run={run}", "eval.shots=[0,1,3]", "eval.draws=2", "eval.steps=4"]
-    launch("eval", *asked, f"out={tmp_path}")
+    asked = ["eval=adapt", f"run={run}", "eval.shots=[0,1,3]", "eval.draws=2"]
+    launch("eval", *asked, "eval.adaptation.steps=4", f"out={tmp_path}")
     result = json.loads((tmp_path / "adapt.json").read_text())
     assert set(result) == {
         *("schema", "fingerprint", "shots", "curves", "over_generic", "gain_recovered"),
-        *("users", "n_users", "n_draws", "left_out"),
+        *("users", "n_users", "n_draws", "left_out", "adaptation", "nll", "ece"),
     }
+    assert result["adaptation"]["name"] == "posterior" and result["adaptation"]["steps"] == 4
+    assert set(result["nll"]) == set(result["ece"]) == set(result["curves"])
     assert (result["schema"], result["shots"]) == (1, [0, 1, 3])
     counts = [result[name] for name in ("users", "n_users", "n_draws", "left_out")]
     assert counts == ["unseen", 2, 2, 0]
@@ -259,10 +309,12 @@ def test_a_run_is_asked_about_people_it_has_not_met(
 
 
 def test_train_users_as_if_they_were_new(reward_run: Path, tmp_path: Path) -> None:
-    asked = ["eval=adapt", "eval.users=seen", "eval.shots=[9]", "eval.draws=1", "eval.steps=2"]
+    asked = ["eval=adapt", "eval.users=seen", "eval.shots=[9]", "eval.draws=1"]
+    asked += ["eval/adaptation=reweight", "eval.adaptation.map_only=true"]
     launch("eval", *asked, f"run={reward_run}", f"out={tmp_path}")
     result = json.loads((tmp_path / "adapt_seen.json").read_text())
     assert (result["users"], result["n_users"]) == ("seen", 5)
+    assert result["adaptation"]["map_only"] is True
 
 
 def test_shots_without_brackets(reward_run: Path, capsys: Any) -> None:

@@ -1,36 +1,34 @@
-"""A new user from a few pairs: the prior by hand, the fit against another solver, exports changed."""
+"""Adaptation rules: each against another solver, a naive twin or numbers worked by hand."""
 
 from __future__ import annotations
 
 import copy
-import shutil
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from runs import rows_of_world, world
 from scipy.optimize import minimize
 from tiny import AGGREGATORS, WIDTH, make_batch, make_model, make_pairs
 from torch import Tensor, nn, tensor
+from torch.autograd.functional import hessian
 
 import plrhf
+from plrhf.core.components import build
 from plrhf.core.types import UserBatch
 from plrhf.encoders import ClusterMixtureEncoder, LookupEncoder, NoneEncoder, UserEncoder
-from plrhf.models.adaptation import (
-    Fit,
-    NewUser,
-    Prior,
-    adapt,
-    fit_users,
-    scores,
+from plrhf.models.adaptation import Adaptation, Basis, Gradient, Posterior, Reweight
+from plrhf.models.adaptation.base import AdaptedUsers, attenuated_margins, score_pairs
+from plrhf.models.adaptation.fitting import (
+    PairLosses,
+    RowSpace,
+    most_likely,
     user_tables,
 )
-from plrhf.models.base import PersonalModule
-from plrhf.models.card import read_card
-from plrhf.models.enrolment import enrol, forget
-from plrhf.models.export import replace_users
+from plrhf.models.adaptation.posterior import learned_prior
+from plrhf.models.adaptation.reweight import margins_of_all
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
 
@@ -50,30 +48,51 @@ def encoder_with(rows: Any) -> ClusterMixtureEncoder:
     return encoder
 
 
-def vectors(model: PersonalModule, *places: int) -> Tensor:
-    """e_u of user indices, for rows without features."""
-    users = UserBatch(user_id=tensor(places), features=torch.zeros(len(places), 0))
-    return model.encoder(users).detach()
+def strong_model(kind: Any = PersonalRewardModel, aggregator: str = "film_last") -> Any:
+    """A model whose pairs say something against the prior."""
+    model = make_model(kind, aggregator=aggregator).eval()
+    if kind is PersonalRewardModel:
+        with torch.no_grad():
+            model.head.weight *= 30
+    return model
+
+
+def with_clusters(model: Any, n_clusters: int = 4) -> Any:
+    """The model with a cluster mixture in the place of its lookup."""
+    torch.manual_seed(2)
+    model.encoder = ClusterMixtureEncoder(
+        n_users=5,
+        user_dim=model.aggregator.user_dim,
+        vocabulary=torch.zeros(7, 3),
+        n_clusters=n_clusters,
+        init="normal",
+        weight_scale=1.0,
+    )
+    return model
+
+
+def given(model: Any, owners: list[int]) -> Any:
+    """One batch of pairs of these new users."""
+    return make_batch(make_pairs(len(owners)), users=owners)
 
 
 def test_the_prior_by_hand() -> None:
     # Departures from (1, 1): (2, 0), (0, 4), (-2, 0), so M = ((8, 0), (0, 16)) / 3.
-    prior = Prior(encoder_with([[1.0, 1.0], [3.0, 1.0], [1.0, 5.0], [-1.0, 1.0]]), scale=3.0)
-    assert prior.generic.tolist() == [1.0, 1.0]
+    encoder = encoder_with([[1.0, 1.0], [3.0, 1.0], [1.0, 5.0], [-1.0, 1.0]])
+    prior = learned_prior(encoder, scale=3.0)
+    assert prior.origin.tolist() == [1.0, 1.0]
     moment = 9 * tensor([[8.0, 0.0], [0.0, 16.0]]) / 3
     torch.testing.assert_close(prior.factor.T @ prior.factor, moment)
-    tables = prior.tables(torch.zeros(2, 2))
-    assert tables["weights.weight"].tolist() == [[1.0, 1.0]] * 3
+    assert prior.points(torch.zeros(2, 2)).tolist() == [[1.0, 1.0]] * 2
     t = tensor([[0.5, -1.0]])
-    expected = tensor([1.0, 1.0]) + t[0] @ prior.factor
-    torch.testing.assert_close(prior.tables(t)["weights.weight"][1], expected)
+    torch.testing.assert_close(prior.points(t)[0], tensor([1.0, 1.0]) + t[0] @ prior.factor)
 
 
 def test_new_users_are_combinations_of_few_train_users() -> None:
-    prior = Prior(encoder_with([[0.0, 0.0, 0.0], [1.0, 2.0, 2.0], [2.0, 4.0, 4.0]]))
-    rows = prior.tables(torch.randn(5, 2))["weights.weight"]
+    prior = learned_prior(encoder_with([[0.0, 0.0, 0.0], [1.0, 2.0, 2.0], [2.0, 4.0, 4.0]]))
+    points = prior.points(torch.randn(5, 2))
     assert prior.factor.shape == (2, 3)
-    torch.testing.assert_close(rows[:, 1:], rows[:, :1] * tensor([[2.0, 2.0]]))
+    torch.testing.assert_close(points[:, 1:], points[:, :1] * tensor([[2.0, 2.0]]))
 
 
 class Biased(UserEncoder):
@@ -98,70 +117,97 @@ class Biased(UserEncoder):
 
 def test_parameters_of_any_shape() -> None:
     encoder = Biased()
-    assert set(user_tables(encoder)) == {"bias", "grid"}
-    prior = Prior(encoder)
-    tables = prior.tables(torch.randn(7, 4))
-    assert {name: tuple(table.shape) for name, table in tables.items()} == {
-        "bias": (8,),
-        "grid": (8, 2, 3),
+    space = RowSpace(encoder)
+    assert set(user_tables(encoder)) == {"bias", "grid"} == set(space.shapes)
+    rows = space.rows(space.train)
+    assert {name: tuple(own.shape) for name, own in rows.items()} == {
+        "bias": (4,),
+        "grid": (4, 2, 3),
     }
-    assert tables["bias"][0] == encoder.bias[0] and tables["grid"][0].equal(encoder.grid[0])
-    # The train users themselves are among what the prior reaches.
-    departures = torch.cat([encoder.bias[:, None], encoder.grid.flatten(1)], dim=1)
-    reached = torch.linalg.lstsq(prior.factor.T, (departures[2] - departures[0])[:, None])
-    again = prior.tables(reached.solution.detach().T)
-    torch.testing.assert_close(again["grid"][1], encoder.grid[2].detach())
+    assert rows["bias"].equal(encoder.bias[1:]) and rows["grid"].equal(encoder.grid[1:])
+    users = UserBatch(user_id=torch.arange(1, 5), features=torch.zeros(4, 0))
+    assert space.vectors(space.train, users.features).equal(encoder(users))
 
 
-def test_no_parameters_of_single_users() -> None:
+@pytest.mark.parametrize("rule", [Posterior(), Basis(), Gradient(), Reweight()])
+def test_no_parameters_of_single_users(rule: Adaptation) -> None:
+    model = make_model(PersonalRewardModel)
+    model.encoder = NoneEncoder()
     with pytest.raises(ValueError) as caught:
-        Prior(NoneEncoder())
+        rule.fit(model, [], n_users=1)
     assert str(caught.value) == (
         "encoder='NoneEncoder' is not allowed: expected one with parameters of single users. "
         "Adapt a model trained with encoder=lookup or encoder=cluster."
     )
 
 
-def solved(model: Any, batch: Any, scale: float) -> np.ndarray:
-    """The offset of one new user by another solver: logistic regression with a Gaussian prior."""
+def array(value: Tensor) -> np.ndarray:
+    return value.detach().double().numpy()
 
-    def array(value: Tensor) -> np.ndarray:
-        return value.detach().double().numpy()
 
+def design(model: Any, batch: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Margins of a lookup with FiLM as constant [B] + e @ slope [B, user_dim]; beta_u cancels out."""
     pooled = array(model.pooled_trunk(batch))
     difference = (pooled[:, 0] - pooled[:, 1]) * array(model.head.weight)[0]  # [B, d]
     to_gamma = array(model.aggregator.to_film.weight)[:WIDTH]
-    basis, start = array(model.encoder.basis), array(model.encoder.generic_vector)
-    rows = array(model.encoder.offsets.weight)[1:]
-    precision = np.linalg.inv(scale**2 * rows.T @ rows / len(rows))
+    return difference.sum(axis=1), difference @ to_gamma
 
-    def objective(offset: np.ndarray) -> float:
-        margins = difference @ (1 + to_gamma @ (start + offset @ basis))  # beta_u cancels out
-        return np.logaddexp(0, -margins).sum() + 0.5 * offset @ precision @ offset
 
-    return minimize(objective, np.zeros(2), method="Nelder-Mead", options={"xatol": 1e-6}).x
+def solved(
+    model: Any, batch: Any, basis: np.ndarray, precision: np.ndarray | float, centre: np.ndarray
+) -> np.ndarray:
+    """c of e = centre + c @ basis by another solver: logistic regression with a Gaussian prior."""
+    constant, slope = design(model, batch)
+
+    def objective(c: np.ndarray) -> float:
+        margins = constant + slope @ (centre + c @ basis)
+        return np.logaddexp(0, -margins).sum() + 0.5 * c @ (precision * np.eye(len(c))) @ c
+
+    start = np.zeros(len(basis))
+    return minimize(objective, start, method="Nelder-Mead", options={"xatol": 1e-6}).x
+
+
+OWNERS = [0, 0, 1, 0, 1, 1, 0, 1, 3, 1, 0]  # new user 2 gives nothing
+
+
+def own_batch(user: int) -> Any:
+    pairs = [pair for pair, of in zip(make_pairs(11), OWNERS, strict=True) if of == user]
+    return make_batch(pairs, users=[0] * len(pairs))
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_the_fit_is_the_most_likely_user(scale: float) -> None:
-    model = make_model(PersonalRewardModel, aggregator="film_last").eval()
-    with torch.no_grad():
-        model.head.weight *= 30  # so that pairs say something against the prior
-    prior = Prior(model.encoder, scale=scale)
-    pairs, owners = make_pairs(11), [1, 1, 2, 1, 2, 2, 1, 2, 4, 2, 1]
-    one, other = (
-        make_batch(pairs[:7], users=owners[:7]),
-        make_batch(pairs[7:], users=owners[7:]),
-    )
-    t = fit_users(model, [one, other], prior, n_users=4, steps=40)
-    rows = prior.tables(t)["offsets.weight"]
-    for user in (1, 2, 4):  # each alone, and by other means
-        own = [pair for pair, of in zip(pairs, owners, strict=True) if of == user]
-        expected = solved(model, make_batch(own, users=[1] * len(own)), scale)
+def test_the_posterior_is_the_most_likely_user(scale: float) -> None:
+    model = strong_model()
+    pairs = make_pairs(11)
+    batches = [
+        make_batch(pairs[:7], users=OWNERS[:7]),
+        make_batch(pairs[7:], users=OWNERS[7:]),
+    ]
+    found = Posterior(prior_scale=scale).fit(model, batches, n_users=4)
+    assert found.rows is not None and found.covariance is None
+    rows = array(model.encoder.offsets.weight)[1:]
+    whitened = np.linalg.cholesky(scale**2 * rows.T @ rows / len(rows)).T
+    basis, start = array(model.encoder.basis), array(model.encoder.generic_vector)
+    for user in (0, 1, 3):  # each alone, and by other means
+        t = solved(model, own_batch(user), whitened @ basis, 1.0, start)
         # The sum of float32 losses, here 130 nats, is no finer than what these moves change in it.
-        np.testing.assert_allclose(rows[user].numpy(), expected, atol=5e-3)
+        expected = t @ whitened
+        np.testing.assert_allclose(found.rows["offsets.weight"][user], expected, atol=5e-3)
+        np.testing.assert_allclose(found.vectors[user], start + expected @ basis, atol=5e-3)
         assert np.abs(expected).max() > 0.05
-    assert t[2].tolist() == [0.0, 0.0]  # nothing is known of the third
+    assert found.vectors[2].equal(model.encoder.generic_vector)  # nothing is known of the third
+
+
+def test_the_basis_is_a_penalised_logistic_regression() -> None:
+    model = strong_model()
+    found = Basis(l2=0.7).fit(model, [given(model, OWNERS)], n_users=4)
+    assert found.rows is None
+    start = array(model.encoder.generic_vector)
+    orthonormal = np.linalg.qr(array(model.encoder.basis).T)[0].T  # spans what the rows reach
+    for user in (0, 1, 3):
+        c = solved(model, own_batch(user), orthonormal, 0.7, start)
+        np.testing.assert_allclose(found.vectors[user], start + c @ orthonormal, atol=5e-3)
+        assert np.abs(c).max() > 0.05
 
 
 @pytest.mark.parametrize("kind", [PersonalRewardModel, PersonalDPOPolicy])
@@ -170,9 +216,11 @@ def test_the_fit_in_a_table_really_enlarged(kind: Any, aggregator: str) -> None:
     """At the optimum the gradient through the model's own forward vanishes, and nothing else moved."""
     model = make_model(kind, aggregator=aggregator).eval()
     before = copy.deepcopy(model.state_dict())
-    prior = Prior(model.encoder, scale=2.0)
-    batch = make_batch(make_pairs(5), users=[1] * 5)
-    row = prior.tables(fit_users(model, [batch], prior, n_users=1, steps=30))["offsets.weight"][1]
+    prior = learned_prior(model.encoder, scale=2.0)
+    batch = given(model, [0] * 5)
+    found = Posterior(steps=30, prior_scale=2.0).fit(model, [batch], n_users=1)
+    assert found.rows is not None
+    row = found.rows["offsets.weight"][0]
     assert all(parameter.grad is None for parameter in model.parameters())
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -181,7 +229,9 @@ def test_the_fit_in_a_table_really_enlarged(kind: Any, aggregator: str) -> None:
     table = torch.cat([encoder.offsets.weight, row[None]]).detach()
     encoder.offsets = nn.Embedding.from_pretrained(table, freeze=False, padding_idx=0)
     batch.user_id = torch.full((5,), len(table) - 1)
-    margins, extra = model.margins_in(batch, ("user",))
+    user, _ = model.user_vectors(batch, ("user",))
+    torch.testing.assert_close(user[0], found.vectors[0])
+    margins, extra = model.margins_for(batch, user)
     likelihood = model.pair_loss(margins, extra).sum()
     precision = torch.linalg.inv(prior.factor.T @ prior.factor)
     penalty = 0.5 * encoder.offsets.weight[-1] @ precision @ encoder.offsets.weight[-1]
@@ -191,19 +241,191 @@ def test_the_fit_in_a_table_really_enlarged(kind: Any, aggregator: str) -> None:
     assert gradient[:-1].abs().max() == 0
 
 
+@pytest.mark.parametrize(
+    ("kind", "aggregator", "clusters"),
+    [
+        (PersonalRewardModel, "film_last", False),
+        (PersonalRewardModel, "soft_prompt", False),
+        (PersonalDPOPolicy, "film_every_block", True),
+    ],
+)
+def test_the_laplace_covariance_against_autograd(
+    kind: Any, aggregator: str, clusters: bool
+) -> None:
+    """Each user's block is the inverse Hessian of -log p(t | pairs) that torch finds on its own."""
+    model = strong_model(kind, aggregator)
+    if clusters:
+        with_clusters(model)
+    batches = [given(model, [0, 2, 2, 0]), make_batch(make_pairs(3, seed=4), users=[2, 2, 0])]
+    found = Posterior(steps=15, prior_scale=3.0, laplace=True).fit(model, batches, n_users=3)
+    assert found.covariance is not None and found.directions is not None
+    prior = learned_prior(model.encoder, scale=3.0)
+    losses = PairLosses(model, batches, prior, n_users=3)
+    t = most_likely(losses, steps=15)
+
+    def of_all(flat: Tensor) -> Tensor:
+        users = losses.vectors(flat.view_as(t))
+        pairs = [score_pairs(model, batch, users)[1].sum() for batch in batches]
+        return torch.stack(pairs).sum() + 0.5 * flat.square().sum()
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        whole = hessian(of_all, t.flatten())
+    expected = torch.linalg.inv(whole.double()).view(*t.shape, *t.shape)
+    for user in range(3):
+        torch.testing.assert_close(
+            found.covariance[user].double(), expected[user, :, user], atol=2e-4, rtol=2e-3
+        )
+    torch.testing.assert_close(found.covariance[1], torch.eye(t.shape[1]))  # who gave nothing
+    assert (found.covariance[0] - torch.eye(t.shape[1])).abs().max() > 1e-3
+    step = 1e-2 * torch.eye(t.shape[1])[1].expand_as(t)
+    moved = (losses.vectors(t + step) - losses.vectors(t - step)) / 2e-2
+    torch.testing.assert_close(found.directions[:, 1], moved.detach(), atol=2e-3, rtol=2e-2)
+
+
+def test_attenuated_margins_against_numerical_integration() -> None:
+    """sigma(m / sqrt(1 + pi v / 8)) is E sigma under the Gaussian of the user, to 0.02."""
+    model = make_model(PersonalRewardModel, aggregator="film_last").eval()
+    asked = make_batch(make_pairs(9, seed=7), users=[0, 1, 1, 0, 1, 0, 0, 1, 1])
+    constant, slope = design(model, asked)
+    spread = np.random.default_rng(0).normal(size=(2, 3, 32))
+    spread *= 2 / np.abs(slope @ spread[0].T).max()  # deviations of margins are of this size
+    directions, root = torch.randn(2, 3, 3), torch.from_numpy(spread).float()
+    users = AdaptedUsers(
+        vectors=torch.randn(2, 32),
+        covariance=directions.mT @ directions,
+        directions=torch.linalg.solve(directions, root),
+    )
+    margins = attenuated_margins(model, asked, users)
+    plain = score_pairs(model, asked, users.vectors)[0]
+    points, weights = np.polynomial.hermite_e.hermegauss(60)
+    away = []
+    for at, user in enumerate(asked.user_id.tolist()):
+        mean = constant[at] + slope[at] @ array(users.vectors[user])
+        deviation = np.linalg.norm(spread[user] @ slope[at])
+        values = 1 / (1 + np.exp(-(mean + deviation * points)))
+        expected = (weights * values).sum() / weights.sum()
+        away.append(abs(expected - plain[at].sigmoid().item()))
+        assert margins[at].sigmoid().item() == pytest.approx(expected, abs=0.02)
+    assert max(away) > 0.05  # it made a difference
+    assert margins.sign().equal(plain.sign())
+
+
+def test_gradient_steps_by_hand() -> None:
+    """One step of plain descent on the mean loss of a user's pairs, and Adam's first step."""
+    model = strong_model()
+    constant, slope = design(model, own_batch(1))
+    basis, start = array(model.encoder.basis), array(model.encoder.generic_vector)
+    margins = constant + slope @ start
+    gradient = -((1 / (1 + np.exp(margins)))[:, None] * (slope @ basis.T)).mean(axis=0)
+    batch = given(model, OWNERS)
+    for optimiser, expected in (("sgd", -0.2 * gradient), ("adam", -0.2 * np.sign(gradient))):
+        rule = Gradient(steps=1, lr=0.2, optimiser=optimiser)  # type: ignore[arg-type]
+        found = rule.fit(model, [batch], n_users=4)
+        assert found.rows is not None
+        np.testing.assert_allclose(found.rows["offsets.weight"][1], expected, atol=1e-4)
+        assert found.vectors[2].equal(model.encoder.generic_vector)
+
+
+def test_where_gradient_steps_start() -> None:
+    model, batch = with_clusters(strong_model()), None
+    batch = given(model, OWNERS)
+    table = model.encoder.weights.weight.detach()
+
+    def first(start: Any, seed: int = 0) -> Tensor:
+        rule = Gradient(steps=1, lr=1e-9, start=start, seed=seed)
+        rows = rule.fit(model, [batch], n_users=4).rows
+        assert rows is not None
+        return rows["weights.weight"][[0, 1, 3]]
+
+    torch.testing.assert_close(first("generic"), table[0].expand(3, -1))
+    torch.testing.assert_close(first("mean"), table[1:].mean(dim=0).expand(3, -1))
+    assert first("random").equal(first("random")) and not first("random", 1).equal(first("random"))
+    assert 0.4 < first("random").std() < 1.6
+
+
+def weights_by_hand(model: Any, batch: Any, particles: Tensor, tau: float) -> Tensor:
+    """The discrete posterior of one user, a particle and a pair at a time."""
+    fit = []
+    for particle in particles:
+        margins, _ = score_pairs(model, batch, particle[None])
+        fit.append(sum(math.log(1 / (1 + math.exp(-m))) for m in margins.tolist()) / tau)
+    largest = max(fit)
+    return tensor([math.exp(one - largest) for one in fit])
+
+
+@pytest.mark.parametrize("aggregator", ["film_last", "soft_prompt"])
+@pytest.mark.parametrize("of", ["users", "clusters"])
+def test_reweighting_by_hand(aggregator: str, of: Any) -> None:
+    model = with_clusters(strong_model(aggregator=aggregator), n_clusters=3)
+    ids = UserBatch(user_id=torch.arange(1, 6), features=torch.zeros(5, 0))
+    particles = (model.encoder(ids) if of == "users" else model.encoder.clusters).detach()
+    rule = Reweight(of=of, temperature=2.0)
+    found = rule.fit(model, [given(model, OWNERS)], n_users=4)
+    assert found.rows is None
+    for user in (0, 1, 3):
+        with torch.no_grad():
+            weights = weights_by_hand(model, own_batch(user), particles, 2.0)
+        expected = weights @ particles / weights.sum()
+        torch.testing.assert_close(found.vectors[user], expected, atol=1e-4, rtol=1e-3)
+        assert weights.max() / weights.sum() > 1.1 / len(particles)
+    torch.testing.assert_close(found.vectors[2], particles.mean(dim=0))  # the prior's
+
+
+def test_settings_of_reweighting() -> None:
+    model = with_clusters(strong_model(), n_clusters=3)
+    batch, clusters = given(model, [0] * 7), model.encoder.clusters.detach()
+    with torch.no_grad():
+        weights = weights_by_hand(model, batch, clusters, 1.0)
+        mean = weights_by_hand(model, batch, clusters, 7.0)
+    best = Reweight(of="clusters", map_only=True).fit(model, [batch], n_users=1)
+    assert best.vectors[0].equal(clusters[weights.argmax()])
+    of_mean = Reweight(of="clusters", per_pair="mean").fit(model, [batch], n_users=1)
+    torch.testing.assert_close(of_mean.vectors[0], mean @ clusters / mean.sum())
+    sized = Reweight(of="clusters", prior="size").fit(model, [batch], n_users=1)
+    shares = model.encoder.mixture(torch.arange(1, 6)).mean(dim=0).detach()
+    weights = weights * shares
+    torch.testing.assert_close(sized.vectors[0], weights @ clusters / weights.sum())
+    with pytest.raises(ValueError, match=r"^eval\.adaptation\.prior='size' is not allowed: expec"):
+        Reweight(prior="size")
+    with pytest.raises(ValueError, match=r"^eval\.adaptation\.of='clusters' .* no clusters"):
+        Reweight(of="clusters").fit(strong_model(), [batch], n_users=1)
+
+
+def test_one_product_scores_all_particles_where_margins_are_linear(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, particles = strong_model(), torch.randn(7, 32)
+    batch = model.without_user(given(model, [3] * 5))
+    with torch.no_grad():
+        naive = torch.stack([score_pairs(model, batch, one.expand(4, -1))[0] for one in particles])
+        calls: list[int] = []
+        forward = type(model).margins_for
+
+        def counted(self: Any, batch: Any, user: Tensor) -> Any:
+            calls.append(len(user) // len(batch))
+            return forward(self, batch, user)
+
+        monkeypatch.setattr(type(model), "margins_for", counted)
+        found = margins_of_all(model, batch, particles)
+        assert calls == [1, 3]  # the product, and three particles to check it on
+        torch.testing.assert_close(found, naive, atol=1e-3, rtol=1e-4)
+
+        def bent(self: Any, batch: Any, user: Tensor) -> Any:
+            margins, extra = forward(self, batch, user)
+            return margins + 0.3 * user.norm(dim=1).view_as(margins), extra
+
+        monkeypatch.setattr(type(model), "margins_for", bent)
+        naive = torch.stack([score_pairs(model, batch, one.expand(4, -1))[0] for one in particles])
+        torch.testing.assert_close(margins_of_all(model, batch, particles), naive)
+
+
 def test_scores_are_those_of_the_model() -> None:
     model = make_model(PersonalRewardModel, aggregator="soft_prompt").eval()
     batch = make_batch(make_pairs(), users=[1, 2, 3, 0, 5, 1, 2])
+    everybody = UserBatch(user_id=torch.arange(6), features=torch.zeros(6, 0))
     with torch.no_grad():
-        margins, _ = scores(model, batch, dict(user_tables(model.encoder)))
+        margins, _ = score_pairs(model, batch, model.encoder(everybody))
     torch.testing.assert_close(margins, model.context_margins(batch)["user"])
-
-
-@pytest.fixture(params=["reward_run", "policy_run"])
-def export(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A copy of an export, to change: lookup with FiLM, clusters with soft prompt."""
-    run = request.getfixturevalue(request.param)
-    return Path(shutil.copytree(run / "export", tmp_path / "export"))
 
 
 @pytest.mark.parametrize("kind", [PersonalRewardModel, PersonalDPOPolicy])
@@ -211,21 +433,21 @@ def test_the_trunk_runs_once_where_it_does_not_depend_on_the_user(
     kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model(kind, aggregator="film_last").eval()
-    batches = [make_batch(make_pairs(n), users=[1] * n) for n in (5, 3)]
+    batches = [make_batch(make_pairs(n), users=[0] * n) for n in (5, 3)]
     with torch.no_grad():
         for batch in batches:
             if kind is PersonalDPOPolicy:
                 batch.ref_logps = model.reference_logps(batch)
-    prior = Prior(model.encoder, scale=2.0)
-    monkeypatch.setattr("plrhf.models.adaptation.KEPT_NUMBERS", 0)
-    naive = fit_users(model, batches, prior, n_users=1, steps=10)
+    rule = Posterior(steps=10, prior_scale=2.0)
+    monkeypatch.setattr("plrhf.models.adaptation.base.KEPT_NUMBERS", 0)
+    naive = rule.fit(model, batches, n_users=1).vectors
     monkeypatch.undo()
     runs: list[int] = []
     model.backbone.trunk.register_forward_hook(lambda *_: runs.append(1))
-    found = fit_users(model, batches, prior, n_users=1, steps=10)
+    found = rule.fit(model, batches, n_users=1).vectors
     assert len(runs) <= len(batches)
     torch.testing.assert_close(found, naive)
-    assert naive.abs().max() > 1e-3
+    assert (naive[0] - model.encoder.generic_vector).abs().max() > 1e-4
 
 
 def test_sparse_tables_are_adapted_as_dense_ones() -> None:
@@ -233,17 +455,39 @@ def test_sparse_tables_are_adapted_as_dense_ones() -> None:
     for sparse in (False, True):
         model = make_model(PersonalRewardModel, aggregator="film_last").eval()
         model.encoder.offsets.sparse = sparse
-        batch = make_batch(make_pairs(5), users=[1] * 5)
-        found.append(fit_users(model, [batch], Prior(model.encoder), n_users=1, steps=10))
+        batch = given(model, [0] * 5)
+        found.append(Posterior(steps=10, laplace=True).fit(model, [batch], n_users=1))
         assert model.encoder.offsets.sparse is sparse
-    assert found[0].equal(found[1]) and found[0].abs().max() > 0
+    assert found[0].vectors.equal(found[1].vectors)
 
 
-def test_pairs_too_long_are_counted_and_never_all_there_is(export: Path) -> None:
-    model = plrhf.load(export)
+class Shifted(Adaptation):
+    """An outsider's: adds a number to the generic vector of whoever gave pairs."""
+
+    def __init__(self, *, step: float = 1.0) -> None:
+        self.step = step
+
+    def fit(self, model: Any, batches: Any, *, n_users: int) -> AdaptedUsers:
+        vectors = model.encoder.generic(n_users).detach().clone()
+        for batch in batches:
+            vectors[batch.user_id] += self.step
+        return AdaptedUsers(vectors=vectors)
+
+
+def test_a_rule_from_outside_needs_no_tables(reward_run: Path) -> None:
+    rule = build({"_target_": f"{__name__}.Shifted", "step": 2.0}, "eval.adaptation")
+    model = plrhf.load(reward_run)
+    pair = {"prompt": "Write a note.", "chosen": "Back at six.", "rejected": "I shall return."}
+    user = plrhf.adapt(model, [pair], rule)
+    torch.testing.assert_close(user.vector, model.encoder.generic(1)[0].detach() + 2.0)
+    assert user.rows is None and user.n_pairs == 1
+
+
+def test_pairs_too_long_are_counted_and_never_all_there_is(policy_run: Path) -> None:
+    model = plrhf.load(policy_run)
     short = {"prompt": "Write a note.", "chosen": "Back at six.", "rejected": "I shall return."}
     long = {**short, "chosen": "sea " * 2000}
-    user = model.adapt([short, long, short], Fit(steps=3))
+    user = model.adapt([short, long, short], Posterior(steps=3))
     assert (user.n_pairs, user.n_too_long) == (2, 1)
     assert model.adapt([]).n_pairs == 0
     with pytest.raises(ValueError) as caught:
@@ -255,119 +499,22 @@ def test_pairs_too_long_are_counted_and_never_all_there_is(export: Path) -> None
     )
 
 
-def test_an_id_that_is_no_text_is_refused_before_a_file_changes(export: Path) -> None:
-    before = contents(export)
-    user = plrhf.load(export).adapt([])
-    for bad in (7, "", " "):
-        with pytest.raises(
-            ValueError, match=r"^user_id=.* is not allowed: expected text that is not"
-        ):
-            enrol(export, bad, user)  # type: ignore[arg-type]
-    rows = {name: torch.full_like(row, torch.nan) for name, row in user.rows.items()}
-    with pytest.raises(ValueError, match=r"^user=.* is not allowed: expected finite numbers"):
-        enrol(export, "eve", NewUser(rows=rows, vector=user.vector))
-    assert contents(export) == before
-
-
-def test_a_loaded_model_enrols_and_forgets_in_memory_and_in_its_export(export: Path) -> None:
-    model = plrhf.load(export)
-    pairs = [{"prompt": "Write a note.", "chosen": "Back at six.", "rejected": "I shall return."}]
-    user = model.adapt(pairs, Fit(steps=5, prior_scale=20.0))
-    before = vectors(model, *range(6))
-    state = torch.get_rng_state()
-    model.enrol("eve", user)
-    assert torch.get_rng_state().equal(state)
-    assert model.card.user_index("eve") == 6
-    for one in (model, plrhf.load(export)):
-        torch.testing.assert_close(vectors(one, 6)[0], user.vector)
-        assert vectors(one, *range(6)).equal(before)
-    model.forget("eve")
-    assert vectors(model, *range(6)).equal(before)
-    with pytest.raises(ValueError, match="^user_id='eve' is not allowed"):
-        model.card.user_index("eve")
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """The bytes of all files of a directory, by name."""
-    files = [path for path in directory.rglob("*") if path.is_file()]
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
-
-
-def test_a_new_user_is_fitted_enrolled_and_forgotten(export: Path) -> None:
-    before = contents(export)
-    model = PersonalModule.from_pretrained(export)
-    stranger = world().user_ids[5]
-    pairs = [
-        {name: row[name] for name in ("prompt", "chosen", "rejected")}
-        for row in rows_of_world()
-        if row["user_id"] == stranger
-    ][:3]
-    user = adapt(model, pairs, Fit(steps=5, prior_scale=20.0))
-    generic = model.encoder.generic(1)[0].detach()
-    assert (user.vector - generic).abs().max() > 1e-3
-    assert adapt(model, []).vector.equal(generic)
-
-    enrol(export, stranger, user)
-    grown = PersonalModule.from_pretrained(export)
-    assert grown.card.user_index(stranger) == 6
-    torch.testing.assert_close(vectors(grown, 6)[0], user.vector)
-    assert vectors(grown, *range(6)).equal(vectors(model, *range(6)))
-    with pytest.raises(ValueError, match=f"^user_id='{stranger}' is not allowed: expected an id"):
-        enrol(export, stranger, user)
-
-    forget(export, stranger)
-    assert contents(export) == before
-
-
-def test_nothing_of_a_forgotten_user_is_left(export: Path) -> None:
-    model = PersonalModule.from_pretrained(export)
-    ids = list(model.card.users)
-    (table,) = user_tables(model.encoder).values()
-    row = table[3].detach().numpy().tobytes()
-
-    def holding(what: bytes) -> set[str]:
-        return {name for name, content in contents(export).items() if what in content}
-
-    assert holding(row) == {"user_encoder.safetensors"}
-    assert holding(ids[2].encode()) == {"plrhf.json"}
-    names = set(contents(export))
-    forget(export, ids[2])
-    assert holding(row) == holding(ids[2].encode()) == set()
-    assert set(contents(export)) == names
-    smaller = PersonalModule.from_pretrained(export)
-    assert smaller.card.users == ids[:2] + ids[3:]
-    assert vectors(smaller, 0, 1, 2, 3, 4).equal(vectors(model, 0, 1, 2, 4, 5))
-    with pytest.raises(ValueError, match=rf"^user_id='{ids[2]}' is not allowed: expected one of"):
-        forget(export, ids[2])
-
-
-def test_rows_that_do_not_fit_the_export(export: Path) -> None:
-    card = read_card(export)
-    with pytest.raises(ValueError) as caught:
-        replace_users(export, card.users, {"offsets.weight": torch.zeros(4, 2)})
-    assert str(caught.value) == (
-        "encoder offsets.weight='4 rows' is not allowed: expected 6, one a user and the generic "
-        "user's. Let user_parameters() name only parameters whose row u belongs to user u."
-    )
-    with pytest.raises(ValueError, match=r"^user=\{'odd': \(3,\)\} is not allowed: expected rows"):
-        enrol(export, "eve", NewUser(rows={"odd": torch.zeros(3)}, vector=torch.zeros(3)))
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (
             {"steps": 0},
-            "eval.steps=0 is not allowed: expected a whole number from 1. Set eval.steps=40.",
+            "eval.adaptation.steps=0 is not allowed: expected a whole number from 1. "
+            "Set eval.adaptation.steps=40.",
         ),
         (
             {"prior_scale": 0.0},
-            "eval.prior_scale=0.0 is not allowed: expected a number above 0. "
-            "Set eval.prior_scale=1.0.",
+            "eval.adaptation.prior_scale=0.0 is not allowed: expected a number above 0. "
+            "Set eval.adaptation.prior_scale=1.0.",
         ),
     ],
 )
 def test_bad_settings(settings: Any, message: str) -> None:
     with pytest.raises(ValueError) as caught:
-        Fit(**settings)
+        Posterior(**settings)
     assert str(caught.value) == message

@@ -23,7 +23,7 @@ from plrhf.models.reward import PersonalRewardModel
 from plrhf.referee.facts import Facts, agreed_pairs, span
 from plrhf.referee.features import FixedFeatures, length_features, shape_features, with_features
 from plrhf.referee.leaderboard import Entry, entries, warnings
-from plrhf.referee.new_users import NEW, FewShots, add_new_users, check_trials
+from plrhf.referee.new_users import NEW, FewShots, add_new_users, new_user_margins
 from plrhf.referee.protocol import as_other_users, referee_job, seen_margins, tune
 from plrhf.referee.side_by_side import Training
 from plrhf.referee.store import JobRecord
@@ -121,9 +121,11 @@ def test_a_grid_cannot_be_chosen_on_test(data: PreferenceData) -> None:
 
 def test_a_pair_given_is_not_asked(data: PreferenceData) -> None:
     dataset = data.datasets[NEW]
-    check_trials([[Trial(given=[0, 1], asked=[2, 3])]], dataset)
+    options = FewShotOptions(shots=[0, 2])
+    model = builder(data)(0.1)
     with pytest.raises(ValueError, match="pairs that were not given"):
-        check_trials([[Trial(given=[0, 1], asked=[1, 3])]], dataset)
+        shots = FewShots(options, dataset, [[Trial([0, 1], [1, 3]), Trial([4, 5], [6])]])
+        new_user_margins(model, shots, batch_size=5)
 
 
 def entry(method: str, result: Any) -> tuple[JobRecord, pd.DataFrame]:

@@ -1,0 +1,19 @@
+"""Adaptation rules: a few pairs of people the model has not met -> their user vectors."""
+
+from plrhf.models.adaptation.base import Adaptation, AdaptedUsers
+from plrhf.models.adaptation.basis import Basis
+from plrhf.models.adaptation.gradient import Gradient
+from plrhf.models.adaptation.new_user import NewUser, adapt
+from plrhf.models.adaptation.posterior import Posterior
+from plrhf.models.adaptation.reweight import Reweight
+
+__all__ = [
+    "Adaptation",
+    "AdaptedUsers",
+    "Basis",
+    "Gradient",
+    "NewUser",
+    "Posterior",
+    "Reweight",
+    "adapt",
+]

@@ -1,0 +1,109 @@
+"""The interface of an adaptation rule, and what all rules need: scores of pairs for given vectors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+
+from plrhf.core.types import PreferenceBatch
+
+if TYPE_CHECKING:
+    from plrhf.models.base import PersonalModule
+
+KEPT_NUMBERS = 2**28
+"""Most numbers of trunk outputs kept while users are fitted: 1 GiB in float32."""
+
+
+@dataclass(frozen=True)
+class AdaptedUsers:
+    """N users as a rule found them, on the model's device.
+
+    Attributes:
+        vectors: e_u, [N, user_dim] float32.
+        rows: the users' rows [N, ...] of the encoder's tables by name, for `enrol`; None: the users have
+            vectors alone.
+        covariance: of the r numbers t that were fitted for each user, given the pairs, [N, r, r]; None for
+            a rule that gives points alone.
+        directions: how e_u changes with t, [N, r, user_dim]; None without a covariance.
+    """
+
+    vectors: Tensor
+    rows: dict[str, Tensor] | None = None
+    covariance: Tensor | None = None
+    directions: Tensor | None = None
+
+
+class Adaptation(ABC):
+    """Finds the vectors of people the model has not met from a few of their pairs.
+
+    All else of the model is frozen and stays as it is. A subclass is built by keyword from its settings.
+    """
+
+    @abstractmethod
+    def fit(
+        self, model: PersonalModule, batches: Sequence[PreferenceBatch], *, n_users: int
+    ) -> AdaptedUsers:
+        """Find the vectors of N new users.
+
+        Args:
+            model: a trained one, in eval mode.
+            batches: the pairs given. `user_id` is the new user's number from 0 to N - 1, which is the row
+                in the result, and no user of the encoder's. Somebody may have no pairs.
+
+        Raises:
+            ValueError: the rule needs what this model does not have.
+        """
+
+
+def score_pairs(
+    model: PersonalModule, batch: PreferenceBatch, vectors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute margins [B] and losses [B] of pairs for users [N, user_dim], rows by `user_id`."""
+    margins, extra = model.margins_for(batch, vectors[batch.user_id])
+    return margins[0], model.pair_loss(margins, extra)[0]
+
+
+def margin_slopes(
+    model: PersonalModule, batch: PreferenceBatch, vectors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute margins [B], and how each changes with its user's vector, [B, user_dim]."""
+    user = vectors.detach()[batch.user_id].requires_grad_()
+    with torch.enable_grad():
+        margins = model.margins_for(batch, user)[0][0]
+        (slopes,) = torch.autograd.grad(margins.sum(), user)
+    return margins.detach(), slopes
+
+
+def attenuated_margins(
+    model: PersonalModule, batch: PreferenceBatch, users: AdaptedUsers
+) -> Tensor:
+    """Shrink margins [B] by what is not known of their users, so that probabilities are calibrated.
+
+    With a margin m of variance v under the posterior, E sigma(m) ~ sigma(m / sqrt(1 + pi v / 8))
+    (MacKay 1992, "The evidence framework applied to classification networks", eq. 10).
+
+    Args:
+        users: with a covariance.
+    """
+    assert users.covariance is not None and users.directions is not None
+    margins, slopes = margin_slopes(model, batch, users.vectors)
+    of_t = torch.einsum("bru,bu->br", users.directions[batch.user_id], slopes)
+    variance = torch.einsum("br,brs,bs->b", of_t, users.covariance[batch.user_id], of_t)
+    return margins / (1 + torch.pi / 8 * variance.clamp(min=0)).sqrt()
+
+
+def prepared(model: PersonalModule, batches: Sequence[PreferenceBatch]) -> list[PreferenceBatch]:
+    """Put batches on the model's device, with what no user has a part in computed once if it fits."""
+    device = next(model.parameters()).device
+    on_device = [move_data_to_device(batch, device) for batch in batches]
+    n_positions = sum(batch.input_ids.numel() for batch in on_device)
+    if n_positions * model.backbone.hidden_size > KEPT_NUMBERS:
+        return on_device  # the trunk runs again whenever pairs are scored
+    with torch.no_grad():
+        return [model.without_user(batch) for batch in on_device]

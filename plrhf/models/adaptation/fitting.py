@@ -1,0 +1,270 @@
+"""What is fitted for a new user, and the loss of their pairs as a function of it."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from plrhf.core.errors import bad_value
+from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
+from plrhf.data.features import FeatureSchema
+from plrhf.encoders import UserEncoder
+from plrhf.models.adaptation.base import AdaptedUsers, prepared, score_pairs
+
+if TYPE_CHECKING:
+    from plrhf.models.base import PersonalModule
+
+
+def user_tables(encoder: UserEncoder) -> dict[str, nn.Parameter]:
+    """Return the parameters whose row u belongs to user u, by name."""
+    own = {id(parameter) for parameter in encoder.user_parameters()}
+    return {name: one for name, one in encoder.named_parameters() if id(one) in own}
+
+
+def check_personal(encoder: UserEncoder) -> None:
+    """Raise where an encoder has no parameters of single users."""
+    if len(user_tables(encoder)) == 0:
+        raise bad_value(
+            "encoder",
+            type(encoder).__name__,
+            "one with parameters of single users",
+            "Adapt a model trained with encoder=lookup or encoder=cluster",
+        )
+
+
+@contextlib.contextmanager
+def dense_gradients(encoder: UserEncoder) -> Iterator[None]:
+    """Let sparse tables give dense gradients: sparse ones cannot pass through other operations."""
+    modules: list[Any] = [one for one in encoder.modules() if getattr(one, "sparse", False) is True]
+    for module in modules:
+        module.sparse = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.sparse = True
+
+
+class UserSpace(ABC):
+    """Points of which each is a possible user.
+
+    Attributes:
+        generic: the generic user, [D]. train: the n train users, [n, D].
+    """
+
+    generic: Tensor
+    train: Tensor
+
+    @abstractmethod
+    def vectors(self, points: Tensor, features: Tensor) -> Tensor:
+        """Turn points [N, D], and features [N, F] of the users, into user vectors [N, user_dim]."""
+
+    def rows(self, points: Tensor) -> dict[str, Tensor] | None:
+        """Turn points [N, D] into the users' rows [N, ...] of the encoder's tables, if they are that."""
+        return None
+
+
+class RowSpace(UserSpace):
+    """Users as rows of the encoder's tables, end to end: what training learns for each user.
+
+    Args:
+        encoder: a trained one with parameters of single users.
+    """
+
+    def __init__(self, encoder: UserEncoder) -> None:
+        check_personal(encoder)
+        self.encoder = encoder
+        tables = user_tables(encoder)
+        self.shapes = {name: table.shape[1:] for name, table in tables.items()}
+        flat = torch.cat(
+            [table.detach().reshape(len(table), -1) for table in tables.values()], dim=1
+        )  # [n+1, D]
+        self.generic, self.train = flat[GENERIC_USER], flat[GENERIC_USER + 1 :]
+
+    def rows(self, points: Tensor) -> dict[str, Tensor]:
+        parts = points.split([shape.numel() for shape in self.shapes.values()], dim=1)
+        return {
+            name: part.unflatten(1, shape) if len(shape) > 0 else part[:, 0]
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+    def vectors(self, points: Tensor, features: Tensor) -> Tensor:
+        """Let the encoder's own `forward` read the points as tables, so that any encoder will do."""
+        tables = self.rows(torch.cat([self.generic[None], points]))
+        users = UserBatch(
+            user_id=torch.arange(1, len(points) + 1, device=points.device), features=features
+        )
+        with torch.autocast(points.device.type, enabled=False), dense_gradients(self.encoder):
+            found: Tensor = functional_call(self.encoder, tables, (users,))
+        return found
+
+
+class VectorSpace(UserSpace):
+    """Users as vectors e_u, of which an encoder's own users may be a small part.
+
+    Args:
+        model: with an encoder that has parameters of single users.
+    """
+
+    def __init__(self, model: PersonalModule) -> None:
+        rows = RowSpace(model.encoder)
+        with torch.no_grad():
+            self.train = rows.vectors(rows.train, features_of(model, (), len(rows.train)))
+            self.generic = model.encoder.generic(1)[0].to(self.train.device)
+
+    def vectors(self, points: Tensor, features: Tensor) -> Tensor:
+        return points
+
+
+class Coordinates:
+    """Users by r numbers t each: the point of a user is origin + t F.
+
+    Args:
+        space: where the points lie. origin: the point of t = 0, [D]. factor: F, [r, D].
+    """
+
+    def __init__(self, space: UserSpace, origin: Tensor, factor: Tensor) -> None:
+        self.space, self.origin, self.factor = space, origin, factor
+
+    def points(self, t: Tensor) -> Tensor:
+        """Turn t [N, r] into points [N, D]."""
+        return self.origin + t @ self.factor
+
+
+class PairLosses:
+    """The loss of new users' pairs as a function of their t [N, r].
+
+    No user's loss depends on another's t, so one solver fits all of them, and second derivatives are a
+    block [r, r] a user.
+
+    Args:
+        batches: the pairs, `user_id` from 0 to n_users - 1.
+    """
+
+    def __init__(
+        self,
+        model: PersonalModule,
+        batches: Sequence[PreferenceBatch],
+        coordinates: Coordinates,
+        *,
+        n_users: int,
+    ) -> None:
+        self.model, self.coordinates, self.n_users = model, coordinates, n_users
+        self.batches = prepared(model, batches)
+        self.features = features_of(model, self.batches, n_users)
+        self.counts = coordinates.origin.new_zeros(n_users)  # pairs of each user
+        for batch in self.batches:
+            self.counts += torch.bincount(batch.user_id, minlength=n_users)
+
+    def start(self) -> Tensor:
+        """Return t = 0 of all users, [N, r]."""
+        return self.coordinates.origin.new_zeros(self.n_users, len(self.coordinates.factor))
+
+    def vectors(self, t: Tensor) -> Tensor:
+        """Compute the user vectors [N, user_dim]."""
+        return self.coordinates.space.vectors(self.coordinates.points(t), self.features)
+
+    def gradient(self, t: Tensor, weight: Tensor | None = None) -> tuple[float, Tensor]:
+        """Compute the loss summed over all pairs, and its gradient [N, r].
+
+        Args:
+            weight: of each user's pairs, [N]; None: 1.
+        """
+        t = t.detach().requires_grad_()
+        vectors = self.vectors(t)
+        at = vectors.detach().requires_grad_()
+        total, slope = 0.0, torch.zeros_like(at)
+        for batch in self.batches:
+            losses = score_pairs(self.model, batch, at)[1].double()
+            loss = (losses if weight is None else losses * weight[batch.user_id]).sum()
+            slope += torch.autograd.grad(loss, at)[0]
+            total += loss.item()
+        return total, torch.autograd.grad(vectors, t, slope)[0]
+
+    def hessian(self, t: Tensor) -> Tensor:
+        """Compute the second derivatives of each user's summed loss, [N, r, r]."""
+        t = t.detach().requires_grad_()
+        found = t.new_zeros(*t.shape, t.shape[1])
+        # Fused attention has no second derivative.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            for batch in self.batches:
+                loss = score_pairs(self.model, batch, self.vectors(t))[1].double().sum()
+                (gradient,) = torch.autograd.grad(loss, t, create_graph=True)
+                if not gradient.requires_grad:  # a loss without curvature
+                    continue
+                for place in range(t.shape[1]):
+                    of_one = gradient[:, place].sum()
+                    column = torch.autograd.grad(of_one, t, retain_graph=True, allow_unused=True)[0]
+                    if column is not None:
+                        found[:, place] += column
+        return 0.5 * (found + found.mT)
+
+    def directions(self, t: Tensor) -> Tensor:
+        """Compute how user vectors change with t, [N, r, user_dim]."""
+        units = torch.eye(t.shape[1], dtype=t.dtype, device=t.device)
+        columns = [
+            torch.func.jvp(self.vectors, (t.detach(),), (unit.expand_as(t).contiguous(),))[1]
+            for unit in units
+        ]
+        return torch.stack(columns, dim=1)
+
+    def users_at(self, t: Tensor, covariance: Tensor | None = None) -> AdaptedUsers:
+        """Return the users of t [N, r], with the covariance of t if it is known."""
+        with torch.no_grad():
+            points = self.coordinates.points(t.detach())
+            return AdaptedUsers(
+                vectors=self.vectors(t.detach()),
+                rows=self.coordinates.space.rows(points),
+                covariance=covariance,
+                directions=None if covariance is None else self.directions(t),
+            )
+
+
+def features_of(model: PersonalModule, batches: Sequence[PreferenceBatch], n_users: int) -> Tensor:
+    """Return what is known of the users beside their pairs, [N, F] float32; NaN where nothing is."""
+    schema = model.card.feature_schema() if hasattr(model, "card") else FeatureSchema.fit(())
+    width = len(schema.numbers) + len(schema.category_sizes)
+    found = torch.full((n_users, width), torch.nan, device=model.device)
+    for batch in batches:
+        found[batch.user_id] = batch.features
+    return found
+
+
+def most_likely(losses: PairLosses, *, steps: int, penalty: float = 1.0) -> Tensor:
+    """Minimise sum_pairs loss + penalty |t|^2 / 2 for each user by L-BFGS, from t = 0; t [N, r].
+
+    Args:
+        steps: iterations at most; it stops earlier where nothing moves any more.
+    """
+    t = losses.start().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [t], max_iter=steps, history_size=20, line_search_fn="strong_wolfe"
+    )
+
+    def objective() -> float:
+        total, gradient = losses.gradient(t)
+        t.grad = gradient + penalty * t.detach()
+        return total + 0.5 * penalty * t.detach().double().square().sum().item()
+
+    optimizer.step(objective)
+    return t.detach()
+
+
+def laplace_covariance(losses: PairLosses, t: Tensor, *, penalty: float = 1.0) -> Tensor:
+    """Approximate the posterior of each user's t by a Gaussian at its mode; its covariance [N, r, r].
+
+    The inverse of the second derivatives of -log p(t | pairs) (MacKay 1992, "A practical Bayesian
+    framework for backpropagation networks"). Where a fit stopped before its minimum and a second
+    derivative is not above 0, the prior's own stands for it.
+    """
+    eye = torch.eye(t.shape[1], dtype=torch.float64, device=t.device)
+    values, basis = torch.linalg.eigh(losses.hessian(t).double() + penalty * eye)
+    values = torch.where(values > 0, values, penalty)
+    return ((basis / values[:, None]) @ basis.mT).to(t.dtype)

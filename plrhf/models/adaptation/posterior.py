@@ -1,0 +1,75 @@
+"""A new user as the most likely one under a prior learned from the train users."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from plrhf.core.checks import PositiveFloat, PositiveInt, check_arguments
+from plrhf.core.types import PreferenceBatch
+from plrhf.encoders import UserEncoder
+from plrhf.models.adaptation.base import Adaptation, AdaptedUsers
+from plrhf.models.adaptation.fitting import (
+    Coordinates,
+    PairLosses,
+    RowSpace,
+    laplace_covariance,
+    most_likely,
+)
+
+if TYPE_CHECKING:
+    from plrhf.models.base import PersonalModule
+
+
+def learned_prior(encoder: UserEncoder, *, scale: float = 1.0) -> Coordinates:
+    """Learn the distribution of a new user's rows z before a pair is seen: N(z_0, scale^2 M).
+
+    z_0 are the generic user's, and M = 1/n sum_u (z_u - z_0)(z_u - z_0)^T over the n train users. As
+    z = z_0 + t F with F^T F = scale^2 M and t ~ N(0, 1), a new user is a combination of how the
+    train users differ from the generic one.
+
+    Returns:
+        Coordinates t with F [r, D], r <= min(D, n).
+
+    Raises:
+        ValueError: the encoder has no parameters of single users.
+    """
+    space = RowSpace(encoder)
+    departures = space.train - space.generic
+    _, sizes, directions = torch.linalg.svd(departures, full_matrices=False)
+    factor = scale * len(departures) ** -0.5 * sizes[:, None] * directions
+    return Coordinates(space, space.generic, factor)
+
+
+@check_arguments("eval.adaptation")
+class Posterior(Adaptation):
+    """Finds the most likely user under a prior learned from the train users (empirical Bayes).
+
+    minimise sum_pairs loss(pair, z_0 + t F) + |t|^2 / 2 over t, see `learned_prior`. Without pairs that
+    is the generic user.
+
+    Args:
+        steps: iterations of L-BFGS at most; it stops earlier where nothing moves any more.
+        prior_scale: factor on the prior's standard deviation: the smaller it is, the nearer new users
+            stay to the generic one.
+        laplace: also find how well each user is known, see `laplace_covariance`.
+    """
+
+    def __init__(
+        self,
+        *,
+        steps: PositiveInt = 40,
+        prior_scale: PositiveFloat = 1.0,
+        laplace: bool = False,
+    ) -> None:
+        self.steps, self.prior_scale, self.laplace = steps, prior_scale, laplace
+
+    def fit(
+        self, model: PersonalModule, batches: Sequence[PreferenceBatch], *, n_users: int
+    ) -> AdaptedUsers:
+        prior = learned_prior(model.encoder, scale=self.prior_scale)
+        losses = PairLosses(model, batches, prior, n_users=n_users)
+        t = most_likely(losses, steps=self.steps)
+        return losses.users_at(t, laplace_covariance(losses, t) if self.laplace else None)

@@ -1,0 +1,132 @@
+"""A new user as a weighted mean of clusters or train users: a discrete posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from plrhf.core.checks import PositiveFloat, check_arguments
+from plrhf.core.errors import bad_value
+from plrhf.core.types import GENERIC_USER, PreferenceBatch
+from plrhf.encoders import ClusterMixtureEncoder
+from plrhf.models.adaptation.base import Adaptation, AdaptedUsers, margin_slopes, prepared
+from plrhf.models.adaptation.fitting import VectorSpace
+
+if TYPE_CHECKING:
+    from plrhf.models.base import PersonalModule
+
+NUMBERS_AT_ONCE = 2**24
+"""Most hidden numbers in one forward pass over many particles: 64 MiB in float32."""
+N_CHECKED = 3
+TOLERANCE = 1e-4
+
+
+@check_arguments("eval.adaptation")
+class Reweight(Adaptation):
+    """Weighs known vectors e_j, the particles, by how well each explains the new user's pairs.
+
+    e_u = sum_j w_j e_j with w_j ~ pi_j exp(sum_i log sigma(m_ij) / tau), m_ij being the margin of pair i
+    for particle j: Bayes' rule where the new user is one of the particles. HyRe (arXiv 2412.08812), DRM
+    (arXiv 2502.13131), CoPL (arXiv 2503.01658) and MiCRo (arXiv 2505.24846) are settings of it, see
+    docs/adaptation.md. Somebody without pairs is the mean of the particles under pi.
+
+    Args:
+        of: what the particles are: ``clusters`` (of encoder=cluster) or train ``users``.
+        temperature: tau; below 1 pairs count for more than a likelihood says.
+        per_pair: ``sum`` of the pairs' log-likelihoods, or their ``mean``, as if each user gave one pair.
+        prior: pi: ``uniform``, or each cluster's ``size``, its mean weight over the train users.
+        map_only: take the most likely particle alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        of: Literal["clusters", "users"] = "users",
+        temperature: PositiveFloat = 1.0,
+        per_pair: Literal["sum", "mean"] = "sum",
+        prior: Literal["uniform", "size"] = "uniform",
+        map_only: bool = False,
+    ) -> None:
+        if prior == "size" and of == "users":
+            raise bad_value(
+                "eval.adaptation.prior",
+                prior,
+                "uniform with eval.adaptation.of=users, as each user is one",
+                "Set eval.adaptation.prior=uniform",
+            )
+        self.of, self.temperature, self.per_pair = of, temperature, per_pair
+        self.prior, self.map_only = prior, map_only
+
+    @torch.no_grad()
+    def fit(
+        self, model: PersonalModule, batches: Sequence[PreferenceBatch], *, n_users: int
+    ) -> AdaptedUsers:
+        particles, log_prior = self.particles(model)
+        fit = particles.new_zeros(n_users, len(particles), dtype=torch.float64)
+        counts = fit.new_zeros(n_users, 1)
+        for batch in prepared(model, batches):
+            of_pair = logsigmoid(margins_of_all(model, batch, particles)).T.double()  # [B, J]
+            fit.index_add_(0, batch.user_id, of_pair)
+            counts.index_add_(0, batch.user_id, torch.ones_like(of_pair[:, :1]))
+        if self.per_pair == "mean":
+            fit /= counts.clamp(min=1)
+        weights = (log_prior + fit / self.temperature).softmax(dim=1)  # [N, J]
+        if self.map_only:
+            return AdaptedUsers(vectors=particles[weights.argmax(dim=1)])
+        return AdaptedUsers(vectors=weights.to(particles.dtype) @ particles)
+
+    def particles(self, model: PersonalModule) -> tuple[Tensor, Tensor]:
+        """Return the particles [J, user_dim] and log pi [J], float64."""
+        if self.of == "users":
+            vectors = VectorSpace(model).train
+            return vectors, vectors.new_zeros(len(vectors), dtype=torch.float64)
+        encoder = model.encoder
+        if not isinstance(encoder, ClusterMixtureEncoder):
+            raise bad_value(
+                "eval.adaptation.of",
+                self.of,
+                f"users, as {type(encoder).__name__} has no clusters",
+                "Set eval.adaptation.of=users, or train with encoder=cluster",
+            )
+        sizes = torch.ones(len(encoder.clusters), dtype=torch.float64, device=model.device)
+        if self.prior == "size":
+            n_users = encoder.weights.num_embeddings
+            everyone = torch.arange(GENERIC_USER + 1, n_users, device=model.device)
+            sizes = encoder.mixture(everyone).double().mean(dim=0)
+        return encoder.clusters.detach(), sizes.log()
+
+
+def margins_of_all(model: PersonalModule, batch: PreferenceBatch, particles: Tensor) -> Tensor:
+    """Compute the margin of each pair for each of J user vectors, [J, B].
+
+    Where users act on pooled outputs alone, margins may be linear in the user vector, as with FiLM and a
+    linear head. Then one product gives all of them. That they are is checked on some particles.
+
+    Args:
+        batch: as `prepared` gives it. particles: [J, user_dim].
+    """
+    if not model.aggregator.after_trunk:
+        return _by_model(model, batch, particles)
+    centre = particles.mean(dim=0)
+    at_centre, slopes = margin_slopes(model, batch, centre.expand(int(batch.user_id.max()) + 1, -1))
+    margins = at_centre + (particles - centre) @ slopes.T
+    some = torch.linspace(0, len(particles) - 1, min(N_CHECKED, len(particles))).long()
+    expected = _by_model(model, batch, particles[some])
+    allowed = TOLERANCE * (1 + expected.abs().max())
+    if bool((margins[some] - expected).abs().max() <= allowed):
+        return margins
+    return _by_model(model, batch, particles)
+
+
+def _by_model(model: PersonalModule, batch: PreferenceBatch, particles: Tensor) -> Tensor:
+    """Compute `margins_of_all` by the model's own forward, so many particles at a time as fit."""
+    at_once = max(1, NUMBERS_AT_ONCE // (batch.input_ids.numel() * model.backbone.hidden_size))
+    found = [
+        model.margins_for(batch, some.repeat_interleave(len(batch), dim=0))[0]
+        for some in particles.split(at_once)
+    ]
+    return torch.cat(found)
