@@ -93,8 +93,9 @@ def user_sums(outcomes: Outcomes) -> UserSums:
         raise bad_value(
             "margin", worst, "finite numbers", "The model diverged: train with a lower optim.lr"
         )
-    names, user = np.unique(as_text(outcomes.user_id), return_inverse=True)
-    n_users = len(names)
+    ids = as_text(outcomes.user_id).tolist()
+    place = {name: number for number, name in enumerate(sorted(set(ids)))}
+    user, n_users = np.array([place[name] for name in ids], np.int64), len(place)
     cell = user * N_BINS + confidence_bins(outcomes.margin)
     gap = outcomes.correct - confidence(outcomes.margin)
     return UserSums(
@@ -278,7 +279,7 @@ def paired_difference(
     Raises:
         ValueError: the two do not hold the same pairs of the same users, or hold none.
     """
-    ours, theirs = (user_sums(one) for one in _aligned(first, second))
+    ours, theirs = _sums_of_same_pairs(first, second)
     statistics = {
         name: _difference(_on(ours, STATISTICS[name]), _on(theirs, STATISTICS[name]))
         for name in names
@@ -309,7 +310,7 @@ def paired_test(
     Raises:
         ValueError: the two do not hold the same pairs of the same users, or hold none.
     """
-    ours, theirs = (user_sums(one) for one in _aligned(first, second))
+    ours, theirs = _sums_of_same_pairs(first, second)
     gaps = ours.correct / ours.count - theirs.correct / theirs.count
     statistics: dict[str, Statistic] = {
         name: _difference(_on(ours, STATISTICS[name]), _on(theirs, STATISTICS[name]))
@@ -374,7 +375,7 @@ def gain_recovered(
     Raises:
         ValueError: the three do not hold the same pairs of the same users, or hold none.
     """
-    sums = [user_sums(one) for one in _aligned(personal, vanilla, oracle)]
+    sums = _sums_of_same_pairs(personal, vanilla, oracle)
     p, v, o = (_on(one, accuracy_micro) for one in sums)
     won, possible = _difference(p, v), _difference(o, v)
     estimates = bootstrap(
@@ -401,7 +402,11 @@ def as_text(values: NDArray[Any]) -> NDArray[np.object_]:
 
 def same_pairs(first: Outcomes, second: Outcomes) -> bool:
     """Return whether both hold the same pairs of the same users, in any order."""
-    return _keys(first) == _keys(second)
+    in_one_order = all(
+        np.array_equal(getattr(first, name), getattr(second, name))
+        for name in ("pair_id", "user_id")
+    )
+    return in_one_order or _keys(first) == _keys(second)
 
 
 def _keys(outcomes: Outcomes) -> list[tuple[str, str]]:
@@ -409,8 +414,8 @@ def _keys(outcomes: Outcomes) -> list[tuple[str, str]]:
     return sorted(zip(pairs.tolist(), users.tolist(), strict=True))
 
 
-def _aligned(first: Outcomes, *others: Outcomes) -> list[Outcomes]:
-    """Return the outcomes sorted by pair id; raise unless all hold the same pairs."""
+def _sums_of_same_pairs(first: Outcomes, *others: Outcomes) -> list[UserSums]:
+    """Return each one's sums over users; raise unless all hold the same pairs."""
     for other in others:
         if len(first) == 0 or not same_pairs(first, other):
             shared = len(set(_keys(first)) & set(_keys(other)))
@@ -420,13 +425,7 @@ def _aligned(first: Outcomes, *others: Outcomes) -> list[Outcomes]:
                 "two tables that hold the same pairs of the same users, at least one",
                 "Evaluate both runs on the same data, splits and seed",
             )
-    return [_sorted(one) for one in (first, *others)]
-
-
-def _sorted(outcomes: Outcomes) -> Outcomes:
-    order = np.argsort(as_text(outcomes.pair_id), kind="stable")
-    fields = (outcomes.pair_id, outcomes.user_id, outcomes.margin, outcomes.correct)
-    return Outcomes(*(field[order] for field in fields))
+    return [user_sums(one) for one in (first, *others)]
 
 
 def _on(sums: UserSums, statistic: Callable[[UserSums, Array], Array]) -> Statistic:
