@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,37 @@ import runs
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from plrhf.backbone.compiled import _compiled_forward
 from plrhf.backbone.tiny import train_tokenizer
 
 disable_progress_bar()  # as the command line does
 torch.set_num_threads(1)  # for models this small a second thread costs more than it brings
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put half of the slow tests first and half in the middle, where the second of two workers begins.
+
+    With `--dist worksteal` each begins with slow tests, and what is left to share at the end is fast.
+    """
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    fast = [item for item in items if not item.get_closest_marker("slow")]
+    first, second = slow[::2], slow[1::2]
+    n_fast = max(0, len(items) // 2 - len(first))
+    items[:] = [*first, *fast[:n_fast], *second, *fast[n_fast:]]
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    """No code that torch.compile made before is used in the test, and none of its own after it."""
+    torch._dynamo.reset()
+    _compiled_forward.cache_clear()
+    yield
+    _compiled_forward.cache_clear()
 
 
 @pytest.fixture(scope="session")

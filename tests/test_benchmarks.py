@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,40 +16,54 @@ from torch.nn.functional import scaled_dot_product_attention
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What benchmarks share is imported from their folder."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def run(name: str, out: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, Any]:
+    """Run a benchmark as its command line would, in this process; what it has written."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments, "--turns", "1", "--out", str(out)])
+    runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+    return dict(json.loads(out.read_text()))
+
+
+SMALL = ("--layers", "1", "--width", "64", "--vocabulary", "50")
+
+
 @pytest.mark.slow
-def test_steps_beside_trl(tmp_path: Path) -> None:
-    out = tmp_path / "found.json"
-    methods = ["dpo ours", "dpo ours, no dropout", "dpo TRL, authors' recipe"]
-    methods += ["dpo TRL, authors' recipe, no dropout", "reward ours", "reward TRL"]
-    small = ["--layers", "1", "--width", "64", "--vocabulary", "50", "--steps", "1", "--turns", "1"]
-    command = [sys.executable, str(BENCHMARKS / "against_trl.py"), "--out", str(out), *small]
-    subprocess.run([*command, "--shapes", "chat", "--methods", *methods], check=True, timeout=400)
-    found = json.loads(out.read_text())
+def test_steps_beside_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = ["dpo ours", "dpo TRL, authors' recipe"]
+    methods += ["reward ours, no dropout", "reward TRL, no dropout"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("turns.matmul_peak", lambda dtype: 1e12)
+    given = ["--shapes", "chat", "--steps", "1", "--methods", *methods]
+    found = run("against_trl.py", tmp_path / "found.json", monkeypatch, *SMALL, *given)
     assert found["ratios"]["chat"]["dpo"]["vs_authors_recipe"] > 0
-    assert found["ratios_without_dropout"]["chat"]["dpo"]["vs_authors_recipe"] > 0
-    assert found["ratios_without_dropout"]["chat"]["reward"] == {}
-    assert found["memory"]["chat"]["reward"]["vs_trl"] > 0
+    assert found["ratios_without_dropout"]["chat"]["reward"]["vs_trl"] > 0
+    assert found["ratios"]["chat"]["reward"] == found["ratios_without_dropout"]["chat"]["dpo"] == {}
+    assert found["memory"]["chat"]["dpo"]["vs_authors_recipe"] > 0
     assert [run["method"] for run in found["runs"]] == methods
-    assert [run["dropout"] for run in found["runs"]] == [0.05, 0.0, 0.05, 0.0, 0.05, 0.05]
+    assert [run["dropout"] for run in found["runs"]] == [0.05, 0.05, 0.0, 0.0]
     # Twice the rows, and the reference besides, are more work, however fast it is done.
     flops = {run["method"]: run["flops_a_step"] for run in found["runs"]}
     assert flops["dpo TRL, authors' recipe"] > 2 * flops["dpo ours"]
 
 
-def test_ratios_are_of_neighbouring_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def test_ratios_are_of_neighbouring_turns() -> None:
     results = runpy.run_path(str(BENCHMARKS / "against_trl.py"))["results"]
 
-    def run(method: str, turns: list[float], step_mib: float) -> dict[str, Any]:
+    def one(method: str, turns: list[float], step_mib: float) -> dict[str, Any]:
         return {"shape": "tldr", "method": method, "turns": turns, "step_mib": step_mib}
 
     found = results(
         [
-            run("dpo ours", [1.0, 2.0, 4.0], 10.0),
-            run("dpo TRL, authors' recipe", [12.0, 22.0, 60.0], 70.0),
-            run("dpo ours, no dropout", [0.5, 1.0, 1.0], 9.0),
-            run("dpo ours, bfloat16", [0.5, 1.0, 4.0], 5.0),
-            run("dpo TRL, authors' recipe, no dropout", [6.0, 13.0, 15.0], 60.0),
+            one("dpo ours", [1.0, 2.0, 4.0], 10.0),
+            one("dpo TRL, authors' recipe", [12.0, 22.0, 60.0], 70.0),
+            one("dpo ours, no dropout", [0.5, 1.0, 1.0], 9.0),
+            one("dpo ours, bfloat16", [0.5, 1.0, 4.0], 5.0),
+            one("dpo TRL, authors' recipe, no dropout", [6.0, 13.0, 15.0], 60.0),
         ]
     )
     # 12, 11 and 15 times as fast; without dropout 12, 13 and 15 times.
@@ -59,8 +72,7 @@ def test_ratios_are_of_neighbouring_turns(monkeypatch: pytest.MonkeyPatch) -> No
     assert found["memory"]["tldr"] == {"dpo": {"vs_authors_recipe": 7}, "reward": {}}
 
 
-def test_operations_are_those_of_the_plain_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def test_operations_are_those_of_the_plain_products() -> None:
     counter = runpy.run_path(str(BENCHMARKS / "turns.py"))["flop_counter"]
     q, k, v = (torch.randn(3, 2, 64, 16, requires_grad=True) for _ in range(3))
 
@@ -79,22 +91,19 @@ def test_operations_are_those_of_the_plain_products(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_compiled_beside_plain(tmp_path: Path) -> None:
-    out = tmp_path / "found.json"
-    small = ["--layers", "1", "--width", "64", "--vocabulary", "50", "--turns", "1"]
-    command = [sys.executable, str(BENCHMARKS / "compiled.py"), "--out", str(out), *small]
-    subprocess.run([*command, "--shape", "chat"], check=True, timeout=400)
-    found = json.loads(out.read_text())
+@pytest.mark.usefixtures("nothing_compiled")
+def test_compiled_beside_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced alone, as making code takes a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    given = ["--shape", "chat"]
+    found = run("compiled.py", tmp_path / "found.json", monkeypatch, *SMALL, *given)
     assert found.keys() == {"float32", "bfloat16"}
     assert all(one["first"] > one["compiled"] > 0 for one in found.values())
 
 
 def test_writing_for_many_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "found.json"
-    small = ["--users", "3", "--prompt", "5", "--new", "2", "--turns", "1", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["generation.py", *small])
-    runpy.run_path(str(BENCHMARKS / "generation.py"), run_name="__main__")
-    found = json.loads(out.read_text())
+    small = ["--users", "3", "--prompt", "5", "--new", "2"]
+    found = run("generation.py", tmp_path / "found.json", monkeypatch, *small)
     assert found.keys() == {"FiLM, last layer", "FiLM, every block", "soft prompt"}
     assert all(one["times_copies"] > 0 for one in found.values())
     assert found["FiLM, last layer"]["times_unshared"] > 0
