@@ -170,8 +170,8 @@ def stand_in(word: str, command: str, run_dir: str) -> str:
         return "backbone.path=" + (
             "sentence_encoder" if "experiment" in command else "language_model"
         )
-    # A sweep over two seeds has all that one over three has.
-    return re.sub(r"^(seed=\d,\d),\d$", r"\1", word.replace("RUN_DIR", run_dir))
+    # A sweep over two values has all that one over more has.
+    return re.sub(r"^([\w.]+=\w+),.*?(\w+)$", r"\1,\2", word.replace("RUN_DIR", run_dir))
 
 
 def test_numbers_name_their_command() -> None:

@@ -167,7 +167,8 @@ def test_first_difference_by_dotted_name() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_launchers_with_processes_of_their_own(launcher: str, tmp_path: Path) -> None:
-    jobs = ["-m", f"hydra/launcher={launcher}", "encoder.rank=0", "seed=0,1", "run_dir=sweep"]
+    refused = "trainer.devices=2"  # which a job finds before it loads what trains
+    jobs = ["-m", f"hydra/launcher={launcher}", refused, "seed=0,1", "run_dir=sweep"]
     done = subprocess.run(
         command("train", *jobs),
         env=ENVIRONMENT,
@@ -177,7 +178,8 @@ def test_launchers_with_processes_of_their_own(launcher: str, tmp_path: Path) ->
         timeout=150,
     )
     assert done.returncode == 1, done.stderr
-    assert done.stderr.endswith("".join(f"  sweep/{n}: {NO_RANK}\n" for n in (0, 1)))
+    line = f"{refused} is not allowed: expected 1 in a sweep. Start each run by itself."
+    assert done.stderr.endswith("".join(f"  sweep/{n}: {line}\n" for n in (0, 1)))
 
 
 @pytest.mark.parametrize(

@@ -96,11 +96,12 @@ def test_a_tiny_backbone_is_kept_by_all_that_decides_it(
         return supervised.cache_folder(config, build_data(config.data))
 
     changes = ["data.batch_tokens=256", "data.batch_size=7", "data.seed=3", "seed=2"]
+    changes += ["data.pairs_per_user=13", "data.val_pairs_per_user=2"]
     changes += ["data.max_tokens=99", "data.use_user_text=true", "data.n_users=4"]
     changes += ["backbone.tiny.n_layers=3", "backbone.sft.responses=chosen", "backbone.sft.lr=1e-4"]
     changes += ["trainer.precision=bf16-mixed", "trainer.gradient_clip_val=0.5"]
     changes += ["trainer.val_every_n_steps=2", "trainer.patience=4", "optim.weight_decay=0.1"]
-    found = [folder(), *(folder(change) for change in changes)]
+    found = [folder(), folder("seed=1", "data.seed=0"), *(folder(change) for change in changes)]
     assert len(set(found)) == len(found)
     for change in ("optim.user_lr=1.0", "trainer.progress=false", "encoder=none", "run_dir=x"):
         assert folder(change) == found[0], change

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from runs import ENVIRONMENT, command, launch
 
-ROOT = Path(__file__).parents[2]
 ARGUMENTS = [
-    "train.py",
     "experiment=smoke",
     "trainer.progress=false",
-    "trainer.max_epochs=4",
+    "trainer.max_epochs=3",
     "trainer.checkpoint_every_n_steps=1",
     "data.batch_size=32",
     "backbone.trainable=lora",
     "backbone.lora.dropout=0.1",  # random state must go on, too
 ]
-STEPS_BEFORE_THE_KILL = 20  # of 15 an epoch
-
-
-def start(*overrides: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, *ARGUMENTS, *overrides]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # tests run side by side
-    return subprocess.Popen(command, cwd=ROOT, env=one_thread, stdout=subprocess.DEVNULL)
+STEPS_BEFORE_THE_KILL = 17  # of 15 an epoch
 
 
 def weights(run_dir: Path) -> dict[str, bytes]:
@@ -38,11 +29,13 @@ def weights(run_dir: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_weights_are_those_of_the_unbroken_run(tmp_path: Path) -> None:
-    cache, whole, cut = f"cache_dir={tmp_path / 'cache'}", tmp_path / "whole", tmp_path / "cut"
-    assert start(cache, f"run_dir={whole}").wait() == 0
+def test_weights_are_those_of_the_unbroken_run(tmp_path: Path, cache_dir: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    arguments = [*ARGUMENTS, f"cache_dir={cache_dir}"]
+    launch("train", *arguments, f"run_dir={whole}")
 
-    process = start(cache, f"run_dir={cut}")
+    line = command("train", *arguments, f"run_dir={cut}")
+    process = subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     last, written, stamp = cut / "checkpoints/last.ckpt", 0, 0
     while process.poll() is None and written < STEPS_BEFORE_THE_KILL:
         if last.exists() and last.stat().st_mtime_ns != stamp:
@@ -51,8 +44,8 @@ def test_weights_are_those_of_the_unbroken_run(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     step = torch.load(last, weights_only=True)["global_step"]
-    assert STEPS_BEFORE_THE_KILL <= step < 60
+    assert STEPS_BEFORE_THE_KILL <= step < 45
 
-    assert start(cache, f"run_dir={cut}", "ckpt=last").wait() == 0
+    launch("train", *arguments, f"run_dir={cut}", "ckpt=last")
     assert len(weights(whole)) == 2
     assert weights(cut) == weights(whole)
