@@ -20,11 +20,11 @@ quickstart: $(ENV)
 	$(BIN)/python eval.py eval=compare runs='$(QUICK)/*' out=$(QUICK)/report
 
 test: $(ENV)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # What every commit must pass, in two minutes: style, types, the tests that are not slow.
 check: lint
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 lint: $(ENV)
 	$(BIN)/ruff format --check .
