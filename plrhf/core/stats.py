@@ -1,10 +1,10 @@
 """Accuracy, likelihood and calibration of preference margins, with bootstrap intervals over users.
 
-Choices of one user resemble one another, so rows are not independent draws: the resampled unit is
-the user with all of their pairs (cluster bootstrap, Davison & Hinkley 1997, section 3.8).
-Everything is computed from sums per user, never from rows, so 2000 resamples of thousands of users
-take seconds. Intervals say how a figure would move with other users; not with other prompts or
-seeds.
+The choices of one user are correlated, so pairs are not independent draws. The resampled unit is
+therefore the user with all of their pairs (cluster bootstrap, Davison & Hinkley 1997, section 3.8).
+Every statistic is computed from sums per user, which makes 2000 resamples of thousands of users a
+matter of seconds. An interval covers the choice of users. It does not cover the choice of prompts
+or seeds.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Estimate(TypedDict):
 
 @dataclass(frozen=True)
 class Outcomes:
-    """A model's margins on N pairs, and whether each was ranked right."""
+    """The margins of a model on N pairs, and whether the model ranked each pair correctly."""
 
     pair_id: NDArray[Any]  # [N]
     user_id: NDArray[Any]  # [N] who chose
-    margin: Array  # [N] score of the chosen response less that of the rejected, in nats
+    margin: Array  # [N] score of the chosen response minus that of the rejected one, in nats
     correct: Array  # [N] 1, 0, or 0.5 for a tie
 
     def __len__(self) -> int:
@@ -54,10 +54,10 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class UserSums:
-    """Sums over each user's pairs; every statistic is computed from them."""
+    """Sums over the pairs of each user. Every statistic is computed from these sums."""
 
     count: Array  # [U] pairs
-    correct: Array  # [U] pairs ranked as the user did, ties one half
+    correct: Array  # [U] pairs ranked correctly; a tie counts one half
     nll: Array  # [U] sum of -log sigma(margin), in nats
     bin_gap: Array  # [U, N_BINS] sum of (correct - confidence) over the pairs in each bin
 
@@ -72,17 +72,22 @@ def correctness(margin: Array) -> Array:
 
 
 def confidence(margin: Array) -> Array:
-    """Return the predicted choice's probability under Bradley-Terry, sigma(|margin|), [N]."""
+    """Return the probability of the predicted choice under Bradley-Terry, sigma(|margin|), [N]."""
     return 1.0 / (1.0 + np.exp(-np.abs(margin)))
 
 
 def confidence_bins(margin: Array) -> NDArray[np.int64]:
-    """Return the bin of each confidence among the N_BINS equal bins ((m-1)/M, m/M] of (0, 1], [N]."""
+    """Return the index of the bin that holds the confidence of each margin, [N].
+
+    The bins are the M = N_BINS intervals ((m - 1) / M, m / M] of (0, 1], numbered from 0.
+    """
     return np.ceil(confidence(margin) * N_BINS).astype(np.int64) - 1
 
 
 def user_sums(outcomes: Outcomes) -> UserSums:
-    """Return the sums over each user's pairs, users in sorted order.
+    """Sum count, correctness, likelihood and calibration gap over the pairs of each user.
+
+    Users are sorted by id.
 
     Raises:
         ValueError: a margin is not a finite number.
@@ -99,32 +104,33 @@ def user_sums(outcomes: Outcomes) -> UserSums:
     cell = user * N_BINS + confidence_bins(outcomes.margin)
     gap = outcomes.correct - confidence(outcomes.margin)
     return UserSums(
-        count=_sums_by(user, np.ones(len(user)), n_users),
-        correct=_sums_by(user, outcomes.correct, n_users),
-        nll=_sums_by(user, np.logaddexp(0.0, -outcomes.margin), n_users),
-        bin_gap=_sums_by(cell, gap, n_users * N_BINS).reshape(n_users, N_BINS),
+        count=_sum_by_index(user, np.ones(len(user)), n_users),
+        correct=_sum_by_index(user, outcomes.correct, n_users),
+        nll=_sum_by_index(user, np.logaddexp(0.0, -outcomes.margin), n_users),
+        bin_gap=_sum_by_index(cell, gap, n_users * N_BINS).reshape(n_users, N_BINS),
     )
 
 
-def _sums_by(place: NDArray[np.int64], values: Array, n_places: int) -> Array:
-    return np.bincount(place, weights=values, minlength=n_places).astype(np.float64)
+def _sum_by_index(index: NDArray[np.int64], values: Array, n: int) -> Array:
+    """Sum the values that share an index in 0 .. n - 1, [N] -> [n]."""
+    return np.bincount(index, weights=values, minlength=n).astype(np.float64)
 
 
 def accuracy_micro(sums: UserSums, weights: Array) -> Array:
-    """Return the share of pairs ranked right in each resample, [R]."""
+    """Return the share of pairs that are ranked correctly in each resample, [R]."""
     return (weights @ sums.correct) / (weights @ sums.count)
 
 
 def accuracy_macro(sums: UserSums, weights: Array) -> Array:
-    """Return the mean of the users' own accuracies in each resample, [R]."""
+    """Return the mean over users of the accuracy on each user's pairs, in each resample, [R]."""
     return (weights @ (sums.correct / sums.count)) / weights.sum(axis=1)
 
 
 def accuracy_worst10(sums: UserSums, weights: Array) -> Array:
-    """Return the mean accuracy of the worst tenth of the drawn users (at least one), [R].
+    """Return the mean accuracy of the worst tenth of the drawn users (at least one user), [R].
 
-    Chance puts users with few pairs among the worst, so it lies below what the worst tenth would
-    get on many pairs: compare it between models on the same pairs, not between data sets.
+    A user with few pairs is among the worst more often by chance, so the value is biased downwards.
+    Compare it between models on the same pairs, not between data sets.
     """
     means = sums.correct / sums.count
     order = np.argsort(means)
@@ -144,8 +150,8 @@ def ece(sums: UserSums, weights: Array) -> Array:
     """Return the expected calibration error of each resample, [R].
 
     ECE = sum_m |B_m| / n * |acc(B_m) - conf(B_m)| over M = 15 equal bins of confidence
-    (Guo et al. 2017, arXiv 1706.04599, eq. 3). Absolute values make it, and more so its resamples,
-    too large on few pairs, so its interval may lie above a small value.
+    (Guo et al. 2017, arXiv 1706.04599, eq. 3). On few pairs the absolute values bias it upwards, and
+    its resamples even more. A small ECE may therefore lie below its own interval.
     """
     return np.abs(weights @ sums.bin_gap).sum(axis=1) / (weights @ sums.count)
 
@@ -169,32 +175,37 @@ def bootstrap(
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """Return each statistic with its 95% interval over users.
+    """Estimate each statistic with a 95% interval by resampling users.
 
     All statistics share the same resamples. The interval is the expanded percentile interval, see
-    `tail_share`. It is None for fewer than two users and if a resample gives no finite value.
+    `tail_share`. It is None with fewer than two users, or if a resample gives no finite value.
     """
-    values, samples = _drawn(statistics, n_users=n_users, n_resamples=n_resamples, seed=seed)
-    return {name: _estimate(values[name], samples[name], n_users) for name in statistics}
+    values, samples = _evaluate_on_resamples(
+        statistics, n_users=n_users, n_resamples=n_resamples, seed=seed
+    )
+    return {name: _estimate_of(values[name], samples[name], n_users) for name in statistics}
 
 
-def _drawn(
+def _evaluate_on_resamples(
     statistics: Mapping[str, Statistic], *, n_users: int, n_resamples: int, seed: int
 ) -> tuple[dict[str, float], dict[str, Array]]:
-    """Return each statistic's value, and its values [R] on resamples that all statistics share."""
+    """Compute each statistic on all users, and [R] on the resamples, which all statistics share."""
     with np.errstate(divide="ignore", invalid="ignore"):
         everyone = np.ones((1, n_users))
         values = {name: float(of(everyone)[0]) for name, of in statistics.items()}
         blocks = [
             [of(weights) for of in statistics.values()]
-            for weights in _resamples(n_users, n_resamples, seed)
+            for weights in _resample_weights(n_users, n_resamples, seed)
         ]
     samples = dict(zip(statistics, map(np.concatenate, zip(*blocks, strict=True)), strict=True))
     return values, samples
 
 
-def _resamples(n_users: int, n_resamples: int, seed: int) -> Iterator[Array]:
-    """Draw users with replacement; yield blocks of weights [R', U] until n_resamples are drawn."""
+def _resample_weights(n_users: int, n_resamples: int, seed: int) -> Iterator[Array]:
+    """Draw users with replacement, and yield how often each was drawn in blocks [R', U].
+
+    The R' of all blocks add up to `n_resamples`.
+    """
     generator = np.random.default_rng(seed)
     block = max(1, _BLOCK // n_users)
     for start in range(0, n_resamples, block):
@@ -208,24 +219,25 @@ def _resamples(n_users: int, n_resamples: int, seed: int) -> Iterator[Array]:
 def tail_share(n_users: int) -> float:
     """Return the share of resamples that lie beyond each end of a 95% interval.
 
-    It is below 0.025, and smaller for fewer users, as the percentile interval is too narrow then:
-
-    Phi(sqrt(n / (n - 1)) t) with t the 0.025 quantile of Student's t of n - 1 degrees of freedom:
-    resamples spread too little by the root, and percentiles are those of a normal distribution
-    (Hesterberg 2015, arXiv 1411.5279, expanded percentile interval).
+    This is the expanded percentile interval (Hesterberg 2015, arXiv 1411.5279). The share is
+    Phi(sqrt(n / (n - 1)) t), where t is the 0.025 quantile of Student's t with n - 1 degrees of
+    freedom. It is below 0.025, most of all with few users, since plain percentiles give intervals
+    that are too narrow: the standard deviation of resamples is too small by the factor
+    sqrt((n - 1) / n), and their percentiles are normal ones rather than Student's.
     """
     return float(ndtr(np.sqrt(n_users / (n_users - 1)) * stdtrit(n_users - 1, 0.025)))
 
 
 def _p_value(share: float, n_users: int) -> float:
-    """Return the two-sided p for the share of resamples on the other side of 0.
+    """Return the two-sided p-value of a difference that has this share of resamples beyond 0.
 
-    A share of `tail_share` gives 0.05, so p and the interval agree.
+    A share equal to `tail_share` gives 0.05, so the p-value and the interval agree.
     """
     return min(1.0, 2 * float(stdtr(n_users - 1, np.sqrt((n_users - 1) / n_users) * ndtri(share))))
 
 
-def _estimate(value: float, samples: Array, n_users: int) -> Estimate:
+def _estimate_of(value: float, samples: Array, n_users: int) -> Estimate:
+    """Join a value and the interval of its resamples [R]; each is None where it is not finite."""
     interval = None
     if n_users > 1 and np.isfinite(samples).all():
         tail = tail_share(n_users)
@@ -240,28 +252,32 @@ def summarise_outcomes(
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Return a cell of results.json: the named statistics as estimates and the counts.
+    """Return one cell of results.json: estimates of the named statistics, and the counts.
 
-    Statistics that are not named are None.
+    The values of statistics that are not named are None.
     """
     estimates: dict[str, Any] = {name: {"value": None, "ci95": None} for name in STATISTICS}
     n_users = 0
     if len(outcomes) > 0:
         sums = user_sums(outcomes)
         n_users = sums.n_users
-        statistics = {name: _on(sums, STATISTICS[name]) for name in names}
+        statistics = {name: _statistic_of(sums, STATISTICS[name]) for name in names}
         estimates |= bootstrap(statistics, n_users=n_users, n_resamples=n_resamples, seed=seed)
     return {**estimates, "n_pairs": len(outcomes), "n_users": n_users}
 
 
 def reliability(outcomes: Outcomes) -> tuple[Array, Array, Array]:
-    """Return mean confidence, accuracy and number of pairs of each bin that is not empty."""
+    """Return mean confidence, accuracy and number of pairs for each bin that is not empty."""
     bins = confidence_bins(outcomes.margin)
-    count = _sums_by(bins, np.ones(len(bins)), N_BINS)
-    held = count > 0
-    confident = _sums_by(bins, confidence(outcomes.margin), N_BINS)
-    correct = _sums_by(bins, outcomes.correct, N_BINS)
-    return confident[held] / count[held], correct[held] / count[held], count[held]
+    count = _sum_by_index(bins, np.ones(len(bins)), N_BINS)
+    occupied = count > 0
+    confident = _sum_by_index(bins, confidence(outcomes.margin), N_BINS)
+    correct = _sum_by_index(bins, outcomes.correct, N_BINS)
+    mean_confidence, accuracy = (
+        confident[occupied] / count[occupied],
+        correct[occupied] / count[occupied],
+    )
+    return mean_confidence, accuracy, count[occupied]
 
 
 def paired_difference(
@@ -272,27 +288,24 @@ def paired_difference(
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """Return the named statistics of the first minus those of the second on the same pairs.
+    """Estimate the named statistics of the first model minus those of the second on the same pairs.
 
-    Both are resampled together, so that what makes a user easy for both does not widen the interval.
+    Both models are resampled together, so users who are easy for both do not widen the interval.
 
     Raises:
-        ValueError: the two do not hold the same pairs of the same users, or hold none.
+        ValueError: the two do not hold the same pairs of the same users, or hold no pairs.
     """
     ours, theirs = _sums_of_same_pairs(first, second)
-    statistics = {
-        name: _difference(_on(ours, STATISTICS[name]), _on(theirs, STATISTICS[name]))
-        for name in names
-    }
+    statistics = {name: _difference_of(ours, theirs, STATISTICS[name]) for name in names}
     return bootstrap(statistics, n_users=ours.n_users, n_resamples=n_resamples, seed=seed)
 
 
 class PairedTest(TypedDict):
-    """How one model differs from another on the same pairs."""
+    """The differences of two models on the same pairs, and how significant they are."""
 
     accuracy_micro: Estimate  # difference
     accuracy_macro: Estimate  # difference
-    effect_size: Estimate  # mean over users of their difference, in standard deviations of it
+    effect_size: Estimate  # mean difference over users, divided by its standard deviation
     p_value: float | None  # of no difference in accuracy_micro, two-sided; None for one user
 
 
@@ -301,25 +314,25 @@ def paired_test(
 ) -> PairedTest:
     """Test whether two models differ on the same pairs: differences, effect size and p-value.
 
-    All come from the same resamples.
-
-    p comes from the share of resampled differences on the other side of 0, counting one resample
-    more (Davison & Hinkley 1997, eq. 4.11), and is below 0.05 where the interval excludes 0. The
-    effect size is Cohen's d of paired values, d_z, over users.
+    All of these come from the same resamples. The p-value is computed from the share of resampled
+    differences beyond 0, with one resample added (Davison & Hinkley 1997, eq. 4.11). It is below
+    0.05 where the interval excludes 0. The effect size is Cohen's d_z over users.
 
     Raises:
-        ValueError: the two do not hold the same pairs of the same users, or hold none.
+        ValueError: the two do not hold the same pairs of the same users, or hold no pairs.
     """
     ours, theirs = _sums_of_same_pairs(first, second)
     gaps = ours.correct / ours.count - theirs.correct / theirs.count
     statistics: dict[str, Statistic] = {
-        name: _difference(_on(ours, STATISTICS[name]), _on(theirs, STATISTICS[name]))
+        name: _difference_of(ours, theirs, STATISTICS[name])
         for name in ("accuracy_micro", "accuracy_macro")
     }
-    statistics["effect_size"] = lambda weights: _mean_in_deviations(gaps, weights)
+    statistics["effect_size"] = lambda weights: _effect_size(gaps, weights)
     n_users = ours.n_users
-    values, samples = _drawn(statistics, n_users=n_users, n_resamples=n_resamples, seed=seed)
-    estimates = {name: _estimate(values[name], samples[name], n_users) for name in statistics}
+    values, samples = _evaluate_on_resamples(
+        statistics, n_users=n_users, n_resamples=n_resamples, seed=seed
+    )
+    estimates = {name: _estimate_of(values[name], samples[name], n_users) for name in statistics}
     drawn = samples["accuracy_micro"]
     beyond = 1 + min((drawn <= 0).sum(), (drawn >= 0).sum())
     return {
@@ -330,10 +343,10 @@ def paired_test(
     }
 
 
-def _mean_in_deviations(values: Array, weights: Array) -> Array:
-    """Return mean over standard deviation of users' values [U] in each resample, [R].
+def _effect_size(values: Array, weights: Array) -> Array:
+    """Divide the mean of the users' values [U] by their standard deviation in each resample, [R].
 
-    It is NaN if all values are equal.
+    The result is NaN if all values are equal.
     """
     count = weights.sum(axis=1)
     mean = (weights @ values) / count
@@ -344,9 +357,10 @@ def _mean_in_deviations(values: Array, weights: Array) -> Array:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Adjust p-values for how many tests are made, by Holm's method; None stays None, uncounted.
+    """Adjust p-values for multiple testing by Holm's method (Holm 1979).
 
-    The i-th smallest of m becomes the largest of (m - j + 1) p_j, j <= i, at most 1 (Holm 1979).
+    The i-th smallest of m p-values becomes max over j <= i of (m - j + 1) p_j, but at most 1. A None
+    stays None and does not count as a test.
     """
     known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
@@ -365,22 +379,20 @@ def gain_recovered(
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
-    """Return the share of the possible gain that was won: (personal - vanilla) / (oracle - vanilla).
+    """Estimate the share of the possible gain that the personalised model reaches.
 
-    All three are micro accuracies.
-
-    The interval is None where that of the possible gain o - v reaches down to 0, since the ratio
-    is then unbounded (Fieller 1954); the value is None where there is no gain to win.
+    The share is (personal - vanilla) / (oracle - vanilla), all three as micro accuracies. Its value
+    is None if the oracle is no better than the vanilla model. Its interval is None if the interval of
+    oracle - vanilla includes 0, since the ratio is then unbounded (Fieller 1954).
 
     Raises:
-        ValueError: the three do not hold the same pairs of the same users, or hold none.
+        ValueError: the three do not hold the same pairs of the same users, or hold no pairs.
     """
-    sums = _sums_of_same_pairs(personal, vanilla, oracle)
-    p, v, o = (_on(one, accuracy_micro) for one in sums)
-    won, possible = _difference(p, v), _difference(o, v)
+    p, v, o = _sums_of_same_pairs(personal, vanilla, oracle)
+    won, possible = (_difference_of(one, v, accuracy_micro) for one in (p, o))
     estimates = bootstrap(
         {"recovered": lambda weights: won(weights) / possible(weights), "possible": possible},
-        n_users=sums[0].n_users,
+        n_users=v.n_users,
         n_resamples=n_resamples,
         seed=seed,
     )
@@ -392,33 +404,34 @@ def gain_recovered(
 
 
 def as_text(values: NDArray[Any]) -> NDArray[np.object_]:
-    """Return ids as Python texts, [N].
+    """Return ids as an array of Python strings, [N] object.
 
-    NumPy's own text arrays give every id the width of the longest: one of 10,000 characters among
-    20,000 pairs would take 0.8 GB an array.
+    A NumPy string array gives every id the width of the longest one. A single id of 10,000
+    characters among 20,000 pairs would take 0.8 GB.
     """
     return np.array([*map(str, values.tolist()), None], dtype=object)[:-1]
 
 
 def same_pairs(first: Outcomes, second: Outcomes) -> bool:
-    """Return whether both hold the same pairs of the same users, in any order."""
+    """Whether both hold the same pairs of the same users, in any order."""
     in_one_order = all(
         np.array_equal(getattr(first, name), getattr(second, name))
         for name in ("pair_id", "user_id")
     )
-    return in_one_order or _keys(first) == _keys(second)
+    return in_one_order or _pair_keys(first) == _pair_keys(second)
 
 
-def _keys(outcomes: Outcomes) -> list[tuple[str, str]]:
+def _pair_keys(outcomes: Outcomes) -> list[tuple[str, str]]:
+    """Return the (pair id, user id) of every pair, sorted."""
     pairs, users = as_text(outcomes.pair_id), as_text(outcomes.user_id)
     return sorted(zip(pairs.tolist(), users.tolist(), strict=True))
 
 
 def _sums_of_same_pairs(first: Outcomes, *others: Outcomes) -> list[UserSums]:
-    """Return each one's sums over users; raise unless all hold the same pairs."""
+    """Return the sums over users of each model; raise unless all hold the same pairs."""
     for other in others:
         if len(first) == 0 or not same_pairs(first, other):
-            shared = len(set(_keys(first)) & set(_keys(other)))
+            shared = len(set(_pair_keys(first)) & set(_pair_keys(other)))
             raise bad_value(
                 "pairs",
                 f"{shared} shared of {len(first)} and {len(other)}",
@@ -428,9 +441,13 @@ def _sums_of_same_pairs(first: Outcomes, *others: Outcomes) -> list[UserSums]:
     return [user_sums(one) for one in (first, *others)]
 
 
-def _on(sums: UserSums, statistic: Callable[[UserSums, Array], Array]) -> Statistic:
+def _statistic_of(sums: UserSums, statistic: Callable[[UserSums, Array], Array]) -> Statistic:
+    """Return the statistic of these sums as a function of the resampling weights alone."""
     return lambda weights: statistic(sums, weights)
 
 
-def _difference(first: Statistic, second: Statistic) -> Statistic:
-    return lambda weights: first(weights) - second(weights)
+def _difference_of(
+    first: UserSums, second: UserSums, statistic: Callable[[UserSums, Array], Array]
+) -> Statistic:
+    """Return the first model's statistic minus the second's, as a function of the weights."""
+    return lambda weights: statistic(first, weights) - statistic(second, weights)

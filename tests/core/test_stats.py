@@ -132,7 +132,7 @@ def test_seed_decides_the_interval_alone() -> None:
 
 def test_blocks_draw_all_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stats, "_BLOCK", 100)
-    blocks = list(stats._resamples(13, 60, seed=0))
+    blocks = list(stats._resample_weights(13, 60, seed=0))
     assert [len(block) for block in blocks] == [7] * 8 + [4]
     assert all((block.sum(axis=1) == 13).all() for block in blocks)
 

@@ -1,7 +1,7 @@
-"""The language of the embedded world: topics, sentences in sixteen styles, and their reading.
+"""Writes texts of the embedded world in a given style, and measures the style of any text.
 
-A style is one level, -1 or +1, for each of `ATTRIBUTES`. Each sentence of a response bears a marker
-of every attribute at both poles, so that a style can be read off any stretch of the text.
+A style is a level, -1 or +1, for each of `ATTRIBUTES`. Every sentence has words that mark its level
+of each attribute but length, so the style can be measured on any part of a text.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ POLES = {
     "enthusiasm": ("calm", "enthusiastic"),
     "hedging": ("confident", "cautious"),
 }
-"""What a person calls level -1 and level +1 of an attribute."""
+"""The words for level -1 and level +1 of each attribute."""
 
 SHORT, LONG = 1, 3
-"""Sentences of a response with length -1 and +1."""
+"""Number of sentences of a response whose length is -1 and +1."""
 
 THINGS = (
     *("lighthouse", "bakery", "market", "library", "harbour", "bridge", "museum", "theatre"),
@@ -34,7 +34,7 @@ PLACES = (
     *("Tilbury", "Walton"),
 )
 TOPICS = tuple((thing, place) for place in PLACES for thing in THINGS)
-"""Every (thing, place) a prompt can ask about."""
+"""All topics (thing, place) that a prompt can ask about."""
 
 PROMPTS = (
     "Write a note about the {} at {}.",
@@ -84,22 +84,27 @@ _FRAMES = (
     "{opener} {detail} {subject} {verb} a {adjective} {noun}",
 )
 DRAWS = 8
-"""Random numbers that one sentence takes."""
+"""Number of random numbers that decide the wording of one sentence."""
 
 
 def _words(text: str) -> list[str]:
-    """Lower-case words and exclamation marks of a text; any number reads as ``#``."""
+    """Split a text into lower-case words and exclamation marks, with ``#`` for every number."""
     return re.findall(r"[a-z]+|[#!]", re.sub(r"\d+", "#", text.lower()))
 
 
-def _bag(phrases: Sequence[str]) -> frozenset[str]:
+def _word_set(phrases: Sequence[str]) -> frozenset[str]:
+    """Return the distinct words of all phrases."""
     return frozenset(word for phrase in phrases for word in _words(phrase))
 
 
-def _markers() -> dict[str, tuple[int, int]]:
-    """Return word -> (attribute, pole -1 or +1) for the words that only this pole makes use of."""
+def _find_markers() -> dict[str, tuple[int, int]]:
+    """Find the words that are used at one level of one attribute alone.
+
+    Returns:
+        The index of the attribute and the level, -1 or +1, of each such word.
+    """
     topical = (*THINGS, *PLACES, *_ASPECTS, *_SUBJECTS, *_NOUNS)
-    neutral = _bag((*topical, *_FUNCTION_WORDS, *(c for bank in _CONNECTIVES for c in bank)))
+    neutral = _word_set((*topical, *_FUNCTION_WORDS, *(c for bank in _CONNECTIVES for c in bank)))
     banks = {
         "detail": _DETAILS,
         "enthusiasm": tuple((*_ADJECTIVES[level], _ENDS[level]) for level in (0, 1)),
@@ -107,24 +112,30 @@ def _markers() -> dict[str, tuple[int, int]]:
     }
     return {
         word: (ATTRIBUTES.index(name), 2 * level - 1)
-        for name, poles in banks.items()
+        for name, phrases in banks.items()
         for level in (0, 1)
-        for word in _bag(poles[level]) - _bag(poles[1 - level]) - neutral
+        for word in _word_set(phrases[level]) - _word_set(phrases[1 - level]) - neutral
     }
 
 
-_MARKERS = _markers()
+_MARKERS = _find_markers()
 
 
 def _pick(bank: Sequence[str], draw: float) -> str:
+    """Return the phrase of the bank that a random number from [0, 1) stands for."""
     return bank[int(draw * len(bank))]
 
 
-def _sentence(
-    index: int, thing: str, place: str, poles: tuple[int, int, int, int], draws: Sequence[float]
+def _write_sentence(
+    index: int, thing: str, place: str, levels: tuple[int, int, int, int], draws: Sequence[float]
 ) -> str:
-    """Write sentence `index` of a response; `poles` are 0 or 1, `draws` are DRAWS from [0, 1)."""
-    length, detail, enthusiasm, hedging = poles
+    """Write the sentence with this index in a response.
+
+    Args:
+        levels: 0 or 1 for each of `ATTRIBUTES`.
+        draws: `DRAWS` numbers from [0, 1), which choose the words.
+    """
+    length, detail, enthusiasm, hedging = levels
     frame, connective, opener, subject, verb, adjective, noun, particular = draws
     text = _pick(_FRAMES, frame).format(
         opener=_pick(_OPENERS[hedging], opener),
@@ -140,26 +151,30 @@ def _sentence(
 
 
 def write(*, topic: tuple[str, str], style: Sequence[int], draws: Sequence[Sequence[float]]) -> str:
-    """Write a response about a topic in a style; whatever the style leaves open follows `draws`.
+    """Write a response about a topic in a style.
 
     Args:
         topic: one of `TOPICS`.
         style: a level, -1 or +1, for each of `ATTRIBUTES`.
-        draws: [LONG, DRAWS] numbers from [0, 1); a short response leaves the later rows unused.
+        draws: [LONG, DRAWS] numbers from [0, 1), which choose the words of each sentence. A short
+            response uses the first rows only.
     """
     length, detail, enthusiasm, hedging = ((level + 1) // 2 for level in style)
-    poles = (length, detail, enthusiasm, hedging)
+    levels = (length, detail, enthusiasm, hedging)
     used = draws[: (SHORT, LONG)[length]]
-    return " ".join(_sentence(index, *topic, poles, row) for index, row in enumerate(used))
+    return " ".join(_write_sentence(index, *topic, levels, row) for index, row in enumerate(used))
 
 
 def measure(text: str) -> tuple[float, ...]:
-    """Read the style of any text, so that generated text can be judged; returns one number from
-    -1 to +1 for each of `ATTRIBUTES`.
+    """Measure the style of any text, e.g. of a generated one.
 
-    Length is the number of sentences, 1 to 3, put on -1 to +1. Any other attribute is the share of
-    sentences with more markers of its pole +1 than of -1, less the share with fewer; sentences
-    without markers count as 0, and a text without words has the style (-1, 0, 0, 0).
+    Length is the number of sentences, scaled so that 1 gives -1 and 3 gives +1, and clipped there.
+    Every other attribute is the mean over sentences of +1, -1 or 0: whether the sentence has more
+    words that mark level +1, more that mark level -1, or as many of both. A text without words has
+    the style (-1, 0, 0, 0).
+
+    Returns:
+        A number from -1 to +1 for each of `ATTRIBUTES`.
     """
     sentences = [_words(part) for part in re.findall(r"[^.!?]+[.!?]*", text)]
     sentences = [words for words in sentences if any(word != "!" for word in words)]
@@ -171,10 +186,10 @@ def measure(text: str) -> tuple[float, ...]:
 
 
 def _sentence_signs(words: Sequence[str]) -> list[int]:
-    """Return -1, 0 or +1 for each of `ATTRIBUTES[1:]`: which pole has more markers here."""
+    """Return +1, -1 or 0 for each of `ATTRIBUTES[1:]`: which level more words of a sentence mark."""
     balance = [0] * len(ATTRIBUTES)
     for word in words:
         if word in _MARKERS:
-            attribute, pole = _MARKERS[word]
-            balance[attribute] += pole
+            attribute, level = _MARKERS[word]
+            balance[attribute] += level
     return [(total > 0) - (total < 0) for total in balance[1:]]

@@ -1,7 +1,7 @@
-"""PRISM: people of 75 countries choosing among the replies of language models, and who they are.
+"""PRISM: people from 75 countries choose among replies of language models, and describe themselves.
 
-Upstream: ``HannahRoseKirk/prism-alignment`` (Kirk et al. 2024), ``survey`` and ``conversations``;
-which users, dialogues and pairs are used follows P-RLHF (arXiv 2402.05133).
+The data are the files ``survey`` and ``conversations`` of ``HannahRoseKirk/prism-alignment`` (Kirk
+et al. 2024). Users, dialogues and pairs are selected as in P-RLHF (arXiv 2402.05133).
 """
 
 from __future__ import annotations
@@ -21,30 +21,34 @@ from plrhf.data.splits import is_unseen_user, uniform_hash
 
 HUB = HubFiles("HannahRoseKirk/prism-alignment", ("survey.jsonl", "conversations.jsonl"))
 BLANK = "EMPTY STRING"
-"""What upstream writes where a text was missing."""
+"""Upstream's placeholder for a missing text."""
 
 VALUES = (
     *("values", "creativity", "fluency", "factuality"),
     *("diversity", "safety", "personalisation", "helpfulness"),
 )
-"""What people rated the importance of, 0 to 100, in ``stated_prefs``."""
+"""Qualities of an answer whose importance people rated from 0 to 100 in ``stated_prefs``."""
 
 CATEGORIES = (
     *("age", "gender", "education", "employment_status", "marital_status"),
     *("english_proficiency", "lm_familiarity", "lm_frequency_use"),
     *("religion.categorised", "ethnicity.categorised", "location.special_region"),
 )
-"""Columns of the survey that become categories; a dotted one is nested."""
+"""Survey columns that become category features. A dot separates the names of a nested column."""
 
 
 @dataclass(frozen=True)
 class _Person:
+    """The user text and the user features of a participant of the survey."""
+
     text: str | None
     features: Features
 
 
 @dataclass(frozen=True)
 class _Dialogue:
+    """A conversation: its id, its user, and all messages in upstream's format."""
+
     dialogue_id: str
     user_id: str
     history: list[Mapping[str, Any]]
@@ -52,29 +56,33 @@ class _Dialogue:
 
 @dataclass(frozen=True)
 class _Turn:
-    """What a user wrote, which reply was chosen first, and the others with their places."""
+    """One turn of a dialogue: a message of the user and the replies to it."""
 
-    asked: Any
-    chosen: list[Any]
-    rejected: list[tuple[int, Any]]
+    message: Any
+    chosen: list[Any]  # the replies marked as chosen; one, unless upstream is inconsistent
+    rejected: list[tuple[int, Any]]  # all other replies, with their index among the turn's replies
 
 
 class PrismSource(Source):
-    """One pair for each rejected reply of a turn; the prompt is the dialogue with chosen replies.
+    """Makes a pair of every rejected reply and the chosen reply of the same turn.
 
-    Survey columns (`CATEGORIES`, and the ratings of `VALUES` as numbers) are the user features,
-    stated preferences and self-description the user text. Users with no finished conversation are
-    left out. `unseen_fraction` of the users are unseen, all of their dialogues test; of n dialogues
-    of any other, ``int(n * (1 - test_fraction))`` train and the rest test, so that who has one only
-    is unseen. Dialogues never go over two splits.
+    The prompt is the dialogue so far, with the chosen replies. The survey columns in `CATEGORIES` and
+    the ratings of `VALUES` are the user features. Self-description and ratings in words are the user
+    text. Users without a finished conversation are left out.
+
+    Every dialogue belongs to one split. All dialogues of an unseen user are test. Of the n dialogues
+    of another user ``int(n * (1 - test_fraction))`` are train or val and the rest test. A user with a
+    single dialogue is therefore unseen as well.
 
     Args:
-        path: the hub's name, or a directory with survey and conversations (.jsonl, .json, .parquet).
-        protocol: ``paper``, or ``disjoint``: pairs whose prompt (an opening like "Hello" is many
-            people's) is in a later split too are left out.
-        unseen_fraction: of users. test_fraction: of a seen user's dialogues.
-        val_fraction: of the dialogues left to train on; each user's first one trains.
-        seed: of the draws.
+        path: the dataset's name on the hub, or a directory with survey and conversations (.jsonl,
+            .json, .parquet).
+        protocol: ``paper``, or ``disjoint``, which leaves out pairs whose prompt is in a later split
+            too, e.g. an opening such as "Hello".
+        unseen_fraction: fraction of the users drawn to be unseen.
+        test_fraction: fraction of a seen user's dialogues that become test.
+        val_fraction: fraction of the other dialogues that become val; a user's first one is train.
+        seed: seed of all draws.
     """
 
     def __init__(
@@ -93,16 +101,17 @@ class PrismSource(Source):
         self._people: dict[str, _Person] = {}
 
     def records(self) -> Iterator[tuple[str, Record]]:
-        """Yield refusals of survey lines and dialogues, and the pairs dialogue by dialogue."""
+        """Yield the pairs of all dialogues, and the refusals of survey lines, dialogues and turns."""
         rows = self._rows()
         yield from refuse_shared_prompts(rows) if self.protocol == "disjoint" else rows
 
     def profile(self, user_id: str) -> str | None:
-        """Return the user text."""
+        """Return the user's self-description and stated preferences."""
         person = self._people.get(user_id)
         return None if person is None else person.text
 
     def _rows(self) -> Iterator[tuple[str, Record]]:
+        """Read both files, and yield what `records` does before shared prompts are refused."""
         wanted = ("survey", "conversations")
         files = files_by_stem(data_files(self.path, hub=HUB), wanted)
         for name in wanted:
@@ -117,18 +126,19 @@ class PrismSource(Source):
                 yield where, refused
         dialogues: list[tuple[str, _Dialogue]] = []
         for where, record in read_files([files["conversations"]]):
-            found = self._dialogue(record)
+            found = self._parse_dialogue(record)
             if isinstance(found, Refusal):
                 yield where, found
             else:
                 dialogues.append((where, found))
-        splits = self._splits([one for _, one in dialogues])
+        splits = self._assign_splits([one for _, one in dialogues])
         for where, one in dialogues:
-            for turn, row in _pairs(one, self._people[one.user_id], splits[one.dialogue_id]):
+            person, split = self._people[one.user_id], splits[one.dialogue_id]
+            for turn, row in _rows_of_dialogue(one, person, split):
                 yield f"{where} turn {turn}", row
 
     def _add_person(self, record: Record) -> Refusal | None:
-        """Keep what the survey says of a person, or return why they are left out."""
+        """Parse a line of the survey and keep its person, or return why it is refused."""
         if isinstance(record, Refusal):
             return record
         user = record.get("user_id")
@@ -138,10 +148,11 @@ class PrismSource(Source):
         if record.get("num_completed_conversations") == 0:
             allowed, cure = "a user who finished one", "Leave the user out"
             return refusal(Reason.NO_CONVERSATION, "num_completed_conversations", 0, allowed, cure)
-        self._people[user] = _person(record)
+        self._people[user] = _parse_person(record)
         return None
 
-    def _dialogue(self, record: Record) -> _Dialogue | Refusal:
+    def _parse_dialogue(self, record: Record) -> _Dialogue | Refusal:
+        """Parse a conversation, or return why it is refused."""
         if isinstance(record, Refusal):
             return record
         dialogue, user = record.get("conversation_id"), record.get("user_id")
@@ -158,8 +169,8 @@ class PrismSource(Source):
             return refusal(Reason.BAD_SHAPE, "conversation", dict(record), allowed, cure)
         return _Dialogue(dialogue, user, history)
 
-    def _splits(self, dialogues: list[_Dialogue]) -> dict[str, str]:
-        """Return dialogue id -> split."""
+    def _assign_splits(self, dialogues: list[_Dialogue]) -> dict[str, str]:
+        """Draw the split of every dialogue, and return it by dialogue id."""
         of_user: dict[str, list[str]] = {}
         for one in dialogues:
             of_user.setdefault(one.user_id, []).append(one.dialogue_id)
@@ -167,7 +178,7 @@ class PrismSource(Source):
         for user, ids in of_user.items():
             unseen = is_unseen_user(user, seed=self.seed, unseen_fraction=self.unseen_fraction)
             n_train = 0 if unseen else int(len(ids) * (1 - self.test_fraction))
-            # A hash rather than a generator: a dialogue more leaves the others where they are.
+            # By hash, so that one more dialogue does not change the split of the others.
             ids.sort(key=lambda dialogue: uniform_hash(dialogue, salt="dialogue", seed=self.seed))
             for place, dialogue in enumerate(ids):
                 draw = uniform_hash(dialogue, salt="val dialogue", seed=self.seed)
@@ -176,8 +187,8 @@ class PrismSource(Source):
         return splits
 
 
-def _person(record: Mapping[str, Any]) -> _Person:
-    """Return the user text and features of a line of the survey."""
+def _parse_person(record: Mapping[str, Any]) -> _Person:
+    """Make the user text and the user features from a line of the survey."""
     stated = record.get("stated_prefs")
     ratings = {
         name: float(stated[name])
@@ -205,6 +216,7 @@ def _person(record: Mapping[str, Any]) -> _Person:
 
 
 def _is_history(value: object) -> TypeGuard[list[Mapping[str, Any]]]:
+    """Whether a value is a list of messages with a turn number and a known role."""
     return isinstance(value, list) and all(
         isinstance(one, Mapping)
         and isinstance(one.get("turn"), int)
@@ -213,44 +225,50 @@ def _is_history(value: object) -> TypeGuard[list[Mapping[str, Any]]]:
     )
 
 
-def _turns(history: list[Mapping[str, Any]]) -> dict[int, _Turn]:
-    """Return the turns by number; of several user messages or chosen replies the first counts."""
+def _group_by_turn(history: list[Mapping[str, Any]]) -> dict[int, _Turn]:
+    """Group the messages of a dialogue by turn number. A turn keeps its first user message only."""
     turns: dict[int, _Turn] = {}
     for number in sorted({one["turn"] for one in history}):
-        said = [one for one in history if one["turn"] == number]
-        replies = [one for one in said if one["role"] == "model"]
-        asked = [_content(one) for one in said if one["role"] == "user"]
+        messages = [one for one in history if one["turn"] == number]
+        replies = [one for one in messages if one["role"] == "model"]
+        from_user = [_text_of(one) for one in messages if one["role"] == "user"]
         turns[number] = _Turn(
-            asked=asked[0] if len(asked) > 0 else None,
-            chosen=[_content(one) for one in replies if one.get("if_chosen") is True],
+            message=from_user[0] if len(from_user) > 0 else None,
+            chosen=[_text_of(one) for one in replies if one.get("if_chosen") is True],
             rejected=[
-                (place, _content(one))
-                for place, one in enumerate(replies)
+                (index, _text_of(one))
+                for index, one in enumerate(replies)
                 if one.get("if_chosen") is not True
             ],
         )
     return turns
 
 
-def _content(entry: Mapping[str, Any]) -> Any:
-    content = entry.get("content")
+def _text_of(message: Mapping[str, Any]) -> Any:
+    """Return a message's content, with upstream's placeholder for a missing text made empty."""
+    content = message.get("content")
     return "" if isinstance(content, str) and content.strip() == BLANK else content
 
 
-def _pairs(dialogue: _Dialogue, person: _Person, split: str) -> Iterator[tuple[int, Record]]:
-    """Yield each turn's number with its pairs, or with why it has none."""
+def _rows_of_dialogue(
+    dialogue: _Dialogue, person: _Person, split: str
+) -> Iterator[tuple[int, Record]]:
+    """Yield the rows and refusals of a dialogue, each with the number of its turn.
+
+    Only the first reply marked as chosen is used; the others are refused as ties.
+    """
     prompt: list[dict[str, Any]] = []
-    for number, turn in _turns(dialogue.history).items():
-        prompt = [*prompt, {"role": "user", "content": turn.asked}]
-        if turn.asked is None or turn.asked == "":
+    for number, turn in _group_by_turn(dialogue.history).items():
+        prompt = [*prompt, {"role": "user", "content": turn.message}]
+        if turn.message is None or turn.message == "":
             cure = "Leave the turn out"
-            yield number, refusal(Reason.EMPTY_PROMPT, "content", turn.asked, "text", cure)
+            yield number, refusal(Reason.EMPTY_PROMPT, "content", turn.message, "text", cure)
         elif len(turn.chosen) == 0 or len(turn.rejected) == 0:
             shown = f"{len(turn.chosen)} chosen, {len(turn.rejected)} rejected"
             allowed, cure = "a chosen and a rejected reply", "Leave the turn out"
             yield number, refusal(Reason.NO_PAIR, "if_chosen", shown, allowed, cure)
         else:
-            for place, rejected in turn.rejected:
+            for index, rejected in turn.rejected:
                 yield (
                     number,
                     {
@@ -261,7 +279,7 @@ def _pairs(dialogue: _Dialogue, person: _Person, split: str) -> Iterator[tuple[i
                         "user_text": person.text,
                         "user_features": person.features,
                         "prompt_id": content_hash(prompt),
-                        "pair_id": f"{dialogue.dialogue_id} {number} {place}",
+                        "pair_id": f"{dialogue.dialogue_id} {number} {index}",
                         "split": split,
                     },
                 )
