@@ -1,4 +1,4 @@
-"""Several runs as one frame and one table, each beside the vanilla run it is paired with."""
+"""Compares runs: one table row for each, with its paired difference from a vanilla run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ COMPARISON_NOTE = (
     "of the generic context less the baseline's, in nats. Uniform, shuffled and length only are "
     "controls."
 )
-# A baseline may differ in these: they are not what rows are read and divided by.
+# Settings of the data that change neither rows nor splits. A baseline may differ in them.
 BESIDE_THE_DATA = ("shuffle_users", "batch_size", "batch_tokens", "eval_batch_size")
 OF_ENCODER = ("encoder", "aggregator")
 PARTS = ("data", "backbone", "aggregator", "model", "optim", "trainer")
@@ -44,14 +44,13 @@ PARTS = ("data", "backbone", "aggregator", "model", "optim", "trainer")
 
 @dataclass(frozen=True)
 class Comparison:
-    """Finished runs side by side.
+    """The comparison of finished runs.
 
     Attributes:
-        runs: what is compared.
-        frame: one row a run, then the oracle and the length rule of each set of test pairs; intervals
-            in columns ending in ``_low`` and ``_high``.
+        runs: the compared runs.
+        frame: what `comparison_frame` returns.
         skipped: directories without results.
-        over_seeds: the frame of `over_seeds.seeds_frame`; None where no two runs differ in seed alone.
+        over_seeds: what `over_seeds.seeds_frame` returns; None if no two runs differ in seed alone.
     """
 
     runs: list[Run]
@@ -61,10 +60,14 @@ class Comparison:
 
 
 def comparison_frame(runs: Sequence[Run], *, baseline: Run | None = None) -> pd.DataFrame:
-    """Return one row a run, then the oracle and the length rule of each set of test pairs.
+    """Return a table with one row for each run, then the oracle and the length rule.
+
+    Oracle and length rule have one row for each set of test pairs. The ends of intervals are in
+    columns that end in ``_low`` and ``_high``.
 
     Args:
-        baseline: what every run is paired with, None: each with the vanilla run that suits it.
+        baseline: the run that every run is paired with; None: each is paired with its own vanilla
+            run, see `nearest_baseline`.
 
     Raises:
         ValueError: a run was not tested on the baseline's pairs.
@@ -86,7 +89,7 @@ def comparison_frame(runs: Sequence[Run], *, baseline: Run | None = None) -> pd.
 
 
 def other_settings(runs: Sequence[Run]) -> list[str]:
-    """Return of each run the settings that tell it from others of its role, encoder and aggregator."""
+    """Describe for each run the settings that differ among runs of its role, encoder, aggregator."""
     flat = [flattened(run.config) for run in runs]
     kinds = [(run.role, *(run.settings[key] for key in OF_ENCODER)) for run in runs]
     labels = []
@@ -98,7 +101,7 @@ def other_settings(runs: Sequence[Run]) -> list[str]:
 
 
 def reference_rows(run: Run, suffix: str = "") -> list[dict[str, Any]]:
-    """Rows of the oracle, where it is known, and of the length rule on a run's test pairs."""
+    """Return the table rows of the oracle (if known) and the length rule on a run's test pairs."""
     length = run.results.controls["length_only"]
     references: list[tuple[str, str, Mapping[str, Any] | None]] = [
         ("oracle", "oracle", run.results.oracle),
@@ -112,7 +115,7 @@ def reference_rows(run: Run, suffix: str = "") -> list[dict[str, Any]]:
 
 
 def _check_baseline(run: Run, baseline: Run) -> None:
-    """Raise unless both were tested on the same pairs: ids, users and texts."""
+    """Raise unless both runs were tested on the same pairs, with equal ids, users and texts."""
     if run.tested_as(baseline):
         return
     ids = all(same_pairs(run.outcomes(kind), baseline.outcomes(kind)) for kind in USER_KINDS)
@@ -126,7 +129,7 @@ def _check_baseline(run: Run, baseline: Run) -> None:
 
 
 def with_holm(frame: pd.DataFrame) -> pd.DataFrame:
-    """Adjust the p of all runs and kinds of users as one family, for as such they are looked at."""
+    """Add p-values adjusted by Holm's method over all runs and both kinds of users."""
     columns = [f"{kind}_p_value" for kind in USER_KINDS]
     given = [None if pd.isna(p) else float(p) for column in columns for p in frame[column]]
     adjusted = pd.Series(holm(given), dtype=float).to_numpy().reshape(len(columns), -1)
@@ -136,7 +139,7 @@ def with_holm(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def comparison_table(frame: pd.DataFrame) -> rich.table.Table:
-    """The frame of `compare`, for the terminal."""
+    """Return the frame of `comparison_frame` as a table for the terminal."""
     table, shared = comparison(frame)
     title = f"Test results, 95% intervals over users{shared}"
     left_out = ["mean of users, %", "worst tenth, %", "effect", "price, nats"]
@@ -144,7 +147,7 @@ def comparison_table(frame: pd.DataFrame) -> rich.table.Table:
 
 
 def comparison(frame: pd.DataFrame) -> tuple[Table, str]:
-    """The frame as a table, and in words the settings that all runs share."""
+    """Return the frame as a table, and a text that names the settings common to all runs."""
     values = {key: frame[key].dropna().unique() for key in SETTINGS}
     varied = [key for key in SETTINGS if len(values[key]) > 1]
     varied += ["others"] * bool((frame["others"].fillna("") != "").any())
@@ -176,13 +179,14 @@ def comparison(frame: pd.DataFrame) -> tuple[Table, str]:
 
 
 def p_cell(p_value: float) -> Cell:
+    """Format a p-value."""
     if pd.isna(p_value):
         return Cell("–")
     return Cell("<0.001" if p_value < 0.001 else f"{p_value:.3f}")
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """Last parts of the paths, or all that differs where these are not unique."""
+    """Return the last part of each path, or as much of the paths as makes them unique."""
     resolved = [path.resolve() for path in paths]
     names = [path.name for path in resolved]
     if len(set(names)) == len(names):
@@ -192,19 +196,19 @@ def distinct_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _baseline_among(runs: Sequence[Run], run: Run) -> Run | None:
-    """The vanilla run that suits one of these runs: of its seed and on its test pairs."""
+    """Find the vanilla run of the same seed and test pairs that is nearest to a run."""
     seed = run.settings["seed"]
     alike = [one for one in runs if one.settings["seed"] == seed and one.tested_as(run)]
     return nearest_baseline(run, alike)
 
 
 def nearest_baseline(run: Run, candidates: Sequence[Run]) -> Run | None:
-    """Return the vanilla run with this one's model and data; None for a vanilla run.
+    """Find the vanilla run with the same model and data; None for a run that is itself vanilla.
 
-    Of several it is the one with most other settings in common, the first of equals.
+    If there are several, it is the one with the most other settings in common.
 
     Args:
-        candidates: runs with test pairs in common, of the same seeds.
+        candidates: runs of the same seeds that share test pairs with `run`.
     """
     if run.role == "vanilla":
         return None
@@ -223,6 +227,7 @@ def nearest_baseline(run: Run, candidates: Sequence[Run]) -> Run | None:
 
 
 def _same_data(first: Run, second: Run) -> bool:
+    """Whether two runs have the same settings of the data, apart from `BESIDE_THE_DATA`."""
     ours, theirs = (
         {k: v for k, v in run.config["data"].items() if k not in (*BESIDE_THE_DATA, "seed")}
         for run in (first, second)
@@ -231,11 +236,12 @@ def _same_data(first: Run, second: Run) -> bool:
 
 
 def run_row(run: Run, baseline: Run | None, *, paired_on: Run | None = None) -> dict[str, Any]:
-    """Return a run's row of the frame.
+    """Return a run's row of the comparison frame.
 
     Args:
-        baseline: what it is paired with, None for nothing.
-        paired_on: the run on the pairs it has in common with the baseline; None: on all its pairs.
+        baseline: the run that it is paired with, or None.
+        paired_on: the same run, reduced to the pairs it has in common with the baseline; None: the
+            run has no other pairs.
     """
     row: dict[str, Any] = {"run": run.name, "role": run.role, **run.settings}
     row |= _accuracy_columns({kind: run.results.test[kind]["user"] for kind in USER_KINDS})
@@ -252,7 +258,10 @@ def run_row(run: Run, baseline: Run | None, *, paired_on: Run | None = None) -> 
 
 
 def _paired_columns(run: Run, baseline: Run | None, kind: str) -> dict[str, Any]:
-    """How a run differs from its baseline for one kind of user; empty where there is nothing."""
+    """Return the columns of a run's paired difference from its baseline for one kind of user.
+
+    They are empty without a baseline, or without such users.
+    """
     difference: PairedTest = {
         "accuracy_micro": NO_ESTIMATE,
         "accuracy_macro": NO_ESTIMATE,
@@ -280,6 +289,7 @@ def _paired_columns(run: Run, baseline: Run | None, kind: str) -> dict[str, Any]
 
 
 def _accuracy_columns(cells: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of the three accuracies and the counts, for both kinds of users."""
     row: dict[str, Any] = {}
     for kind in USER_KINDS:
         for name in ("accuracy_micro", "accuracy_macro", "accuracy_worst10"):
@@ -289,12 +299,13 @@ def _accuracy_columns(cells: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def columns_of(name: str, estimate: Estimate) -> dict[str, float | None]:
+    """Return an estimate as the columns `name`, `name`_low and `name`_high."""
     low, high = (None, None) if estimate["ci95"] is None else estimate["ci95"]
     return {name: estimate["value"], f"{name}_low": low, f"{name}_high": high}
 
 
 def estimate_in(row: pd.Series, name: str) -> Estimate:
-    """The inverse of `columns_of`."""
+    """Read an estimate from the columns that `columns_of` made."""
     value, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
     if pd.isna(value):
         return NO_ESTIMATE

@@ -1,4 +1,4 @@
-"""Several finished runs on one page, in tables and figures: comparison.csv, .md, .tex, report.html."""
+"""Writes the comparison of finished runs: comparison.csv, .md, .tex and a report.html."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ from plrhf.reporting.tables import Cell, Table, csv_text, latex, markdown
 def compare(
     runs: str | Sequence[Path], out: Path | str, *, baseline: Path | str | None = None
 ) -> Comparison:
-    """Set finished runs side by side; leave comparison.csv, .md, .tex and report.html in `out`.
+    """Compare finished runs; write comparison.csv, .md, .tex and report.html to `out`.
 
-    Differences are paired with the vanilla run of the same model, data, seed and test pairs, where
-    there is one. Directories without results are skipped and named. Where runs differ in seed alone,
-    over_seeds.csv, .md and .tex and the page's first table have one row for them.
+    Each run is paired with the vanilla run of the same model, data, seed and test pairs, if there is
+    one. Directories without results are skipped and named. If runs differ in seed alone, the page
+    begins with a table that has one row for all their seeds, also written to over_seeds.csv, .md and
+    .tex.
 
     Args:
-        runs: a glob of run directories, or the directories; ``**`` is any number of folders, and a
+        runs: a glob of run directories, or the directories. ``**`` matches any number of folders. A
             sweep's directory stands for its jobs.
-        out: directory to write to, made where it is not there.
-        baseline: a run's directory, to pair all runs with that one instead.
+        out: directory to write to; it is made if it does not exist.
+        baseline: directory of the run that all runs are paired with instead.
 
     Raises:
         ValueError: no directory matches, none of them holds results, or a run does not hold the
@@ -108,7 +109,7 @@ def read_runs(runs: str | Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 
 def _runs_in(path: Path) -> list[Path]:
-    """A directory itself, or, where it is a sweep's, those of its jobs."""
+    """Return the job directories of a sweep's directory, or the directory itself if it is a run's."""
     if (path / "results.json").is_file() or not path.is_dir():
         return [path]
     jobs = sorted(one for one in path.iterdir() if one.is_dir())
@@ -116,7 +117,7 @@ def _runs_in(path: Path) -> list[Path]:
 
 
 def seeds_section(made: Comparison) -> Section | None:
-    """The table over seeds; None where no two runs differ in seed alone."""
+    """Show the table over seeds; None if no two runs differ in seed alone."""
     frame = made.over_seeds
     if frame is None:
         return None
@@ -124,7 +125,7 @@ def seeds_section(made: Comparison) -> Section | None:
 
 
 def comparison_section(made: Comparison) -> Section:
-    """Single runs as a table and bars; beside a table over seeds the table alone, behind a click."""
+    """Show single runs as a table and bars. With a table over seeds, it is a folded table alone."""
     folded = made.over_seeds is not None
     table, _ = comparison(made.frame)
     title = "Single runs" if folded else "Test results"
@@ -133,7 +134,7 @@ def comparison_section(made: Comparison) -> Section:
 
 
 def sweeps_section(runs: Sequence[Run]) -> Section | None:
-    """Accuracy over each setting in which otherwise equal runs differ; None where there is none."""
+    """Show accuracy over each setting in which otherwise equal runs differ; None without any."""
     figures = sweep_curves(runs)
     note = (
         "Runs that differ in this setting and in seed alone; lines are means over seeds, bars 95% "
@@ -146,7 +147,7 @@ def sweeps_section(runs: Sequence[Run]) -> Section | None:
 
 
 def few_shot_section(runs: Sequence[Run]) -> Section | None:
-    """Few-shot curves of the runs that eval=adapt has seen; None where there are none."""
+    """Show the few-shot curves of the runs that have an adapt.json; None without any."""
     figures = [
         few_shot_curves(run.adapted, label=f"{run.name}: accuracy by pairs given")
         for run in runs
@@ -156,7 +157,7 @@ def few_shot_section(runs: Sequence[Run]) -> Section | None:
 
 
 def commands_section(made: Comparison) -> Section:
-    """The exact command and versions of each run, and where its own report lies."""
+    """Show the exact command and the library versions of each run."""
     rows = []
     for run in made.runs:
         how = run.results.run
@@ -168,6 +169,7 @@ def commands_section(made: Comparison) -> Section:
 
 
 def _notes(made: Comparison) -> list[str]:
+    """Return the notes below the table: what it shows, and which directories were skipped."""
     named = []
     if len(made.skipped) > 0:
         named = [f"Skipped, as without results.json: {', '.join(made.skipped)}."]
@@ -175,7 +177,7 @@ def _notes(made: Comparison) -> list[str]:
 
 
 def _write_tables(path: Path, frame: pd.DataFrame, table: Table, notes: Sequence[str]) -> None:
-    """The frame as .csv, its table as .md and .tex."""
+    """Write the frame as .csv, and its table as .md and .tex."""
     path.with_suffix(".csv").write_text(csv_text(frame), encoding="utf-8", newline="")
     path.with_suffix(".md").write_text(markdown(table, "\n\n".join(notes)), encoding="utf-8")
     path.with_suffix(".tex").write_text(latex(table, "\n".join(notes)), encoding="utf-8")

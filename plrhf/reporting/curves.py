@@ -1,7 +1,6 @@
-"""Curves over the settings that a set of runs varies: alpha, users, pairs a user, vectors, clusters.
+"""Draws accuracy over the numeric settings that a set of runs varies, such as alpha.
 
-No list of settings is kept: whatever number differs between runs that are otherwise the same, seed
-aside, is an axis.
+There is no list of such settings. Any number in which otherwise equal runs differ becomes an axis.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ WIDE_RANGE = 8  # from this ratio on an axis is logarithmic
 
 
 class Family(NamedTuple):
-    """Runs that differ in one setting and in seed."""
+    """Runs that differ in one setting and in seed alone: the points of one curve."""
 
     name: str
     runs: Sequence[tuple[float, Run]]  # (value of the setting, run)
 
 
 def sweep_curves(runs: Sequence[Run]) -> list[Drawing]:
-    """Accuracy over each setting that makes a curve, for each kind of user with test pairs."""
+    """Draw accuracy over each varied setting, for each kind of user that has test pairs."""
     drawings = []
     for setting, families in curves(runs).items():
         for kind in USER_KINDS:
@@ -40,7 +39,11 @@ def sweep_curves(runs: Sequence[Run]) -> list[Drawing]:
 
 
 def curves(runs: Sequence[Run]) -> dict[str, list[Family]]:
-    """Families by the setting they vary: dotted names of numbers with two values or more."""
+    """Find the numeric settings with several values, and group the runs into curves over each.
+
+    Returns:
+        The families of runs by the setting's dotted name.
+    """
     flat = [flattened(run.config) for run in runs]
     names = sorted({name for settings in flat for name in settings})
     varied = [name for name in names if len({settings.get(name) for settings in flat}) > 1]
@@ -63,7 +66,7 @@ def curves(runs: Sequence[Run]) -> dict[str, list[Family]]:
 
 
 def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted name, lists as text; those of no matter to what is trained left out."""
+    """Return the settings that affect training as one flat dict, by dotted name, lists as text."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if name == "seed" or (prefix == "" and name in NOT_TRAINED):
@@ -76,9 +79,13 @@ def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _labels(first: Sequence[Run], axis: str) -> list[str]:
-    """What tells families apart: parts by name, then single settings until no two are alike.
+    """Return a distinct label for each family.
 
-    Where no setting does, the name of their first run.
+    A label has the names of the parts that differ, and then as many single settings as are needed to
+    make all labels distinct. Where settings do not suffice, the label is the name of the first run.
+
+    Args:
+        first: the first run of each family. axis: the setting that the families vary.
     """
     if len(first) == 1:
         return ["user context"]
@@ -102,7 +109,10 @@ def _labels(first: Sequence[Run], axis: str) -> list[str]:
 
 @rc_context(STYLE)
 def _curve(setting: str, families: Sequence[Family], kind: UserKind) -> Drawing:
-    """Mean over seeds as a line, each run as a mark; the generic context dashed."""
+    """Draw a curve for each family: a line of means over seeds, and a mark for each run.
+
+    The curve of the generic context is dashed.
+    """
     figure, axes = panel()
     for number, family in enumerate(families):
         colour = SERIES[number % len(SERIES)]
@@ -130,7 +140,7 @@ def _line(
     context: Literal["user", "generic"],
     **style: Any,
 ) -> None:
-    """Micro accuracy of the runs that have such pairs; an interval where a value has one run."""
+    """Draw one curve of micro accuracy, with an interval at values that have a single run."""
     held = [
         (value, run.results.test[kind][context]["accuracy_micro"])
         for value, run in family.runs

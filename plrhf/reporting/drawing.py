@@ -1,4 +1,4 @@
-"""Matplotlib figures as inline SVG that follows the page: its colours (light, dark, print), its fonts."""
+"""Matplotlib figures as inline SVG in the colours (light, dark, print) and fonts of the page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Placeholders, one a role: `drawing` turns each into the page's CSS variable of that name.
+# Placeholder colours. `drawing` replaces each by the page's CSS variable for its role.
 INK, MUTED, GRID, ACCENT, WARM = "#010101", "#020202", "#030303", "#040404", "#050505"
 SERIES = (ACCENT, WARM, *(f"#0{number}0{number}0{number}" for number in "6789ab"))
 ROLES = {INK: "ink", MUTED: "muted", GRID: "grid", ACCENT: "accent", WARM: "warm"}
@@ -44,7 +44,7 @@ STYLE: dict[Any, Any] = {
 
 
 class Drawing(NamedTuple):
-    """An inline figure."""
+    """A figure as inline SVG."""
 
     svg: Markup
     caption: str = ""
@@ -52,13 +52,19 @@ class Drawing(NamedTuple):
 
 
 def panel(width: float = 4.7, height: float = 3.0) -> tuple[Figure, Axes]:
-    """An empty panel, in inches; two of the default width stand side by side on a page."""
+    """Make an empty figure, sizes in inches. Two of the default width fit side by side on a page."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
 
 def drawing(figure: Figure, label: str, *, caption: str = "", wide: bool = False) -> Drawing:
-    """The figure as inline SVG with the page's colours and fonts, ids made its own by the label."""
+    """Convert a figure to inline SVG with the page's colours and fonts.
+
+    Args:
+        label: describes the figure to screen readers. It is also put in front of all ids, so it must
+            be unique on the page.
+        wide: whether the figure takes the whole width of the page.
+    """
     buffer = StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
@@ -75,7 +81,10 @@ def drawing(figure: Figure, label: str, *, caption: str = "", wide: bool = False
 
 
 def with_hover(made: Drawing, marks: str, words: Sequence[str]) -> Drawing:
-    """The drawing in which each mark of the scatter of gid `marks` shows its words when pointed at.
+    """Add a text to each mark of a scatter plot, shown when the mouse points at the mark.
+
+    Args:
+        marks: the ``gid`` of the scatter plot. words: a text for each of its marks.
 
     Raises:
         RuntimeError: matplotlib drew another number of marks than there are words.

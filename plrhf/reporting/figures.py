@@ -1,4 +1,4 @@
-"""Figures of one run, and the bars of several."""
+"""Figures of one run, and the bar chart that compares several runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,11 @@ CURVE_POINTS = 300
 
 @rc_context(STYLE)
 def learning_curves(metrics: pd.DataFrame) -> list[Drawing]:
-    """Loss and accuracy of train and val by step, from the sparse rows of Lightning's CSVLogger."""
+    """Draw loss and accuracy of train and val by step.
+
+    Args:
+        metrics: the table of metrics.csv, in which most rows have only some of the metrics.
+    """
     drawings = []
     for title, pattern in (("Loss and nll, nats", r"loss|nll"), ("Accuracy", r"accuracy")):
         columns = [
@@ -51,7 +55,7 @@ def learning_curves(metrics: pd.DataFrame) -> list[Drawing]:
         styles = {"train": iter("-:" * 9), "val": iter(("-", "--", "-.", ":") * 9)}
         for column in columns:
             split = column.split("/")[0]
-            points = _thinned(metrics[["step", column]].dropna())
+            points = _downsample(metrics[["step", column]].dropna())
             colour, width = (MUTED, 1.0) if split == "train" else (ACCENT, 1.8)
             line: dict[str, Any] = {
                 "color": colour,
@@ -69,21 +73,24 @@ def learning_curves(metrics: pd.DataFrame) -> list[Drawing]:
     return drawings
 
 
-def _thinned(points: pd.DataFrame) -> pd.DataFrame:
-    """At most CURVE_POINTS points [step, value], each the mean of its neighbours."""
+def _downsample(points: pd.DataFrame) -> pd.DataFrame:
+    """Average neighbouring points [step, value] so that at most `CURVE_POINTS` are left."""
     size = -(-len(points) // CURVE_POINTS)
     return points.groupby(np.arange(len(points)) // max(1, size)).mean()
 
 
 def user_bars(run: Run) -> list[Drawing]:
-    """Each user's accuracy, for each kind of user that has test pairs."""
+    """Draw the accuracy of each user, in one figure for each kind of user with test pairs."""
     kinds = [kind for kind in USER_KINDS if len(run.outcomes(kind)) > 0]
     return [_bars_of(run.outcomes(kind), kind) for kind in kinds]
 
 
 @rc_context(STYLE)
 def _bars_of(personal: Outcomes, kind: str) -> Drawing:
-    """Each user's accuracy, sorted, the worst tenth marked; all bars in two paths, for 10,000."""
+    """Draw the accuracy of each user, sorted, with the worst tenth in another colour.
+
+    All bars of a colour are one path, so that 10,000 users make a small figure.
+    """
     sums = user_sums(personal)
     own = sums.correct / sums.count * 100
     means = np.sort(own)
@@ -119,7 +126,7 @@ def _bars_of(personal: Outcomes, kind: str) -> Drawing:
 
 @rc_context(STYLE)
 def seen_against_unseen(results: Results) -> Drawing:
-    """Micro accuracy with intervals, by context and kind of user."""
+    """Draw micro accuracy with intervals, by context and kind of user."""
     names = [name for name, _ in headline_rows(results, "seen")]
     figure, axes = panel()
     for shift, kind in zip((-0.13, 0.13), USER_KINDS, strict=True):
@@ -136,6 +143,7 @@ def seen_against_unseen(results: Results) -> Drawing:
 
 
 def _dots(axes: Axes, places: np.ndarray, cells: Sequence[Estimate], kind: str) -> None:
+    """Draw estimates as dots with intervals, each at its place on the vertical axis."""
     shown = [
         (at, cell) for at, cell in zip(places, cells, strict=True) if cell["value"] is not None
     ]
@@ -156,7 +164,10 @@ def _dots(axes: Axes, places: np.ndarray, cells: Sequence[Estimate], kind: str) 
 
 @rc_context(STYLE)
 def reliability_diagram(run: Run) -> Drawing:
-    """Accuracy against confidence by bin, marker area by share of pairs (Guo et al. 2017)."""
+    """Draw accuracy against confidence for each bin of confidence (Guo et al. 2017).
+
+    The area of a marker is the share of pairs in its bin.
+    """
     figure, axes = panel()
     axes.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=0.8, linestyle="--", label="calibrated")
     for kind in USER_KINDS:
@@ -186,7 +197,7 @@ def reliability_diagram(run: Run) -> Drawing:
 
 @rc_context(STYLE)
 def comparison_bars(frame: pd.DataFrame) -> Drawing:
-    """Micro accuracy of each run as bars from chance, 50%, with intervals."""
+    """Draw the micro accuracy of each run, with intervals, as bars that start at chance (50%)."""
     figure, axes = panel(9.6, 1.0 + 0.42 * len(frame))
     for shift, kind in zip((-0.2, 0.2), USER_KINDS, strict=True):
         columns = [f"{kind}_accuracy_micro{end}" for end in ("", "_low", "_high")]
@@ -218,7 +229,7 @@ CURVES: dict[str, tuple[str, Any]] = {
 
 @rc_context(STYLE)
 def few_shot_curves(adapted: FewShotCurve, *, label: str = "Accuracy by pairs given") -> Drawing:
-    """Accuracy on a new user's other pairs by the number k given, from adapt.json, bands of 95%."""
+    """Draw the curves of adapt.json with 95% bands: accuracy by number of pairs of a new user."""
     figure, axes = panel(9.6, 3.2)
     places = np.arange(len(adapted.shots))
     for name, (colour, dashes) in CURVES.items():
@@ -238,7 +249,7 @@ def few_shot_curves(adapted: FewShotCurve, *, label: str = "Accuracy by pairs gi
 
 
 def _percents(curve: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values and both ends of the intervals, NaN where there is none."""
+    """Return the values and both ends of the intervals in per cent, NaN where there is none."""
     missing = [np.nan, np.nan]
     ends = [missing if one["ci95"] is None else one["ci95"] for one in curve]
     low, high = 100 * np.array(ends, dtype=float).reshape(-1, 2).T

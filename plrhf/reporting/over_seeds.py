@@ -1,7 +1,7 @@
-"""Runs that differ in seed alone as one row, over the pairs of all their seeds, and which encoder wins.
+"""Pools runs that differ in seed alone, and compares encoders over all seeds.
 
-Intervals are over the users of all seeds: they say how a figure would move with other users. What
-the seed itself does to it stands beside it, one value a seed.
+Intervals come from a bootstrap over the users of all seeds. They do not cover the choice of seeds;
+tables therefore show the value of every seed as well.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ SWAPPED = {"chosen_tokens": "rejected_tokens", "rejected_tokens": "chosen_tokens
 
 
 def over_seeds(runs: Sequence[Run]) -> list[Run]:
-    """Return one run for all that differ in seed alone, in order of appearance.
+    """Pool all runs that differ in seed alone, in order of first appearance.
 
-    A repeated seed counts once.
+    Of two runs with the same settings and seed, only the first is used.
     """
     groups: dict[Any, dict[str, Run]] = {}
     for run in runs:
@@ -58,10 +58,10 @@ def over_seeds(runs: Sequence[Run]) -> list[Run]:
 
 
 def pooled(runs: Sequence[Run]) -> Run:
-    """Return runs of different seeds as one, over the pairs of all of them.
+    """Join runs of different seeds into one run with the pairs of all seeds.
 
-    A user with the same id is the same person in every seed, and counts once with all pairs. The
-    exception are synthetic people: another seed is another world, and its people are others.
+    A user id stands for the same person in every seed, so this person counts once. Synthetic users
+    are the exception: the users of another seed are other people, though they have the same ids.
     """
     first = runs[0]
     if len(runs) == 1:
@@ -88,7 +88,7 @@ def pooled(runs: Sequence[Run]) -> Run:
 
 
 def on_shared_seeds(first: Run, second: Run) -> tuple[Run, Run] | None:
-    """Return both over the seeds in which they have the same test pairs; None without such a seed."""
+    """Reduce two runs to the seeds in which they have the same test pairs; None without any."""
     theirs = {run.settings["seed"]: run for run in second.singles}
     shared = [
         (run, theirs[seed])
@@ -105,12 +105,12 @@ def on_shared_seeds(first: Run, second: Run) -> tuple[Run, Run] | None:
 
 
 def seeds_frame(runs: Sequence[Run]) -> pd.DataFrame:
-    """Return one row for each run of `over_seeds`, its baseline and the next best encoder beside it.
+    """Return a table with one row for each run of `over_seeds`, like `comparison_frame`.
 
-    Beside the columns of `comparison_frame` there are ``tests`` (settings of the data that tell sets
-    of test pairs apart, and seeds), ``others`` (settings that tell rows of the same encoder and
-    aggregator apart), ``missing`` (seeds that a difference leaves out), and for each kind of user
-    ``_by_seed`` (accuracy of each seed) and ``_over_next`` (less the next best encoder).
+    Further columns are ``tests`` (the seeds, and the settings of the data that differ between sets
+    of test pairs), ``others`` (the settings that differ between runs of the same encoder and
+    aggregator), ``missing`` (a sentence on seeds that a difference leaves out), and for each kind of
+    user ``_by_seed`` (accuracy of each seed, as text) and ``_over_next`` (see `over_next`).
     """
     sets = _same_tests(runs)
     most = [max(one, key=lambda run: len(run.singles)) for one in sets]  # with all their seeds
@@ -125,13 +125,16 @@ def seeds_frame(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def seeds_note(frame: pd.DataFrame) -> str:
-    """What the table shows, and which seeds its differences leave out."""
+    """Return the note below the table: what it shows, and which seeds its differences leave out."""
     missing = [str(words) for words in frame["missing"].dropna() if words != ""]
     return " ".join([NOTE, *missing])
 
 
 def seeds_table(frame: pd.DataFrame) -> Table:
-    """The frame in groups by kind of user and test pairs, best encoder of each aggregator first."""
+    """Return the frame as a table, grouped by kind of user and test pairs.
+
+    Within a group, rows are sorted by aggregator and then by accuracy, the best first.
+    """
     varied = [key for key in OF_ENCODER if frame[key].nunique() > 1]
     varied += ["others"] * bool((frame["others"].fillna("") != "").any())
     groups = []
@@ -146,7 +149,7 @@ def seeds_table(frame: pd.DataFrame) -> Table:
 
 
 def curves_table(runs: Sequence[Run]) -> Table | None:
-    """Accuracy at each value of each setting that makes a curve; None where none does."""
+    """Return a table of the accuracy at each value of each varied setting; None without any."""
     groups = []
     for setting, families in curves(runs).items():
         points_of = [(value, run, family) for family in families for value, run in family.runs]
@@ -154,7 +157,7 @@ def curves_table(runs: Sequence[Run]) -> Table | None:
             [
                 Cell(family.name),
                 Cell(f"{value:g}"),
-                *_of_contexts(run),
+                *_context_cells(run),
                 points(over_next(run, [one for at, one, _ in points_of if at == value], "seen")),
             ]
             for value, run, family in points_of
@@ -166,10 +169,10 @@ def curves_table(runs: Sequence[Run]) -> Table | None:
 
 
 def over_next(run: Run, runs: Sequence[Run], kind: str) -> Estimate:
-    """Accuracy less that of the best other encoder with the same aggregator and model.
+    """Estimate the lead over the best other encoder with the same aggregator and model.
 
-    Which is best is read off val, as the best on test would be too good by the luck of the choice;
-    without val pairs there is no estimate.
+    The best is chosen by accuracy on val, since the best on test would be favoured by chance. There
+    is no estimate without val pairs.
     """
     candidates = [
         (accuracy, other)
@@ -189,7 +192,7 @@ def over_next(run: Run, runs: Sequence[Run], kind: str) -> Estimate:
 
 
 def _same_tests(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs in sets, in each of which they share test pairs in at least one seed."""
+    """Divide runs into sets whose members share test pairs in at least one seed."""
     sets: list[list[Run]] = []
     for run in runs:
         for one in sets:
@@ -202,7 +205,12 @@ def _same_tests(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def _rows_of_set(runs: Sequence[Run], axes: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of runs that share test pairs."""
+    """Return the table rows of runs that share test pairs.
+
+    Args:
+        axes: the varied settings, see `curves`. A run is compared with the next best encoder among
+            the runs that have its values of them.
+    """
     rows = []
     flat = [flattened(run.config) for run in runs]
     for run, settings, label in zip(runs, flat, other_settings(runs), strict=True):
@@ -220,7 +228,10 @@ def _rows_of_set(runs: Sequence[Run], axes: Sequence[str]) -> list[dict[str, Any
 
 
 def _paired_row(run: Run, runs: Sequence[Run]) -> tuple[dict[str, Any], str]:
-    """A run's row beside its baseline, on the seeds that both have; and which seeds are left out."""
+    """Return a run's table row, paired with its baseline on the seeds that both have.
+
+    The text names the seeds that are left out; it is empty if there are none.
+    """
     shared = [(one, on_shared_seeds(run, one)) for one in runs]
     there = [(one, both[0]) for one, both in shared if both is not None]
     there.sort(key=lambda one: len(one[1].singles), reverse=True)  # most seeds first
@@ -239,13 +250,15 @@ def _paired_row(run: Run, runs: Sequence[Run]) -> tuple[dict[str, Any], str]:
     return row, f"{run.name} and {found.name} are not compared in seed {', '.join(left_out)}."
 
 
-def _of_contexts(run: Run) -> list[Cell]:
+def _context_cells(run: Run) -> list[Cell]:
+    """Format the accuracy of seen users, of seen users as the generic user, and of unseen users."""
     seen, unseen = (run.results.test[kind] for kind in USER_KINDS)
     shown = [seen["user"], seen["generic"], unseen["user"]]
     return [percent(cell["accuracy_micro"]) for cell in shown]
 
 
 def _table_row(row: pd.Series, kind: str, varied: Sequence[str]) -> list[Cell]:
+    """Format a row of the frame for one kind of user, with the columns named in `varied`."""
     by_seed = row[f"{kind}_by_seed"]
     return [
         Cell(str(row["role"])),
@@ -260,7 +273,11 @@ def _table_row(row: pd.Series, kind: str, varied: Sequence[str]) -> list[Cell]:
 
 
 def _titles(first: Sequence[Run]) -> list[str]:
-    """What tells sets of test pairs apart: settings of the data in which their runs differ."""
+    """Return a title for each set of test pairs: the settings of the data that differ, and seeds.
+
+    Args:
+        first: one run of each set.
+    """
     flat = [flattened(run.config["data"], "data.") for run in first]
     names = [
         name
@@ -280,7 +297,7 @@ def _seeds(run: Run) -> str:
 
 
 def _by_seed(run: Run, kind: UserKind) -> str | None:
-    """Accuracy of each seed, as text; None for a single run."""
+    """Format the accuracy of each seed, separated by commas; None for a single run."""
     if len(run.of_seeds) == 0:
         return None
     cells = [one.results.test[kind]["user"]["accuracy_micro"] for one in run.of_seeds]

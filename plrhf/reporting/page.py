@@ -1,4 +1,4 @@
-"""Self-contained pages out of sections: styles inline, no script, every value escaped."""
+"""Writes sections as a self-contained HTML page: inline styles, no script, every value escaped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from plrhf.reporting.tables import Cell, Table
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page; a notebook shows it as the page does. A folded table opens at a click."""
+    """A part of a page. Notebooks show it as pages do. A folded table opens at a click."""
 
     title: str
     note: str = ""
@@ -31,7 +31,7 @@ class Section:
 
     @property
     def anchor(self) -> str:
-        """The section's place on its page."""
+        """The id that links to this section use."""
         return re.sub(r"\W+", "-", self.title.lower())
 
     def _repr_html_(self) -> str:
@@ -40,7 +40,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Tile:
-    """One of the figures a page opens with."""
+    """One of the large numbers at the top of a page."""
 
     name: str
     cell: Cell
@@ -53,7 +53,7 @@ def write_page(
     sections: Sequence[Section | None],
     tiles: Sequence[Tile] = (),
 ) -> Path:
-    """Write the sections there are as one page, and return its path."""
+    """Write the sections that are not None as one page, and return its path."""
     there = [section for section in sections if section is not None]
     words = {"title": title, "subtitle": subtitle, "sections": there, "tiles": tiles}
     path.write_text(_template("report.html.j2").render(words), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""A run's report.html: what its sections say.
+"""Writes a run's report.html, section by section.
 
-Made from nothing but the files of run directories. A notebook shows the same sections.
+It reads the files of the run directory and nothing else. The notebooks show the same sections.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ N_SHOWN = 3  # users and prompts of the sample generations
 def write_report(run_dir: Path | str) -> Path:
     """Write a run's report.html from the files of its directory, and return its path.
 
-    Needs results.json and predictions.parquet; users.json, adapt.json, generations.jsonl,
-    winrate.json, metrics.csv and config.yaml add their sections where they are. Files that another
-    model left in the directory are named and not shown.
+    results.json and predictions.parquet are required. users.json, adapt.json, generations.jsonl,
+    winrate.json, metrics.csv and config.yaml each add a section if they exist. Files that another
+    model left in the directory are listed but not shown.
     """
     run = read_run(run_dir)
     settings = ", ".join(f"{key} {value}" for key, value in run.settings.items())
@@ -62,8 +62,8 @@ def write_report(run_dir: Path | str) -> Path:
         overlap_section(run),
         provenance_section(run),
     ]
-    if len(run.left_over) > 0:
-        files = ", ".join(run.left_over)
+    if len(run.files_of_other_models) > 0:
+        files = ", ".join(run.files_of_other_models)
         note = f"Not shown, as another model left them in this directory: {files}."
         sections.insert(0, Section("Files of another model", warnings=[note]))
     title = f"Run {run.name}"
@@ -71,25 +71,25 @@ def write_report(run_dir: Path | str) -> Path:
 
 
 def results_section(run: Run) -> Section:
-    """The headline table, seen against unseen users, and calibration."""
+    """Show the table of test results, seen against unseen users, and calibration."""
     figures = [seen_against_unseen(run.results), reliability_diagram(run)]
     note = interval_note(run.results)
     return Section("Test results", note, table=headline(run.results), figures=figures)
 
 
 def users_section(run: Run) -> Section:
-    """Each user's accuracy."""
+    """Show the accuracy of each user."""
     return Section("Accuracy by user", figures=user_bars(run))
 
 
 def user_model_section(run: Run) -> Section | None:
-    """Where user vectors lie and which clusters users are of; None where users are not told apart."""
+    """Show a map of the user vectors and the cluster weights; None without user vectors."""
     learned = run.learned
     if learned is None or len(learned.users) == 0:
         return None
     note = (
-        "User vectors on their first two principal components: who lie together are treated alike. "
-        "Colours are kinds of users where these are known, else their largest cluster."
+        "User vectors on their first two principal components. The model treats users alike whose "
+        "marks are close. Colours are kinds of users where these are known, else largest clusters."
     )
     if learned.generic["weights"] is None:
         return Section("User model", note, figures=[user_map(run, learned)])
@@ -98,55 +98,55 @@ def user_model_section(run: Run) -> Section | None:
 
 
 def tokens_section(run: Run) -> Section | None:
-    """Words nearest to the soft prompt vectors; None without a soft prompt."""
+    """Show the tokens nearest to the soft prompt vectors; None without a soft prompt."""
     if run.learned is None or len(run.learned.nearest_tokens) == 0:
         return None
     note = (
         "Tokens of the vocabulary nearest to each soft prompt vector, with the cosine of the first. "
-        "Far from 1, a vector is like no word: read with care."
+        "A vector whose cosine is far below 1 is not like any word."
     )
     return Section("Soft prompts in words", note, table=token_table(run.learned))
 
 
 def new_users_section(run: Run) -> Section | None:
-    """What a few pairs of a new user give, as eval=adapt left it; None before that."""
+    """Show the accuracy on new users after a few pairs; None before eval=adapt."""
     adapted = run.adapted
     if adapted is None:
         return None
     note = (
-        f"Only the user's own parameters are fitted, on k pairs of each of {adapted.n_users} new "
-        f"users, and tested on their other pairs; {adapted.n_draws} draws. Pooled: the same fitted on "
-        "k pairs of k other people, so what it gains is not personal. Other user: on pairs of one "
-        "other person, which should lose."
+        f"Only the user's own parameters are fitted, to k pairs of each of {adapted.n_users} new "
+        f"users, and tested on their other pairs; {adapted.n_draws} draws. Pooled: fitted to k pairs "
+        "of k other people, so its gain is not personal. Other user: fitted to k pairs of one other "
+        "person, which should lose."
     )
     figures = [few_shot_curves(adapted)]
     return Section("New users", note, table=few_shot_table(adapted), figures=figures)
 
 
 def winrate_section(runs: Sequence[Run]) -> Section | None:
-    """How often users like the runs' texts better, as eval=winrate left it; None before that."""
+    """Show how often the judge prefers the runs' texts; None before eval=winrate."""
     judged = [(run.name, run.winrate) for run in runs if run.winrate is not None]
     if len(judged) == 0:
         return None
     note = (
         "How often the judge finds the run's text better for its user than the other's on the same "
-        "prompt, ties one half; 95% intervals over users. A judge who reads one text after the "
-        "other is asked in both orders: at 100% for the first text it has not read them."
+        "prompt, ties one half; 95% intervals over users. A chat judge is asked in both orders; one "
+        "that prefers the first text at 100% goes by order alone."
     )
     return Section("Win rates", note, table=winrate_table(judged))
 
 
 def learning_section(run: Run) -> Section | None:
-    """Loss and accuracy by step; None without metrics.csv."""
+    """Show loss and accuracy by step; None without metrics.csv."""
     path = run.path / "metrics.csv"
     figures = learning_curves(pd.read_csv(path)) if path.is_file() else []
     return Section("Learning curves", figures=figures) if len(figures) > 0 else None
 
 
 def generations_section(run: Run) -> Section | None:
-    """What is written for different users on the same prompt; None without generations.jsonl.
+    """Show texts for different users on the same prompt; None without generations.jsonl.
 
-    The first users and prompts of the file: eval=generate with eval.users=[...] chooses them.
+    Shown are the first users and prompts of the file. eval=generate eval.users=[...] chooses others.
     """
     if len(run.texts) == 0:
         return None
@@ -155,7 +155,7 @@ def generations_section(run: Run) -> Section | None:
     for text in run.texts:
         if text.user_id in users:
             people = by_prompt.setdefault(_prompt_text(text.prompt), {})
-            person = _person(text)
+            person = _sample(text)
             people.setdefault(person["user_id"], person)
     samples = [
         {"prompt": prompt, "people": list(people.values())} for prompt, people in by_prompt.items()
@@ -168,14 +168,14 @@ def generations_section(run: Run) -> Section | None:
 
 
 def data_section(run: Run) -> Section | None:
-    """Counts of rows."""
+    """Show the counts of rows."""
     table = key_table(run.results.data, "count")
     note = "Rows read, refused by reason, truncated or dropped, and kept in each split."
     return None if table is None else Section("Data", note, table=table)
 
 
 def overlap_section(run: Run) -> Section | None:
-    """What splits share; None without leak probes."""
+    """Show how many pairs of the splits share users, prompts or texts; None without leak probes."""
     probes = run.results.probes
     if len(probes) == 0:
         return None
@@ -184,18 +184,18 @@ def overlap_section(run: Run) -> Section | None:
 
 
 def probes_section(run: Run) -> Section | None:
-    """What can be told without reading, and the warnings of all probes; None without probes."""
+    """Show the accuracy by format and by length alone, and all warnings; None without leak probes."""
     probes = run.results.probes
     if len(probes) == 0:
         return None
     blind = {name: value for name, value in probes.items() if name not in ("overlap", "warnings")}
-    note = "What form alone and length alone give away on val, 0.5 being chance."
+    note = "Accuracy on val of classifiers that see format alone or length alone; 0.5 is chance."
     warnings = probes["warnings"]
     return Section("Leak probes", note, warnings=warnings, table=key_table(blind, "found"))
 
 
 def provenance_section(run: Run) -> Section | None:
-    """The commands, versions, hashes of the rows, and all settings."""
+    """Show the commands, the versions, the hashes of the rows, and all settings."""
     results = run.results
     how: dict[str, Any] = {} if results.run is None else {"run": results.run.to_json()}
     if results.provenance is not None:
@@ -209,6 +209,7 @@ def provenance_section(run: Run) -> Section | None:
 
 
 def _tiles(run: Run) -> list[Tile]:
+    """Return accuracy and gain over the generic context, for each kind of user with test pairs."""
     tiles = []
     for kind in USER_KINDS:
         personal, generic = run.outcomes(kind), run.outcomes(kind, "generic")
@@ -223,8 +224,8 @@ def _tiles(run: Run) -> list[Tile]:
     return tiles
 
 
-def _person(text: GeneratedText) -> dict[str, Any]:
-    """A text as shown; the reference's, which knows no user, under its own name."""
+def _sample(text: GeneratedText) -> dict[str, Any]:
+    """Return what the page shows of a text. A text of the reference has no user."""
     if text.writer == "reference":
         return {
             **{"user_id": "reference, for everybody", "profile": None, "score": None},
@@ -239,7 +240,7 @@ def _person(text: GeneratedText) -> dict[str, Any]:
 
 
 def _prompt_text(prompt: Any) -> str:
-    """A prompt as text, turns of a chat one a line."""
+    """Return a prompt as text, the messages of a chat on a line each."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)

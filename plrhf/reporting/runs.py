@@ -56,21 +56,21 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, str]:
-        """What tells runs apart, as text."""
-        return {key: _component(self.config, key) for key in SETTINGS}
+        """The names of the run's parts (`SETTINGS`), by which tables tell runs apart."""
+        return {key: _part_name(self.config, key) for key in SETTINGS}
 
     @property
     def role(self) -> str:
-        """What the run is in a comparison; see `role`."""
+        """The run's role in a comparison, see `role`."""
         return role(self.config)
 
     @property
     def singles(self) -> tuple[Run, ...]:
-        """The pooled runs, or the run itself."""
+        """The single runs that were pooled into this one, or this run itself."""
         return self.of_seeds if len(self.of_seeds) > 0 else (self,)
 
     def outcomes(self, user_kind: str, context: str = "user") -> Outcomes:
-        """The run's test pairs of one kind of user; computed once."""
+        """Return the margins on the test pairs of one kind of user; computed once."""
         key = user_kind, context
         if key not in self._outcomes:
             found = outcomes(self.predictions, user_kind=user_kind, context=context)
@@ -94,36 +94,36 @@ class Run:
 
     @cached_property
     def val_accuracy(self) -> float | None:
-        """Accuracy on val pairs in user context; None without val pairs."""
+        """Accuracy on the val pairs in user context; None without val pairs."""
         table = self.predictions
         correct = table["correct"][(table["split"] == "val") & (table["context"] == "user")]
         return None if len(correct) == 0 else float(correct.mean())
 
     @cached_property
     def learned(self) -> LearnedUsers | None:
-        """users.json: what the user model learned; None where users are not told apart."""
-        return self._own("users.json", LearnedUsers)
+        """The content of users.json; None if the run's model does not distinguish users."""
+        return self._read_own("users.json", LearnedUsers)
 
     @cached_property
     def adapted(self) -> FewShotCurve | None:
-        """adapt.json: what new users' pairs gave; None before eval=adapt."""
-        return self._own("adapt.json", FewShotCurve)
+        """The content of adapt.json; None before eval=adapt."""
+        return self._read_own("adapt.json", FewShotCurve)
 
     @cached_property
     def winrate(self) -> JudgedRun | None:
-        """winrate.json: how the run's texts fared; None before eval=winrate."""
-        return self._own("winrate.json", JudgedRun)
+        """The content of winrate.json; None before eval=winrate."""
+        return self._read_own("winrate.json", JudgedRun)
 
     @cached_property
     def texts(self) -> list[GeneratedText]:
-        """The texts of generations.jsonl; empty where none were written."""
+        """The texts of generations.jsonl that this run's model wrote; empty if there are none."""
         path = self.path / "generations.jsonl"
         found = read_generations(path) if path.is_file() else []
         return [text for text in found if text.fingerprint == self.results.fingerprint]
 
     @cached_property
-    def left_over(self) -> list[str]:
-        """Names of files in the directory that another model left there, and that are not shown."""
+    def files_of_other_models(self) -> list[str]:
+        """Names of files in the directory that another model wrote. They are not shown."""
         kinds: tuple[tuple[str, Any], ...] = (
             ("users.json", LearnedUsers),
             ("adapt.json", FewShotCurve),
@@ -144,12 +144,12 @@ class Run:
         path = self.path / name
         return read_record(path, kind) if path.is_file() else None
 
-    def _own(self, name: str, kind: type[F]) -> F | None:
-        """The file's record if this run's model left it, else None."""
+    def _read_own(self, name: str, kind: type[F]) -> F | None:
+        """Read a file's record; None if the file is missing or another model wrote it."""
         found = self._read(name, kind)
-        return (
-            found if found is not None and found.fingerprint == self.results.fingerprint else None
-        )
+        if found is None or found.fingerprint != self.results.fingerprint:
+            return None
+        return found
 
 
 def read_run(run_dir: Path | str, *, name: str | None = None) -> Run:
@@ -180,10 +180,10 @@ def read_run(run_dir: Path | str, *, name: str | None = None) -> Run:
 
 
 def role(config: Mapping[str, Any]) -> str:
-    """Return what a run is in a comparison, by its settings alone, so that no control passes as a result.
+    """Return a run's role: ``vanilla``, ``uniform``, ``shuffled`` or ``personal``.
 
-    Shuffled ids come first: whatever is trained on them is a control. Encoders count by class, as
-    an outsider's may go by any name.
+    It depends on the settings alone. A run on shuffled user ids is a control, whatever its encoder.
+    Encoders are recognised by class, because a user's own encoder may have any name.
     """
     if config["data"].get("shuffle_users") is True:
         return SHUFFLED
@@ -191,10 +191,10 @@ def role(config: Mapping[str, Any]) -> str:
 
 
 def read_users(run: Run) -> pd.DataFrame:
-    """Return users.json as a table: one row a user, the generic user last.
+    """Return users.json as a table with one row for each user, the generic user last.
 
     Raises:
-        ValueError: the run's encoder tells no users apart, so there is none.
+        ValueError: the run has no users.json, since its encoder does not distinguish users.
     """
     if run.learned is None:
         raise bad_value(
@@ -204,8 +204,8 @@ def read_users(run: Run) -> pd.DataFrame:
     return pd.DataFrame([*run.learned.users, generic])
 
 
-def _component(config: Mapping[str, Any], key: str) -> str:
-    """Name of a part of the config: its name, or the last word of its dotted path."""
+def _part_name(config: Mapping[str, Any], key: str) -> str:
+    """Return a part's name in the config, or the last word of its class path, or its value."""
     part = config.get(key)
     if part is None:
         return "none"

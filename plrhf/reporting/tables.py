@@ -1,4 +1,4 @@
-"""Tables of results, the same for pages, Markdown and the terminal."""
+"""Tables of results, which pages, Markdown, LaTeX and the terminal show alike."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FEW_USERS = 10  # below it, intervals over users are too narrow
 
 
 class Cell(NamedTuple):
-    """A value as shown, and its interval where it has one."""
+    """A formatted value, and its formatted interval (empty if it has none)."""
 
     value: str
     interval: str = ""
@@ -45,15 +45,15 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """What HTML, Markdown and the terminal show alike: rows in named groups."""
+    """A table whose rows stand in named groups."""
 
     columns: Sequence[str]
     groups: Sequence[tuple[str, Sequence[Sequence[Cell]]]]
-    texts: Sequence[int] = (0,)  # columns of words, set to the left
+    texts: Sequence[int] = (0,)  # indices of the columns that hold text, which are left-aligned
 
 
 def closing_table(results: Results) -> rich.table.Table:
-    """The test results of results.json, for the terminal at a run's end."""
+    """Return the test results for the terminal at the end of a run."""
     return rich_table(
         headline(results), title="Test results, 95% intervals over users", without=["ECE"]
     )
@@ -79,14 +79,14 @@ def rich_table(table: Table, *, title: str, without: Sequence[str]) -> rich.tabl
 
 
 def printable(text: str) -> str:
-    """Return text in which line ends and control characters, which a terminal obeys, are escaped."""
+    """Escape line ends and control characters, which a terminal would execute."""
     return "".join(
         one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
     )
 
 
 def csv_text(frame: pd.DataFrame) -> str:
-    """Return the frame as CSV; text that a spreadsheet would take for a formula is quoted."""
+    """Return the frame as CSV. Text that a spreadsheet would run as a formula is quoted."""
 
     def plain(value: Any) -> Any:
         if not isinstance(value, str):
@@ -98,17 +98,18 @@ def csv_text(frame: pd.DataFrame) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """Return text that Markdown shows as it is."""
+    """Escape what Markdown or HTML would interpret in a text."""
     escaped = re.sub(r"([\\|`*])", r"\\\1", printable(text)).replace("](", r"]\(")
     return escaped.replace("<", "&lt;")
 
 
 def latex_text(text: str) -> str:
-    """Return text that LaTeX sets as it is, in any font encoding."""
+    """Escape what LaTeX would interpret in a text, for any font encoding."""
     return "".join(LATEX.get(one, one) for one in printable(text))
 
 
 def markdown(table: Table, note: str, *, title: str = "Comparison of runs") -> str:
+    """Return the table as Markdown below the note, with a heading for each group."""
     lines = [f"# {title}", "", note.replace("<", "&lt;")]
     for name, rows in table.groups:
         if len(rows) > 0:
@@ -120,7 +121,7 @@ def markdown(table: Table, note: str, *, title: str = "Comparison of runs") -> s
 
 
 def latex(table: Table, note: str) -> str:
-    """One booktabs tabular a group, the note in front as a comment."""
+    """Return a booktabs tabular for each group, below the note as a comment."""
     align = "".join("l" if at in table.texts else "r" for at in range(len(table.columns)))
     parts = [f"% {printable(line)}" for line in note.split("\n") if line]
     for name, rows in table.groups:
@@ -133,7 +134,7 @@ def latex(table: Table, note: str) -> str:
 
 
 def estimate_cell(estimate: Estimate, number: str, *, scale: float = 1.0) -> Cell:
-    """An estimate in the format ``number``, such as ``.3f``."""
+    """Format an estimate and its interval, with the format ``number``, such as ``.3f``."""
     if estimate["value"] is None:
         return Cell("–")
     interval = ""
@@ -144,14 +145,17 @@ def estimate_cell(estimate: Estimate, number: str, *, scale: float = 1.0) -> Cel
 
 
 def percent(estimate: Estimate) -> Cell:
+    """Format a share as per cent."""
     return estimate_cell(estimate, ".1f", scale=100)
 
 
 def points(estimate: Estimate) -> Cell:
+    """Format a difference of shares as percentage points, with its sign."""
     return estimate_cell(estimate, "+z.1f", scale=100)
 
 
 def headline_rows(results: Results, kind: UserKind) -> list[tuple[str, Measures]]:
+    """Return the main results of one kind of user by name: contexts, oracle, length rule."""
     rule = results.controls["length_only"]
     shuffled = role(results.config) == SHUFFLED
     rows = [
@@ -168,7 +172,7 @@ def headline_rows(results: Results, kind: UserKind) -> list[tuple[str, Measures]
 
 
 def headline(results: Results) -> Table:
-    """Contexts, oracle and control by seen and unseen users; kinds without test pairs left out."""
+    """Return the table of test results, in a group for each kind of user."""
     groups = []
     for kind in USER_KINDS:
         rows = headline_rows(results, kind)
@@ -199,11 +203,12 @@ def headline(results: Results) -> Table:
 
 
 def interval_note(results: Results) -> str:
+    """Explain the intervals and columns of `headline`, and warn if there are few users."""
     cells = [results.test[kind]["user"] for kind in USER_KINDS]
     few = [cell["n_users"] for cell in cells if 0 < cell["n_users"] < FEW_USERS]
     note = (
-        "In brackets: 95% intervals from a bootstrap over users with all their pairs. They say how "
-        "far a figure would move with other users, not with other prompts or another seed. "
+        "In brackets: 95% intervals from a bootstrap over users with all their pairs. They cover "
+        "the choice of users, not that of prompts or seeds. "
         "Accuracy is over pairs, ties one half; the worst tenth is of users. "
         f"Length only: {results.controls['length_only']['rule']}."
     )
@@ -215,9 +220,9 @@ def interval_note(results: Results) -> str:
 
 
 def few_shot_table(adapted: FewShotCurve) -> Table:
-    """The curves of adapt.json as rows, one a number of pairs, and the gain recovered where known."""
+    """Return the curves of adapt.json as a table, one row for each number of pairs."""
     curves = {name: curve for name, curve in adapted.curves.items() if curve is not None}
-    over = adapted.over_generic  # paired, so narrower than the curves are apart
+    over = adapted.over_generic  # paired, so with narrower intervals than the curves
     recovered = adapted.gain_recovered or {}
     rows = [
         [
@@ -237,7 +242,7 @@ def few_shot_table(adapted: FewShotCurve) -> Table:
 
 
 def winrate_table(judged: Sequence[tuple[str, JudgedRun]]) -> Table:
-    """Runs by name, each with its winrate.json, as rows."""
+    """Return a table with one row for each run (by name) and its winrate.json."""
     rows = []
     for name, result in judged:
         first, judge = result.first_position_wins, result.judge
@@ -262,7 +267,7 @@ def winrate_table(judged: Sequence[tuple[str, JudgedRun]]) -> Table:
 
 
 def grid_table(tree: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A mapping of mappings of the same keys: one row an outer key, one column an inner one."""
+    """Return nested mappings as a table, one row for each outer key, one column for each inner key."""
     columns = next(iter(tree.values())).keys()
     rows = [
         [Cell(_words(name)), *(_shown(inner[column]) for column in columns)]
@@ -272,7 +277,7 @@ def grid_table(tree: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def key_table(tree: Mapping[str, Any], heading: str) -> Table | None:
-    """A nested mapping as rows, grouped by its first keys where these hold mappings."""
+    """Return a nested mapping as a table of keys and values, grouped by outer key; None if empty."""
     plain, groups = [], []
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -286,6 +291,7 @@ def key_table(tree: Mapping[str, Any], heading: str) -> Table | None:
 
 
 def _flat(tree: Mapping[str, Any]) -> list[tuple[str, Cell]]:
+    """Return all values of a nested mapping with the names of their keys, joined."""
     rows = []
     for key, value in tree.items():
         if isinstance(value, Mapping) and value.keys() != Estimate.__annotations__.keys():
@@ -300,6 +306,7 @@ def _words(key: str) -> str:
 
 
 def _shown(value: Any) -> Cell:
+    """Format any value: an estimate with its interval, a whole number with thousands separators."""
     if isinstance(value, Mapping):
         return estimate_cell(value, ".3f")  # type: ignore[arg-type]
     whole = isinstance(value, int) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""Figures and tables of users.json: where user vectors lie, what clusters and soft prompts mean."""
+"""Figures and tables of users.json: user vectors, clusters, and soft prompts."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ OTHERS, EVERYBODY = "other", "users"
 
 @rc_context(STYLE)
 def user_map(run: Run, learned: LearnedUsers) -> Drawing:
-    """User vectors on their first two principal components; a mark says who it is when pointed at."""
+    """Draw user vectors on their first two principal components.
+
+    A mark shows its user's id, profile and accuracy when the mouse points at it.
+    """
     users, groups = learned.users, groups_of(learned.users)
     accuracies = _accuracies(run)
     figure, axes = panel(9.6, 4.6)
     hover: dict[str, list[str]] = {}
-    for number, group in enumerate(dict.fromkeys(_ranked(groups))):
+    for number, group in enumerate(dict.fromkeys(_in_colour_order(groups))):
         for kind in USER_KINDS:
             at = [
                 place
@@ -45,7 +48,7 @@ def user_map(run: Run, learned: LearnedUsers) -> Drawing:
             if len(at) == 0:
                 continue
             name = f"users-{number}-{kind}"
-            hover[name] = [_hover(users[place], accuracies) for place in at]
+            hover[name] = [_hover_text(users[place], accuracies) for place in at]
             places = np.array([users[place]["at"] for place in at])
             axes.scatter(
                 places[:, 0],
@@ -76,9 +79,10 @@ def user_map(run: Run, learned: LearnedUsers) -> Drawing:
 
 
 def groups_of(users: Sequence[LearnedUser]) -> list[str]:
-    """What a map is coloured by: what users are known to be, else their largest cluster.
+    """Return the group of each user, by which a map is coloured.
 
-    Rare groups beyond the colours there are become one.
+    This is the group that the source knows (such as a type), or else the user's largest cluster.
+    If there are more groups than colours, the rarest ones are joined.
     """
     if any(user["group"] is not None for user in users):
         found = ["unknown" if user["group"] is None else user["group"] for user in users]
@@ -96,13 +100,13 @@ def groups_of(users: Sequence[LearnedUser]) -> list[str]:
     return [group if group in kept else OTHERS for group in found]
 
 
-def _ranked(groups: Sequence[str]) -> list[str]:
-    """Groups by name, the rest last, so that a colour means the same from run to run."""
+def _in_colour_order(groups: Sequence[str]) -> list[str]:
+    """Sort groups by name, joined groups last, so that colours are the same from run to run."""
     return sorted(groups, key=lambda group: (group == OTHERS, group))
 
 
 def _accuracies(run: Run) -> dict[str, str]:
-    """In words, each user's accuracy on test pairs."""
+    """Return a text on the test accuracy of each user, by user id."""
     words: dict[str, str] = {}
     for kind in USER_KINDS:
         personal = run.outcomes(kind)
@@ -114,7 +118,8 @@ def _accuracies(run: Run) -> dict[str, str]:
     return words
 
 
-def _hover(user: LearnedUser, accuracies: Mapping[str, str]) -> str:
+def _hover_text(user: LearnedUser, accuracies: Mapping[str, str]) -> str:
+    """Return what a mark of the map says about its user, one fact a line."""
     facts = [user["user_id"], user["group"], user["profile"], accuracies.get(user["user_id"])]
     if user["weights"] is not None:
         best = int(np.argmax(user["weights"]))
@@ -129,7 +134,7 @@ def with_weights(learned: LearnedUsers) -> list[LearnedUser]:
 
 @rc_context(STYLE)
 def weight_bars(learned: LearnedUsers) -> Drawing:
-    """Cluster weights, one column a user, users of a cluster side by side; one path a cluster."""
+    """Draw the cluster weights of each user as a stacked column, users sorted by cluster."""
     weights = np.array([user["weights"] for user in with_weights(learned)])  # [U, K]
     n_users, n_clusters = weights.shape
     leading = weights.argmax(axis=1)
@@ -158,11 +163,11 @@ def weight_bars(learned: LearnedUsers) -> Drawing:
 
 
 def cluster_table(learned: LearnedUsers) -> Table:
-    """Each cluster's weight for the generic user and on average, and whom it leads."""
+    """Return a table of each cluster: its weights, and the users whose largest cluster it is."""
     users = with_weights(learned)
     groups = [user["group"] for user in users]
     known = groups_of(users) if any(group is not None for group in groups) else []
-    columns = list(dict.fromkeys(_ranked(known)))
+    columns = list(dict.fromkeys(_in_colour_order(known)))
     weights = np.array([user["weights"] for user in users])
     leading = weights.argmax(axis=1)
     of_generic = learned.generic["weights"] or []
@@ -183,7 +188,10 @@ def cluster_table(learned: LearnedUsers) -> Table:
 
 
 def token_table(learned: LearnedUsers) -> Table:
-    """The words nearest to each soft prompt vector, nearest first, one column an owner."""
+    """Return a table of the tokens nearest to each soft prompt vector, one column for each owner.
+
+    Owners are the generic user, and the clusters or users of users.json.
+    """
     owners = learned.nearest_tokens
     rows = []
     for at in range(len(owners[0]["vectors"])):
@@ -194,7 +202,7 @@ def token_table(learned: LearnedUsers) -> Table:
 
 
 def _token_cell(nearest: Sequence[tuple[str, float]]) -> Cell:
-    """The nearest token with its cosine, and those after it; quoted, as tokens begin with spaces."""
+    """Format the nearest token with its cosine, and the next ones. Quotes make spaces visible."""
     (first, cosine), *others = nearest
     quoted = [json.dumps(token, ensure_ascii=False) for token, _ in others]
     return Cell(
