@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
@@ -412,11 +411,9 @@ class Backbone(nn.Module):
         return saving.merged(self.model)
 
     def load_adapter(self, directory: Path) -> None:
-        """Put the adapter `save` wrote, if this backbone has one, into place."""
+        """Load the adapter that `save` wrote, if this backbone has one; see `saving`."""
         if isinstance(self.model, PeftModel):
-            set_peft_model_state_dict(
-                self.model, load_file(directory / "adapter_model.safetensors")
-            )
+            saving.load_adapter(self.model, directory)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:

@@ -1,20 +1,25 @@
-"""What was learned, written to files: an adapter, or a whole Hugging Face model."""
+"""Writes and reads what was learned: an adapter, or a whole Hugging Face model."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from plrhf.backbone.sharding import gathered, is_sharded
+from plrhf.core.errors import bad_value
+
+ADAPTER = "adapter_model.safetensors"
 
 
 def without_frozen(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
@@ -32,8 +37,57 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
     learned = [one for one in model.parameters() if one.requires_grad]
     with gathered(learned):
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            model.save_pretrained(str(directory))
+            model.save_pretrained(str(directory), save_embedding_layers=False)
             (directory / "README.md").unlink(missing_ok=True)  # PEFT's template, not filled in
+
+
+def load_adapter(model: PeftModel, directory: Path) -> None:
+    """Load the adapter that `save_adapter` wrote.
+
+    Raises:
+        ValueError: the file is damaged, or its tensors are not those of the model's adapter.
+    """
+    state = read_tensors(directory / ADAPTER)
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    check_tensors(state, own, ADAPTER)
+    set_peft_model_state_dict(model, state)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise bad_value(
+            path.name, str(path), "a whole safetensors file", f"Export anew ({error})"
+        ) from error
+
+
+def check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], origin: str) -> None:
+    """Raise unless `state` has the tensors of `expected`, of their shapes, with finite real numbers.
+
+    Args:
+        origin: the file that `state` comes from, for messages.
+    """
+    for name in {**expected, **state}:
+        found, wanted = (
+            tuple(one[name].shape) if name in one else None for one in (state, expected)
+        )
+        if found != wanted:
+            allowed = "no such tensor" if wanted is None else f"shape {wanted}"
+            raise bad_value(f"{origin} {name}", found, allowed, "Export the model anew")
+        value = state[name]
+        if not expected[name].is_floating_point():
+            continue
+        if not value.is_floating_point() or not bool(value.isfinite().all()):
+            given = "nan or inf" if value.is_floating_point() else str(value.dtype)
+            raise bad_value(
+                f"{origin} {name}", given, "finite real numbers", "Export the model anew"
+            )
 
 
 def save_whole(

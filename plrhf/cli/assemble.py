@@ -22,6 +22,7 @@ from plrhf.cli.config import BackboneConfig, DataConfig, RunConfig
 from plrhf.core.components import build, kinds
 from plrhf.data.features import FeatureSchema
 from plrhf.data.module import PreferenceData
+from plrhf.data.sources.base import Source
 from plrhf.data.tokenizer import Tokenizer
 from plrhf.evaluation.generations import requested_users
 from plrhf.models.base import PersonalModule
@@ -52,7 +53,7 @@ def build_data(
         options: values that replace the config's, e.g. the text options of a trained model.
     """
     given = {name: getattr(config, name) for name in DataConfig.model_fields if name != "source"}
-    source = build(config.source, "data")
+    source = build(config.source, "data", kind=Source)
     return PreferenceData(**{**given, **options}, source=source, users=users, schema=schema)
 
 

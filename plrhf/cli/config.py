@@ -26,6 +26,7 @@ from plrhf.core.components import (
     NOT_FOR_THE_CONSTRUCTOR,
     accepted,
     build,
+    check_only_own_code,
     construct,
     kinds,
     locate,
@@ -290,9 +291,20 @@ class RunConfig(Section):
         return config
 
     @classmethod
-    def of_run(cls, run_dir: Path) -> Self:
-        """Read the config.yaml of a run, which may have been made on another machine."""
-        return cls.parse(yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")))
+    def of_run(cls, run_dir: Path, *, trust_components: bool = False) -> Self:
+        """Read the config.yaml of a run, which may have been made by somebody else.
+
+        Args:
+            trust_components: let it name classes from outside plrhf, which are then imported, and
+                a backbone whose repository brings its own code.
+
+        Raises:
+            ValueError: a wrong setting, or code from outside plrhf that is not trusted.
+        """
+        settings = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        if not trust_components:
+            check_only_own_code(settings, "")
+        return cls.parse(settings)
 
     @classmethod
     def parse(cls, settings: dict[str, Any]) -> Self:

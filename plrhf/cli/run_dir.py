@@ -14,6 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from plrhf.cli.config import RunConfig
+from plrhf.cli.jobs import FAILED
 from plrhf.core.components import first_difference
 from plrhf.core.errors import bad_value
 from plrhf.training.checkpoints import read_checkpoint
@@ -75,10 +76,12 @@ def check_unused(config: RunConfig) -> None:
 def begin_run(config: RunConfig, *, resume: Resume | None) -> None:
     """Make the run directory and write config.yaml.
 
-    A run that begins removes what an earlier one left; a run that goes on keeps it.
+    A run that begins removes what an earlier one left; a run that goes on keeps it. Both remove the
+    error of an earlier job of a sweep.
     """
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / FAILED).unlink(missing_ok=True)
     if resume is None:
         for path in files_of_run(run_dir):
             if path.is_dir() and not path.is_symlink():

@@ -227,7 +227,7 @@ def load_run(
     Raises:
         ValueError: the run's own rows are no longer what it was trained on.
     """
-    trained = RunConfig.of_run(run)
+    trained = RunConfig.of_run(run, trust_components=config.trust_components)
     lightning.seed_everything(trained.seed, verbose=False)
     export = run / "export"
     card = read_card(export)

@@ -42,6 +42,30 @@ def locate(target: object, field: str) -> Any:
     return found
 
 
+def check_only_own_code(settings: Any, field: str) -> None:
+    """Raise where settings from elsewhere name code that is not plrhf's own; nothing is imported.
+
+    Args:
+        settings: plain dicts and lists. field: their name, for messages; empty for a whole config.
+    """
+    if isinstance(settings, Mapping):
+        for name, value in settings.items():
+            dotted = f"{field}.{name}" if field else str(name)
+            is_foreign = name == "_target_" and not str(value).startswith("plrhf.")
+            if is_foreign or (name == "trust_remote_code" and value is not False):
+                allowed = "a class of plrhf" if is_foreign else "false"
+                raise bad_value(
+                    dotted,
+                    value,
+                    f"{allowed}, as it comes from elsewhere and would run code",
+                    "If you trust where it comes from, set trust_components=true",
+                )
+            check_only_own_code(value, dotted)
+    elif isinstance(settings, list):
+        for value in settings:
+            check_only_own_code(value, field)
+
+
 def parameters(component: Any) -> dict[str, Parameter]:
     """Return the parameters of a constructor or function by name, with their types resolved.
 

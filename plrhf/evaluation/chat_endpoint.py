@@ -207,9 +207,9 @@ def _key(variable: str | None) -> str | None:
 
 
 def _reply(content: dict[str, Any]) -> Reply:
-    """The reply in the body of a chat completion."""
-    choice = content["choices"][0]
-    message, usage = choice["message"], content.get("usage") or {}
+    """Read the reply from the body of a chat completion."""
+    choice, usage = content["choices"][0], content.get("usage")
+    message, usage = choice["message"], usage if isinstance(usage, dict) else {}
     text = message.get("content")
     filtered = choice.get("finish_reason") == "content_filter"
     return Reply(
@@ -221,5 +221,5 @@ def _reply(content: dict[str, Any]) -> Reply:
 
 
 def _count(value: object) -> int | None:
-    """A number of tokens; None for what is none."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    """Return a number of tokens; None for anything that is not one."""
+    return value if type(value) is int and value >= 0 else None

@@ -112,10 +112,13 @@ def win_rates(contests: Sequence[Contest], verdicts: Verdicts) -> WinRates:
             "a judge that answers",
             f"Look at what it said ({verdicts.answers})",
         )
-    user = np.array([contest.ours.user_id for contest in contests])[judged]
-    prompt = np.array([contest.ours.prompt_id for contest in contests])[judged]
+    written = [
+        contest.ours for contest, is_judged in zip(contests, judged, strict=True) if is_judged
+    ]
+    # Arrays of objects: in an array of strings every id would take the width of the longest.
+    user = np.array([text.user_id for text in written], dtype=object)
+    pair = np.array([f"{text.user_id} {text.prompt_id}" for text in written], dtype=object)
     share, wins = share[judged], verdicts.wins[judged]
-    pair = np.array([f"{one} {other}" for one, other in zip(user, prompt, strict=True)])
     outcomes = Outcomes(pair_id=pair, user_id=user, margin=share - 0.5, correct=share)
     found = summarise_outcomes(outcomes, names=("accuracy_micro", "accuracy_macro"))
     first = None

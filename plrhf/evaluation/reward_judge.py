@@ -33,6 +33,7 @@ class RewardJudge(Judge):
             it never saw, by the generic user's vector and, where its encoder reads them, features.
         batch_size: contests at once, from 1.
         trust_remote_code: let the backbone's repository bring its own code.
+        trust_components: import classes from outside plrhf that the export names.
 
     Raises:
         ValueError: no reward model there, or one that reads texts about users.
@@ -45,6 +46,7 @@ class RewardJudge(Judge):
         users: Literal["own", "held_out"] = "own",
         batch_size: int = 32,
         trust_remote_code: bool = False,
+        trust_components: bool = False,
     ) -> None:
         if batch_size < 1:
             raise bad_value(
@@ -55,7 +57,7 @@ class RewardJudge(Judge):
             )
         self.users, self.batch_size = users, batch_size
         self.model = PersonalRewardModel.from_pretrained(
-            export, trust_remote_code=trust_remote_code
+            export, trust_remote_code=trust_remote_code, trust_components=trust_components
         )
         text = self.model.card.text
         if text["use_user_text"]:

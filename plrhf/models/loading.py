@@ -7,13 +7,13 @@ from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from plrhf.aggregators import Aggregator
 from plrhf.backbone.loading import load_backbone, load_tokenizer
 from plrhf.backbone.model import Backbone
+from plrhf.backbone.saving import check_tensors, read_tensors
 from plrhf.core.components import build, locate
 from plrhf.core.errors import bad_value
 from plrhf.encoders import UserEncoder
@@ -162,7 +162,7 @@ def load_checkpoint(
     backbone = _load_frozen(card, found, trust_remote_code=trust_remote_code)
     model = build_model(backbone, card, optim=Optim(**settings["optim"]))
     learned = {name for name, value in model.named_parameters() if value.requires_grad}
-    _check_state(
+    check_tensors(
         {name: state[name] for name in state if name in learned},
         {name: value for name, value in model.named_parameters() if name in learned},
         str(path),
@@ -225,13 +225,9 @@ def _load_frozen(card: Card, path: str, *, trust_remote_code: bool) -> Backbone:
 
 
 def _load_user_model(model: Any, path: Path) -> None:
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise bad_value(
-            USER_MODEL, str(path), "a whole safetensors file", f"Export anew ({error})"
-        ) from error
-    _check_state(state, user_model_state(model), USER_MODEL)
+    """Load the weights of encoder, aggregator and head from a file of an export."""
+    state = read_tensors(path)
+    check_tensors(state, user_model_state(model), USER_MODEL)
     model.load_state_dict(state, strict=False)
 
 
@@ -240,23 +236,5 @@ def _load_enrolled(model: Any, directory: Path) -> None:
     wanted = torch.empty(model.card.enrolled, model.aggregator.user_dim)
     found = enrolled_vectors(directory)
     state = {} if found is None else {ENROLLED: found}
-    _check_state(state, {ENROLLED: wanted} if len(wanted) > 0 else {}, "export")
+    check_tensors(state, {ENROLLED: wanted} if len(wanted) > 0 else {}, "export")
     model.enrolled = (wanted if found is None else found).to(model.device)
-
-
-def _check_state(state: dict[str, Tensor], own: dict[str, Tensor], origin: str) -> None:
-    """Raise unless `state` has the tensors of `own`, of their shapes, with finite real numbers."""
-    for name in {**own, **state}:
-        shapes = [tuple(one[name].shape) if name in one else None for one in (state, own)]
-        if shapes[0] != shapes[1]:
-            raise bad_value(
-                f"{origin} {name}", shapes[0], f"shape {shapes[1]}", "Export the model anew"
-            )
-        value = state[name]
-        if not own[name].is_floating_point():
-            continue
-        if not value.is_floating_point() or not bool(value.isfinite().all()):
-            given = value.dtype if not value.is_floating_point() else "nan or inf"
-            raise bad_value(
-                f"{origin} {name}", str(given), "finite real numbers", "Export the model anew"
-            )

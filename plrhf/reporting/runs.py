@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from plrhf.core.errors import bad_value
-from plrhf.core.stats import Outcomes
+from plrhf.core.stats import Outcomes, as_text
 from plrhf.data.rows import content_hash
 from plrhf.evaluation.few_shot import FewShotCurve
 from plrhf.evaluation.generations import GeneratedText, read_generations
@@ -79,11 +79,11 @@ class Run:
 
     @cached_property
     def test_key(self) -> tuple[str, ...]:
-        """What the test pairs of both kinds of users are: equal for the same ids and texts alone."""
+        """A hash of the test pairs: two runs have the same one if ids, users and texts are equal."""
         ids = []
         for kind in USER_KINDS:
             found = self.outcomes(kind)
-            pairs, users = found.pair_id.astype(str), found.user_id.astype(str)
+            pairs, users = as_text(found.pair_id), as_text(found.user_id)
             ids.append(content_hash(sorted(zip(pairs.tolist(), users.tolist(), strict=True))))
         provenance = self.results.provenance
         return (*ids, "" if provenance is None else provenance.test_pairs)

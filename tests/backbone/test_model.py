@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import (
     LORA,
     N_LAYERS,
@@ -204,6 +205,34 @@ def test_adapter_saved_and_loaded(tmp_path: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+
+
+@pytest.mark.parametrize("change", ["missing", "other", "shape", "nan"])
+def test_an_adapter_with_other_tensors_is_refused(change: str, tmp_path: Path) -> None:
+    backbone = make_backbone()
+    backbone.save(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    state = load_file(path)
+    name = sorted(state)[-1]
+    value = state.pop(name)
+    if change == "other":
+        state |= {name: value, "lora_of_somebody": value}
+    elif change == "shape":
+        state[name] = value[:-1].clone()
+    elif change == "nan":
+        state[name] = torch.full_like(value, torch.nan)
+    save_file(state, path)
+    shape, shorter = tuple(value.shape), (value.shape[0] - 1, *value.shape[1:])
+    said = {
+        "missing": f"{name}=None is not allowed: expected shape {shape}",
+        "other": f"lora_of_somebody={shape} is not allowed: expected no such tensor",
+        "shape": f"{name}={shorter} is not allowed: expected shape {shape}",
+        "nan": f"{name}='nan or inf' is not allowed: expected finite real numbers",
+    }
+    with pytest.raises(BadValue) as error:
+        backbone.load_adapter(tmp_path)
+    line = f"adapter_model.safetensors {said[change]}. Export the model anew."
+    assert str(error.value) == line
 
 
 @torch.no_grad()

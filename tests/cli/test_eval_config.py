@@ -9,8 +9,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 from runs import TINY, launch, rows_of_world, world, write_rows
 
+from plrhf.cli.config import RunConfig
+from plrhf.core.errors import BadValue
 from plrhf.models.adaptation import adapt
 from plrhf.models.enrolment import enrol, forget
 from plrhf.models.reward import PersonalRewardModel
@@ -51,6 +54,40 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         "out='/dev/null/out' is not allowed: expected",
     ),
 }
+
+
+FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
+    "source": ({"data": {"_target_": "evil.Rows"}}, "data._target_='evil.Rows'"),
+    "encoder": ({"encoder": {"_target_": "evil.Rows"}}, "encoder._target_='evil.Rows'"),
+    "anything else": (
+        {"trainer": {"zero3": {"_target_": "evil.Rows"}}},
+        "trainer.zero3._target_='evil.Rows'",
+    ),
+    "in a list": ({"samples": {"users": [{"_target_": "evil.Rows"}]}}, "samples.users._target_"),
+    "a repository": (
+        {"backbone": {"trust_remote_code": True}},
+        "backbone.trust_remote_code=True",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_run_from_elsewhere_runs_no_code_of_its_own(
+    case: str, reward_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, message = FOREIGN[case]
+    settings = yaml.safe_load((reward_run / "config.yaml").read_text())
+    for part, values in change.items():
+        settings[part] |= values
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "evil.py").write_text("raise SystemExit('was imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(BadValue) as error:
+        RunConfig.of_run(tmp_path)
+    assert str(error.value).startswith(f"{message}") and "trust_components=true" in str(error.value)
+    if case == "source":
+        with pytest.raises(SystemExit, match="was imported"):
+            RunConfig.of_run(tmp_path, trust_components=True)
 
 
 @pytest.mark.parametrize("case", REFUSED)

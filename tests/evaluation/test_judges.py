@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,19 @@ def test_win_rates_by_hand() -> None:
     alone = win_rates(CONTESTS, Verdicts(wins=np.array([[1.0], [0.5], [0.0], [0.5]]))).model_dump()
     assert (alone["win_rate"]["value"], alone["ties"]) == (0.5, 0.5)
     assert alone["first_position_wins"] is None
+
+
+def test_one_long_id_does_not_widen_all_others() -> None:
+    long = "x" * 10_000
+    contests = [contest("ada", f"p{n}", "a", "b") for n in range(3_000)]
+    contests.append(contest(long, long, "a", "b"))
+    wins = np.full((len(contests), 1), 0.5)
+    tracemalloc.start()
+    found = win_rates(contests, Verdicts(wins=wins))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert set(found.per_user) == {"ada", long}
+    assert peak < 30e6  # 3,001 ids of 10,000 characters would take 120 MB
 
 
 def test_true_preferences() -> None:
@@ -179,6 +193,38 @@ def test_answers_are_read(said: str, share: float | None) -> None:
     reply = {"input_tokens": 1, "output_tokens": 1}
     assert read_answer(Reply(text=said, refused=False, **reply)) == share
     assert read_answer(Reply(text=said, refused=True, **reply)) is None
+
+
+@pytest.mark.parametrize("odd", ["100", None, True, -3, 2.5, [100], {"n": 100}])
+def test_token_counts_that_are_no_numbers_are_not_known(odd: Any, tmp_path: Path) -> None:
+    body = {**completion("A")[2], "usage": {"prompt_tokens": odd, "completion_tokens": 2}}
+    prices = {"input_price": 1.0, "output_price": 1.0}
+    with serving(lambda *_: (200, {}, body)) as server:
+        for _ in range(2):  # the second time from the file of replies
+            cost = judge_at(server, tmp_path, **prices).compare(CONTESTS[:1]).cost
+            assert cost is not None
+            assert (cost["input_tokens"], cost["output_tokens"], cost["price"]) == (None, 4, None)
+        assert len(server.bodies) == 2
+    with serving(lambda *_: (200, {}, {**body, "usage": odd})) as server:
+        cost = judge_at(server, tmp_path, model="other").compare(CONTESTS[:1]).cost
+    assert cost is not None and cost["input_tokens"] is cost["output_tokens"] is None
+
+
+def test_a_reward_judge_runs_code_from_elsewhere_only_if_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[dict[str, bool]] = []
+
+    def loading(export: Path, **options: bool) -> Any:
+        asked.append(options)
+        raise RuntimeError
+
+    monkeypatch.setattr(PersonalRewardModel, "from_pretrained", loading)
+    for given in ({}, {"trust_components": True}, {"trust_remote_code": True}):
+        with pytest.raises(RuntimeError):
+            RewardJudge(export=tmp_path, **given)  # type: ignore[arg-type]
+    trusted = [(one["trust_components"], one["trust_remote_code"]) for one in asked]
+    assert trusted == [(False, False), (True, False), (False, True)]
 
 
 def test_a_busy_server_is_asked_again(tmp_path: Path) -> None:

@@ -6,9 +6,13 @@ import json
 import re
 import shutil
 import subprocess
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from test_report import (
@@ -21,6 +25,7 @@ from test_report import (
     read_page,
 )
 
+from plrhf.core.stats import Outcomes
 from plrhf.evaluation.few_shot import FewShotCurve
 from plrhf.evaluation.judges import JudgedRun
 from plrhf.evaluation.users import LearnedUsers
@@ -322,3 +327,15 @@ def test_report_opens_without_a_console_error(whole: Path, tmp_path: Path) -> No
     planted = tmp_path / "planted.html"
     planted.write_text(page.read_text().replace("<h1>", '<img src="pixel.png"><h1>'))
     assert "pixel.png" in browser_log(planted)
+
+
+def test_one_long_id_does_not_widen_all_others() -> None:
+    ids = np.array([*(f"p{n}" for n in range(5_000)), "x" * 10_000], dtype=object)
+    found = Outcomes(ids, ids, np.ones(len(ids)), np.ones(len(ids)))
+    run: Any = Run(Path("run"), "run", SimpleNamespace(provenance=None), pd.DataFrame())  # type: ignore[arg-type]
+    run._outcomes.update({("seen", "user"): found, ("unseen", "user"): found})
+    tracemalloc.start()
+    assert len(set(run.test_key)) == 2
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 30e6  # 5,001 ids of 10,000 characters would take 200 MB
