@@ -52,6 +52,7 @@ from plrhf.models.base import PersonalModule
 from plrhf.models.export import save_export
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.reporting import report, tables
+from plrhf.training.loggers import log_settings, log_test_results
 from plrhf.training.processes import launched_processes, rank_shard_of, sharding_context
 from plrhf.training.trainer import fit
 
@@ -131,6 +132,7 @@ def train_personal(
         print_lines(data.tokenizing_notes())
         _print_notes(probes["warnings"], data.padding())
         begin_run(config, resume=resume)
+        log_settings(trainer.loggers, config.resolved)
         before = Prepare(data.restrict_to("train", "val"), cache_dir=cache_dir)
         trainer.callbacks.append(before)  # type: ignore[attr-defined]
         fit(model, data, trainer, resume_from=None if resume is None else resume.path)
@@ -160,7 +162,7 @@ def evaluate_run(
     prepare(model, data.restrict_to("test"), trainer, cache_dir=Path(config.cache_dir))
     predictions = predict(model, data, trainer)
     fingerprint = fingerprint_of(config, model, data)
-    write_results(config, data, predictions, probes, fingerprint)
+    write_results(config, data, trainer, predictions, probes, fingerprint)
     ask = engine(model, trainer)
     with outputs.writing(run_dir / "users.json"):
         ask(write_users, run_dir / "users.json", model, data, fingerprint)
@@ -179,11 +181,12 @@ def evaluate_run(
 def write_results(
     config: RunConfig,
     data: PreferenceData,
+    trainer: Trainer,
     predictions: pd.DataFrame,
     probes: dict[str, Any],
     fingerprint: str,
 ) -> None:
-    """Write predictions.parquet and results.json, and print the table of test results."""
+    """Write predictions.parquet and results.json, and print and log the test results."""
     how = this_command()
     settings = config.data.model_dump(mode="json")
     results = summarise_run(
@@ -196,6 +199,7 @@ def write_results(
     )
     write_evaluation(Path(config.run_dir), results, predictions)
     tables.console().print(tables.closing_table(results))
+    log_test_results(trainer.loggers, results.test_values(), trainer.global_step)
 
 
 @rank_zero_only

@@ -10,7 +10,7 @@ import pandas as pd
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from plrhf.core.stats import Estimate
+from plrhf.core.stats import STATISTICS, Estimate
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Row, content_hash
 from plrhf.evaluation.metrics import UserKind, choose_length_rule, summarise
@@ -109,6 +109,16 @@ class Results(Record):
     def fingerprint(self) -> str | None:
         """The trained model's fingerprint, None where the file does not know it."""
         return None if self.provenance is None else self.provenance.fingerprint
+
+    def test_values(self) -> dict[str, float]:
+        """Return the test statistics without intervals, by names like test/seen/user/nll."""
+        return {
+            f"test/{kind}/{context}/{name}": cell[name]["value"]
+            for kind, contexts in self.test.items()
+            for context, cell in contexts.items()
+            for name in STATISTICS
+            if cell[name]["value"] is not None
+        }
 
 
 def pairs_hash(rows: Sequence[Row]) -> str:

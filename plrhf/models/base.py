@@ -328,11 +328,11 @@ class PersonalModule(LightningModule):
         reload_users(self, self.directory)
 
     def describe(self, card: Card) -> None:
-        """Take the settings the model was built from; loggers and checkpoints then show them."""
+        """Take the settings the model was built from; checkpoints then show them."""
         self.card = card
         settings = {name: vars(card)[name] for name in ("model", "encoder", "aggregator")}
         settings |= {"backbone": card.backbone, "text": card.text, "optim": asdict(self.optim)}
-        self.save_hyperparameters({**settings, "n_users": len(card.users)})
+        self.save_hyperparameters({**settings, "n_users": len(card.users)}, logger=False)
 
     def trainable_parts(self) -> dict[str, list[nn.Parameter]]:
         """Divide the parameters by learning rate: "backbone", "user" and "head"."""

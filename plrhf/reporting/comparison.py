@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import rich.table
 
 from plrhf.core.errors import bad_value
 from plrhf.core.stats import (
@@ -24,7 +23,15 @@ from plrhf.core.stats import (
 from plrhf.evaluation.metrics import USER_KINDS
 from plrhf.reporting.curves import flattened
 from plrhf.reporting.runs import SETTINGS, Run
-from plrhf.reporting.tables import Cell, Table, estimate_cell, percent, points, rich_table
+from plrhf.reporting.tables import (
+    Cell,
+    Table,
+    TerminalTable,
+    estimate_cell,
+    percent,
+    points,
+    rich_table,
+)
 
 NO_ESTIMATE: Estimate = {"value": None, "ci95": None}
 COMPARISON_NOTE = (
@@ -138,7 +145,7 @@ def with_holm(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def comparison_table(frame: pd.DataFrame) -> rich.table.Table:
+def comparison_table(frame: pd.DataFrame) -> TerminalTable:
     """Return the frame of `comparison_frame` as a table for the terminal."""
     table, shared = comparison(frame)
     title = f"Test results, 95% intervals over users{shared}"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import rich.box
 import rich.table
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from plrhf.core.stats import Estimate
@@ -31,6 +31,8 @@ LATEX = {
     "|": r"\textbar{}",
 }
 FEW_USERS = 10  # below it, intervals over users are too narrow
+WIDEST_TEXT = 24  # characters; a longer text in the terminal is wrapped where room is scarce
+BETWEEN = 2  # characters between columns
 
 
 class Cell(NamedTuple):
@@ -52,30 +54,76 @@ class Table:
     texts: Sequence[int] = (0,)  # indices of the columns that hold text, which are left-aligned
 
 
-def closing_table(results: Results) -> rich.table.Table:
+def closing_table(results: Results) -> TerminalTable:
     """Return the test results for the terminal at the end of a run."""
     return rich_table(
         headline(results), title="Test results, 95% intervals over users", without=["ECE"]
     )
 
 
-def rich_table(table: Table, *, title: str, without: Sequence[str]) -> rich.table.Table:
-    """The table for a narrow terminal: intervals under values, some columns left out."""
-    kept = [place for place, column in enumerate(table.columns) if column not in without]
-    shown = rich.table.Table(
-        title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    for place in kept:
-        justify: Literal["left", "right"] = "left" if place in table.texts else "right"
-        shown.add_column(table.columns[place], justify=justify)
-    for name, rows in table.groups:
-        if len(rows) > 0:
-            shown.add_section()
-            shown.add_row(Text(printable(name), style="bold"))
-        for row in rows:
-            cells = [(printable(row[place].value), row[place].interval) for place in kept]
-            shown.add_row(*(Text(f"{value}\n{interval}".strip()) for value, interval in cells))
-    return shown
+def rich_table(table: Table, *, title: str, without: Sequence[str]) -> TerminalTable:
+    """Return the table for the terminal, without the columns of these names."""
+    kept = [at for at, column in enumerate(table.columns) if column not in without]
+    return TerminalTable(table, title, kept)
+
+
+@dataclass(frozen=True)
+class TerminalTable:
+    """A table as the terminal shows it, with intervals under values.
+
+    Where its columns do not fit side by side, it is printed in several parts. Each part begins with
+    the text columns. Numbers are never cut; text is wrapped.
+    """
+
+    table: Table
+    title: str
+    columns: Sequence[int]  # indices of the columns that are shown
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for number, columns in enumerate(self._parts(options.max_width)):
+            yield self._part(columns, self.title if number == 0 else f"{self.title} (continued)")
+
+    def _parts(self, width: int) -> list[list[int]]:
+        """Divide the columns into parts that fit into this many characters."""
+        texts = [at for at in self.columns if at in self.table.texts]
+        room = width - 1 - sum(min(self._width(at), WIDEST_TEXT) + BETWEEN for at in texts)
+        parts: list[list[int]] = [[]]
+        left = room
+        for at in self.columns:
+            if at not in texts:
+                needed = self._width(at) + BETWEEN
+                if needed > left and len(parts[-1]) > 0:
+                    parts.append([])
+                    left = room
+                parts[-1].append(at)
+                left -= needed
+        return [[*texts, *numbers] for numbers in parts]
+
+    def _width(self, at: int) -> int:
+        """Return how many characters wide a column must be so that nothing of it is cut."""
+        cells = [row[at] for _, rows in self.table.groups for row in rows]
+        lines = [line for cell in cells for line in cell]
+        return max(map(len, [*lines, *self.table.columns[at].split()]), default=1)
+
+    def _part(self, columns: Sequence[int], title: str) -> rich.table.Table:
+        """Return some of the columns as one table of rich."""
+        shown = rich.table.Table(
+            title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
+        for at in columns:
+            heading = self.table.columns[at]
+            if at in self.table.texts:
+                shown.add_column(heading, overflow="fold")
+            else:
+                shown.add_column(heading, justify="right", width=self._width(at))
+        for name, rows in self.table.groups:
+            if len(rows) > 0:
+                shown.add_section()
+                shown.add_row(Text(printable(name), style="bold"))
+            for row in rows:
+                lines = [[printable(row[at].value), row[at].interval] for at in columns]
+                shown.add_row(*(Text("\n".join(filter(None, one))) for one in lines))
+        return shown
 
 
 def printable(text: str) -> str:

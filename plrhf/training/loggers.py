@@ -1,9 +1,10 @@
-"""What a run logs: metrics.csv always, TensorBoard and Weights & Biases where asked for."""
+"""Loggers of a run: metrics.csv always, TensorBoard and Weights & Biases if asked for."""
 
 from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
@@ -112,7 +113,8 @@ def build_loggers(
     """
     loggers: list[Logger] = [MetricsFile(run_dir / "metrics.csv")]
     if tensorboard:
-        loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
+        folder = {"name": "", "version": "tensorboard"}
+        loggers.append(TensorBoardLogger(run_dir, default_hp_metric=False, **folder))
     if wandb is not None:
         if find_spec("wandb") is None:
             raise bad_value(
@@ -120,3 +122,17 @@ def build_loggers(
             )
         loggers.append(WandbLogger(save_dir=run_dir, **wandb))
     return loggers
+
+
+def log_settings(loggers: Sequence[Logger], settings: Mapping[str, Any]) -> None:
+    """Log all settings of a run as hyperparameters to TensorBoard and Weights & Biases."""
+    for logger in loggers:
+        logger.log_hyperparams(dict(settings))
+
+
+def log_test_results(loggers: Sequence[Logger], results: Mapping[str, float], step: int) -> None:
+    """Log test results to TensorBoard and Weights & Biases; results.json holds them anyway."""
+    for logger in loggers:
+        if not isinstance(logger, MetricsFile):
+            logger.log_metrics(dict(results), step)
+            logger.save()

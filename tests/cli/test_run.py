@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 from runs import (
     ENVIRONMENT,
     TINY,
@@ -23,6 +25,7 @@ from runs import (
     save_model,
     write_rows,
 )
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plrhf.reporting.runs import role
@@ -45,11 +48,8 @@ def test_reward_models(name: str, tmp_path: Path, cache_dir: Path) -> None:
     launch("eval", f"run={run_dir}", f"out={again}")
     assert evaluation_of(again) == evaluation_of(run_dir)
     if name == "shuffled":
-        events = list((run_dir / "tensorboard").iterdir())
-        assert any("tfevents" in path.name for path in events)
-        for path in events:
-            path.unlink()
-        (run_dir / "tensorboard").rmdir()
+        check_tensorboard(run_dir)
+        shutil.rmtree(run_dir / "tensorboard")
         assert (run_dir / "export/backbone/model.safetensors").is_file()
         (run_dir / "export/backbone").rename(tmp_path / "backbone")
     results = check_run(run_dir)
@@ -63,6 +63,23 @@ def test_reward_models(name: str, tmp_path: Path, cache_dir: Path) -> None:
     assert results["probes"]["overlap"]["train_test"]["prompt"] == 0
     if name in ("vanilla", "uniform"):
         assert results["test"]["seen"]["user"] == results["test"]["seen"]["generic"]
+
+
+def check_tensorboard(run_dir: Path) -> None:
+    """TensorBoard has the curves, all settings of the run, and the test results."""
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    results = json.loads((run_dir / "results.json").read_text())
+    for kind in ("seen", "unseen"):
+        for context in ("user", "generic"):
+            [logged] = events.Scalars(f"test/{kind}/{context}/accuracy_micro")
+            expected = results["test"][kind][context]["accuracy_micro"]["value"]
+            assert logged.value == pytest.approx(expected, abs=1e-6)
+    assert "val/loss" in events.Tags()["scalars"]
+    assert not any(name.startswith("test/") for name in pd.read_csv(run_dir / "metrics.csv"))
+    settings = yaml.safe_load((run_dir / "tensorboard/hparams.yaml").read_text())
+    for part in ("data", "encoder", "trainer", "optim", "seed"):
+        assert settings[part] == results["config"][part]
+    assert "_hparams_/session_start_info" in events.summary_metadata
 
 
 def test_policy(policy_run: Path) -> None:

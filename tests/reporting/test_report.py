@@ -440,3 +440,20 @@ def test_closing_table_fits_a_terminal(runs: Path) -> None:
     assert re.search(r"user context +64\.3 ", text)
     assert re.search(r"oracle +85\.7 ", text)
     assert max(len(line.rstrip()) for line in text.splitlines()) < 100
+
+
+@pytest.mark.parametrize("width", [38, 60, 80, 200])
+def test_no_number_is_cut_in_a_narrow_terminal(width: int) -> None:
+    numbers = [f"{n}{n}.{n}" for n in range(1, 9)]
+    rows = [[tables.Cell("a name longer than any terminal " * 3), tables.Cell("film")]]
+    rows[0] += [tables.Cell(number, f"[{number}, {number}]") for number in numbers]
+    heads = ["run", "aggregator", *(f"mean of users {number}" for number in numbers)]
+    table = tables.Table(heads, [("Seen users, seeds 0, 1, 2", rows)], (0, 1))
+    console = Console(width=width, record=True, file=StringIO())
+    console.print(tables.rich_table(table, title="Results", without=[heads[-1]]))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width and "…" not in text
+    for number in numbers[:-1]:
+        assert text.count(f"[{number}, {number}]") == 1 and text.count(number) == 4
+    assert numbers[-1] not in text
+    assert text.count("film") == text.count("aggregator") == text.count("Results") >= 80 // width
