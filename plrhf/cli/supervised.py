@@ -26,6 +26,7 @@ from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Row, content_hash
 from plrhf.data.tokenizer import Tokenizer
 from plrhf.models.sft import SupervisedPolicy
+from plrhf.training.loggers import log_settings
 from plrhf.training.processes import launched_processes, rank_shard_of, sharding_context
 from plrhf.training.trainer import fit
 
@@ -84,6 +85,7 @@ def train_supervised(
             config.model, "model", kind=SupervisedPolicy, backbone=backbone, optim=config.optim
         )
         begin_run(config, resume=resume)
+        log_settings(trainer.loggers, config.resolved)
         fit(model, data, trainer, resume_from=None if resume is None else resume.path)
         export = Path(config.run_dir) / "export"
         backbone.save_whole(export)

@@ -1,8 +1,9 @@
-"""Numbers and categories known of users, as the vectors a model reads."""
+"""Encodes the features of users as the vectors that a model reads."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, pstdev
@@ -19,10 +20,10 @@ from plrhf.data.rows import Features, Person, Row
 
 @dataclass(frozen=True)
 class FeatureSchema:
-    """What training users have said, enough to encode anyone: means, deviations, category codes.
+    """How the features of any user become numbers: means, deviations and category codes.
 
-    An encoded user is F = `n_features` numbers: the number features by name, then the category
-    features by name. Missing and unseen values are NaN.
+    An encoded user is F = `n_features` numbers: first the number features, then the category
+    features, each sorted by name. Missing and unknown values are NaN.
     """
 
     moments: Mapping[str, tuple[float, float]]  # number feature -> mean, standard deviation
@@ -30,9 +31,12 @@ class FeatureSchema:
 
     @classmethod
     def fit(cls, rows: Iterable[Row | Person]) -> FeatureSchema:
-        """Return the schema of (train) rows or their people; of each user the first value counts.
+        """Return the schema of the users of (train) rows. Each user's first value counts.
 
-        `settle_features` has given each feature one kind of value when rows were read.
+        A category value that only one user has gets no code and counts as missing. A model learns
+        nothing from it for others, and an export must not keep it once that user is forgotten.
+
+        `settle_features` must have given each feature one kind of value.
         """
         values: dict[str, dict[str, float | str]] = {}  # feature -> user -> value
         for row in rows:
@@ -44,12 +48,13 @@ class FeatureSchema:
         for name in sorted(values):
             numbers = [one for one in values[name].values() if not isinstance(one, str)]
             if len(numbers) > 0:
-                # These are exact sums, so a constant feature deviates by exactly 0.
+                # pstdev sums exactly, so the deviation of a constant feature is exactly 0.
                 deviation = pstdev(numbers)
                 moments[name] = (float(mean(numbers)), 1.0 if deviation == 0 else deviation)
             else:
-                texts = sorted({str(one) for one in values[name].values()})
-                codes[name] = {text: code for code, text in enumerate(texts)}
+                n_users = Counter(map(str, values[name].values()))
+                shared = sorted(text for text, count in n_users.items() if count > 1)
+                codes[name] = {text: code for code, text in enumerate(shared)}
         return cls(moments=moments, codes=codes)
 
     @property
@@ -73,13 +78,14 @@ class FeatureSchema:
         return len(self.moments) + len(self.codes)
 
     def kinds(self) -> FeatureKinds:
-        """Return feature -> number or category, for reading other people's rows."""
+        """Return the kind of each feature by name, for reading rows of other users."""
         numbers: dict[str, Kind] = dict.fromkeys(self.moments, "number")
         return {**numbers, **dict.fromkeys(self.codes, "category")}
 
     def encode(self, user_features: Features | None) -> list[float]:
-        """Return one user's F numbers, in units of training deviations; features not fitted are
-        passed over.
+        """Encode one user's features as F numbers, in units of the training deviations.
+
+        Features that the schema does not have are ignored.
 
         Raises:
             ValueError: a text that is no number where training had numbers.
@@ -100,15 +106,15 @@ class FeatureSchema:
         return encoded
 
     def table(self, users: Sequence[Features | None]) -> Tensor:
-        """`encode` of each of these users' features, [N, F] float32."""
+        """Encode the features of N users, [N, F] float32."""
         encoded = [self.encode(features) for features in users]
         return torch.tensor(encoded, dtype=torch.float32).view(len(users), self.n_features)
 
     def encode_raw(self, user_features: Mapping[str, Any] | None) -> list[float]:
-        """Return `encode` of features straight from a person or a JSON file, checked like a row's.
+        """Check features as those of a row are, and encode them, e.g. for a server.
 
         Raises:
-            ValueError: a value rows may not hold, or a feature that training did not have.
+            ValueError: a value that rows may not have, or a feature that training did not have.
         """
         checked = parse_features(user_features, "user_features")
         for name in checked or {}:

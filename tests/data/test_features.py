@@ -32,6 +32,7 @@ TRAIN = [
     row("bob", {"age": 40.0, "job": "baker", "zeal": 0.1, "city": "Ulm"}),
     row("cat", None),
     row("dan", {"age": 60.0, "job": "cook", "zeal": 0.1}),
+    row("eve", {"job": "baker", "city": "Ulm"}),
 ]
 
 
@@ -58,6 +59,15 @@ def test_each_user_counts_once() -> None:
     assert_same(encode({"zeal": 2.1}), [np.nan, 2.0, np.nan, np.nan])
 
 
+def test_a_category_of_one_user_leaves_no_trace() -> None:
+    alone = [row("gus", {"job": "spy", "nickname": "Q"}), row("gus", {"job": "spy"})]
+    schema = FeatureSchema.fit([*TRAIN, *alone])
+    assert schema.categories == ("city", "job", "nickname")
+    assert schema.category_sizes == (1, 2, 0)
+    assert not {"spy", "Q"} & set(json.dumps(schema.to_dict()).split('"'))
+    assert_same(schema.encode({"job": "spy", "nickname": "Q"}), [np.nan] * 5)
+
+
 def test_missing_unseen_and_unknown() -> None:
     encode = FeatureSchema.fit(TRAIN).encode
     assert_same(encode(None), [np.nan] * 4)
@@ -81,7 +91,9 @@ def test_a_value_of_the_other_kind_is_read_as_the_features_own() -> None:
 
 
 def test_raw_features_are_checked_like_a_rows() -> None:
-    schema = FeatureSchema.fit([row("ann", {"age": 1.0, "owner": "true"}), row("b", {"age": 3.0})])
+    schema = FeatureSchema.fit(
+        [row("ann", {"age": 1.0, "owner": "true"}), row("b", {"age": 3.0, "owner": "true"})]
+    )
     assert_same(schema.encode_raw({"age": 4, "owner": True}), [2.0, 0])
     assert_same(schema.encode_raw({"age": None, "owner": False}), [np.nan, np.nan])
     assert_same(schema.encode_raw(None), [np.nan, np.nan])
