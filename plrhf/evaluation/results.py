@@ -112,10 +112,14 @@ class Results(Record):
 
     def test_values(self) -> dict[str, float]:
         """Return the test statistics without intervals, by names like test/seen/user/nll."""
-        return {
-            f"test/{kind}/{context}/{name}": cell[name]["value"]
+        cells: dict[str, Any] = {
+            f"test/{kind}/{context}": cell
             for kind, contexts in self.test.items()
             for context, cell in contexts.items()
+        }
+        return {
+            f"{place}/{name}": cell[name]["value"]
+            for place, cell in cells.items()
             for name in STATISTICS
             if cell[name]["value"] is not None
         }

@@ -113,7 +113,8 @@ class TerminalTable:
         for at in columns:
             heading = self.table.columns[at]
             if at in self.table.texts:
-                shown.add_column(heading, overflow="fold")
+                longest = max(map(len, heading.split()), default=1)
+                shown.add_column(heading, overflow="fold", min_width=longest)
             else:
                 shown.add_column(heading, justify="right", width=self._width(at))
         for name, rows in self.table.groups:

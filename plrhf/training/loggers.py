@@ -113,8 +113,9 @@ def build_loggers(
     """
     loggers: list[Logger] = [MetricsFile(run_dir / "metrics.csv")]
     if tensorboard:
-        folder = {"name": "", "version": "tensorboard"}
-        loggers.append(TensorBoardLogger(run_dir, default_hp_metric=False, **folder))
+        loggers.append(
+            TensorBoardLogger(run_dir, name="", version="tensorboard", default_hp_metric=False)
+        )
     if wandb is not None:
         if find_spec("wandb") is None:
             raise bad_value(
