@@ -79,7 +79,7 @@ def check_tensorboard(run_dir: Path) -> None:
     settings = yaml.safe_load((run_dir / "tensorboard/hparams.yaml").read_text())
     for part in ("data", "encoder", "trainer", "optim", "seed"):
         assert settings[part] == results["config"][part]
-    assert "_hparams_/session_start_info" in events.summary_metadata
+    assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
 
 
 def test_policy(policy_run: Path) -> None:
