@@ -113,9 +113,7 @@ def build_loggers(
     """
     loggers: list[Logger] = [MetricsFile(run_dir / "metrics.csv")]
     if tensorboard:
-        loggers.append(
-            TensorBoardLogger(run_dir, name="", version="tensorboard", default_hp_metric=False)
-        )
+        loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
     if wandb is not None:
         if find_spec("wandb") is None:
             raise bad_value(
