@@ -12,10 +12,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from plrhf.core.bootstrap import Estimate
 from plrhf.core.checks import PositiveInt, check_arguments
 from plrhf.core.errors import bad_value
 from plrhf.core.stats import (
-    Estimate,
     Outcomes,
     correctness,
     gain_recovered,

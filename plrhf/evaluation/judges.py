@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from typing_extensions import TypedDict
 
+from plrhf.core.bootstrap import Array, Estimate
 from plrhf.core.errors import bad_value
-from plrhf.core.stats import Array, Estimate, Outcomes, correctness, summarise_outcomes
+from plrhf.core.stats import Outcomes, correctness, summarise_outcomes
 from plrhf.evaluation.generations import GeneratedText
 from plrhf.evaluation.records import Record
 

@@ -9,15 +9,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from plrhf.core.bootstrap import N_RESAMPLES, Array
 from plrhf.core.errors import bad_value
-from plrhf.core.stats import (
-    ACCURACIES,
-    N_RESAMPLES,
-    Array,
-    Outcomes,
-    correctness,
-    summarise_outcomes,
-)
+from plrhf.core.stats import ACCURACIES, Outcomes, correctness, summarise_outcomes
 
 # Of nll and ece in results.json. Numbers of processes, threads and devices round float32 margins
 # differently, by some 1e-6 after 50 steps; accuracies count signs alone and are exact.

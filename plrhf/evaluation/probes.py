@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from plrhf.core.stats import Array, Estimate, Outcomes, correctness, summarise_outcomes
+from plrhf.core.bootstrap import Array, Estimate
+from plrhf.core.stats import Outcomes, correctness, summarise_outcomes
 from plrhf.data.rows import SPLITS, Row
 from plrhf.data.splits import Splits, prompt_keys
 

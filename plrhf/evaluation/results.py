@@ -10,7 +10,8 @@ import pandas as pd
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from plrhf.core.stats import STATISTICS, Estimate
+from plrhf.core.bootstrap import Estimate
+from plrhf.core.stats import STATISTICS
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Row, content_hash
 from plrhf.evaluation.metrics import UserKind, choose_length_rule, summarise

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from plrhf.core.stats import Array
+from plrhf.core.bootstrap import Array
 from plrhf.core.types import GENERIC_USER, UserBatch
 from plrhf.data.module import PreferenceData
 from plrhf.encoders import ClusterMixtureEncoder

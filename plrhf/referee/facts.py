@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from plrhf.core.stats import Array
+from plrhf.core.bootstrap import Array
 from plrhf.data.dataset import PairDataset
 from plrhf.data.rows import Row
 

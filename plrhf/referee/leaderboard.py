@@ -10,16 +10,13 @@ import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau
 
+from plrhf.core.bootstrap import Array, Estimate, bootstrap, holm
 from plrhf.core.stats import (
     STATISTICS,
-    Array,
-    Estimate,
     Outcomes,
     accuracy_micro,
-    bootstrap,
     correctness,
     gain_recovered,
-    holm,
     paired_difference,
     paired_test,
     summarise_outcomes,

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 
-from plrhf.core.stats import Estimate
+from plrhf.core.bootstrap import Estimate
 from plrhf.evaluation.records import write_text
 from plrhf.referee.leaderboard import (
     NONE,

@@ -10,16 +10,9 @@ from typing import Any
 
 import pandas as pd
 
+from plrhf.core.bootstrap import Estimate, holm
 from plrhf.core.errors import bad_value
-from plrhf.core.stats import (
-    Estimate,
-    PairedTest,
-    gain_recovered,
-    holm,
-    paired_difference,
-    paired_test,
-    same_pairs,
-)
+from plrhf.core.stats import PairedTest, gain_recovered, paired_difference, paired_test, same_pairs
 from plrhf.evaluation.metrics import USER_KINDS
 from plrhf.reporting.curves import flattened
 from plrhf.reporting.runs import SETTINGS, Run

@@ -11,7 +11,8 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 
-from plrhf.core.stats import Estimate, Outcomes, as_text, reliability, user_sums
+from plrhf.core.bootstrap import Estimate
+from plrhf.core.stats import Outcomes, as_text, reliability, user_sums
 from plrhf.evaluation.few_shot import FewShotCurve
 from plrhf.evaluation.metrics import USER_KINDS
 from plrhf.evaluation.results import Results

@@ -12,7 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from plrhf.core.stats import Estimate, paired_difference
+from plrhf.core.bootstrap import Estimate
+from plrhf.core.stats import paired_difference
 from plrhf.evaluation.metrics import USER_KINDS, UserKind, summarise
 from plrhf.reporting.comparison import (
     BESIDE_THE_DATA,

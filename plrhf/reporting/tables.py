@@ -13,7 +13,7 @@ import rich.table
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from plrhf.core.stats import Estimate
+from plrhf.core.bootstrap import Estimate
 from plrhf.evaluation.few_shot import FewShotCurve
 from plrhf.evaluation.judges import JudgedRun
 from plrhf.evaluation.metrics import PROMPT_KINDS, USER_KINDS, UserKind

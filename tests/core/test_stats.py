@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from plrhf.core import stats
+from plrhf.core import bootstrap, stats
 from plrhf.core.stats import Outcomes, same_pairs, user_sums
 
 # Users of 5, 2 and 7 pairs: accuracies 4/5, 1/2 (two ties) and 2/7.
@@ -98,7 +98,7 @@ def test_interval_is_that_of_a_loop_over_resamples() -> None:
     generator = np.random.default_rng(7)
     macros = [generator.choice(means, size=17).mean() for _ in range(4000)]
     cell = stats.summarise_outcomes(outcomes, n_resamples=4000, seed=2)
-    tail = stats.tail_share(17)
+    tail = bootstrap.tail_share(17)
     expected = np.quantile(macros, (tail, 1 - tail))
     assert cell["accuracy_macro"]["ci95"] == pytest.approx(expected, abs=0.006)
 
@@ -106,8 +106,8 @@ def test_interval_is_that_of_a_loop_over_resamples() -> None:
 def test_tail_share_by_tables() -> None:
     # t of 0.025 is 2.0930 for 19 degrees of freedom; 1.02598 times that is 2.1474, and Phi of it
     # 0.98412. Of thousands of users nothing is left to make up for.
-    assert stats.tail_share(20) == pytest.approx(1 - 0.98412, abs=2e-5)
-    assert stats.tail_share(100_000) == pytest.approx(0.025, abs=1e-5)
+    assert bootstrap.tail_share(20) == pytest.approx(1 - 0.98412, abs=2e-5)
+    assert bootstrap.tail_share(100_000) == pytest.approx(0.025, abs=1e-5)
 
 
 def test_interval_of_a_mean_is_student_s() -> None:
@@ -131,8 +131,8 @@ def test_seed_decides_the_interval_alone() -> None:
 
 
 def test_blocks_draw_all_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stats, "_BLOCK", 100)
-    blocks = list(stats._resample_weights(13, 60, seed=0))
+    monkeypatch.setattr(bootstrap, "_BLOCK", 100)
+    blocks = list(bootstrap._resample_weights(13, 60, seed=0))
     assert [len(block) for block in blocks] == [7] * 8 + [4]
     assert all((block.sum(axis=1) == 13).all() for block in blocks)
 
@@ -214,12 +214,12 @@ def test_price_is_a_paired_difference_of_nll() -> None:
 
 def test_holm_by_hand() -> None:
     # Sorted: .01 x 4 = .04, .02 x 3 = .06, .03 x 2 = .06, .6 x 1; the order is the callers'.
-    adjusted = stats.holm([0.03, None, 0.01, 0.6, 0.02])
+    adjusted = bootstrap.holm([0.03, None, 0.01, 0.6, 0.02])
     assert adjusted == pytest.approx([0.06, None, 0.04, 0.6, 0.06])
     # The second is raised to the first; nothing passes 1.
-    assert stats.holm([0.5, 0.4]) == [0.8, 0.8]
-    assert stats.holm([0.9, 0.7, 0.8]) == [1.0, 1.0, 1.0]
-    assert stats.holm([None]) == [None] and stats.holm([]) == []
+    assert bootstrap.holm([0.5, 0.4]) == [0.8, 0.8]
+    assert bootstrap.holm([0.9, 0.7, 0.8]) == [1.0, 1.0, 1.0]
+    assert bootstrap.holm([None]) == [None] and bootstrap.holm([]) == []
 
 
 def test_pairing_narrows_the_interval() -> None:
