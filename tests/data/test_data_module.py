@@ -27,7 +27,7 @@ from plrhf.data.module import PreferenceData
 from plrhf.data.packing import TokenPair
 from plrhf.data.parsing import parse_row
 from plrhf.data.rows import Rows
-from plrhf.data.samplers import PairSampler, length_buckets
+from plrhf.data.samplers import PairSampler, UserSampler, length_buckets
 from plrhf.data.sources.base import Source
 from plrhf.data.splits import all_as_test
 from plrhf.data.text_values import distinct_texts, texts_as_pairs
@@ -196,6 +196,27 @@ def test_batches_keep_to_a_budget_of_tokens(rows_a_pair: int) -> None:
     share, more = batches.padding(), at_random.padding()
     assert share is not None and more is not None
     assert (share < 0.1 if rows_a_pair == 1 else share < 0.3) and more > share + 0.1
+
+
+def test_batches_of_users() -> None:
+    """Every pair once an epoch; a batch has at most two users, and three pairs of each."""
+    users = np.array([4, 1, 4, 4, 2, 2, 4, 4, 1, 4, 4, 3])  # 7 pairs of 4, 2 of 1 and 2, 1 of 3
+    lengths = np.ones((12, 1), dtype=np.int64)
+    sampler = UserSampler(
+        lengths, users, users_per_batch=2, pairs_per_user=3, seed=0, accumulated_batches=2
+    )
+    epochs = [list(sampler) for _ in range(2)]
+    assert epochs[0] != epochs[1]
+    for epoch in epochs:
+        assert len(epoch) == len(sampler) == 4  # four users, then 4 alone in two rounds
+        assert sorted(place for places, _ in epoch for place in places) == list(range(12))
+        for places, _ in epoch:
+            _, counts = np.unique(users[places], return_counts=True)
+            assert len(counts) <= 2 and counts.max() <= 3
+        sizes = [len(places) for places, _ in epoch]
+        for step in (slice(0, 2), slice(2, 4)):
+            expected = [2 * size / sum(sizes[step]) for size in sizes[step]]
+            assert [weight for _, weight in epoch[step]] == pytest.approx(expected)
 
 
 def test_padding_by_hand() -> None:
