@@ -59,7 +59,8 @@ def _message(entry: object, field: str, where: str) -> Message:
         cure = "Write e.g. user or assistant"
         refuse(Reason.NOT_TEXT, where, f"{field}.role", message["role"], "text", cure)
     try:
-        json.dumps(message, ensure_ascii=False).encode()
+        for value in message.values():
+            (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
     except UnicodeEncodeError:
         cure = "Save the file as UTF-8 and pair every \\ud800-\\udfff escape"
         refuse(Reason.BAD_UTF8, where, field, entry, "valid Unicode text", cure)

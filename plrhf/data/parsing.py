@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from plrhf.data.messages import (
@@ -77,15 +77,27 @@ def _split(raw: Mapping[str, Any], where: str) -> str | None:
 
 def _check_size(row: Row, where: str) -> None:
     """Refuse a row whose texts have more than `LONGEST_ROW` bytes."""
-    prompt = row.prompt if isinstance(row.prompt, str) else json.dumps(row.prompt)
-    texts = (prompt, row.chosen, row.rejected, row.user_text or "", row.user_id)
-    if sum(map(len, texts)) * 4 <= LONGEST_ROW:  # a character takes at most four bytes
+    texts = (row.chosen, row.rejected, row.user_text or "", row.user_id)
+    if isinstance(row.prompt, str):
+        texts = (row.prompt, *texts)
+    else:
+        texts = (*(value for one in row.prompt for value in _message_texts(one)), *texts)
+    # A character takes at most six bytes, escaped in JSON.
+    if sum(map(len, texts)) * 6 + 100 * len(texts) <= LONGEST_ROW:
         return
+    if not isinstance(row.prompt, str):
+        texts = (json.dumps(row.prompt, ensure_ascii=False), *texts[-4:])
     size = sum(len(text.encode()) for text in texts)
     if size > LONGEST_ROW:
         cure = "Shorten its texts or leave the row out"
         allowed = f"texts of at most {LONGEST_ROW:,} bytes in all"
         refuse(Reason.TOO_LARGE, where, "row", f"{size:,} bytes", allowed, cure)
+
+
+def _message_texts(message: Message) -> Iterator[str]:
+    """Yield the values of a message as text; what is not text, as JSON."""
+    for value in message.values():
+        yield value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def parse_features(value: object, where: str) -> dict[str, float | str] | None:
