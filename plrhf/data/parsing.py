@@ -77,17 +77,17 @@ def _split(raw: Mapping[str, Any], where: str) -> str | None:
 
 def _check_size(row: Row, where: str) -> None:
     """Refuse a row whose texts have more than `LONGEST_ROW` bytes."""
-    texts = (row.chosen, row.rejected, row.user_text or "", row.user_id)
+    others = [row.chosen, row.rejected, row.user_text or "", row.user_id]
     if isinstance(row.prompt, str):
-        texts = (row.prompt, *texts)
+        prompt = [row.prompt]
     else:
-        texts = (*(value for one in row.prompt for value in _message_texts(one)), *texts)
+        prompt = [value for one in row.prompt for value in _message_texts(one)]
     # A character takes at most six bytes, escaped in JSON.
-    if sum(map(len, texts)) * 6 + 100 * len(texts) <= LONGEST_ROW:
+    if sum(map(len, prompt + others)) * 6 + 100 * len(prompt) <= LONGEST_ROW:
         return
     if not isinstance(row.prompt, str):
-        texts = (json.dumps(row.prompt, ensure_ascii=False), *texts[-4:])
-    size = sum(len(text.encode()) for text in texts)
+        prompt = [json.dumps(row.prompt, ensure_ascii=False)]
+    size = sum(len(text.encode()) for text in prompt + others)
     if size > LONGEST_ROW:
         cure = "Shorten its texts or leave the row out"
         allowed = f"texts of at most {LONGEST_ROW:,} bytes in all"
