@@ -61,7 +61,7 @@ class FiLM(Aggregator):
                 f"null with site={site}",
                 "Set aggregator.layer_width=null, or aggregator.site=last",
             )
-        self.after_trunk = self.shares_prompts = site == "last"
+        self.after_trunk = site == "last"
         self.user_dim = min(hidden_size, DEFAULT_USER_DIM[site]) if user_dim is None else user_dim
         self.n_sites = 1 if self.after_trunk else n_blocks
         self.output_size = hidden_size if layer_width is None else layer_width
@@ -84,6 +84,16 @@ class FiLM(Aggregator):
             gamma = self.to_film.weight[: self.width].detach().clone()
             learned = self.to_film.weight.requires_grad
             self.to_film.weight = nn.Parameter(gamma, requires_grad=learned)
+
+    def reward_terms(
+        self, hidden: Tensor, direction: Tensor, user_dim: int
+    ) -> tuple[Tensor, Tensor] | None:
+        if not self.after_trunk or self.has_shift or user_dim > self.width:
+            return None
+        with torch.autocast(hidden.device.type, enabled=False):
+            weighted = self.layer(hidden).float() * direction
+            slopes = weighted @ self.to_film.weight if user_dim > 0 else weighted[:, :0]
+            return weighted.sum(dim=-1), slopes
 
     def film(self, user: Tensor) -> Tensor:
         """Map user vectors [..., D] to gamma and beta of each site, [..., n_sites, 2, d] float32.

@@ -169,7 +169,7 @@ def read_method(
 
 
 def build_trial(trial: Trial, data: PreferenceData, backbone: Backbone) -> PersonalRewardModel:
-    """Build the model of a trial with the start that ``train.py`` gives it."""
+    """Build the model of a trial with the random start that ``train.py`` gives it."""
     config = trial.config
     lightning.seed_everything(config.seed, verbose=False)
     model = build_run_model(config, data, backbone, config.backbone.path or "")
@@ -180,4 +180,15 @@ def build_trial(trial: Trial, data: PreferenceData, backbone: Backbone) -> Perso
             "one that acts after the trunk",
             "Set aggregator.site=last",
         )
+    return model
+
+
+def started_trial(
+    trial: Trial, method: Method, data: PreferenceData, backbone: Backbone
+) -> PersonalRewardModel:
+    """Build the model of a trial with the start values that the train pairs give it."""
+    model = build_trial(trial, data, backbone)
+    seen = data.restrict_to("train", "val")
+    total_steps = method.training.total_steps(len(seen.train_dataloader()))
+    model.initialise(seen, total_steps=total_steps)
     return model

@@ -16,8 +16,16 @@ from plrhf.backbone.model import Backbone
 from plrhf.cli.assemble import build_data, open_backbone, print_lines
 from plrhf.cli.config import RunConfig
 from plrhf.cli.eval_config import EvalConfig, RefereeTask, overrides_of
-from plrhf.cli.methods import Method, Trial, build_trial, method_names, read_method
+from plrhf.cli.methods import (
+    Method,
+    Trial,
+    build_trial,
+    method_names,
+    read_method,
+    started_trial,
+)
 from plrhf.core.errors import bad_value
+from plrhf.data.dataset import TextValues
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import SPLITS, content_hash
 from plrhf.evaluation.few_shot import FewShotOptions
@@ -31,7 +39,7 @@ from plrhf.referee.protocol import referee_job
 from plrhf.referee.store import JobRecord, Store
 from plrhf.reporting import tables
 
-LOADING = ("batch_size", "eval_batch_size", "batch_tokens")
+LOADING = ("batch_size", "eval_batch_size", "batch_tokens", "users_per_batch")
 """Settings of data that change how batches are made and not which pairs there are."""
 
 
@@ -137,7 +145,7 @@ class Bench:
     of: tuple[str, int]
     task: RefereeTask
     _data: dict[str, tuple[PreferenceData, Backbone, set[str]]] = field(default_factory=dict)
-    _mapped: dict[str, PreferenceData] = field(default_factory=dict)
+    _vectors: dict[str, dict[str, TextValues | None]] = field(default_factory=dict)
     _facts: Facts | None = None
 
     def run(self, job: Job) -> Iterator[tuple[JobRecord, Any]]:
@@ -158,7 +166,7 @@ class Bench:
         shots = FewShots.draw(data, given, options, seed=job.seed)
 
         def build(trial: Trial) -> PersonalRewardModel:
-            return build_trial(trial, data, backbone)
+            return started_trial(trial, method, data, backbone)
 
         facts = self.facts_of(config, data)
         result = referee_job(
@@ -214,26 +222,30 @@ class Bench:
         self, method: Method, data: PreferenceData, backbone: Backbone
     ) -> PreferenceData:
         """Return the rows with a vector for every text, of the kind that the method asks for."""
-        config = method.config
-        settings = config.data.model_dump(mode="json", exclude=set(LOADING))
-        key = content_hash(settings, config.model["pooling"], method.referee.features)
-        if key not in self._mapped:
-            mapped = copy(data)
-            mapped.datasets = {name: copy(one) for name, one in data.datasets.items()}
-            if method.referee.features == "text":
-                model = build_trial(method.trials[0], data, backbone)
-                trainer = Trainer(
-                    accelerator="cpu",
-                    devices=1,
-                    logger=False,
-                    enable_checkpointing=False,
-                    enable_progress_bar=False,
-                    enable_model_summary=False,
-                )
-                prepare(model, mapped, trainer, cache_dir=Path(config.cache_dir))
-            else:
-                mapped = with_features(mapped, method.referee.features)
-            self._mapped[key] = mapped
-        loaded = copy(data)
-        loaded.datasets = self._mapped[key].datasets
-        return loaded
+        config, kind = method.config, method.referee.features
+        settings = config.data.model_dump(mode="json", exclude={*LOADING, "shuffle_users"})
+        model = build_trial(method.trials[0], data, backbone) if kind == "text" else None
+        key = content_hash(settings, kind, None if model is None else model.pooled_name)
+        mapped = copy(data)
+        mapped.datasets = {name: copy(one) for name, one in data.datasets.items()}
+        if key in self._vectors:  # the same texts, whoever chose
+            for name, dataset in mapped.datasets.items():
+                dataset.hidden = self._vectors[key][name]
+        elif model is not None:
+            prepare(model, mapped, plain_trainer(), cache_dir=Path(config.cache_dir))
+        else:
+            mapped = with_features(mapped, kind)
+        self._vectors[key] = {name: one.hidden for name, one in mapped.datasets.items()}
+        return mapped
+
+
+def plain_trainer() -> Trainer:
+    """Return a trainer that writes nothing, for what asks on which device to compute."""
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )

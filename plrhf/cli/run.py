@@ -125,7 +125,7 @@ def train_personal(
         # Loading draws random numbers, more or fewer by backbone; the start of what is learned must not.
         lightning.seed_everything(config.seed, verbose=False)
         model = build_run_model(config, data, backbone, path)  # of the users whose rows fit
-        data.fit_to_model(max_positions=model.max_positions, user_slots=model.user_slots)
+        data.fit_to_model(max_positions=model.max_positions, n_user_vectors=model.n_user_vectors)
         if isinstance(model, PersonalDPOPolicy):
             requested_rows(model, data, config.samples)
         probes = probe(data.splits)

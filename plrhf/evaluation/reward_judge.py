@@ -127,7 +127,7 @@ class RewardJudge(Judge):
             layout=LAYOUTS[self.model.backbone.layout],
             user_index=index if self.users == "own" else {},
             schema=card.feature_schema(),
-            user_slots=self.model.user_slots,
+            n_user_vectors=self.model.n_user_vectors,
         )
 
     def _tokens(self, row: Row) -> TokenPair:

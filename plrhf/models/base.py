@@ -20,7 +20,6 @@ from plrhf.core import losses
 from plrhf.core.checks import Fraction, check_arguments
 from plrhf.core.components import construct
 from plrhf.core.errors import bad_value
-from plrhf.core.row_packing import NO_USER
 from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
 from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
@@ -91,22 +90,14 @@ class PersonalModule(LightningModule):
         self.backbone = backbone
         self.encoder = encoder
         self.aggregator = aggregator
-        if aggregator.needs_causal and not backbone.causal:
-            raise bad_value(
-                "aggregator.position",
-                "after_prompt",
-                f"before with {backbone.config.model_type}, which reads a whole row at once",
-                "Set aggregator.position=before",
-            )
         self.optim = Optim() if optim is None else optim
         self.has_user_vectors = encoder.generic(1).shape[1] > 0
+        self.n_user_vectors = aggregator.n_positions if self.has_user_vectors else 0
         if not self.has_user_vectors:  # what maps user vectors would never learn
             for parameter in user_maps(aggregator):
                 parameter.requires_grad_(False)
         # An encoder that does not tell users apart gives both contexts the same vectors.
         self.alpha = alpha if encoder.personal else 1.0
-        n_contexts = len(losses.contexts(self.alpha))
-        self.user_slots = aggregator.user_slots(n_contexts) if self.has_user_vectors else NO_USER
         self.reduction = Reduction(reduce, n_users=n_users)
         self.inner = None if inner is None else construct(Inner, inner, "model.inner")
         self.strict_loading = False  # checkpoints leave out frozen weights
@@ -176,7 +167,7 @@ class PersonalModule(LightningModule):
 
     def without_user(self, batch: PreferenceBatch) -> PreferenceBatch:
         """Compute all of a batch that does not depend on the user, for calls with many user vectors."""
-        return self.aggregator.without_user(self.backbone, batch)
+        return batch
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Parameters that are neither language model nor user model."""
@@ -376,16 +367,21 @@ class PersonalModule(LightningModule):
         self._catch_up(batch.user_id)
 
     def on_validation_start(self) -> None:
-        self._finish_users()
+        self._catch_up()
+        self.finish_users(self._train_pairs)
 
     def on_train_end(self) -> None:
-        self._finish_users()
-
-    def _finish_users(self) -> None:
-        """Bring the rows of all train users to where the steps taken leave them."""
         self._catch_up()
+        self.finish_users(self._train_pairs)
+
+    def finish_users(self, train: Callable[[], PairDataset]) -> None:
+        """Bring the rows of all train users to where the steps taken leave them.
+
+        Args:
+            train: gives the train pairs, where they are needed.
+        """
         if self.inner is not None:
-            fit_train_users(self, self._train_pairs(), self.inner)
+            fit_train_users(self, train(), self.inner)
 
     def _catch_up(self, rows: Tensor | None = None) -> None:
         """Decay rows of sparse tables, all or those of a batch, as far as the steps taken ask for."""

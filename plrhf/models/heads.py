@@ -56,6 +56,11 @@ class RewardHead(nn.Module, ABC):
         return rewards[..., 0] - rewards[..., 1], rewards
 
     @property
+    def direction(self) -> Tensor | None:
+        """The w of a reward w . h that is the same for all users, [hidden_size]; None for other heads."""
+        return None
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the head's weights."""
         return next((one.dtype for one in self.parameters()), torch.float32)
@@ -70,6 +75,10 @@ class LinearHead(RewardHead):
         super().__init__()
         self.weight = nn.Linear(hidden_size, 1, bias=False).weight
         nn.init.normal_(self.weight, std=hidden_size**-0.5)
+
+    @property
+    def direction(self) -> Tensor | None:
+        return self.weight[0]
 
     def forward(self, hidden: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
         return nn.functional.linear(hidden, self.weight).squeeze(-1).float()

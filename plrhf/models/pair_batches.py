@@ -38,7 +38,7 @@ def dataset_of(
         layout=LAYOUTS[model.backbone.layout],
         user_index={},
         schema=model.card.feature_schema(),
-        user_slots=model.user_slots,
+        n_user_vectors=model.n_user_vectors,
     )
     device = next(model.parameters()).device
 

@@ -139,9 +139,7 @@ class PersonalRewardModel(PersonalModule):
         return {"hidden": self.pooled_trunk} if self.aggregator.after_trunk else {}
 
     def without_user(self, batch: PreferenceBatch) -> PreferenceBatch:
-        if not self.aggregator.after_trunk:
-            return super().without_user(batch)
-        if batch.hidden is not None:
+        if not self.aggregator.after_trunk or batch.hidden is not None:
             return batch
         pooled = self.pooled_trunk(batch).flatten(0, 1)
         texts = torch.arange(len(pooled), device=pooled.device).view(len(batch), 2)
@@ -149,9 +147,7 @@ class PersonalRewardModel(PersonalModule):
 
     def hidden_for(self, batch: PreferenceBatch, user: Tensor) -> Tensor:
         # A trunk that does not depend on the user is run and pooled once for all contexts.
-        if self.aggregator.after_trunk:
-            batch = self.without_user(batch)
-        return super().hidden_for(batch, user)
+        return super().hidden_for(self.without_user(batch), user)
 
     def rewards(self, batch: PreferenceBatch) -> Tensor:
         """Compute rewards [B, 2] float32 of chosen and rejected responses for the users who chose."""
@@ -174,6 +170,21 @@ class PersonalRewardModel(PersonalModule):
         dtype = self.head.dtype
         with torch.autocast(pooled.device.type, enabled=False):  # which would round rewards
             return self.head.compare(pooled.to(dtype), user.to(dtype), batch)
+
+    def margins_for(self, batch: PreferenceBatch, user: Tensor) -> tuple[Tensor, Tensor]:
+        # Where rewards are linear in user vectors, texts are reduced to their terms before pairs are made.
+        terms, direction = None, self.head.direction
+        if batch.hidden is not None and direction is not None:
+            terms = self.aggregator.reward_terms(batch.hidden, direction, user.shape[-1])
+        if terms is None:
+            return super().margins_for(batch, user)
+        assert batch.texts is not None
+        table = torch.cat([terms[0][:, None], terms[1]], dim=1)  # [M, 1 + D]
+        of_pair = nn.functional.embedding(batch.texts, table)  # [B, 2, 1 + D]
+        users = nn.functional.pad(user.float(), (1, 0), value=1.0)
+        of_context = users.view(-1, len(batch), 1, users.shape[1])
+        rewards = (of_pair * of_context).sum(dim=-1)  # [C, B, 2]
+        return rewards[..., 0] - rewards[..., 1], rewards
 
     def pair_loss(self, margins: Tensor, extra: Tensor) -> Tensor:
         loss = self.choice_loss(margins, target_margin=self.target_margin)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from plrhf.core.types import PreferenceBatch
+from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
 from plrhf.models.reward import PersonalRewardModel
 
@@ -80,7 +82,6 @@ class Stack:
 
     def __init__(self, models: Sequence[PersonalRewardModel]) -> None:
         self.models, self.template = models, models[0]
-        self._call = Call(self.template)
         states = [model_state(model) for model in models]
         self.weights = {name: torch.stack([one[name] for one in states]) for name in states[0]}
         self.learned = [
@@ -90,7 +91,8 @@ class Stack:
         ]
         for name in self.learned:
             self.weights[name].requires_grad_()
-        self.vmapped = True
+        # This reduction keeps what it saw of the users, each trial its own.
+        self.vmapped = self.template.reduction.kind != "tail"
 
     def __len__(self) -> int:
         return len(self.models)
@@ -98,21 +100,37 @@ class Stack:
     def call(self, method: str, batch: PreferenceBatch) -> tuple[Tensor, ...]:
         """Return what the method returns for each trial, tensors [T, ...]."""
 
-        def one(weights: Named) -> tuple[Tensor, ...]:
+        def one(model: nn.Module, weights: Named) -> tuple[Tensor, ...]:
             named = {f"model.{name}": value for name, value in weights.items()}
-            return tuple(functional_call(self._call, named, (method, batch)))
+            found = functional_call(Call(model), named, (method, batch), tie_weights=False)
+            return tuple(found)
 
         state = torch.get_rng_state()
         if self.vmapped:
             try:
-                return vmap(one, randomness="same")(self.weights)
+                return vmap(partial(one, self.template), randomness="same")(self.weights)
             except (RuntimeError, NotImplementedError):  # e.g. a branch that depends on values
                 self.vmapped = False
         found = []
-        for trial in range(len(self)):  # all draw the same dropout masks
+        for trial, model in enumerate(self.models):  # all draw the same dropout masks
             torch.set_rng_state(state)
-            found.append(one({name: value[trial] for name, value in self.weights.items()}))
+            found.append(one(model, {name: value[trial] for name, value in self.weights.items()}))
         return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
+
+    def train(self, mode: bool) -> None:
+        """Switch dropout and the like on or off."""
+        for model in self.models:
+            model.train(mode)
+
+    def finish_users(self, train: PairDataset) -> None:
+        """Bring rows of train users to where the steps taken leave them, where models ask for that."""
+        if self.template.inner is None:
+            return
+        self.load(self.weights)
+        for trial, model in enumerate(self.models):
+            model.finish_users(lambda: train)
+            for name, value in model_state(model).items():
+                self.weights[name].data[trial] = value
 
     def gradients(self, batch: PreferenceBatch) -> Named:
         """Return each trial's gradient of its own training loss, by name of what is learned."""
@@ -268,29 +286,34 @@ def train_side_by_side(
         data: with `PairDataset.hidden`; train and val alone are read.
     """
     seen = data.restrict_to("train", "val")
-    loader = seen.train_dataloader()
+    train, loader = seen.datasets["train"], seen.train_dataloader()
     total_steps = training.total_steps(len(loader))
+    for model in models:
+        model.reduction.count(train.user_id)
     stack = Stack(models)
     optimizer, factor = stacked_optimizer(stack, total_steps)
     best = BestWeights(stack, training)
     val = list(seen.val_dataloader())
     every = training.val_every_n_steps or len(loader)
-    stack.template.train()
+    stack.train(True)
     for step, batch in enumerate(_batches(loader, total_steps)):
         gradients = stack.gradients(batch)
         if training.gradient_clip_val is not None:
             clip(gradients, training.gradient_clip_val)
+        for model in models:
+            model.reduction.step()
         optimizer.step(gradients, factor(step))
         if len(val) > 0 and (step + 1) % every == 0:
+            stack.finish_users(train)
             found = validate(stack, val)
             column = 0 if training.monitor == "val/loss" else 1
             best.update(found[:, column], found, step + 1)
             if not best.going.any():
                 break
+    stack.finish_users(train)
     last = {name: one.detach() for name, one in stack.weights.items()}
     stack.load(best.weights if bool(best.step.any()) else last)
-    for model in models:
-        model.eval()
+    stack.train(False)
     return best.results()
 
 
@@ -305,12 +328,12 @@ def _batches(loader: Any, n_steps: int) -> Iterator[PreferenceBatch]:
 
 def validate(stack: Stack, batches: Sequence[PreferenceBatch]) -> Tensor:
     """Return val loss and micro accuracy of each trial, [T, 2] float64."""
-    stack.template.eval()
+    stack.train(False)
     total = torch.zeros(len(stack), 2, dtype=torch.float64)
     with torch.no_grad():
         for batch in batches:
             losses, margins = stack.call("loss", batch)  # each [T, B]
             correct = 0.5 * (margins.sign() + 1)
             total += torch.stack([losses.double().sum(1), correct.double().sum(1)], dim=1)
-    stack.template.train()
+    stack.train(True)
     return total / sum(len(batch) for batch in batches)

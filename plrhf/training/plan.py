@@ -9,17 +9,15 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from plrhf.core.checks import NonNegativeInt, PositiveFloat, check_arguments
-from plrhf.core.row_packing import RowPacking, UserSlots
 from plrhf.core.types import PreferenceBatch
 from plrhf.models.base import PersonalModule
 from plrhf.models.policy import PersonalDPOPolicy
@@ -80,11 +78,6 @@ class Workload:
     def tokens(self, *, two_rows: bool) -> int:
         """Count the tokens of a pair."""
         return (1 + two_rows) * self.prompt_tokens + 2 * self.response_tokens
-
-    def row_tokens(self, slots: UserSlots) -> int:
-        """Count the positions of a packed row whose user vectors are at `slots`."""
-        own = slots.n_vectors + 2 * self.response_tokens
-        return self.prompt_tokens + (slots.n_contexts or 1) * own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +207,7 @@ def trace(model: PersonalModule, work: Workload, *, half: torch.dtype | None) ->
     """
     cast = torch.autocast("cpu", dtype=half) if half else contextlib.nullcontext()
     n_pairs = work.pairs(two_rows=model.backbone.layout == "two_rows")
-    batch = fake_batch(model, work, -(-n_pairs // work.n_gpus), model.user_slots)
+    batch = fake_batch(model, work, -(-n_pairs // work.n_gpus))
     pooled = isinstance(model, PersonalRewardModel) and model.pooled_suffices
     if pooled:
         texts = torch.arange(2 * len(batch)).view(-1, 2)
@@ -229,8 +222,7 @@ def trace(model: PersonalModule, work: Workload, *, half: torch.dtype | None) ->
     reached = [one for one in model.parameters() if one.grad is not None]
     model.zero_grad()
 
-    slots = replace(model.user_slots, n_contexts=model.user_slots.n_contexts and 2)
-    batch = fake_batch(model, work, -(-work.eval_batch_size // work.n_gpus), slots)
+    batch = fake_batch(model, work, -(-work.eval_batch_size // work.n_gpus))
     with tracker_of(batch, work) as evaluation, torch.no_grad(), cast:
         model.eval()
         model.pooled_trunk(batch) if pooled else model.context_margins(batch)  # type: ignore[operator]
@@ -241,20 +233,11 @@ def trace(model: PersonalModule, work: Workload, *, half: torch.dtype | None) ->
     )
 
 
-def fake_batch(
-    model: PersonalModule, work: Workload, n_pairs: int, slots: UserSlots
-) -> PreferenceBatch:
-    """Make a batch of the work's shapes, without values, whose user vectors go to `slots`."""
-    together = model.backbone.layout == "packed"
+def fake_batch(model: PersonalModule, work: Workload, n_pairs: int) -> PreferenceBatch:
+    """Make a batch of the work's shapes, without values."""
     shape = (n_pairs, work.tokens(two_rows=False))
-    if not together:
+    if model.backbone.layout == "two_rows":
         shape = (2 * n_pairs, work.prompt_tokens + work.response_tokens)
-    packing = None
-    if slots.n_contexts is not None:
-        n_prompt, n_text = (np.full(shape[0], n) for n in (work.prompt_tokens, shape[1]))
-        packing = RowPacking.of_contexts(
-            n_prompt, n_text, slots, length=shape[1], together=together
-        )
     return PreferenceBatch(
         user_id=torch.zeros(n_pairs, dtype=torch.int64),
         features=torch.zeros(n_pairs, work.n_features),
@@ -262,7 +245,6 @@ def fake_batch(
         segment=torch.zeros(shape, dtype=torch.int64),
         position_ids=torch.zeros(shape, dtype=torch.int64),
         row=torch.zeros(n_pairs, dtype=torch.int64),
-        packing=packing,
     )
 
 
@@ -322,7 +304,7 @@ def _total(
         nvme=away["nvme"],
         communication=received * (1 - 1 / work.n_gpus),
         checkpoint=3 * (_bytes(learned) if zero3 is None else FLOAT * _count(learned)),
-        row_tokens=work.row_tokens(model.user_slots),
+        row_tokens=work.tokens(two_rows=False) + model.aggregator.n_positions,
         pairs=work.pairs(two_rows=model.backbone.layout == "two_rows") * work.accumulated_batches,
         n_users=n_users,
     )

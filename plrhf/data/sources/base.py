@@ -1,4 +1,4 @@
-"""The interface of all datasets: unchecked records and, if known, true preferences."""
+"""What every dataset gives: records to be checked, and where known the true margins."""
 
 from __future__ import annotations
 
@@ -15,45 +15,44 @@ _WHOLE = re.compile(r"(0|-?[1-9]\d*)\.0+")
 
 
 class Source(ABC):
-    """A dataset. It yields unchecked records, which `reading.read_rows` checks."""
+    """Where rows come from; one subclass a dataset, and checking is left to `reading.read_rows`."""
 
     @abstractmethod
     def records(self) -> Iterator[tuple[str, Mapping[str, Any] | Refusal]]:
-        """Yield each record with its place (``pairs.jsonl:17``), or the reason why it is refused."""
+        """Yield each record with its place (``pairs.jsonl:17``), or why it could not be read."""
 
     def oracle_margins(self) -> dict[str, float] | None:
-        """Return the true margin (log odds) of chosen over rejected by pair id; None if unknown.
+        """Return ``pair_id`` -> true margin (log odds) of chosen over rejected for its user.
 
-        Only synthetic data have true margins.
+        Only a synthetic world knows them; None for human data.
         """
         return None
 
     def world(self) -> str | None:
-        """Return a name of the synthetic world, in which a user id stands for its own person.
+        """Return what tells this source's people from people of the same ids elsewhere.
 
-        None for real data, where a user id is the same person in every run.
+        None for real people, of whom an id is the same person in every run.
         """
         return None
 
     def true_score(self, user_id: str, text: str) -> float | None:
-        """Return how much this user likes a text, in log odds; None if unknown."""
+        """Return how much this user likes a text, in log odds; None where nobody knows."""
         return None
 
     def profile(self, user_id: str) -> str | None:
-        """Return a description of this user for people to read, or None."""
+        """Return what a person may read about this user, or None."""
         return None
 
     def group(self, user_id: str) -> str | None:
-        """Return the name of this user's group, by which maps are coloured, or None."""
+        """Return the kind of user this one is known to be, by which a map is coloured, or None."""
         return None
 
 
 def id_as_text(value: object) -> object:
-    """Turn an id that is a whole number into text, and return any other value as it is.
+    """Return whole numbers as text and anything else as it is: tables often number their users.
 
-    ``1``, ``1.0`` and the text ``"1.0"`` are the same id, because a table column with gaps turns
-    integers into floats. A float from 2**53 on may stand for several integers, so `parse_row`
-    refuses it.
+    A column with gaps turns integers into floats, so that ``1``, ``1.0`` and the text ``"1.0"``
+    are one id. A float from 2**53 on stands for several whole numbers and is left to be refused.
     """
     if isinstance(value, str):
         return value.partition(".")[0] if _WHOLE.fullmatch(value) else value
@@ -69,10 +68,8 @@ def id_as_text(value: object) -> object:
 def refuse_shared_prompts(
     records: Iterable[tuple[str, Mapping[str, Any] | Refusal]],
 ) -> Iterator[tuple[str, Mapping[str, Any] | Refusal]]:
-    """Refuse records whose prompt is also in a later split, and yield all others.
-
-    Afterwards no ``prompt_id`` is in two splits. Test keeps all of its records.
-    """
+    """Yield the records, refusing those whose prompt a later split has too: test keeps all of its
+    own, then val, so that no ``prompt_id`` is in two splits."""
     kept = list(records)
     last: dict[str, int] = {}  # prompt_id -> place of the last split it is in
     for _, record in kept:

@@ -14,11 +14,11 @@ ENDINGS = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 
 @dataclass(frozen=True)
 class HubFiles:
-    """The files of a hub repository that hold a dataset.
+    """Which files of a hub repository hold a dataset.
 
     Args:
         name: repository, e.g. ``openai/summarize_from_feedback``.
-        patterns: names of the files, e.g. ``survey.jsonl`` or ``comparisons/*``.
+        patterns: of the files wanted, e.g. ``survey.jsonl``, ``comparisons/*``.
         revision: branch or commit; None: the main branch.
     """
 
@@ -27,10 +27,10 @@ class HubFiles:
     revision: str | None = None
 
     def download(self) -> Path:
-        """Download the files, unless the hub's client has them already, and return their directory.
+        """Return the directory that holds the files, fetched once and then kept by the hub's client.
 
         Raises:
-            ValueError: the files cannot be downloaded.
+            ValueError: they cannot be had.
         """
         from huggingface_hub import snapshot_download  # here, since local copies need no network
 
@@ -50,12 +50,11 @@ class HubFiles:
 def data_files(
     path: str | Sequence[str], *, hub: HubFiles | None = None, within: str | None = None
 ) -> list[Path]:
-    """Return the data files that a setting ``data.path`` stands for.
+    """Return the data files that `data.path` stands for: of the hub, of directories, or themselves.
 
     Args:
-        path: a file, a directory (all data files below it, sorted by name), a list of these, or the
-            name of `hub`.
-        within: if a directory has a folder of this name, only the files in that folder are taken.
+        path: a directory (all files below it, by name), a file, a list of these, or `hub`'s name.
+        within: a folder that the files lie in, where a directory has it.
 
     Raises:
         ValueError: nothing is there, or no file of `ENDINGS`.
@@ -83,15 +82,15 @@ def data_files(
 
 
 def is_data(path: Path) -> bool:
-    """Whether `read_files` can read a file with this ending."""
+    """Whether the ending is one that `read_files` reads."""
     return path.name.lower().endswith(ENDINGS)
 
 
 def files_by_stem(files: Sequence[Path], wanted: Collection[str]) -> dict[str, Path]:
-    """Find the files whose names up to the first dot are wanted.
+    """Return the file of each name before the first dot, of those wanted that are there.
 
     Raises:
-        ValueError: two files have the same wanted name.
+        ValueError: two files go by one wanted name.
     """
     found: dict[str, Path] = {}
     for file in files:
@@ -105,7 +104,7 @@ def files_by_stem(files: Sequence[Path], wanted: Collection[str]) -> dict[str, P
 
 
 def read_files(paths: Iterable[Path]) -> Iterator[tuple[str, Record]]:
-    """Yield each record of the files with its place, ``file:line`` or ``file:row``.
+    """Yield each record with its place, ``file:line`` (of a JSON list or parquet: ``file:row``).
 
     Raises:
         ValueError: a file is damaged.
