@@ -26,11 +26,11 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 
 @contextlib.contextmanager
 def cache_file(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
-    """Yield a path to write to; the file gets its name once it is complete.
+    """Yield a temporary path to write to; the complete file is then renamed.
 
-    The name is ``stem-DIGEST suffix`` with a hash of the content, by which `intact_files` finds out
-    that a file was damaged. A kill leaves no file under such a name, and of two processes that write
-    the same content one file stays. The folder is made; what dead writers left there is removed.
+    The final name ``stem-DIGEST suffix`` contains a hash of the content, by which `intact_files`
+    recognises damaged files. A kill leaves no file with such a name, and two processes that write the
+    same content leave one file. The folder is made, and temporary files of dead processes are removed.
 
     Raises:
         ValueError: the disk is full; the half-written file is removed.
@@ -49,10 +49,7 @@ def cache_file(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
 
 
 def intact_files(folder: Path, stem: str, suffix: str) -> list[Path]:
-    """Return the files that `cache_file` wrote under this stem, without those that were damaged.
-
-    Damaged files are removed, so that they are made anew.
-    """
+    """Return the undamaged files that `cache_file` wrote with this stem, and delete damaged ones."""
     intact = []
     for path in sorted(folder.glob(f"{stem}-*{suffix}")):
         try:
@@ -66,7 +63,7 @@ def intact_files(folder: Path, stem: str, suffix: str) -> list[Path]:
 
 
 def remove_abandoned_parts(folder: Path) -> None:
-    """Remove the half-written files of a folder whose writers are gone."""
+    """Delete the temporary files in a folder whose processes no longer run."""
     for part in folder.glob("*.part"):
         if PART.search(part.name) is None:
             continue
@@ -78,7 +75,7 @@ def remove_abandoned_parts(folder: Path) -> None:
 
 @contextlib.contextmanager
 def explain_full_disk(field: str, folder: str, cure: str) -> Iterator[None]:
-    """Turn the many errors by which libraries report a full disk into one clear line."""
+    """Turn any library's error for a full disk into one clear line."""
     try:
         yield
     except Exception as error:
@@ -88,7 +85,7 @@ def explain_full_disk(field: str, folder: str, cure: str) -> Iterator[None]:
 
 
 def _says_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, says that no space or quota is left."""
+    """Whether an error, or one that caused it, reports that no disk space or quota is left."""
     if error is None:
         return False
     if isinstance(error, OSError) and error.errno in FULL:

@@ -24,18 +24,18 @@ TEMPLATE_ERRORS = (
 
 
 class TemplateRefusal(Exception):
-    """Why a chat template cannot write a conversation, on one line."""
+    """A chat template cannot write a conversation; the message says why on one line."""
 
 
 @dataclass(frozen=True)
 class RenderedPrompt:
-    """A prompt as text.
+    """A prompt as the chat template writes it.
 
     Attributes:
-        text: with hidden spellings, see `TextEncoder.hide`.
-        continues: whether it ends within an assistant's turn, which the response goes on with.
-        trimmed: white space at the end of that turn that the template leaves out; the response
-            begins with it, so that both together say what was written.
+        text: with the spellings of control tokens hidden, see `TextEncoder.hide`.
+        continues: whether it ends inside an assistant's turn, which the response continues.
+        trimmed: white space at the end of that turn that the template leaves out. The response begins
+            with it, so that prompt and response together are complete.
     """
 
     text: str
@@ -44,7 +44,7 @@ class RenderedPrompt:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, and what asking it on probes tells about its conversations.
+    """A tokenizer's chat template. Its properties are found by rendering short test conversations.
 
     Args:
         tokenizer: with a chat template.
@@ -65,13 +65,13 @@ class ChatTemplate:
 
     @cached_property
     def takes_system(self) -> bool:
-        """Whether a system turn is written rather than refused or left out."""
+        """Whether the template writes system turns (it may refuse them or leave them out)."""
         system = {"role": "system", "content": SECOND_PROBE}
         return SECOND_PROBE in (self._probe([system, *_turns(PROBE)]) or "")
 
     @cached_property
     def trims(self) -> bool:
-        """Whether white space around a response is left out."""
+        """Whether the template strips white space around a response."""
         trimmed, whole = (
             self._probe(_turns(PROBE, one)) for one in (SECOND_PROBE, f" {SECOND_PROBE} ")
         )
@@ -79,10 +79,10 @@ class ChatTemplate:
 
     @cached_property
     def response_edges(self) -> tuple[str, str]:
-        """What stands before and after a response within its turn.
+        """The texts that the template puts before and after a response within its turn.
 
-        Before it: white space that the template puts behind the generation prompt, if any. After
-        it: up to the control token that ends the turn; the tokenizer's end token if there is none.
+        Before: white space behind the generation prompt, if any. After: all up to the control token
+        that ends the turn, or the tokenizer's end token if there is no such token.
         """
         asked = self._probe(_turns(PROBE), add_generation_prompt=True) or ""
         turns_alone = self._probe(_turns(PROBE)) or ""
@@ -106,7 +106,7 @@ class ChatTemplate:
         return ("" if lead.strip() else lead), after
 
     def response(self, text: str, prompt: RenderedPrompt) -> str:
-        """Return a response with what stands around it in its turn, control tokens meant."""
+        """Return a response with the texts around it in its turn, see `response_edges`."""
         before, after = self.response_edges
         text = self.encoder.hide(text)
         if self.trims:
@@ -116,10 +116,10 @@ class ChatTemplate:
     def prompt(
         self, messages: Sequence[Message], *, user_text: str | None = None, separator: str = "\n"
     ) -> RenderedPrompt:
-        """Write a prompt up to where the response begins.
+        """Render a prompt up to the beginning of the response.
 
-        The user text goes into the system turn, or before the first user's content where the
-        template takes no system turn. A last turn of the assistant is left open.
+        The user text goes into the system turn or, if the template takes none, in front of the first
+        user turn. If the last turn is the assistant's, it is left open.
 
         Raises:
             TemplateRefusal: the template refuses the conversation, or would leave out a part of it.
@@ -158,7 +158,7 @@ class ChatTemplate:
         raise TemplateRefusal("no turn has room for user_text")
 
     def _render(self, messages: list[Message], *, continues: bool) -> str:
-        """Write messages; null content stays null unless the template would print it as a word."""
+        """Render messages. Null content is made empty if the template would print it as a word."""
         how = {"continue_final_message": continues, "add_generation_prompt": not continues}
         if all(one["content"] is not None for one in messages):
             return self._apply(messages, **how)
@@ -207,7 +207,7 @@ def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int | None:
-    """Return the token that ends a response in the tokenizer's chats; None without a template."""
+    """Return the token that ends a response in a chat; None if the tokenizer has no template."""
     if getattr(tokenizer, "chat_template", None) is None:
         return None
     template = ChatTemplate(tokenizer)
@@ -216,7 +216,7 @@ def end_of_turn(tokenizer: Tokenizer) -> int | None:
 
 
 def exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """Divide a conversation into its system turns and its exchanges, each from a user's turn on."""
+    """Divide a conversation into system turns and exchanges. An exchange begins with a user turn."""
     opening = 0
     while opening < len(messages) and messages[opening]["role"] in SYSTEM_ROLES:
         opening += 1
@@ -231,7 +231,7 @@ def exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Mes
 
 
 def _turns(*contents: str) -> list[Message]:
-    """Return a conversation of these contents, user and assistant in turn."""
+    """Return a conversation with these contents, in which user and assistant alternate."""
     return [
         {"role": ("user", "assistant")[place % 2], "content": content}
         for place, content in enumerate(contents)
@@ -239,7 +239,7 @@ def _turns(*contents: str) -> list[Message]:
 
 
 def _check_written(message: Message, text: str) -> None:
-    """Raise a `TemplateRefusal` where the template has left out what a message says or calls."""
+    """Raise a `TemplateRefusal` if a rendered text lacks the content or a tool call of a message."""
     for call in message.get("tool_calls") or ():
         called = call.get("function", call) if isinstance(call, dict) else {}
         name = called.get("name") if isinstance(called, dict) else None

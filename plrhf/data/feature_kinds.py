@@ -21,19 +21,18 @@ MISSING_VALUES = frozenset({"", "-", "?", "n/a", "na", "nan", "none", "null", "<
 def settle_features(
     people: Sequence[Person], kinds: FeatureKinds | None = None
 ) -> tuple[list[Person], dict[int, str]]:
-    """Give every feature one kind of value.
+    """Decide for each feature whether it is a number or a category, and convert all values to that.
 
-    A feature is a number if most people's values are; each person counts once. There, numbers
-    written as text are read as numbers, words for a missing value (`MISSING_VALUES`) count as
-    missing, and any other text is an error of that person's rows. In a category, a number is the
-    category of its digits.
+    A feature is a number if most users' values are numbers; each user counts once. In a number
+    feature, numbers written as text are converted, words for a missing value (`MISSING_VALUES`) count
+    as missing, and any other text is an error. In a category feature, a number becomes its text.
 
     Args:
-        people: whom rows are of; who says different things in different rows appears repeatedly.
-        kinds: of features that a model was trained on; others are decided here.
+        people: the users of rows. A user with different features in different rows appears repeatedly.
+        kinds: the kinds that a model was trained with; the kinds of other features are decided here.
 
     Returns:
-        The people with settled features, and index -> what is wrong with a person's features.
+        The users with converted features, and the error of a user's features by index.
     """
     decided = {**_majority(people), **(kinds or {})}
     settled: list[Person] = []
@@ -51,7 +50,7 @@ def settle_features(
 
 
 def as_kind(value: float | str, kind: Kind) -> float | str | None:
-    """Return the value as a number or as a category; None for a text that is no number."""
+    """Convert a value to a number or to a category; None for a text that is not a number."""
     if kind == "category":
         return value if isinstance(value, str) else f"{value:g}"
     if not isinstance(value, str):
@@ -64,7 +63,7 @@ def as_kind(value: float | str, kind: Kind) -> float | str | None:
 
 
 def not_a_number(name: str, value: object) -> ValueError:
-    """Return the error of a text in a feature that is a number for most people."""
+    """Return the error for a text in a feature that is a number for most users."""
     cure = "Write a number, or leave the feature out where it is not known"
     return bad_value(f"user_features.{name}", value, "a number, as most people have there", cure)
 
@@ -75,7 +74,7 @@ def is_missing(value: object) -> bool:
 
 
 def _majority(people: Sequence[Person]) -> dict[str, Kind]:
-    """Decide each feature's kind by the first value of every user; missing words do not vote."""
+    """Decide the kind of each feature by majority over users. Words for missing values don't count."""
     votes: dict[str, Counter[bool]] = {}
     voted: set[tuple[str, str]] = set()
     for person in people:

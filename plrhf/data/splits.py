@@ -31,16 +31,16 @@ VAL_FRACTION, TEST_FRACTION = 0.1, 0.2
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Rows by split, each in reading order.
+    """The rows of each split, in reading order.
 
     Attributes:
-        users: ids of the seen users, sorted; a user's index in the model is the place here + 1. A
-            test user who is not among them is an unseen one.
-        dropped: reason -> number of rows that are in no split.
-        shared_prompts: whether test was meant to hold pairs on prompts of train.
-        indices: of the rows of each split among all rows.
-        counted: indices of the rows by which users were counted: those of all users with enough pairs,
-            also of the unseen ones and of those beyond the largest number of users.
+        users: ids of the seen users, sorted. A user's index in the model is the index here plus 1. All
+            other users of test rows are unseen.
+        dropped: number of rows that are in no split, by reason.
+        shared_prompts: whether test pairs on prompts of train were asked for.
+        indices: indices of each split's rows among all rows.
+        counted: indices of the rows of all users with enough pairs, including unseen users and those
+            beyond the largest number of users.
     """
 
     train: Sequence[Row]
@@ -53,31 +53,31 @@ class Splits:
     counted: Indices = field(default_factory=lambda: np.empty(0, np.int64), compare=False)
 
     def content_hash(self, split: str) -> str:
-        """Hash all that the rows of a split hold, every field and their order.
+        """Hash every field and the order of a split's rows.
 
-        Two runs have the same hash of "test" exactly if they are evaluated on the same pairs of the
-        same people, whatever files the rows came from.
+        Two runs have the same hash of "test" if and only if they are evaluated on the same pairs of
+        the same users, whatever files the rows came from.
         """
         rows: Sequence[Row] = getattr(self, split)
         return (rows if isinstance(rows, Rows) else Rows.from_rows(rows)).content_hash()
 
 
 def uniform_hash(key: str, *, salt: str, seed: int) -> float:
-    """Hash a key to a number in [0, 1), uniformly over keys and alike in every process and version.
+    """Hash a key to a uniformly distributed number in [0, 1), the same in every process.
 
-    Unlike a draw from a generator it stays the same when other keys come or go.
+    Unlike a draw from a random generator, it does not change when other keys are added or removed.
 
     Args:
-        salt: what the number is for; draws with different salts are independent.
+        salt: purpose of the number. Numbers with different salts are independent.
     """
     digest = blake2b(json.dumps([salt, seed, key]).encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: more could round up to 1.0
 
 
 def is_unseen_user(user_id: str, *, seed: int, unseen_fraction: float) -> bool:
-    """Decide whether a user is among the fraction drawn to be unseen.
+    """Whether a user is among the fraction of users that are drawn to be unseen.
 
-    Sources that draw unseen users themselves call it too, so that both draw the same.
+    `split_rows` and the sources with a protocol of their own both call it, so they draw the same.
     """
     return uniform_hash(user_id, salt="unseen user", seed=seed) < unseen_fraction
 
@@ -168,7 +168,7 @@ def split_rows(
 def _which_users(
     pairs: NDArray[np.int64], *, at_least: int, at_most: int | None
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Decide which of U users have enough pairs, [U], and which of these may be trained on, [U].
+    """Decide which of U users have enough pairs, and which of these can be seen users, [U] each.
 
     Args:
         pairs: number of pairs by split and user, [3, U], users by id.
@@ -180,12 +180,15 @@ def _which_users(
 
 
 def prompt_keys(row: Row) -> tuple[str, str]:
-    """Return the keys by which a prompt is found again: its id, and its text, which may have two ids."""
+    """Return the keys of a row's prompt: its id and its text. Rows share a prompt if they share one."""
     return f"id {row.prompt_id}", f"text {row.prompt}"
 
 
 def prompt_kinds(rows: Sequence[Row], splits: Splits) -> list[str]:
-    """Say whether each row's prompt is in train: "seen" or "unseen", "unknown" without train rows."""
+    """Return for each row whether its prompt is in train: "seen", "unseen" or "unknown".
+
+    It is "unknown" if there are no train rows.
+    """
     if len(splits.train) == 0:
         return ["unknown"] * len(rows)
     known = np.isin(_prompt_hashes(rows), _prompt_hashes(splits.train))
@@ -194,16 +197,16 @@ def prompt_kinds(rows: Sequence[Row], splits: Splits) -> list[str]:
 
 
 def _prompt_hashes(rows: Sequence[Row]) -> NDArray[np.int64]:
-    """Hash each of the rows' `prompt_keys` to 64 bits, [N, 2], since sets of the keys would be large."""
+    """Hash the `prompt_keys` of each row to 64 bits, [N, 2]. Sets of the keys would take much memory."""
     hashes = (hash(key) for row in rows for key in prompt_keys(row))
     return np.fromiter(hashes, np.int64, 2 * len(rows)).reshape(-1, 2)
 
 
 def shuffle_users(rows: Rows, *, seed: int) -> Rows:
-    """Return the rows with their users (id, text and features) permuted over them.
+    """Permute the users (id, text and features) over the rows.
 
-    The control for personalisation: each user keeps their number of rows but not their choices,
-    so what a model still gains is not the person. For train and val rows; test keeps the truth.
+    This is a control: each user keeps their number of rows but not their choices, so whatever a model
+    still gains is not personal. It is applied to train and val rows; test rows stay true.
     """
     givers = list(range(len(rows)))
     random.Random(seed).shuffle(givers)
@@ -213,11 +216,11 @@ def shuffle_users(rows: Rows, *, seed: int) -> Rows:
 def all_as_test(
     rows: Rows, users: Sequence[str], *, fits: NDArray[np.bool_] | None = None
 ) -> Splits:
-    """Make all rows, or those of split "test" if rows carry one, the test rows of a trained model.
+    """Make all rows the test rows of a trained model. If rows carry a split, only "test" is taken.
 
     Args:
-        users: whom the model was trained on.
-        fits: whether each row is short enough, [N]; None: all are. The others are left out.
+        users: ids of the users that the model was trained on.
+        fits: whether each row is short enough, [N]; other rows are left out. None: all are.
     """
     is_test = np.array([split in (None, "test") for split in rows.texts("split")], dtype=np.bool_)
     if not is_test.any():
@@ -237,7 +240,7 @@ def all_as_test(
 
 
 def with_shuffled_users(splits: Splits, *, seed: int) -> Splits:
-    """Permute users over train rows and over val rows; test rows keep the truth."""
+    """Apply `shuffle_users` to train and to val rows; test rows stay true."""
     train, val = splits.train, splits.val
     assert isinstance(train, Rows) and isinstance(val, Rows)
     return replace(
@@ -246,7 +249,7 @@ def with_shuffled_users(splits: Splits, *, seed: int) -> Splits:
 
 
 def _users(rows: Rows) -> tuple[list[str], NDArray[np.int64]]:
-    """Return the ids of the users, sorted, and each row's index among them, [N]."""
+    """Return the sorted ids of the users, and for each row the index of its user, [N]."""
     names = sorted({person.user_id for person in rows.people})
     place = {name: at for at, name in enumerate(names)}
     of_person = np.array([place[person.user_id] for person in rows.people], dtype=np.int64)
@@ -262,7 +265,7 @@ def _split_codes(
     seen_prompt_test_fraction: float,
     applied_by_source: Collection[str],
 ) -> Codes:
-    """Return each row's split: its own, or that of its prompt's hash on the unit interval."""
+    """Return each row's split: the one it carries, or else one drawn by a hash of its prompt."""
     own: dict[str | None, int] = {None: -1}
     own.update({name: place for place, name in enumerate(SPLITS)})
     codes = _codes(len(rows), (own[name] for name in rows.texts("split")))
@@ -322,7 +325,7 @@ def _check_settings(
 def _check_no_fractions(
     fractions: Mapping[str, float | None], seen_prompt_test_fraction: float
 ) -> None:
-    """Refuse fractions where rows carry a split: they would have no effect."""
+    """Raise if fractions are given although rows carry a split, where they have no effect."""
     for name, fraction in fractions.items():
         if fraction is not None:
             cure = f"Set data.{name}=null, or leave split out of every row"

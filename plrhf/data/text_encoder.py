@@ -30,7 +30,7 @@ BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
 def tokenizer_state(tokenizer: Tokenizer) -> list[Any] | None:
-    """Return, as JSON-able values, all of a tokenizer that decides tokens; None for a slow one."""
+    """Return a fast tokenizer's whole state as JSON-able values; None for a slow tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -53,12 +53,12 @@ def special_tokens(tokenizer: Tokenizer) -> set[str]:
 
 
 class TextEncoder:
-    """Encodes texts in which the spelling of a control token is text like any other.
+    """Encodes texts so that the spelling of a control token in a text is never the control token.
 
-    Of a fast tokenizer it takes a copy whose control tokens have names that no text contains. That
-    holds for every kind: `split_special_tokens` alone does not, as Unigram, WordLevel and some BPE
-    models find a control token's spelling in their vocabulary. Without control tokens' spellings in
-    a text the ids are those of the tokenizer itself.
+    It uses a copy of a fast tokenizer in which control tokens have names that no text contains. The
+    option `split_special_tokens` is not enough, because Unigram, WordLevel and some BPE models have
+    the spelling of a control token in their vocabulary. For all other texts the ids are those of the
+    tokenizer itself.
 
     Args:
         tokenizer: fast or slow.
@@ -78,7 +78,7 @@ class TextEncoder:
         self._backend = None if backend is None else _renamed(backend, self._name)
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """Return the ids of plain texts."""
+        """Encode texts, without special tokens."""
         if self._backend is None:
             return [self._slowly(text) for text in texts]
         return [
@@ -87,8 +87,10 @@ class TextEncoder:
         ]
 
     def hide(self, value: Any) -> Any:
-        """Replace the spellings of control tokens in all texts of messages by words of our own, so
-        that those a chat template writes can be told from them."""
+        """Replace the spellings of control tokens in messages by placeholders.
+
+        In the rendered chat, the control tokens of the template can then be told from them.
+        """
         if isinstance(value, str):
             return self.control.sub(lambda found: self._hidden[found[0]], value)
         if isinstance(value, dict):
@@ -102,7 +104,7 @@ class TextEncoder:
         return self._hidden_word.sub(lambda found: self._shown.get(found[0], found[0]), text)
 
     def encode_rendered(self, text: str) -> Ids:
-        """Return the ids of a text with hidden spellings, whose other control tokens are meant."""
+        """Encode a rendered chat: the template's control tokens, and hidden spellings as plain text."""
         if self._backend is not None:
             named = self.control.sub(lambda found: self._name[found[0]], text)
             return self.encode([self.show(named)])[0]
@@ -122,7 +124,11 @@ class TextEncoder:
 
 
 def _renamed(backend: Any, name: dict[str, str]) -> Any:
-    """Return a copy of a fast tokenizer's backend whose tokens in `name` go by that name."""
+    """Return a copy of a fast tokenizer's backend with renamed tokens.
+
+    Args:
+        name: new names by old name.
+    """
     from tokenizers import Tokenizer as Backend
 
     state = json.loads(backend.to_str())
@@ -151,7 +157,7 @@ _encoders: WeakKeyDictionary[Any, tuple[tuple[Any, ...], TextEncoder]] = WeakKey
 
 
 def text_encoder(tokenizer: Tokenizer, control: Collection[str]) -> TextEncoder:
-    """Return a tokenizer's encoder, made once: copying a vocabulary of 128,000 takes a second."""
+    """Return the `TextEncoder` of a tokenizer. It is cached, as making one takes up to a second."""
     key = (len(tokenizer), frozenset(control))
     found = _encoders.get(tokenizer)
     if found is None or found[0] != key:

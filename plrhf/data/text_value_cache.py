@@ -40,7 +40,7 @@ def text_values_key(
     precision: str,
     computed: Sequence[str],
 ) -> str:
-    """Hash all that decides the values of a text: values under another key are of another model.
+    """Hash everything that decides the values of a text, so that no other model's values are used.
 
     Library versions and `COMPUTATION` are hashed too.
 
@@ -70,7 +70,7 @@ def _canonical(config: object) -> object:
 
 
 class TextValueCache:
-    """Values of texts in a folder, where other runs on the same backbone find them.
+    """A folder of the values of texts, which all runs on the same backbone share.
 
     Every file is written once and never changed. Two processes that miss the same value at the same
     time both compute it. A damaged file is removed, and its values are computed anew.
@@ -87,11 +87,11 @@ class TextValueCache:
         self.order = np.argsort(self.keys, kind="stable")
 
     def find(self, texts: Sequence[TokenText]) -> tuple[Tensor | None, list[int]]:
-        """Look the texts up.
+        """Look up the values of texts.
 
         Returns:
-            Values [N, ...] float32 with zeros for texts that are not in the cache (None if the cache
-            is empty), and the indices of those texts.
+            The values [N, ...] float32, 0 for texts that are not in the cache (None if the cache is
+            empty), and the indices of the texts that are not in it.
         """
         if self.values is None:
             return None, list(range(len(texts)))
@@ -104,14 +104,14 @@ class TextValueCache:
         return torch.from_numpy(values), np.flatnonzero(~is_found).tolist()
 
     def add(self, texts: Sequence[TokenText], values: Tensor) -> None:
-        """Write the values [N, ...] of these texts to a file of their own."""
+        """Write the values [N, ...] of texts to a new file of the cache."""
         with cache_file(self.folder, "values", ".safetensors") as part:
             # `save_file` would put a file of its own, which only the owner can read, in the place.
             part.write_bytes(save({"keys": text_keys(texts), "values": values.float().numpy()}))
 
 
 def text_keys(texts: Sequence[TokenText]) -> NDArray[np.int64]:
-    """Hash each text to 64 bits, [N]; among 10 million texts two collide once in 400,000 tries."""
+    """Hash each text to 64 bits, [N]. Ten million texts collide with a probability of 1 in 400,000."""
     digests = (
         hashlib.blake2b(array("i", [len(prompt), *prompt, *response]).tobytes(), digest_size=8)
         for prompt, response in texts

@@ -20,12 +20,12 @@ TEXTS_PER_WRITE = 65_536
 
 
 class ResponseTexts(LazySequence[TokenText]):
-    """The (prompt, response) texts of pairs.
+    """The texts (prompt, response) of pairs, two for each pair.
 
     Text 2 i is the chosen response of pair i with its prompt, text 2 i + 1 the rejected one.
 
     Args:
-        numbers: of the texts that this sequence holds, in its order.
+        numbers: numbers of the texts in this sequence, in its order.
     """
 
     def __init__(self, pairs: Sequence[TokenPair], numbers: Indices) -> None:
@@ -46,7 +46,7 @@ class ResponseTexts(LazySequence[TokenText]):
 
 
 def distinct_texts(pairs: Sequence[TokenPair]) -> tuple[ResponseTexts, Tensor]:
-    """Find the distinct texts of pairs, by first appearance.
+    """Find the distinct texts of pairs, in order of first appearance.
 
     Returns:
         The M texts, and the index of each pair's chosen and rejected text among them, [N, 2] int64.
@@ -61,7 +61,7 @@ def distinct_texts(pairs: Sequence[TokenPair]) -> tuple[ResponseTexts, Tensor]:
 def texts_as_pairs(
     texts: Sequence[TokenText], *, share_prompts: bool
 ) -> tuple[list[TokenPair], Tensor]:
-    """Put texts into pairs, so that the code for pairs computes their values.
+    """Arrange texts as pairs, so that a function of batches of pairs can compute their values.
 
     Args:
         share_prompts: whether two texts of one prompt become one pair; otherwise each text becomes
@@ -127,7 +127,7 @@ def _own_values(
     *,
     share_prompts: bool,
 ) -> Tensor:
-    """Compute the values [N, ...] of this rank's shard of the texts; the others' are zero."""
+    """Compute the values [N, ...] of this rank's share of the texts; those of other ranks are 0."""
     pairs, indices = texts_as_pairs(texts, share_prompts=share_prompts)
     dataset = PairDataset.from_tokens(pairs)
     order = longest_first(dataset).tolist()

@@ -39,10 +39,10 @@ TOKENISATION = 3
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRow:
-    """A row's tokens and what was done to it.
+    """The tokens of a row, and whether they were truncated or refused.
 
     Attributes:
-        refused: why the chat template cannot write its prompt; its tokens are then empty.
+        refused: why the chat template refuses the prompt, or None; if refused, there are no tokens.
     """
 
     pair: TokenPair
@@ -55,12 +55,12 @@ EMPTY_PAIR = TokenPair((), (), ())
 
 
 class RowTokenizer:
-    """Rows -> token pairs, counting what is cut and what does not fit.
+    """Turns rows into token pairs, and counts what is truncated or too long.
 
-    A too-long prompt in text keeps its end, which holds the instruction, and the user text before
-    it. A too-long chat keeps system turn and user text and loses its oldest exchanges. A chat's
-    prompt is what its template writes, with no start token of ours, and its responses end as the
-    template ends an assistant's turn. Texts never become control tokens, see `TextEncoder`.
+    A plain prompt that is too long keeps its end and the user text in front. A chat that is too long
+    loses its oldest exchanges, and keeps the system turn and the user text. The prompt of a chat is
+    what the template writes, with no start token added, and a response ends as the template ends an
+    assistant's turn. Texts never become control tokens, see `TextEncoder`.
 
     Args:
         tokenizer: with an end or separator token.
@@ -154,7 +154,7 @@ class RowTokenizer:
         return kept, pairs
 
     def tokens(self, rows: Sequence[Row]) -> list[TokenizedRow]:
-        """Return the tokens of each row; texts that are new are tokenised at one go."""
+        """Return the tokens of each row. All new texts are tokenised in one call."""
         if len(self._ids) > MOST_TEXTS:
             self._ids.clear()
         plain = [row for row in rows if isinstance(row.prompt, str)]
@@ -176,7 +176,7 @@ class RowTokenizer:
             )
 
     def pair(self, row: Row) -> TokenPair:
-        """Return the tokens of one row, of responses however long.
+        """Return the tokens of one row; long responses are not truncated.
 
         Raises:
             RefusedRow: the chat template refuses the row.
@@ -205,10 +205,10 @@ class RowTokenizer:
             raise RefusedRow(Reason.CHAT_TEMPLATE, message) from refusal
 
     def digest(self) -> str | None:
-        """Hash all that decides the tokens of a text; None if the tokenizer cannot be serialised.
+        """Hash everything that decides the tokens of a text; None if that is not possible.
 
-        This is the tokenizer's class and whole state, the settings, the versions of the libraries that
-        apply them, and `TOKENISATION`.
+        This is the tokenizer's class and state, the settings, the versions of the libraries, and
+        `TOKENISATION`. A slow tokenizer cannot be hashed.
         """
         state = tokenizer_state(self.tokenizer)
         if state is None:
@@ -231,8 +231,10 @@ class RowTokenizer:
         return TokenPair(prompt, *(found or ((), ()))), cut
 
     def _fitted(self, pair: TokenPair, prompt_cut: bool) -> TokenizedRow:
-        """Cut responses that are longer than `max_tokens` leaves room for, where this is asked for
-        and leaves two different responses; else the row stays too long."""
+        """Truncate responses to what fits into `max_tokens`, if the settings ask for it.
+
+        Responses that would become equal are not truncated, so the row stays too long.
+        """
         room = self.max_tokens - len(pair.prompt)
         if (
             pair.longest <= self.max_tokens
@@ -284,8 +286,10 @@ class RowTokenizer:
 
     @cached_property
     def _after_plain(self) -> str:
-        """The last character before a response, where the tokenizer would take a response alone for
-        the beginning of a text and put a space there; else nothing."""
+        """The last character before a response, or an empty text if the tokenizer needs no context.
+
+        Some tokenizers put a space in front of a text that is encoded alone.
+        """
         return self._context(self.separator[-1:] or ":")
 
     def _context(self, before: str) -> str:
@@ -336,8 +340,11 @@ class RowTokenizer:
         return ids, found
 
     def _shortened(self, row: Row, messages: Sequence[Message]) -> Ids:
-        """Cut a chat: its oldest exchanges first, then the beginning of the last exchange's first
-        turn; where system turn and user text alone are too long, tokens from the front."""
+        """Shorten a chat to `max_prompt_tokens`.
+
+        First its oldest exchanges go, then the beginning of the last exchange's user turn, and at last
+        tokens from the front, if system turn and user text alone are too long.
+        """
         system, groups = exchanges(messages)
         for first in range(1, len(groups)):
             ids, _ = self._rendered(row, [*system, *(one for g in groups[first:] for one in g)])
@@ -369,7 +376,7 @@ class RowTokenizer:
         return encoder.encode_rendered(written)
 
     def _chat_context(self, prompt: str) -> str:
-        """What of a prompt's end decides how the response behind it begins, see `_after_plain`."""
+        """Return the end of a prompt that affects the first tokens of a response, see `_after_plain`."""
         tokens = list(self.chat.encoder.control.finditer(prompt))
         if len(tokens) > 0 and tokens[-1].end() == len(prompt):
             return tokens[-1][0]
