@@ -17,13 +17,13 @@ from unittest.mock import patch
 import pandas as pd
 import pytest
 import torch
-from runs import ENVIRONMENT, ROOT, TINY, command, launch
+from runs import ENVIRONMENT, ROOT, TINY, command, launch, save_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from plrhf.training.zero import Stage3
 
-STEPS, MORE_STEPS = 6, 11  # of 5 an epoch
+STEPS = 11  # of 5 an epoch
 SETTINGS = [
     *TINY,
     *("backbone.lora.dropout=0", "optim.schedule=constant", "trainer.max_epochs=null"),
@@ -41,11 +41,10 @@ ON = {
 }
 
 
-def train(run_dir: Path, cache_dir: Path, *overrides: str) -> None:
-    places = (f"run_dir={run_dir}", f"cache_dir={cache_dir}")
+def train(run_dir: Path, *overrides: str) -> None:
     extensions = run_dir.with_name("extensions")
     done = subprocess.run(
-        command("train", *overrides, *places),
+        command("train", *overrides, f"run_dir={run_dir}"),
         env={**ENVIRONMENT, "TORCH_EXTENSIONS_DIR": str(extensions)},
         capture_output=True,
         text=True,
@@ -53,6 +52,30 @@ def train(run_dir: Path, cache_dir: Path, *overrides: str) -> None:
     assert done.returncode == 0, done.stderr
     assert not extensions.exists()  # a run killed while building one would block all later runs
     assert "WARNING" not in done.stdout and done.stderr == ""
+
+
+def train_killed(rank: int, run_dir: Path, *overrides: str) -> int:
+    """Train, and kill the process of a rank once it has saved; the step at which it left the run."""
+    last = run_dir / "checkpoints/last.ckpt"
+    before = last.stat().st_mtime_ns if last.is_file() else 0
+    process = subprocess.Popen(
+        command("train", *overrides, f"run_dir={run_dir}"),
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while process.poll() is None and not (last.is_file() and last.stat().st_mtime_ns > before):
+        time.sleep(0.002)
+    assert process.poll() is None
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill((process.pid, int(child))[rank], signal.SIGKILL)
+    assert process.wait() != 0
+    for _ in range(600):
+        if not runs_still(int(child)):
+            break
+        time.sleep(0.1)
+    assert not runs_still(int(child))
+    return int(torch.load(last, weights_only=True)["global_step"])
 
 
 def losses(run_dir: Path, name: str) -> list[float]:
@@ -66,49 +89,57 @@ def runs_still(process: int) -> bool:
     return stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: Any, cache_dir: Path) -> Any:
-    """A function of a model's name -> the run directory of one process, which trains it once."""
-    runs: dict[str, Path] = {}
+def forget_texts(cache_dir: Path) -> None:
+    """Remove what was computed of texts, that a run may compute it anew."""
+    for found in cache_dir.glob("texts-*"):
+        shutil.rmtree(found)
 
-    def run_of(name: str) -> Path:
-        if name not in runs:
-            runs[name] = tmp_path_factory.mktemp("alone") / name
-            end = f"trainer.max_steps={MORE_STEPS}"
-            train(runs[name], cache_dir, *SETTINGS, *MODELS[name], *ON["one"], end)
-        return runs[name]
 
-    return run_of
+def kept_texts(cache_dir: Path) -> list[Path]:
+    return sorted(cache_dir.glob("texts-*/*.safetensors"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "first", "then"),
-    [
-        ("reward", "zero3", "zero3"),
-        ("reward", "ddp", "zero3"),
-        ("dpo", "zero3", "one"),
-        ("dpo", "ddp", "ddp"),
-    ],
-)
-def test_two_processes_learn_what_one_learns(
-    name: str, first: str, then: str, alone: Any, tmp_path: Path, cache_dir: Path
+def test_a_reward_model_learns_what_one_process_learns_through_kills(
+    tmp_path: Path, cache_dir: Path
 ) -> None:
-    one, two = alone(name), tmp_path / "two"
-    settings, to_the_end = [*SETTINGS, *MODELS[name]], f"trainer.max_steps={MORE_STEPS}"
-    for found in cache_dir.glob("texts-*"):  # two processes compute them anew, and share them
-        shutil.rmtree(found)
-    train(two, cache_dir, *settings, *ON[first], f"trainer.max_steps={STEPS}")
-    kept = sorted(cache_dir.glob("texts-*/*.safetensors"))
-    assert len(kept) == (3 if name == "dpo" else 0)  # of train, val and test
-    train(two, cache_dir, *settings, *ON[then], to_the_end, "ckpt=last")
-    assert sorted(cache_dir.glob("texts-*/*.safetensors")) == kept  # all was found
+    """By ZeRO until its first process is killed, then by DDP until its second is."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = [*SETTINGS, *MODELS["reward"], f"trainer.max_steps={STEPS}"]
+    settings.append(f"cache_dir={cache_dir}")
+    forget_texts(cache_dir)
+    launch("train", *settings, *ON["one"], f"run_dir={one}")
+    settings.append("trainer.checkpoint_every_n_steps=1")
+    step = train_killed(0, two, *settings, *ON["zero3"])
+    later = train_killed(1, two, *settings, *ON["ddp"], "ckpt=last")
+    assert 1 <= step < later < STEPS
+    train(two, *settings, *ON["ddp"], "ckpt=last")
+    assert kept_texts(cache_dir) == []  # behind a soft prompt nothing of a text stays the same
+    assert_same_runs(one, two)
+
+
+@pytest.mark.slow
+def test_a_policy_learns_what_one_process_learns_on_any_processes(
+    tmp_path: Path, cache_dir: Path
+) -> None:
+    """By DDP, then by ZeRO, then on one process."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = [*SETTINGS, *MODELS["dpo"], f"cache_dir={cache_dir}"]
+    to_the_end = [*settings, *ON["one"], f"trainer.max_steps={STEPS}"]
+    launch("train", *to_the_end, f"run_dir={one}")
+    forget_texts(cache_dir)  # two processes compute them anew, and share them
+    train(two, *settings, *ON["ddp"], "trainer.max_steps=4")
+    kept = kept_texts(cache_dir)
+    assert len(kept) == 3  # of train, val and test
+    train(two, *settings, *ON["zero3"], "trainer.max_steps=8", "ckpt=last")
+    launch("train", *to_the_end, f"run_dir={two}", "ckpt=last")
+    assert kept_texts(cache_dir) == kept  # all was found
     assert_same_runs(one, two)
 
 
 def assert_same_runs(one: Path, two: Path) -> None:
     """Two runs learned the same, but for how sums over processes round."""
-    assert len(losses(one, "train/loss")) == MORE_STEPS
+    assert len(losses(one, "train/loss")) == STEPS
     for metric in ("train/loss", "train/accuracy", "val/loss", "val/accuracy_macro"):
         # At first the policy is all but its reference, and the sign of a margin is rounding.
         first = 3 if metric == "train/accuracy" else 0
@@ -132,15 +163,19 @@ def assert_same_runs(one: Path, two: Path) -> None:
 
 
 @pytest.mark.slow
-def test_supervised_on_two_processes(tmp_path: Path, cache_dir: Path) -> None:
-    first = tmp_path / "first"
-    settings = [*SETTINGS, "model=sft", "data.batch_size=15", "optim.lr=1e-3"]
-    train(first, cache_dir, *settings, *ON["one"], "trainer.max_steps=2")
-    settings.append(f"backbone.path={first / 'export'}")
+def test_a_supervised_model_learns_what_one_process_learns_through_a_kill(
+    tmp_path: Path, cache_dir: Path
+) -> None:
+    """By ZeRO, until its second process is killed, and by ZeRO to the end."""
     one, two = tmp_path / "one", tmp_path / "two"
-    train(one, cache_dir, *settings, *ON["one"], "trainer.max_steps=7")
-    train(two, cache_dir, *settings, *ON["zero3"], "trainer.max_steps=4")
-    train(two, cache_dir, *settings, *ON["zero3"], "trainer.max_steps=7", "ckpt=last")
+    settings = [*SETTINGS, "model=sft", "data.batch_size=15", "optim.lr=1e-3"]
+    settings += [f"backbone.path={save_model(tmp_path / 'model')}", "trainer.max_steps=7"]
+    settings.append(f"cache_dir={cache_dir}")
+    launch("train", *settings, *ON["one"], f"run_dir={one}")
+    settings.append("trainer.checkpoint_every_n_steps=1")
+    step = train_killed(1, two, *settings, *ON["zero3"])
+    assert 1 <= step < 7
+    train(two, *settings, *ON["zero3"], "ckpt=last")
     for metric in ("train/loss", "val/loss"):
         assert losses(two, metric) == pytest.approx(losses(one, metric), abs=1e-4), metric
     models = [AutoModelForCausalLM.from_pretrained(run / "export") for run in (one, two)]
@@ -148,36 +183,6 @@ def test_supervised_on_two_processes(tmp_path: Path, cache_dir: Path) -> None:
     assert states[0].keys() == states[1].keys()
     for key, value in states[0].items():
         torch.testing.assert_close(states[1][key], value, atol=1e-4, rtol=0, msg=key)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_all_and_the_run_goes_on(
-    rank: int, tmp_path: Path, cache_dir: Path
-) -> None:
-    settings = [*SETTINGS, *MODELS["reward"], *ON["zero3"], "trainer.checkpoint_every_n_steps=1"]
-    settings += [f"trainer.max_steps={3 * MORE_STEPS}", f"cache_dir={cache_dir}"]
-    run = tmp_path / "run"
-    process = subprocess.Popen(
-        command("train", *settings, f"run_dir={run}"), env=ENVIRONMENT, stderr=subprocess.DEVNULL
-    )
-    last = run / "checkpoints/last.ckpt"
-    while process.poll() is None and not last.is_file():
-        time.sleep(0.002)
-    assert process.poll() is None
-    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill((process.pid, int(child))[rank], signal.SIGKILL)
-    assert process.wait() != 0
-    for _ in range(600):
-        if not runs_still(int(child)):
-            break
-        time.sleep(0.1)
-    assert not runs_still(int(child))
-    step = torch.load(last, weights_only=True)["global_step"]
-    assert 1 <= step < 3 * MORE_STEPS
-    settings[-2] = f"trainer.max_steps={step + 2}"
-    train(run, cache_dir, *settings, "ckpt=last")
-    assert torch.load(last, weights_only=True)["global_step"] == step + 2
 
 
 @pytest.mark.slow
@@ -238,11 +243,3 @@ def test_a_checkpoint_of_another_encoder_is_refused_once(
         "encoder lookup ("
     )
     assert done.stderr.count("\n") == 1
-
-
-def test_deepspeed_is_loaded_for_sharded_runs_alone() -> None:
-    code = "import sys, plrhf.cli.run; print('deepspeed' in sys.modules)"
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    assert out.stdout.split() == ["False"]

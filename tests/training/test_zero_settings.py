@@ -16,7 +16,7 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from runs import ENVIRONMENT, ROOT, TINY, check_run, command, composed, save_model
+from runs import ENVIRONMENT, ROOT, TINY, check_run, command, composed, launch, save_model
 from safetensors.torch import load_file
 
 from plrhf.cli.planning import forecast
@@ -198,56 +198,48 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
-def test_runs_that_others_start(launcher: str, tmp_path: Path) -> None:
-    """SLURM's variables stand in for SLURM: Lightning knows no more of it.
-
-    Also: what is exported is gathered, and no weight of the language model beside it.
-    """
-    run = tmp_path / "run"
-    overrides = [
-        *SMALL,
-        *ON_TWO,
-        f"run_dir={run}",
-        f"backbone.path={save_model(tmp_path / 'model')}",
-    ]
-    if launcher == "torchrun":
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        (tmp_path / "counting.py").write_text(TRAIN_COUNTING)
-        line = [sys.executable, *start, str(tmp_path / "counting.py"), *overrides]
-        starts = [(line, {"DS_ACCELERATOR": "cpu"})]
-    else:
-        port = {"MASTER_PORT": str(free_port())}
-        starts = [(command("train", *overrides), port | of_slurm(rank, 2)) for rank in (0, 1)]
-    started = [
+def outputs_of(*started: tuple[list[str], dict[str, str]]) -> list[str]:
+    """Run command lines side by side, each with variables of its own; what each has printed."""
+    processes = [
         subprocess.Popen(
             line,
-            env=ENVIRONMENT | own,
+            env=ENVIRONMENT | variables,
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for line, own in starts
+        for line, variables in started
     ]
-    said = [one.communicate() for one in started]
-    assert [one.returncode for one in started] == [0] * len(started), said
-    assert "".join(out for out, _ in said).count("report: ") == 1
+    said = [one.communicate() for one in processes]
+    assert [one.returncode for one in processes] == [0] * len(processes), said
+    return [out for out, _ in said]
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_run(tmp_path: Path) -> None:
+    """Also: what is exported is gathered, and no weight of the language model beside it."""
+    run = tmp_path / "run"
+    model = f"backbone.path={save_model(tmp_path / 'model')}"
+    overrides = [*SMALL, *ON_TWO, f"run_dir={run}", model]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    (tmp_path / "counting.py").write_text(TRAIN_COUNTING)
+    line = [*start, str(tmp_path / "counting.py"), *overrides]
+    (out,) = outputs_of((line, {"DS_ACCELERATOR": "cpu"}))
+    assert out.count("report: ") == 1
     check_run(run)
     assert_checkpoint_is_as_forecast(run, overrides)
-    if launcher == "torchrun":
-        (line,) = set(re.findall(r"gathered: .*", said[0][0]))  # the same of both processes
-        gathered, held, bucket = (int(n) for n in re.findall(r"\d+", line))
-        files = ("adapter_model.safetensors", "user_encoder.safetensors")
-        sizes = [sum(one.numel() for one in load_file(run / "export" / f).values()) for f in files]
-        assert gathered == max(sizes)
-        PersonalRewardModel.from_pretrained(run / "export")
-        plan = forecast(composed(*overrides), n_users=3, schema=NO_FEATURES)
-        tables = plan.user_tables - 3 * 8 * (3 + 1)  # less the counts of right answers by user
-        planned = plan.weights + plan.gradients + plan.optimiser + tables
-        assert planned == pytest.approx(held, rel=0.01)
-        assert plan.gathered == plan.parameters * 4 + bucket
+    (found,) = set(re.findall(r"gathered: .*", out))  # the same of both processes
+    gathered, held, bucket = (int(n) for n in re.findall(r"\d+", found))
+    files = ("adapter_model.safetensors", "user_encoder.safetensors")
+    sizes = [sum(one.numel() for one in load_file(run / "export" / f).values()) for f in files]
+    assert gathered == max(sizes)
+    PersonalRewardModel.from_pretrained(run / "export")
+    plan = forecast(composed(*overrides), n_users=3, schema=NO_FEATURES)
+    tables = plan.user_tables - 3 * 8 * (3 + 1)  # less the counts of right answers by user
+    planned = plan.weights + plan.gradients + plan.optimiser + tables
+    assert planned == pytest.approx(held, rel=0.01)
+    assert plan.gathered == plan.parameters * 4 + bucket
 
 
 def assert_checkpoint_is_as_forecast(run: Path, overrides: list[str]) -> None:
@@ -268,33 +260,33 @@ RECOMPUTING = ["model=dpo", "aggregator=soft_prompt", "aggregator.n_tokens=2", "
 RECOMPUTING += ["backbone.gradient_checkpointing=true", "backbone.lora.target_modules=all-linear"]
 
 
-def train(run: Path, *overrides: str) -> None:
-    line = command("train", *SMALL, *RECOMPUTING, *overrides, f"run_dir={run}")
-    done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert "WARNING" not in done.stdout
-
-
 @pytest.mark.slow
 def test_what_is_offloaded_learns_and_goes_on_all_the_same(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    backbone = f"backbone.path={save_model(tmp_path / 'model')}"
-    epochs = "trainer.max_epochs=2"  # a run that stops at its last step has ended its epoch
-    train(one, backbone, epochs)
-    train(two, backbone, epochs, *ON_TWO, *OFFLOAD, "trainer.max_steps=2")
-    train(two, backbone, epochs, *ON_TWO, *OFFLOAD, "ckpt=last")
+    settings = [*SMALL, *RECOMPUTING, f"backbone.path={save_model(tmp_path / 'model')}"]
+    settings.append("trainer.max_epochs=2")  # a run that stops at its last step has ended its epoch
+    launch("train", *settings, f"run_dir={one}")
+    for also in ("trainer.max_steps=2", "ckpt=last"):
+        line = command("train", *settings, *ON_TWO, *OFFLOAD, f"run_dir={two}", also)
+        done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        assert "WARNING" not in done.stdout
     curves = [pd.read_csv(run / "metrics.csv")["train/loss"].dropna() for run in (one, two)]
     assert len(curves[0]) == 3
     assert list(curves[1]) == pytest.approx(list(curves[0]), abs=1e-6)
 
 
 @pytest.mark.slow
-def test_offloading_in_half_precision_and_recomputing(tmp_path: Path) -> None:
+def test_slurm_starts_a_run_offloading_in_half_precision_and_recomputing(tmp_path: Path) -> None:
+    """SLURM's variables stand in for SLURM: Lightning knows no more of it."""
     run = tmp_path / "run"
     backbone = f"backbone.path={save_model(tmp_path / 'model', 'llama')}"
-    train(run, backbone, *ON_TWO, *OFFLOAD, *HALF)
-    check_run(run, generations=True)
     overrides = [*SMALL, *RECOMPUTING, backbone, *ON_TWO, *OFFLOAD, *HALF]
+    line = command("train", *overrides, f"run_dir={run}")
+    port = {"MASTER_PORT": str(free_port())}
+    said = outputs_of(*((line, port | of_slurm(rank, 2)) for rank in (0, 1)))
+    assert "".join(said).count("report: ") == 1 and "WARNING" not in "".join(said)
+    check_run(run, generations=True)
     assert_checkpoint_is_as_forecast(run, overrides)
 
 
