@@ -43,7 +43,7 @@ def like_tldr(n_pairs: int = 60_000) -> NDArray[np.int64]:
 def put_together(batches: PairSampler) -> float:
     """Share of padding in what the trunk reads of the first epoch, where it puts short rows together."""
     n_read = n_text = 0
-    for places, _ in batches:
+    for places, *_ in batches:
         lengths = batches.lengths[places, 0].tolist()
         n_read += len(first_fit_decreasing(lengths, max(lengths))) * max(lengths)
         n_text += sum(lengths)

@@ -37,6 +37,7 @@ from plrhf.core.components import WITHOUT_EFFECT, Settings
 from plrhf.core.errors import bad_value
 from plrhf.data.features import FeatureSchema
 from plrhf.data.module import PreferenceData
+from plrhf.data.own_pairs import draw_context
 from plrhf.evaluation.generations import requested_rows, write_generations
 from plrhf.evaluation.predictions import Prepare, engine, predict, prepare
 from plrhf.evaluation.probes import probe
@@ -49,6 +50,7 @@ from plrhf.evaluation.results import (
 )
 from plrhf.evaluation.users import write_users
 from plrhf.models.base import PersonalModule
+from plrhf.models.context import store_vectors
 from plrhf.models.export import save_export
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.reporting import report, tables
@@ -126,6 +128,13 @@ def train_personal(
         lightning.seed_everything(config.seed, verbose=False)
         model = build_run_model(config, data, backbone, path)  # of the users whose rows fit
         data.fit_to_model(max_positions=model.max_positions, n_user_vectors=model.n_user_vectors)
+        if model.encoder.reads_context:
+            draw_context(
+                data.datasets,
+                least=model.encoder.min_pairs,
+                most=model.encoder.max_pairs,
+                seed=config.data.seed,
+            )
         if isinstance(model, PersonalDPOPolicy):
             requested_rows(model, data, config.samples)
         probes = probe(data.splits)
@@ -137,6 +146,7 @@ def train_personal(
         trainer.callbacks.append(before)  # type: ignore[attr-defined]
         fit(model, data, trainer, resume_from=None if resume is None else resume.path)
         model.check_finite()
+        engine(model, trainer)(store_vectors, model, data)
         outputs = Outputs(debug=config.debug)
         export = Path(config.run_dir) / "export"
         with outputs.writing(export):

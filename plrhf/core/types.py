@@ -24,11 +24,29 @@ def is_planned(tensor: Tensor) -> bool:
 
 
 @dataclass
+class UserContext:
+    """Pairs that the users have chosen in before, which an encoder may read in the place of an id.
+
+    Texts are given as the trunk saw them before training, without gradient.
+    """
+
+    hidden: Tensor  # [M, d] float32, pooled trunk outputs of the pairs' distinct texts
+    texts: Tensor  # [B, k, 2] int64, which of them are chosen and rejected
+    present: Tensor  # [B, k] bool, whether there is such a pair; none is the generic user
+
+    @property
+    def swapped(self) -> UserContext:
+        """The same pairs as if the users had chosen the other response of each."""
+        return replace(self, texts=self.texts.flip(-1))
+
+
+@dataclass
 class UserBatch:
     """The users whose vectors are asked for."""
 
     user_id: Tensor  # [B] int64, 0 is the generic user
     features: Tensor  # [B, F] float32, numbers standardised, categories as codes, NaN is missing
+    context: UserContext | None = None  # pairs of the users' own, for `UserEncoder.reads_context`
 
 
 @dataclass
@@ -58,12 +76,13 @@ class PreferenceBatch:
     )
     weight: Tensor | None = None  # [B] float32, see `PairDataset.shard`; None: a batch of its own
     packing: RowPacking | None = None  # how rows may be packed for the trunk; None: they stay
+    context: UserContext | None = None  # other pairs of the users, see `data.own_pairs`
     step_weight: float = 1.0  # of the batch in its optimiser step, see `ResumableBatchSampler`
 
     @property
     def users(self) -> UserBatch:
         """The users who chose, in batch order."""
-        return UserBatch(user_id=self.user_id, features=self.features)
+        return UserBatch(user_id=self.user_id, features=self.features, context=self.context)
 
     def pooled(self, hidden: Tensor, texts: Tensor) -> PreferenceBatch:
         """The same pairs with pooled trunk outputs [M, d] in the place of text, `texts` [B, 2]."""

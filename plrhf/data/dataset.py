@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from plrhf.data.packing import Layout, TokenPair, packed
 from plrhf.data.rows import Person, Row, Rows
 from plrhf.data.store import Indices
 from plrhf.data.tokens import TokenFile
+
+if TYPE_CHECKING:
+    from plrhf.data.own_pairs import ContextDraw
 
 
 def _unchanged(value: Any) -> Any:
@@ -66,6 +69,8 @@ class PairDataset:
         user_id: index of each pair's user, [N] int64. features: of each pair's user, [N, F] float32.
         ref_logps: reference log-probabilities of chosen and rejected, [N, 2], or None.
         hidden: pooled trunk outputs of chosen and rejected, [N, 2, d], or None.
+        context_hidden: the same of the trunk as it was before training, or None.
+        context: which other pairs of its user stand beside each pair; None: none do.
     """
 
     def __init__(
@@ -90,6 +95,8 @@ class PairDataset:
         self.features = schema.table([one.user_features for one in people])[self._person]
         self.ref_logps: TextValues | None = None
         self.hidden: TextValues | None = None
+        self.context_hidden: TextValues | None = None
+        self.context: ContextDraw | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -114,8 +121,8 @@ class PairDataset:
             return (prompt + chosen + rejected)[:, None]
         return np.stack([prompt + chosen, prompt + rejected], axis=1)
 
-    def batch(self, indices: Sequence[int]) -> PreferenceBatch:
-        """Return the pairs at these indices as one batch."""
+    def batch(self, indices: Sequence[int], *, epoch: int = 0) -> PreferenceBatch:
+        """Return the pairs at these indices as one batch, with what the epoch draws beside them."""
         at = torch.tensor(indices, dtype=torch.int64)
         pairs = [] if self.hidden is not None else [self.pairs[index] for index in indices]
         input_ids, segment, positions = self.layout(pairs)
@@ -131,13 +138,14 @@ class PairDataset:
             row=at,
             ref_logps=None if self.ref_logps is None else self.ref_logps[at],
             packing=packing,
+            context=None if self.context is None else self.context.of_pairs(indices, epoch=epoch),
         )
         if self.hidden is None:
             return batch
         distinct, texts = self.hidden.of_pair[at].unique(return_inverse=True)
         return batch.pooled(self.hidden.values[distinct], texts)
 
-    def shard(self, indices: Sequence[int], shard: RankShard) -> PreferenceBatch:
+    def shard(self, indices: Sequence[int], shard: RankShard, *, epoch: int = 0) -> PreferenceBatch:
         """Return what one rank takes of the batch at these indices.
 
         The pairs are weighted so that the mean over ranks of the weighted sums is the mean over the
@@ -145,10 +153,10 @@ class PairDataset:
         because every rank must take part in every step.
         """
         if shard.world_size == 1:
-            return self.batch(indices)
+            return self.batch(indices, epoch=epoch)
         own = indices[shard.rank :: shard.world_size]
         weight = shard.world_size / len(indices) if len(own) > 0 else 0.0
-        batch = self.batch(own if len(own) > 0 else indices[:1])
+        batch = self.batch(own if len(own) > 0 else indices[:1], epoch=epoch)
         return replace(batch, weight=torch.full((len(batch),), weight))
 
     @classmethod

@@ -22,10 +22,11 @@ BUCKET_SPREAD = 0.1
 
 
 class BatchIndices(NamedTuple):
-    """Indices of a batch's pairs, and the weight of its mean loss in the optimiser step."""
+    """Indices of a batch's pairs, the weight of its mean loss in the optimiser step, and the epoch."""
 
     indices: list[int]
     step_weight: float = 1.0
+    epoch: int = 0
 
 
 class ResumableBatchSampler(Sampler[BatchIndices]):
@@ -73,7 +74,7 @@ class ResumableBatchSampler(Sampler[BatchIndices]):
             self.served += 1
             step_size = int(step_sizes[turn // self.accumulated_batches])
             weight = self.accumulated_batches * int(sizes[turn]) / step_size
-            yield BatchIndices(batches[turn].tolist(), weight)
+            yield BatchIndices(batches[turn].tolist(), weight, epoch)
 
     def padding(self) -> float | None:
         """Return the fraction of padding among the tokens of the first epoch, None without pairs."""
@@ -250,7 +251,7 @@ class ShardedBatches(Dataset[PreferenceBatch]):
         return len(self.pairs)
 
     def __getitem__(self, batch: BatchIndices) -> PreferenceBatch:
-        shard = self.pairs.shard(batch.indices, self.shard)
+        shard = self.pairs.shard(batch.indices, self.shard, epoch=batch.epoch)
         return replace(shard, step_weight=batch.step_weight)
 
 

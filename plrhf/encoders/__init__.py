@@ -2,16 +2,22 @@
 
 from plrhf.encoders.base import UserEncoder
 from plrhf.encoders.cluster import ClusterMixtureEncoder
+from plrhf.encoders.context import ContextEncoder
 from plrhf.encoders.features import FeatureMLPEncoder
 from plrhf.encoders.lookup import LookupEncoder
 from plrhf.encoders.none import NoneEncoder
+from plrhf.encoders.odd import OddEncoder
+from plrhf.encoders.pair_reader import PairReader
 from plrhf.encoders.uniform import UniformEncoder
 
 __all__ = [
     "ClusterMixtureEncoder",
+    "ContextEncoder",
     "FeatureMLPEncoder",
     "LookupEncoder",
     "NoneEncoder",
+    "OddEncoder",
+    "PairReader",
     "UniformEncoder",
     "UserEncoder",
 ]

@@ -18,17 +18,23 @@ Init = Literal["vocabulary", "uniform", "normal"]
 class UserEncoder(nn.Module, ABC):
     """Maps a user to a vector e_u of width `user_dim` (f_P of arXiv 2402.05133).
 
-    A subclass is built by keyword. Of `n_users`, `user_dim`, `n_numbers`, `category_sizes` and
-    `vocabulary` it is handed those that its constructor names, beside its own settings.
+    A subclass is built by keyword. Of `n_users`, `user_dim`, `hidden_size`, `n_numbers`,
+    `category_sizes` and `vocabulary` it is handed those that its constructor names, beside its own
+    settings.
 
     Attributes:
         personal: whether e_u depends on u. Where it does not, the user's and the generic context are
             the same and are computed once.
         penalty_weight: factor of the penalty of `encode` in the training loss.
+        reads_context: whether it reads pairs of the users, `UserBatch.context`, and not their ids.
+        min_pairs, max_pairs: how many of a user's pairs are drawn for it beside a train pair.
     """
 
     personal: bool = True
     penalty_weight: float = 0.0
+    reads_context: bool = False
+    min_pairs: int = 1
+    max_pairs: int = 16
 
     @abstractmethod
     def forward(self, users: UserBatch) -> Tensor:

@@ -20,7 +20,9 @@ from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
 from plrhf.data.splits import Splits, prompt_kinds
 from plrhf.data.text_value_cache import TextValueCache, text_values_key
+from plrhf.data.text_values import compute_text_values
 from plrhf.models.base import PersonalModule
+from plrhf.models.context import context_features, known_context
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
 
@@ -42,7 +44,7 @@ class Prepare(Callback):
 def prepare(
     model: PersonalModule, data: PreferenceData, trainer: Trainer, *, cache_dir: Path | None = None
 ) -> None:
-    """Compute once what would be computed again and again: reference, or frozen trunk.
+    """Compute once what would be computed again and again: reference, frozen trunk, texts of contexts.
 
     Args:
         cache_dir: keeps it for other runs too: neither depends on user model, seed or loss.
@@ -65,11 +67,20 @@ def prepare(
         return TextValueCache(cache_dir / f"texts-{key}") if trainer.is_global_zero else None
 
     with evaluating(model, trainer):
+        train = data.datasets.get("train")
         if isinstance(model, PersonalDPOPolicy):
             head = "head in float32" if model.head_in_float32 else "head as the model"
             data.precompute_reference(ask(model.reference_logps), cache("reference", head))
         elif isinstance(model, PersonalRewardModel) and model.pooled_suffices:
             data.precompute_hidden(ask(model.pooled_trunk), cache("pooled", model.pooled_name))
+        if model.encoder.reads_context and train is not None:
+            train.context_hidden = known_context(model, train)
+            if train.context_hidden is None:
+                features = ask(partial(context_features, model))
+                kept = cache("context", model.pooling)
+                train.context_hidden = compute_text_values(
+                    train, features, data.eval_batch_size, kept, shard=data.shard
+                )
     model.train()
 
 

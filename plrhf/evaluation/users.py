@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_only
 from pydantic import Field
 from torch import Tensor
@@ -143,8 +144,11 @@ def _users(model: PersonalModule, data: PreferenceData) -> tuple[list[str], User
     names = [*seen, *unseen]
     index = [model.card.user_index(name) for name in seen] + [GENERIC_USER] * len(unseen)
     device = next(model.parameters()).device
-    features = features_of(data, names).to(device)
-    return names, UserBatch(user_id=torch.tensor(index, device=device), features=features)
+    users = UserBatch(user_id=torch.tensor(index), features=features_of(data, names))
+    draw = data.datasets["train"].context
+    if draw is not None:
+        users.context = draw.of_users(users.user_id)
+    return names, move_data_to_device(users, device)
 
 
 def _who(names: Sequence[str], data: PreferenceData) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from plrhf.data.tokenizer import Tokenizer
 from plrhf.encoders import UserEncoder
 from plrhf.models.adaptation import Adaptation, NewUser, adapt
 from plrhf.models.card import Card
+from plrhf.models.context import check_context
 from plrhf.models.enrolment import enrol, forget
 from plrhf.models.inner import Inner, fit_train_users, task_vectors
 from plrhf.models.loading import load_checkpoint, load_export, reload_users
@@ -64,11 +65,13 @@ class PersonalModule(LightningModule):
             like all else.
 
     Attributes:
+        pooling: how responses are pooled, see `core.pooling.pool_responses`.
         card: the settings the model was built from; None for a model put together from its parts.
         enrolled: vectors [n, user_dim] of the last n users of the card, who have no rows in the encoder.
         tokenizer, directory: of the export, where the model was loaded from one.
     """
 
+    pooling: str = "mean"
     card: Card
     enrolled: Tensor
     tokenizer: Tokenizer
@@ -100,6 +103,7 @@ class PersonalModule(LightningModule):
         self.alpha = alpha if encoder.personal else 1.0
         self.reduction = Reduction(reduce, n_users=n_users)
         self.inner = None if inner is None else construct(Inner, inner, "model.inner")
+        check_context(encoder, backbone)
         self.strict_loading = False  # checkpoints leave out frozen weights
         none_enrolled = torch.empty(0, aggregator.user_dim)
         self.register_buffer("enrolled", none_enrolled, persistent=False)
@@ -168,6 +172,11 @@ class PersonalModule(LightningModule):
     def without_user(self, batch: PreferenceBatch) -> PreferenceBatch:
         """Compute all of a batch that does not depend on the user, for calls with many user vectors."""
         return batch
+
+    @property
+    def pooled_suffices(self) -> bool:
+        """Whether training needs pooled trunk outputs alone, which then are computed once."""
+        return False
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Parameters that are neither language model nor user model."""

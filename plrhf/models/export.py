@@ -17,6 +17,7 @@ from torch import Tensor
 
 from plrhf.backbone.sharding import gathered
 from plrhf.core.errors import bad_value
+from plrhf.encoders import PairReader
 from plrhf.models.adaptation.fitting import user_tables
 from plrhf.models.card import CARD, Card, card_text, read_card
 
@@ -56,9 +57,12 @@ def save_export(directory: Path, model: Any, card: Card, tokenizer: Any) -> None
         card = replace(card, backbone={**card.backbone, "path": BACKBONE})
     tokenizer.save_pretrained(part)
     _model_card(card).save(part / README)
+    tables = [*user_tables(model.encoder)]
+    if isinstance(model.encoder, PairReader):
+        tables.append("vectors")
     card = replace(
         card,
-        user_tables=sorted(user_tables(model.encoder)),
+        user_tables=sorted(tables),
         user_dim=model.aggregator.user_dim,
         files=_digests(part),
     )

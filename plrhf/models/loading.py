@@ -71,6 +71,7 @@ def build_encoder(backbone: Backbone, aggregator: Aggregator, card: Card) -> Use
         kind=UserEncoder,
         n_users=card.n_in_tables,
         user_dim=aggregator.user_dim,
+        hidden_size=backbone.hidden_size,
         n_numbers=len(schema.numbers),
         category_sizes=schema.category_sizes,
         vocabulary=backbone.vocabulary(),

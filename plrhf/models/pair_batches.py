@@ -40,17 +40,23 @@ def dataset_of(
         schema=model.card.feature_schema(),
         n_user_vectors=model.n_user_vectors,
     )
-    device = next(model.parameters()).device
-
-    def on_device(compute: Callable[[PreferenceBatch], Tensor]) -> TextValues | None:
-        return compute_text_values(
-            dataset, lambda batch: compute(move_data_to_device(batch, device)).cpu(), batch_size
-        )
-
-    with torch.no_grad():
-        for name, compute in model.values_without_user().items():
-            setattr(dataset, name, on_device(compute))
+    for name, compute in model.values_without_user().items():
+        setattr(dataset, name, text_values(model, dataset, compute, batch_size))
     return dataset
+
+
+@torch.no_grad()
+def text_values(
+    model: PersonalModule,
+    dataset: PairDataset,
+    compute: Callable[[PreferenceBatch], Tensor],
+    batch_size: int,
+) -> TextValues | None:
+    """Compute `compute(batch)` [B, 2, ...] once per distinct text of a dataset, on the model's device."""
+    device = next(model.parameters()).device
+    return compute_text_values(
+        dataset, lambda batch: compute(move_data_to_device(batch, device)).cpu(), batch_size
+    )
 
 
 def batches_of(

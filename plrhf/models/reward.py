@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from plrhf.core import losses
 from plrhf.core.checks import NonNegativeFloat, check_arguments
 from plrhf.core.errors import bad_value
-from plrhf.core.types import CHOSEN, PADDING, PROMPT, REJECTED, PreferenceBatch
+from plrhf.core.pooling import pool_responses
+from plrhf.core.types import CHOSEN, PADDING, PROMPT, PreferenceBatch
 from plrhf.data.module import PreferenceData
 from plrhf.models.base import PersonalModule
 from plrhf.models.heads import RewardHead, build_head
@@ -30,27 +31,6 @@ def pool_prompts(hidden: Tensor, segment: Tensor, *, n_pairs: int, pooling: str)
     pooled = pool_responses(hidden, prompt, n_pairs=len(segment), pooling=pooling)[..., 0, :]
     of_rows = pooled.unflatten(1, (-1, n_pairs))  # [C, 1 or 2 rows, B, d]
     return of_rows.expand(-1, 2, -1, -1).transpose(1, 2)
-
-
-def pool_responses(hidden: Tensor, segment: Tensor, *, n_pairs: int, pooling: str) -> Tensor:
-    """Pool hidden states to one vector a response: its last token's, or the mean over its tokens.
-
-    Args:
-        hidden: [C, R, L, d]. segment: [R, L] int64. n_pairs: B. pooling: "last" or "mean".
-
-    Returns:
-        [C, B, 2, d]: chosen, rejected.
-    """
-    weights = []
-    for mark in (CHOSEN, REJECTED):
-        member = segment == mark
-        if pooling == "last":
-            following = nn.functional.pad(segment, (0, 1), value=PADDING)[:, 1:]
-            member = member & (following != mark)
-        weights.append(member / member.sum(dim=1, keepdim=True).clamp(min=1))
-    weight = torch.stack(weights, dim=1).to(hidden.dtype)  # [R, 2, L]
-    of_row = weight @ hidden  # [C, R, 2, d]
-    return of_row.unflatten(1, (-1, n_pairs)).sum(dim=1)
 
 
 @check_arguments("model")

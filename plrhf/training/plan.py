@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from plrhf.core.checks import NonNegativeInt, PositiveFloat, check_arguments
-from plrhf.core.types import PreferenceBatch
+from plrhf.core.types import PreferenceBatch, UserContext
 from plrhf.models.base import PersonalModule
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
@@ -238,7 +238,16 @@ def fake_batch(model: PersonalModule, work: Workload, n_pairs: int) -> Preferenc
     shape = (n_pairs, work.tokens(two_rows=False))
     if model.backbone.layout == "two_rows":
         shape = (2 * n_pairs, work.prompt_tokens + work.response_tokens)
+    context = None
+    if model.encoder.reads_context:
+        n_own = model.encoder.max_pairs
+        context = UserContext(
+            hidden=torch.zeros(2 * n_pairs * n_own, model.backbone.hidden_size),
+            texts=torch.zeros(n_pairs, n_own, 2, dtype=torch.int64),
+            present=torch.ones(n_pairs, n_own, dtype=torch.bool),
+        )
     return PreferenceBatch(
+        context=context,
         user_id=torch.zeros(n_pairs, dtype=torch.int64),
         features=torch.zeros(n_pairs, work.n_features),
         input_ids=torch.zeros(shape, dtype=torch.int64),

@@ -185,12 +185,12 @@ def test_batches_keep_to_a_budget_of_tokens(rows_a_pair: int) -> None:
     assert len(batches) == len(epochs[0]) == len(epochs[1]) == len(epochs[2])
     seen_together = set()
     for epoch in epochs:
-        assert sorted(place for places, _ in epoch for place in places) == list(range(1009))
-        longest = [lengths[places].max() for places, _ in epoch]
-        assert all(len(p) * most <= 130 for (p, _), most in zip(epoch, longest, strict=True))
-        assert max(len(places) for places, _ in epoch) == 9
+        assert sorted(place for places, *_ in epoch for place in places) == list(range(1009))
+        longest = [lengths[places].max() for places, *_ in epoch]
+        assert all(len(p) * most <= 130 for (p, *_), most in zip(epoch, longest, strict=True))
+        assert max(len(places) for places, *_ in epoch) == 9
         assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.2  # lengths are mixed
-        seen_together |= {tuple(sorted(places)) for places, _ in epoch}
+        seen_together |= {tuple(sorted(places)) for places, *_ in epoch}
     assert len(seen_together) > 2.8 * len(batches)  # and so is who stands with whom
     at_random = PairSampler(lengths, batch_size=9, seed=2)
     share, more = batches.padding(), at_random.padding()

@@ -1,0 +1,117 @@
+"""Users as a distribution that a network infers from their pairs, as in variational preference learning."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from plrhf.core.checks import NonNegativeFloat, PositiveInt, check_arguments
+from plrhf.core.types import UserContext
+from plrhf.encoders.pair_reader import PairReader
+
+LIMIT = 1.0
+"""Largest mean and log-variance of a component, either way."""
+
+SPREAD_WEIGHT = 0.1
+"""Weight of the spreads' cosine beside the means' in the guide."""
+
+
+@check_arguments("encoder")
+class ContextEncoder(PairReader):
+    """Infers N(mu, sigma^2) of a user's vector from a set of their pairs, and draws from it in training.
+
+    Poddar et al. 2024, arXiv 2408.10075 (VPL): an MLP reads each pair, one self-attention relates the
+    pairs, their mean gives mu and log sigma^2, and KL(N(mu, sigma^2) || N(0, 1)) is the penalty. In
+    evaluation e_u = mu. With `guide_weight` also the guide of arXiv 2603.12595 (SPL): the same pairs with
+    chosen and rejected swapped should give the opposite mean and the same spread. Left out are VPL's
+    rescaling of draws to the length sqrt(user_dim), which its evaluation does not do, its cyclic weight
+    of the KL term, and SPL's normalising flow.
+
+    Args:
+        hidden_size: width of `UserContext.hidden`. width: of the network's layers.
+        reads: ``pair`` lets the MLP see both responses together (VPL), ``response`` each by itself (SPL).
+        kl_weight, guide_weight: of the two penalties in the training loss.
+        others: see `PairReader`.
+    """
+
+    penalty_weight = 1.0
+
+    def __init__(
+        self,
+        *,
+        user_dim: int,
+        hidden_size: int,
+        width: PositiveInt = 64,
+        reads: Literal["pair", "response"] = "pair",
+        kl_weight: NonNegativeFloat = 1e-4,
+        guide_weight: NonNegativeFloat = 0.0,
+        **reader: Any,
+    ) -> None:
+        super().__init__(user_dim=user_dim, **reader)
+        self.reads, self.kl_weight, self.guide_weight = reads, kl_weight, guide_weight
+        # Of a pair the first layer is a sum over its responses, so it runs once a distinct text.
+        n_sides = 2 if reads == "pair" else 1
+        self.sides = nn.ModuleList(nn.Linear(hidden_size, width) for _ in range(n_sides))
+        self.layers = nn.Sequential(
+            nn.LeakyReLU(0.2), nn.Linear(width, width), nn.LeakyReLU(0.2), nn.Linear(width, width)
+        )
+        entry = width if reads == "pair" else 2 * width
+        self.queries, self.keys, self.values = (
+            nn.Linear(entry, width, bias=False) for _ in range(3)
+        )
+        self.mean, self.log_variance = (nn.Linear(width, user_dim) for _ in range(2))
+
+    def read(self, context: UserContext) -> tuple[Tensor, Tensor | None]:
+        mean, log_variance = self.posterior(context)
+        if not self.training:
+            return mean, None
+        penalty = self.kl_weight * kl_from_standard_normal(mean, log_variance)
+        if self.guide_weight > 0:
+            with torch.no_grad():
+                opposite = self.posterior(context.swapped)
+            penalty = penalty + self.guide_weight * swap_guide((mean, log_variance), opposite)
+        return mean + (0.5 * log_variance).exp() * torch.randn_like(mean), penalty
+
+    def posterior(self, context: UserContext) -> tuple[Tensor, Tensor]:
+        """Compute mu and log sigma^2, each [B, user_dim], within `LIMIT`."""
+        pairs = self._pairs(context)  # [B, k, entry]
+        there = context.present[:, None, :]  # [B, 1, k]
+        scores = self.queries(pairs) @ self.keys(pairs).mT * self.keys.out_features**-0.5
+        attention = scores.masked_fill(~there, torch.finfo(scores.dtype).min).softmax(dim=-1)
+        related = attention @ self.values(pairs)  # [B, k, width]
+        counts = context.present.sum(dim=1, keepdim=True).clamp(min=1)
+        pooled = (related * context.present[..., None]).sum(dim=1) / counts
+        return (
+            self.mean(pooled).clamp(-LIMIT, LIMIT),
+            self.log_variance(pooled).clamp(-LIMIT, LIMIT),
+        )
+
+    def _pairs(self, context: UserContext) -> Tensor:
+        """Read each pair, [B, k, entry]."""
+        if self.reads == "response":
+            of_text = self.layers(self.sides[0](context.hidden))
+            return nn.functional.embedding(context.texts, of_text).flatten(-2)
+        first, second = (side(context.hidden) for side in self.sides)
+        chosen, rejected = context.texts.unbind(dim=-1)
+        looked_up = nn.functional.embedding
+        return self.layers(looked_up(chosen, first) + looked_up(rejected, second))
+
+
+def kl_from_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Return KL(N(mean, exp(log_variance)) || N(0, 1)) in nats, summed over components, [B]."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=-1)
+
+
+def swap_guide(own: tuple[Tensor, Tensor], opposite: tuple[Tensor, Tensor]) -> Tensor:
+    """Return how far a user's distribution is from the mirror image of their opposite's, [B].
+
+    (1 + cos(mu, mu~)) / 2 + 0.1 (1 - cos(log sigma^2, log sigma~^2)) / 2; arXiv 2603.12595.
+
+    Args:
+        own, opposite: mean and log-variance of a user, and of one who chose the other responses.
+    """
+    means, spreads = (cosine_similarity(a, b, dim=-1) for a, b in zip(own, opposite, strict=True))
+    return 0.5 * (1 + means) + SPREAD_WEIGHT * 0.5 * (1 - spreads)
