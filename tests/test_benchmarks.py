@@ -101,6 +101,7 @@ def test_compiled_beside_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert all(one["first"] > one["compiled"] > 0 for one in found.values())
 
 
+@pytest.mark.slow
 def test_writing_for_many_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = ["--users", "3", "--prompt", "5", "--new", "2"]
     found = run("generation.py", tmp_path / "found.json", monkeypatch, *small)

@@ -21,6 +21,7 @@ def blocks(language: str) -> list[str]:
     return [text for kind, text in FENCE.findall(TEXT) if kind == language]
 
 
+@pytest.mark.slow
 def test_the_parts_shown_train_a_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_dir: Path
 ) -> None:

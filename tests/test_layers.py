@@ -120,6 +120,7 @@ def test_a_library_is_imported_where_it_belongs(library: str, wings: set[str]) -
     assert importers <= wings
 
 
+@pytest.mark.slow
 def test_lower_wings_load_no_heavy_library() -> None:
     modules = [
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)

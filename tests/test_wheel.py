@@ -40,12 +40,14 @@ def files(folder: Path) -> set[Path]:
     }
 
 
+@pytest.mark.slow
 def test_nothing_is_left_out(wheel: Path) -> None:
     conf = {Path("conf", path) for path in files(ROOT / "conf")}
     assert len(conf) > 30
     assert files(wheel / "plrhf") == files(ROOT / "plrhf") | conf
 
 
+@pytest.mark.slow
 def test_its_commands_find_their_settings(wheel: Path, tmp_path: Path) -> None:
     (info,) = wheel.glob("*.dist-info")
     lines = (info / "entry_points.txt").read_text().split("\n")

@@ -311,6 +311,7 @@ def check_job(settings: dict[str, Any]) -> None:
         accepted(part, kinds(locate(part["_target_"], name)), name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_sweeps_by_themselves(sweep: str) -> None:
     own_seed = composed("experiment=ablation/backbone")["seed"]
@@ -319,6 +320,7 @@ def test_sweeps_by_themselves(sweep: str) -> None:
         assert (settings["seed"] == own_seed) == (sweep == "ablation/backbone")
 
 
+@pytest.mark.slow
 def test_sweeps_of_make_ablation() -> None:
     lines = (ROOT / "Makefile").read_text().splitlines()
     sweeps = [shlex.split(line.rstrip("; \\"))[1:] for line in lines if line.startswith("\tsweep ")]

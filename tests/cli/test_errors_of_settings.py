@@ -228,6 +228,7 @@ def test_train(case: str, tmp_path: Path, cache_dir: Path, capsys: Any) -> None:
     assert not (tmp_path / "run").exists(), "a refused run leaves nothing"
 
 
+@pytest.mark.slow
 def test_what_is_refused_costs_no_backbone(tmp_path: Path, capsys: Any) -> None:
     refused = ["model.alpha=7", "encoder.rank=0", "optim.lr=0", "trainer.patience=0"]
     refused += ["backbone.lora.r=0", "aggregator.site=first", "backbone.tiny.max_positions=64"]
@@ -236,6 +237,7 @@ def test_what_is_refused_costs_no_backbone(tmp_path: Path, capsys: Any) -> None:
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_backbones_that_do_not_fit(tmp_path: Path, capsys: Any) -> None:
     rows = [f"data.path={write_rows(tmp_path / 'rows.jsonl', rows_of_world())}", "data=jsonl"]
     rows += ["backbone=hf", f"run_dir={tmp_path / 'run'}", "data.max_tokens=99"]
@@ -341,6 +343,7 @@ def test_debug_gives_a_traceback(capsys: Any) -> None:
         assert not isinstance(error.value, SystemExit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [["model.alpha=7"], ["-m", "encoder=none,lockup"]])
 def test_a_process_of_its_own(overrides: list[str], tmp_path: Path) -> None:
     arguments = [*overrides, f"run_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}"]

@@ -104,6 +104,7 @@ def test_what_would_have_no_effect_is_refused(
     assert stop.value.code == 2 and message in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_seed_decides_what_is_drawn(policy_run: Path, tmp_path: Path) -> None:
     asked = [f"run={policy_run}", "eval=generate", "eval.users=2", "eval.prompts=2"]
     asked += ["eval.max_new_tokens=12", "eval.temperature=1.0", "eval.reference=false"]
@@ -144,6 +145,7 @@ def test_a_run_is_evaluated_after_its_export_forgot_and_enrolled(
     assert after["seen"]["user"]["n_pairs"] + after["unseen"]["user"]["n_pairs"] == n_pairs
 
 
+@pytest.mark.slow
 def test_other_rows_under_the_name_of_the_runs_own_are_refused(
     tmp_path: Path, cache_dir: Path, capsys: Any
 ) -> None:
@@ -167,6 +169,7 @@ def test_other_rows_under_the_name_of_the_runs_own_are_refused(
     assert err.startswith("error: data='5 users, rows ") and "Restore the file that the run" in err
 
 
+@pytest.mark.slow
 def test_other_rows_are_judged_by_the_runs_own_length_rule(
     reward_run: Path, tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ def sweep(capsys: Any, *overrides: str) -> tuple[int, str, str]:
     return status, out, err
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, cache_dir: Path, capsys: Any) -> None:
     there = tmp_path / "sweep"
     same = [*TINY, f"cache_dir={cache_dir}", f"run_dir={there}"]

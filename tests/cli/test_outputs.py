@@ -79,6 +79,7 @@ def torch_like_error() -> RuntimeError:
     return RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
 
 
+@pytest.mark.slow
 def test_a_failure_while_texts_are_written_leaves_the_evaluation(
     failing_texts: None, tmp_path: Path, cache_dir: Path, capsys: Any
 ) -> None:

@@ -23,6 +23,7 @@ from runs import (
     launch,
     rows_of_world,
     save_model,
+    slow_but,
     write_rows,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -41,7 +42,7 @@ KINDS: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", slow_but("lookup", KINDS))
 def test_reward_models(name: str, tmp_path: Path, cache_dir: Path) -> None:
     run_dir, again = tmp_path / "run", tmp_path / "again"
     launch("train", *TINY, f"cache_dir={cache_dir}", f"run_dir={run_dir}", *KINDS[name])
@@ -90,6 +91,7 @@ def test_policy(policy_run: Path) -> None:
     assert len({text["user_id"] for text in texts}) == len({t["prompt_id"] for t in texts}) == 2
 
 
+@pytest.mark.slow
 def test_supervised_model_is_a_backbone_for_others(tmp_path: Path, cache_dir: Path) -> None:
     run_dir = tmp_path / "sft"
     before = set(cache_dir.glob("tiny_gptj-*"))
@@ -117,6 +119,7 @@ def hf(path: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_rows_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_model(tmp_path / "gptj")
     rows = rows_of_world()
@@ -141,6 +144,7 @@ def test_rows_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     pd.testing.assert_frame_equal(*tables)
 
 
+@pytest.mark.slow
 def test_pairs_on_seen_prompts_and_warnings_of_probes(tmp_path: Path, capsys: Any) -> None:
     model = save_model(tmp_path / "gptj")
     rows = rows_of_world(n_users=8, pairs_per_user=60, n_prompts=60)
@@ -166,6 +170,7 @@ def test_pairs_on_seen_prompts_and_warnings_of_probes(tmp_path: Path, capsys: An
     assert not any("probe prompt" in one for one in out)
 
 
+@pytest.mark.slow
 def test_bidirectional_backbone(tmp_path: Path) -> None:
     model = save_model(tmp_path / "bert", "bert")
     path = write_rows(tmp_path / "rows.jsonl", rows_of_world())
@@ -196,6 +201,7 @@ class Ages(UserEncoder):
 '''
 
 
+@pytest.mark.slow
 def test_an_outsiders_encoder_by_its_dotted_path(
     tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +232,7 @@ def test_a_sweep_gives_each_job_its_directory(
     assert set(found.values()) == {str(tmp_path / f"sweep/{number}") for number in range(4)}
 
 
+@pytest.mark.slow
 def test_a_tiny_backbone_is_trained_once(tmp_path: Path, capsys: Any) -> None:
     cache = tmp_path / "cache"
     places = [f"cache_dir={cache}", f"run_dir={tmp_path / 'run'}", "overwrite=true"]
@@ -266,6 +273,7 @@ def test_two_processes_may_train_the_same_backbone(tmp_path: Path) -> None:
     assert tables[0] == tables[1]
 
 
+@pytest.mark.slow
 def test_what_is_not_asked_for_is_not_imported() -> None:
     code = """
 import sys

@@ -32,6 +32,7 @@ def test_whatever_a_run_left_makes_a_directory_used(left: str, tmp_path: Path, c
     assert {path.name for path in tmp_path.iterdir()} == {left}
 
 
+@pytest.mark.slow
 def test_overwriting_removes_all_of_the_old_run_and_nothing_else(
     reward_run: Path, tmp_path: Path, cache_dir: Path
 ) -> None:
@@ -70,6 +71,7 @@ def test_the_list_names_all_that_finished_runs_left(reward_run: Path, policy_run
         assert {path.name for path in files_of_run(run)} == left
 
 
+@pytest.mark.slow
 def test_no_run_goes_on_over_other_rows(tmp_path: Path, capsys: Any) -> None:
     model = save_model(tmp_path / "gptj")
     rows = rows_of_world()
@@ -89,6 +91,7 @@ def test_no_run_goes_on_over_other_rows(tmp_path: Path, capsys: Any) -> None:
     assert last["global_step"] == 2
 
 
+@pytest.mark.slow
 def test_a_tiny_backbone_is_kept_by_all_that_decides_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

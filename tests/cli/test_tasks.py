@@ -100,6 +100,7 @@ def test_other_rows(reward_run: Path, tmp_path: Path) -> None:
     assert both["margin_x"].sub(both["margin_y"]).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_texts_for_many_users(policy: Path) -> None:
     asked = ["eval.users=3", "eval.prompts=2", "eval.max_new_tokens=5"]
     launch("eval", f"run={policy}", "eval=generate", *asked)
@@ -164,6 +165,7 @@ def test_users_speak_for_themselves(
     assert asked == [6, 6 if speaking else 2]
 
 
+@pytest.mark.slow
 def test_win_rates(policy: Path, tmp_path: Path, capsys: Any) -> None:
     asked = ["eval=generate", "eval.users=4", "eval.prompts=2", "eval.max_new_tokens=6"]
     launch("eval", f"run={policy}", *asked)
@@ -252,6 +254,7 @@ def test_win_rates_by_an_endpoint(
     assert not any(b"sk-secret" in content for content in contents(tmp_path).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("users", ["own", "held_out"])
 def test_win_rates_by_a_reward_model(
     users: str, policy: Path, rival: Path, reward_run: Path, capsys: Any
@@ -274,6 +277,7 @@ def test_win_rates_by_a_reward_model(
     assert "expected a PersonalRewardModel" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_is_known_of_users_goes_with_their_texts(tmp_path: Path, cache_dir: Path) -> None:
     rows = rows_of_world(features=True, n_users=3, n_unseen_users=0)
     for row in rows:
@@ -314,6 +318,7 @@ def test_comparison(reward_run: Path, policy_run: Path, tmp_path: Path, capsys: 
     assert 0 < frame.loc["two", "seen_p_value"] <= frame.loc["two", "seen_p_holm"] <= 1
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own(reward_run: Path, tmp_path: Path) -> None:
     asked = command("eval", f"run={reward_run}", f"out={tmp_path / 'out'}")
     done = subprocess.run(asked, env=ENVIRONMENT, capture_output=True, text=True, timeout=90)

@@ -232,6 +232,7 @@ def test_missing_files(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_run_on_features(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -226,6 +226,7 @@ def test_wrong_settings(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_on_length_users(tmp_path: Path, cache_dir: Path) -> None:
     path = write_comparisons(tmp_path / "hub", many_comparisons())
     small = [one for one in TINY if not one.startswith("data.")]

@@ -317,6 +317,7 @@ def test_code_of_a_repository_is_not_for_an_export_to_ask_for(
     assert list(dict.fromkeys(asked)) == [False, True]
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_from_a_backbone_made_anew(reward_run: Path, tmp_path: Path) -> None:
     settings = yaml.safe_load((reward_run / "config.yaml").read_text())
     train({**settings, "cache_dir": str(tmp_path / "cache"), "run_dir": str(tmp_path / "run")})

@@ -107,6 +107,7 @@ def test_people_without_a_pair_in_common_stay_the_same(tmp_path: Path) -> None:
     assert (cell["n_pairs"], cell["n_users"]) == (28, 3)
 
 
+@pytest.mark.slow
 def test_a_missing_seed_leaves_the_others_paired(tmp_path: Path) -> None:
     runs = [made(tmp_path, right, 1, "lookup") for right in (PERSONAL,)]
     runs += [made(tmp_path, ORACLE, 2, "lookup"), made(tmp_path, WORSE, 3, "lookup")]

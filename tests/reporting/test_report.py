@@ -321,6 +321,7 @@ def test_a_baseline_of_the_same_ids_and_other_texts_is_refused(tmp_path: Path) -
     ]
 
 
+@pytest.mark.slow
 def test_what_another_model_left_is_named_and_not_shown(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run", predictions(PERSONAL), encoder="lookup", provenance={})
     add_optional_files(run_dir)  # texts of no fingerprint, though the run has one

@@ -289,6 +289,7 @@ def test_notebooks_show_what_the_page_shows(whole: Path) -> None:
     assert html.count("<svg") == 2 and "cluster 1" in html and "<body" not in html
 
 
+@pytest.mark.slow
 def test_a_map_of_a_thousand_users_stays_small(whole: Path) -> None:
     weights = [0.1] * 10
     users = [

@@ -156,6 +156,7 @@ def test_forecast_is_what_is_measured(case: str, monkeypatch: pytest.MonkeyPatch
     assert plan.total == pytest.approx(worst, rel=0.15)
 
 
+@pytest.mark.slow
 def test_parameters_of_gpt_j() -> None:
     of_paper = ["backbone=gptj_6b", "model=dpo", "aggregator=soft_prompt", "encoder=none"]
     plan = forecast_of(*of_paper, "trainer=gpu")
@@ -205,6 +206,7 @@ def test_ddp_moves_what_is_learned_alone() -> None:
     assert (plan.pairs, alone.pairs) == (20 * 3, 5 * 3)
 
 
+@pytest.mark.slow
 def test_what_a_gpu_gathers_and_offloads() -> None:
     plan = forecast_of(*SHARDED)
     every, learned = plan.parameters, plan.trainable

@@ -14,7 +14,7 @@ import lightning
 import pytest
 import torch
 from lightning import Callback, LightningModule
-from runs import TINY, check_run, launch
+from runs import TINY, check_run, launch, slow_but
 from tiny import LORA, assert_same, language_model, make_model
 
 from plrhf.backbone.model import Backbone
@@ -162,7 +162,7 @@ def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
     return {"step": torch.tensor(last["global_step"]), **last["state_dict"]}
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", slow_but("often", SETTINGS))
 def test_a_run_killed_before_any_step_ends_the_same(
     name: str, tmp_path: Path, tokenizer: Any
 ) -> None:

@@ -303,6 +303,7 @@ N_STARTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_of_scaling(line: str) -> None:
     """They compose, start as many processes as the trainer has, and can be planned."""
