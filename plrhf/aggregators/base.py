@@ -86,8 +86,14 @@ class Aggregator(nn.Module, ABC):
         would be learned and saved without any effect.
         """
 
+    def count_pairs(self, n_pairs: int) -> None:
+        """Learn before training how many train pairs there are."""
+
     def penalty(self) -> Tensor | None:
-        """Return a scalar that training adds to its loss with `penalty_weight`, or None."""
+        """Return a scalar that training adds to its loss with `penalty_weight`, or None.
+
+        It is asked for after the forward of the batch it is added to.
+        """
         return None
 
 

@@ -18,6 +18,7 @@ from plrhf.aggregators.base import (
 from plrhf.backbone.model import Backbone
 from plrhf.core.checks import FractionBelowOne, PositiveInt, check_arguments
 from plrhf.core.errors import bad_value
+from plrhf.core.shrinkage import ShrinkageKind, ShrunkLinear
 from plrhf.core.types import PreferenceBatch
 
 DEFAULT_USER_DIM = {"last": 128, "every_block": 32}
@@ -40,7 +41,11 @@ class FiLM(Aggregator):
             ``every_block`` acts on the output of each block.
         user_dim: width of e_u; None: d, but at most `DEFAULT_USER_DIM` of the site.
         layer_width, layer_dropout: of `base.text_layer` before FiLM (reward models with site=last only).
+        shrinkage: ``learned`` shrinks the map from e_u, see `core.shrinkage`. Use it where e_u has few
+            numbers, each its own direction (user_dim=4, and as many of the encoder's).
     """
+
+    penalty_weight = 1.0
 
     def __init__(
         self,
@@ -52,6 +57,7 @@ class FiLM(Aggregator):
         user_dim: PositiveInt | None = None,
         layer_width: PositiveInt | None = None,
         layer_dropout: FractionBelowOne = 0.0,
+        shrinkage: ShrinkageKind = "fixed",
     ) -> None:
         super().__init__()
         if layer_width is not None and site != "last":
@@ -71,7 +77,12 @@ class FiLM(Aggregator):
         self.width = self.output_size  # of gamma and of beta
         if site == "every_block" and block_size is not None:
             self.width = block_size
-        self.to_film = nn.Linear(self.user_dim, self.n_sites * 2 * self.width, bias=False)
+        n_outputs = self.n_sites * 2 * self.width
+        self.to_film: nn.Linear = (
+            ShrunkLinear(self.user_dim, n_outputs)
+            if shrinkage == "learned"
+            else nn.Linear(self.user_dim, n_outputs, bias=False)
+        )
         nn.init.zeros_(self.to_film.weight)
 
     def text_parameters(self) -> list[nn.Parameter]:
@@ -81,9 +92,19 @@ class FiLM(Aggregator):
         if self.after_trunk and self.has_shift:
             self.has_shift = False
             self.to_film.out_features = self.width
-            gamma = self.to_film.weight[: self.width].detach().clone()
-            learned = self.to_film.weight.requires_grad
-            self.to_film.weight = nn.Parameter(gamma, requires_grad=learned)
+            keep_rows(self.to_film, "weight", self.width)
+            if isinstance(self.to_film, ShrunkLinear):
+                keep_rows(self.to_film.shrinkage, "log_information", self.width)
+
+    def count_pairs(self, n_pairs: int) -> None:
+        if isinstance(self.to_film, ShrunkLinear):
+            self.to_film.n_pairs.fill_(n_pairs)
+
+    def penalty(self) -> Tensor | None:
+        if not isinstance(self.to_film, ShrunkLinear):
+            return None
+        penalty, self.to_film.penalty = self.to_film.penalty, None
+        return penalty
 
     def reward_terms(
         self, hidden: Tensor, direction: Tensor, user_dim: int
@@ -134,6 +155,13 @@ class FiLM(Aggregator):
         sites = modulated_trunk if self.after_trunk else modulated_blocks
         with sites(backbone, self.film(user)):  # [N, n_sites, 2, d]
             yield inputs
+
+
+def keep_rows(module: nn.Module, name: str, n_rows: int) -> None:
+    """Cut a parameter to its first rows."""
+    whole: nn.Parameter = getattr(module, name)
+    first = whole[:n_rows].detach().clone()
+    setattr(module, name, nn.Parameter(first, requires_grad=whole.requires_grad))
 
 
 def modulate(hidden: Tensor, film: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from plrhf.core.components import (
     unknown_key,
 )
 from plrhf.core.errors import bad_value
+from plrhf.core.shrinkage import ShrinkageKind
 from plrhf.evaluation.generations import GenerationOptions
 from plrhf.models.optim import Optim
 from plrhf.training.plan import Machine
@@ -257,6 +258,7 @@ class RunConfig(Section):
     """Everything that train.py is asked to do."""
 
     seed: Seed
+    shrinkage: ShrinkageKind  # what encoders take for theirs
     run_dir: str
     cache_dir: str
     ckpt: Literal["last"] | None

@@ -1,4 +1,4 @@
-"""The interface of a user encoder: users in, one vector each out."""
+"""The interface of a user encoder: users in, one vector each out; and what encoders share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from plrhf.core.errors import bad_value
+from plrhf.core.shrinkage import Shrinkage, ShrinkageKind
 from plrhf.core.types import UserBatch
 
 Init = Literal["vocabulary", "uniform", "normal"]
@@ -57,10 +58,69 @@ class UserEncoder(nn.Module, ABC):
         """
         return self(users), None
 
+    def count_pairs(self, pairs_per_user: Tensor) -> None:
+        """Learn before training how many train pairs each user has, [n_users + 1] int64."""
+
     @property
     def device(self) -> torch.device:
         """Where the encoder's weights are, for tensors made in `forward` and `generic`."""
         return next((one.device for one in self.parameters()), torch.device("cpu"))
+
+
+class ShrunkEncoder(UserEncoder):
+    """An encoder that computes e_u from a few numbers of the user and can learn to shrink them.
+
+    With `shrinkage` of "learned" the numbers are drawn from their posterior in training, and
+    `encode` returns their divergence from the prior; see `core.shrinkage`. With "fixed" they are pulled
+    towards the generic user by `optim.user_weight_decay` alone.
+    """
+
+    penalty_weight = 1.0
+    pairs_per_user: Tensor | None  # [n_users + 1] float32; None: not counted yet, one each
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shrinkage: Shrinkage | None = None
+        self.register_buffer("pairs_per_user", None, persistent=False)
+
+    def learn_shrinkage(self, kind: ShrinkageKind, n_numbers: int) -> None:
+        """Add the prior of `n_numbers` numbers a user where `kind` is "learned"."""
+        if kind == "learned":
+            self.shrinkage = Shrinkage(n_numbers)
+
+    @abstractmethod
+    def numbers(self, users: UserBatch) -> Tensor:
+        """Return the numbers of the users that are shrunk, [B, r]."""
+
+    @abstractmethod
+    def vectors(self, numbers: Tensor) -> Tensor:
+        """Compute the vectors of users from their numbers, [B, r] -> [B, user_dim]."""
+
+    def prior_mean(self) -> Tensor | float:
+        """Return the numbers of the generic user, which others are pulled towards, [r] or 0."""
+        return 0.0
+
+    def count_pairs(self, pairs_per_user: Tensor) -> None:
+        self.pairs_per_user = pairs_per_user.to(self.device, torch.float32).clamp(min=1.0)
+
+    def forward(self, users: UserBatch) -> Tensor:
+        numbers = self.numbers(users)
+        if self.training and self.shrinkage is not None:
+            numbers = self.shrinkage.sample(numbers, self._n_pairs(users))
+        return self.vectors(numbers)
+
+    def encode(self, users: UserBatch) -> tuple[Tensor, Tensor | None]:
+        vectors = self(users)
+        if not self.training or self.shrinkage is None:
+            return vectors, None
+        return vectors, self.shrinkage(
+            self.numbers(users) - self.prior_mean(), self._n_pairs(users)
+        )
+
+    def _n_pairs(self, users: UserBatch) -> Tensor:
+        if self.pairs_per_user is None:
+            return torch.ones(len(users.user_id), 1, device=users.user_id.device)
+        return self.pairs_per_user[users.user_id][:, None]  # [B, 1]
 
 
 def initial_vectors(n: int, user_dim: int, *, init: Init, vocabulary: Tensor) -> Tensor:

@@ -10,12 +10,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from plrhf.core.checks import NonNegativeFloat, check_arguments
+from plrhf.core.shrinkage import ShrinkageKind
 from plrhf.core.types import GENERIC_USER, UserBatch
-from plrhf.encoders.base import Init, UserEncoder, initial_vectors
+from plrhf.encoders.base import Init, ShrunkEncoder, initial_vectors
 
 
 @check_arguments("encoder")
-class ClusterMixtureEncoder(UserEncoder):
+class ClusterMixtureEncoder(ShrunkEncoder):
     """Mixes K cluster vectors by weights of the user (arXiv 2402.05133, cluster-based preference).
 
     e_u = sum_k softmax(w_u)_k V_k.
@@ -25,6 +26,7 @@ class ClusterMixtureEncoder(UserEncoder):
         n_clusters: K.
         init: how the V_k start; see `initial_vectors`.
         weight_scale: standard deviation of the starting w_u.
+        shrinkage: of w_u - w_0, see `ShrunkEncoder`.
         sparse: update the rows of a batch's users alone (see `optim.RowAdamW`): for many users.
     """
 
@@ -37,6 +39,7 @@ class ClusterMixtureEncoder(UserEncoder):
         n_clusters: Annotated[int, Field(ge=2)] = 10,
         init: Init = "vocabulary",
         weight_scale: NonNegativeFloat = 0.1,
+        shrinkage: ShrinkageKind = "fixed",
         sparse: bool = False,
     ) -> None:
         super().__init__()
@@ -45,13 +48,23 @@ class ClusterMixtureEncoder(UserEncoder):
         )
         self.weights = nn.Embedding(n_users + 1, n_clusters, sparse=sparse)
         nn.init.normal_(self.weights.weight, std=weight_scale)
+        self.learn_shrinkage(shrinkage, n_clusters)
 
     def mixture(self, user_id: Tensor) -> Tensor:
         """Compute the cluster weights of users, [B] -> [B, K], rows summing to 1."""
         return self.weights(user_id).softmax(dim=-1)
 
-    def forward(self, users: UserBatch) -> Tensor:
-        return self.mixture(users.user_id) @ self.clusters
+    def numbers(self, users: UserBatch) -> Tensor:
+        logits: Tensor = self.weights(users.user_id)
+        return logits
+
+    def vectors(self, numbers: Tensor) -> Tensor:
+        return numbers.softmax(dim=-1) @ self.clusters
+
+    def prior_mean(self) -> Tensor:
+        own = torch.full((1,), GENERIC_USER, device=self.clusters.device)
+        logits: Tensor = self.weights(own)[0]
+        return logits
 
     def generic(self, batch_size: int) -> Tensor:
         own = torch.full((batch_size,), GENERIC_USER, device=self.clusters.device)

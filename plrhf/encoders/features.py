@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from plrhf.core.checks import FractionBelowOne, PositiveInt, check_arguments
 from plrhf.core.errors import bad_value
+from plrhf.core.shrinkage import ShrinkageKind
 from plrhf.core.types import UserBatch
-from plrhf.encoders.base import Init, UserEncoder, initial_vectors
+from plrhf.encoders.base import Init, ShrunkEncoder, initial_vectors
 
 
 @check_arguments("encoder")
-class FeatureMLPEncoder(UserEncoder):
+class FeatureMLPEncoder(ShrunkEncoder):
     """Computes a user's vector from what is known of them (arXiv 2402.05133, section 4).
 
     e_u = e_0 + MLP(features of u), and e_0 for a user of whom nothing is known.
@@ -27,6 +28,7 @@ class FeatureMLPEncoder(UserEncoder):
         hidden: width of the hidden layer. rank: width of a bottleneck before e_u, or None.
         category_dim: width of a category's embedding.
         init: how e_0 starts; see `initial_vectors`.
+        shrinkage: of the bottleneck's numbers, or without one of e_u - e_0; see `ShrunkEncoder`.
 
     Raises:
         ValueError: there are no features to work from.
@@ -44,6 +46,7 @@ class FeatureMLPEncoder(UserEncoder):
         category_dim: PositiveInt = 8,
         dropout: FractionBelowOne = 0.0,
         init: Init = "vocabulary",
+        shrinkage: ShrinkageKind = "fixed",
     ) -> None:
         super().__init__()
         if n_numbers + len(category_sizes) == 0:
@@ -61,16 +64,16 @@ class FeatureMLPEncoder(UserEncoder):
             nn.Embedding(size + 1, category_dim, padding_idx=0) for size in category_sizes
         )
         width = 2 * n_numbers + category_dim * len(category_sizes)
-        inner = [] if rank is None else [nn.Linear(hidden, rank, bias=False)]
         self.mlp = nn.Sequential(
             nn.Linear(width, hidden),
             nn.GELU(),
             nn.Dropout(dropout),
-            *inner,
-            nn.Linear(hidden if rank is None else rank, user_dim, bias=False),
+            nn.Linear(hidden, user_dim if rank is None else rank, bias=False),
         )
+        self.basis = None if rank is None else nn.Linear(rank, user_dim, bias=False)
+        self.learn_shrinkage(shrinkage, user_dim if rank is None else rank)
 
-    def forward(self, users: UserBatch) -> Tensor:
+    def numbers(self, users: UserBatch) -> Tensor:
         missing = users.features.isnan()  # [B, F]
         numbers, codes = users.features.nan_to_num(0.0).split(
             [self.n_numbers, len(self.categories)], dim=1
@@ -79,7 +82,11 @@ class FeatureMLPEncoder(UserEncoder):
         embedded = [table(levels[:, column]) for column, table in enumerate(self.categories)]
         known = torch.cat([numbers, missing[:, : self.n_numbers].float(), *embedded], dim=1)
         anything = (~missing).any(dim=1, keepdim=True)
-        return self.generic_vector + anything * self.mlp(known)
+        own: Tensor = anything * self.mlp(known)
+        return own
+
+    def vectors(self, numbers: Tensor) -> Tensor:
+        return self.generic_vector + (numbers if self.basis is None else self.basis(numbers))
 
     def generic(self, batch_size: int) -> Tensor:
         return self.generic_vector.expand(batch_size, -1)

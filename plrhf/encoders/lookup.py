@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from plrhf.core.checks import NonNegativeFloat, PositiveInt, check_arguments
+from plrhf.core.shrinkage import ShrinkageKind
 from plrhf.core.types import GENERIC_USER, UserBatch
-from plrhf.encoders.base import Init, UserEncoder, initial_vectors
+from plrhf.encoders.base import Init, ShrunkEncoder, initial_vectors
 
 
 @check_arguments("encoder")
-class LookupEncoder(UserEncoder):
+class LookupEncoder(ShrunkEncoder):
     """Learns one vector a user (arXiv 2402.05133, individualized preference).
 
     e_u = e_0 + o_u with o_0 = 0. With `rank` r, o_u = z_u S, where z_u has r numbers and S,
@@ -21,8 +22,9 @@ class LookupEncoder(UserEncoder):
 
     Args:
         n_users: users of the training rows, numbered from 1.
-        rank: r, or None for o_u of full width.
+        rank: r; o_u has full width where it is None or not below `user_dim`.
         init: how e_0, and the o_u (or S), start; see `initial_vectors`.
+        shrinkage: of z_u (or o_u), see `ShrunkEncoder`.
         offset_scale: factor on the starting o_u, so that users start near the generic one.
         sparse: update the rows of a batch's users alone (see `optim.RowAdamW`): for many users.
     """
@@ -36,12 +38,13 @@ class LookupEncoder(UserEncoder):
         rank: PositiveInt | None = None,
         init: Init = "vocabulary",
         offset_scale: NonNegativeFloat = 0.1,
+        shrinkage: ShrinkageKind = "fixed",
         sparse: bool = False,
     ) -> None:
         super().__init__()
         first = initial_vectors(1, user_dim, init=init, vocabulary=vocabulary)
         self.generic_vector = nn.Parameter(first[0])  # [user_dim]
-        if rank is None:
+        if rank is None or rank >= user_dim:
             offsets = initial_vectors(n_users + 1, user_dim, init=init, vocabulary=vocabulary)
             self.basis = None
         else:
@@ -56,12 +59,14 @@ class LookupEncoder(UserEncoder):
         with torch.no_grad():
             self.offsets.weight.copy_(offset_scale * offsets)
             self.offsets.weight[GENERIC_USER].zero_()
+        self.learn_shrinkage(shrinkage, offsets.shape[1])
 
-    def forward(self, users: UserBatch) -> Tensor:
-        offsets = self.offsets(users.user_id)  # [B, user_dim] or [B, r]
-        if self.basis is not None:
-            offsets = offsets @ self.basis
-        return self.generic_vector + offsets
+    def numbers(self, users: UserBatch) -> Tensor:
+        own: Tensor = self.offsets(users.user_id)  # [B, user_dim] or [B, r]
+        return own
+
+    def vectors(self, numbers: Tensor) -> Tensor:
+        return self.generic_vector + (numbers if self.basis is None else numbers @ self.basis)
 
     def generic(self, batch_size: int) -> Tensor:
         return self.generic_vector.expand(batch_size, -1)

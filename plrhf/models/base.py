@@ -34,6 +34,7 @@ from plrhf.models.inner import Inner, fit_train_users, task_vectors
 from plrhf.models.loading import load_checkpoint, load_export, reload_users
 from plrhf.models.metrics import ExactMean, UserAccuracy
 from plrhf.models.optim import Optim, RowAdamW, clip_gradients
+from plrhf.models.priors import count_pairs, split_variances, weigh_priors
 from plrhf.models.reduction import Reduce, Reduction
 
 T = TypeVar("T")
@@ -344,10 +345,13 @@ class PersonalModule(LightningModule):
         self.save_hyperparameters({**settings, "n_users": len(card.users)}, logger=False)
 
     def trainable_parts(self) -> dict[str, list[nn.Parameter]]:
-        """Divide the parameters by learning rate: "backbone", "user" and "head"."""
+        """Divide the parameters by learning rate: "backbone", "user", "shrinkage" and "head"."""
+        user = [*self.encoder.parameters(), *user_maps(self.aggregator)]
+        variances, user = split_variances(self, user)
         return {
             "backbone": [*self.backbone.parameters()],
-            "user": [*self.encoder.parameters(), *user_maps(self.aggregator)],
+            "user": user,
+            "shrinkage": variances,
             "head": [*self.head_parameters(), *self.aggregator.text_parameters()],
         }
 
@@ -361,6 +365,7 @@ class PersonalModule(LightningModule):
         """Take start values from the train pairs, once values without any user are computed."""
 
     def on_fit_start(self) -> None:
+        count_pairs(self, self.trainer.datamodule)  # type: ignore[attr-defined]
         if self.reduction.kind != "pairs":
             self.reduction.count(self._train_pairs().user_id)
 
@@ -374,6 +379,7 @@ class PersonalModule(LightningModule):
 
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
         self._catch_up(batch.user_id)
+        weigh_priors(self, self.global_step)
 
     def on_validation_start(self) -> None:
         self._catch_up()

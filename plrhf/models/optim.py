@@ -14,6 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from plrhf.core.checks import NonNegativeFloat, NonNegativeInt, PositiveFloat, check_arguments
 
+SHRINKAGE_LR = 0.03
+"""Learning rate of logarithms of variances. Being logarithms, they need no rate for each scale."""
+
 
 @check_arguments("optim")
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,9 @@ class Optim:
         head_lr: for the reward head and the aggregator's layers on text alone. All are per step.
         weight_decay, user_weight_decay: decoupled decay; the latter is of what has user_lr and acts as
             the prior that keeps users near the generic one.
+        shared_steps: steps in which only what all users share is learned, before users begin to differ.
+        shrinkage_steps: steps after them over which learned shrinkage grows to its full weight, so that
+            users can differ before it is asked whether they do.
         warmup_steps: linear warm-up, then `schedule` ("cosine" to zero at the last step, "constant").
     """
 
@@ -34,6 +40,8 @@ class Optim:
     head_lr: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.0
     user_weight_decay: NonNegativeFloat = 0.0
+    shared_steps: NonNegativeInt = 0
+    shrinkage_steps: NonNegativeInt = 200
     warmup_steps: NonNegativeInt = 150
     schedule: Literal["cosine", "constant"] = "cosine"
 
@@ -43,33 +51,47 @@ class Optim:
         backbone: Iterable[nn.Parameter],
         user: Iterable[nn.Parameter],
         head: Iterable[nn.Parameter],
+        shrinkage: Iterable[nn.Parameter] = (),
         total_steps: int,
     ) -> tuple[RowAdamW, LambdaLR]:
         """The optimiser over what is trainable of each part, and its schedule per step."""
-        groups = [
-            {"params": backbone, "lr": self.lr, "weight_decay": self.weight_decay, "name": "lm"},
-            {
-                "params": user,
-                "lr": self.user_lr,
-                "weight_decay": self.user_weight_decay,
-                "name": "user",
-            },
-            {"params": head, "lr": self.head_lr, "weight_decay": self.weight_decay, "name": "head"},
-        ]
-        for group in groups:
-            group["params"] = [p for p in group["params"] if p.requires_grad]  # type: ignore[attr-defined]
+        parts = {"backbone": backbone, "user": user, "head": head, "shrinkage": shrinkage}
+        groups: list[dict[str, Any]] = []
+        for part, parameters in parts.items():
+            lr, decay = self.rate_and_decay(part)
+            learned = [one for one in parameters if one.requires_grad]
+            groups.append({"params": learned, "lr": lr, "weight_decay": decay, "name": part})
         optimizer = RowAdamW([group for group in groups if group["params"]])
-        return optimizer, LambdaLR(optimizer, self.factor(total_steps))
+        factors = [self.factor(total_steps, group["name"]) for group in optimizer.param_groups]
+        return optimizer, LambdaLR(optimizer, factors)
 
-    def factor(self, total_steps: int) -> Callable[[int], float]:
-        """Step -> factor on every learning rate."""
+    def rate_and_decay(self, part: str) -> tuple[float, float]:
+        """Return learning rate and weight decay of "backbone", "user", "head" or "shrinkage"."""
+        return {
+            "backbone": (self.lr, self.weight_decay),
+            "user": (self.user_lr, self.user_weight_decay),
+            "head": (self.head_lr, self.weight_decay),
+            "shrinkage": (SHRINKAGE_LR, 0.0),
+        }[part]
+
+    def shrinkage_factor(self, step: int) -> float:
+        """Return the weight of learned shrinkage in the loss of a step."""
+        done = (step + 1 - self.shared_steps) / max(1, self.shrinkage_steps)
+        return min(1.0, max(0.0, done))
+
+    def factor(self, total_steps: int, part: str = "head") -> Callable[[int], float]:
+        """Step -> factor on the learning rate of a part; that of users begins after `shared_steps`."""
+        first = self.shared_steps if part in ("user", "shrinkage") else 0
 
         def at(step: int) -> float:
+            step -= first
+            if step < 0:
+                return 0.0
             if step < self.warmup_steps:
                 return (step + 1) / (self.warmup_steps + 1)
             if self.schedule == "constant":
                 return 1.0
-            done = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)
+            done = (step - self.warmup_steps) / max(1, total_steps - first - self.warmup_steps)
             return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
         return at

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from plrhf.core.shrinkage import Shrinkage
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
+from plrhf.models.priors import count_pairs
 from plrhf.models.reward import PersonalRewardModel
 
 NOT_STACKED = ("backbone.", "val_accuracy.", "val_loss.")
@@ -179,14 +181,14 @@ class StackedAdamW:
         self.n_steps: dict[str, int] = dict.fromkeys(weights, 0)
 
     @torch.no_grad()
-    def step(self, gradients: Mapping[str, Tensor], factor: Tensor) -> None:
-        """Take a step of `rates` times `factor` [T]; what has no gradient stays as it is."""
+    def step(self, gradients: Mapping[str, Tensor], factors: Named) -> None:
+        """Take a step of `rates` times `factors` [T]; what has no gradient stays as it is."""
         beta1, beta2 = self.betas
         for name, gradient in gradients.items():
             weight, mean, square = self.weights[name], self.mean[name], self.square[name]
             self.n_steps[name] += 1
             shape = (-1, *[1] * (weight.dim() - 1))
-            rate = (self.rates[name] * factor).view(shape)
+            rate = (self.rates[name] * factors[name]).view(shape)
             weight.mul_(1 - rate * self.decays[name].view(shape))
             mean.lerp_(gradient, 1 - beta1)
             square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
@@ -197,23 +199,33 @@ class StackedAdamW:
 
 def stacked_optimizer(
     stack: Stack, total_steps: int
-) -> tuple[StackedAdamW, Callable[[int], Tensor]]:
-    """Return AdamW with the learning rates of each model's `Optim`, and the factor [T] at a step."""
+) -> tuple[StackedAdamW, Callable[[int], Named]]:
+    """Return AdamW with the learning rates of each model's `Optim`, and their factors [T] at a step."""
     groups = stack.template.trainable_parts()
     part_of = {id(one): part for part, found in groups.items() for one in found}
     names = dict(stack.template.named_parameters())
     optims = [model.optim for model in stack.models]
-    rates, decays = {}, {}
+    rates, decays, schedules = {}, {}, {}
     for name in stack.learned:
-        is_user = part_of[id(names[name])] == "user"
-        rates[name] = torch.tensor([one.user_lr if is_user else one.head_lr for one in optims])
-        decays[name] = torch.tensor(
-            [one.user_weight_decay if is_user else one.weight_decay for one in optims]
-        )
+        part = part_of[id(names[name])]
+        found = torch.tensor([one.rate_and_decay(part) for one in optims])  # [T, 2]
+        rates[name], decays[name] = found.unbind(dim=1)
+        schedules[name] = [one.factor(total_steps, part) for one in optims]
     learned = {name: stack.weights[name] for name in stack.learned}
-    at = [one.factor(total_steps) for one in optims]
     optimizer = StackedAdamW(learned, rates=rates, decays=decays)
-    return optimizer, lambda step: torch.tensor([one(step) for one in at])
+
+    def factors(step: int) -> Named:
+        return {name: torch.tensor([at(step) for at in each]) for name, each in schedules.items()}
+
+    return optimizer, factors
+
+
+def weigh_priors(stack: Stack, step: int) -> None:
+    """Give learned shrinkage the weight that it has in the loss of a step, each trial its own."""
+    factors = [model.optim.shrinkage_factor(step) for model in stack.models]
+    for name, part in stack.template.named_modules():
+        if isinstance(part, Shrinkage):
+            stack.weights[f"{name}.weight"] = torch.tensor(factors)
 
 
 def clip(gradients: Named, max_norm: float) -> None:
@@ -290,19 +302,21 @@ def train_side_by_side(
     total_steps = training.total_steps(len(loader))
     for model in models:
         model.reduction.count(train.user_id)
+        count_pairs(model, seen)
     stack = Stack(models)
-    optimizer, factor = stacked_optimizer(stack, total_steps)
+    optimizer, factors = stacked_optimizer(stack, total_steps)
     best = BestWeights(stack, training)
     val = list(seen.val_dataloader())
     every = training.val_every_n_steps or len(loader)
     stack.train(True)
     for step, batch in enumerate(_batches(loader, total_steps)):
+        weigh_priors(stack, step)
         gradients = stack.gradients(batch)
         if training.gradient_clip_val is not None:
             clip(gradients, training.gradient_clip_val)
         for model in models:
             model.reduction.step()
-        optimizer.step(gradients, factor(step))
+        optimizer.step(gradients, factors(step))
         if len(val) > 0 and (step + 1) % every == 0:
             stack.finish_users(train)
             found = validate(stack, val)

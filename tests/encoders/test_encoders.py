@@ -171,7 +171,7 @@ def test_features_of_every_kind(n_numbers: int, sizes: tuple[int, ...], rank: in
     vectors[0].sum().backward()
     for gradient in (table.weight.grad for table in encoder.categories):
         assert isinstance(gradient, Tensor) and gradient[-1].abs().max() > 0
-    widths = [layer.out_features for layer in encoder.mlp if isinstance(layer, nn.Linear)]
+    widths = [layer.out_features for layer in encoder.modules() if isinstance(layer, nn.Linear)]
     assert widths == ([7, 2, WIDTH] if rank == 2 else [7, WIDTH])
 
 

@@ -30,7 +30,7 @@ def test_groups_and_their_settings() -> None:
         for group in optimizer.param_groups
     }
     assert found == {
-        "lm": ([lora], 1.0, 0.1),
+        "backbone": ([lora], 1.0, 0.1),
         "user": ([user], 2.0, 0.2),
         "head": ([head], 3.0, 0.1),
     }
@@ -49,6 +49,15 @@ def test_schedule_by_hand() -> None:
     expected = [0.25, 0.5, 0.75] + [0.5 * (1 + cos(pi * done / 4)) for done in (0, 1, 2, 3, 4)]
     assert [factor(step) for step in range(8)] == pytest.approx(expected)
     assert factor(100) == pytest.approx(0.0)
+
+
+def test_users_begin_after_what_all_share() -> None:
+    optim = Optim(warmup_steps=1, schedule="constant", shared_steps=3, shrinkage_steps=4)
+    assert [optim.factor(9, "head")(step) for step in range(5)] == [0.5, 1.0, 1.0, 1.0, 1.0]
+    for part in ("user", "shrinkage"):
+        assert [optim.factor(9, part)(step) for step in range(6)] == [0, 0, 0, 0.5, 1.0, 1.0]
+    weights = [optim.shrinkage_factor(step) for step in range(9)]
+    assert weights == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
 
 
 def test_constant_schedule() -> None:

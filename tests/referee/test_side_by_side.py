@@ -47,33 +47,39 @@ class Branching(LookupEncoder):
         return vectors if bool(vectors.sum() > -1e9) else -vectors
 
 
-def make(data: PreferenceData, optim: Optim, encoder: type[LookupEncoder] = LookupEncoder) -> Any:
+def make(
+    data: PreferenceData,
+    optim: Optim,
+    encoder: type[LookupEncoder] = LookupEncoder,
+    shrinkage: Any = "fixed",
+) -> Any:
     """A model that always starts alike."""
     torch.manual_seed(5)
     hidden = data.datasets["train"].hidden
     assert hidden is not None
     backbone: Any = FixedFeatures(hidden.values.shape[1])
-    film = FiLM(
-        hidden_size=backbone.hidden_size, n_blocks=1, user_dim=6, layer_width=9, layer_dropout=0.3
-    )
-    users = encoder(
-        n_users=data.n_users, user_dim=6, vocabulary=torch.zeros(1, 1), rank=2, init="normal"
-    )
+    layer: Any = {"layer_width": 9, "layer_dropout": 0.3, "shrinkage": shrinkage}
+    film = FiLM(hidden_size=backbone.hidden_size, n_blocks=1, user_dim=6, **layer)
+    own: Any = {"rank": 2, "init": "normal", "shrinkage": shrinkage}
+    users = encoder(n_users=data.n_users, user_dim=6, vocabulary=torch.zeros(1, 1), **own)
     parts = {"backbone": backbone, "encoder": users, "aggregator": film}
     return PersonalRewardModel(**parts, n_users=data.n_users + 1, optim=optim, alpha=0.7)
 
 
 OPTIMS = [
     Optim(user_lr=0.05, head_lr=0.02, user_weight_decay=0.3, warmup_steps=3),
-    Optim(user_lr=0.01, head_lr=0.05, weight_decay=2.0, warmup_steps=1, schedule="constant"),
+    Optim(user_lr=0.01, head_lr=0.05, warmup_steps=1, schedule="constant", shared_steps=4),
     Optim(user_lr=0.2, head_lr=0.001, user_weight_decay=3.0, warmup_steps=0),
 ]
 LIMITS: dict[str, Any] = {"val_every_n_steps": 2, "max_steps": N_STEPS, "gradient_clip_val": 0.5}
 
 
-def test_a_stack_learns_what_single_runs_learn(data: PreferenceData, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shrinkage", ["fixed", "learned"])
+def test_a_stack_learns_what_single_runs_learn(
+    shrinkage: str, data: PreferenceData, tmp_path: Path
+) -> None:
     assert data.n_users == WORLD["n_users"]
-    stacked = [make(data, optim) for optim in OPTIMS]
+    stacked = [make(data, optim, shrinkage=shrinkage) for optim in OPTIMS]
     found = train_side_by_side(stacked, data, Training(**LIMITS, patience=3))
     assert all(one.vmapped for one in found)
     for optim, ours, result in zip(OPTIMS, stacked, found, strict=True):
@@ -85,7 +91,7 @@ def test_a_stack_learns_what_single_runs_learn(data: PreferenceData, tmp_path: P
             patience=3,
             **LIMITS,
         )
-        theirs = make(data, optim)
+        theirs = make(data, optim, shrinkage=shrinkage)
         fit(theirs, data, trainer, resume_from=None)
         margins = [
             margins_on(one, data.datasets["test"], batch_size=6) for one in (ours, theirs.eval())
@@ -123,7 +129,7 @@ def test_stacked_adamw_is_torchs() -> None:
     ]
     for _ in range(5):
         gradient = torch.randn(2, 3, 4)
-        ours.step({"w": gradient.clone()}, torch.ones(2))
+        ours.step({"w": gradient.clone()}, {"w": torch.ones(2)})
         for one, optimizer, own in zip(singles, theirs, gradient, strict=True):
             one.grad = own.clone()
             optimizer.step()
