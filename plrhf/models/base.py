@@ -34,19 +34,13 @@ from plrhf.models.inner import Inner, fit_train_users, task_vectors
 from plrhf.models.loading import load_checkpoint, load_export, reload_users
 from plrhf.models.metrics import ExactMean, UserAccuracy
 from plrhf.models.optim import Optim, RowAdamW, clip_gradients
-from plrhf.models.priors import count_pairs, split_variances, weigh_priors
+from plrhf.models.parts import count_pairs, divide_parameters, user_maps, weigh_priors
 from plrhf.models.reduction import Reduce, Reduction
 
 T = TypeVar("T")
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """Dtype of products under the trainer's precisions; others compute in the weights' own."""
-
-
-def user_maps(aggregator: Aggregator) -> list[nn.Parameter]:
-    """Parameters of an aggregator that act on user vectors."""
-    of_text = {id(one) for one in aggregator.text_parameters()}
-    return [one for one in aggregator.parameters() if id(one) not in of_text]
 
 
 @check_arguments("model")
@@ -346,14 +340,7 @@ class PersonalModule(LightningModule):
 
     def trainable_parts(self) -> dict[str, list[nn.Parameter]]:
         """Divide the parameters by learning rate: "backbone", "user", "shrinkage" and "head"."""
-        user = [*self.encoder.parameters(), *user_maps(self.aggregator)]
-        variances, user = split_variances(self, user)
-        return {
-            "backbone": [*self.backbone.parameters()],
-            "user": user,
-            "shrinkage": variances,
-            "head": [*self.head_parameters(), *self.aggregator.text_parameters()],
-        }
+        return divide_parameters(self)
 
     def configure_optimizers(self) -> Any:
         optimizer, schedule = self.optim.build(

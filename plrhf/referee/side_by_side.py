@@ -21,7 +21,7 @@ from plrhf.core.shrinkage import Shrinkage
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
-from plrhf.models.priors import count_pairs
+from plrhf.models.parts import count_pairs
 from plrhf.models.reward import PersonalRewardModel
 
 NOT_STACKED = ("backbone.", "val_accuracy.", "val_loss.")

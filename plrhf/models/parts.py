@@ -1,4 +1,4 @@
-"""What priors need to know of a training run: how many pairs there are, and at which step it is."""
+"""The parts of a model in training: their parameters by learning rate, and what priors need to know."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from plrhf.aggregators import Aggregator
 from plrhf.core.shrinkage import Shrinkage
 from plrhf.data.module import PreferenceData
 
@@ -19,13 +20,23 @@ def priors_of(model: nn.Module) -> list[Shrinkage]:
     return [part for part in model.modules() if isinstance(part, Shrinkage)]
 
 
-def split_variances(
-    model: nn.Module, of_users: list[nn.Parameter]
-) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Divide parameters of the user model into those of priors and the others."""
+def user_maps(aggregator: Aggregator) -> list[nn.Parameter]:
+    """Return the parameters of an aggregator that act on user vectors."""
+    of_text = {id(one) for one in aggregator.text_parameters()}
+    return [one for one in aggregator.parameters() if id(one) not in of_text]
+
+
+def divide_parameters(model: PersonalModule) -> dict[str, list[nn.Parameter]]:
+    """Divide a model's parameters by learning rate; see `Optim.rate_and_decay`."""
     variances = [one for prior in priors_of(model) for one in prior.parameters()]
     apart = {id(one) for one in variances}
-    return variances, [one for one in of_users if id(one) not in apart]
+    of_users = [*model.encoder.parameters(), *user_maps(model.aggregator)]
+    return {
+        "backbone": [*model.backbone.parameters()],
+        "user": [one for one in of_users if id(one) not in apart],
+        "shrinkage": variances,
+        "head": [*model.head_parameters(), *model.aggregator.text_parameters()],
+    }
 
 
 def count_pairs(model: PersonalModule, data: PreferenceData) -> None:
