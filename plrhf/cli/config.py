@@ -241,7 +241,8 @@ class RefereeConfig(Section):
 
     Attributes:
         grid: dotted setting -> values to try. The trials of a method are points of their product.
-        adaptation: rule by which users that training has not seen are inferred from their pairs.
+        adaptation: rule by which users that training has not seen are inferred from their pairs: a name
+            in ``conf/eval/adaptation``, or a mapping with ``name`` and settings; None: they stay generic.
         features: what stands for a text: ``text``, the frozen backbone's pooled output, or, for
             controls, ``length``, ``shape`` or ``item`` (see `referee.features`).
         shots: pairs given of users that training has not seen, where rows allow others than
@@ -249,7 +250,7 @@ class RefereeConfig(Section):
     """
 
     grid: dict[str, list[Any]] = {}
-    adaptation: str | None = "posterior"
+    adaptation: str | dict[str, Any] | None = "posterior"
     features: Literal["text", "length", "shape", "item"] = "text"
     shots: list[NonNegativeInt] | None = None
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import hydra
 import lightning
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -20,8 +21,10 @@ from plrhf.backbone.model import Backbone
 from plrhf.cli.assemble import build_run_model
 from plrhf.cli.config import RefereeConfig, RunConfig
 from plrhf.cli.main import CONF
+from plrhf.core.components import build
 from plrhf.core.errors import bad_value
 from plrhf.data.module import PreferenceData
+from plrhf.models.adaptation import Adaptation
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.referee.leaderboard import VANILLA
 from plrhf.referee.side_by_side import Training
@@ -126,6 +129,21 @@ class Method:
         """How it is tuned and tested."""
         assert self.config.referee is not None
         return self.config.referee
+
+    @property
+    def rule(self) -> Adaptation | None:
+        """How users that training has not seen are inferred from their pairs."""
+        given = self.referee.adaptation
+        if given is None:
+            return None
+        own = {"name": given} if isinstance(given, str) else given
+        path = CONF / "eval" / "adaptation" / f"{own['name']}.yaml"
+        if not path.is_file():
+            names = ", ".join(sorted(one.stem for one in path.parent.glob("*.yaml")))
+            raise bad_value("referee.adaptation", own["name"], f"one of {names}", "Name one")
+        settings = {**yaml.safe_load(path.read_text(encoding="utf-8")), **own}
+        rule: Adaptation = build(settings, "referee.adaptation", kind=Adaptation)
+        return rule
 
     @property
     def training(self) -> Training:

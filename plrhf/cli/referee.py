@@ -170,7 +170,14 @@ class Bench:
 
         facts = self.facts_of(config, data)
         result = referee_job(
-            method.groups(), data, method.training, build, shots, facts, seed=job.seed
+            method.groups(),
+            data,
+            method.training,
+            build,
+            shots,
+            facts,
+            rule=method.rule,
+            seed=job.seed,
         )
         record = JobRecord(
             rows=job.rows,

@@ -18,8 +18,7 @@ from plrhf.evaluation.few_shot import (
     draw_trials,
     rows_of_users,
 )
-from plrhf.models.adaptation import Adaptation, AdaptedUsers, Posterior
-from plrhf.models.adaptation.fitting import user_tables
+from plrhf.models.adaptation import Adaptation, AdaptedUsers
 from plrhf.models.reward import PersonalRewardModel
 
 NEW = "new users"
@@ -70,19 +69,16 @@ class FewShots:
 
 
 def new_user_margins(
-    model: PersonalRewardModel, shots: FewShots, rule: Adaptation | None = None, *, batch_size: int
+    model: PersonalRewardModel, shots: FewShots, rule: Adaptation, *, batch_size: int
 ) -> tuple[pd.DataFrame, float]:
     """Return margins on the pairs asked after k pairs given, and the seconds that a fit takes a user.
 
     `who` is ``own`` (fitted to the user's k pairs) or ``wrong`` (to k pairs of another person).
 
     Args:
-        rule: how users are fitted; None: `Posterior`.
+        rule: how users are fitted.
     """
-    rule = Posterior() if rule is None else rule
     model.eval()
-    if len(user_tables(model.encoder)) == 0:
-        return pd.DataFrame(), 0.0
     curve = Curve(model, shots.dataset, shots.trials, batch_size=batch_size)
     frames, seconds = [], 0.0
     for k in shots.options.shots:

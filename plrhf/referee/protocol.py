@@ -19,6 +19,7 @@ import torch
 from plrhf.core.types import GENERIC_USER
 from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
+from plrhf.models.adaptation import Adaptation
 from plrhf.models.adaptation.fitting import user_tables
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.referee.facts import Facts
@@ -64,21 +65,28 @@ def referee_job(
     shots: FewShots | None,
     facts: Facts,
     *,
+    rule: Adaptation | None,
     seed: int,
 ) -> JobResult[T]:
     """Tune a method on val, and ask the best trial the test pairs.
 
     Args:
-        shots: pairs of unseen users, None where there are too few. facts: of the rows. others: see `tune`.
+        shots: pairs of unseen users, None where there are too few. facts: of the rows.
+        rule: how unseen users are inferred; None: they stay as they are before a pair is given, as where
+            the encoder knows nothing of single users.
+        others: see `tune`.
     """
     tuned = tune(groups, data, training, build)
     margins = [seen_margins(tuned.model, data, seed=seed)]
     seconds = 0.0
-    if shots is not None:
-        of_new, seconds = new_user_margins(tuned.model, shots, batch_size=data.eval_batch_size)
-        if len(of_new) > 0:  # else a new user is answered as before a pair is given
-            margins[0] = margins[0][margins[0]["user_kind"] == "seen"]
-            margins.append(of_new)
+    encoder = tuned.model.encoder
+    fits = len(user_tables(encoder)) > 0 or getattr(encoder, "reads_context", False)
+    if shots is not None and rule is not None and fits:
+        of_new, seconds = new_user_margins(
+            tuned.model, shots, rule, batch_size=data.eval_batch_size
+        )
+        margins[0] = margins[0][margins[0]["user_kind"] == "seen"]
+        margins.append(of_new)
     whole = pd.concat(margins, ignore_index=True)
     whole["agreed"] = whole["pair_id"].isin(facts.agreed)
     record = {

@@ -18,6 +18,7 @@ from plrhf.data.rows import Row
 from plrhf.data.sources.jsonl import JsonlSource
 from plrhf.encoders import LookupEncoder, NoneEncoder
 from plrhf.evaluation.few_shot import FewShotOptions, Trial
+from plrhf.models.adaptation import Posterior
 from plrhf.models.optim import Optim
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.referee.facts import Facts, agreed_pairs, span
@@ -78,7 +79,9 @@ def test_a_job_asks_everybody_and_everybodys_controls(data: PreferenceData) -> N
     options = FewShotOptions(shots=[0, 1, 2], draws=2)
     shots = FewShots.draw(data, set(), options, seed=0)
     assert shots is not None
-    result = referee_job([[0.01, 0.1], [0.3]], data, TRAINING, builder(data), shots, FACTS, seed=0)
+    result = referee_job(
+        [[0.01, 0.1], [0.3]], data, TRAINING, builder(data), shots, FACTS, rule=Posterior(), seed=0
+    )
     margins = result.margins
     counts = margins.groupby(["user_kind", "who", "shots"]).size()
     assert counts["seen", "own", -1] == counts["seen", "wrong", -1] == 5 * 20
@@ -125,7 +128,7 @@ def test_a_pair_given_is_not_asked(data: PreferenceData) -> None:
     model = builder(data)(0.1)
     with pytest.raises(ValueError, match="pairs that were not given"):
         shots = FewShots(options, dataset, [[Trial([0, 1], [1, 3]), Trial([4, 5], [6])]])
-        new_user_margins(model, shots, batch_size=5)
+        new_user_margins(model, shots, Posterior(), batch_size=5)
 
 
 def entry(method: str, result: Any) -> tuple[JobRecord, pd.DataFrame]:
@@ -158,7 +161,7 @@ def test_a_label_by_format_is_called_a_leak(tmp_path: Path) -> None:
             own = with_features(found, kind)  # type: ignore[arg-type]
             build = builder(own, personal=False)
             training = Training(max_steps=30, val_every_n_steps=10)
-            result = referee_job([[0.1]], own, training, build, None, FACTS, seed=0)
+            result = referee_job([[0.1]], own, training, build, None, FACTS, rule=None, seed=0)
             jobs.append(entry(kind, result))
         (of_rows,) = entries(jobs).values()
         return warnings(of_rows)
