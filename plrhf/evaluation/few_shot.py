@@ -40,6 +40,9 @@ from plrhf.models.pair_batches import batches_of, compute_per_pair, dataset_of
 FITTED = ("adapted", "other_user", "pooled")
 """Whose pairs a user is fitted to: their own, one other person's, or many other people's."""
 
+CALIBRATED = ("adapted", "attenuated", "generic")
+"""Whose likelihood and calibration tables show."""
+
 
 @check_arguments("eval")
 @dataclass(frozen=True, kw_only=True)
@@ -376,7 +379,7 @@ def few_shot_terminal_table(result: FewShotCurve) -> rich.table.Table:
     """adapt.json as a table for the terminal, a line a number of pairs given.
 
     Beside the curves stands the gain: as a share of the oracle's where there is one, else in points
-    over the generic user, and the likelihood in nats of whoever is fitted to their own pairs.
+    over the generic user; then likelihood in nats and calibration of `CALIBRATED`.
     """
     table = rich.table.Table(
         title=f"{result.n_users} {result.users} users, {result.n_draws} draws: accuracy in per cent"
@@ -389,9 +392,8 @@ def few_shot_terminal_table(result: FewShotCurve) -> rich.table.Table:
     else:
         gains = result.gain_recovered.items()
         columns += [(f"{name}, of oracle's gain", found, 1, 2) for name, found in gains]
-    for name, likelihood in result.nll.items():
-        if name in ("adapted", "attenuated", "generic"):
-            columns.append((f"{name}, nll", likelihood, 1, 3))
+    for what, of_who in (("nll", result.nll), ("ece", result.ece)):
+        columns += [(f"{who}, {what}", of_who[who], 1, 3) for who in CALIBRATED if who in of_who]
     for heading in ("pairs", *(name for name, *_ in columns)):
         table.add_column(heading, justify="right")
     for place, k in enumerate(result.shots):

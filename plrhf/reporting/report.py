@@ -113,11 +113,11 @@ def new_users_section(run: Run) -> Section | None:
     adapted = run.adapted
     if adapted is None:
         return None
+    by = f" (eval/adaptation={adapted.adaptation['name']})" if "name" in adapted.adaptation else ""
     note = (
-        f"Only the user's own parameters are fitted, to k pairs of each of {adapted.n_users} new "
-        f"users, and tested on their other pairs; {adapted.n_draws} draws. Pooled: fitted to k pairs "
-        "of k other people, so its gain is not personal. Other user: fitted to k pairs of one other "
-        "person, which should lose."
+        f"Only the user is fitted{by}, to k pairs of each of {adapted.n_users} new users, and tested on "
+        f"their other pairs; {adapted.n_draws} draws. Pooled: fitted to k pairs of k other people, so "
+        "its gain is not personal. Other user: fitted to k pairs of one other person, which should lose."
     )
     figures = [few_shot_curves(adapted)]
     return Section("New users", note, table=few_shot_table(adapted), figures=figures)

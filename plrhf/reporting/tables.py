@@ -14,7 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from plrhf.core.bootstrap import Estimate
-from plrhf.evaluation.few_shot import FewShotCurve
+from plrhf.evaluation.few_shot import CALIBRATED, FewShotCurve
 from plrhf.evaluation.judges import JudgedRun
 from plrhf.evaluation.metrics import PROMPT_KINDS, USER_KINDS, UserKind
 from plrhf.evaluation.results import Measures, Results
@@ -273,12 +273,19 @@ def few_shot_table(adapted: FewShotCurve) -> Table:
     curves = {name: curve for name, curve in adapted.curves.items() if curve is not None}
     over = adapted.over_generic  # paired, so with narrower intervals than the curves
     recovered = adapted.gain_recovered or {}
+    sizes = {
+        f"{what}, {who}": of_who[who]
+        for what, of_who in (("nll", adapted.nll), ("ECE", adapted.ece))
+        for who in CALIBRATED
+        if who in of_who
+    }
     rows = [
         [
             Cell(f"{shots}"),
             *(percent(curve[place]) for curve in curves.values()),
             *(points(curve[place]) for curve in over.values()),
             *(estimate_cell(curve[place], "z.2f") for curve in recovered.values()),
+            *(estimate_cell(curve[place], ".3f") for curve in sizes.values()),
         ]
         for place, shots in enumerate(adapted.shots)
     ]
@@ -286,6 +293,7 @@ def few_shot_table(adapted: FewShotCurve) -> Table:
         *(f"{name}, %" for name in curves),
         *(f"{name} over generic, points" for name in over),
         *(f"gain, {name}" for name in recovered),
+        *sizes,
     ]
     return Table(["pairs given", *heads], [("", rows)])
 

@@ -245,8 +245,9 @@ def test_likelihood_and_calibration_by_hand() -> None:
     assert result["ece"]["adapted"][0]["value"] == pytest.approx(sum(gaps) / 4)
     about: Any = {"shots": [4], "users": "unseen", "n_users": 2, "n_draws": 1}
     table = few_shot_terminal_table(FewShotCurve(**about, **result))
-    assert [str(column.header) for column in table.columns][-3:] == [
-        *("adapted, nll", "generic, nll", "attenuated, nll")
+    assert [str(column.header) for column in table.columns][-6:] == [
+        *("adapted, nll", "attenuated, nll", "generic, nll"),
+        *("adapted, ece", "attenuated, ece", "generic, ece"),
     ]
 
 

@@ -205,6 +205,10 @@ def test_few_shot_table_by_hand() -> None:
     with_paired = few_shot_table(FewShotCurve(**{**ADAPTED, "over_generic": paired}))
     assert with_paired.columns[5] == "adapted over generic, points"
     assert str(with_paired.groups[0][1][0][5]) == "+12.5 [+7.5, +17.5]"
+    sizes = {"nll": {"adapted": constant(0.5), "oracle": constant(0.25)}, "ece": {}}
+    with_nll = few_shot_table(FewShotCurve(**{**ADAPTED, **sizes}))
+    assert [*with_nll.columns][6:] == ["nll, adapted"]
+    assert str(with_nll.groups[0][1][0][6]) == "0.500 [0.450, 0.550]"
     # Human data have no oracle, and no gain to recover.
     people = {**ADAPTED, "curves": {**ADAPTED["curves"], "oracle": None}, "gain_recovered": None}
     assert len(few_shot_table(FewShotCurve(**people)).columns) == 4
