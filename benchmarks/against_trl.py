@@ -8,7 +8,8 @@ turns, a few steps each, so that a machine that slows down slows all of them. Se
 over the turns; ratios are medians of the ratios of neighbouring turns.
 
 Ours takes both contexts of every pair (the user's and the generic user's), the reference computed
-beforehand, with the default user model (lookup, FiLM) and with the authors' (lookup, soft prompt).
+beforehand, with the default user model (lookup, FiLM) and with the authors' (lookup, soft prompt),
+the vectors in front of the prompt ("soft prompt") or after it ("late soft prompt").
 TRL knows no users; for the same loss it takes every row twice, once as the generic user's: on the
 authors' recipe with the reference at every step, and at its best with the reference beforehand.
 "Vanilla" is TRL with every row once, which is half the work and another loss.
@@ -114,12 +115,19 @@ COMPARED = {
             "dpo ours, soft prompt",
             "dpo TRL, reference beforehand",
         ),
+        "late_soft_prompt_vs_authors_recipe": (
+            "dpo ours, late soft prompt",
+            "dpo TRL, authors' recipe",
+        ),
+        "late_vs_early_soft_prompt": ("dpo ours, late soft prompt", "dpo ours, soft prompt"),
         "bfloat16_vs_float32": ("dpo ours, bfloat16", "dpo ours"),
     },
     "reward": {
         "vs_trl": ("reward ours", "reward TRL"),
         "vs_vanilla": ("reward ours", "reward TRL, vanilla"),
         "soft_prompt_vs_trl": ("reward ours, soft prompt", "reward TRL"),
+        "late_soft_prompt_vs_trl": ("reward ours, late soft prompt", "reward TRL"),
+        "late_vs_early_soft_prompt": ("reward ours, late soft prompt", "reward ours, soft prompt"),
         "bfloat16_vs_float32": ("reward ours, bfloat16", "reward ours"),
     },
 }

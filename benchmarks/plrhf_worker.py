@@ -21,6 +21,8 @@ from plrhf.encoders import LookupEncoder
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
 
+POSITIONS: dict[str, Any] = {"soft_prompt": "before", "late_soft_prompt": "after_prompt"}
+
 
 def make_ours(
     method: Method, folder: Path, pairs: Path, *, targets: list[str] = TARGETS
@@ -40,11 +42,11 @@ def make_ours(
     backbone = load_backbone(path=str(folder), dtype=method.dtype, lora=lora)
     data.tokenize(load_tokenizer(str(folder)), layout="packed")
     width = backbone.hidden_size
-    aggregator: Any = (
-        ConcatSoftPrompt(hidden_size=width, n_tokens=N_TOKENS)
-        if method.aggregator == "soft_prompt"
-        else FiLM(hidden_size=width, n_blocks=backbone.config.num_hidden_layers, user_dim=width)
-    )
+    n_blocks = backbone.config.num_hidden_layers
+    aggregator: Any = FiLM(hidden_size=width, n_blocks=n_blocks, user_dim=width)
+    if method.aggregator in POSITIONS:
+        position = POSITIONS[method.aggregator]
+        aggregator = ConcatSoftPrompt(hidden_size=width, n_tokens=N_TOKENS, position=position)
     encoder = LookupEncoder(
         n_users=data.n_users, user_dim=aggregator.user_dim, vocabulary=backbone.vocabulary()
     )
@@ -52,7 +54,7 @@ def make_ours(
     model = kind(
         backbone=backbone, encoder=encoder, aggregator=aggregator, n_users=data.n_users + 1
     )
-    data.fit_to_model(max_positions=model.max_positions, n_user_vectors=model.n_user_vectors)
+    data.fit_to_model(max_positions=model.max_positions, user_slots=model.user_slots)
     if isinstance(model, PersonalDPOPolicy):
         data.precompute_reference(model.reference_logps)
     return model, data

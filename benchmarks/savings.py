@@ -100,7 +100,9 @@ def main() -> None:
     """Measure, and print one table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="tldr", choices=list(shared.SHAPES))
-    parser.add_argument("--aggregator", default="film", choices=["film", "soft_prompt"])
+    parser.add_argument(
+        "--aggregator", default="film", choices=["film", "soft_prompt", "late_soft_prompt"]
+    )
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -60,6 +60,7 @@ METHODS = {
         Method("dpo ours" + WITHOUT_DROPOUT, "dpo", "plrhf", dropout=0.0),
         Method("dpo ours, bfloat16", "dpo", "plrhf", dtype="bfloat16"),
         Method("dpo ours, soft prompt", "dpo", "plrhf", aggregator="soft_prompt"),
+        Method("dpo ours, late soft prompt", "dpo", "plrhf", aggregator="late_soft_prompt"),
         Method("dpo TRL, authors' recipe", "dpo", "trl", rows_a_pair=2, online_reference=True),
         Method(
             "dpo TRL, authors' recipe" + WITHOUT_DROPOUT,
@@ -75,6 +76,7 @@ METHODS = {
         Method("reward ours" + WITHOUT_DROPOUT, "reward", "plrhf", dropout=0.0),
         Method("reward ours, bfloat16", "reward", "plrhf", dtype="bfloat16"),
         Method("reward ours, soft prompt", "reward", "plrhf", aggregator="soft_prompt"),
+        Method("reward ours, late soft prompt", "reward", "plrhf", aggregator="late_soft_prompt"),
         Method("reward TRL", "reward", "trl", rows_a_pair=2),
         Method("reward TRL" + WITHOUT_DROPOUT, "reward", "trl", rows_a_pair=2, dropout=0.0),
         Method("reward TRL, vanilla", "reward", "trl"),

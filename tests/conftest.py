@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import runs
 import torch
+from pair_data import WORDS
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from plrhf.backbone.compiled import _compiled_forward
@@ -48,6 +51,22 @@ def nothing_compiled() -> Iterator[None]:
 def tokenizer() -> Any:
     """Byte-pair tokenizer, 300 tokens, whose only special token ``<|endoftext|>`` is number 0."""
     return train_tokenizer(["Write about the sea.", "The sea is blue and wide."], vocab_size=300)
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> Any:
+    """A BERT-like tokenizer: no end token, but [CLS] and [SEP]."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
+    pieces = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    pieces.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+    )
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from transformers import (
 from plrhf.aggregators import Aggregator, ConcatSoftPrompt, FiLM
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj
-from plrhf.core.row_packing import RowPacking
+from plrhf.core.row_packing import NO_USER, RowPacking, UserSlots
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.packing import Layout, TokenPair, packed
 from plrhf.encoders import LookupEncoder, NoneEncoder, UserEncoder
@@ -27,7 +27,7 @@ from plrhf.models.base import PersonalModule
 VOCABULARY, WIDTH, N_LAYERS, N_USERS = 97, 32, 3, 5
 USERS = (1, 2, 3, 0, 5, 1, 2)  # of the pairs, in their order
 LORA = {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear"}
-AGGREGATORS = ("soft_prompt", "film_last", "film_every_block")
+AGGREGATORS = ("soft_prompt", "late_soft_prompt", "film_last", "film_every_block")
 
 
 def language_model(
@@ -76,8 +76,9 @@ def perturb(module: nn.Module, name: str, *, std: float = 0.1) -> None:
 
 def make_aggregator(name: str) -> Aggregator:
     """One of `AGGREGATORS`, in which users make a difference."""
-    if name == "soft_prompt":
-        return ConcatSoftPrompt(hidden_size=WIDTH, n_tokens=3)
+    if name.endswith("soft_prompt"):
+        position: Any = "after_prompt" if name == "late_soft_prompt" else "before"
+        return ConcatSoftPrompt(hidden_size=WIDTH, n_tokens=3, position=position)
     site: Any = name.removeprefix("film_")
     film = FiLM(hidden_size=WIDTH, n_blocks=N_LAYERS, site=site)
     perturb(film, "to_film")
@@ -131,11 +132,11 @@ def make_batch(
     layout: Layout = packed,
     padding: int = 0,
     users: Any = None,
-    n_vectors: int | None = 0,
+    slots: UserSlots | None = NO_USER,
 ) -> PreferenceBatch:
     """The pairs as a batch of `USERS` in turn, with `padding` columns more than it needs.
 
-    Packed rows may stand together under `n_vectors` user vectors each; None: they stay apart.
+    Packed rows may stand together, with user vectors at `slots`; None: they stay apart.
     """
     input_ids, segment, position_ids = layout(pairs)
     n_pairs = len(pairs)
@@ -146,8 +147,8 @@ def make_batch(
         return nn.functional.pad(values, (0, padding), value=filler)
 
     packing = None
-    if layout is packed and n_vectors is not None:
-        packing = RowPacking.of(padded(segment, -1), n_vectors=n_vectors)
+    if slots is not None:
+        packing = RowPacking.of(padded(segment, -1), slots, together=layout is packed)
     return PreferenceBatch(
         packing=packing,
         user_id=torch.tensor(users),

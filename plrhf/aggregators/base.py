@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from plrhf.backbone.model import Backbone
+from plrhf.core.row_packing import UserSlots
 from plrhf.core.types import PreferenceBatch
 
 
@@ -25,6 +26,8 @@ class Aggregator(nn.Module, ABC):
             outputs first and hands them over as `PreferenceBatch.hidden`, one a distinct text.
         unembeddable: whether its hidden states can be unembedded, as a policy must.
         n_positions: how many of the backbone's positions user vectors take.
+        needs_causal: whether the backbone must read left to right.
+        shares_prompts: whether prompts are read alike for all users, so that one reading serves them all.
         penalty_weight: factor of `penalty` in the training loss.
         user_acts: whether user vectors change the hidden states; else they act in the reward head alone.
     """
@@ -34,6 +37,8 @@ class Aggregator(nn.Module, ABC):
     after_trunk: bool = False
     unembeddable: bool = True
     n_positions: int = 0
+    needs_causal: bool = False
+    shares_prompts: bool = False
     penalty_weight: float = 0.0
     user_acts: bool = True
 
@@ -58,6 +63,14 @@ class Aggregator(nn.Module, ABC):
         Args:
             input_ids, attention_mask: [N, L] int64, left-padded prompts. user: [N, user_dim].
         """
+
+    def without_user(self, backbone: Backbone, batch: PreferenceBatch) -> PreferenceBatch:
+        """Compute all of a batch's text that does not depend on the user, for calls with many users."""
+        return batch
+
+    def user_slots(self, n_contexts: int) -> UserSlots:
+        """Say where user vectors stand in the rows of a batch that is asked in that many contexts."""
+        return UserSlots(self.n_positions)
 
     def text_parameters(self) -> list[nn.Parameter]:
         """Name the parameters that act on the text alone, which learn and decay like the head."""

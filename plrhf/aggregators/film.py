@@ -67,7 +67,7 @@ class FiLM(Aggregator):
                 f"null with site={site}",
                 "Set aggregator.layer_width=null, or aggregator.site=last",
             )
-        self.after_trunk = site == "last"
+        self.after_trunk = self.shares_prompts = site == "last"
         self.user_dim = min(hidden_size, DEFAULT_USER_DIM[site]) if user_dim is None else user_dim
         self.n_sites = 1 if self.after_trunk else n_blocks
         self.output_size = hidden_size if layer_width is None else layer_width

@@ -23,7 +23,7 @@ class NoAggregator(Aggregator):
         layer_width, layer_dropout: of `base.text_layer` before the head.
     """
 
-    after_trunk = True
+    after_trunk = shares_prompts = True
     user_acts = False
 
     def __init__(

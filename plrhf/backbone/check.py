@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from plrhf.backbone.families import PACKED, Layout, expected_layout
 from plrhf.backbone.sharding import is_sharded
 from plrhf.core.errors import bad_value
-from plrhf.core.row_packing import RowPacking
+from plrhf.core.row_packing import RowPacking, UserSlots
 from plrhf.core.types import CHOSEN, PADDING, PROMPT, REJECTED
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ WINDOWS = ("sliding_window", "attention_chunk_size")
 """Settings of windows that masks are made by. Real ones are longer than the check's rows."""
 
 SHORT_WINDOW = 3
+
+SLOTS = {"packed": (UserSlots(1), UserSlots(1, 2)), "two_rows": (UserSlots(1),)}
+"""Where the check puts a vector that does what a token does. After the prompt, which two rows do not
+change, there are two contexts a row."""
 
 
 def choose_layout(backbone: Backbone) -> Layout:
@@ -183,11 +187,13 @@ def difference(
             for prompt, *responses in pairs
             for response in responses
         ]
-        ours = _through_layout(backbone, layout, pairs)
         starts = [len(prompt) - 1 for prompt, *_ in pairs for _ in (CHOSEN, REJECTED)]
-        hidden = _relative(ours, [of[start:] for (of, _), start in zip(plain, starts, strict=True)])
-        if not hidden <= allowed:
-            return f"hidden states by {hidden:.1e}"
+        expected = [of[start:] for (of, _), start in zip(plain, starts, strict=True)]
+        for slots in SLOTS[layout]:
+            ours = _through_layout(backbone, layout, pairs, slots)
+            hidden = _relative(ours, expected * (slots.n_contexts or 1))
+            if not hidden <= allowed:
+                return f"hidden states by {hidden:.1e}"
         if backbone.causal:
             first, second = (plain[place][0][: starts[0] + 1] for place in (0, 1))
             if not _relative([first], [second]) <= allowed:
@@ -215,14 +221,26 @@ def plain_forward(backbone: Backbone, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _through_layout(
-    backbone: Backbone, layout: Layout, pairs: list[tuple[Tensor, Tensor, Tensor]]
+    backbone: Backbone,
+    layout: Layout,
+    pairs: list[tuple[Tensor, Tensor, Tensor]],
+    slots: UserSlots,
 ) -> list[Tensor]:
-    """Hidden states of each response and its prompt's last token, the prompt's first as a vector."""
-    rows, places = [], []
+    """Hidden states of each response and its prompt's last token, context by context.
+
+    The prompt's first token is a user vector, or its last one where vectors follow the prompt.
+    """
+    rows, places, vectors = [], [], []
+    n_contexts = slots.n_contexts or 1
     for prompt, chosen, rejected in pairs:
         marked = [(chosen, CHOSEN), (rejected, REJECTED)]
+        at = 0 if slots.n_contexts is None else len(prompt) - 1
         for members in [marked] if layout == "packed" else [[one] for one in marked]:
-            rows.append(_row(prompt, members))
+            row = _row(prompt, members)
+            vectors.append(row[:1, at])
+            rest = torch.cat([row[:, :at], row[:, at + 1 :]], dim=1)
+            rest[2] -= (rest[2] > at).long()  # positions, user vectors not counted
+            rows.append(rest)
             end = len(prompt)
             for response, _ in members:
                 columns = [len(prompt) - 1, *range(end, end + len(response))]
@@ -233,21 +251,21 @@ def _through_layout(
     whole = torch.stack(
         [torch.cat([row, fill.expand(-1, length - row.shape[1])], 1) for row in rows]
     )
-    ids, segment, positions = whole.unbind(dim=1)
-    packing = RowPacking.of(segment[:, 1:].cpu(), n_vectors=1) if layout == "packed" else None
+    ids, segment, positions = whole.repeat(n_contexts, 1, 1).unbind(dim=1)
+    of_one = segment[: len(rows)].cpu()
+    packing = RowPacking.of(of_one, slots, together=layout == "packed")
     packing = move_data_to_device(packing, ids.device)
     before, backbone.layout = getattr(backbone, "layout", layout), layout
     try:
-        hidden = backbone(
-            ids[:, 1:],
-            segment[:, 1:],
-            (positions - 1).clamp(min=0)[:, 1:],
-            user_vectors=backbone.embed(ids[:, :1]),
-            packing=packing,
-        )
+        user_vectors = backbone.embed(torch.stack(vectors).repeat(n_contexts, 1))
+        hidden = backbone(ids, segment, positions, user_vectors=user_vectors, packing=packing)
     finally:
         backbone.layout = before
-    return [hidden[row, columns] for row, columns in places]
+    return [
+        hidden[context * len(rows) + row, columns]
+        for context in range(n_contexts)
+        for row, columns in places
+    ]
 
 
 def _row(prompt: Tensor, members: list[tuple[Tensor, int]]) -> Tensor:

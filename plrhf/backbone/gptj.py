@@ -20,6 +20,7 @@ from transformers.models.gptj.modeling_gptj import GPTJAttention, GPTJBlock
 from plrhf.backbone import devices
 from plrhf.backbone.chunked_attention import ChunkedAttention
 from plrhf.backbone.devices import product_dtype
+from plrhf.backbone.masks import PackedRows
 from plrhf.core.types import PADDING, PROMPT
 
 KERNEL_BLOCK = 32
@@ -55,14 +56,15 @@ class AttentionLayout:
 
 
 def attention_layout(
-    trunk: Any, segment: Tensor, position_ids: Tensor, sees: Tensor, *, dtype: torch.dtype
+    trunk: Any, rows: PackedRows, sees: Tensor, *, dtype: torch.dtype
 ) -> AttentionLayout:
     """The layout of rows that begin with a prompt.
 
     Args:
-        segment, position_ids: [R, L] int64. sees: [R, L, L] bool, whether a position sees another.
+        rows: R rows of L positions. sees: [R, L, L] bool, whether a position sees another.
         dtype: of hidden states.
     """
+    segment = rows.segment
     # One short of the shortest prompt: its last position predicts a response's first token.
     first_read = max(0, int((segment == PROMPT).cumprod(dim=1).sum(dim=1).min()) - 1)
     # Padding may see anything, as nobody sees it. So a chosen response needs no mask where all
@@ -78,7 +80,7 @@ def attention_layout(
     seen = sees[:, None, 0 if chunked else first_read // KERNEL_BLOCK * KERNEL_BLOCK :]
     mask = torch.zeros(seen.shape, dtype=product_dtype(segment.device, dtype), device=seen.device)
     sincos = trunk.h[0].attn.embed_positions  # [positions, rotary], sines then cosines
-    sin, cos = sincos.to(segment.device).float()[position_ids].chunk(2, dim=-1)
+    sin, cos = sincos.to(segment.device).float()[rows.positions].chunk(2, dim=-1)
     rotations = torch.complex(cos, sin)[:, :, None]
     masked = mask.masked_fill_(~seen, -torch.inf)
     return AttentionLayout(first_read, n_causal, masked, rotations, chunked)

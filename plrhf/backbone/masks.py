@@ -39,53 +39,57 @@ def visible(query: Tensor, key: Tensor, of_query: Tensor, of_key: Tensor) -> Ten
     return (key <= query) & ((of_key == PROMPT) | (of_key == of_query))
 
 
-def sees(segment: Tensor, owner: Tensor | None = None) -> Tensor:
-    """Say which position sees which, [R, L] -> [R, L, L] bool.
-
-    Args:
-        owner: [R, L], the row each position comes from where several stand in one: none sees another's.
-    """
-    place = torch.arange(segment.shape[1], device=segment.device)
-    seen = visible(place[:, None], place, segment[:, :, None], segment[:, None, :])
-    return seen if owner is None else seen & (owner[:, :, None] == owner[:, None, :])
-
-
 @dataclass
 class PackedRows:
     """Rows that hold several texts, and which kinds of layers have asked for their mask.
 
     Attributes:
-        segment, positions: [R, L] int64. owner: as in `sees`.
+        segment: [R, L] int64. positions: [R, L] int64, in the text.
+        owner: [R, L], the row each position comes from where several stand in one: none sees another's.
+        branch: [R, L], the context each position belongs to, 0 for all: none sees another's.
         n_asked: masks that the model has asked for.
     """
 
     segment: Tensor
     positions: Tensor
     owner: Tensor | None = None
+    branch: Tensor | None = None
     n_asked: int = field(default=0)
+
+    def seen(self, row: Any, query: Any, key: Any) -> Any:
+        """Say whether position `query` of a row sees position `key`: indices, which broadcast."""
+        allowed = visible(query, key, self.segment[row, query], self.segment[row, key])
+        if self.owner is not None:
+            allowed = allowed & (self.owner[row, query] == self.owner[row, key])
+        if self.branch is not None:
+            of_key = self.branch[row, key]
+            allowed = allowed & ((of_key == 0) | (of_key == self.branch[row, query]))
+        return allowed
 
     def over(self, own: MaskFunction) -> MaskFunction:
         """Return the mask of these rows for layers whose own mask is `own`."""
-        segment, positions, owner = self.segment, self.positions, self.owner
+        positions = self.positions
 
         def seen(row: Any, head: Any, query: Any, key: Any) -> Any:
-            allowed = visible(query, key, segment[row, query], segment[row, key])
-            if owner is not None:
-                allowed = allowed & (owner[row, query] == owner[row, key])
-            return allowed & own(row, head, positions[row, query], positions[row, key])
+            distances = own(row, head, positions[row, query], positions[row, key])
+            return self.seen(row, query, key) & distances
 
         return seen
+
+
+def sees(rows: PackedRows) -> Tensor:
+    """Say which position sees which, [R, L, L] bool."""
+    n_rows, length = rows.segment.shape
+    row, place = (torch.arange(n, device=rows.segment.device) for n in (n_rows, length))
+    return rows.seen(row[:, None, None], place[:, None], place)
 
 
 _rows: ContextVar[PackedRows | None] = ContextVar("packed_rows", default=None)
 
 
 @contextlib.contextmanager
-def packed_rows(
-    segment: Tensor, positions: Tensor, owner: Tensor | None = None
-) -> Iterator[PackedRows]:
+def packed_rows(rows: PackedRows) -> Iterator[PackedRows]:
     """Within it, models make the masks of these packed rows."""
-    rows = PackedRows(segment, positions, owner)
     token = _rows.set(rows)
     try:
         yield rows

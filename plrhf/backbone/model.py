@@ -24,10 +24,10 @@ from plrhf.backbone.families import Layout, is_causal
 from plrhf.backbone.hooks import replaced_output, switch_dropout_off
 from plrhf.backbone.kv_cache import RoomyLayer
 from plrhf.backbone.logits import head_parameters, own_logits
-from plrhf.backbone.masks import packed_rows, sees
+from plrhf.backbone.masks import PackedRows, packed_rows, sees
 from plrhf.backbone.sharding import gathered, is_sharded, whole_shape
 from plrhf.core.errors import bad_value
-from plrhf.core.row_packing import RowPacking
+from plrhf.core.row_packing import NO_USER, RowPacking
 from plrhf.core.types import PADDING, PROMPT, PreferenceBatch
 
 Trainable = Literal["lora", "frozen", "full"]
@@ -209,61 +209,54 @@ class Backbone(nn.Module):
 
         Args:
             input_ids, segment, position_ids: [R, L] int64, laid out as `layout` says.
-            user_vectors: [R, T, e], which stand before the text, count as prompt and take positions
-                0..T-1.
-            packing: how the trunk computes short rows together, made for T user vectors; None: it
-                computes them as they are.
+            user_vectors: [R, T, e], which count as prompt and take positions: 0..T-1, in front of the text,
+                or those after the prompt where `packing` puts them there.
+            packing: how the trunk computes rows together, made for T user vectors; None: it computes
+                them as they are.
         """
         n_vectors = 0 if user_vectors is None else user_vectors.shape[1]
         embeddings = None
         if user_vectors is not None and n_vectors > 0:
             embeddings = torch.cat([user_vectors, self.embed(input_ids)], dim=1)
+        own = torch.arange(n_vectors, device=segment.device).expand(segment.shape[0], -1)
+        moved = position_ids + n_vectors
+        if packing is not None and packing.n_contexts is not None:  # vectors follow the prompt
+            own = own + (segment == PROMPT).sum(dim=1, keepdim=True)
+            moved = position_ids + n_vectors * (segment != PROMPT)
         input_ids = nn.functional.pad(input_ids, (n_vectors, 0), value=self.placeholder)
         segment = nn.functional.pad(segment, (n_vectors, 0), value=PROMPT)
-        own = torch.arange(n_vectors, device=segment.device).expand(segment.shape[0], -1)
-        positions = torch.cat([own, position_ids + n_vectors], dim=1)
-        if self.layout == "two_rows":
-            input_ids = input_ids.masked_fill(segment == PADDING, self.padding)
-            mask = (segment != PADDING).long()
-            return self.call_trunk(input_ids, embeddings, attention_mask=mask)
+        rows = PackedRows(segment, torch.cat([own, moved], dim=1))
         if packing is None:
-            return self._run_packed(input_ids, embeddings, segment, positions)
-        hidden = self._run_packed(
-            packing.pack(input_ids),
-            None if embeddings is None else packing.pack(embeddings),
+            return self._run(input_ids, embeddings, rows)
+        packed = PackedRows(
             packing.pack(segment, PADDING),
-            packing.pack(positions),
+            packing.pack(rows.positions),
             packing.source_row,
+            packing.branch,
         )
-        return packing.unpack(hidden)
+        text = None if embeddings is None else packing.pack(embeddings)
+        return packing.unpack(self._run(packing.pack(input_ids), text, packed))
 
     def read_text(self, batch: PreferenceBatch) -> Tensor:
         """Compute last hidden states [R, L, d] of a batch's text, without any user."""
-        packing = batch.packing_for(0)
+        packing = batch.packing_for(NO_USER)
         return self(batch.input_ids, batch.segment, batch.position_ids, packing=packing)
 
-    def _run_packed(
-        self,
-        input_ids: Tensor,
-        embeddings: Tensor | None,
-        segment: Tensor,
-        positions: Tensor,
-        owner: Tensor | None = None,
-    ) -> Tensor:
-        """Last hidden states [R, L, d] of packed rows; `owner` as in `sees`."""
+    def _run(self, input_ids: Tensor, embeddings: Tensor | None, rows: PackedRows) -> Tensor:
+        """Compute last hidden states [R, L, d] of rows in the model's layout."""
+        mask = (rows.segment != PADDING).long()
+        if self.layout == "two_rows":
+            input_ids = input_ids.masked_fill(mask == 0, self.padding)
+            return self.call_trunk(input_ids, embeddings, attention_mask=mask)
         if self.is_gptj:
             embeddings = self.embed(input_ids) if embeddings is None else embeddings
-            seen = sees(segment, owner)
-            dtype = embeddings.dtype
-            layout = gptj.attention_layout(self.trunk, segment, positions, seen, dtype=dtype)
+            layout = gptj.attention_layout(self.trunk, rows, sees(rows), dtype=embeddings.dtype)
             return gptj.run_trunk(self.trunk, embeddings, layout)
-        with packed_rows(segment, positions, owner):
+        with packed_rows(rows):
+            # The model makes its masks as for one text a row, and `packed_rows` answers.
+            positions = rows.positions + self.first_position
             return self.call_trunk(
-                input_ids,
-                embeddings,
-                # The model makes its masks as for one text a row, and `packed_rows` answers.
-                attention_mask=(segment != PADDING).long(),
-                position_ids=positions + self.first_position,
+                input_ids, embeddings, attention_mask=mask, position_ids=positions
             )
 
     def call_trunk(self, input_ids: Tensor, embeddings: Tensor | None, **others: Tensor) -> Tensor:
@@ -279,14 +272,21 @@ class Backbone(nn.Module):
             return self.trunk(input_ids=input_ids, **others).last_hidden_state
 
     @contextlib.contextmanager
-    def first_embeddings(self, embeddings: Tensor) -> Iterator[None]:
-        """Within it rows as long as `embeddings` [N, L, e] begin with those; later tokens with their own.
+    def first_embeddings(self, embeddings: Tensor, *, n_last: int) -> Iterator[None]:
+        """Within it rows begin with `embeddings` [N, L, e]; later tokens have their own.
 
         So `generate` takes user vectors by way of ids, as `forward` does.
+
+        Args:
+            n_last: how many of the L positions are read at first where `prefill` has read the others;
+                more than one, as a token that is written is read alone.
         """
 
         def replace(_module: nn.Module, _inputs: Any, usual: Tensor) -> Tensor:
-            return embeddings if usual.shape == embeddings.shape else usual
+            n_read = usual.shape[1]
+            if n_read >= embeddings.shape[1]:  # the whole row, as where there is no cache
+                return torch.cat([embeddings, usual[:, embeddings.shape[1] :]], dim=1)
+            return embeddings[:, -n_last:] if n_read == n_last else usual
 
         handle = self.trunk.get_input_embeddings().register_forward_hook(replace)
         try:

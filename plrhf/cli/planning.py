@@ -136,7 +136,7 @@ def _facts(plan: Plan) -> list[tuple[str, str, str]]:
         ("trainable", f"{plan.trainable:,}", ""),
         ("users", f"{plan.n_users:,}", "of train rows"),
         ("pairs a step", f"{plan.pairs:,}", "over all GPUs"),
-        ("row", f"{plan.row_tokens:,} tokens", "user vectors | prompt | chosen | rejected"),
+        ("row", f"{plan.row_tokens:,} tokens", "prompt, user vectors, both responses"),
     ]
 
 

@@ -127,7 +127,7 @@ def train_personal(
         # Loading draws random numbers, more or fewer by backbone; the start of what is learned must not.
         lightning.seed_everything(config.seed, verbose=False)
         model = build_run_model(config, data, backbone, path)  # of the users whose rows fit
-        data.fit_to_model(max_positions=model.max_positions, n_user_vectors=model.n_user_vectors)
+        data.fit_to_model(max_positions=model.max_positions, user_slots=model.user_slots)
         if model.encoder.reads_context:
             draw_context(
                 data.datasets,

@@ -245,7 +245,7 @@ def load_run(
         load_tokenizer(str(export)),
         layout=model.backbone.layout,
         max_positions=model.max_positions,
-        n_user_vectors=model.n_user_vectors,
+        user_slots=model.user_slots,
         cache_dir=Path(trained.cache_dir),
     )
     print_lines(data.tokenizing_notes())

@@ -1,44 +1,89 @@
-"""Several short rows in one, so that the trunk computes less padding."""
+"""How rows stand together for the trunk: short ones in one, a pair once for all its contexts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from plrhf.core.types import PADDING
+from plrhf.core.types import PADDING, PROMPT
+
+
+@dataclass(frozen=True)
+class UserSlots:
+    """Where a model puts user vectors into its rows.
+
+    Attributes:
+        n_vectors: how many stand in a row, for each context; 0 for no user model.
+        n_contexts: how many contexts share a row, with the vectors of each after the prompt. None: vectors
+            stand in front of the prompt, and each context has rows of its own.
+    """
+
+    n_vectors: int = 0
+    n_contexts: int | None = None
+
+
+NO_USER = UserSlots()
 
 
 @dataclass
 class RowPacking:
-    """Where the positions of R rows of length L stand in N < R packed rows of length L.
+    """Where the positions of R rows of length L stand in N packed rows of length M.
 
     It is made where batches are made, on the CPU: a GPU would have to wait for the lengths of rows.
+    Each of the R rows begins with its user vectors, its text follows. With `n_contexts` the R rows are
+    those of all contexts one after the other; packed rows hold a prompt once and, after it, vectors and
+    responses of each context: ``prompt | vectors chosen rejected | vectors chosen rejected``.
 
     Attributes:
-        source, target: [K] int64, for each of the K positions that are not padding, its index among
-            all R * L and among all N * L positions.
-        n_rows, n_packed, length: R, N and L.
-        n_vectors: how many of the L positions are user vectors in front of the text.
+        source, target: [K] int64, for each of the K positions that are computed, its index among all R * L
+            and among all N * M positions.
+        read_source, read_target: the same for positions whose hidden states are read. A prompt's last
+            position stands for the last vector where that follows the prompt: it predicts the response.
+        branch: [N, M] int64, which context a position belongs to, from 1; 0 for prompts, which all
+            contexts see. None: there is one context.
+        n_rows, n_packed, length, packed_length: R, N, L and M.
+        n_vectors, n_contexts: see `UserSlots`.
     """
 
     source: Tensor
     target: Tensor
+    read_source: Tensor
+    read_target: Tensor
+    branch: Tensor | None
     n_rows: int
     n_packed: int
     length: int
+    packed_length: int
     n_vectors: int = 0
+    n_contexts: int | None = None
 
     @classmethod
-    def of(cls, segment: Tensor, *, n_vectors: int = 0) -> Self | None:
-        """The packing of rows with these segments, or None if it would leave as many rows.
+    def of(
+        cls, segment: Tensor, slots: UserSlots = NO_USER, *, together: bool = True
+    ) -> Self | None:
+        """Make the packing of rows with these segments; None where rows are computed as they are.
 
         Args:
-            segment: [R, L - n_vectors] int64 on the CPU, of text; all positions but padding are kept.
-            n_vectors: user vectors that will stand in front of each row.
+            segment: [R, L] int64 on the CPU, of text; all positions but padding are kept.
+            slots: where user vectors will stand.
+            together: whether several texts may share a row, which not every model allows.
         """
+        if slots.n_contexts is not None:
+            n_prompt, n_text = (segment == PROMPT).sum(dim=1), (segment != PADDING).sum(dim=1)
+            length = segment.shape[1]
+            return cls.of_contexts(
+                n_prompt.numpy(), n_text.numpy(), slots, length=length, together=together
+            )
+        return cls._of_rows(segment, slots.n_vectors) if together else None
+
+    @classmethod
+    def _of_rows(cls, segment: Tensor, n_vectors: int) -> Self | None:
+        """Pack rows of one context, vectors in front; None if that would leave as many rows."""
         n_rows, length = segment.shape[0], segment.shape[1] + n_vectors
         is_kept = torch.nn.functional.pad(segment != PADDING, (n_vectors, 0), value=True)
         packed_rows = first_fit_decreasing(is_kept.sum(dim=1).tolist(), length)
@@ -50,40 +95,127 @@ class RowPacking:
             sources.append(kept)
             targets.append(torch.arange(len(kept)) + place * length)
         source, target = torch.cat(sources), torch.cat(targets)
-        return cls(source, target, n_rows, len(packed_rows), length, n_vectors)
+        return cls(
+            source=source,
+            target=target,
+            read_source=source,
+            read_target=target,
+            branch=None,
+            n_rows=n_rows,
+            n_packed=len(packed_rows),
+            length=length,
+            packed_length=length,
+            n_vectors=n_vectors,
+        )
+
+    @classmethod
+    def of_contexts(
+        cls,
+        n_prompt: NDArray[np.int64],
+        n_text: NDArray[np.int64],
+        slots: UserSlots,
+        *,
+        length: int,
+        together: bool = True,
+    ) -> Self:
+        """Pack rows with the vectors of each context after the prompt.
+
+        Args:
+            n_prompt, n_text: [B], positions of prompt and of all text in each row of one context.
+            length: of these rows.
+            slots, together: as in `of`; where rows stay apart, so do contexts, and this is of one.
+        """
+        n_vectors, n_contexts = slots.n_vectors, (slots.n_contexts or 1) if together else 1
+        n_rows, length = len(n_prompt), n_vectors + length
+        n_own = n_vectors + n_text - n_prompt  # positions of one context alone
+        n_all = n_prompt + n_contexts * n_own
+        room = int(n_all.max(initial=0))
+        groups = [[row] for row in range(n_rows)]
+        if together:
+            groups = first_fit_decreasing(n_all.tolist(), room)
+        start = np.zeros(n_rows, dtype=np.int64)  # of each row among all packed positions
+        for place, rows in enumerate(groups):
+            before = np.cumsum([0, *n_all[rows[:-1]]])
+            start[rows] = place * room + before
+
+        column = np.arange(length)  # vectors, then text
+        context = np.arange(n_contexts)[:, None, None]
+        start, prompt, text, own = (one[:, None] for one in (start, n_prompt, n_text, n_own))
+        in_prompt = (column >= n_vectors) & (column < n_vectors + prompt)  # [B, L]
+        in_response = (column >= n_vectors + prompt) & (column < n_vectors + text)
+        branch_start = start + prompt + context * own  # [C, B, 1], without the prompt's positions
+        of_branch = start + context * own + np.where(column < n_vectors, prompt + column, column)
+        target = np.where(in_prompt, start + column - n_vectors, of_branch)  # [C, B, L]
+        kept = (column < n_vectors) | in_response | (in_prompt & (context == 0))
+        ends_prompt = np.broadcast_to(column == n_vectors + prompt - 1, target.shape)
+        read = np.where(ends_prompt, branch_start + n_vectors - 1, target)
+        is_read = ends_prompt | in_response
+        branch = np.zeros(len(groups) * room, dtype=np.int64)
+        branch[target[kept]] = np.broadcast_to(np.where(in_prompt, 0, 1 + context), kept.shape)[
+            kept
+        ]
+        return cls(
+            source=torch.tensor(np.flatnonzero(kept)),
+            target=torch.tensor(target[kept]),
+            read_source=torch.tensor(np.flatnonzero(is_read)),
+            read_target=torch.tensor(read[is_read]),
+            branch=torch.tensor(branch).view(len(groups), room),
+            n_rows=n_contexts * n_rows,
+            n_packed=len(groups),
+            length=length,
+            packed_length=room,
+            n_vectors=n_vectors,
+            n_contexts=n_contexts,
+        )
 
     def repeated(self, n_times: int) -> RowPacking:
         """The packing of the rows repeated `n_times`, each time packed alike."""
         if n_times == 1:
             return self
         times = torch.arange(n_times, device=self.source.device)[:, None]
-        return RowPacking(
-            source=(self.source + times * self.n_rows * self.length).flatten(),
-            target=(self.target + times * self.n_packed * self.length).flatten(),
+
+        def moved(places: Tensor, n_positions: int) -> Tensor:
+            return (places + times * n_positions).flatten()
+
+        n_before, n_after = self.n_rows * self.length, self.n_packed * self.packed_length
+        return replace(
+            self,
+            source=moved(self.source, n_before),
+            target=moved(self.target, n_after),
+            read_source=moved(self.read_source, n_before),
+            read_target=moved(self.read_target, n_after),
+            branch=None if self.branch is None else self.branch.repeat(n_times, 1),
             n_rows=self.n_rows * n_times,
             n_packed=self.n_packed * n_times,
-            length=self.length,
-            n_vectors=self.n_vectors,
         )
 
     @property
+    def slots(self) -> UserSlots:
+        """Where the user vectors stand that the packing is made for."""
+        return UserSlots(self.n_vectors, self.n_contexts)
+
+    @property
     def source_row(self) -> Tensor:
-        """The row that each packed position comes from, -1 for padding, [N, L] int64."""
+        """The row that each packed position comes from, -1 for padding, [N, M] int64.
+
+        Rows of several contexts count as that of the first.
+        """
         row = self.source.div(self.length, rounding_mode="floor")
-        found = torch.full((self.n_packed * self.length,), -1, device=row.device)
+        row = row % (self.n_rows // (self.n_contexts or 1))
+        found = torch.full((self.n_packed * self.packed_length,), -1, device=row.device)
         return found.index_copy(0, self.target, row).unflatten(0, (self.n_packed, -1))
 
     def pack(self, values: Tensor, padding: int = 0) -> Tensor:
-        """Values [R, L, ...] of the rows as those of packed rows, [N, L, ...]."""
+        """Values [R, L, ...] of the rows as those of packed rows, [N, M, ...]."""
         kept = values.flatten(0, 1).index_select(0, self.source)
-        found = kept.new_full((self.n_packed * self.length, *kept.shape[1:]), padding)
+        found = kept.new_full((self.n_packed * self.packed_length, *kept.shape[1:]), padding)
         return found.index_copy(0, self.target, kept).unflatten(0, (self.n_packed, -1))
 
     def unpack(self, values: Tensor) -> Tensor:
-        """Values [N, L, ...] of packed rows as those of the rows, [R, L, ...], 0 on padding."""
-        kept = values.flatten(0, 1).index_select(0, self.target)
+        """Values [N, M, ...] of packed rows as those of the rows, [R, L, ...], 0 where none is read."""
+        kept = values.flatten(0, 1).index_select(0, self.read_target)
         found = kept.new_zeros(self.n_rows * self.length, *kept.shape[1:])
-        return found.index_copy(0, self.source, kept).unflatten(0, (self.n_rows, -1))
+        return found.index_copy(0, self.read_source, kept).unflatten(0, (self.n_rows, -1))
 
 
 def first_fit_decreasing(lengths: list[int], room: int) -> list[list[int]]:

@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from plrhf.core.row_packing import RowPacking
+    from plrhf.core.row_packing import RowPacking, UserSlots
 
 GENERIC_USER = 0
 """Index of the generic user u_0. The users of the training rows have the indices 1, 2, ..."""
 
 PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1
 """Values of `PreferenceBatch.segment`: which part of the row a token belongs to."""
+
+
+KeysAndValues = list[tuple[Tensor, Tensor]]
+"""What each block keeps of the positions it has read."""
 
 
 def is_planned(tensor: Tensor) -> bool:
@@ -74,6 +78,7 @@ class PreferenceBatch:
     trunk: Tensor | None = (
         None  # [R, L, d] last hidden states without any user, where they are kept
     )
+    prompts: KeysAndValues | None = None  # of prompts without any user, where they are kept
     weight: Tensor | None = None  # [B] float32, see `PairDataset.shard`; None: a batch of its own
     packing: RowPacking | None = None  # how rows may be packed for the trunk; None: they stay
     context: UserContext | None = None  # other pairs of the users, see `data.own_pairs`
@@ -98,10 +103,10 @@ class PreferenceBatch:
             packing=None,
         )
 
-    def packing_for(self, n_vectors: int) -> RowPacking | None:
-        """How rows with `n_vectors` user vectors in front may be packed, if it was made for as many."""
+    def packing_for(self, slots: UserSlots) -> RowPacking | None:
+        """How rows with user vectors at these slots are packed, if it was made for them."""
         made = self.packing
-        return made if made is not None and made.n_vectors == n_vectors else None
+        return made if made is not None and made.slots == slots else None
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of values [B] over the batch's pairs, of which this process may have a share.

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from plrhf.core.row_packing import RowPacking
+from plrhf.core.row_packing import NO_USER, RowPacking, UserSlots
 from plrhf.core.types import GENERIC_USER, PreferenceBatch
 from plrhf.data.features import FeatureSchema
 from plrhf.data.packing import Layout, TokenPair, packed
@@ -63,7 +63,7 @@ class PairDataset:
     """Tokenised pairs of one split, with the values that were computed for them beforehand.
 
     Args:
-        n_user_vectors: how many user vectors will stand in front of each row, for `RowPacking`.
+        user_slots: where the model will put user vectors, for `RowPacking`.
 
     Attributes:
         user_id: index of each pair's user, [N] int64. features: of each pair's user, [N, F] float32.
@@ -81,10 +81,10 @@ class PairDataset:
         layout: Layout,
         user_index: dict[str, int],
         schema: FeatureSchema,
-        n_user_vectors: int = 0,
+        user_slots: UserSlots = NO_USER,
     ) -> None:
         self.rows, self.pairs, self.layout = rows, pairs, layout
-        self.n_user_vectors = n_user_vectors
+        self.user_slots = user_slots
         people: Sequence[Row | Person] = rows
         person = np.arange(len(rows))
         if isinstance(rows, Rows):
@@ -127,8 +127,8 @@ class PairDataset:
         pairs = [] if self.hidden is not None else [self.pairs[index] for index in indices]
         input_ids, segment, positions = self.layout(pairs)
         packing = None
-        if self.layout is packed and self.hidden is None:
-            packing = RowPacking.of(segment, n_vectors=self.n_user_vectors)
+        if self.hidden is None:
+            packing = RowPacking.of(segment, self.user_slots, together=self.layout is packed)
         batch = PreferenceBatch(
             user_id=self.user_id[at],
             features=self.features[at],

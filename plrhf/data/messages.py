@@ -1,4 +1,4 @@
-"""Chat messages of rows, and the forms in which preference data give prompt and responses."""
+"""Checks chat messages, and converts TRL's forms of preference data to prompt and responses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ASSISTANT_ROLES = ("assistant", "model")
 
 
 def is_message_list(value: object) -> bool:
-    """Whether a value is a list of objects, as only messages are."""
+    """Whether a value is a list of objects, as no field but messages is."""
     return (
         isinstance(value, (list, tuple))
         and len(value) > 0
@@ -41,6 +41,7 @@ def parse_messages(value: Any, field: str, where: str) -> tuple[Message, ...]:
 
 
 def _message(entry: object, field: str, where: str) -> Message:
+    """Check one message, and return it with the fields that chat templates read."""
     if not isinstance(entry, Mapping):
         cure = 'Write the prompt as text or as [{"role": "user", "content": "..."}]'
         refuse(Reason.NOT_TEXT, where, field, entry, "an object with role and content", cure)
@@ -58,7 +59,8 @@ def _message(entry: object, field: str, where: str) -> Message:
         cure = "Write e.g. user or assistant"
         refuse(Reason.NOT_TEXT, where, f"{field}.role", message["role"], "text", cure)
     try:
-        json.dumps(message, ensure_ascii=False).encode()
+        for value in message.values():
+            (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
     except UnicodeEncodeError:
         cure = "Save the file as UTF-8 and pair every \\ud800-\\udfff escape"
         refuse(Reason.BAD_UTF8, where, field, entry, "valid Unicode text", cure)
@@ -69,7 +71,7 @@ def _message(entry: object, field: str, where: str) -> Message:
 
 
 def _joined_parts(parts: object, field: str, where: str) -> str:
-    """Join the text parts of a message's content, as servers do for text-only templates."""
+    """Join the text parts of a message's content by line breaks; other kinds of parts are refused."""
     texts = []
     for n, part in enumerate(parts if isinstance(parts, (list, tuple)) else [parts]):
         text = part
@@ -84,17 +86,17 @@ def _joined_parts(parts: object, field: str, where: str) -> str:
 
 
 def has_content(messages: tuple[Message, ...]) -> bool:
-    """Whether any message says or calls something."""
+    """Whether any message has text or a tool call."""
     return any((one["content"] or "").strip() or one.get("tool_calls") for one in messages)
 
 
 def split_conversations(
     prompt: Any, chosen: Any, rejected: Any, where: str
 ) -> tuple[Any, str, str]:
-    """Take prompt and responses out of two conversations, as TRL's conversational forms have them.
+    """Split two conversations (TRL's conversational forms) into a prompt and two responses.
 
-    The messages that both begin with belong to the prompt, behind those of an explicit prompt. What
-    is left must be one assistant's message each.
+    The messages that both begin with are the prompt, behind those of an explicit prompt. What is
+    left of each conversation must be one message of the assistant.
 
     Args:
         prompt: None (implicit), text or messages.
@@ -148,9 +150,9 @@ def _ends_with(messages: tuple[Message, ...], tail: tuple[Message, ...]) -> bool
 
 
 def shared_beginning(chosen: str, rejected: str) -> str:
-    """Return the prompt of TRL's standard form without a prompt: the text both begin with.
+    """Return the text that both responses begin with, TRL's implicit prompt.
 
-    As in TRL, a space at its end is left to the responses.
+    As in TRL, a space at its end belongs to the responses.
     """
     n_shared = 0
     for ours, theirs in zip(chosen, rejected, strict=False):

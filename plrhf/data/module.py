@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from plrhf.core.errors import bad_value
+from plrhf.core.row_packing import NO_USER, UserSlots
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.dataset import SINGLE_PROCESS, PairDataset, RankShard, longest_first
 from plrhf.data.features import FeatureSchema
@@ -171,7 +172,7 @@ class PreferenceData(LightningDataModule):
         *,
         layout: LayoutName,
         max_positions: int | None = None,
-        n_user_vectors: int = 0,
+        user_slots: UserSlots = NO_USER,
         cache_dir: Path | None = None,
     ) -> None:
         """Tokenise the rows, leave out those that are too long, and split the others.
@@ -181,14 +182,14 @@ class PreferenceData(LightningDataModule):
 
         Args:
             layout: whether a pair is one row or two, which the backbone says.
-            max_positions, n_user_vectors: see `fit_to_model`.
+            max_positions, user_slots: see `fit_to_model`.
             cache_dir: where other runs find the tokens again, see `load_or_tokenize`.
 
         Raises:
             ValueError: the model has fewer positions than `max_tokens`, or a split has rows and none
                 of them fits.
         """
-        self.fit_to_model(max_positions=max_positions, n_user_vectors=n_user_vectors)
+        self.fit_to_model(max_positions=max_positions, user_slots=user_slots)
         self.row_tokenizer = RowTokenizer(tokenizer, **self.tokenizer_options)  # type: ignore[arg-type]
         tokens = load_or_tokenize(
             self._rows.select(self._counted), self.row_tokenizer, cache_dir=cache_dir
@@ -224,7 +225,7 @@ class PreferenceData(LightningDataModule):
             layout=layout,
             user_index=self.user_index,
             schema=self.schema,
-            n_user_vectors=self.n_user_vectors,
+            user_slots=self.user_slots,
         )
 
     def _fitting(self, pairs: TokenFile) -> NDArray[np.bool_]:
@@ -248,19 +249,19 @@ class PreferenceData(LightningDataModule):
         for dataset in self.datasets.values():
             dataset.number_users(self.user_index)
 
-    def fit_to_model(self, *, max_positions: int | None, n_user_vectors: int) -> None:
+    def fit_to_model(self, *, max_positions: int | None, user_slots: UserSlots) -> None:
         """Prepare the batches for a model that was built after the rows were tokenised.
 
         Args:
             max_positions: of the model beside its user vectors; None: it has no limit.
-            n_user_vectors: see `PairDataset`.
+            user_slots: see `PairDataset`.
 
         Raises:
             ValueError: `max_tokens` is larger than the positions of the model.
         """
-        self.n_user_vectors = n_user_vectors
+        self.user_slots = user_slots
         for dataset in self.datasets.values():
-            dataset.n_user_vectors = n_user_vectors
+            dataset.user_slots = user_slots
         if max_positions is not None and self.max_tokens > max_positions:
             raise bad_value(
                 "data.max_tokens",

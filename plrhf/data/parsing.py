@@ -1,10 +1,10 @@
-"""The checks of one record's fields: what becomes a row, and why anything else is refused."""
+"""Checks the fields of a record, and turns it into a row or refuses it."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from plrhf.data.messages import (
@@ -17,22 +17,22 @@ from plrhf.data.reasons import Reason, refuse
 from plrhf.data.rows import SPLITS, Message, Row, content_hash
 
 LONGEST_ROW = 500_000
-"""Bytes of text in a row. Blocks of rows hold 4,096 of them, and Arrow ends a block at 2 GiB."""
+"""Most bytes of text in a row. A block of 4,096 rows must stay below Arrow's limit of 2 GiB."""
 
 MISSING_WORDS = frozenset({"nan", "NaN", "<NA>", "NaT", "None", "null", "NULL"})
-"""How programs write an absent value into a text column; as an id it would unite all such rows."""
+"""What programs write for a missing value. As an id it would make one user of all such rows."""
 
 
 def parse_row(raw: Mapping[str, Any], where: str) -> Row:
-    """Check one record and return its row, or raise `RefusedRow`, so that bad data never trains.
+    """Check a record and return its row, or raise `RefusedRow`.
 
-    In optional fields null, NaN and blank text count as absent. An absent ``prompt_id`` becomes a
-    hash of the prompt, an absent ``pair_id`` one of prompt, chosen, rejected and user.
+    Null, NaN and blank text in an optional field count as missing. A missing ``prompt_id`` becomes a
+    hash of the prompt, and a missing ``pair_id`` a hash of prompt, chosen, rejected and user.
     ``chosen`` and ``rejected`` may be conversations, see `split_conversations`.
 
     Args:
         raw: field name -> value.
-        where: where the record stands, e.g. ``pairs.jsonl:17``; starts every message.
+        where: place of the record, e.g. ``pairs.jsonl:17``, with which messages begin.
     """
     if is_message_list(raw.get("chosen")) and is_message_list(raw.get("rejected")):
         given = None if _is_absent(raw.get("prompt")) else raw["prompt"]
@@ -66,6 +66,7 @@ def parse_row(raw: Mapping[str, Any], where: str) -> Row:
 
 
 def _split(raw: Mapping[str, Any], where: str) -> str | None:
+    """Return the row's split, in lower case."""
     given = _optional_text(raw, "split", where)
     split = None if given is None else given.strip().casefold()
     if split is not None and split not in SPLITS:
@@ -75,23 +76,35 @@ def _split(raw: Mapping[str, Any], where: str) -> str | None:
 
 
 def _check_size(row: Row, where: str) -> None:
-    """Refuse a row that a block of rows has no room for."""
-    prompt = row.prompt if isinstance(row.prompt, str) else json.dumps(row.prompt)
-    texts = (prompt, row.chosen, row.rejected, row.user_text or "", row.user_id)
-    if sum(map(len, texts)) * 4 <= LONGEST_ROW:  # a character takes at most four bytes
+    """Refuse a row whose texts have more than `LONGEST_ROW` bytes."""
+    others = [row.chosen, row.rejected, row.user_text or "", row.user_id]
+    if isinstance(row.prompt, str):
+        prompt = [row.prompt]
+    else:
+        prompt = [value for one in row.prompt for value in _message_texts(one)]
+    # A character takes at most six bytes, escaped in JSON.
+    if sum(map(len, prompt + others)) * 6 + 100 * len(prompt) <= LONGEST_ROW:
         return
-    size = sum(len(text.encode()) for text in texts)
+    if not isinstance(row.prompt, str):
+        prompt = [json.dumps(row.prompt, ensure_ascii=False)]
+    size = sum(len(text.encode()) for text in prompt + others)
     if size > LONGEST_ROW:
         cure = "Shorten its texts or leave the row out"
         allowed = f"texts of at most {LONGEST_ROW:,} bytes in all"
         refuse(Reason.TOO_LARGE, where, "row", f"{size:,} bytes", allowed, cure)
 
 
-def parse_features(value: object, where: str) -> dict[str, float | str] | None:
-    """Return user features with numbers as float and booleans as ``"true"``/``"false"``.
+def _message_texts(message: Message) -> Iterator[str]:
+    """Yield the values of a message as text; what is not text, as JSON."""
+    for value in message.values():
+        yield value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
-    Null and NaN values are left out, and no features at all is None. Raises `RefusedRow` for
-    anything but names -> finite number, text or boolean.
+
+def parse_features(value: object, where: str) -> dict[str, float | str] | None:
+    """Check user features, and return numbers as float and booleans as ``"true"`` or ``"false"``.
+
+    Null and NaN values are left out. The result is None if no feature is left. Anything but a
+    mapping of names to finite numbers, texts and booleans raises `RefusedRow`.
     """
     if _is_absent(value):
         return None
@@ -111,11 +124,12 @@ def parse_features(value: object, where: str) -> dict[str, float | str] | None:
 
 
 def _is_absent(value: object) -> bool:
+    """Whether a value is null or NaN."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _check_utf8(text: str, name: str, where: str) -> None:
-    """Refuse lone surrogates: JSON escapes and undecodable bytes bring them, tokenizers choke."""
+    """Refuse text with lone surrogates, as from JSON escapes, which tokenizers cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -157,7 +171,7 @@ def _optional_id(raw: Mapping[str, Any], name: str, where: str) -> str | None:
 
 
 def has_pair_id(raw: Mapping[str, Any], where: str) -> bool:
-    """Whether the record names its pair itself."""
+    """Whether the record has a pair id of its own."""
     return _optional_id(raw, "pair_id", where) is not None
 
 

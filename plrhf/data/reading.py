@@ -1,4 +1,4 @@
-"""Reading all records of a source: the good rows, and an account of every other record."""
+"""Reads all records of a source, keeps the good rows, and counts the others by reason."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ NOT_USED_YET = ("weight", "strength")
 
 @dataclass
 class ReadReport:
-    """How many records were read, how many refused for which reason, and the first of each.
+    """Counts of the records that were read and refused.
 
     Attributes:
-        unread: fields that no row field is made from -> records that have them.
-        implicit: rows whose prompt is what chosen and rejected begin with.
+        read: number of records.
+        refused: number of refused records by reason. examples: the first message of each reason.
+        unread: number of records with a field that no row field is made from, by field.
+        implicit: number of rows whose prompt is what chosen and rejected begin with.
     """
 
     read: int = 0
@@ -42,7 +44,7 @@ class ReadReport:
         self.examples.setdefault(reason.value, message)
 
     def lines(self) -> list[str]:
-        """Return what the terminal should say after reading; nothing where every row is used."""
+        """Return the lines that the terminal shows after reading; none if every row is used."""
         said = []
         n_refused = sum(self.refused.values())
         if n_refused > 0:
@@ -77,6 +79,7 @@ class ReadReport:
 
 
 def _short(message: str) -> str:
+    """Make a message printable, and cut it at 240 characters."""
     message = _printable(message)
     return message if len(message) <= 240 else message[:237] + "..."
 
@@ -91,17 +94,17 @@ def read_rows(
     on_bad_row: str = "refuse",
     feature_kinds: FeatureKinds | None = None,
 ) -> tuple[Rows, ReadReport]:
-    """Return the good rows in their order and an account of every record, so none is lost silently.
+    """Read all records, and return the good rows in their order with a report on the others.
 
-    Rows without a ``pair_id`` that are alike in prompt, responses and user are numbered: a
-    judgment given twice counts twice. Where the first record has no field ``prompt``, texts that
-    chosen and rejected share at their beginning are the prompt, as in TRL's implicit form.
+    Equal rows without a ``pair_id`` get numbered ids, so a choice made twice counts twice. If the
+    first record has no field ``prompt``, the beginning that chosen and rejected share is the prompt,
+    as in TRL's implicit form.
 
     Args:
-        records: pairs of place and record (or the source's refusal), as `Source.records` yields.
-        on_bad_row: ``refuse`` counts a bad row and goes on, ``error`` raises its `RefusedRow`;
-            what a protocol leaves out (`BY_PROTOCOL`) is counted either way.
-        feature_kinds: of a trained model's user features; None: what most people's values are.
+        records: pairs of place and record (or refusal), as `Source.records` yields them.
+        on_bad_row: ``refuse`` counts a bad row and goes on, ``error`` raises its `RefusedRow`.
+            Records that a dataset's protocol leaves out (`BY_PROTOCOL`) are counted in both cases.
+        feature_kinds: kinds of a trained model's user features; None: decided by majority.
     """
     if on_bad_row not in ON_BAD_ROW:
         cure = "Set data.on_bad_row=refuse to count bad rows and go on"
@@ -109,7 +112,7 @@ def read_rows(
     report = ReadReport()
     strict = on_bad_row == "error"
     places: dict[str, str] = {}  # user -> where their first row with features stands
-    rows = Rows.from_rows(_good(records, report, places, strict=strict))
+    rows = Rows.from_rows(_good_rows(records, report, places, strict=strict))
     people, refused = settle_features(rows.people, feature_kinds)
     if len(refused) > 0:
         bad = np.isin(rows.person, np.array(list(refused), dtype=np.int32))
@@ -124,14 +127,19 @@ def read_rows(
     return rows, report
 
 
-def _good(
+def _good_rows(
     records: Iterable[tuple[str, Mapping[str, Any] | Refusal]],
     report: ReadReport,
     places: dict[str, str],
     *,
     strict: bool,
 ) -> Iterator[Row]:
-    """Yield the good rows; the others go into the report."""
+    """Yield the good rows, and count the others in the report.
+
+    Args:
+        places: user id -> place of their first row with features; filled here.
+        strict: raise the error of the first bad row.
+    """
     first: dict[int, int] = {}  # hash of a pair_id -> the record that had it
     repeats: Counter[str] = Counter()  # derived pair_id -> how often it came again
     implicit: bool | None = None
@@ -169,17 +177,17 @@ def _good(
 
 
 PROMPT_LIKE = ("prompt", "question", "instruct", "query", "input", "context", "post", "message")
-"""Parts of field names under which others keep prompts: with such a field nothing is guessed."""
+"""Parts of field names that suggest a prompt. No prompt is guessed if there is such a field."""
 
 
 def may_lack_prompt(names: Iterable[str]) -> bool:
-    """Whether records with these field names can be of a form without a prompt."""
+    """Whether records with these fields may have their prompt inside chosen and rejected."""
     others = [name.casefold() for name in names if name not in ROW_FIELDS]
     return not any(part in name for name in others for part in PROMPT_LIKE)
 
 
 def _with_prompt(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the record with the prompt its two texts share; as it is where they share none."""
+    """Move the beginning that chosen and rejected share into a prompt, if there is any."""
     chosen, rejected = record.get("chosen"), record.get("rejected")
     if not (isinstance(chosen, str) and isinstance(rejected, str) and may_lack_prompt(record)):
         return record

@@ -1,4 +1,4 @@
-"""What a preference row is, and where rows are kept."""
+"""The preference row, and a store of rows in a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Message = dict[str, Any]
 """One turn of a chat prompt: ``role``, ``content`` and whatever else a chat template reads."""
 
 Features = Mapping[str, float | str]
-"""What is known of a user: feature name -> number or category."""
+"""A user's features: feature name -> number or category."""
 
 SPLITS = ("train", "val", "test")
 REQUIRED_FIELDS = ("prompt", "chosen", "rejected", "user_id")
@@ -47,7 +47,7 @@ ROW_FIELDS = tuple(one.name for one in fields(Row))
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """What rows say of the user they are of."""
+    """A user as described by rows: id, text and features."""
 
     user_id: str
     user_text: str | None
@@ -55,10 +55,11 @@ class Person:
 
 
 class Rows(LazySequence[Row]):
-    """Rows whose texts lie in a file and whose people are numbered: few bytes a row are in memory.
+    """A sequence of rows whose texts are in a file, with only a few bytes of each row in memory.
 
     Attributes:
-        people: everybody in the file. person: of each row, its index among them, [N] int32.
+        people: the distinct users of the file.
+        person: index of each row's user in `people`, [N] int32.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Rows(LazySequence[Row]):
 
     @classmethod
     def from_rows(cls, rows: Iterable[Row]) -> Self:
-        """The rows, in their order, each taken from the iterable once."""
+        """Write rows to a file, in one pass over the iterable."""
         people: dict[Any, int] = {}
         known: list[Person] = []
         person = array("i")
@@ -109,21 +110,28 @@ class Rows(LazySequence[Row]):
         return type(self)(self._file, self.people, self._indices[indices], self.person[indices])
 
     def with_people(self, person: NDArray[np.int32]) -> Self:
-        """The same rows as if these people had chosen."""
+        """Return the same rows with other users, by index in `people`, [N]."""
         return type(self)(self._file, self.people, self._indices, person)
 
     def texts(self, name: str) -> Iterator[str | None]:
-        """One field of every row, read alone: any but prompt and what is known of users."""
+        """Yield one field of every row, without reading the others.
+
+        Args:
+            name: any field but the prompt, and those of the user.
+        """
         for (values,) in self._file.read((name,), self._indices):
             yield from values
 
     def distinct_people(self) -> list[Person]:
-        """Who the rows are of, by first appearance."""
+        """Return the users of the rows, by first appearance."""
         _, first = np.unique(self.person, return_index=True)
         return [self.people[self.person[place]] for place in np.sort(first)]
 
     def digest(self, *, with_user_text: bool) -> str:
-        """A hash of what the rows say: of the whole file, which of its rows, and users' own texts."""
+        """Hash the file, which of its rows these are, and (if asked for) the users' texts.
+
+        It is faster than `content_hash`, but equal rows in another file have another digest.
+        """
         parts = [self._file.digest, blake2b(self._indices.tobytes()).hexdigest()]
         if with_user_text:
             parts += [
@@ -133,9 +141,9 @@ class Rows(LazySequence[Row]):
         return content_hash(parts)
 
     def content_hash(self) -> str:
-        """Hash all that the rows hold, every field and their order, and nothing else.
+        """Hash every field and the order of the rows.
 
-        Equal rows have equal hashes in every process and whatever file they were read from. A million
+        Equal rows have equal hashes in every process, whatever file they were read from. A million
         rows of 2 KiB take a few seconds.
         """
         people = [
@@ -154,10 +162,11 @@ TEXT_COLUMNS = (
     *("prompt", "messages", "chosen", "rejected", "prompt_id", "pair_id"),
     *("split", "chosen_id", "rejected_id"),
 )
-"""What of a row is text of its own; a prompt is either text or messages, as JSON."""
+"""Columns of the file. A prompt is in ``prompt`` if it is text, and in ``messages`` (JSON) if not."""
 
 
 def _texts(row: Row) -> tuple[str | None, ...]:
+    """Return a row's values in the order of `TEXT_COLUMNS`."""
     plain = isinstance(row.prompt, str)
     return (
         row.prompt if isinstance(row.prompt, str) else None,
@@ -168,6 +177,7 @@ def _texts(row: Row) -> tuple[str | None, ...]:
 
 
 def _row(person: Person, prompt: Any, messages: Any, chosen: Any, rejected: Any, *ids: Any) -> Row:
+    """Make a row of its user and its values in the order of `TEXT_COLUMNS`."""
     prompt_id, pair_id, split, chosen_id, rejected_id = ids
     return Row(
         prompt if messages is None else tuple(json.loads(messages)),
@@ -185,7 +195,7 @@ def _row(person: Person, prompt: Any, messages: Any, chosen: Any, rejected: Any,
 
 
 def content_hash(*content: object) -> str:
-    """Return 16 hexadecimal digits that depend on the JSON-able content alone, in any process."""
+    """Hash JSON-able content to 16 hexadecimal digits, the same in every process."""
     text = json.dumps(content, ensure_ascii=False, sort_keys=True)
     # Sources hash text before it is checked, lone surrogates included.
     return blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""Sequences that are read lazily, and a table of texts in a temporary file."""
+"""Lazy sequences, and a table of texts in a temporary file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IN_MEMORY = 32 * 2**20
 
 
 class LazySequence(Sequence[T]):
-    """A sequence that makes its items when they are asked for; it equals any sequence of equal items."""
+    """A sequence that makes items on demand. It equals any sequence with equal items."""
 
     @abstractmethod
     def item(self, index: int) -> T:
@@ -62,10 +62,10 @@ def in_blocks(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 
 class TextTable:
-    """Rows of optional texts, written once to a temporary Arrow file and read by block and column.
+    """Rows of optional texts in a temporary Arrow file, which is read by block and column.
 
-    The file stays in memory while it is small, has no name and goes with the process. Its blocks are
-    read, not mapped, so that a walk through all of them holds one at a time.
+    The file is kept in memory while it is small, and it disappears with the process. Blocks are read
+    rather than memory-mapped, so an iteration over all rows holds one block at a time.
 
     Args:
         names: of the columns.
@@ -108,10 +108,10 @@ class TextTable:
             yield [batch.column(name).to_pylist() for name in names]
 
     def content_hash(self, indices: Indices) -> str:
-        """Hash the rows at the indices, in their order, whatever other rows the table holds.
+        """Hash the rows at the indices, in their order.
 
-        Of each column the lengths of its texts and their bytes are hashed, both one after the other
-        over all rows, so that the borders of blocks have no part in it.
+        The hash does not depend on the other rows of the table, nor on where blocks end: for each
+        column the lengths of all texts and the bytes of all texts are hashed.
         """
         names = list(self._place)
         lengths = {name: blake2b(name.encode(), digest_size=16) for name in names}
@@ -141,7 +141,7 @@ class TextTable:
 
 
 def _utf8(column: arrow.StringArray) -> memoryview:
-    """Return the bytes of a column's texts, one after the other; null has none."""
+    """Return the bytes of all texts of a column, concatenated; a null has none."""
     _, offsets, content = column.buffers()
     first, last = np.frombuffer(offsets, np.int32)[[column.offset, column.offset + len(column)]]
     return memoryview(content)[first:last]

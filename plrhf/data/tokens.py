@@ -1,4 +1,4 @@
-"""Token pairs in an Arrow file, made once and mapped into memory."""
+"""Tokens of pairs in an Arrow file, which is written once and memory-mapped."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ FLAGS = ("prompt_cut", "response_cut")
 
 
 class TokenFile(LazySequence[TokenPair]):
-    """The token pairs of a file that `write_tokens` wrote; only what is asked for is read.
+    """The token pairs of a file that `write_tokens` wrote, each read on demand.
 
     Attributes:
-        lengths: tokens of prompt, chosen, rejected, [N, 3] int32.
-        cut, response_cut: of prompt and responses, see `TokenizedRow`, [N] bool.
-        refused: index -> why the chat template refuses the row.
+        lengths: number of tokens of prompt, chosen and rejected, [N, 3] int32.
+        cut, response_cut: whether the prompt, or a response, was truncated, [N] bool.
+        refused: why the chat template refuses a row, by index of the row.
     """
 
     def __init__(self, source: arrow.NativeFile) -> None:
@@ -67,22 +67,24 @@ class TokenFile(LazySequence[TokenPair]):
 
 
 def _flags(batches: Sequence[Any], name: str) -> NDArray[np.bool_]:
+    """Return a boolean column of all batches, [N]."""
     found = [batch.column(name).to_numpy(zero_copy_only=False) for batch in batches]
     return np.concatenate([np.empty(0, np.bool_), *found])
 
 
 def _parts(column: arrow.ListArray) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the offsets and the token ids of a column of lists, without copying."""
     return column.offsets.to_numpy(), column.values.to_numpy()
 
 
 def load_or_tokenize(
     rows: Rows, row_tokenizer: RowTokenizer, *, cache_dir: Path | None
 ) -> TokenFile:
-    """Return the tokens of all rows, from the cache if they are there, else made and put there.
+    """Return the tokens of all rows from the cache, or tokenise the rows and add them to it.
 
-    The file's name holds a hash of texts, tokenizer and settings. Two processes that miss it at the
-    same time both write it, and a damaged file is written anew. Without a `cache_dir`, or where the
-    tokenizer has no digest, the tokens stay in memory.
+    The name of the cached file contains a hash of texts, tokenizer and settings. A damaged file is
+    written anew. Two processes that miss the same file both write it. Without a `cache_dir`, or if
+    the tokenizer has no digest, the tokens are kept in memory.
     """
     tokenizer = None if cache_dir is None else row_tokenizer.digest()
     if cache_dir is None or tokenizer is None:
@@ -98,7 +100,10 @@ def load_or_tokenize(
 
 
 def write_tokens(file: arrow.NativeFile, rows: Rows, row_tokenizer: RowTokenizer) -> None:
-    """Write the tokens of every row, also of rows that are too long, in as few bytes as ids take."""
+    """Write the tokens of all rows, including rows that are too long.
+
+    An id takes two bytes if the vocabulary allows it, else four.
+    """
     ids = arrow.uint16() if len(row_tokenizer.tokenizer) <= 2**16 else arrow.int32()
     schema = arrow.schema(
         [

@@ -127,7 +127,7 @@ class RewardJudge(Judge):
             layout=LAYOUTS[self.model.backbone.layout],
             user_index=index if self.users == "own" else {},
             schema=card.feature_schema(),
-            n_user_vectors=self.model.n_user_vectors,
+            user_slots=self.model.user_slots,
         )
 
     def _tokens(self, row: Row) -> TokenPair:

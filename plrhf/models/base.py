@@ -20,6 +20,7 @@ from plrhf.core import losses
 from plrhf.core.checks import Fraction, check_arguments
 from plrhf.core.components import construct
 from plrhf.core.errors import bad_value
+from plrhf.core.row_packing import NO_USER
 from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
 from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
@@ -88,14 +89,22 @@ class PersonalModule(LightningModule):
         self.backbone = backbone
         self.encoder = encoder
         self.aggregator = aggregator
+        if aggregator.needs_causal and not backbone.causal:
+            raise bad_value(
+                "aggregator.position",
+                "after_prompt",
+                f"before with {backbone.config.model_type}, which reads a whole row at once",
+                "Set aggregator.position=before",
+            )
         self.optim = Optim() if optim is None else optim
         self.has_user_vectors = encoder.generic(1).shape[1] > 0
-        self.n_user_vectors = aggregator.n_positions if self.has_user_vectors else 0
         if not self.has_user_vectors:  # what maps user vectors would never learn
             for parameter in user_maps(aggregator):
                 parameter.requires_grad_(False)
         # An encoder that does not tell users apart gives both contexts the same vectors.
         self.alpha = alpha if encoder.personal else 1.0
+        n_contexts = len(losses.contexts(self.alpha))
+        self.user_slots = aggregator.user_slots(n_contexts) if self.has_user_vectors else NO_USER
         self.reduction = Reduction(reduce, n_users=n_users)
         self.inner = None if inner is None else construct(Inner, inner, "model.inner")
         check_context(encoder, backbone)
@@ -166,7 +175,7 @@ class PersonalModule(LightningModule):
 
     def without_user(self, batch: PreferenceBatch) -> PreferenceBatch:
         """Compute all of a batch that does not depend on the user, for calls with many user vectors."""
-        return batch
+        return self.aggregator.without_user(self.backbone, batch)
 
     @property
     def pooled_suffices(self) -> bool:

@@ -155,9 +155,7 @@ def _write(
     cache = model.backbone.cache(n_read + max_new_tokens)
     with contextlib.ExitStack() as stack:
         stack.enter_context(writer)
-        if (
-            model.aggregator.after_trunk and cache is not None
-        ):  # prompts are read alike for all users
+        if model.aggregator.shares_prompts and cache is not None:
             model.backbone.prefill(cache, input_ids, mask)
         inputs = stack.enter_context(
             model.aggregator.decoding(model.backbone, input_ids, mask, user)

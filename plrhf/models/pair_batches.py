@@ -38,7 +38,7 @@ def dataset_of(
         layout=LAYOUTS[model.backbone.layout],
         user_index={},
         schema=model.card.feature_schema(),
-        n_user_vectors=model.n_user_vectors,
+        user_slots=model.user_slots,
     )
     for name, compute in model.values_without_user().items():
         setattr(dataset, name, text_values(model, dataset, compute, batch_size))

@@ -102,7 +102,9 @@ class PersonalDPOPolicy(PersonalModule):
         return {"ref_logps": self.reference_logps}
 
     def without_user(self, batch: PreferenceBatch) -> PreferenceBatch:
-        if not self.aggregator.after_trunk or batch.trunk is not None:
+        if not self.aggregator.after_trunk:
+            return super().without_user(batch)
+        if batch.trunk is not None:
             return batch
         return replace(batch, trunk=self.trunk(batch))
 

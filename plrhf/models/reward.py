@@ -119,7 +119,9 @@ class PersonalRewardModel(PersonalModule):
         return {"hidden": self.pooled_trunk} if self.aggregator.after_trunk else {}
 
     def without_user(self, batch: PreferenceBatch) -> PreferenceBatch:
-        if not self.aggregator.after_trunk or batch.hidden is not None:
+        if not self.aggregator.after_trunk:
+            return super().without_user(batch)
+        if batch.hidden is not None:
             return batch
         pooled = self.pooled_trunk(batch).flatten(0, 1)
         texts = torch.arange(len(pooled), device=pooled.device).view(len(batch), 2)
@@ -127,7 +129,9 @@ class PersonalRewardModel(PersonalModule):
 
     def hidden_for(self, batch: PreferenceBatch, user: Tensor) -> Tensor:
         # A trunk that does not depend on the user is run and pooled once for all contexts.
-        return super().hidden_for(self.without_user(batch), user)
+        if self.aggregator.after_trunk:
+            batch = self.without_user(batch)
+        return super().hidden_for(batch, user)
 
     def rewards(self, batch: PreferenceBatch) -> Tensor:
         """Compute rewards [B, 2] float32 of chosen and rejected responses for the users who chose."""

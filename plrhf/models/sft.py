@@ -14,7 +14,7 @@ from plrhf.backbone.saving import without_frozen
 from plrhf.core.checks import check_arguments
 from plrhf.core.errors import bad_value
 from plrhf.core.logprobs import response_logps
-from plrhf.core.row_packing import RowPacking
+from plrhf.core.row_packing import NO_USER, RowPacking
 from plrhf.core.types import CHOSEN, PADDING, REJECTED, PreferenceBatch
 from plrhf.models.metrics import ExactMean
 from plrhf.models.optim import Optim
@@ -76,7 +76,7 @@ class SupervisedPolicy(LightningModule):
         """
         segment = self._learned_segment(batch)
         hidden = self.backbone(
-            batch.input_ids, segment, batch.position_ids, packing=batch.packing_for(0)
+            batch.input_ids, segment, batch.position_ids, packing=batch.packing_for(NO_USER)
         )
         logps = response_logps(
             hidden,

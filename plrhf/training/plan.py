@@ -9,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from plrhf.core.checks import NonNegativeInt, PositiveFloat, check_arguments
+from plrhf.core.row_packing import RowPacking, UserSlots
 from plrhf.core.types import PreferenceBatch, UserContext
 from plrhf.models.base import PersonalModule
 from plrhf.models.policy import PersonalDPOPolicy
@@ -78,6 +80,11 @@ class Workload:
     def tokens(self, *, two_rows: bool) -> int:
         """Count the tokens of a pair."""
         return (1 + two_rows) * self.prompt_tokens + 2 * self.response_tokens
+
+    def row_tokens(self, slots: UserSlots) -> int:
+        """Count the positions of a packed row whose user vectors are at `slots`."""
+        own = slots.n_vectors + 2 * self.response_tokens
+        return self.prompt_tokens + (slots.n_contexts or 1) * own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +214,7 @@ def trace(model: PersonalModule, work: Workload, *, half: torch.dtype | None) ->
     """
     cast = torch.autocast("cpu", dtype=half) if half else contextlib.nullcontext()
     n_pairs = work.pairs(two_rows=model.backbone.layout == "two_rows")
-    batch = fake_batch(model, work, -(-n_pairs // work.n_gpus))
+    batch = fake_batch(model, work, -(-n_pairs // work.n_gpus), model.user_slots)
     pooled = isinstance(model, PersonalRewardModel) and model.pooled_suffices
     if pooled:
         texts = torch.arange(2 * len(batch)).view(-1, 2)
@@ -222,7 +229,8 @@ def trace(model: PersonalModule, work: Workload, *, half: torch.dtype | None) ->
     reached = [one for one in model.parameters() if one.grad is not None]
     model.zero_grad()
 
-    batch = fake_batch(model, work, -(-work.eval_batch_size // work.n_gpus))
+    slots = replace(model.user_slots, n_contexts=model.user_slots.n_contexts and 2)
+    batch = fake_batch(model, work, -(-work.eval_batch_size // work.n_gpus), slots)
     with tracker_of(batch, work) as evaluation, torch.no_grad(), cast:
         model.eval()
         model.pooled_trunk(batch) if pooled else model.context_margins(batch)  # type: ignore[operator]
@@ -233,11 +241,20 @@ def trace(model: PersonalModule, work: Workload, *, half: torch.dtype | None) ->
     )
 
 
-def fake_batch(model: PersonalModule, work: Workload, n_pairs: int) -> PreferenceBatch:
-    """Make a batch of the work's shapes, without values."""
+def fake_batch(
+    model: PersonalModule, work: Workload, n_pairs: int, slots: UserSlots
+) -> PreferenceBatch:
+    """Make a batch of the work's shapes, without values, whose user vectors go to `slots`."""
+    together = model.backbone.layout == "packed"
     shape = (n_pairs, work.tokens(two_rows=False))
-    if model.backbone.layout == "two_rows":
+    if not together:
         shape = (2 * n_pairs, work.prompt_tokens + work.response_tokens)
+    packing = None
+    if slots.n_contexts is not None:
+        n_prompt, n_text = (np.full(shape[0], n) for n in (work.prompt_tokens, shape[1]))
+        packing = RowPacking.of_contexts(
+            n_prompt, n_text, slots, length=shape[1], together=together
+        )
     context = None
     if model.encoder.reads_context:
         n_own = model.encoder.max_pairs
@@ -254,6 +271,7 @@ def fake_batch(model: PersonalModule, work: Workload, n_pairs: int) -> Preferenc
         segment=torch.zeros(shape, dtype=torch.int64),
         position_ids=torch.zeros(shape, dtype=torch.int64),
         row=torch.zeros(n_pairs, dtype=torch.int64),
+        packing=packing,
     )
 
 
@@ -313,7 +331,7 @@ def _total(
         nvme=away["nvme"],
         communication=received * (1 - 1 / work.n_gpus),
         checkpoint=3 * (_bytes(learned) if zero3 is None else FLOAT * _count(learned)),
-        row_tokens=work.tokens(two_rows=False) + model.aggregator.n_positions,
+        row_tokens=work.row_tokens(model.user_slots),
         pairs=work.pairs(two_rows=model.backbone.layout == "two_rows") * work.accumulated_batches,
         n_users=n_users,
     )

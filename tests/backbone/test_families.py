@@ -13,6 +13,7 @@ from tiny import perturb
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from plrhf.aggregators import ConcatSoftPrompt
 from plrhf.aggregators.film import modulated_blocks
 from plrhf.backbone import families
 from plrhf.backbone.families import is_causal
@@ -219,7 +220,7 @@ def gradients(backbone: Backbone) -> dict[str, Tensor]:
 
 def close(found: Tensor, expected: Tensor, what: str = "", allowed: float = 1e-3) -> None:
     scale = expected.abs().max().clamp(min=1e-6)
-    error = float((found - expected).abs().max() / scale)
+    error = float((found - expected).detach().abs().max() / scale)
     assert error <= allowed, f"{what} differ by {error:.1e}"
 
 
@@ -263,6 +264,96 @@ def test_log_probabilities_and_gradients_are_those_of_plain_sequences(name: str)
     for key, expected in plain_gradients.items():
         error = float((our_gradients[key] - expected).abs().max()) / largest
         assert error <= 1e-3, f"gradients of {key} differ by {error:.1e}"
+
+
+@pytest.mark.parametrize("name", ["llama", "gptj", "gpt2", "gemma3_w3", "mistral_sw", "bloom"])
+def test_a_late_soft_prompt_is_that_of_plain_sequences(name: str) -> None:
+    """`prompt | vectors | response` by inputs_embeds, one at a time: losses and gradients."""
+    backbone = lora_backbone(CAUSAL[name]).train()
+    with torch.no_grad():  # back to weights of a usual size, whose gradients 1e-5 can tell apart
+        for parameter in backbone.model.get_base_model().parameters():
+            parameter.mul_(0.25 if parameter.dim() >= 2 and not parameter.requires_grad else 1)
+    pairs, n_tokens = make_pairs(4, seed=3), 3
+    aggregator = ConcatSoftPrompt(
+        hidden_size=48,
+        embedding_size=backbone.embedding_size,
+        n_tokens=n_tokens,
+        position="after_prompt",
+    )
+    torch.manual_seed(1)
+    user = (torch.randn(2 * len(pairs), aggregator.user_dim) / 4).requires_grad_()
+    batch = batch_of(pairs, backbone.layout)
+    hidden = aggregator(backbone, batch, user)
+    found = torch.stack(
+        [
+            response_logps(
+                of_context,
+                batch.input_ids,
+                batch.segment,
+                backbone.unembed,
+                n_pairs=len(pairs),
+                constant=True,
+            )
+            for of_context in hidden
+        ]
+    )  # [C, B, 2]
+    loss = -torch.nn.functional.logsigmoid(found[..., 0] - found[..., 1]).mean()
+    loss.backward()
+    ours = {"user": user.grad, **gradients(backbone)}
+    user.grad = None
+
+    def margin(vectors: Tensor, pair: TokenPair) -> Tensor:
+        chosen, rejected = (
+            plain_logps_after(backbone, pair.prompt, vectors, response)
+            for response in (pair.chosen, pair.rejected)
+        )
+        return chosen - rejected
+
+    margins = [
+        margin(vectors.view(n_tokens, -1), pairs[place % len(pairs)])
+        for place, vectors in enumerate(user)
+    ]
+    plain = -torch.nn.functional.logsigmoid(torch.stack(margins)).mean()
+    torch.testing.assert_close(loss, plain, atol=1e-5, rtol=0)
+    plain.backward()
+    expected = {"user": user.grad, **gradients(backbone)}
+    assert ours.keys() == expected.keys() and expected["user"].abs().max() > 1e-4
+    for key, value in expected.items():
+        torch.testing.assert_close(ours[key], value, atol=1e-5, rtol=0, msg=key)
+
+
+@pytest.mark.parametrize("name", ["llama", "gptj", "gpt2", "gemma3_w3"])
+def test_reading_on_from_prompts_that_were_read_is_reading_all(name: str) -> None:
+    backbone = lora_backbone(CAUSAL[name])
+    backbone.requires_grad_(False)
+    aggregator = ConcatSoftPrompt(hidden_size=48, n_tokens=3, position="after_prompt")
+    batch = batch_of(make_pairs(4, seed=3), "packed")
+    torch.manual_seed(1)
+    user = torch.randn(2 * len(batch), aggregator.user_dim)
+    with torch.no_grad():
+        kept = aggregator.without_user(backbone, batch)
+    assert kept.prompts is not None and batch.prompts is None
+    found = []
+    for one in (batch, kept):
+        given = user.clone().requires_grad_()
+        hidden = aggregator(backbone, one, given)
+        ends_prompt = (batch.segment == 0) & (batch.segment.roll(-1, dims=1) != 0)
+        values = hidden[:, ends_prompt | (batch.segment > 0)]
+        (values * torch.linspace(-1, 1, values.numel()).view_as(values)).sum().backward()
+        found.append((values, given.grad))
+    (plain, expected), (values, gradient) = found
+    close(values, plain, "hidden states", allowed=1e-5)
+    close(gradient, expected, "gradients", allowed=1e-4)
+
+
+def plain_logps_after(
+    backbone: Backbone, prompt: tuple[int, ...], vectors: Tensor, response: tuple[int, ...]
+) -> Tensor:
+    """Log-probability of a response that follows vectors [T, e] that follow a prompt."""
+    text, answer = (backbone.embed(torch.tensor(ids)) for ids in (prompt, response))
+    logits = backbone.model(inputs_embeds=torch.cat([text, vectors, answer])[None]).logits[0]
+    logps = logits[len(text) + len(vectors) - 1 : -1].float().log_softmax(-1)
+    return logps[range(len(response)), response].sum()
 
 
 @pytest.mark.parametrize("name", [name for name in ENCODERS if name not in REFUSED_HERE])

@@ -13,7 +13,7 @@ from torch import Tensor
 from plrhf.aggregators import ConcatSoftPrompt, FiLM
 from plrhf.backbone.model import Backbone
 from plrhf.core.types import UserBatch
-from plrhf.encoders import NoneEncoder
+from plrhf.encoders import NoneEncoder, UniformEncoder
 from plrhf.models.generation import generate
 from plrhf.models.policy import PersonalDPOPolicy
 
@@ -40,6 +40,41 @@ def test_texts_begin_as_transformers_writes_them(name: str) -> None:
         )
         found = generate(model, tokenizer, prompts, users, max_new_tokens=3, temperature=0)
         assert [json.loads(text) for text in found] == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gptj", "gpt2", "gemma3_w3", "llama4_chunks", "bloom", "rwkv"]
+)
+@pytest.mark.parametrize("position", ["before", "after_prompt"])
+def test_texts_after_user_vectors_begin_as_transformers_writes_them(
+    name: str, position: Any
+) -> None:
+    """Vectors that are embeddings of tokens must do what the tokens do, read again at every step."""
+    backbone = lora_backbone(CAUSAL[name])
+    own = (20, 70)
+    prompts = [pair.prompt for pair in make_pairs(3, seed=1)]
+    prompts += [prompts[0], prompts[1][::-1]]
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([(*own, *prompt) if position == "before" else (*prompt, *own)])
+        for _ in range(3):
+            logits = backbone.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+        expected.append(ids[0, -3:].tolist())
+    aggregator = ConcatSoftPrompt(
+        hidden_size=backbone.hidden_size,
+        embedding_size=backbone.embedding_size,
+        n_tokens=2,
+        position=position,
+    )
+    encoder = UniformEncoder(user_dim=aggregator.user_dim, vocabulary=backbone.vocabulary())
+    with torch.no_grad():
+        encoder.generic_vector.copy_(backbone.embed(torch.tensor(own)).flatten())
+    model = PersonalDPOPolicy(backbone=backbone, encoder=encoder, aggregator=aggregator, n_users=2)
+    nobody = torch.zeros(len(prompts), dtype=torch.int64)
+    users = UserBatch(user_id=nobody, features=torch.zeros(len(prompts), 0))
+    found = generate(model, NoText(), prompts, users, max_new_tokens=3, temperature=0)
+    assert [json.loads(text) for text in found] == expected
 
 
 class NoText:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from tiny import (
+    AGGREGATORS,
     LORA,
     assert_same,
     gradients,
@@ -56,7 +57,7 @@ def as_transformers(backbone: Backbone) -> Backbone:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("aggregator", ["soft_prompt", "film_last", "film_every_block"])
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
 @pytest.mark.parametrize("kind", [PersonalRewardModel, PersonalDPOPolicy])
 def test_gptj_trunk_is_that_of_transformers(
     kind: Any, aggregator: str, checkpointing: bool
@@ -171,13 +172,8 @@ def test_rows_of_one_response_share_one_mask() -> None:
 
 
 def layout_of(batch: PreferenceBatch) -> gptj.AttentionLayout:
-    return gptj.attention_layout(
-        make_backbone().trunk,
-        batch.segment,
-        batch.position_ids,
-        sees(batch.segment),
-        dtype=torch.float32,
-    )
+    rows = PackedRows(batch.segment, batch.position_ids)
+    return gptj.attention_layout(make_backbone().trunk, rows, sees(rows), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("longest", [0, 2048])
@@ -234,10 +230,9 @@ def test_block_mask_is_who_sees_whom(together: bool) -> None:
         packing = RowPacking.of(segment)
         assert packing is not None
         segment, owner = packing.pack(segment, -1), packing.source_row
-    seen = sees(segment, owner)
-    positions = torch.arange(segment.shape[1]).expand_as(segment)
-    of_rows = PackedRows(segment, positions, owner).over(causal_mask_function)
-    mask = block_mask(of_rows, *segment.shape, segment.device)
+    rows = PackedRows(segment, torch.arange(segment.shape[1]).expand_as(segment), owner)
+    seen = sees(rows)
+    mask = block_mask(rows.over(causal_mask_function), *segment.shape, segment.device)
     found = create_mask(mask.mask_mod, len(segment), 1, *seen.shape[1:], device="cpu")
     assert torch.equal(found[:, 0], seen)
 

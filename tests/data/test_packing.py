@@ -93,11 +93,18 @@ def test_packed_equals_two_rows(
         assert_same(grads, naive_gradients, atol=1e-5)
 
 
-def plain_sequence(plain: Any, vectors: Tensor, tokens: tuple[int, ...]) -> Any:
-    """A Hugging Face model on user vectors [T, d] and tokens, the only row of its batch."""
+def plain_sequence(plain: Any, vectors: Tensor, tokens: tuple[int, ...], at: int = 0) -> Any:
+    """A Hugging Face model on tokens and user vectors [T, d] before the one at `at`, in one row.
+
+    Returns:
+        Hidden states and logits behind the tokens; those behind the last vector in place of those of the
+        token before, which then predicts nothing.
+    """
     text = plain.get_input_embeddings()(tensor([tokens]))
-    output = plain(inputs_embeds=torch.cat([vectors[None], text], 1), output_hidden_states=True)
-    return output.hidden_states[-1][0, len(vectors) :], output.logits[0, len(vectors) :]
+    whole = torch.cat([text[:, :at], vectors[None], text[:, at:]], 1)
+    output = plain(inputs_embeds=whole, output_hidden_states=True)
+    kept = [*range(at - 1), *range(max(at, 1) + len(vectors) - 1, whole.shape[1])]
+    return output.hidden_states[-1][0, kept], output.logits[0, kept]
 
 
 def user_vector(encoder: Any, user: int) -> Tensor:
@@ -106,9 +113,14 @@ def user_vector(encoder: Any, user: int) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["gptj", "llama"])
 @pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("aggregator", ["soft_prompt", "late_soft_prompt"])
 @torch.no_grad()
-def test_packed_rewards_equal_a_plain_model_on_one_sequence(kind: str, pooling: str) -> None:
-    model = make_model(PersonalRewardModel, backbone=make_backbone(kind), pooling=pooling)
+def test_packed_rewards_equal_a_plain_model_on_one_sequence(
+    kind: str, pooling: str, aggregator: str
+) -> None:
+    model = make_model(
+        PersonalRewardModel, backbone=make_backbone(kind), aggregator=aggregator, pooling=pooling
+    )
     found = model.context_margins(make_batch(make_pairs(), padding=2))
     for context in ("user", "generic"):
         for place, pair in enumerate(make_pairs()):
@@ -116,7 +128,9 @@ def test_packed_rewards_equal_a_plain_model_on_one_sequence(kind: str, pooling: 
             rewards = []
             for response in (pair.chosen, pair.rejected):
                 vectors = user_vector(model.encoder, user).view(3, WIDTH)
-                hidden, _ = plain_sequence(model.backbone.model, vectors, (*pair.prompt, *response))
+                tokens = (*pair.prompt, *response)
+                at = len(pair.prompt) if aggregator == "late_soft_prompt" else 0
+                hidden, _ = plain_sequence(model.backbone.model, vectors, tokens, at)
                 mine = hidden[len(pair.prompt) :]
                 rewards.append(
                     model.head.weight[0] @ (mine.mean(0) if pooling == "mean" else mine[-1])
@@ -127,7 +141,7 @@ def test_packed_rewards_equal_a_plain_model_on_one_sequence(kind: str, pooling: 
 
 
 @pytest.mark.parametrize("kind", ["gptj", "llama"])
-@pytest.mark.parametrize("aggregator", ["soft_prompt", "film_last"])
+@pytest.mark.parametrize("aggregator", ["soft_prompt", "late_soft_prompt", "film_last"])
 @torch.no_grad()
 def test_packed_policy_equals_a_plain_model_on_one_sequence(kind: str, aggregator: str) -> None:
     model = make_model(
@@ -136,10 +150,11 @@ def test_packed_policy_equals_a_plain_model_on_one_sequence(kind: str, aggregato
     base = language_model(kind)
     nothing = torch.empty(0, WIDTH)
 
-    def policy_logits(user: int, tokens: tuple[int, ...]) -> Tensor:
+    def policy_logits(user: int, tokens: tuple[int, ...], n_prompt: int) -> Tensor:
         vector = user_vector(model.encoder, user)
-        if aggregator == "soft_prompt":
-            return plain_sequence(model.backbone.model, vector.view(3, WIDTH), tokens)[1]
+        at = n_prompt if aggregator == "late_soft_prompt" else 0
+        if "soft_prompt" in aggregator:
+            return plain_sequence(model.backbone.model, vector.view(3, WIDTH), tokens, at)[1]
         hidden, _ = plain_sequence(model.backbone.model, nothing, tokens)
         gamma, beta = (model.aggregator.to_film.weight @ vector).view(2, WIDTH)
         return model.backbone.model.get_output_embeddings()((1 + gamma) * hidden + beta)
@@ -155,7 +170,7 @@ def test_packed_policy_equals_a_plain_model_on_one_sequence(kind: str, aggregato
             ratios = []
             for response in (pair.chosen, pair.rejected):
                 tokens = (*pair.prompt, *response)
-                ours = logp(policy_logits(user, tokens), pair, response)
+                ours = logp(policy_logits(user, tokens, len(pair.prompt)), pair, response)
                 reference = logp(plain_sequence(base, nothing, tokens)[1], pair, response)
                 ratios.append(ours - reference)
             expected = 0.7 * (ratios[0] - ratios[1])

@@ -174,3 +174,15 @@ def test_derived_ids_are_the_same_in_another_process() -> None:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     here = parse_row(GOOD, "elsewhere:9")
     assert out.stdout.split() == [here.prompt_id, here.pair_id]
+
+
+@pytest.mark.parametrize(("n_characters", "fits"), [(499_800, True), (499_990, False)])
+def test_a_chat_is_as_large_as_its_json(n_characters: int, fits: bool) -> None:
+    prompt = [{"role": "user", "content": "a" * n_characters}]
+    raw = {"prompt": prompt, "chosen": "Yes.", "rejected": "No.", "user_id": "u"}
+    if fits:
+        assert parse_row(raw, "here").prompt == tuple(prompt)
+    else:
+        with pytest.raises(RefusedRow) as error:
+            parse_row(raw, "here")
+        assert error.value.reason is Reason.TOO_LARGE

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from plrhf.aggregators import ConcatSoftPrompt
 from plrhf.backbone.kv_cache import RoomyLayer
 from plrhf.backbone.model import Backbone
-from plrhf.core.types import PreferenceBatch, UserBatch
+from plrhf.core.types import CHOSEN, PROMPT, PreferenceBatch, UserBatch
 from plrhf.models.generation import generate, left_padded
 from plrhf.models.policy import PersonalDPOPolicy
 
@@ -84,15 +84,18 @@ def test_many_users_at_once_equal_one_at_a_time(kind: str, aggregator: str) -> N
 
 
 @both_kinds
-def test_users_of_one_prompt_share_its_reading(kind: str) -> None:
-    policy = make_policy(kind, "film_last")
+@pytest.mark.parametrize(("aggregator", "n_first"), [("film_last", 1), ("late_soft_prompt", 4)])
+def test_users_of_one_prompt_share_its_reading(kind: str, aggregator: str, n_first: int) -> None:
+    policy = make_policy(kind, aggregator)
     read: list[tuple[int, ...]] = []
     embeddings = policy.backbone.trunk.get_input_embeddings()
     embeddings.register_forward_hook(lambda _module, _in, output: read.append(output.shape[:2]))
     prompts = [(5, 6, 7), (8, 9), (5, 6, 7), (5, 6, 7), (4,)]
     together = write(policy, prompts, user_batch(1, 2, 3, 4, 5))
     assert read[0] == (3, 2)  # three prompts, without their last tokens
-    assert all(shape == (5, 1) for shape in read[1:]) and len(read) == 1 + N_NEW
+    read = read[1:] if aggregator == "late_soft_prompt" else read  # placeholders, for their shape
+    assert read[1] == (5, n_first)  # a prompt's last token, and user vectors
+    assert all(shape == (5, 1) for shape in read[2:]) and len(read) == 1 + N_NEW
     alone = [
         write(policy, [prompt], user_batch(user))[0] for user, prompt in enumerate(prompts, start=1)
     ]
@@ -148,15 +151,15 @@ def test_windows_keep_their_own_cache() -> None:
 def test_equals_step_by_step_without_a_cache(kind: str, aggregator: str) -> None:
     policy = make_policy(kind, aggregator).eval()
 
-    def next_token(tokens: tuple[int, ...], user: int) -> int:
-        text = tensor([tokens])
+    def next_token(prompt: tuple[int, ...], written: tuple[int, ...], user: int) -> int:
+        text = tensor([prompt + written])
         users = user_batch(user)
         batch = PreferenceBatch(
             user_id=users.user_id,
             features=users.features,
             input_ids=text,
-            segment=torch.zeros_like(text),
-            position_ids=torch.arange(len(tokens))[None],
+            segment=tensor([[PROMPT] * len(prompt) + [CHOSEN] * len(written)]),
+            position_ids=torch.arange(text.shape[1])[None],
             row=tensor([0]),
         )
         hidden = policy.aggregator(policy.backbone, batch, policy.encoder(users))
@@ -164,10 +167,10 @@ def test_equals_step_by_step_without_a_cache(kind: str, aggregator: str) -> None
 
     expected = []
     for prompt, user in zip(PROMPTS, USERS, strict=True):
-        tokens = prompt
+        tokens: tuple[int, ...] = ()
         for _ in range(N_NEW):
-            tokens = (*tokens, next_token(tokens, user))
-        expected.append(" ".join(map(str, tokens[len(prompt) :])))
+            tokens = (*tokens, next_token(prompt, tokens, user))
+        expected.append(" ".join(map(str, tokens)))
     assert write(policy, PROMPTS, user_batch(*USERS)) == expected
 
 

@@ -1,16 +1,44 @@
-"""Reward heads: rewards by hand, and what a head is handed."""
+"""Reward heads: rewards by hand, equal function classes, and many models in one vmapped call."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import exp, log, sqrt
+from typing import Any
+
 import pytest
 import torch
-from tiny import WIDTH, assert_same, gradients, make_batch, make_model, make_pairs, perturb
-from torch import Tensor, nn
+from scipy.stats import norm
+from tiny import (
+    N_USERS,
+    WIDTH,
+    assert_same,
+    gradients,
+    make_backbone,
+    make_batch,
+    make_model,
+    make_pairs,
+    perturb,
+)
+from torch import Tensor, nn, tensor
 
-from plrhf.aggregators import FiLM
+from plrhf.aggregators import FiLM, NoAggregator
+from plrhf.backbone.model import Backbone
 from plrhf.core.types import PreferenceBatch
-from plrhf.models.heads import LinearHead, RewardHead, build_head
-from plrhf.models.reward import PersonalRewardModel
+from plrhf.data.packing import packed, two_rows
+from plrhf.encoders import (
+    ClusterMixtureEncoder,
+    FeatureMLPEncoder,
+    LookupEncoder,
+    NoneEncoder,
+    UniformEncoder,
+    UserEncoder,
+)
+from plrhf.models.heads import HEADS, LinearHead, RewardHead, build_head
+from plrhf.models.reward import PersonalRewardModel, pool_prompts
+from plrhf.referee.side_by_side import Stack
+
+D, K = 3, 2  # of the heads made by hand
 
 
 class Product(RewardHead):
@@ -29,9 +57,7 @@ class Product(RewardHead):
 
 def test_a_head_is_handed_the_users_of_each_context() -> None:
     settings = {"_target_": f"{__name__}.Product", "scale": 2.0}
-    head = build_head(settings, hidden_size=WIDTH, user_dim=WIDTH)
-    assert isinstance(head, Product)
-    model = make_model(PersonalRewardModel, aggregator="film_last", head=head).eval()
+    model = make_model(PersonalRewardModel, aggregator="film_last", head=settings).eval()
     batch = make_batch(make_pairs())
     with torch.no_grad():
         found = model.context_margins(batch)
@@ -40,7 +66,8 @@ def test_a_head_is_handed_the_users_of_each_context() -> None:
         for context, name in enumerate(("user", "generic")):
             vectors = user.view(2, len(batch), -1)[context]
             chosen, rejected = (
-                2.0 * (vectors * head.project(hidden[context, :, which])).sum(1) for which in (0, 1)
+                2.0 * (vectors * model.head.project(hidden[context, :, which])).sum(1)
+                for which in (0, 1)
             )
             torch.testing.assert_close(found[name], chosen - rejected)
 
@@ -52,6 +79,309 @@ def test_a_head_of_no_known_name_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^model\.head\.scale=1\.0 is not allowed"):
         build_head({"name": "linear", "scale": 1.0}, hidden_size=3, user_dim=2)
     assert isinstance(build_head("linear", hidden_size=3, user_dim=2), LinearHead)
+
+
+def test_users_must_act_somewhere() -> None:
+    def model(head: Any, *, personal: bool = True, aggregator: Any = None) -> Any:
+        if aggregator is None:
+            aggregator = NoAggregator(hidden_size=WIDTH, user_dim=WIDTH)
+        return make_model(PersonalRewardModel, aggregator=aggregator, head=head, personal=personal)
+
+    with pytest.raises(ValueError, match=r"^aggregator='NoAggregator' is not allowed.* users act"):
+        model("linear")
+    with pytest.raises(ValueError, match=r"^model\.head='BasisHead' .* Set encoder=uniform"):
+        model("basis", personal=False)
+    with pytest.raises(ValueError, match=r"^aggregator='FiLM' .* reads the prompt"):
+        model({"name": "basis", "routed": True}, aggregator="film_last")
+    assert not model("basis").aggregator.user_acts
+    assert model("linear", personal=False).alpha == 1.0
+
+
+def by_hand(name: str | dict[str, Any], **weights: Any) -> tuple[RewardHead, Tensor, Tensor]:
+    """A head of these weights, and rewards of chosen and rejected and the margin for one pair.
+
+    Chosen (1, 2, -1), rejected (0, 1, 3), user (0.5, -1).
+    """
+    user_dim = 1 if name == "affine" else K
+    head = build_head(name, hidden_size=D, user_dim=user_dim)
+    state = head.state_dict()
+    assert state.keys() == weights.keys()
+    head.load_state_dict({key: tensor(value).view_as(state[key]) for key, value in weights.items()})
+    hidden = tensor([[[[1.0, 2.0, -1.0], [0.0, 1.0, 3.0]]]])
+    with torch.no_grad():
+        margins, rewards = head.compare(hidden, tensor([[0.5, -1.0]])[:, :user_dim], None)  # type: ignore[arg-type]
+    return head, rewards[0, 0], margins[0, 0]
+
+
+def test_distance_affine_and_cosine_by_hand() -> None:
+    weight, bias = [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]], [0.5, -1.0]
+    # f(chosen) = (0.5, 1), f(rejected) = (3.5, 0); less the user: (0, 2) and (3, 1).
+    _, rewards, margin = by_hand("distance", **{"project.weight": weight, "project.bias": bias})
+    assert rewards.tolist() == pytest.approx([-2.0, -sqrt(10)])
+    assert float(margin) == pytest.approx(sqrt(10) - 2)
+    cosines = {"project.weight": weight, "project.bias": bias, "log_scale": log(3.0)}
+    _, rewards, _ = by_hand("cosine", **cosines)
+    norms = [sqrt(1.25) * sqrt(1.25), 3.5 * sqrt(1.25)]
+    assert rewards.tolist() == pytest.approx([3 * -0.75 / norms[0], 3 * 1.75 / norms[1]])
+    _, rewards, _ = by_hand("affine", **{"shared.weight": [1.0, 1.0, 1.0]})
+    assert rewards.tolist() == pytest.approx([1.5 * 2, 1.5 * 4])
+    with pytest.raises(ValueError, match=r"^aggregator\.user_dim=2 .* expected 1"):
+        build_head("affine", hidden_size=D, user_dim=2)
+
+
+def sigma(x: float) -> float:
+    return 1 / (1 + exp(-x))
+
+
+def test_basis_by_hand() -> None:
+    basis = {"basis.weight": [[1.0, 0.0, 0.0], [0.0, 1.0, 0.5]]}
+    # Rewards of the directions: chosen (1, 1.5), rejected (0, 2.5), so margins (1, -1).
+    _, rewards, _ = by_hand({"name": "basis", "weights": "raw", "scale": 2.0}, **basis)
+    assert rewards.tolist() == pytest.approx([2 * (0.5 - 1.5), 2 * -2.5])
+    share = sigma(1.5)  # softmax of (0.5, -1)
+    _, rewards, margin = by_hand("basis", **basis)
+    assert rewards.tolist() == pytest.approx(
+        [share + (1 - share) * 1.5, (1 - share) * 2.5], rel=1e-5
+    )
+    assert float(margin) == pytest.approx(share - (1 - share), rel=1e-5)
+    _, _, margin = by_hand({"name": "basis", "mixes": "probabilities"}, **basis)
+    probability = share * sigma(1.0) + (1 - share) * sigma(-1.0)
+    assert sigma(float(margin)) == pytest.approx(probability, rel=1e-5)
+    head, _, margin = by_hand({"name": "basis", "mixes": "losses"}, **basis)
+    loss = share * log(1 + exp(-1)) + (1 - share) * log(1 + exp(1))
+    assert log(1 + exp(-float(margin))) == pytest.approx(loss, rel=1e-5)
+    head.eval()
+    hidden = tensor([[[[1.0, 2.0, -1.0], [0.0, 1.0, 3.0]]]])
+    in_use, _ = head.compare(hidden, tensor([[0.5, -1.0]]), None)  # type: ignore[arg-type]
+    assert float(in_use) == pytest.approx(2 * share - 1, rel=1e-5)
+    with pytest.raises(ValueError, match=r"^model\.head\.weights='raw' .* softmax"):
+        build_head(
+            {"name": "basis", "mixes": "probabilities", "weights": "raw"}, hidden_size=3, user_dim=2
+        )
+
+
+def test_mean_and_variance_by_hand() -> None:
+    weights = {
+        "mean.weight": [1.0, 0.0, -1.0],
+        "log_std.weight": [0.0, 1.0, 0.0],
+        "log_std.bias": [-1.0],
+    }
+    _, rewards, margin = by_hand("mean_variance", **weights)
+    assert rewards.tolist() == [2.0, -3.0]  # standard deviations exp(1) and 1
+    assert sigma(float(margin)) == pytest.approx(norm.cdf(5 / sqrt(exp(2) + 1)), rel=1e-5)
+
+
+def test_decoder_by_hand() -> None:
+    settings = {"name": "decoder", "width": 2, "film": True}
+    weights = {
+        "body.0.weight": [[1.0, 0.0, 0.0, 0.0, 1.0]],
+        "body.0.bias": [0.0],
+        "body.2.weight": [[1.0], [-1.0]],
+        "body.2.bias": [0.0, 0.0],
+        "film.weight": [[2.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 1.0]],
+        "film.bias": [0.0] * 4,
+        "out.weight": [1.0, 1.0],
+        "out.bias": [0.25],
+    }
+    _, rewards, _ = by_hand(settings, **weights)
+
+    def leaky(x: float) -> float:
+        return max(x, 0.2 * x)
+
+    expected = []
+    for first in (1.0 - 1.0, 0.0 - 1.0):
+        one = leaky(first)
+        tanh = [(exp(2 * x) - 1) / (exp(2 * x) + 1) for x in (1.0, -1.0)]
+        expected.append((1 + tanh[0] / 2) * leaky(one) + leaky(-one) + tanh[1] / 2 + 0.25)
+    assert rewards.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_prompts_are_pooled_in_both_layouts() -> None:
+    pairs = make_pairs(5)
+    for pooling in ("mean", "last"):
+        of_layout = []
+        for layout in (packed, two_rows):
+            batch = make_batch(pairs, layout=layout)
+            hidden = batch.input_ids.float()[None, :, :, None]
+            of_layout.append(pool_prompts(hidden, batch.segment, n_pairs=5, pooling=pooling))
+        expected = [
+            sum(one.prompt) / len(one.prompt) if pooling == "mean" else one.prompt[-1]
+            for one in pairs
+        ]
+        for found in of_layout:
+            assert found.shape == (1, 5, 2, 1)
+            assert found[0, :, 0, 0].tolist() == pytest.approx(expected)
+            assert torch.equal(found[:, :, 0], found[:, :, 1])
+
+
+@pytest.mark.parametrize(
+    "head", [{"name": "basis", "routed": True}, {"name": "cosine", "prompt_width": 5, "dim": 4}]
+)
+def test_a_head_that_reads_prompts_is_given_them(head: dict[str, Any]) -> None:
+    model = make_model(
+        PersonalRewardModel, aggregator=NoAggregator(hidden_size=WIDTH, user_dim=WIDTH), head=head
+    ).eval()
+    pairs = make_pairs()
+    with torch.no_grad():
+        margins = model(make_batch(pairs))
+        batch = model.without_user(make_batch(pairs))
+        assert batch.hidden is not None and batch.hidden.shape[1] == 2 * WIDTH
+        torch.testing.assert_close(model(batch), margins)  # as from values kept
+        other = [replace_prompt(pair) for pair in pairs]
+        pooled = model.without_user(make_batch(other)).hidden
+        swapped = torch.cat([batch.hidden[:, :WIDTH], pooled[:, WIDTH:]], dim=1)
+        assert not torch.allclose(model(replace(batch, hidden=swapped)), margins, atol=1e-4)
+
+
+def replace_prompt(pair: Any) -> Any:
+    return replace(pair, prompt=tuple(1 + one % 90 for one in pair.prompt))
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return make_backbone(trainable="frozen")
+
+
+def encoders(user_dim: int, vocabulary: Tensor) -> dict[str, UserEncoder]:
+    """Encoders of `N_USERS` users who differ."""
+    given: dict[str, Any] = {"user_dim": user_dim, "vocabulary": vocabulary, "init": "normal"}
+    features = {"n_numbers": 2, "category_sizes": [3]}
+    return {
+        "lookup": LookupEncoder(n_users=N_USERS, offset_scale=1.0, **given),
+        "rank": LookupEncoder(n_users=N_USERS, rank=2, offset_scale=1.0, **given),
+        "cluster": ClusterMixtureEncoder(n_users=N_USERS, n_clusters=3, weight_scale=1.0, **given),
+        "features": FeatureMLPEncoder(**features, **given),  # type: ignore[arg-type]
+        "uniform": UniformEncoder(**given),
+    }
+
+
+VARIANTS: dict[str, Any] = {
+    **{name: name for name in HEADS if name not in ("linear", "mean_variance")},
+    "film": {"name": "decoder", "film": True, "width": 6},
+    "probabilities": {"name": "basis", "mixes": "probabilities", "routed": True},
+    "losses": {"name": "basis", "mixes": "losses"},
+    "prompt": {"name": "cosine", "prompt_width": 5, "dim": 4},
+}
+
+
+@pytest.mark.parametrize("head", VARIANTS)
+def test_models_side_by_side_are_those_one_by_one(head: str, backbone: Backbone) -> None:
+    """Every head under every encoder is one vmapped call: values and gradients of its naive twin."""
+    user_dim = 1 if head == "affine" else 3
+    vocabulary = backbone.vocabulary()
+    batch = replace(make_batch(make_pairs()), features=torch.randn(7, 3))
+    batch.features[:, 2] = torch.arange(7) % 3
+    for name in encoders(user_dim, vocabulary):
+        models = [
+            PersonalRewardModel(
+                backbone=backbone,
+                encoder=encoders(user_dim, vocabulary)[name],
+                aggregator=NoAggregator(hidden_size=WIDTH, user_dim=user_dim),
+                n_users=N_USERS + 1,
+                head=VARIANTS[head],
+            )
+            for _ in range(2)
+        ]
+        pooled = models[0].without_user(batch)
+        stack = Stack(models)
+        gradients = stack.gradients(pooled)
+        assert stack.vmapped, f"{head} with {name} is called for one model after the other"
+        for place, model in enumerate(models):
+            loss, _ = model.training_loss(pooled)
+            loss.backward()
+            own = dict(model.named_parameters())
+            for parameter, gradient in gradients.items():
+                expected = own[parameter].grad
+                assert expected is not None
+                torch.testing.assert_close(gradient[place], expected, atol=1e-5, rtol=1e-4)
+
+
+def film_model(backbone: Backbone, encoder: UserEncoder, film: FiLM) -> Any:
+    return PersonalRewardModel(
+        backbone=backbone, encoder=encoder, aggregator=film, n_users=N_USERS + 1
+    ).eval()
+
+
+def basis_model(backbone: Backbone, encoder: UserEncoder, user_dim: int, weights: str) -> Any:
+    return PersonalRewardModel(
+        backbone=backbone,
+        encoder=encoder,
+        aggregator=NoAggregator(hidden_size=WIDTH, user_dim=user_dim),
+        head={"name": "basis", "weights": weights},
+        n_users=N_USERS + 1,
+    ).eval()
+
+
+@torch.no_grad()
+def test_clusters_in_film_are_lores_class(backbone: Backbone) -> None:
+    """V'_k = w o (1 + G V_k) and the same softmax weights give the margins of cluster + FiLM."""
+    film = FiLM(hidden_size=WIDTH, n_blocks=1, user_dim=4)
+    perturb(film, "to_film")
+    clusters = ClusterMixtureEncoder(
+        n_users=N_USERS,
+        user_dim=4,
+        vocabulary=backbone.vocabulary(),
+        n_clusters=3,
+        init="normal",
+        weight_scale=1.0,
+    )
+    ours = film_model(backbone, clusters, film)
+    users = LookupEncoder(
+        n_users=N_USERS, user_dim=3, vocabulary=backbone.vocabulary(), init="normal"
+    )
+    lore = basis_model(backbone, users, 3, "softmax")
+    gamma = ours.aggregator.to_film.weight  # [d, D]
+    lore.head.basis.weight.copy_(ours.head.weight * (1 + clusters.clusters @ gamma.T))
+    users.generic_vector.copy_(clusters.weights.weight[0])
+    users.offsets.weight.copy_(clusters.weights.weight - clusters.weights.weight[0])
+    check_same_margins(ours, lore)
+
+
+@torch.no_grad()
+def test_low_rank_in_film_is_prefs_and_rfms_class(backbone: Backbone) -> None:
+    """V = (w o (1 + G e_0); w o G S_j) and the numbers (1; z_u) give the margins of lookup + FiLM."""
+    film = FiLM(hidden_size=WIDTH, n_blocks=1, user_dim=4)
+    perturb(film, "to_film")
+    vocabulary = backbone.vocabulary()
+    given: dict[str, Any] = {"n_users": N_USERS, "vocabulary": vocabulary, "init": "normal"}
+    low_rank = LookupEncoder(user_dim=4, rank=2, offset_scale=1.0, **given)
+    ours = film_model(backbone, low_rank, film)
+    users = LookupEncoder(user_dim=3, **given)
+    pref = basis_model(backbone, users, 3, "raw")
+    gamma, w = ours.aggregator.to_film.weight, ours.head.weight
+    shared = w * (1 + low_rank.generic_vector @ gamma.T)
+    assert low_rank.basis is not None
+    pref.head.basis.weight.copy_(torch.cat([shared, w * (low_rank.basis @ gamma.T)]))
+    users.generic_vector.copy_(tensor([1.0, 0.0, 0.0]))
+    z = low_rank.offsets.weight
+    users.offsets.weight.copy_(torch.cat([torch.zeros(len(z), 1), z], dim=1))
+    check_same_margins(ours, pref)
+
+
+def check_same_margins(one: Any, other: Any) -> None:
+    """Assert that two models give the same margins, which differ between users."""
+    batch = make_batch(make_pairs(14))
+    found = one.context_margins(batch)
+    for name, margins in other.context_margins(batch).items():
+        torch.testing.assert_close(found[name], margins, atol=1e-4, rtol=1e-4)
+    assert (found["user"] - found["generic"]).abs().max() > 0.1
+
+
+def test_no_user_vectors_leave_the_text_as_it_is(backbone: Backbone) -> None:
+    batch = make_batch(make_pairs())
+    plain = make_model(
+        PersonalRewardModel, backbone=backbone, aggregator="film_last", personal=False
+    )
+    bare = make_model(
+        PersonalRewardModel,
+        backbone=backbone,
+        aggregator=NoAggregator(hidden_size=WIDTH),
+        personal=False,
+    )
+    assert isinstance(bare.encoder, NoneEncoder)
+    bare.head.load_state_dict(plain.head.state_dict())
+    with torch.no_grad():
+        assert torch.equal(bare(batch), plain(batch))
 
 
 @pytest.mark.parametrize("personal", [True, False])

@@ -9,7 +9,7 @@ import torch
 from tiny import assert_same, gradients, make_backbone, make_batch, make_model, make_pairs
 from torch import nn
 
-from plrhf.core.row_packing import first_fit_decreasing
+from plrhf.core.row_packing import NO_USER, UserSlots, first_fit_decreasing
 from plrhf.data.packing import TokenPair
 from plrhf.models.optim import Optim
 from plrhf.models.policy import PersonalDPOPolicy
@@ -24,13 +24,13 @@ def test_rows_together_are_rows_apart(kind: Any, aggregator: str, backbone: str)
     pairs = [*make_pairs(11), TokenPair((1,) * 30, (2,) * 9, (3,) * 9)]
     rows: list[list[int]] = []  # of the trunk, forward by forward
     found = []
-    n_vectors = 3 if aggregator == "soft_prompt" else 0
-    for together in (n_vectors, None):
+    slots = UserSlots(3 if aggregator == "soft_prompt" else 0)
+    for together in (slots, None):
         model = make_model(kind, backbone=make_backbone(backbone), aggregator=aggregator)
         block = next(one for one in model.backbone.modules() if isinstance(one, nn.ModuleList))[0]
         rows.append([])
         block.register_forward_pre_hook(lambda _, given: rows[-1].append(len(given[0])))
-        batch = make_batch(pairs, padding=2, n_vectors=together)
+        batch = make_batch(pairs, padding=2, slots=together)
         loss = model.loss(batch)[0]
         loss.mean().backward()
         found.append({"loss": loss.detach(), **gradients(model)})
@@ -47,7 +47,7 @@ def test_supervised_texts_together_are_texts_apart(responses: Any) -> None:
     n_packed = []
     for together in (True, False):
         model = SupervisedPolicy(backbone=make_backbone(), optim=Optim(), responses=responses)
-        batch = make_batch(pairs, n_vectors=None)
+        batch = make_batch(pairs, slots=None)
         if together:
             batch = model.on_before_batch_transfer(batch, 0)
             n_packed.append(batch.packing.n_packed)
@@ -63,7 +63,7 @@ def test_supervised_texts_together_are_texts_apart(responses: Any) -> None:
 
 
 def test_rows_of_another_number_of_user_vectors_stay_apart() -> None:
-    batch = make_batch(make_pairs(11), padding=9, n_vectors=2)
+    batch = make_batch(make_pairs(11), padding=9, slots=UserSlots(2))
     assert batch.packing is not None
     model = make_model(PersonalDPOPolicy)  # a soft prompt of three
     found = model.margins_in(batch, ("user",))[0]
@@ -71,7 +71,11 @@ def test_rows_of_another_number_of_user_vectors_stay_apart() -> None:
     assert torch.equal(found, model.margins_in(batch, ("user",))[0])
 
 
-def test_a_model_knows_how_many_user_vectors_stand_before_its_text() -> None:
-    assert make_model(PersonalDPOPolicy).n_user_vectors == 3
-    assert make_model(PersonalDPOPolicy, personal=False).n_user_vectors == 0
-    assert make_model(PersonalDPOPolicy, aggregator="film_last").n_user_vectors == 0
+def test_a_model_knows_where_its_user_vectors_stand() -> None:
+    def slots(aggregator: str = "soft_prompt", **settings: Any) -> UserSlots:
+        return make_model(PersonalDPOPolicy, aggregator=aggregator, **settings).user_slots
+
+    assert slots() == UserSlots(3)
+    assert slots("late_soft_prompt") == UserSlots(3, n_contexts=2)
+    assert slots("late_soft_prompt", alpha=1.0) == UserSlots(3, n_contexts=1)
+    assert slots("late_soft_prompt", personal=False) == slots("film_last") == NO_USER

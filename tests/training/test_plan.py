@@ -36,6 +36,7 @@ LLAMA = (
 SOFT = ["aggregator=soft_prompt", "aggregator.n_tokens=7", "encoder.rank=null"]
 MEASURED = {
     "policy": ["model=dpo", *SOFT],
+    "policy, after the prompt": ["model=dpo", *SOFT, "aggregator.position=after_prompt"],
     "policy, recomputing": ["model=dpo", *SOFT, "backbone.gradient_checkpointing=true"],
     "policy, llama": ["model=dpo", "aggregator=film", LLAMA],
     "reward": ["model=reward", *SOFT, "backbone.trainable=full"],

@@ -1,4 +1,4 @@
-"""What every dataset gives: records to be checked, and where known the true margins."""
+"""The interface of all datasets: unchecked records and, if known, true preferences."""
 
 from __future__ import annotations
 
@@ -15,44 +15,45 @@ _WHOLE = re.compile(r"(0|-?[1-9]\d*)\.0+")
 
 
 class Source(ABC):
-    """Where rows come from; one subclass a dataset, and checking is left to `reading.read_rows`."""
+    """A dataset. It yields unchecked records, which `reading.read_rows` checks."""
 
     @abstractmethod
     def records(self) -> Iterator[tuple[str, Mapping[str, Any] | Refusal]]:
-        """Yield each record with its place (``pairs.jsonl:17``), or why it could not be read."""
+        """Yield each record with its place (``pairs.jsonl:17``), or the reason why it is refused."""
 
     def oracle_margins(self) -> dict[str, float] | None:
-        """Return ``pair_id`` -> true margin (log odds) of chosen over rejected for its user.
+        """Return the true margin (log odds) of chosen over rejected by pair id; None if unknown.
 
-        Only a synthetic world knows them; None for human data.
+        Only synthetic data have true margins.
         """
         return None
 
     def world(self) -> str | None:
-        """Return what tells this source's people from people of the same ids elsewhere.
+        """Return a name of the synthetic world, in which a user id stands for its own person.
 
-        None for real people, of whom an id is the same person in every run.
+        None for real data, where a user id is the same person in every run.
         """
         return None
 
     def true_score(self, user_id: str, text: str) -> float | None:
-        """Return how much this user likes a text, in log odds; None where nobody knows."""
+        """Return how much this user likes a text, in log odds; None if unknown."""
         return None
 
     def profile(self, user_id: str) -> str | None:
-        """Return what a person may read about this user, or None."""
+        """Return a description of this user for people to read, or None."""
         return None
 
     def group(self, user_id: str) -> str | None:
-        """Return the kind of user this one is known to be, by which a map is coloured, or None."""
+        """Return the name of this user's group, by which maps are coloured, or None."""
         return None
 
 
 def id_as_text(value: object) -> object:
-    """Return whole numbers as text and anything else as it is: tables often number their users.
+    """Turn an id that is a whole number into text, and return any other value as it is.
 
-    A column with gaps turns integers into floats, so that ``1``, ``1.0`` and the text ``"1.0"``
-    are one id. A float from 2**53 on stands for several whole numbers and is left to be refused.
+    ``1``, ``1.0`` and the text ``"1.0"`` are the same id, because a table column with gaps turns
+    integers into floats. A float from 2**53 on may stand for several integers, so `parse_row`
+    refuses it.
     """
     if isinstance(value, str):
         return value.partition(".")[0] if _WHOLE.fullmatch(value) else value
@@ -68,8 +69,10 @@ def id_as_text(value: object) -> object:
 def refuse_shared_prompts(
     records: Iterable[tuple[str, Mapping[str, Any] | Refusal]],
 ) -> Iterator[tuple[str, Mapping[str, Any] | Refusal]]:
-    """Yield the records, refusing those whose prompt a later split has too: test keeps all of its
-    own, then val, so that no ``prompt_id`` is in two splits."""
+    """Refuse records whose prompt is also in a later split, and yield all others.
+
+    Afterwards no ``prompt_id`` is in two splits. Test keeps all of its records.
+    """
     kept = list(records)
     last: dict[str, int] = {}  # prompt_id -> place of the last split it is in
     for _, record in kept:

@@ -1,4 +1,4 @@
-"""Row fields under the names that somebody else's table gives them."""
+"""Maps the columns of any table to the fields of a row."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Plan = tuple[list[tuple[str, str]], list[tuple[str, str]], list[str]]
 
 
 class ColumnMap:
-    """Row field -> column; a dotted one reaches into it: ``info.post``, ``chosen.-1.content``.
+    """Maps row fields to columns. A dotted column reaches into a value: ``chosen.-1.content``.
 
     Args:
-        columns: for fields whose column has another name.
+        columns: row field -> column, for fields whose column has another name.
 
     Raises:
         ValueError: a field that rows do not have.
@@ -48,10 +48,10 @@ class ColumnMap:
         self._plans: dict[tuple[str, ...], Plan] = {}
 
     def row(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the record under row field names, with what no row field is made from behind.
+        """Rename the columns of a record to row fields. Columns without a field follow unchanged.
 
-        Whole-number ids become text. As tables have no objects, ``user_features`` may be JSON text
-        and prompt and responses the text of a list of messages.
+        Ids that are whole numbers become text. Since a table cell holds no objects, ``user_features``
+        may be JSON text, and prompt and responses may be the text of a list of messages.
         """
         names = tuple(record)
         plan = self._plans.get(names)  # most records of a file have the same names
@@ -76,8 +76,12 @@ class ColumnMap:
         return row
 
     def _plan(self, names: tuple[str, ...]) -> Plan:
-        """Return, for records of these names, fields that are whole columns, fields that are parts
-        of columns, and the names that no field is made from."""
+        """Plan how records with these columns are renamed.
+
+        Returns:
+            Pairs (field, column) of fields that are whole columns, pairs of fields that are parts of
+            columns, and the columns that belong to no field.
+        """
         present, heads = frozenset(names), self._heads(names)
         columns = self.column_of.items()
         whole = [(name, column) for name, column in columns if column in present]
@@ -85,16 +89,19 @@ class ColumnMap:
         return whole, parts, [name for name in names if name not in heads]
 
     def _heads(self, present: Collection[str]) -> set[str]:
+        """Return the top-level columns that row fields are made from."""
         return {_head(column, present) for column in self._used}
 
     def used(self, present: Collection[str]) -> list[str]:
-        """Return the columns among those present that rows are made from."""
+        """Return those of the present columns that row fields are made from."""
         heads = self._heads(present)
         return [column for column in present if column in heads]
 
     def check(self, wanted: Collection[str], present: Collection[str]) -> None:
-        """Raise a ValueError for the first wanted column that is not present, or for one that is
-        there twice. A prompt may be absent where chosen and rejected hold it too."""
+        """Raise a ValueError for a wanted column that is missing, or for a column that is there twice.
+
+        The prompt may be missing, since chosen and rejected may contain it.
+        """
         twice = [name for name, n in Counter(present).items() if n > 1 and name.strip()]
         if len(twice) > 0:
             cure = "Rename or remove one of them"
@@ -111,12 +118,12 @@ class ColumnMap:
 
 
 def _head(column: str, present: Collection[str]) -> str:
-    """Return the top-level column that a name speaks of; a whole name may hold dots itself."""
+    """Return the top-level column of a dotted name. A column's own name may contain dots."""
     return column if column in present else column.partition(".")[0]
 
 
 def _reach(record: Mapping[str, Any], column: str) -> Any:
-    """Return the value at a column's path, None where the path ends early."""
+    """Return the value at a dotted path of a record; None if the path does not exist."""
     if column in record or "." not in column:
         return record.get(column)
     value: Any = record
@@ -129,7 +136,7 @@ def _reach(record: Mapping[str, Any], column: str) -> Any:
 
 
 def _decoded(value: bytes) -> object:
-    """Return the text of bytes, or the bytes for `parse_row` to refuse."""
+    """Decode UTF-8 bytes. Other bytes are returned as they are, and `parse_row` refuses them."""
     try:
         return value.decode()
     except UnicodeDecodeError:
@@ -137,9 +144,9 @@ def _decoded(value: bytes) -> object:
 
 
 def messages_or_text(text: str) -> object:
-    """Return the messages that a text spells in JSON or as Python prints them, or else the text.
+    """Parse a text that holds chat messages in JSON or Python syntax; return any other text as it is.
 
-    A text that begins like messages and cannot be read becomes a list that `parse_row` refuses.
+    A text that begins like messages but cannot be parsed becomes a list that `parse_row` refuses.
     """
     if not text.lstrip().startswith("[") or not _LIKE_MESSAGES.match(text):
         return text
@@ -154,7 +161,7 @@ def messages_or_text(text: str) -> object:
 
 
 def _json_or_text(text: str) -> object:
-    """Return the JSON value, or the text itself for `parse_row` to refuse in its own words."""
+    """Parse JSON. Other text is returned as it is, and `parse_row` refuses it."""
     try:
         return json.loads(text) if text.strip() else None
     except (ValueError, RecursionError):

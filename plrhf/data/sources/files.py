@@ -14,11 +14,11 @@ ENDINGS = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 
 @dataclass(frozen=True)
 class HubFiles:
-    """Which files of a hub repository hold a dataset.
+    """The files of a hub repository that hold a dataset.
 
     Args:
         name: repository, e.g. ``openai/summarize_from_feedback``.
-        patterns: of the files wanted, e.g. ``survey.jsonl``, ``comparisons/*``.
+        patterns: names of the files, e.g. ``survey.jsonl`` or ``comparisons/*``.
         revision: branch or commit; None: the main branch.
     """
 
@@ -27,10 +27,10 @@ class HubFiles:
     revision: str | None = None
 
     def download(self) -> Path:
-        """Return the directory that holds the files, fetched once and then kept by the hub's client.
+        """Download the files, unless the hub's client has them already, and return their directory.
 
         Raises:
-            ValueError: they cannot be had.
+            ValueError: the files cannot be downloaded.
         """
         from huggingface_hub import snapshot_download  # here, since local copies need no network
 
@@ -50,11 +50,12 @@ class HubFiles:
 def data_files(
     path: str | Sequence[str], *, hub: HubFiles | None = None, within: str | None = None
 ) -> list[Path]:
-    """Return the data files that `data.path` stands for: of the hub, of directories, or themselves.
+    """Return the data files that a setting ``data.path`` stands for.
 
     Args:
-        path: a directory (all files below it, by name), a file, a list of these, or `hub`'s name.
-        within: a folder that the files lie in, where a directory has it.
+        path: a file, a directory (all data files below it, sorted by name), a list of these, or the
+            name of `hub`.
+        within: if a directory has a folder of this name, only the files in that folder are taken.
 
     Raises:
         ValueError: nothing is there, or no file of `ENDINGS`.
@@ -82,15 +83,15 @@ def data_files(
 
 
 def is_data(path: Path) -> bool:
-    """Whether the ending is one that `read_files` reads."""
+    """Whether `read_files` can read a file with this ending."""
     return path.name.lower().endswith(ENDINGS)
 
 
 def files_by_stem(files: Sequence[Path], wanted: Collection[str]) -> dict[str, Path]:
-    """Return the file of each name before the first dot, of those wanted that are there.
+    """Find the files whose names up to the first dot are wanted.
 
     Raises:
-        ValueError: two files go by one wanted name.
+        ValueError: two files have the same wanted name.
     """
     found: dict[str, Path] = {}
     for file in files:
@@ -104,7 +105,7 @@ def files_by_stem(files: Sequence[Path], wanted: Collection[str]) -> dict[str, P
 
 
 def read_files(paths: Iterable[Path]) -> Iterator[tuple[str, Record]]:
-    """Yield each record with its place, ``file:line`` (of a JSON list or parquet: ``file:row``).
+    """Yield each record of the files with its place, ``file:line`` or ``file:row``.
 
     Raises:
         ValueError: a file is damaged.

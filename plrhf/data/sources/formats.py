@@ -1,4 +1,4 @@
-"""Records of one file in each format; what cannot be decoded is reported and reading goes on."""
+"""Reads the records of a file in each format. A damaged line is reported, and reading goes on."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ OTHER_FORMATS = {
 
 @contextmanager
 def undamaged(path: str | Path) -> Iterator[None]:
-    """Turn what a broken file raises into one line."""
+    """Turn the errors of a damaged file into one clear line."""
     try:
         yield
     except (OSError, EOFError, zlib.error, csv.Error, UnicodeError) as error:
@@ -56,19 +56,19 @@ def undamaged(path: str | Path) -> Iterator[None]:
 
 
 def line_refusal(reason: Reason, value: object, allowed: str) -> Refusal:
-    """Return the refusal of a line that cannot be decoded."""
+    """Return the refusal of a line that cannot be read."""
     return Refusal(reason, str(bad_value("line", value, allowed, "Mend or remove the line")))
 
 
 @contextmanager
 def open_bytes(path: str | Path) -> Iterator[tuple[IO[bytes], str]]:
-    """Open a text file, unpacked if it begins like a gzip file, and say its encoding.
+    """Open a text file, and find out its encoding. A gzip file is decompressed.
 
-    The encoding is that of the byte order mark, else what the zero bytes of the first characters
-    tell, else UTF-8.
+    The encoding follows from the byte order mark, or else from zero bytes among the first four, or
+    else it is UTF-8.
 
     Raises:
-        ValueError: the file begins like one of another format.
+        ValueError: the first bytes are those of another format.
     """
     with open(path, "rb") as raw:
         start = raw.read(8)
@@ -99,8 +99,10 @@ def json_records(path: str | Path) -> Iterator[tuple[int, Record]]:
 
 
 def json_lines(path: str | Path) -> Iterator[tuple[int, Record]]:
-    """Yield the object of each line, numbered from 1. Line feeds alone end lines, as JSON allows
-    every other separator inside a text."""
+    """Yield the JSON object of each line, numbered from 1.
+
+    Only a line feed ends a line, since JSON allows all other line separators inside a text.
+    """
     with open_bytes(path) as (file, encoding):
         for number, line in enumerate(_byte_lines(file, encoding), 1):
             if line is None:
@@ -111,7 +113,7 @@ def json_lines(path: str | Path) -> Iterator[tuple[int, Record]]:
 
 
 def _byte_lines(file: IO[bytes], encoding: str) -> Iterator[bytes | None]:
-    """Yield lines as UTF-8 bytes, None for one too long to be a row."""
+    """Yield lines as UTF-8 bytes, and None for a line that is too long to be a row."""
     if not encoding.startswith("utf-8"):
         for text in io.TextIOWrapper(file, encoding, newline="\n"):
             yield text.encode() if len(text) <= LONGEST_LINE else None
@@ -126,13 +128,14 @@ def _byte_lines(file: IO[bytes], encoding: str) -> Iterator[bytes | None]:
 
 
 def _begins_a_list(path: str | Path) -> bool:
+    """Whether the first character of a file is that of a JSON list."""
     with open_bytes(path) as (file, encoding):
         start = file.read(4096)
     return start.decode(encoding, errors="ignore").lstrip("\ufeff \t\r\n").startswith("[")
 
 
 def _json_list(path: str | Path) -> list[Any] | None:
-    """Return the list that a whole file is, None if its lines are JSON themselves."""
+    """Parse a whole file as one JSON list; None if it has one JSON value on each line instead."""
     with open_bytes(path) as (file, encoding):
         text = file.read().decode(encoding)
     try:
@@ -147,6 +150,7 @@ def _json_list(path: str | Path) -> list[Any] | None:
 
 
 def _object_or_refusal(value: Any) -> Record:
+    """Return a JSON object as it is, and the refusal of any other JSON value."""
     return (
         value
         if isinstance(value, dict)
@@ -155,7 +159,7 @@ def _object_or_refusal(value: Any) -> Record:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object of these keys and values, which json would let the last of two win."""
+    """Return the JSON object of these keys and values; raise if a key is there twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -167,6 +171,7 @@ _decode_json = json.JSONDecoder(object_pairs_hook=_object).decode
 
 
 def _json_object(line: bytes) -> Record:
+    """Parse a line as a JSON object, or return the reason why it is refused."""
     try:
         record = _decode_json(line.decode())
     except UnicodeDecodeError as error:
@@ -191,10 +196,10 @@ def csv_header(path: str | Path) -> list[str]:
 
 
 def csv_rows(path: str | Path) -> Iterator[tuple[int, Record]]:
-    """Yield the rows of a CSV file, numbered by their first line.
+    """Yield the rows of a CSV file, each with the number of its first line.
 
-    After a row that cannot be read, reading goes on at the next line, as a stray quote may have
-    taken whole rows into one field.
+    After a row that cannot be read, reading goes on at the very next line. A stray quote may have
+    made one field of many rows, which would otherwise be lost.
     """
     csv.field_size_limit(LONGEST_CSV_FIELD)
     with open_bytes(path) as (file, encoding):
@@ -219,10 +224,12 @@ def csv_rows(path: str | Path) -> Iterator[tuple[int, Record]]:
 
 
 class _Lines:
-    """Lines of a CSV file, of which a record is tried and then accepted, or one line skipped.
+    """The lines of a CSV file, for reading a record tentatively.
+
+    After `record` has parsed a record, `accept` moves behind it, or `skip_line` moves on by one line.
 
     Attributes:
-        number: of the next line, from 1.
+        number: number of the next line, from 1.
     """
 
     def __init__(self, file: Iterator[str]) -> None:
@@ -230,13 +237,13 @@ class _Lines:
         self.number, self._taken = 1, 0
 
     def more(self) -> bool:
-        """Whether a line is left."""
+        """Whether there is another line."""
         if len(self._ahead) == 0:
             self._ahead.extend(line for line in [next(self._file, None)] if line is not None)
         return len(self._ahead) > 0
 
     def record(self) -> list[str] | str:
-        """Try the record that begins at the next line; a text says why there is none."""
+        """Parse the record that begins at the next line, or return the parser's error as a text."""
         reader = csv.reader(self._look_ahead(), strict=True)
         try:
             values = next(reader, [])
@@ -246,17 +253,18 @@ class _Lines:
         return values
 
     def accept(self) -> None:
-        """Go on behind the record tried last."""
+        """Move behind the record that was parsed last."""
         for _ in range(self._taken):
             self._ahead.popleft()
         self.number += self._taken
 
     def skip_line(self) -> None:
-        """Go on at the line after the next one."""
+        """Move on by one line."""
         self._ahead.popleft()
         self.number += 1
 
     def _look_ahead(self) -> Iterator[str]:
+        """Yield the next lines without moving, at most `MOST_CSV_LINES`."""
         for place in range(MOST_CSV_LINES):
             if place == len(self._ahead):
                 line = next(self._file, None)
@@ -288,6 +296,7 @@ def parquet_rows(
 
 @contextmanager
 def _arrow_errors() -> Iterator[None]:
+    """Turn the errors of Arrow and of undecodable column names into an `OSError`."""
     import pyarrow as arrow
 
     try:
@@ -297,7 +306,7 @@ def _arrow_errors() -> Iterator[None]:
 
 
 def _batch_records(batch: Any) -> list[Record]:
-    """Return a record batch's rows; where a value cannot be had in Python, row by row."""
+    """Convert a record batch to rows. A row with a value that Python cannot hold is refused."""
     import pyarrow as arrow
 
     try:

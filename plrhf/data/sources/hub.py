@@ -18,8 +18,8 @@ class HubSource(Source):
     Args:
         path: name on the hub, or a directory of data files as the hub would hold it.
         config: which of the dataset's configurations. revision: branch or commit.
-        splits: ours -> the dataset's, e.g. ``{train: train, test: validation}``; rows of other
-            splits are not read. None: rows of all splits, divided as those of a file are.
+        splits: our name of a split -> the dataset's, e.g. ``{train: train, test: validation}``. Rows
+            of other splits are not read. None: rows of all splits, divided as those of a file are.
         columns: row field -> column, see `ColumnMap`.
 
     Raises:
@@ -76,7 +76,7 @@ class HubSource(Source):
             raise bad_value("data.path", self.path, allowed, cure) from error
 
     def _parts(self, loaded: Any) -> list[tuple[str | None, str]]:
-        """Return pairs of our split (None: not said) and the dataset's."""
+        """Return pairs of our split (None if rows carry none) and the dataset's split."""
         if self.splits is None:
             return [(None, theirs) for theirs in loaded]
         for ours, theirs in self.splits.items():

@@ -23,10 +23,10 @@ ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
 
 
 class JsonlSource(Source):
-    """Preference rows of a file, streamed; what cannot be decoded is reported and reading goes on.
+    """Streams the preference rows of a file. Lines that cannot be decoded are refused one by one.
 
     Args:
-        path: the file; its ending says how it is read.
+        path: the file; its ending decides how it is read.
         columns: row field -> column of the file, see `ColumnMap`.
         keep_split: whether rows keep the split that the file gives them; else they are divided by prompt.
 

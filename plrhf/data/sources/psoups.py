@@ -1,7 +1,7 @@
-"""Personalized Soups: pairs of answers judged by GPT-4 for six opposing preferences.
+"""Personalized Soups: pairs of answers that GPT-4 judged by six opposing preferences.
 
-Upstream: ``joeljang/RLPHF`` (Jang et al. 2023), whose data archive holds one file a preference,
-``rm_training/P1A.json`` and so on; P-RLHF (arXiv 2402.05133) takes each for a user.
+The data archive of ``joeljang/RLPHF`` (Jang et al. 2023) holds one file for each preference,
+``rm_training/P1A.json`` and so on. As in P-RLHF (arXiv 2402.05133), each preference is a user.
 """
 
 from __future__ import annotations
@@ -26,25 +26,24 @@ PREFERENCES = {
     "P3A": "Generate a response that is friendly, witty, funny, and humorous, like a close friend.",
     "P3B": "Generate a response in an unfriendly manner.",
 }
-"""User -> the sentence upstream puts into that user's prompts."""
+"""The sentence that upstream puts into the prompts of each user, by user id."""
 
 PLACE = "{prompt}"
 
 
 class PsoupsSource(Source):
-    """Six users, one a file; a pair that comes again is left out, as upstream repeats most of them.
+    """Reads the pairs of six users, one file each. Upstream repeats most pairs; repeats are refused.
 
-    The preference sentence is taken out of the prompt (it would say who asks) and kept as the row's
-    ``user_text``.
+    The preference sentence would reveal the user, so it is removed from the prompt and becomes the
+    row's ``user_text``.
 
     Args:
-        path: the unpacked archive or its ``rm_training``; all six files must be there.
-        protocol: ``paper``: pairs are divided at random, so that one prompt may be in train and
-            test, even with the same answers; ``disjoint``: rows carry no split, and data.module
-            divides by prompt.
-        template: of the text around the prompt, with ``{prompt}`` in it; None: a chat message.
-        val_fraction, test_fraction: of the pairs, read by ``paper``.
-        seed: of the draw.
+        path: the unpacked archive, or its folder ``rm_training``, with all six files.
+        protocol: ``paper`` divides pairs at random, so a prompt may be in both train and test, even
+            with the same answers. ``disjoint`` gives rows no split, so they are divided by prompt.
+        template: text around the prompt, which stands at ``{prompt}``; None: a chat message.
+        val_fraction, test_fraction: fractions of the pairs, for ``paper`` only.
+        seed: seed of the division.
 
     Raises:
         ValueError: a template without ``{prompt}``.
@@ -86,13 +85,18 @@ class PsoupsSource(Source):
                     yield where, self._row(record, user, seen)
 
     def profile(self, user_id: str) -> str | None:
-        """Return the preference as upstream words it."""
+        """Return the user's preference in upstream's words."""
         return PREFERENCES.get(user_id)
 
     def _files(self) -> list[Path]:
         return data_files(self.path, within="rm_training")
 
     def _row(self, record: Mapping[str, Any], user: str, seen: set[str]) -> Record:
+        """Turn an upstream record into a row, or into the reason why it is refused.
+
+        Args:
+            seen: hashes of the user's pairs so far; this pair's is added.
+        """
         asked, chosen, rejected = (
             record.get(name) for name in ("user_input", "completion_a", "completion_b")
         )
@@ -119,6 +123,7 @@ class PsoupsSource(Source):
         return row if self.protocol == "disjoint" else {**row, "split": self._split(user, pair)}
 
     def _prompt(self, question: object) -> object:
+        """Put the question into the template."""
         if not isinstance(question, str):
             return question  # for `parse_row` to refuse
         if self.template is None:
@@ -126,6 +131,7 @@ class PsoupsSource(Source):
         return self.template.replace(PLACE, question)
 
     def _split(self, user: str, pair: str) -> str:
+        """Draw the split of a user's pair by a hash."""
         place = uniform_hash(f"{user} {pair}", salt="pair", seed=self.seed)
         if place < self.test_fraction:
             return "test"

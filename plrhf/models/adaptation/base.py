@@ -103,7 +103,9 @@ def prepared(model: PersonalModule, batches: Sequence[PreferenceBatch]) -> list[
     device = next(model.parameters()).device
     on_device = [move_data_to_device(batch, device) for batch in batches]
     n_positions = sum(batch.input_ids.numel() for batch in on_device)
-    if n_positions * model.backbone.hidden_size > KEPT_NUMBERS:
+    # Of a position the last hidden state is kept, or the keys and values of each block.
+    kept_states = 1 if model.aggregator.after_trunk else 2 * model.backbone.config.num_hidden_layers
+    if n_positions * kept_states * model.backbone.hidden_size > KEPT_NUMBERS:
         return on_device  # the trunk runs again whenever pairs are scored
     with torch.no_grad():
         return [model.without_user(batch) for batch in on_device]
