@@ -24,7 +24,6 @@ from plrhf.core.row_packing import NO_USER
 from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
 from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
-from plrhf.data.rows import content_hash
 from plrhf.data.tokenizer import Tokenizer
 from plrhf.encoders import UserEncoder
 from plrhf.models.adaptation import Adaptation, NewUser, adapt
@@ -417,7 +416,7 @@ class PersonalModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what is learned, and note what the model was made for."""
         checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
-        checkpoint["made_for"] = self._made_for()
+        checkpoint["made_for"] = self.card.made_for() if hasattr(self, "card") else {}
         if self.reduction.kind == "tail":
             checkpoint["user_losses"] = self.reduction.losses
         if hasattr(self, "card"):  # plain data, from which `load_from_checkpoint` builds the model
@@ -430,7 +429,7 @@ class PersonalModule(LightningModule):
         """Refuse another model's checkpoint, and say in what they differ."""
         self.reduction.losses = checkpoint.get("user_losses", self.reduction.losses)
         before = checkpoint.get("made_for", {})
-        for name, value in self._made_for().items():
+        for name, value in (self.card.made_for() if hasattr(self, "card") else {}).items():
             if before.get(name) != value:
                 raise bad_value(
                     "ckpt",
@@ -438,15 +437,3 @@ class PersonalModule(LightningModule):
                     f"a checkpoint made for {name} {value}",
                     "Give the rows and settings it was made with, or begin anew without ckpt=last",
                 )
-
-    def _made_for(self) -> dict[str, str]:
-        """Say what the learned weights belong to, in few words."""
-        if not hasattr(self, "card"):
-            return {}
-        return {
-            "users": f"{len(self.card.users)} ({content_hash(self.card.users)})",
-            "model": str(self.card.model["name"]),
-            "encoder": f"{self.card.encoder['name']} ({content_hash(self.card.encoder)})",
-            "aggregator": f"{self.card.aggregator['name']} ({content_hash(self.card.aggregator)})",
-            "backbone": self.card.fingerprint,  # not where it lies: that may change
-        }

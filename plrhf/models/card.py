@@ -13,6 +13,7 @@ from typing import Any
 from plrhf.core.components import accepted, kinds
 from plrhf.core.errors import bad_value
 from plrhf.data.features import FeatureSchema
+from plrhf.data.rows import content_hash
 
 CARD = "plrhf.json"
 SCHEMA = 1
@@ -62,6 +63,16 @@ class Card:
     def n_in_tables(self) -> int:
         """How many users have rows in the encoder's tables."""
         return len(self.users) - self.enrolled
+
+    def made_for(self) -> dict[str, str]:
+        """Say what learned weights belong to, in few words."""
+        return {
+            "users": f"{len(self.users)} ({content_hash(self.users)})",
+            "model": str(self.model["name"]),
+            "encoder": f"{self.encoder['name']} ({content_hash(self.encoder)})",
+            "aggregator": f"{self.aggregator['name']} ({content_hash(self.aggregator)})",
+            "backbone": self.fingerprint,  # not where it lies: that may change
+        }
 
     @cached_property
     def places(self) -> dict[str, int]:
