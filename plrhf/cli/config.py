@@ -340,6 +340,15 @@ def _check_processes(config: RunConfig) -> None:
             "false with several processes or trainer.zero3, whose gradients are dense",
             "Set encoder.sparse=false",
         )
+    model = config.model
+    goes_by_pair = model.get("inner") is None and model.get("reduce") != "tail"
+    if not goes_by_pair and (zero3 is not None or n_processes > 1):
+        raise bad_value(
+            "model.reduce" if model.get("inner") is None else "model.inner",
+            "tail" if model.get("inner") is None else model["inner"],
+            "another with several processes, none of which has all pairs of a user",
+            "Set trainer.devices=1, or model.inner=null model.reduce=pairs",
+        )
     if zero3 is None:
         return
     if config.backbone.compiled:

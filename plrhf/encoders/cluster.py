@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -24,7 +24,9 @@ class ClusterMixtureEncoder(ShrunkEncoder):
     Args:
         n_users: users of the training rows, numbered from 1; user 0 has its own learned w_0.
         n_clusters: K.
-        init: how the V_k start; see `initial_vectors`.
+        init: how the V_k start; see `initial_vectors`. ``identity``: V_k is 1 in place k and 0 elsewhere,
+            so that e_u begins with the weights themselves (a `BasisHead` with raw weights reads them).
+        frozen: leave the V_k as they start.
         weight_scale: standard deviation of the starting w_u.
         shrinkage: of w_u - w_0, see `ShrunkEncoder`.
         sparse: update the rows of a batch's users alone (see `optim.RowAdamW`): for many users.
@@ -37,15 +39,18 @@ class ClusterMixtureEncoder(ShrunkEncoder):
         user_dim: int,
         vocabulary: Tensor,
         n_clusters: Annotated[int, Field(ge=2)] = 10,
-        init: Init = "vocabulary",
+        init: Init | Literal["identity"] = "vocabulary",
+        frozen: bool = False,
         weight_scale: NonNegativeFloat = 0.1,
         shrinkage: ShrinkageKind = "fixed",
         sparse: bool = False,
     ) -> None:
         super().__init__()
-        self.clusters = nn.Parameter(  # [K, user_dim]
-            initial_vectors(n_clusters, user_dim, init=init, vocabulary=vocabulary)
-        )
+        if init == "identity":
+            vectors = torch.eye(n_clusters, user_dim)
+        else:
+            vectors = initial_vectors(n_clusters, user_dim, init=init, vocabulary=vocabulary)
+        self.clusters = nn.Parameter(vectors, requires_grad=not frozen)  # [K, user_dim]
         self.weights = nn.Embedding(n_users + 1, n_clusters, sparse=sparse)
         nn.init.normal_(self.weights.weight, std=weight_scale)
         self.learn_shrinkage(shrinkage, n_clusters)

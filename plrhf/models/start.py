@@ -21,6 +21,7 @@ from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
 from plrhf.encoders import LookupEncoder
 from plrhf.models.heads import AffineHead, BasisHead, LinearHead
+from plrhf.models.parts import count_pairs, weigh_priors
 
 if TYPE_CHECKING:
     from plrhf.models.reward import PersonalRewardModel
@@ -55,20 +56,27 @@ class PcaStart(Start):
     """Starts the directions of a `BasisHead` at principal components of h_chosen - h_rejected.
 
     Components are not centred, divided by the standard deviation of the margins they give, and turned
-    so that most train pairs agree with them. Softmax weights mix each with its reverse, as in DRM
-    (Luo et al. 2025, arXiv 2502.13131), raw weights need no reverse.
+    so that most train pairs agree with them.
+
+    Args:
+        reverses: take half as many components, each with its reverse, for weights that are not negative
+            (DRM: Luo et al. 2025, arXiv 2502.13131). None: where the head's weights are softmax.
     """
+
+    def __init__(self, *, reverses: bool | None = None) -> None:
+        self.reverses = reverses
 
     def apply(self, model: PersonalRewardModel, data: PreferenceData, *, total_steps: int) -> None:
         head = _basis_head(model)
         rank, width = head.basis.weight.shape
-        n_components = -(-rank // 2) if head.weights == "softmax" else rank
+        reverses = head.weights == "softmax" if self.reverses is None else self.reverses
+        n_components = -(-rank // 2) if reverses else rank
         if n_components > width:
             allowed = f"at most as many components as features, {width}"
             raise bad_value("aggregator.user_dim", rank, allowed, "Set aggregator.user_dim=8")
         differences = text_differences(model, data.datasets["train"])
         found = principal_directions(differences, n_components)
-        if head.weights == "softmax":
+        if reverses:
             found = torch.stack([found, -found], dim=1).flatten(0, 1)[:rank]
         _set(head.basis.weight, found / head.scale)
 
@@ -199,9 +207,11 @@ def train_plainly(
     device = next(model.parameters()).device
     model.train()
     model.reduction.count(data.datasets["train"].user_id)
+    count_pairs(model, data)
     step = 0
     while step < steps:
         for batch in data.train_dataloader():
+            weigh_priors(model, step)
             optimizer.zero_grad()
             model.training_loss(move_data_to_device(batch, device))[0].backward()
             model.reduction.step()

@@ -297,6 +297,12 @@ def train_side_by_side(
     Args:
         data: with `PairDataset.hidden`; train and val alone are read.
     """
+    if models[0].reduction.kind == "tail" and len(models) > 1:  # each remembers losses of its own
+        state, alone = torch.get_rng_state(), []
+        for model in models:
+            torch.set_rng_state(state)
+            alone += train_side_by_side([model], data, training)
+        return alone
     seen = data.restrict_to("train", "val")
     train, loader = seen.datasets["train"], seen.train_dataloader()
     total_steps = training.total_steps(len(loader))
