@@ -79,6 +79,7 @@ class TextTable:
     def __init__(self, names: Sequence[str], blocks: Iterator[Sequence[tuple[str | None, ...]]]):
         self._place = {name: place for place, name in enumerate(names)}
         self._file = SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115  (goes with this object)
+        self._last: tuple[tuple[int, tuple[str, ...]], arrow.RecordBatch] | None = None
         cure = "Free some space, or set TMPDIR to a directory on a larger disk"
         with explain_full_disk("TMPDIR", gettempdir(), cure):
             self.digest = self._write(names, blocks)
@@ -102,7 +103,7 @@ class TextTable:
     def read(self, names: Sequence[str], indices: Indices) -> Iterator[list[list[str | None]]]:
         """Yield the named columns' values at the indices, in their order, some rows at a time.
 
-        Indices should ascend, because each change of block reads a block anew.
+        Indices should ascend, because the last block alone is kept.
         """
         for batch in self._batches(names, indices):
             yield [batch.column(name).to_pylist() for name in names]
@@ -134,7 +135,11 @@ class TextTable:
         block = indices // BLOCK
         for run in np.split(indices, np.flatnonzero(np.diff(block)) + 1):
             number = int(run[0] // BLOCK)
-            batch = reader.get_batch(number)
+            key = number, tuple(names)
+            if self._last is None or self._last[0] != key:
+                self._last = None  # so that one block at a time is held
+                self._last = key, reader.get_batch(number)
+            batch = self._last[1]
             if len(run) < batch.num_rows or (np.diff(run) != 1).any():
                 batch = batch.take(arrow.array(run - number * BLOCK))
             yield batch

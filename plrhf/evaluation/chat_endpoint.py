@@ -19,12 +19,12 @@ FILTERED = ("content_filter", "content_policy_violation")
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What an endpoint said.
+    """A reply of a chat endpoint.
 
     Attributes:
-        text: empty where it said nothing.
-        refused: it, or a filter before it, would not answer.
-        input_tokens, output_tokens: by its own count; None where it does not count.
+        text: the answer; empty if there is none.
+        refused: whether the model, or a filter in front of it, refused to answer.
+        input_tokens, output_tokens: as the endpoint counts them; None if it does not.
     """
 
     text: str
@@ -34,9 +34,10 @@ class Reply:
 
 
 class ReplyStore:
-    """Replies by key, appended to a file as they come: a kill costs the one being written.
+    """Stores replies by key in a file, to which each is appended at once.
 
-    One JSON object a line; what is no such line, as a kill may leave, counts as not there.
+    The file has one JSON object on each line. Any other line, such as one cut short by a kill, is
+    ignored.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,7 +61,7 @@ class ReplyStore:
         return self._replies[key]
 
     def add(self, key: str, reply: Reply) -> None:
-        """Keep a reply; may be called from several threads."""
+        """Store a reply. Several threads may call this."""
         line = json.dumps({"key": key, **asdict(reply)}).encode() + b"\n"
         with self._lock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,10 +72,10 @@ class ReplyStore:
 
 
 class ChatEndpoint:
-    """Sends requests to ``url/chat/completions``; several threads may use it at once.
+    """Sends requests to ``url/chat/completions``. Several threads may use it at once.
 
-    A request that met a full or failing server, or a timeout, is sent again: at once, then after
-    2, 4, 8, ... times `backoff` seconds, or when the server says.
+    A request that meets a busy or failing server, or a timeout, is repeated at once, and then after
+    2, 4, 8, ... times `backoff` seconds, or after the time that the server asks for.
 
     Args:
         url: as `openai.OpenAI(base_url=...)` takes it.
@@ -132,7 +133,7 @@ class ChatEndpoint:
         )
 
     def post(self, body: dict[str, Any]) -> Reply:
-        """The reply to one request.
+        """Send a request, and return the reply.
 
         Raises:
             ValueError: the endpoint cannot be reached, does not know the request or the key, or
@@ -164,8 +165,10 @@ class ChatEndpoint:
         raise self._not_a_reply(f"HTTP {response.status}, {' '.join(shown.split())[:200]}")
 
     def _without_key(self, text: str) -> str:
-        """Blot the key out: some servers repeat it. Only once a reply is parsed, or a key that is a
-        part of JSON itself would tear it."""
+        """Remove the key from a text, since some servers repeat it.
+
+        This happens after a reply is parsed, because a key may look like a part of the JSON.
+        """
         return text if self._key is None else text.replace(self._key, "***")
 
     def _not_a_reply(self, found: str) -> ValueError:

@@ -39,10 +39,10 @@ ANSWER = re.compile(r"\W*(?:answer\W+)?(A|B|TIE)\W*", re.IGNORECASE)
 
 
 class ChatJudge(Judge):
-    """Asks a language model behind an OpenAI-compatible endpoint, about both orders of two texts.
+    """Asks a language model at an OpenAI-compatible endpoint, once for each order of the two texts.
 
-    Every reply is kept by the content of its request, so an evaluation that was cut short, or is
-    made again, asks and costs only what is new.
+    Every reply is kept under a hash of its request. An evaluation that was interrupted, or is
+    repeated, sends and pays only new requests.
 
     Args:
         url, key_variable, timeout, retries, backoff: see `ChatEndpoint`.
@@ -147,7 +147,7 @@ class ChatJudge(Judge):
         return {"model": self.model, "messages": messages, **self.request}
 
     def _ask(self, bodies: dict[str, dict[str, Any]]) -> int:
-        """Put the questions that have no reply yet; how many these were."""
+        """Send the requests that have no reply yet, and return their number."""
         missing = [key for key in bodies if key not in self.replies]
 
         def ask(key: str) -> None:
@@ -165,7 +165,7 @@ class ChatJudge(Judge):
         return len(missing)
 
     def _cost(self, replies: Sequence[Reply], new: int) -> dict[str, Any]:
-        """What all these replies cost, those from the cache when they were first asked for."""
+        """Return what all replies cost, including those that an earlier run paid for."""
         tokens_in = _total([reply.input_tokens for reply in replies])
         tokens_out = _total([reply.output_tokens for reply in replies])
         price_in, price_out = self.prices
@@ -182,15 +182,16 @@ class ChatJudge(Judge):
 
 
 def _total(counts: Sequence[int | None]) -> int | None:
-    """Their sum; None where one of them is not known."""
+    """Return the sum of the counts; None if one of them is unknown."""
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 
 
 def read_answer(reply: Reply) -> float | None:
-    """How much the text shown first won: 1 for A, 0 for B, 0.5 for TIE; None for anything else.
+    """Read from a reply how much the first text won: 1 for A, 0 for B, 0.5 for TIE, else None.
 
-    The answer is the last line, or else the first: some models think aloud, others explain.
+    The answer is the last line, since some models reason first, or else the first line, since others
+    explain afterwards.
     """
     lines = reply.text.strip().splitlines()
     if reply.refused or len(lines) == 0:

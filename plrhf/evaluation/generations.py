@@ -1,4 +1,4 @@
-"""GenerationOptions that a policy and its reference write for users: generations.jsonl, one text a line."""
+"""Lets a policy and its reference write texts for users: generations.jsonl, one text on each line."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class GenerationOptions:
     """Which texts to write, and how.
 
     Args:
-        users: ids of train users, or how many to take, evenly from all.
-        prompts: how many distinct test prompts, the first ones of the test rows.
+        users: ids of train users, or the number of users to choose evenly from all.
+        prompts: number of distinct prompts, the first ones of the test rows.
         max_new_tokens, temperature, top_p: see `generate`.
-        reference: let the reference write too; it writes once a prompt and each user judges it.
-        origin: the setting these come from, for messages.
+        reference: let the reference write too, one text for each prompt, which every user scores.
+        origin: the setting that these options come from, for messages.
     """
 
     users: int | list[str | int]
@@ -62,14 +62,13 @@ class GenerationOptions:
 
 
 class GeneratedText(Record):
-    """One line of generations.jsonl: a text, who wrote it, and for whom.
+    """A line of generations.jsonl: a text, its writer, and the user it was written for.
 
     Attributes:
-        profile: what a person may read about the user; what the user says of themselves where the
-            source has no better.
+        profile: a description of the user for people to read: the source's or else the user text.
         writer: "policy" or "reference".
-        score: how much the user likes the text, in log odds; None where nobody knows.
-        fingerprint: of the model.
+        score: how much the user likes the text, in log odds; None if unknown.
+        fingerprint: fingerprint of the model.
     """
 
     prompt: str | tuple[Message, ...]
@@ -84,7 +83,7 @@ class GeneratedText(Record):
 
 
 def read_generations(path: Path) -> list[GeneratedText]:
-    """Read the texts that `write_generations` left.
+    """Read the texts that `write_generations` wrote.
 
     Raises:
         ValueError: a line holds no such text.
@@ -93,7 +92,7 @@ def read_generations(path: Path) -> list[GeneratedText]:
 
 
 def requested_users(card: Card, texts: GenerationOptions) -> list[str]:
-    """Ids of the users that `write_generations` will write for.
+    """Return the ids of the users that `write_generations` will write for.
 
     Raises:
         ValueError: a user the model was not trained on.
@@ -109,7 +108,7 @@ def requested_users(card: Card, texts: GenerationOptions) -> list[str]:
 def requested_rows(
     model: PersonalModule, data: PreferenceData, texts: GenerationOptions
 ) -> list[Row]:
-    """What `write_generations` will answer: a row a prompt and user, each with what its user says.
+    """Return the rows that `write_generations` will answer: one for each prompt and user.
 
     Raises:
         ValueError: a user the model was not trained on, or no room for so many tokens.
@@ -142,12 +141,13 @@ def write_generations(
     texts: GenerationOptions,
     fingerprint: str | None = None,
 ) -> None:
-    """Let the policy, and the reference if asked, write for prompts x users; write generations.jsonl.
+    """Write generations.jsonl: texts of the policy (and the reference) for all prompts and users.
 
-    The reference writes once for all who would ask it the same: everybody, unless users speak.
+    The reference writes one text for all users with the same prompt text. Their prompt texts differ
+    only if user texts are part of them.
 
     Args:
-        path: of generations.jsonl. data: tokenised. fingerprint: of the model.
+        path: path of generations.jsonl. data: tokenised data. fingerprint: fingerprint of the model.
     """
     asked = requested_rows(model, data, texts)
     written = _responses(model, data, texts, asked)

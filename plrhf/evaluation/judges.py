@@ -1,4 +1,4 @@
-"""Which of two texts a user likes better: by true preferences, a reward model, or a chat endpoint."""
+"""Judges, which decide which of two texts a user prefers, and the win rates they give."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Contest:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdicts:
-    """What a judge said of N contests.
+    """A judge's decisions on N contests.
 
     Attributes:
-        wins: how much of each contest our text won: 1, 0, or 0.5 for a tie; NaN where the judge did
-            not say. [N, 2] from a judge who reads one text after the other: asked with ours first,
-            and with ours second; else [N, 1].
-        answers: number of questions put, and of answers that were none, by reason; None from a
-            judge that always answers.
-        cost: of the distinct questions: how many, how many of them answered before, tokens, price.
+        wins: 1 if our text won, 0 if it lost, 0.5 for a tie, and NaN if the judge gave no answer. It
+            is [N, 2] if the order of the texts may matter to the judge (first with our text first,
+            then with it second), else [N, 1].
+        answers: number of questions, and of missing answers by reason; None if the judge always
+            answers.
+        cost: number of distinct questions, how many were answered in an earlier run, tokens, price.
     """
 
     wins: Array
@@ -51,12 +51,12 @@ class UserWins(TypedDict):
 
 
 class WinRates(Record):
-    """The figures of winrate.json.
+    """The numbers of winrate.json.
 
     Attributes:
-        win_rate, win_rate_macro: over all texts, and the mean of the users' own rates.
-        ties: share of texts. n_unanswered: contests that were not answered in full.
-        first_position_wins: how often the text shown first wins; None from a judge without order.
+        win_rate, win_rate_macro: over all texts, and as the mean over users of their own rates.
+        ties: share of texts that tied. n_unanswered: contests with a missing answer.
+        first_position_wins: how often the text that is shown first wins; None if order can't matter.
         answers, cost: see `Verdicts`.
     """
 
@@ -73,12 +73,12 @@ class WinRates(Record):
 
 
 class JudgedRun(WinRates):
-    """winrate.json: a run's win rates against another's texts.
+    """The content of winrate.json: the win rates of a run's texts against another run's.
 
     Attributes:
-        fingerprint: of the run's model.
-        run, against: directories, or "reference".
-        judge: its settings.
+        fingerprint: fingerprint of the run's model.
+        run, against: directories of the two runs; `against` may be "reference".
+        judge: settings of the judge.
     """
 
     fingerprint: str | None = None
@@ -88,18 +88,19 @@ class JudgedRun(WinRates):
 
 
 class Judge(ABC):
-    """Says which text each user likes better."""
+    """Decides which of two texts a user prefers."""
 
     @abstractmethod
     def compare(self, contests: Sequence[Contest]) -> Verdicts:
-        """Verdicts on N contests, in their order."""
+        """Judge N contests, and return the verdicts in their order."""
 
 
 def win_rates(contests: Sequence[Contest], verdicts: Verdicts) -> WinRates:
-    """The figures of winrate.json, from contests answered in full.
+    """Compute win rates over the contests without a missing answer.
 
-    Who wins in one order and loses in the other has tied, so that a judge who always prefers the
-    first text says nothing. Intervals are from a bootstrap over users; one user's rate has none.
+    A text that wins in one order and loses in the other has tied, so a judge that always prefers the
+    first text has no influence. Intervals come from a bootstrap over users; with one user there is
+    none.
 
     Raises:
         ValueError: no contest was answered in full.
@@ -146,7 +147,7 @@ def win_rates(contests: Sequence[Contest], verdicts: Verdicts) -> WinRates:
 
 
 class PreferenceJudge(Judge):
-    """Goes by the users' true preferences, as only a synthetic world knows them."""
+    """Judges by the users' true preferences, which only a synthetic world knows."""
 
     def compare(self, contests: Sequence[Contest]) -> Verdicts:
         """See `Judge.compare`.

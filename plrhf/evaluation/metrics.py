@@ -1,4 +1,4 @@
-"""From the table of predictions to accuracies: what results.json says."""
+"""Computes the test results of results.json from the table of predictions."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ PROMPT_KINDS = ("seen", "unseen")
 def outcomes(
     predictions: pd.DataFrame, *, user_kind: str, context: str, prompt_kind: str | None = None
 ) -> Outcomes:
-    """The test pairs of one kind of user, as a model saw them in one context (maybe none).
+    """Select the test pairs of one kind of user in one context; there may be none.
 
     Args:
-        prompt_kind: on seen or unseen prompts only, None: on all.
+        prompt_kind: only pairs on seen or unseen prompts; None: all pairs.
     """
     rows = predictions[
         (predictions["split"] == "test")
@@ -43,16 +43,16 @@ LONGER_WINS, SHORTER_WINS = "the longer response wins", "the shorter response wi
 
 
 def choose_length_rule(predictions: pd.DataFrame) -> bool:
-    """Whether the longer response was chosen more often in train or val pairs: `longer_wins`.
+    """Whether users chose the longer response more often than the shorter one in train or val pairs.
 
     Raises:
-        ValueError: the table holds test pairs, on which no rule may be chosen.
+        ValueError: the table contains test pairs, on which nothing may be chosen.
     """
     if (predictions["split"] == "test").any():
         raise bad_value(
             "split",
             "test",
-            "train or val rows only, as a rule chosen on test pairs flatters itself",
+            "train or val rows only, as a rule that is chosen on test pairs looks too good",
             "Pass predictions[predictions['split'] == 'val'] to choose_length_rule",
         )
     pairs = predictions.drop_duplicates("pair_id")
@@ -60,9 +60,9 @@ def choose_length_rule(predictions: pd.DataFrame) -> bool:
 
 
 def length_only(predictions: pd.DataFrame, *, user_kind: str, longer_wins: bool) -> Outcomes:
-    """What the rule "the longer (or shorter) response, by tokens, wins" says of the test pairs.
+    """Predict that the longer (or the shorter) response in tokens wins each test pair.
 
-    Its margin is a difference of lengths, not of log-odds, so it has no nll and no calibration.
+    The margin is a difference of lengths and not of log-odds, so nll and calibration mean nothing.
     """
     rows = predictions[
         (predictions["split"] == "test") & (predictions["user_kind"] == user_kind)
@@ -78,13 +78,13 @@ def summarise(
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The keys test, cells, oracle and controls of results.json, from predictions alone.
+    """Compute the keys test, cells, oracle and controls of results.json.
 
     Args:
-        predictions: the table of predictions.parquet; only its test rows count.
-        longer_wins: direction of the length-only rule, from train or val (`choose_length_rule`).
-        n_resamples: bootstrap draws of users per cell.
-        seed: of the bootstrap; the same table and seed give the same summary.
+        predictions: the table of predictions.parquet, of which only test rows are used.
+        longer_wins: direction of the length-only rule, see `choose_length_rule`.
+        n_resamples: number of bootstrap resamples of users.
+        seed: seed of the bootstrap.
     """
 
     def summary(outcomes: Outcomes, **names: Any) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def summarise(
 
 
 def _rounded(cell: dict[str, Any]) -> dict[str, Any]:
-    """M with those statistics that go by the size of margins in `DECIMALS`."""
+    """Round nll and ece, which depend on the size of margins, to `DECIMALS`."""
 
     def of(value: float | None) -> float | None:
         return None if value is None else round(value, DECIMALS)
@@ -138,7 +138,12 @@ def _cell(
     whole: dict[str, Any],
     summary: Callable[[Outcomes], dict[str, Any]],
 ) -> dict[str, Any] | None:
-    """Both contexts of one kind of user on one kind of prompt; None without pairs."""
+    """Summarise one kind of user on one kind of prompt, in both contexts; None without pairs.
+
+    Args:
+        whole: the summary of these users on all prompts.
+        summary: summarises outcomes.
+    """
     cell = {}
     for context in ("user", "generic"):
         found = outcomes(predictions, user_kind=user_kind, context=context, prompt_kind=prompt_kind)
@@ -151,7 +156,7 @@ def _cell(
 
 
 def _extra_tokens(rows: pd.DataFrame) -> Array:
-    """How many tokens longer the chosen response is than the rejected one."""
+    """Return how many tokens longer the chosen response is than the rejected one, [N]."""
     lengths = rows[["chosen_tokens", "rejected_tokens"]].to_numpy(dtype=np.float64)
     return np.asarray(lengths[:, 0] - lengths[:, 1])
 

@@ -1,4 +1,4 @@
-"""Which users and prompts an evaluation looks at, and what the rows say of these users."""
+"""Chooses users and prompts for an evaluation, and looks up what rows say of users."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from plrhf.data.rows import Person, Row
 
 
 def evenly(items: Sequence[str], count: int) -> list[str]:
-    """`count` of the items (all, if fewer), spread evenly over them."""
+    """Choose `count` of the items at even distances; all of them if there are fewer."""
     count = min(count, len(items))
     return [items[place * len(items) // count] for place in range(count)]
 
 
 def first_prompts(rows: Sequence[Row], count: int) -> list[Row]:
-    """The first row of each of the first `count` distinct prompts."""
+    """Return the first row of each of the first `count` distinct prompts."""
     distinct: dict[str, Row] = {}
     for row in rows:
         distinct.setdefault(row.prompt_id, row)
@@ -27,12 +27,12 @@ def first_prompts(rows: Sequence[Row], count: int) -> list[Row]:
 
 
 def first_people(data: PreferenceData) -> dict[str, Row | Person]:
-    """What the first row of each user says of them."""
+    """Return each user as described by their first train or test row, by user id."""
     people = [*people_in(data.splits.train), *people_in(data.splits.test)]
     return {one.user_id: one for one in reversed(people)}
 
 
 def features_of(data: PreferenceData, users: Sequence[str]) -> Tensor:
-    """Encoded features of users, [N, F], from their first rows."""
+    """Encode the features of users, as their first rows give them, [N, F]."""
     first = first_people(data)
     return data.schema.table([first[one].user_features if one in first else None for one in users])

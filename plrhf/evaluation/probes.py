@@ -53,13 +53,13 @@ CAPITALS = re.compile(r"[A-Z]")
 
 
 def probe(splits: Splits) -> dict[str, Any]:
-    """Compute the key ``probes`` of results.json; empty without train rows, where nothing can be fitted.
+    """Compute the key ``probes`` of results.json; it is empty without train rows.
 
     Returns:
-        ``overlap``: for two splits, how many pairs of the later one share a user, prompt, ... with
-        the earlier; ``format_only`` and ``length_only``: accuracy of a classifier fitted on train
-        that sees nothing else, ``scored_on`` val, or on a part of train that was held out where val
-        has fewer than two users; ``warnings``: a line for each probe that found something, or that
+        ``overlap``: for each two splits, how many pairs of the later one share a user, prompt and so
+        on with the earlier one. ``format_only`` and ``length_only``: accuracy of a classifier that is
+        fitted on train and sees nothing else. It is ``scored_on`` val or, if val has fewer than two
+        users, on a held-out part of train. ``warnings``: a line for each probe that found something or
         could not be run.
     """
     if len(splits.train) == 0:
@@ -73,11 +73,11 @@ def probe(splits: Splits) -> dict[str, Any]:
 
 
 def overlap(splits: Splits) -> dict[str, dict[str, int]]:
-    """Pairs of one split that share something with an earlier split, by what they share.
+    """Count the pairs of each split that share something with an earlier split.
 
-    ``unseen_user``: of a user called unseen whom the earlier split has, by id up to case and
-    spaces; ``prompt``: by id or text; ``response``: either one; ``pair``: prompt and both
-    responses, in any order; ``judgment``: the same, and by the same user.
+    ``unseen_user``: pairs of an unseen user whose id the earlier split has, up to case and spaces.
+    ``prompt``: same prompt id or text. ``response``: one response in common. ``pair``: same prompt and
+    responses, in any order. ``judgment``: same pair and user.
     """
     hashes = {name: _hashes(getattr(splits, name)) for name in SPLITS}
     seen = np.fromiter(map(hash, splits.users), np.int64)
@@ -101,7 +101,7 @@ KEYS = {"name": 1, "user": 1, "prompt": 2, "response": 2, "pair": 1, "judgment":
 
 
 def _keys(row: Row) -> Iterator[Hashable]:
-    """What a row may share with another."""
+    """Yield the keys of a row; rows that share something have a key in common."""
     yield row.user_id.strip().casefold()
     yield row.user_id
     yield from prompt_keys(row)
@@ -112,7 +112,7 @@ def _keys(row: Row) -> Iterator[Hashable]:
 
 
 def _hashes(rows: Sequence[Row]) -> dict[str, Hashes]:
-    """64 bits of each of a row's keys, [N, 1 or 2] a kind: sets of the keys would be large."""
+    """Hash the keys of each row to 64 bits, [N, 1 or 2] for each kind of key."""
     n_keys = sum(KEYS.values())
     keys = (hash(key) for row in rows for key in _keys(row))
     table = np.fromiter(keys, np.int64, len(rows) * n_keys).reshape(len(rows), n_keys)
@@ -121,23 +121,23 @@ def _hashes(rows: Sequence[Row]) -> dict[str, Hashes]:
 
 
 def format_features(text: str) -> list[float]:
-    """How a text is set, not what it says nor how long it is: marks, rates of punctuation, case."""
+    """Measure the format of a text, apart from content and length: markup, punctuation, case."""
     rates = [text.count(character) / len(text) for character in CHARACTERS]
     capitals = len(CAPITALS.findall(text)) / len(text)
     return [*rates, capitals, *(float(mark.search(text) is not None) for mark in MARKS)]
 
 
 def length_features(text: str) -> list[float]:
-    """Characters and words, plain and as logarithms."""
+    """Count the characters and words of a text, also as logarithms."""
     sizes = (len(text), len(text.split()))
     return [*map(float, sizes), *np.log(sizes)]
 
 
 def blind_accuracy(splits: Splits, features: Callable[[str], list[float]]) -> dict[str, Any]:
-    """Accuracy of a Bradley-Terry model on features of the responses, fitted on train.
+    """Fit a Bradley-Terry model to features of the responses on train, and estimate its accuracy.
 
-    It is scored on val. An interval needs two users, so where val has fewer every fifth train pair
-    is held out and scored; ``not_run`` says why where train has a single user, too.
+    It is scored on val. An interval needs two users, so if val has fewer, every fifth train pair is
+    held out and scored. If train has a single user as well, ``not_run`` says so.
     """
     train, val = (_spread(rows) for rows in (splits.train, splits.val))
     scored_on = "val"
@@ -169,9 +169,10 @@ def blind_accuracy(splits: Splits, features: Callable[[str], list[float]]) -> di
 
 
 def fit_bradley_terry(differences: Array) -> Array:
-    """Weights w that minimise sum log(1 + exp(-d . w)) + RIDGE / 2 |s * w|^2, [N, F] -> [F].
+    """Find the weights w that minimise sum log(1 + exp(-d . w)) + RIDGE / 2 |s * w|^2, [N, F] -> [F].
 
-    d are feature differences chosen - rejected, s their root mean squares; Newton's method from 0.
+    d are the feature differences chosen - rejected, and s their root mean squares. It is Newton's
+    method, started at 0.
     """
     scale = np.sqrt((differences**2).mean(axis=0))
     scaled = differences / np.where(scale > 0, scale, 1.0)
@@ -188,10 +189,11 @@ def fit_bradley_terry(differences: Array) -> Array:
 
 
 def warnings(found: Mapping[str, Any], *, shared_prompts: bool) -> list[str]:
-    """A line naming each probe that found something.
+    """Return a line for each probe that found something.
 
     Args:
-        found: the probes' results. shared_prompts: test was meant to hold prompts of train.
+        found: the results of the probes.
+        shared_prompts: whether test pairs on prompts of train were asked for.
     """
     lines = []
     for name, what in (
@@ -223,7 +225,7 @@ def warnings(found: Mapping[str, Any], *, shared_prompts: bool) -> list[str]:
 
 
 def _pairs(found: Mapping[str, Any]) -> str:
-    """What a probe was scored on, in words."""
+    """Say which pairs a probe was scored on."""
     return "val pairs" if found["scored_on"] == "val" else str(found["scored_on"])
 
 

@@ -16,7 +16,7 @@ R = TypeVar("R", bound="Record")
 
 
 class Record(BaseModel):
-    """The content of a JSON file; keys that a later version added are passed over."""
+    """The content of a JSON file. Unknown keys, as from a later version, are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, populate_by_name=True)
 

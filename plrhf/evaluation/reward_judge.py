@@ -1,4 +1,4 @@
-"""A judge that goes by the rewards of a trained reward model."""
+"""A judge that compares the rewards of a trained reward model."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from plrhf.models.reward import PersonalRewardModel
 
 
 class RewardJudge(Judge):
-    """Goes by a trained reward model.
+    """Judges by the rewards of a trained reward model.
 
-    It should have been trained on other pairs than the policies it judges: what both learned from
-    the same noise it takes for preference.
+    The reward model should have been trained on other pairs than the policies it judges. Otherwise
+    it prefers what both have learned from the same noise.
 
     Args:
         export: directory that `export.save_export` wrote.
-        users: `own`: each user by the vector the model learned for them; `held_out`: all as users
-            it never saw, by the generic user's vector and, where its encoder reads them, features.
-        batch_size: contests at once, from 1.
+        users: ``own`` uses the vector that the model learned for each user. ``held_out`` treats all
+            as unseen users, by the generic user's vector and (if the encoder reads them) features.
+        batch_size: contests that are judged at once, from 1.
         trust_remote_code: let the backbone's repository bring its own code.
         trust_components: import classes from outside plrhf that the export names.
 
@@ -97,7 +97,7 @@ class RewardJudge(Judge):
         return Verdicts(wins=correctness(margin)[:, None])
 
     def _pairs(self, contests: Sequence[Contest]) -> PairDataset:
-        """Each contest as a pair, ours in the place of the chosen response."""
+        """Turn each contest into a pair, with our text as the chosen response."""
         card = self.model.card
         index = {user: place + 1 for place, user in enumerate(card.users)}
         rows, tokens = [], []
