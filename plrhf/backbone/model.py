@@ -34,7 +34,7 @@ Trainable = Literal["lora", "frozen", "full"]
 
 
 class Backbone(nn.Module):
-    """A Hugging Face model seen as: embed, run the trunk, unembed; with adapters that can be off.
+    """Wraps a Hugging Face model as three steps (embed, trunk, unembed) with optional LoRA.
 
     Args:
         model: a causal LM, or a bidirectional encoder (`causal` False), on which LoRA may be put.
@@ -164,7 +164,7 @@ class Backbone(nn.Module):
 
     @property
     def first_position(self) -> int:
-        """Number of a text's first position: RoBERTa and its kin count from behind their padding index."""
+        """Position of a text's first token; RoBERTa and the like count from the padding index + 1."""
         table = getattr(getattr(self.trunk, "embeddings", None), "position_embeddings", None)
         padding = getattr(table, "padding_idx", None)
         return 0 if padding is None else padding + 1
@@ -184,7 +184,10 @@ class Backbone(nn.Module):
         )
 
     def vocabulary(self) -> Tensor:
-        """Input embeddings of all tokens as they go into the trunk, scaled where it scales, [V, e]."""
+        """Return the input embeddings of all tokens as the trunk receives them, [V, e].
+
+        They are scaled if the model scales its embeddings.
+        """
         table: Any = self.trunk.get_input_embeddings()
         with gathered([table.weight]), torch.no_grad():
             if type(table) is nn.Embedding:
@@ -193,7 +196,7 @@ class Backbone(nn.Module):
             return table(torch.arange(len(table.weight), device=table.weight.device))
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Token ids [R, L] -> input embeddings [R, L, e]."""
+        """Embed token ids, [R, L] -> [R, L, e]."""
         return self.trunk.get_input_embeddings()(input_ids)
 
     def forward(
@@ -260,7 +263,9 @@ class Backbone(nn.Module):
             )
 
     def call_trunk(self, input_ids: Tensor, embeddings: Tensor | None, **others: Tensor) -> Tensor:
-        """Last hidden states [R, L, d] by ids, the one way in that no model does by halves.
+        """Call the trunk with token ids, and return the last hidden states [R, L, d].
+
+        With ``inputs_embeds`` some models would skip a part of their embedding.
 
         Args:
             embeddings: [R, L, e], what the input embedding is to return for `input_ids`, if anything
@@ -273,9 +278,9 @@ class Backbone(nn.Module):
 
     @contextlib.contextmanager
     def first_embeddings(self, embeddings: Tensor, *, n_last: int) -> Iterator[None]:
-        """Within it rows begin with `embeddings` [N, L, e]; later tokens have their own.
+        """Let rows begin with `embeddings` [N, L, e] in this context; later tokens have their own.
 
-        So `generate` takes user vectors by way of ids, as `forward` does.
+        `generate` calls the trunk with token ids, which this gives the embeddings of user vectors.
 
         Args:
             n_last: how many of the L positions are read at first where `prefill` has read the others;
@@ -296,7 +301,7 @@ class Backbone(nn.Module):
 
     @contextlib.contextmanager
     def own_positions(self) -> Iterator[None]:
-        """Within it positions that `generate` counts from 0 are counted from `first_position`."""
+        """Shift the positions that `generate` counts from 0 to `first_position` in this context."""
         first = self.first_position
 
         def shift(_module: nn.Module, args: Any, given: dict[str, Any]) -> Any:
@@ -321,13 +326,13 @@ class Backbone(nn.Module):
 
     @property
     def placeholder(self) -> int:
-        """Token id at the places of user vectors: any that models do not take for padding."""
+        """Token id that stands at the places of user vectors; any id but the padding's."""
         return 1 if self.padding == 0 else 0
 
     def cache(self, length: int) -> Cache | None:
-        """Empty key-value cache for rows of at most `length` positions, for `generate`.
+        """Make an empty key-value cache for rows of at most `length` positions.
 
-        None where the model is to make its own, as those do that carry a state along.
+        It is None for models that make a cache of their own, as recurrent ones do.
         """
         if self.layout == "two_rows":
             return None
@@ -339,9 +344,9 @@ class Backbone(nn.Module):
         return cache
 
     def prefill(self, cache: Cache, input_ids: Tensor, attention_mask: Tensor) -> None:
-        """Fill an empty `cache` with left-padded prompts [N, L] but for their last token.
+        """Fill an empty cache with left-padded prompts [N, L], without their last tokens.
 
-        Rows of one prompt are computed once.
+        Equal prompts are computed once.
         """
         if input_ids.shape[1] == 1:
             return
@@ -359,7 +364,7 @@ class Backbone(nn.Module):
         cache.batch_select_indices(at)
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., d] -> logits [..., V], as the model's own forward makes them."""
+        """Turn hidden states into logits as the model's own forward does, [..., d] -> [..., V]."""
         if self.is_gptj and not is_sharded(self.bare.lm_head.weight):
             return self.bare.lm_head(hidden)  # all that it does
         flat = own_logits(self.bare, self.trunk, hidden.reshape(-1, hidden.shape[-1]))
@@ -367,12 +372,16 @@ class Backbone(nn.Module):
 
     @property
     def unembeds_alike(self) -> bool:
-        """Whether `unembed` is the same at every step, and all of it in this process."""
+        """Whether the weights of `unembed` are frozen, and whole in this process."""
         head = head_parameters(self.bare, self.trunk)
         return not any(one.requires_grad or is_sharded(one) for one in head)
 
     def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits of the frozen weights: another model's are others."""
+        """Hash the frozen weights to sixteen hexadecimal digits, by their rounded sums.
+
+        The hash does not depend on the device. It is quick, and tells models apart; for a hash of all
+        bits see `digest`.
+        """
         digest = hashlib.blake2b(digest_size=8)
         for name, value in sorted(self.named_parameters()):
             if not value.requires_grad:
@@ -384,7 +393,7 @@ class Backbone(nn.Module):
 
     @cached_property
     def digest(self) -> str:
-        """Hash of every bit of the frozen weights, thirty-two hexadecimal digits."""
+        """Hash of every bit of the frozen weights, as thirty-two hexadecimal digits."""
         digest = hashlib.blake2b(digest_size=16)
         for name, value in sorted(self.named_parameters()):
             if not value.requires_grad:
@@ -396,18 +405,18 @@ class Backbone(nn.Module):
         return digest.hexdigest()
 
     def save(self, directory: Path) -> None:
-        """Write what was learned: the PEFT adapter, or the whole model to ``backbone/``."""
+        """Write what was learned: the PEFT adapter, or the fully trained model to ``backbone/``."""
         if isinstance(self.model, PeftModel):
             saving.save_adapter(self.model, directory)
         elif self.trainable == "full":
             self.save_whole(directory / "backbone")
 
     def save_whole(self, directory: Path, *, shard_bytes: int = 2**30) -> None:
-        """Write the plain Hugging Face model with what was learned folded in; see `saving`."""
+        """Write a plain Hugging Face model with LoRA merged into its weights; see `saving`."""
         saving.save_whole(self.model, directory, shard_bytes=shard_bytes)
 
     def merged(self) -> PreTrainedModel:
-        """The plain Hugging Face model with what was learned folded into its weights."""
+        """Return a plain Hugging Face model with LoRA merged into its weights."""
         return saving.merged(self.model)
 
     def load_adapter(self, directory: Path) -> None:
@@ -417,7 +426,7 @@ class Backbone(nn.Module):
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """Within it the model is pi_ref: adapters off, dropout off, no gradient."""
+        """Turn the model into the reference pi_ref in this context: no adapters, dropout or gradient."""
         was_training = self.training
         self.eval()
         adapters_off = (
