@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
 from plrhf.data.packing import LAYOUTS, LayoutName
+from plrhf.data.rows import Row
 from plrhf.evaluation.few_shot import (
     Curve,
     FewShotOptions,
@@ -92,11 +95,37 @@ def new_user_margins(
     return pd.concat(frames, ignore_index=True), seconds
 
 
+def unfitted_margins(shots: FewShots, margins: np.ndarray) -> pd.DataFrame:
+    """Return margins on the same pairs asked, of a model that takes nothing from the pairs given.
+
+    Args:
+        margins: of all pairs of `FewShots.dataset`, for their users and for the generic one, [N, 2].
+    """
+    places = [place for of_draw in shots.trials for trial in of_draw for place in trial.asked]
+    draws = [
+        draw for draw, of_draw in enumerate(shots.trials) for trial in of_draw for _ in trial.asked
+    ]
+    rows = [shots.dataset.rows[place] for place in places]
+    return pd.concat(
+        [
+            _margins_frame(rows, draws, who, 0, margins[places, column])
+            for column, who in enumerate(("own", "generic"))
+        ],
+        ignore_index=True,
+    )
+
+
 def _frame(curve: Curve, who: str, k: int, margins: Any) -> pd.DataFrame:
     rows = [curve.dataset.rows[place] for place in curve.asked]
     draws = [
         number // curve.n_users for number, trial in enumerate(curve.trials) for _ in trial.asked
     ]
+    return _margins_frame(rows, draws, who, k, margins)
+
+
+def _margins_frame(
+    rows: Sequence[Row], draws: Sequence[int], who: str, k: int, margins: Any
+) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "user_kind": "unseen",

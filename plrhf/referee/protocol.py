@@ -23,7 +23,7 @@ from plrhf.models.adaptation import Adaptation
 from plrhf.models.adaptation.fitting import user_tables
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.referee.facts import Facts
-from plrhf.referee.new_users import FewShots, new_user_margins
+from plrhf.referee.new_users import FewShots, new_user_margins, unfitted_margins
 from plrhf.referee.side_by_side import Trained, Training, train_side_by_side
 
 T = TypeVar("T")
@@ -81,11 +81,16 @@ def referee_job(
     seconds = 0.0
     encoder = tuned.model.encoder
     fits = len(user_tables(encoder)) > 0 or getattr(encoder, "reads_context", False)
-    if shots is not None and rule is not None and fits:
-        of_new, seconds = new_user_margins(
-            tuned.model, shots, rule, batch_size=data.eval_batch_size
-        )
+    if shots is not None:
         margins[0] = margins[0][margins[0]["user_kind"] == "seen"]
+        if rule is not None and fits:
+            of_new, seconds = new_user_margins(
+                tuned.model, shots, rule, batch_size=data.eval_batch_size
+            )
+        else:
+            of_new = unfitted_margins(
+                shots, margins_on(tuned.model, shots.dataset, batch_size=data.eval_batch_size)
+            )
         margins.append(of_new)
     whole = pd.concat(margins, ignore_index=True)
     whole["agreed"] = whole["pair_id"].isin(facts.agreed)
