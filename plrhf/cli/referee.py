@@ -27,13 +27,14 @@ from plrhf.cli.methods import (
 from plrhf.core.errors import bad_value
 from plrhf.data.dataset import TextValues
 from plrhf.data.module import PreferenceData
+from plrhf.data.own_pairs import draw_context
 from plrhf.data.rows import SPLITS, content_hash
 from plrhf.evaluation.few_shot import FewShotOptions
 from plrhf.evaluation.predictions import prepare
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.referee.facts import Facts, agreed_pairs, span
 from plrhf.referee.features import FixedFeatures, with_features
-from plrhf.referee.new_users import FewShots, add_new_users
+from plrhf.referee.new_users import NEW, FewShots, add_new_users
 from plrhf.referee.page import WIDE, write_leaderboard
 from plrhf.referee.protocol import referee_job
 from plrhf.referee.store import JobRecord, Store
@@ -243,6 +244,12 @@ class Bench:
         else:
             mapped = with_features(mapped, kind)
         self._vectors[key] = {name: one.hidden for name, one in mapped.datasets.items()}
+        if model is not None and model.encoder.reads_context:
+            train, encoder = mapped.datasets["train"], model.encoder
+            train.context_hidden = train.hidden  # of a frozen trunk they are the same
+            trained = {name: one for name, one in mapped.datasets.items() if name != NEW}
+            least, most = encoder.min_pairs, encoder.max_pairs
+            draw_context(trained, least=least, most=most, seed=config.data.seed)
         return mapped
 
 

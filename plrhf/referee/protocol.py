@@ -173,6 +173,9 @@ def as_other_users(test: PairDataset, train: PairDataset, *, seed: int) -> PairD
     features[train.user_id] = train.features
     seen = test.user_id != GENERIC_USER
     changed.features = torch.where(seen[:, None], features[changed.user_id], test.features)
+    if test.context is not None:  # whose pairs an encoder reads goes by the user, too
+        changed.context = copy(test.context)
+        changed.context.asked = changed
     return changed
 
 
