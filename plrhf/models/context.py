@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,9 +15,7 @@ from plrhf.core.pooling import pool_responses
 from plrhf.core.types import PreferenceBatch, UserContext
 from plrhf.data.dataset import PairDataset, TextValues
 from plrhf.data.module import PreferenceData
-from plrhf.data.own_pairs import context_of
 from plrhf.encoders import PairReader, UserEncoder
-from plrhf.models.pair_batches import text_values
 
 if TYPE_CHECKING:
     from plrhf.models.base import PersonalModule
@@ -58,32 +55,31 @@ def known_context(model: PersonalModule, dataset: PairDataset) -> TextValues | N
     )
 
 
-def context_of_users(
-    model: PersonalModule,
-    dataset: PairDataset,
-    given: Sequence[Sequence[int]],
-    *,
-    batch_size: int,
-) -> UserContext | None:
-    """Make the context of B users, for an encoder that reads pairs, on the CPU; None without any pair.
+@torch.no_grad()
+def context_of_batches(
+    model: PersonalModule, batches: Sequence[PreferenceBatch], *, n_users: int
+) -> UserContext:
+    """Make the context of N users of all pairs in batches, whose `user_id` is from 0 to N - 1.
 
     Args:
-        dataset: of `dataset_of`. given: the places in it of each user's pairs, [B][k_u].
+        batches: of `pair_batches.dataset_of`, at least one.
     """
-    if dataset.context_hidden is None:
-        dataset.context_hidden = known_context(model, dataset)
-    if dataset.context_hidden is None:
-        features = partial(context_features, model)
-        dataset.context_hidden = text_values(model, dataset, features, batch_size)
-    if dataset.context_hidden is None:
-        return None
-    most = max((len(places) for places in given), default=0)
-    filled = [[*places, *[0] * (most - len(places))] for places in given]
-    present = [[at < len(places) for at in range(most)] for places in given]
-    places = torch.tensor(filled, dtype=torch.int64).view(len(given), most)
-    return context_of(
-        dataset.context_hidden, places, torch.tensor(present).view(len(given), most).bool()
-    )
+    features, owners = [], []
+    for batch in batches:
+        batch = move_data_to_device(batch, model.device)
+        if batch.hidden is None:
+            features.append(context_features(model, batch))
+        else:  # of the frozen trunk; behind them may stand those of prompts
+            assert batch.texts is not None
+            features.append(batch.hidden[batch.texts][..., : model.backbone.hidden_size])
+        owners.append(batch.user_id)
+    hidden, owner = torch.cat(features), torch.cat(owners)  # [P, 2, d], [P]
+    counts = owner.bincount(minlength=n_users)
+    present = torch.arange(int(counts.max()), device=owner.device) < counts[:, None]  # [N, k]
+    pairs = torch.zeros_like(present, dtype=torch.int64)
+    pairs[present] = owner.argsort(stable=True)
+    texts = 2 * pairs[..., None] + torch.arange(2, device=owner.device)
+    return UserContext(hidden=hidden.flatten(0, 1), texts=texts, present=present)
 
 
 def store_vectors(model: PersonalModule, data: PreferenceData) -> None:

@@ -40,23 +40,20 @@ def dataset_of(
         schema=model.card.feature_schema(),
         user_slots=model.user_slots,
     )
-    for name, compute in model.values_without_user().items():
-        setattr(dataset, name, text_values(model, dataset, compute, batch_size))
-    return dataset
-
-
-@torch.no_grad()
-def text_values(
-    model: PersonalModule,
-    dataset: PairDataset,
-    compute: Callable[[PreferenceBatch], Tensor],
-    batch_size: int,
-) -> TextValues | None:
-    """Compute `compute(batch)` [B, 2, ...] once per distinct text of a dataset, on the model's device."""
     device = next(model.parameters()).device
-    return compute_text_values(
-        dataset, lambda batch: compute(move_data_to_device(batch, device)).cpu(), batch_size
-    )
+
+    def on_device(compute: Callable[[PreferenceBatch], Tensor]) -> TextValues | None:
+        return compute_text_values(
+            dataset, lambda batch: compute(move_data_to_device(batch, device)).cpu(), batch_size
+        )
+
+    # An encoder that reads pairs needs their tokens, unless it reads them as the model does.
+    needs_tokens = model.encoder.reads_context and not model.pooled_suffices
+    with torch.no_grad():
+        for name, compute in model.values_without_user().items():
+            if name != "hidden" or not needs_tokens:
+                setattr(dataset, name, on_device(compute))
+    return dataset
 
 
 def batches_of(

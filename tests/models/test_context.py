@@ -10,14 +10,12 @@ import pytest
 import runs
 import torch
 from test_export import data_of
-from tiny import WIDTH, make_aggregator, make_backbone, make_batch, make_pairs
+from tiny import WIDTH, make_aggregator, make_backbone, make_batch, make_model, make_pairs
 
 import plrhf
-from plrhf.core.types import UserBatch
 from plrhf.encoders import OddEncoder
-from plrhf.models.adaptation import NewUser
-from plrhf.models.context import context_features, context_of_users
-from plrhf.models.pair_batches import dataset_of
+from plrhf.models.adaptation import Encode
+from plrhf.models.context import context_features, context_of_batches
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
 
@@ -56,15 +54,14 @@ def test_an_export_knows_its_users_and_anybody_by_their_pairs(
     # Fewer train pairs than encoder.max_pairs: a stored vector is that of all of them, by no fitting.
     someone = rows[0].user_id
     own = [row for row in splits.train if row.user_id == someone]
-    dataset = dataset_of(model, data_of(run, model).row_tokenizer, own, batch_size=5)
-    context = context_of_users(model, dataset, [range(len(own)), []], batch_size=5)
-    asked = UserBatch(torch.tensor([0, 0]), torch.zeros(2, 0), context)
-    vector, nobody = model.encoder(asked).detach()
-    torch.testing.assert_close(vector, model.encoder.vectors[model.card.user_index(someone)])
-    assert torch.equal(nobody, model.encoder.generic(1)[0].detach())
+    pairs_of = [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in own]
+    new = model.adapt(pairs_of)
+    torch.testing.assert_close(new.vector, model.encoder.vectors[model.card.user_index(someone)])
+    assert new.n_pairs == len(own) == 14 and new.rows is None
+    assert torch.equal(model.adapt([]).vector, model.encoder.generic(1)[0].detach())
 
     before = rewards(model, rows[:3], user_id=someone)
-    model.enrol("new", NewUser(rows={"vectors": vector}, vector=vector))
+    model.enrol("new", new)
     model.forget(rows[-1].user_id)
     again: Any = plrhf.load(run / "export")
     for one in (model, again):
@@ -84,6 +81,26 @@ def test_texts_of_a_context_are_seen_as_before_training(kind: Any) -> None:
     found = context_features(model, batch)
     torch.testing.assert_close(found, context_features(plain, batch))
     assert found.shape == (7, 2, WIDTH) and not found.requires_grad
+
+
+def test_batches_become_one_context_a_user() -> None:
+    """Every user has the pairs of all batches, in their order; one of them has none."""
+    model = make_model(PersonalRewardModel)
+    pairs = make_pairs()
+    batches = [make_batch(pairs[:4], users=[2, 0, 2, 3]), make_batch(pairs[4:], users=[0, 2, 2])]
+    context = context_of_batches(model, batches, n_users=4)
+    assert context.present.sum(dim=1).tolist() == [2, 0, 4, 1]
+    plain = torch.cat([context_features(model, batch) for batch in batches])
+    for user, places in {0: [1, 4], 2: [0, 2, 5, 6], 3: [3]}.items():
+        found = context.hidden[context.texts[user][context.present[user]]]
+        torch.testing.assert_close(found, plain[places])
+
+
+def test_an_encoder_that_reads_no_pairs_cannot_encode() -> None:
+    with pytest.raises(
+        ValueError, match=r"^eval\.adaptation='encode' is not allowed: expected a rule"
+    ):
+        Encode().fit(make_model(PersonalRewardModel), [], n_users=1)
 
 
 def test_a_trunk_that_changes_as_a_whole_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from plrhf.models.adaptation.base import Adaptation, AdaptedUsers
 from plrhf.models.adaptation.basis import Basis
+from plrhf.models.adaptation.encode import Encode
 from plrhf.models.adaptation.gradient import Gradient
 from plrhf.models.adaptation.new_user import NewUser, adapt
 from plrhf.models.adaptation.posterior import Posterior
@@ -11,6 +12,7 @@ __all__ = [
     "Adaptation",
     "AdaptedUsers",
     "Basis",
+    "Encode",
     "Gradient",
     "NewUser",
     "Posterior",

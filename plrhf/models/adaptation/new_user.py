@@ -12,6 +12,7 @@ from plrhf.core.errors import bad_value
 from plrhf.data.parsing import parse_row
 from plrhf.data.tokenizer import RowTokenizer
 from plrhf.models.adaptation.base import Adaptation
+from plrhf.models.adaptation.encode import Encode
 from plrhf.models.adaptation.posterior import Posterior
 from plrhf.models.pair_batches import batches_of, dataset_of
 
@@ -47,13 +48,14 @@ def adapt(
         model: loaded from an export, so that it has a tokenizer.
         pairs: rows of one user in the row format; `user_id` may be missing. No pairs at all give what the
             rule knows of nobody, as a rule the generic user.
-        rule: how the user is found; None: `Posterior`.
+        rule: how the user is found; None: `Encode` where the encoder reads pairs, else `Posterior`.
 
     Raises:
         ValueError: a pair that cannot be used, no pair that is short enough, or a model that the rule
             cannot adapt.
     """
-    rule = Posterior() if rule is None else rule
+    if rule is None:
+        rule = Encode() if model.encoder.reads_context else Posterior()
     row_tokenizer = RowTokenizer(model.tokenizer, **model.card.text)
     rows = [
         parse_row({"user_id": "new", **pair}, f"pair {number}")

@@ -1,0 +1,42 @@
+"""A new user by one pass of an encoder that reads pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from plrhf.core.errors import bad_value
+from plrhf.core.types import PreferenceBatch, UserBatch
+from plrhf.models.adaptation.base import Adaptation, AdaptedUsers
+from plrhf.models.context import context_of_batches
+
+if TYPE_CHECKING:
+    from plrhf.models.base import PersonalModule
+
+
+class Encode(Adaptation):
+    """Lets the model's encoder read the pairs, as it read those of train users; nothing is fitted."""
+
+    def fit(
+        self, model: PersonalModule, batches: Sequence[PreferenceBatch], *, n_users: int
+    ) -> AdaptedUsers:
+        encoder = model.encoder
+        if not encoder.reads_context:
+            raise bad_value(
+                "eval.adaptation",
+                "encode",
+                f"a rule that fits, as {type(encoder).__name__} reads no pairs",
+                "Set eval/adaptation=posterior, or train with encoder=odd",
+            )
+        with torch.no_grad():
+            if len(batches) == 0:
+                return AdaptedUsers(vectors=encoder.generic(n_users).clone())
+            context = context_of_batches(model, batches, n_users=n_users)
+            nobody = torch.zeros(n_users, dtype=torch.int64, device=context.texts.device)
+            unknown = batches[0].features.new_full(
+                (n_users, batches[0].features.shape[1]), torch.nan
+            )
+            users = UserBatch(nobody, unknown.to(nobody.device), context)
+            return AdaptedUsers(vectors=encoder(users))
