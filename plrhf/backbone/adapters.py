@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from plrhf.backbone.families import is_causal
+from plrhf.backbone.quantization import is_quantized
 from plrhf.backbone.sharding import is_sharded
 from plrhf.core.errors import bad_value
 
@@ -36,7 +37,7 @@ def not_plain_linear(model: PreTrainedModel) -> list[str] | None:
 
 def gives_a_product(layer: nn.Linear) -> bool:
     """Say whether a linear layer gives one tensor, as wide as it says: subclasses may not."""
-    if type(layer).forward is nn.Linear.forward or is_sharded(layer.weight):
+    if type(layer).forward is nn.Linear.forward or is_sharded(layer.weight) or is_quantized(layer):
         return True
     with torch.no_grad():
         found = layer(layer.weight.new_zeros(1, layer.in_features))

@@ -23,6 +23,12 @@ from transformers.integrations.deepspeed import prevent_arange_dtype_change
 from plrhf.backbone.families import is_causal
 from plrhf.backbone.masks import FLEX
 from plrhf.backbone.model import Backbone, Trainable
+from plrhf.backbone.quantization import (
+    Quantization,
+    quantization_config,
+    quantize_shape,
+    settle,
+)
 from plrhf.backbone.sharded_loading import fill_shards
 from plrhf.backbone.tiny import tiny_gptj
 from plrhf.core.errors import BadValue, bad_value
@@ -43,12 +49,14 @@ def load_model(
     *,
     dtype: str = "float32",
     attention: str | None = None,
+    quantization: Quantization | None = None,
     trust_remote_code: bool = False,
     shards: Shards | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM, or a bidirectional encoder, by directory or hub name.
 
     Args:
+        quantization: of the weights of linear layers, see `quantization_config`; None: none.
         shards: context in which parameters are sharded as they are made; None: the model is whole.
 
     Raises:
@@ -59,7 +67,10 @@ def load_model(
             "backbone.dtype", dtype, f"one of {sorted(DTYPES)}", "Set backbone.dtype=float32"
         )
     check_path(path)
-    options = {"trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    quantized: dict[str, Any] = {}
+    if quantization is not None:
+        quantized["quantization_config"] = quantization_config(quantization, DTYPES[dtype])
     try:
         config = AutoConfig.from_pretrained(path, **options)
         kind = AutoModelForCausalLM if is_causal(config) else AutoModel
@@ -72,8 +83,14 @@ def load_model(
                     config, dtype=DTYPES[dtype], attn_implementation=attention, **options
                 )
             return fill_shards(model, path)
-        return kind.from_pretrained(
-            path, dtype=DTYPES[dtype], attn_implementation=attention, **options
+        return settle(
+            kind.from_pretrained(
+                path,
+                dtype=DTYPES[dtype],
+                attn_implementation=attention,
+                **options,
+                **quantized,
+            )
         )
     except BadValue:
         raise
@@ -105,6 +122,7 @@ def empty_model(
     tiny: dict[str, Any] | None = None,
     dtype: str = "float32",
     attention: str | None = None,
+    quantization: Quantization | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A model of which nothing but the shape is there: on the meta device, no weights read.
@@ -119,7 +137,7 @@ def empty_model(
     """
     with torch.device("meta"):
         if architecture is None and path is None:
-            return tiny_gptj(**(tiny or {}), eos_token_id=0)
+            return _quantized_shape(tiny_gptj(**(tiny or {}), eos_token_id=0), quantization)
         try:
             config = (
                 AutoConfig.for_model(**architecture)
@@ -127,12 +145,13 @@ def empty_model(
                 else AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
             )
             kind = AutoModelForCausalLM if is_causal(config) else AutoModel
-            return kind.from_config(
+            model = kind.from_config(
                 config,
                 dtype=DTYPES[dtype],
                 attn_implementation=attention,
                 trust_remote_code=trust_remote_code,
             )
+            return _quantized_shape(model, quantization)
         except (OSError, ValueError, TypeError) as error:
             raise bad_value(
                 "backbone.path" if architecture is None else "backbone.architecture",
@@ -142,11 +161,18 @@ def empty_model(
             ) from error
 
 
+def _quantized_shape(model: PreTrainedModel, quantization: Quantization | None) -> PreTrainedModel:
+    if quantization is not None:
+        quantize_shape(model, quantization)
+    return model
+
+
 def load_backbone(
     *,
     path: str,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     attention: str | None = None,
+    quantization: Quantization | None = None,
     trust_remote_code: bool = False,
     trainable: Trainable = "lora",
     lora: dict[str, Any] | None = None,
@@ -155,12 +181,21 @@ def load_backbone(
     shards: Shards | None = None,
 ) -> Backbone:
     """A `Backbone` over the model at `path`; see `load_model` and `Backbone` for the settings."""
+    if quantization is not None and (trainable == "full" or shards is not None):
+        why = "backbone.trainable=full" if trainable == "full" else "ZeRO-3's shards"
+        raise bad_value(
+            "backbone.quantization",
+            quantization,
+            f"null with {why}, as weights that are rounded are neither learned nor sharded",
+            "Set backbone.quantization=null",
+        )
     if trainable == "full" and shards is None:
         dtype = "float32"  # as `Backbone` keeps learned weights: read so, nothing is rounded
     model = load_model(
         path,
         dtype=dtype,
         attention=attention,
+        quantization=quantization,
         trust_remote_code=trust_remote_code,
         shards=shards,
     )

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from plrhf.backbone.quantization import is_quantized
 from plrhf.backbone.sharding import gathered, is_sharded
 from plrhf.core.errors import bad_value
 
@@ -25,11 +26,17 @@ ADAPTER = "adapter_model.safetensors"
 def without_frozen(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """Return a state dict without the module's frozen weights, tied ones among them.
 
-    Frozen weights are the pretrained model's, which lies where it was loaded from.
+    Frozen weights are the pretrained model's, which lies where it was loaded from. What quantised layers
+    keep beside their weights stays there too.
     """
     every = module.named_parameters(remove_duplicate=False)
     frozen = {name for name, value in every if not value.requires_grad}
-    return {name: value for name, value in state.items() if name not in frozen}
+    quantized = tuple(f"{name}." for name, one in module.named_modules() if is_quantized(one))
+    return {
+        name: value
+        for name, value in state.items()
+        if name not in frozen and not name.startswith(quantized)
+    }
 
 
 def save_adapter(model: PeftModel, directory: Path) -> None:

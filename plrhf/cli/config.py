@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from plrhf.backbone.adapters import add_lora
 from plrhf.backbone.masks import FLEX
+from plrhf.backbone.quantization import Quantization
 from plrhf.core.checks import (
     FractionBelowOne,
     NonNegativeInt,
@@ -130,6 +131,7 @@ class BackboneConfig(Section):
     pad_token: str | None
     dtype: Literal["float32", "bfloat16", "float16"]
     attention: str | None
+    quantization: Quantization | None
     trust_remote_code: bool
     trainable: Literal["lora", "frozen", "full"]
     lora: dict[str, Any] | None  # arguments of `add_lora`
@@ -291,6 +293,7 @@ class RunConfig(Section):
             check_writable(name, getattr(config, name))
         _check_processes(config)
         _check_attention(config)
+        _check_quantization(config)
         return config
 
     @classmethod
@@ -366,6 +369,24 @@ def _check_processes(config: RunConfig) -> None:
             config.backbone.dtype,
             f"{wanted} under trainer.zero3 with trainer.precision={config.trainer.precision}",
             f"Set backbone.dtype={wanted}",
+        )
+
+
+def _check_quantization(config: RunConfig) -> None:
+    """Raise where weights would have to be whole that are kept in a few bits."""
+    why = None
+    if config.is_supervised:
+        why = "model=sft, which writes a whole model"
+    elif config.backbone.trainable == "full":
+        why = "backbone.trainable=full"
+    elif config.trainer.zero3 is not None:
+        why = "trainer.zero3, which shards weights"
+    if config.backbone.quantization is not None and why is not None:
+        raise bad_value(
+            "backbone.quantization",
+            config.backbone.quantization,
+            f"null with {why}",
+            "Set backbone.quantization=null",
         )
 
 

@@ -65,7 +65,15 @@ def n_gpus(trainer: Settings) -> int:
 
 def empty_backbone(node: Settings) -> Backbone:
     """Build the backbone of settings ``backbone`` on the meta device; no weights are read."""
-    of_shape = ("path", "architecture", "tiny", "dtype", "attention", "trust_remote_code")
+    of_shape = (
+        "path",
+        "architecture",
+        "tiny",
+        "dtype",
+        "attention",
+        "quantization",
+        "trust_remote_code",
+    )
     shape = {name: node[name] for name in of_shape}
     if shape["attention"] == FLEX:  # which fake tensors do not have: with a mask, a little more
         shape["attention"] = "sdpa"
