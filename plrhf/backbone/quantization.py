@@ -65,7 +65,7 @@ def settle(model: PreTrainedModel) -> PreTrainedModel:
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return model
 
 
@@ -85,9 +85,17 @@ class QuantizedShape(nn.Linear):
         self.dtype = layer.weight.dtype
         stored = torch.empty(shape.numel() * bits // 8, dtype=torch.uint8)
         self.weight = nn.Parameter(stored, requires_grad=False)
-        n_scales = shape[0] if bits == 8 else shape.numel() // 64 // 4  # a byte for each 64 weights
-        self.register_buffer("scales", torch.empty(n_scales, dtype=torch.float32))
+        # A number for each output, or a byte for each 64 weights.
+        n_bytes = 4 * shape[0] if bits == 8 else -(-shape.numel() // 64)
+        scales = torch.empty(n_bytes, dtype=torch.uint8)
+        self.scales = nn.Parameter(scales, requires_grad=False)
         self.bias = layer.bias
+
+    @property
+    def n_unseen(self) -> int:
+        """How many weights there are beyond the numbers that they are stored in."""
+        n_stored = self.weight.numel() + self.scales.numel()
+        return self.in_features * self.out_features - n_stored
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _Product.apply(x, self.weight, self.out_features, self.in_features, self.dtype)
@@ -116,5 +124,5 @@ def quantize_shape(model: PreTrainedModel, quantization: Quantization) -> None:
     for name, module in list(model.named_modules()):
         if type(module) in (nn.Linear, Conv1D) and name not in kept:
             parent, _, own = name.rpartition(".")
-            stand_in = QuantizedShape(module, BITS[quantization])  # type: ignore[arg-type]
+            stand_in = QuantizedShape(module, BITS[quantization])
             setattr(model.get_submodule(parent), own, stand_in)

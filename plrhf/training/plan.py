@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from plrhf.backbone.quantization import QuantizedShape
 from plrhf.core.checks import NonNegativeInt, PositiveFloat, check_arguments
 from plrhf.core.row_packing import RowPacking, UserSlots
 from plrhf.core.types import PreferenceBatch, UserContext
@@ -298,6 +299,7 @@ def _total(
     share = 1.0 if zero3 is None else 1 / work.n_gpus
     every, of_users = list(model.parameters()), {id(p) for p in model.encoder.user_parameters()}
     trainable = [one for one in every if one.requires_grad]
+    n_unseen = sum(one.n_unseen for one in model.modules() if isinstance(one, QuantizedShape))
     learned = steps.reached if zero3 is None else trainable
 
     def held(*, tables: bool) -> dict[str, float]:
@@ -320,7 +322,7 @@ def _total(
     else:  # DDP: gradients are averaged once a step, by a reduce-scatter and an all-gather
         received = 2 * _bytes(learned)
     return Plan(
-        parameters=_count(every),
+        parameters=_count(every) + n_unseen,
         trainable=_count(trainable),
         **rest,
         user_tables=sum(users.values()) + model.val_accuracy.counts.nbytes,  # exact, so not sharded
