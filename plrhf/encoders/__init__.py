@@ -4,6 +4,7 @@ from plrhf.encoders.base import UserEncoder
 from plrhf.encoders.cluster import ClusterMixtureEncoder
 from plrhf.encoders.context import ContextEncoder
 from plrhf.encoders.features import FeatureMLPEncoder
+from plrhf.encoders.hybrid import HybridEncoder
 from plrhf.encoders.lookup import LookupEncoder
 from plrhf.encoders.none import NoneEncoder
 from plrhf.encoders.odd import OddEncoder
@@ -14,6 +15,7 @@ __all__ = [
     "ClusterMixtureEncoder",
     "ContextEncoder",
     "FeatureMLPEncoder",
+    "HybridEncoder",
     "LookupEncoder",
     "NoneEncoder",
     "OddEncoder",

@@ -13,6 +13,7 @@ from plrhf.core.types import UserBatch
 from plrhf.encoders import (
     ClusterMixtureEncoder,
     FeatureMLPEncoder,
+    HybridEncoder,
     LookupEncoder,
     NoneEncoder,
     UniformEncoder,
@@ -285,3 +286,39 @@ def test_bad_settings(build: Any, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         build()
     assert str(caught.value) == message
+
+
+def shrunk(kind: str) -> Any:
+    settings = {"shrinkage": "learned", "init": "normal"}
+    if kind == "hybrid":
+        own: Any = {"n_users": 4, "user_dim": WIDTH, "n_numbers": 2, "category_sizes": (3,)}
+        return HybridEncoder(**own, vocabulary=TOKENS, rank=2, **settings)
+    return {"lookup": lookup, "cluster": cluster, "features": features}[kind](**settings)
+
+
+@pytest.mark.parametrize("kind", ["lookup", "cluster", "features", "hybrid"])
+def test_shrunk_numbers_are_drawn_and_charged_in_training_alone(kind: str) -> None:
+    torch.manual_seed(0)
+    encoder = shrunk(kind)
+    encoder.count_pairs(tensor([0, 3, 5, 1, 2]))
+    asked = users(1, 2, 1, features=[[1.0, -1.0, 2.0], [0.5, 2.0, 0.0], [1.0, -1.0, 2.0]])
+    drawn, penalty = encoder.encode(asked)
+    assert penalty.shape == (3,) and (penalty > 0).all()
+    assert not drawn[0].equal(drawn[2])
+    if kind != "hybrid":
+        numbers = encoder.numbers(asked) - encoder.prior_mean()
+        each = tensor([[3.0], [5.0], [3.0]])
+        torch.testing.assert_close(penalty, encoder.shrinkage(numbers, each))
+    encoder.eval()
+    fixed, none = encoder.encode(asked)
+    assert none is None and fixed[0].equal(fixed[2])
+
+
+def test_hybrid_adds_an_offset_to_what_features_say() -> None:
+    encoder = shrunk("hybrid").eval()
+    put(encoder.own.basis, [[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+    put(encoder.own.offsets.weight, [[0.0, 0.0], [3.0, 5.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    asked = users(1, 0, features=[[1.0, -1.0, 2.0], [1.0, -1.0, 2.0]])
+    with_offset, unseen = encoder(asked)
+    assert (with_offset - unseen).tolist() == pytest.approx([3.0, 10.0, 0.0], abs=1e-6)
+    assert encoder(users(0, features=[[nan, nan, nan]]))[0].equal(encoder.generic(1)[0])
