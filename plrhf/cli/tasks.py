@@ -19,7 +19,7 @@ from plrhf.cli.run import this_command
 from plrhf.core.components import Settings, build
 from plrhf.core.errors import bad_value
 from plrhf.data.module import PreferenceData
-from plrhf.evaluation.few_shot import few_shot_terminal_table, learning_curve
+from plrhf.evaluation.few_shot import learning_curve
 from plrhf.evaluation.generations import (
     GeneratedText,
     GenerationOptions,
@@ -179,7 +179,7 @@ def adapt(config: EvalConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / ("adapt.json" if task.options.users == "unseen" else "adapt_seen.json")
     write_record(path, result)
-    tables.console().print(few_shot_terminal_table(result))
+    tables.console().print(tables.few_shot_closing_table(result))
     print(f"curve: {path}")
     rewrite_report(out, config)
 

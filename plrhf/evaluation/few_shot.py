@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import rich.table
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -373,36 +372,3 @@ def summarised(outcomes: Mapping[str, Sequence[Outcomes]]) -> dict[str, Any]:
         "over_generic": over,
         "gain_recovered": recovered,
     }
-
-
-def few_shot_terminal_table(result: FewShotCurve) -> rich.table.Table:
-    """adapt.json as a table for the terminal, a line a number of pairs given.
-
-    Beside the curves stands the gain: as a share of the oracle's where there is one, else in points
-    over the generic user; then likelihood in nats and calibration of `CALIBRATED`.
-    """
-    table = rich.table.Table(
-        title=f"{result.n_users} {result.users} users, {result.n_draws} draws: accuracy in per cent"
-    )
-    curves = {name: found for name, found in result.curves.items() if found is not None}
-    columns = [(name, found, 100, 1) for name, found in curves.items()]
-    if result.gain_recovered is None:
-        gains = result.over_generic.items()
-        columns += [(f"{name}, over generic", found, 100, 1) for name, found in gains]
-    else:
-        gains = result.gain_recovered.items()
-        columns += [(f"{name}, of oracle's gain", found, 1, 2) for name, found in gains]
-    for what, of_who in (("nll", result.nll), ("ece", result.ece)):
-        columns += [(f"{who}, {what}", of_who[who], 1, 3) for who in CALIBRATED if who in of_who]
-    for heading in ("pairs", *(name for name, *_ in columns)):
-        table.add_column(heading, justify="right")
-    for place, k in enumerate(result.shots):
-        cells = [_shown(found[place], scale, digits) for _, found, scale, digits in columns]
-        table.add_row(str(k), *cells)
-    return table
-
-
-def _shown(estimate: Estimate, scale: float, digits: int) -> str:
-    numbers = [estimate["value"], *(estimate["ci95"] or ())]
-    texts = ["–" if one is None else f"{scale * one:.{digits}f}" for one in numbers]
-    return texts[0] if len(texts) == 1 else f"{texts[0]}\n[{texts[1]}, {texts[2]}]"

@@ -118,7 +118,7 @@ class TerminalTable:
             else:
                 shown.add_column(heading, justify="right", width=self._width(at))
         for name, rows in self.table.groups:
-            if len(rows) > 0:
+            if len(rows) > 0 and name != "":
                 shown.add_section()
                 shown.add_row(Text(printable(name), style="bold"))
             for row in rows:
@@ -296,6 +296,17 @@ def few_shot_table(adapted: FewShotCurve) -> Table:
         *sizes,
     ]
     return Table(["pairs given", *heads], [("", rows)])
+
+
+def few_shot_closing_table(adapted: FewShotCurve) -> TerminalTable:
+    """Return the curves of adapt.json for the terminal at the end of eval=adapt.
+
+    The gain is shown as a share of the oracle's gain, or in points if there is no oracle.
+    """
+    title = f"Accuracy of {adapted.n_users} {adapted.users} users, {adapted.n_draws} draws"
+    table = few_shot_table(adapted)
+    without = [name for name in table.columns if "over generic" in name]
+    return rich_table(table, title=title, without=without if adapted.gain_recovered else ())
 
 
 def winrate_table(judged: Sequence[tuple[str, JudgedRun]]) -> Table:

@@ -23,12 +23,10 @@ from plrhf.data.rows import Row
 from plrhf.data.sources.jsonl import JsonlSource
 from plrhf.evaluation.few_shot import (
     Curve,
-    FewShotCurve,
     FewShotOptions,
     Trial,
     check_trials,
     draw_trials,
-    few_shot_terminal_table,
     rows_of_users,
     summarised,
 )
@@ -221,14 +219,9 @@ def test_curves_by_hand() -> None:
     recovered = result["gain_recovered"]
     assert [one["value"] for one in recovered["adapted"]] == [0.0, 0.5]
     assert [one["value"] for one in recovered["other_user"]] == [0.0, -0.25]
-    about: Any = {"shots": [0, 8], "users": "unseen", "n_users": 2, "n_draws": 1}
-    shown = lines(few_shot_terminal_table(FewShotCurve(**about, **result)))[1]
-    assert shown[:7] == ["8", "75.0", "37.5", "50.0", "100.0", "0.50", "-0.25"]
     del found["oracle"]
     result = summarised(found)
     assert result["curves"]["oracle"] is None and result["gain_recovered"] is None
-    shown = lines(few_shot_terminal_table(FewShotCurve(**about, **result)))[1]
-    assert shown[:6] == ["8", "75.0", "37.5", "50.0", "25.0", "-12.5"]
 
 
 def test_likelihood_and_calibration_by_hand() -> None:
@@ -243,18 +236,6 @@ def test_likelihood_and_calibration_by_hand() -> None:
     confident = 1 / (1 + np.exp(-np.array([1, 2, 3])))
     gaps = [abs(1 - 2 * confident[0]), abs(1 - confident[1]), confident[2]]
     assert result["ece"]["adapted"][0]["value"] == pytest.approx(sum(gaps) / 4)
-    about: Any = {"shots": [4], "users": "unseen", "n_users": 2, "n_draws": 1}
-    table = few_shot_terminal_table(FewShotCurve(**about, **result))
-    assert [str(column.header) for column in table.columns][-6:] == [
-        *("adapted, nll", "attenuated, nll", "generic, nll"),
-        *("adapted, ece", "attenuated, ece", "generic, ece"),
-    ]
-
-
-def lines(table: Any) -> list[list[str]]:
-    """Values of a table's lines, without intervals."""
-    columns = [[cell.split("\n")[0] for cell in column.cells] for column in table.columns]
-    return [list(line) for line in zip(*columns, strict=True)]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import tracemalloc
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from rich.console import Console
 from test_report import (
     ORACLE,
     PERSONAL,
@@ -34,7 +36,13 @@ from plrhf.reporting import report
 from plrhf.reporting.comparison_page import compare
 from plrhf.reporting.drawing import drawing, panel, with_hover
 from plrhf.reporting.runs import Run, read_run
-from plrhf.reporting.tables import few_shot_table, grid_table, key_table, winrate_table
+from plrhf.reporting.tables import (
+    few_shot_closing_table,
+    few_shot_table,
+    grid_table,
+    key_table,
+    winrate_table,
+)
 from plrhf.reporting.user_map import cluster_table, groups_of, token_table
 
 BROWSER = next(
@@ -344,3 +352,16 @@ def test_one_long_id_does_not_widen_all_others() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 30e6  # 5,001 ids of 10,000 characters would take 200 MB
+
+
+def test_few_shot_curves_in_a_narrow_terminal() -> None:
+    for gain in (None, ADAPTED["gain_recovered"]):
+        console = Console(width=60, record=True, file=StringIO())
+        adapted = FewShotCurve(**{**ADAPTED, "gain_recovered": gain})
+        console.print(few_shot_closing_table(adapted))
+        text = console.export_text()
+        assert "…" not in text and max(map(len, text.splitlines())) <= 60
+        assert f"{adapted.n_users} unseen users, {adapted.n_draws} draws" in text
+        assert ("over generic" in " ".join(text.split())) == (
+            gain is None and adapted.over_generic != {}
+        )
