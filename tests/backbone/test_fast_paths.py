@@ -274,12 +274,15 @@ def test_compiled_flex_attention_is_that_of_a_mask() -> None:
 @pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize(
     ("aggregator", "checkpointing", "compiler"),
-    [("soft_prompt", True, "aot_eager"), ("film_every_block", False, "inductor")],
+    [("soft_prompt", True, "inductor"), ("film_every_block", False, "aot_eager")],
 )
 def test_compiled_blocks_are_plain_ones(
     aggregator: str, checkpointing: bool, compiler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both compilers are given the same graphs; aot_eager takes no time to make code of them."""
+    """Both compilers are given the same graphs; aot_eager takes no time to make code of them.
+
+    Inductor gets the case of one graph, as behind a soft prompt all blocks' inputs have gradients.
+    """
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
     counters.clear()
     kinds = {"gradient_checkpointing": checkpointing}
