@@ -7,8 +7,8 @@ from copy import copy
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
+import pandas as pd
 from lightning import Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -24,7 +24,7 @@ from plrhf.cli.methods import (
     read_method,
     started_trial,
 )
-from plrhf.core.errors import bad_value
+from plrhf.core.errors import BadValue, bad_value
 from plrhf.data.dataset import TextValues
 from plrhf.data.module import PreferenceData
 from plrhf.data.own_pairs import draw_context
@@ -61,8 +61,10 @@ def referee(config: EvalConfig) -> None:
             if not store.has(*job.place, job.fingerprint):
                 if bench is None or bench.of != job.of_rows:
                     bench = Bench(of=job.of_rows, task=task)
-                for record, margins in bench.run(job):
-                    store.write(record, margins)
+                try:
+                    store.write(*bench.run(job))
+                except BadValue as error:
+                    print_lines([f"{job.words}: left out ({error})"])
             bar.advance(shown)
     made = write_leaderboard(out, store)
     for rows, table in made.tables.items():
@@ -149,15 +151,15 @@ class Bench:
     _vectors: dict[str, dict[str, TextValues | None]] = field(default_factory=dict)
     _facts: Facts | None = None
 
-    def run(self, job: Job) -> Iterator[tuple[JobRecord, Any]]:
-        """Do a job; nothing is yielded where the method does not go with the rows."""
+    def run(self, job: Job) -> tuple[JobRecord, pd.DataFrame]:
+        """Do a job; return its record and its margins on test pairs.
+
+        Raises:
+            ValueError: the method does not go with the rows.
+        """
         method, config = job.method, job.method.config
         data, backbone, given = self.rows_of(config)
-        try:
-            data = self.with_vectors(method, data, backbone)
-        except ValueError as error:
-            print_lines([f"{job.words}: left out ({error})"])
-            return
+        data = self.with_vectors(method, data, backbone)
         if method.referee.features != "text":
             width = data.datasets["train"].hidden.values.shape[1]  # type: ignore[union-attr]
             backbone = FixedFeatures(width)  # type: ignore[assignment]
@@ -193,7 +195,7 @@ class Bench:
             ],
             **result.record,
         )
-        yield record, result.margins
+        return record, result.margins
 
     def facts_of(self, config: RunConfig, data: PreferenceData) -> Facts:
         """Return the facts of the rows; the span is that of the features the first method had."""

@@ -80,7 +80,7 @@ def referee_job(
     margins = [seen_margins(tuned.model, data, seed=seed)]
     seconds = 0.0
     encoder = tuned.model.encoder
-    fits = len(user_tables(encoder)) > 0
+    fits = encoder.reads_context or len(user_tables(encoder)) > 0
     if shots is not None:
         margins[0] = margins[0][margins[0]["user_kind"] == "seen"]
         if rule is not None and fits:
