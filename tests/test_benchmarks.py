@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -108,3 +109,17 @@ def test_writing_for_many_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert found.keys() == {"FiLM, last layer", "FiLM, every block", "soft prompt"}
     assert all(one["times_copies"] > 0 for one in found.values())
     assert found["FiLM, last layer"]["times_unshared"] > 0
+
+
+def test_the_ideal_observer_by_hand(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Two possible people, one choice given: Bayes' rule, and lines that begin at nobody's."""
+    found = runpy.run_path(str(BENCHMARKS / "ideal_observer.py"))
+    people = np.array([[np.log(3.0), 0.0], [-np.log(3.0), 0.0]])  # choose right with 3/4 and 1/4
+    given, asked = np.array([[1.0, 0.0]]), np.array([[1.0, 0.0], [-1.0, 5.0], [0.0, 7.0]])
+    assert found["predicted"](given, asked, people) == pytest.approx([0.625, 0.375, 0.5])
+    small = ["--users", "3", "--pairs", "9", "--shots", "0", "4", "--people", "50", "--draws", "2"]
+    monkeypatch.setattr(sys, "argv", ["ideal_observer.py", *small])
+    found["main"]()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[1] for line in lines] == ["pairs", "0", "4"]
+    assert lines[1][2] == lines[1][3] and lines[1][5] == "0.000"
