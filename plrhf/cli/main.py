@@ -147,6 +147,8 @@ def silence_libraries() -> None:
     """Drop messages of libraries that a user can do nothing about; warnings about a run stay."""
     for library in ("lightning.fabric", "lightning.pytorch", "root"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    # Of a kernel it does without, at every import; PEFT imports it wherever it is installed.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for message in NOT_FOR_THE_USER:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("DeepSpeed").addFilter(_concerns_the_user)
