@@ -13,13 +13,13 @@ from runs import ENVIRONMENT, TINY, command, launch, rows_of_world, save_model, 
 TRAIN: dict[str, tuple[list[str], str]] = {
     "unknown key": (
         ["model.alhpa=1"],
-        "model.alhpa='1' is not allowed: expected one of the keys _target_, alpha, centring, name, "
-        "pooling, target_margin. Write model.alpha.",
+        "model.alhpa='1' is not allowed: expected one of the keys _target_, alpha, centring, head, "
+        "inner, loss, name, pooling, reduce, start, target_margin. Write model.alpha.",
     ),
     "unknown key among others that need a group": (
         ["model=dpo", "model.beta=1", "model.betta=2"],
         "model.betta='2' is not allowed: expected one of the keys _target_, alpha, beta, "
-        "label_smoothing, loss, name. Write model.beta.",
+        "inner, label_smoothing, loss, name, reduce. Write model.beta.",
     ),
     "unknown section": (
         ["modl.alpha=1"],
@@ -32,8 +32,8 @@ TRAIN: dict[str, tuple[list[str], str]] = {
     ),
     "unknown choice": (
         ["encoder=lockup"],
-        "encoder='lockup' is not allowed: expected one of cluster, features, lookup, none, uniform. "
-        "Choose with encoder=NAME.",
+        "encoder='lockup' is not allowed: expected one of cluster, context, features, "
+        "hybrid, lookup, none, odd, uniform. Choose with encoder=NAME.",
     ),
     "group without its source": (["data=base"], "data._target_=None is not allowed: *"),
     "no value": (
@@ -265,7 +265,8 @@ EVAL: dict[str, tuple[list[str], str]] = {
     "not a run": (["run=/"], "run='/' is not allowed: expected the directory of a finished run. *"),
     "unknown task": (
         ["eval=scores"],
-        "eval='scores' is not allowed: expected one of adapt, compare, generate, score, winrate. *",
+        "eval='scores' is not allowed: expected one of adapt, compare, generate, referee, score, "
+        "winrate. *",
     ),
     "no runs": (
         ["eval=compare", "out=x"],
