@@ -65,4 +65,4 @@ def test_its_commands_find_their_settings(wheel: Path, tmp_path: Path) -> None:
         timeout=100,
     )
     assert done.stdout.strip() == str(wheel / "plrhf" / "conf")
-    assert "encoder='nobody' is not allowed: expected one of cluster, features" in done.stderr
+    assert "encoder='nobody' is not allowed: expected one of cluster, context" in done.stderr

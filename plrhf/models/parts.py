@@ -40,7 +40,7 @@ def divide_parameters(model: PersonalModule) -> dict[str, list[nn.Parameter]]:
 
 
 def count_pairs(model: PersonalModule, data: PreferenceData) -> None:
-    """Tell the parts how many train pairs each user has, which a prior is weighed against."""
+    """Tell learned priors how many train pairs each user has, which they are weighed against."""
     users = data.datasets["train"].user_id
     model.encoder.count_pairs(torch.bincount(users, minlength=model.val_accuracy.n_users))
     model.aggregator.count_pairs(len(users))

@@ -28,7 +28,8 @@ TRAIN: dict[str, tuple[list[str], str]] = {
     "unknown key, insisted on": (["+modell=1"], "modell=1 is not allowed: expected * Write model."),
     "insisted on below": (
         ["+encoder.slope=1"],
-        "encoder.slope=1 is not allowed: expected one of the keys init, offset_scale, rank, sparse. *",
+        "encoder.slope=1 is not allowed: expected one of the keys init, offset_scale, rank, shrinkage, "
+        "sparse. *",
     ),
     "unknown choice": (
         ["encoder=lockup"],
