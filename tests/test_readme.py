@@ -158,6 +158,9 @@ def test_commands_run(
                 arguments.append(f"run_dir={run_dir}")
         if "eval=adapt" in arguments:
             arguments.append("eval.shots=[0,1,2]")  # of the few pairs there are
+        if "eval=referee" in arguments:  # all methods are built by tests/cli/test_conf.py
+            arguments += ["eval.methods=[vanilla,lookup,length]", "eval.trials=1"]
+            arguments += ["eval.shots=[0,1]", "eval.draws=1"]
         run(script, arguments, monkeypatch)
         if "eval=adapt" in command:
             code = next(text for text in blocks("python") if "model.adapt(" in text)
