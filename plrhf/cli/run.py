@@ -146,7 +146,8 @@ def train_personal(
         trainer.callbacks.append(before)  # type: ignore[attr-defined]
         fit(model, data, trainer, resume_from=None if resume is None else resume.path)
         model.check_finite()
-        engine(model, trainer)(store_vectors, model, data)
+        if model.encoder.reads_context:
+            engine(model, trainer)(store_vectors, model, data)
         outputs = Outputs(debug=config.debug)
         export = Path(config.run_dir) / "export"
         with outputs.writing(export):
