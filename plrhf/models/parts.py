@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from plrhf.models.base import PersonalModule
 
 
-def priors_of(model: nn.Module) -> list[Shrinkage]:
-    """Return the parts of a model that learn how far numbers are shrunk."""
-    return [part for part in model.modules() if isinstance(part, Shrinkage)]
+def priors_of(model: PersonalModule) -> list[Shrinkage]:
+    """Return the parts of a user model that learn how far numbers are shrunk."""
+    of_users = (model.encoder, model.aggregator)  # not the language model: every step asks
+    return [one for part in of_users for one in part.modules() if isinstance(one, Shrinkage)]
 
 
 def user_maps(aggregator: Aggregator) -> list[nn.Parameter]:
