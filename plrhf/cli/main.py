@@ -115,6 +115,8 @@ def run_sweep_job(config: DictConfig, config_name: str, task: str) -> float | No
 
 def run_task(task: str, settings: Settings) -> float | None:
     """Import the function that a dotted path names, and call it with the settings."""
+    # While PEFT imports it, it warns of a kernel that it does without.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     function = hydra.utils.get_method(task)
     silence_libraries()
     return function(settings)
@@ -147,8 +149,6 @@ def silence_libraries() -> None:
     """Drop messages of libraries that a user can do nothing about; warnings about a run stay."""
     for library in ("lightning.fabric", "lightning.pytorch", "root"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    # Of a kernel it does without, at every import; PEFT imports it wherever it is installed.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for message in NOT_FOR_THE_USER:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("DeepSpeed").addFilter(_concerns_the_user)
