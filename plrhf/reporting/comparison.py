@@ -89,9 +89,12 @@ def comparison_frame(runs: Sequence[Run], *, baseline: Run | None = None) -> pd.
 
 
 def other_settings(runs: Sequence[Run]) -> list[str]:
-    """Describe for each run the settings that differ among runs of its role, encoder, aggregator."""
+    """Describe for each run the settings that differ among runs of its role and of equal parts.
+
+    Runs of another model, encoder or aggregator are told apart by that, in columns of their own.
+    """
     flat = [flattened(run.config) for run in runs]
-    kinds = [(run.role, *(run.settings[key] for key in OF_ENCODER)) for run in runs]
+    kinds = [(run.role, *(run.settings[key] for key in ("model", *OF_ENCODER))) for run in runs]
     labels = []
     for kind, settings in zip(kinds, flat, strict=True):
         alike = [other for other, its in zip(flat, kinds, strict=True) if its == kind]

@@ -386,6 +386,17 @@ def test_rows_say_by_which_setting_they_differ(tmp_path: Path) -> None:
     assert [run.name for run in both.runs] == ["2", "4", "single"]
 
 
+def test_another_model_is_not_told_apart_by_all_its_settings(tmp_path: Path) -> None:
+    for name, alone in (("reward", "pooling"), ("dpo", "beta")):
+        run_dir = make_run(tmp_path / f"runs/{name}", predictions(PERSONAL), encoder="lookup")
+        results = json.loads((run_dir / "results.json").read_text())
+        results["config"]["model"] = {"name": name, alone: 1}
+        (run_dir / "results.json").write_text(json.dumps(results))
+    frame = compare(str(tmp_path / "runs/*"), tmp_path / "out").frame
+    shown = frame.set_index("run").loc[["reward", "dpo"], ["model", "others"]]
+    assert shown.to_numpy().tolist() == [["reward", ""], ["dpo", ""]]
+
+
 def test_latex_table(runs: Path, tmp_path: Path) -> None:
     make_run(runs / "50%_off & on", predictions(PERSONAL), encoder="lookup")
     compare(str(runs / "*"), tmp_path / "out")
