@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plrhf.aggregators.base import Aggregator, spread_over_rows
 from plrhf.backbone.model import Backbone
-from plrhf.backbone.prompt_cache import can_keep_prompts, read_on, read_prompts
+from plrhf.backbone.prompt_cache import can_keep_prompts, continue_prompts, read_prompts
 from plrhf.core.checks import PositiveInt, check_arguments
 from plrhf.core.row_packing import NO_USER, RowPacking, UserSlots
 from plrhf.core.types import PreferenceBatch
@@ -59,7 +59,7 @@ class ConcatSoftPrompt(Aggregator):
         vectors = self._vectors(spread_over_rows(user, batch), backbone.embedding_dtype)
         n_contexts, n_rows, n_tokens, _ = vectors.shape  # [C, R, T, e]
         if batch.prompts is not None and n_tokens > 0:
-            of_contexts = [read_on(backbone, batch, one, batch.prompts) for one in vectors]
+            of_contexts = [continue_prompts(backbone, batch, one, batch.prompts) for one in vectors]
             return torch.stack(of_contexts)
         packing = self._packing(backbone, batch, n_contexts, n_tokens)
         hidden = backbone(
@@ -110,5 +110,5 @@ class ConcatSoftPrompt(Aggregator):
         whole = backbone.embed(ids)
         whole[is_user] = vectors.flatten(0, 1)
         mask = (columns >= n_padded).to(attention_mask.dtype)
-        with backbone.first_embeddings(whole, n_last=1 + n_tokens):
+        with backbone.replaced_first_embeddings(whole, n_last=1 + n_tokens):
             yield {"input_ids": ids, "attention_mask": mask}

@@ -1,4 +1,4 @@
-"""LoRA put beside the linear layers of a language model."""
+"""LoRA adapters on the linear layers of a language model."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 """Families whose output projection PEFT bars from LoRA: their kernels take its bare weight."""
 
 
-def not_plain_linear(model: PreTrainedModel) -> list[str] | None:
-    """Name the linear layers that "all-linear" must leave out, as LoRA beside them is not linear.
+def layers_without_lora(model: PreTrainedModel) -> list[str] | None:
+    """Return the names of the linear layers that "all-linear" must leave out; None if there are none.
 
-    Those are routers that return more than a product, and what PEFT bars.
+    These are layers that return more than one tensor (some routers), and layers that PEFT does not
+    allow.
     """
     barred = {"out_proj", "conv1d"} if model.config.model_type in MAMBA else set()
     names = [
         name
         for name, one in model.named_modules()
         if isinstance(one, nn.Linear)
-        and (name.split(".")[-1] in barred or not gives_a_product(one))
+        and (name.split(".")[-1] in barred or not returns_one_tensor(one))
     ]
     return names if len(names) > 0 else None
 
 
-def gives_a_product(layer: nn.Linear) -> bool:
-    """Say whether a linear layer gives one tensor, as wide as it says: subclasses may not."""
+def returns_one_tensor(layer: nn.Linear) -> bool:
+    """Return whether a linear layer returns one tensor of its width, as some subclasses do not."""
     if type(layer).forward is nn.Linear.forward or is_sharded(layer.weight) or is_quantized(layer):
         return True
     with torch.no_grad():
@@ -47,7 +48,15 @@ def gives_a_product(layer: nn.Linear) -> bool:
 def add_lora(
     model: PreTrainedModel, *, r: int, alpha: int, dropout: float, target_modules: Any
 ) -> PeftModel:
-    """Freeze `model` and put LoRA beside the named linear layers (a list, or "all-linear")."""
+    """Freeze `model` and add LoRA adapters to linear layers.
+
+    Args:
+        r: rank. alpha: scale of the adapters, which is divided by r. dropout: rate on their inputs.
+        target_modules: a list of layer names, or "all-linear".
+
+    Raises:
+        ValueError: a number out of range, or names of layers that the model does not have.
+    """
     if r < 1:
         raise bad_value("backbone.lora.r", r, "a whole number from 1", "Set backbone.lora.r=8")
     if not 0 <= dropout < 1:
@@ -63,7 +72,7 @@ def add_lora(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=targets,
-        exclude_modules=not_plain_linear(model) if targets == ALL_LINEAR else None,
+        exclude_modules=layers_without_lora(model) if targets == ALL_LINEAR else None,
         bias="none",
         task_type="CAUSAL_LM" if is_causal(model.config) else "FEATURE_EXTRACTION",
     )

@@ -1,8 +1,8 @@
-"""The check of a language model when it is loaded: our way of running it against its own.
+"""Checks a language model when it is loaded: does our row layout give the model's own outputs?
 
-Three short pairs of unequal lengths go through the layout that is meant for them. Hidden states and
-logits must be those of the model's plain forward on each sequence by itself. So no family is trusted
-because of its name.
+Three short pairs of unequal lengths are computed in the layout that is expected for the model's family.
+The hidden states and logits must equal those of the model's plain forward on each sequence alone. So no
+model is trusted because of the name of its family.
 """
 
 from __future__ import annotations
@@ -45,29 +45,30 @@ change, there are two contexts a row."""
 
 
 def choose_layout(backbone: Backbone) -> Layout:
-    """Return the layout in which a backbone is right, and say so where it is not the expected one.
+    """Choose the row layout in which a backbone gives correct outputs.
 
-    Weights that are not here (the shape of a plan, shards) can't be checked: families that tests hold
-    are packed then, all others have two rows.
+    The layout that is expected for its family is tried first, then two rows a pair, which is printed.
+    Weights without values (in a plan) or in shards cannot be checked. Then rows are packed only for the
+    families that tests cover.
 
     Raises:
-        ValueError: it is right in none.
+        ValueError: the outputs are wrong in every layout.
     """
     config = backbone.config.get_text_config(decoder=True)
     layout, reason = expected_layout(config)
-    if not all(_is_here(one) for one in backbone.parameters()):
+    if not all(_has_values(one) for one in backbone.parameters()):
         return layout if config.model_type in PACKED else "two_rows"
-    with _at_rest(backbone), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        sequences = _sequences(backbone)
+    with _eval_mode(backbone), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        sequences = _test_pairs(backbone)
         if layout == "packed":
-            with short_windows(backbone.bare):
-                found = difference(backbone, "packed", sequences)
+            with shortened_windows(backbone.bare):
+                found = layout_error(backbone, "packed", sequences)
             if found is None:
                 return "packed"
-            _say(
+            _print_line(
                 f"{config.model_type}: packed rows differ from plain ones ({found}); using two rows a pair"
             )
-        found = difference(backbone, "two_rows", sequences)
+        found = layout_error(backbone, "two_rows", sequences)
     if found is not None:
         raise bad_value(
             "backbone.path",
@@ -79,19 +80,19 @@ def choose_layout(backbone: Backbone) -> Layout:
 
 
 def cache_is_right(backbone: Backbone) -> bool:
-    """Say whether rows written together with the model's own cache are those written without.
+    """Return whether the model's own cache gives the same texts as generating without a cache.
 
-    Not so for RWKV, whose state mixes rows. Families that tests hold are taken at their word, as the
-    answer takes several passes of the model.
+    Several rows are generated at once. The texts differ for RWKV, whose state mixes rows. The check
+    takes several forward passes, so it is skipped for families that tests cover.
     """
     config = backbone.config.get_text_config(decoder=True)
     if not backbone.causal or config.model_type in PACKED:
         return True
-    if not all(_is_here(one) for one in backbone.parameters()):
+    if not all(_has_values(one) for one in backbone.parameters()):
         return False
-    prompts = torch.stack([torch.cat([one, one])[:4] for one, *_ in _sequences(backbone)])
+    prompts = torch.stack([torch.cat([one, one])[:4] for one, *_ in _test_pairs(backbone)])
     writer: Any = backbone.bare
-    with _at_rest(backbone), torch.no_grad():
+    with _eval_mode(backbone), torch.no_grad():
         cached, plain = (
             writer.generate(
                 input_ids=prompts,
@@ -112,10 +113,14 @@ def cache_is_right(backbone: Backbone) -> bool:
     found, expected = (
         [one[keep] for one, keep in zip(by.scores, finite, strict=True)] for by in (cached, plain)
     )
-    return torch.equal(cached.sequences, plain.sequences) and _relative(found, expected) <= allowed
+    return (
+        torch.equal(cached.sequences, plain.sequences)
+        and _relative_error(found, expected) <= allowed
+    )
 
 
 def _tolerance(backbone: Backbone) -> float:
+    """Return the largest relative error that the model's dtype allows."""
     dtype = next(backbone.parameters()).dtype
     if rounds_activations(backbone.bare):  # a last bit decides how a number is rounded
         dtype = torch.bfloat16
@@ -123,18 +128,19 @@ def _tolerance(backbone: Backbone) -> float:
 
 
 @rank_zero_only
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     print(line)
 
 
-def _is_here(parameter: Tensor) -> bool:
+def _has_values(parameter: Tensor) -> bool:
+    """Return whether a parameter is whole in this process and not on the meta device or fake."""
     unseen = parameter.is_meta or isinstance(parameter, FakeTensor)
     return not (unseen or isinstance(parameter.data, FakeTensor) or is_sharded(parameter))
 
 
 @contextlib.contextmanager
-def _at_rest(module: nn.Module) -> Iterator[None]:
-    """Within it nothing trains; afterwards each module does what it did."""
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode in this context, and restore each submodule's mode afterwards."""
     were = {one: one.training for one in module.modules()}
     module.eval()
     try:
@@ -145,8 +151,8 @@ def _at_rest(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def short_windows(model: nn.Module) -> Iterator[None]:
-    """Within it windows and chunks are so short that the check's rows reach beyond them."""
+def shortened_windows(model: nn.Module) -> Iterator[None]:
+    """Shorten sliding windows and chunks in this context, so that the rows of the check exceed them."""
     configs = {id(one.config): one.config for one in model.modules() if hasattr(one, "config")}
     changed = []
     for config in configs.values():
@@ -162,8 +168,8 @@ def short_windows(model: nn.Module) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def _sequences(backbone: Backbone) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Prompt, chosen and rejected token ids of each pair, no control token among them."""
+def _test_pairs(backbone: Backbone) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return the token ids of prompt, chosen and rejected of each test pair, without special tokens."""
     config = backbone.config.get_text_config(decoder=True)
     special: set[Any] = {backbone.padding}
     for name in ("bos_token_id", "eos_token_id", "mask_token_id", "cls_token_id", "sep_token_id"):
@@ -179,13 +185,13 @@ def _sequences(backbone: Backbone) -> list[tuple[Tensor, Tensor, Tensor]]:
     ]
 
 
-def difference(
+def layout_error(
     backbone: Backbone, layout: Layout, pairs: list[tuple[Tensor, Tensor, Tensor]]
 ) -> str | None:
-    """Say in what a layout differs from the plain forward, None where it does not.
+    """Return how the outputs in a layout differ from the plain forward's; None if they are equal.
 
     Args:
-        pairs: prompt, chosen and rejected of each, token ids.
+        pairs: token ids of prompt, chosen and rejected of each pair.
     """
     allowed = _tolerance(backbone)
     try:
@@ -197,15 +203,17 @@ def difference(
         starts = [len(prompt) - 1 for prompt, *_ in pairs for _ in (CHOSEN, REJECTED)]
         expected = [of[start:] for (of, _), start in zip(plain, starts, strict=True)]
         for slots in SLOTS[layout]:
-            ours = _through_layout(backbone, layout, pairs, slots)
-            hidden = _relative(ours, expected * (slots.n_contexts or 1))
+            ours = _run_layout(backbone, layout, pairs, slots)
+            hidden = _relative_error(ours, expected * (slots.n_contexts or 1))
             if not hidden <= allowed:
                 return f"hidden states by {hidden:.1e}"
         if backbone.causal:
             first, second = (plain[place][0][: starts[0] + 1] for place in (0, 1))
-            if not _relative([first], [second]) <= allowed:
+            if not _relative_error([first], [second]) <= allowed:
                 return "as it sees later tokens"
-            logits = _relative([backbone.unembed(of) for of, _ in plain], [of for _, of in plain])
+            logits = _relative_error(
+                [backbone.unembed(of) for of, _ in plain], [of for _, of in plain]
+            )
             if not logits <= allowed:
                 return f"logits by {logits:.1e}"
     except Exception as error:
@@ -214,7 +222,11 @@ def difference(
 
 
 def plain_forward(backbone: Backbone, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Last hidden states [L, d] and, of a causal model, logits [L, V] of one sequence by itself."""
+    """Run the model on one sequence alone, without our layout.
+
+    Returns:
+        Last hidden states [L, d], and logits [L, V] (the hidden states again if it is not causal).
+    """
     seen: list[Tensor] = []
     handle = backbone.trunk.register_forward_hook(
         lambda _module, _inputs, output: seen.append(output.last_hidden_state)
@@ -227,15 +239,19 @@ def plain_forward(backbone: Backbone, ids: Tensor) -> tuple[Tensor, Tensor]:
     return seen[0][0], output.logits[0] if backbone.causal else seen[0][0]
 
 
-def _through_layout(
+def _run_layout(
     backbone: Backbone,
     layout: Layout,
     pairs: list[tuple[Tensor, Tensor, Tensor]],
     slots: UserSlots,
 ) -> list[Tensor]:
-    """Hidden states of each response and its prompt's last token, context by context.
+    """Compute the test pairs in a layout: hidden states of each response and its prompt's last token.
 
-    The prompt's first token is a user vector, or its last one where vectors follow the prompt.
+    One token of the prompt is passed as a user vector: the first one, or the last one if user vectors
+    follow the prompt.
+
+    Returns:
+        A tensor [n, d] for each response, for all contexts one after the other.
     """
     rows, places, vectors = [], [], []
     n_contexts = slots.n_contexts or 1
@@ -243,7 +259,7 @@ def _through_layout(
         marked = [(chosen, CHOSEN), (rejected, REJECTED)]
         at = 0 if slots.n_contexts is None else len(prompt) - 1
         for members in [marked] if layout == "packed" else [[one] for one in marked]:
-            row = _row(prompt, members)
+            row = _make_row(prompt, members)
             vectors.append(row[:1, at])
             rest = torch.cat([row[:, :at], row[:, at + 1 :]], dim=1)
             rest[2] -= (rest[2] > at).long()  # positions, user vectors not counted
@@ -275,8 +291,8 @@ def _through_layout(
     ]
 
 
-def _row(prompt: Tensor, members: list[tuple[Tensor, int]]) -> Tensor:
-    """Token ids, segments and positions of one row, [3, L]."""
+def _make_row(prompt: Tensor, members: list[tuple[Tensor, int]]) -> Tensor:
+    """Return token ids, segments and positions of one row, [3, L]."""
     ids, segment, positions = [prompt], [PROMPT] * len(prompt), list(range(len(prompt)))
     for response, mark in members:
         ids.append(response)
@@ -287,7 +303,7 @@ def _row(prompt: Tensor, members: list[tuple[Tensor, int]]) -> Tensor:
     return torch.cat([torch.cat(ids)[None], others])
 
 
-def _relative(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest difference by the largest number expected; nan where one is not finite."""
+def _relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Return the largest difference divided by the largest expected number; nan if a number is nan."""
     one, other = torch.cat(found).double(), torch.cat(expected).double()
     return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))

@@ -1,4 +1,4 @@
-"""Attention by plain matrix products, a chunk of the queries at a time: faster to train on CPUs."""
+"""Attention by plain matrix products on chunks of the queries, which trains faster on CPUs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ CHUNK = 128
 
 
 class ChunkedAttention(torch.autograd.Function):
-    """softmax(Q K^T / sqrt(d / H) + mask) V, `CHUNK` queries at a time over the keys up to their last.
+    """Computes softmax(Q K^T / sqrt(d / H) + mask) V for chunks of `CHUNK` queries.
 
-    The naive twin is torch's attention with a mask for all. Nearly half of the products are spared,
-    and a chunk's scores are still in the cache when they are read next. The weights [R, H, M, L] are
-    kept for the backward pass, as far as they are computed.
+    Each chunk uses only the keys up to its last query, which saves nearly half of the products, and its
+    scores stay in the CPU's cache. The attention weights are kept for the backward pass. The naive twin
+    is torch's attention with one mask.
 
     Args:
-        query: [R, H, M, d / H], of the last M of L positions. key, value: [R, H, L, d / H].
-        mask: [R or 1, 1, L, L] additive.
-        n_causal: the first positions that see all before them in every row. Only their products with
-            the keys of their own chunk need the mask.
+        query: [R, H, M, d / H], the last M of L positions. key, value: [R, H, L, d / H].
+        mask: [R or 1, 1, L, L], added to the scores.
+        n_causal: number of leading positions that see all positions before them in every row. For them,
+            only the products with the keys of their own chunk need the mask.
 
     Returns:
         [R, M, H, d / H].
@@ -37,14 +37,14 @@ class ChunkedAttention(torch.autograd.Function):
         mask = mask[:, :, mask.shape[2] - n_queries :]  # (R, 1, M, L)
         query, key, value = (one.flatten(0, 1) for one in (query * ctx.scale, key, value))
         weights, heads = [], []
-        for start, stop, n_keys in chunks(n_queries, key.shape[1]):
+        for start, stop, n_keys in query_chunks(n_queries, key.shape[1]):
             scores = query[:, start:stop] @ key[:, :n_keys].transpose(1, 2)  # (RH, m, l)
             own = n_keys - (stop - start) if n_keys <= n_causal else 0
             scores.unflatten(0, ctx.outer)[..., own:].add_(mask[:, :, start:stop, own:n_keys])
             weights.append(scores.softmax(dim=-1))
             heads.append(weights[-1] @ value[:, :n_keys])
         ctx.save_for_backward(query, key, value, *weights)
-        return _concatenated(heads, ctx.outer)
+        return _join_chunks(heads, ctx.outer)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -52,7 +52,7 @@ class ChunkedAttention(torch.autograd.Function):
         d_heads = grads[0].transpose(1, 2).flatten(0, 1)  # (RH, M, d / H)
         d_queries: list[Tensor] = []
         d_key = d_value = torch.empty(0)
-        of_chunks = zip(chunks(query.shape[1], key.shape[1]), weights, strict=True)
+        of_chunks = zip(query_chunks(query.shape[1], key.shape[1]), weights, strict=True)
         for (start, stop, n_keys), weight in reversed(list(of_chunks)):
             d_chunk = d_heads[:, start:stop]
             d_weight = d_chunk @ value[:, :n_keys].transpose(1, 2)
@@ -65,20 +65,20 @@ class ChunkedAttention(torch.autograd.Function):
             else:
                 d_key[:, :n_keys] += to_key
                 d_value[:, :n_keys] += to_value
-        d_query = _concatenated(d_queries, ctx.outer).mul_(ctx.scale).transpose(1, 2)
+        d_query = _join_chunks(d_queries, ctx.outer).mul_(ctx.scale).transpose(1, 2)
         return d_query, d_key.unflatten(0, ctx.outer), d_value.unflatten(0, ctx.outer), None, None
 
 
-def _concatenated(of_chunks: list[Tensor], outer: torch.Size) -> Tensor:
-    """Chunks [RH, m, d / H], one after the other, as [R, M, H, d / H]."""
+def _join_chunks(of_chunks: list[Tensor], outer: torch.Size) -> Tensor:
+    """Join chunks [R * H, m, d / H] along the positions, to [R, M, H, d / H]."""
     return torch.cat([one.unflatten(0, outer).transpose(1, 2) for one in of_chunks], dim=1)
 
 
-def chunks(n_queries: int, length: int) -> list[tuple[int, int, int]]:
-    """First query, last query + 1 and number of visible keys of each chunk.
+def query_chunks(n_queries: int, length: int) -> list[tuple[int, int, int]]:
+    """Return for each chunk: first query, last query + 1, and the number of keys it sees.
 
     Args:
-        n_queries: how many of the last of `length` positions are queries.
+        n_queries: the queries are the last so many of `length` positions.
     """
     stops = [min(start + CHUNK, n_queries) for start in range(0, n_queries, CHUNK)]
     starts = [0, *stops[:-1]]

@@ -1,4 +1,4 @@
-"""Transformer blocks that train by torch.compile."""
+"""Transformer blocks that use torch.compile in training."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 
 
 class CompiledBlock(nn.Module):
-    """Runs a block's forward by torch.compile while it trains, and plainly otherwise.
+    """Runs a block's forward through torch.compile in training, and as it is in evaluation.
 
-    Texts and margins, whose lengths all differ, are not worth compiling. Hooks around the block, as
-    `aggregators.film` sets them, are new at every call, so only its own forward is compiled. The class
-    stands in front of a block's own class, see `compile_in_training`; nothing is kept in the block.
+    Evaluation is not compiled because every batch there has another length. Only the block's own
+    forward is compiled, since hooks around it (`aggregators.film`) change at every call. The class is
+    put in front of a block's own class by `compile_in_training`, and keeps no state.
     """
 
     plain_class: Any  # the class of the block before
@@ -31,20 +31,21 @@ class CompiledBlock(nn.Module):
 
 
 def compile_in_training(block: nn.Module) -> None:
-    """Let a block run by torch.compile while it trains; its naive twin is the block before."""
+    """Make a block use torch.compile in training. The naive twin is the unchanged block."""
     plain_class: Any = type(block)
     block.__class__ = _compiled_class(plain_class)
 
 
 @cache
 def _compiled_class(plain_class: Any) -> type[nn.Module]:
+    """Make a subclass of `CompiledBlock` and of a block's own class."""
     name = f"Compiled{plain_class.__name__}"
     return type(name, (CompiledBlock, plain_class), {"plain_class": plain_class})
 
 
 @cache
 def _compiled_forward(plain_class: Any) -> Any:
-    """One compiled forward for all blocks of a class: their weights are its inputs."""
+    """Compile the forward of a block class once. All its blocks share it: weights are its inputs."""
     return torch.compile(plain_class.forward, dynamic=True)
 
 

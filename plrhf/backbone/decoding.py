@@ -1,4 +1,4 @@
-"""How a backbone writes text, whatever its generation_config says beside its end tokens."""
+"""Generation without the defaults of a model's generation_config, except for its end tokens."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from plrhf.backbone.model import Backbone
 
 
 def end_tokens(backbone: Backbone, tokenizer_end: int | None) -> list[int]:
-    """Collect the tokens that end a text: all of the backbone's generation_config, and the tokenizer's.
+    """Return the tokens that end a text: those of the model's generation_config and the tokenizer's.
 
-    Chat models end a turn by another token than a text: Gemma by <end_of_turn>, Llama 3 by <|eot_id|>.
+    Chat models end a turn with a token of their own: Gemma with <end_of_turn>, Llama 3 with <|eot_id|>.
     """
     own = getattr(_bare(backbone).generation_config, "eos_token_id", None)
     ends = [*(own if isinstance(own, list) else [own]), tokenizer_end]
@@ -24,10 +24,10 @@ def end_tokens(backbone: Backbone, tokenizer_end: int | None) -> list[int]:
 
 @contextlib.contextmanager
 def plain_generation(backbone: Backbone) -> Iterator[Any]:
-    """Yield the bare model with an empty generation_config, so that `generate` does as it is told.
+    """Yield the Hugging Face model with an empty generation_config, so that only our options apply.
 
-    A repository's own settings (repetition penalty, beams, forced or suppressed tokens, least lengths)
-    would otherwise change which token is taken.
+    Otherwise the repository's own options (repetition penalty, beams, forced or suppressed tokens,
+    minimum lengths) would change which tokens are written.
     """
     model = _bare(backbone)
     own = model.generation_config

@@ -1,9 +1,9 @@
-"""How the rows of a pair are laid out for each family of models, and why.
+"""The row layout of each family of models, and why.
 
-``packed`` puts a pair into one row, ``prompt | chosen | rejected``, under masks that let neither
-response see the other. That is right where attention is given by masks and positions alone.
-``two_rows`` gives each response a row of its own, which is the model's plain use. Some models are
-refused. What stands here is expected; `plrhf.backbone.check` compares it with the model itself.
+``packed`` puts a pair into one row, ``prompt | chosen | rejected``, with masks that let neither
+response see the other. That is correct for models whose attention depends on masks and positions alone.
+``two_rows`` gives each response a row of its own, as the model is normally used. Some models are
+refused. These are expectations, which `plrhf.backbone.check` compares with the model itself.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ REFUSED = {
 
 
 def is_causal(config: Any) -> bool:
-    """Say whether a model of this config writes text left to right."""
+    """Return whether a model with this config is a left-to-right language model."""
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:  # BERT-like: as decoders too
         return bool(getattr(config, "is_decoder", False))
     own_code = getattr(config, "auto_map", None) or {}
@@ -103,7 +103,7 @@ def expected_layout(config: Any) -> tuple[Layout, str]:
 
 
 def families_page() -> str:
-    """Return docs/families.md: how each family is run."""
+    """Return the text of docs/families.md: the layout of each family."""
     packed = ", ".join(f"`{name}`" for name in sorted(PACKED))
     two_rows = "\n".join(f"| `{name}` | {why} |" for name, why in sorted(TWO_ROWS.items()))
     refused = "\n".join(f"| `{name}` | {why} |" for name, why in sorted(REFUSED.items()))

@@ -132,8 +132,8 @@ class PackedBlockAttention(GPTJAttention):
                 (self.v_proj, normed),
             )
         )  # (R, L, H, d / H)
-        query = rotated(query, layout.rotations[:, first:], self.rotary_dim).transpose(1, 2)
-        key = rotated(key, layout.rotations, self.rotary_dim).transpose(1, 2)  # (R, H, L, d / H)
+        query = rotate(query, layout.rotations[:, first:], self.rotary_dim).transpose(1, 2)
+        key = rotate(key, layout.rotations, self.rotary_dim).transpose(1, 2)  # (R, H, L, d / H)
         dropout = self.attn_dropout.p if self.training else 0.0
         heads = attend(query, key, value.transpose(1, 2), layout, dropout)
         return self.resid_dropout(self.out_proj(heads.flatten(2)))
@@ -200,7 +200,7 @@ def _attend_by_kernel(
     return heads[0] if len(heads) == 1 else torch.cat(heads, dim=1)
 
 
-def rotated(heads: Tensor, rotations: Tensor, rotary_dim: int | None) -> Tensor:
+def rotate(heads: Tensor, rotations: Tensor, rotary_dim: int | None) -> Tensor:
     """Rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34) on neighbouring pairs of dimensions.
 
     Args:

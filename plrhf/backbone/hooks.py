@@ -1,4 +1,4 @@
-"""What is changed about a language model so that it runs as training needs it."""
+"""Temporary and lasting changes to a language model for training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def replaced_output(module: nn.Module, output: Tensor | None) -> Iterator[None]:
-    """Within it a module returns `output` [R, L, e], unless that is None."""
+    """Make a module return `output` [R, L, e] in this context; None changes nothing."""
     if output is None:
         yield
         return
@@ -30,8 +30,8 @@ def replaced_output(module: nn.Module, output: Tensor | None) -> Iterator[None]:
 def switch_dropout_off(model: nn.Module) -> None:
     """Set all dropout rates of a model to 0.
 
-    Policy and reference are the same function before the first step, which dropout in one of them
-    would hide. The rates in its config, which is saved with it, stay.
+    Policy and reference must be the same function before the first step, so neither may have dropout.
+    The model's config, which is saved with it, keeps its rates.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):

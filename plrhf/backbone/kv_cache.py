@@ -1,4 +1,4 @@
-"""Keys and values of the positions that were read, with room for those to come."""
+"""A key-value cache that is allocated once."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from transformers.cache_utils import DynamicLayer
 
 
 class RoomyLayer(DynamicLayer):
-    """One block's keys and values with room for those to come; its naive twin is `DynamicLayer`.
+    """Stores one block's keys and values in memory allocated once. The naive twin is `DynamicLayer`.
 
-    That one copies them all for every token, which is most of the time that writing would take.
+    `DynamicLayer` copies all keys and values for each new token, which takes most of the time of
+    generation.
 
     Args:
-        length: most positions a row will have.
+        length: largest number of positions of a row.
     """
 
     def __init__(self, length: int) -> None:
@@ -25,7 +26,7 @@ class RoomyLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take the keys and values of new positions, each [N, H, n, d / H], and give all so far."""
+        """Add the keys and values of new positions, each [N, H, n, d / H], and return all so far."""
         states = (key_states, value_states)
         if not self.room:
             self.lazy_initialization(*states)
@@ -40,7 +41,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows at `indices`, any of them more than once."""
+        """Keep the rows at these indices; an index may be repeated."""
         n_held = self.get_seq_length()
         self.room = tuple(room[indices] for room in self.room)
         self.keys, self.values = (room[:, :, :n_held] for room in self.room)

@@ -1,4 +1,4 @@
-"""Models and tokenizers, read from directories or the hub."""
+"""Loads models and tokenizers from directories or the hub."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from plrhf.backbone.masks import FLEX
 from plrhf.backbone.model import Backbone, Trainable
 from plrhf.backbone.quantization import (
     Quantization,
+    keep_stored_weights,
     quantization_config,
     quantize_shape,
-    settle,
 )
 from plrhf.backbone.sharded_loading import fill_shards
 from plrhf.backbone.tiny import tiny_gptj
@@ -53,14 +53,14 @@ def load_model(
     trust_remote_code: bool = False,
     shards: Shards | None = None,
 ) -> PreTrainedModel:
-    """Load a causal LM, or a bidirectional encoder, by directory or hub name.
+    """Load a causal language model or a bidirectional encoder by directory or hub name.
 
     Args:
         quantization: of the weights of linear layers, see `quantization_config`; None: none.
-        shards: context in which parameters are sharded as they are made; None: the model is whole.
+        shards: context in which parameters are sharded as they are created; None: they stay whole.
 
     Raises:
-        ValueError: no model there, a dtype outside `DTYPES`, or attention this model does not have.
+        ValueError: there is no model, the dtype is not in `DTYPES`, or the model lacks this attention.
     """
     if dtype not in DTYPES:
         raise bad_value(
@@ -83,7 +83,7 @@ def load_model(
                     config, dtype=DTYPES[dtype], attn_implementation=attention, **options
                 )
             return fill_shards(model, path)
-        return settle(
+        return keep_stored_weights(
             kind.from_pretrained(
                 path,
                 dtype=DTYPES[dtype],
@@ -125,15 +125,17 @@ def empty_model(
     quantization: Quantization | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A model of which nothing but the shape is there: on the meta device, no weights read.
+    """Build a model on the meta device from its config alone; no weights are read.
 
     Args:
-        path: whose config.json says the shape, unless `architecture` does: model_type and what
-            differs from that type's defaults, as `AutoConfig.for_model` takes them.
-        tiny: shape of `tiny_gptj` where both are None. others: as in `load_model`.
+        path: directory or hub name with the config.json, used unless `architecture` is given.
+        architecture: model_type and all settings that differ from its defaults, as for
+            `AutoConfig.for_model`.
+        tiny: arguments of `tiny_gptj`, used if `path` and `architecture` are None. others: as in
+            `load_model`.
 
     Raises:
-        ValueError: no config there, or an architecture transformers does not know.
+        ValueError: there is no config, or transformers does not know the architecture.
     """
     with torch.device("meta"):
         if architecture is None and path is None:
@@ -180,7 +182,7 @@ def load_backbone(
     compiled: bool = False,
     shards: Shards | None = None,
 ) -> Backbone:
-    """A `Backbone` over the model at `path`; see `load_model` and `Backbone` for the settings."""
+    """Load the model at `path` and wrap it in a `Backbone`; both explain the arguments."""
     if quantization is not None and (trainable == "full" or shards is not None):
         why = "backbone.trainable=full" if trainable == "full" else "ZeRO-3's shards"
         raise bad_value(
@@ -209,12 +211,12 @@ def load_backbone(
 
 
 def looks_local(path: str) -> bool:
-    """Whether a path is meant as a directory on disk rather than a hub name."""
+    """Return whether a path means a directory on disk rather than a hub name."""
     return path.startswith((".", "/", "~")) or Path(path).exists()
 
 
 def check_path(path: str) -> None:
-    """Raise where a path is meant as a directory and is not a model's."""
+    """Raise a ValueError if a path means a directory but is not one with a model."""
     if looks_local(path) and not Path(path, "config.json").is_file():
         raise bad_value(
             "backbone.path",
@@ -225,7 +227,7 @@ def check_path(path: str) -> None:
 
 
 def check_vocabulary(backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise where a tokenizer has tokens that the model has no embedding for."""
+    """Raise a ValueError if the tokenizer has tokens without an embedding in the model."""
     size = backbone.vocabulary_size
     if int(tokenizer.pad_token_id) >= size:
         raise bad_value(
@@ -247,10 +249,12 @@ def check_vocabulary(backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> 
 def load_tokenizer(
     path: str, *, pad_token: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that has a pad token and an end token (encoder-only: their separator).
+    """Load a tokenizer and make sure it has a padding and an end token.
+
+    The end token of a bidirectional encoder is its separator token.
 
     Raises:
-        ValueError: either is missing.
+        ValueError: one of the two is missing.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)

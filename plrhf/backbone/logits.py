@@ -1,4 +1,4 @@
-"""Logits as the model's own forward makes them: heads, biases, scales and soft caps included."""
+"""Logits exactly as the model's own forward computes them, with biases, scales and soft caps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 
 class _TrunkOutput(BaseModelOutputWithPastAndCrossAttentions):
-    """What a trunk gives, of which there are hidden states alone; whatever else is asked for is None."""
+    """The output of a trunk: its hidden states; any other attribute is None."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -18,8 +18,8 @@ class _TrunkOutput(BaseModelOutputWithPastAndCrossAttentions):
         return None
 
 
-class _TrunkThatGives(nn.Module):
-    """Stands where the trunk stood and returns hidden states that were computed before."""
+class _FixedTrunk(nn.Module):
+    """Replaces a trunk and returns precomputed hidden states."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -29,21 +29,21 @@ class _TrunkThatGives(nn.Module):
         return _TrunkOutput(last_hidden_state=self.hidden)
 
 
-def own_logits(language_model: nn.Module, trunk: nn.Module, hidden: Tensor) -> Tensor:
-    """Return what a language model makes of its trunk's last hidden states, [N, d] -> [N, V].
+def model_logits(language_model: nn.Module, trunk: nn.Module, hidden: Tensor) -> Tensor:
+    """Compute the logits of a language model from its trunk's last hidden states, [N, d] -> [N, V].
 
-    Its own forward runs on a shallow copy in which the trunk only returns `hidden`. Weights are
-    shared. The copy has no hooks: sharded weights must not be gathered once a call, as processes
+    The model's own forward runs on a shallow copy whose trunk only returns `hidden`. The copy shares
+    the weights and has no hooks, because hooks would gather sharded weights at each call, and processes
     differ in how often they call.
     """
-    stub = _TrunkThatGives(hidden[None])
+    stub = _FixedTrunk(hidden[None])
     model: Any = _copy_with(language_model, trunk, stub)
     ids = hidden.new_zeros(1, len(hidden)).long()
     return model(input_ids=ids, use_cache=False).logits[0]
 
 
 def _copy_with(module: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Copy a tree of modules without hooks and patches, `new` for `old`; parameters are shared."""
+    """Copy a tree of modules without its hooks, replacing `old` by `new`; parameters are shared."""
     if module is old:
         return new
     made = copy.copy(module)
@@ -59,7 +59,7 @@ def _copy_with(module: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
 
 
 def head_parameters(language_model: nn.Module, trunk: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that turn hidden states into logits, tied embeddings among them."""
+    """Return the parameters that turn hidden states into logits, including tied embeddings."""
     of_trunk = {id(one) for one in trunk.parameters()}
     behind = [one for one in language_model.parameters() if id(one) not in of_trunk]
     head: Any = language_model.get_output_embeddings()  # type: ignore[operator]

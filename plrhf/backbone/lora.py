@@ -1,4 +1,4 @@
-"""LoRA layers that read and write less memory on CPUs, with and without dropout."""
+"""LoRA layers that use less memory bandwidth on CPUs, with and without dropout."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ DRAW_BITS = 16
 
 
 class SixteenBitDropout(nn.Dropout):
-    """Dropout that draws a quarter of the random bits of `nn.Dropout` on CPUs.
+    """Dropout that uses 16 random bits for each number on CPUs; elsewhere it is `nn.Dropout`.
 
-    On CPUs torch draws one number after the other on one core, which takes as long as the product
-    of a layer of width 256. The rate is rounded to a multiple of 2^-16, and what is kept is scaled
-    by the rounded rate, so the mean is exact. Elsewhere it is `nn.Dropout`.
+    On CPUs, torch draws random numbers on one core, which takes as long as the matrix product of a
+    layer of width 256; 16 bits are a quarter of what `nn.Dropout` draws. The rate is rounded to a
+    multiple of 2^-16. Kept numbers are scaled by the rounded rate, so the mean is exact.
     """
 
     @property
     def n_dropped(self) -> int:
-        """How many of the 2^16 values of a draw drop a number."""
+        """How many of the 2^16 possible random values mean that a number is dropped."""
         return min(round(self.p * 2**DRAW_BITS), 2**DRAW_BITS - 1)
 
     @property
@@ -34,7 +34,7 @@ class SixteenBitDropout(nn.Dropout):
         return 1 - self.n_dropped / 2**DRAW_BITS
 
     def drawn_mask(self, shape: torch.Size) -> Tensor:
-        """Which numbers are kept, by torch's default generator of the CPU.
+        """Draw which numbers are kept, with torch's default CPU generator.
 
         Returns:
             uint8 of `shape`, 1 for kept and 0 for dropped.
@@ -52,13 +52,13 @@ class SixteenBitDropout(nn.Dropout):
 
 
 class FusedLoraLinear(LoraLinear):
-    """PEFT's LoRA layer; on CPUs, where it can, it computes the formula in place.
+    """PEFT's LoRA layer, computed by `_FusedLora` on CPUs wherever `can_fuse` allows it.
 
-    The naive twin is PEFT's own forward, which serves all other cases.
+    The naive twin is PEFT's own forward, which computes all other cases.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not devices.computes_on_cpu(x) or not is_plain(self):
+        if args or kwargs or not devices.computes_on_cpu(x) or not can_fuse(self):
             return super().forward(x, *args, **kwargs)
         (name,) = self.active_adapters
         base, dropout = self.base_layer, self.lora_dropout[name]
@@ -71,11 +71,11 @@ class FusedLoraLinear(LoraLinear):
 
 
 class _FusedLora(torch.autograd.Function):
-    """y = x W^T + bias + scaling * (M x) A^T B^T for frozen W and bias and a dropout mask M.
+    """Computes y = x W^T + bias + scaling * (M x) A^T B^T with frozen W and bias and a dropout mask M.
 
-    Hu et al. 2021, arXiv 2106.09685, eq. 3. The low-rank term is added into the output. Products
-    with a narrow result are computed as their transposes, [r, N] in place of [N, r], which takes as
-    little as a ninth of the time on CPUs. Of dropout only the mask is kept, a byte a number.
+    Hu et al. 2021, arXiv 2106.09685, eq. 3. The low-rank term is added to the output in place. Products
+    with a narrow result are computed transposed, as [r, N] instead of [N, r], which takes up to nine
+    times less time on CPUs. Of dropout only the mask is kept, one byte a number.
     """
 
     @staticmethod
@@ -129,11 +129,11 @@ def _masked(values: Tensor, kept: Tensor | None) -> Tensor:
     return values if kept is None else values * kept
 
 
-def is_plain(layer: Any) -> bool:
-    """Whether a LoRA layer computes the plain formula now, its weights at hand.
+def can_fuse(layer: Any) -> bool:
+    """Return whether a LoRA layer is in a state that `_FusedLora` can compute.
 
-    It does not where adapters are off, merged or of another kind, where the weight is trained,
-    quantised or sharded over processes, or where dropout is not `SixteenBitDropout`.
+    It is not if adapters are off, merged or of another kind, if the weight is trained, quantised or
+    sharded, or if dropout is not `SixteenBitDropout`.
     """
     names = layer.active_adapters
     if layer.disable_adapters or layer.merged or len(names) != 1 or names[0] in layer.lora_variant:
@@ -151,8 +151,8 @@ def is_plain(layer: Any) -> bool:
     return known_dropout and floating and b.bias is None and not hasattr(base.weight, "ds_id")
 
 
-def fuse(model: nn.Module) -> None:
-    """Make every LoRA layer of a model, where it is PEFT's plain one, a `FusedLoraLinear`."""
+def fuse_lora(model: nn.Module) -> None:
+    """Turn every plain LoRA layer of a model into a `FusedLoraLinear`, in place."""
     for layer in model.modules():
         if type(layer) is LoraLinear:
             layer.__class__ = FusedLoraLinear

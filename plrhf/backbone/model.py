@@ -23,7 +23,7 @@ from plrhf.backbone.compiled import compile_in_training
 from plrhf.backbone.families import Layout, is_causal
 from plrhf.backbone.hooks import replaced_output, switch_dropout_off
 from plrhf.backbone.kv_cache import RoomyLayer
-from plrhf.backbone.logits import head_parameters, own_logits
+from plrhf.backbone.logits import head_parameters, model_logits
 from plrhf.backbone.masks import PackedRows, packed_rows, sees
 from plrhf.backbone.sharding import gathered, is_sharded, whole_shape
 from plrhf.core.errors import bad_value
@@ -76,7 +76,7 @@ class Backbone(nn.Module):
         self.model: PreTrainedModel | PeftModel = model
         if trainable == "lora" and lora is not None:
             self.model = add_lora(model, **lora)
-            lora_layers.fuse(self.model)
+            lora_layers.fuse_lora(self.model)
         elif trainable == "frozen":
             model.requires_grad_(False)
         elif not any(is_sharded(one) for one in model.parameters()):
@@ -277,7 +277,7 @@ class Backbone(nn.Module):
             return self.trunk(input_ids=input_ids, **others).last_hidden_state
 
     @contextlib.contextmanager
-    def first_embeddings(self, embeddings: Tensor, *, n_last: int) -> Iterator[None]:
+    def replaced_first_embeddings(self, embeddings: Tensor, *, n_last: int) -> Iterator[None]:
         """Let rows begin with `embeddings` [N, L, e] in this context; later tokens have their own.
 
         `generate` calls the trunk with token ids, which this gives the embeddings of user vectors.
@@ -300,7 +300,7 @@ class Backbone(nn.Module):
             handle.remove()
 
     @contextlib.contextmanager
-    def own_positions(self) -> Iterator[None]:
+    def shifted_positions(self) -> Iterator[None]:
         """Shift the positions that `generate` counts from 0 to `first_position` in this context."""
         first = self.first_position
 
@@ -367,11 +367,11 @@ class Backbone(nn.Module):
         """Turn hidden states into logits as the model's own forward does, [..., d] -> [..., V]."""
         if self.is_gptj and not is_sharded(self.bare.lm_head.weight):
             return self.bare.lm_head(hidden)  # all that it does
-        flat = own_logits(self.bare, self.trunk, hidden.reshape(-1, hidden.shape[-1]))
+        flat = model_logits(self.bare, self.trunk, hidden.reshape(-1, hidden.shape[-1]))
         return flat.view(*hidden.shape[:-1], -1)
 
     @property
-    def unembeds_alike(self) -> bool:
+    def unembedding_is_constant(self) -> bool:
         """Whether the weights of `unembed` are frozen, and whole in this process."""
         head = head_parameters(self.bare, self.trunk)
         return not any(one.requires_grad or is_sharded(one) for one in head)

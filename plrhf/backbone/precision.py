@@ -1,4 +1,4 @@
-"""Heads in float32 over weights of fewer bits, where small differences of hidden states count."""
+"""Logits in float32 from weights in a narrower dtype, where small differences matter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from plrhf.backbone.model import Backbone
 
 
 class _LinearInFloat32(TorchFunctionMode):
-    """Computes linear layers in float32 where the input is float32 and the weights are not."""
+    """Computes linear layers in float32 if their input is float32, whatever their weights are."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -27,10 +27,10 @@ class _LinearInFloat32(TorchFunctionMode):
 
 
 def unembed_in_float32(backbone: Backbone) -> Callable[[Tensor], Tensor]:
-    """Return a function of hidden states [N, d] float32 to logits [N, V] float32.
+    """Return a function that computes logits [N, V] from hidden states [N, d], both in float32.
 
-    bfloat16 rounds hidden states and logits by up to 0.4 per cent each, which is more than a user
-    changes where the user acts on the last hidden states.
+    bfloat16 rounds hidden states and logits by up to 0.4 per cent. A user vector that acts on the last
+    hidden states changes them by less.
     """
 
     def unembed(hidden: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The prompts of a batch read once, for calls with many user vectors after them."""
+"""Computes the prompts of a batch once, and responses for many user vectors after them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from plrhf.core.types import PADDING, PROMPT, KeysAndValues, PreferenceBatch
 
 
 def can_keep_prompts(backbone: Backbone) -> bool:
-    """Say whether a backbone can go on from keys and values of prompts that stand for all that is read."""
+    """Return whether a backbone can continue rows from cached keys and values of their prompts."""
     in_blocks = backbone.config._attn_implementation == FLEX  # whose masks are of whole rows
     return backbone.layout == "packed" and not in_blocks
 
 
 def read_prompts(backbone: Backbone, batch: PreferenceBatch) -> KeysAndValues:
-    """Compute keys and values of a batch's prompts, P tokens at most, in each block: [R, H, P, d / H]."""
+    """Compute the keys and values of a batch's prompts, [R, H, P, d / H] in each block.
+
+    P is the number of tokens of the longest prompt.
+    """
     length = int((batch.segment == PROMPT).sum(dim=1).max())
-    rows = _prompts(batch, length)
+    rows = _prompt_rows(batch, length)
     cache: Any = DynamicCache()
     with packed_rows(rows):
         backbone.trunk(
@@ -36,16 +39,16 @@ def read_prompts(backbone: Backbone, batch: PreferenceBatch) -> KeysAndValues:
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def read_on(
+def continue_prompts(
     backbone: Backbone, batch: PreferenceBatch, vectors: Tensor, prompts: KeysAndValues
 ) -> Tensor:
-    """Compute last hidden states [R, L, d] of responses that follow user vectors that follow prompts.
+    """Compute the last hidden states [R, L, d] of responses after cached prompts and user vectors.
 
-    The naive twin is `Backbone.forward` with a `RowPacking` of one context. As there, the hidden state of
-    a prompt's last position is that of the last vector; nobody reads earlier ones.
+    The naive twin is `Backbone.forward` with a `RowPacking` of one context. As there, a prompt's last
+    position gets the hidden state of the last user vector; earlier positions are not meaningful.
 
     Args:
-        vectors: [R, T, e]. prompts: what `read_prompts` gave for this batch.
+        vectors: user vectors, [R, T, e]. prompts: result of `read_prompts` for this batch.
     """
     n_vectors, n_columns = vectors.shape[1], batch.segment.shape[1]
     device = batch.segment.device
@@ -57,7 +60,7 @@ def read_on(
     segment = batch.segment.gather(1, behind).masked_fill(outside, PADDING)
     own = torch.arange(n_vectors, device=device)
     positions = torch.cat([n_prompt + own, batch.position_ids.gather(1, behind) + n_vectors], dim=1)
-    before = _prompts(batch, prompts[0][0].shape[2])
+    before = _prompt_rows(batch, prompts[0][0].shape[2])
     rows = PackedRows(
         torch.cat([before.segment, nn.functional.pad(segment, (n_vectors, 0), value=PROMPT)], 1),
         torch.cat([before.positions, positions], dim=1),
@@ -81,8 +84,8 @@ def read_on(
     return hidden.gather(1, back[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
-def _prompts(batch: PreferenceBatch, length: int) -> PackedRows:
-    """The prompts of a batch as rows of that length."""
+def _prompt_rows(batch: PreferenceBatch, length: int) -> PackedRows:
+    """Return the prompts of a batch as rows of `length` tokens."""
     segment = batch.segment[:, :length]
     return PackedRows(
         segment.masked_fill(segment != PROMPT, PADDING), batch.position_ids[:, :length]

@@ -1,7 +1,8 @@
-"""Frozen weights in four or eight bits, by bitsandbytes; LoRA beside them keeps its precision.
+"""Frozen weights in four or eight bits by bitsandbytes; LoRA adapters keep their precision.
 
-``nf4`` is QLoRA's data type (Dettmers et al. 2023, arXiv 2305.14314): 64 weights share a scale, and the
-scales are quantised again. ``int8`` is LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339).
+``nf4`` is QLoRA's data type (Dettmers et al. 2023, arXiv 2305.14314): each block of 64 weights has a
+scale, and the scales are quantised as well. ``int8`` is LLM.int8 (Dettmers et al. 2022, arXiv
+2208.07339).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ BITS = {"nf4": 4, "int8": 8}
 
 
 def quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return transformers' settings of a quantisation whose products are taken in `dtype`.
+    """Return transformers' settings for a quantisation; `dtype` is the dtype of its products.
 
     Raises:
         ValueError: bitsandbytes is not installed.
@@ -47,20 +48,20 @@ def quantization_config(quantization: Quantization, dtype: torch.dtype) -> BitsA
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Say whether a layer is one of bitsandbytes, or stands for one in a plan."""
+    """Return whether a layer is quantised by bitsandbytes, or is a `QuantizedShape`."""
     return type(module).__module__.startswith("bitsandbytes") or isinstance(module, QuantizedShape)
 
 
 def rounds_activations(model: nn.Module) -> bool:
-    """Say whether a model's layers round what they read too, as LLM.int8 does."""
+    """Return whether a model's layers quantise their inputs too, as LLM.int8 does."""
     return bool(getattr(model, "is_loaded_in_8bit", False))
 
 
-def settle(model: PreTrainedModel) -> PreTrainedModel:
-    """Keep quantised weights as they are stored, and bitsandbytes quiet.
+def keep_stored_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Stop bitsandbytes from repacking quantised weights, and silence its warnings; return the model.
 
-    On some CPUs it packs weights anew, in bfloat16, when they are read without gradients, and then gives no
-    gradients any more. Of every product in float32 it says that it is rounded.
+    On some CPUs it repacks weights in bfloat16 when they are used without gradients, after which they
+    give no gradients. It also warns at every product of float32 inputs.
     """
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for module in model.modules():
@@ -70,10 +71,10 @@ def settle(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class QuantizedShape(nn.Linear):
-    """Stands for a quantised layer where a run is planned: as many bytes, and as much work.
+    """Has the memory and the operations of a quantised layer, but no values; for plans of a run.
 
     Args:
-        layer: the layer in its place, of transformers. bits: of a weight.
+        layer: the transformers layer that it replaces. bits: of a weight.
     """
 
     def __init__(self, layer: nn.Linear | Conv1D, bits: int) -> None:
@@ -92,8 +93,8 @@ class QuantizedShape(nn.Linear):
         self.bias = layer.bias
 
     @property
-    def n_unseen(self) -> int:
-        """How many weights there are beyond the numbers that they are stored in."""
+    def n_uncounted(self) -> int:
+        """Number of weights that `numel` of the stored tensors does not count."""
         n_stored = self.weight.numel() + self.scales.numel()
         return self.in_features * self.out_features - n_stored
 
@@ -103,7 +104,7 @@ class QuantizedShape(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T, with W made from its bits forward and again backward, as bitsandbytes does."""
+    """Computes x W^T. W is made from its bits in the forward and again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, n_out: int, n_in: int, dtype: Any) -> Tensor:
@@ -119,7 +120,7 @@ class _Product(torch.autograd.Function):
 
 
 def quantize_shape(model: PreTrainedModel, quantization: Quantization) -> None:
-    """Put `QuantizedShape` in the place of every layer that bitsandbytes would quantise."""
+    """Replace every layer that bitsandbytes would quantise by a `QuantizedShape`."""
     kept = get_keys_to_not_convert(model)
     for name, module in list(model.named_modules()):
         if type(module) in (nn.Linear, Conv1D) and name not in kept:

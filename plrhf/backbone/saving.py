@@ -1,4 +1,4 @@
-"""Writes and reads what was learned: an adapter, or a whole Hugging Face model."""
+"""Saves and loads what was learned: an adapter or a whole Hugging Face model."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ ADAPTER = "adapter_model.safetensors"
 
 
 def without_frozen(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """Return a state dict without the module's frozen weights, tied ones among them.
+    """Return a state dict without the module's frozen weights, including tied ones.
 
-    Frozen weights are the pretrained model's, which lies where it was loaded from. What quantised layers
-    keep beside their weights stays there too.
+    Frozen weights are those of the pretrained model and need not be saved. The extra tensors of
+    quantised layers are left out as well.
     """
     every = module.named_parameters(remove_duplicate=False)
     frozen = {name for name, value in every if not value.requires_grad}
@@ -40,7 +40,7 @@ def without_frozen(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_adapter(model: PeftModel, directory: Path) -> None:
-    """Write the adapter of a PEFT model in PEFT's format. Every process calls it, rank 0 writes."""
+    """Write the adapter of a PEFT model in PEFT's format. Every process must call it; rank 0 writes."""
     learned = [one for one in model.parameters() if one.requires_grad]
     with gathered(learned):
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
@@ -52,7 +52,7 @@ def load_adapter(model: PeftModel, directory: Path) -> None:
     """Load the adapter that `save_adapter` wrote.
 
     Raises:
-        ValueError: the file is damaged, or its tensors are not those of the model's adapter.
+        ValueError: the file is damaged, or its tensors do not match the model's adapter.
     """
     state = read_tensors(directory / ADAPTER)
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -75,10 +75,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], origin: str) -> None:
-    """Raise unless `state` has the tensors of `expected`, of their shapes, with finite real numbers.
+    """Raise a ValueError unless `state` has the names and shapes of `expected` and finite real numbers.
 
     Args:
-        origin: the file that `state` comes from, for messages.
+        origin: file of `state`, for messages.
     """
     for name in {**expected, **state}:
         found, wanted = (
@@ -100,9 +100,9 @@ def check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], o
 def save_whole(
     model: PreTrainedModel | PeftModel, directory: Path, *, shard_bytes: int = 2**30
 ) -> None:
-    """Write the plain Hugging Face model with what was learned folded in.
+    """Write a plain Hugging Face model with LoRA merged into its weights.
 
-    Sharded weights are gathered a few at a time, and rank 0 writes files of `shard_bytes`.
+    Sharded weights are gathered a few at a time. Rank 0 writes files of about `shard_bytes` each.
     """
     if not any(is_sharded(one) for one in model.parameters()):
         merged(model).save_pretrained(directory)
@@ -128,15 +128,15 @@ def save_whole(
 
 
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Return the plain Hugging Face model with what was learned folded into its weights."""
+    """Return the plain Hugging Face model with LoRA merged into its weights."""
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
 class ShardWriter:
-    """Writes tensors to safetensors files of a limited size, with the index that transformers reads.
+    """Writes tensors to safetensors files of limited size, and the index that transformers reads.
 
     Args:
-        directory: where to; made if need be. shard_bytes: size from which a file is closed.
+        directory: is made if needed. shard_bytes: a file is closed when it reaches this size.
     """
 
     def __init__(self, directory: Path, *, shard_bytes: int) -> None:
@@ -147,14 +147,14 @@ class ShardWriter:
         self.writes = rank_zero_only.rank == 0  # type: ignore[attr-defined]
 
     def add(self, name: str, value: Tensor) -> None:
-        """Take a whole tensor, which may go once this has returned."""
+        """Add a whole tensor, which may be freed afterwards."""
         if self.writes:
             self.held[name] = value.detach().cpu().clone()
             if sum(one.nbytes for one in self.held.values()) >= self.shard_bytes:
                 self._flush()
 
     def close(self) -> None:
-        """Write what is left, and the index."""
+        """Write the remaining tensors and the index."""
         if not self.writes:
             return
         self._flush()
@@ -163,6 +163,7 @@ class ShardWriter:
         (self.directory / "model.safetensors.index.json").write_text(text)
 
     def _flush(self) -> None:
+        """Write the collected tensors to the next file."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self.n_files += 1
         file = f"model-{self.n_files:05d}.safetensors"

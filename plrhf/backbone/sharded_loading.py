@@ -1,8 +1,7 @@
-"""Reads safetensors files into a sharded model: each process reads what its own shards hold.
+"""Loads safetensors files into a sharded model: each process reads its own shards only.
 
-transformers loads weights whole, so its own pieces are used where they can be: which name a weight of
-the files has in the model, how several weights of the files become one of the model (`conversion_mapping`),
-and which weights are tied.
+transformers loads whole weights. Of it we use the rules that rename weights, that merge several weights
+of the files into one (`conversion_mapping`), and that tie weights.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from plrhf.backbone.sharding import own_part, whole_shape
+from plrhf.backbone.sharding import whole_shape, writable_part
 from plrhf.core.errors import BadValue, bad_value
 
 READ_AT_ONCE = 2**20  # numbers of a tensor, 4 MiB in float32
 
 
 @dataclass(frozen=True)
-class InFile:
-    """A tensor in a safetensors file."""
+class StoredTensor:
+    """The place of a tensor: a safetensors file and its name there."""
 
     file: Path
     name: str
@@ -44,43 +43,42 @@ class InFile:
 
 @dataclass
 class Sources:
-    """Where the files have the weights of a model.
+    """Where in the files the weights of a model are.
 
     Attributes:
-        plain: weights of the model that the files have as they are, by their name in the model.
-        converted: weights that are made of others, such as the experts of a layer in one tensor. By
+        plain: weights that are stored as they are, by their name in the model.
+        converted: weights that are made from several stored ones, such as all experts of a layer, by
             the name of the first weight that the conversion makes.
     """
 
-    plain: dict[str, InFile] = field(default_factory=dict)
+    plain: dict[str, StoredTensor] = field(default_factory=dict)
     converted: dict[str, WeightConverter] = field(default_factory=dict)
 
 
 def fill_shards(model: PreTrainedModel, path: str) -> PreTrainedModel:
-    """Read the weights at `path` into a sharded model, as `from_pretrained` reads them into a whole one.
+    """Read the weights at `path` into a sharded model, as `from_pretrained` does for a whole one.
 
-    A weight that the files have as it is is read a few MiB at a time. What is made of several weights
-    of the files is made whole, one after the other, before its shard is taken.
+    Weights that are stored as they are are read a few MiB at a time. A weight that is made from several
+    stored ones is made whole on every process, one after the other, before its shard is taken.
 
     Args:
-        model: with the weights of its config's shape, sharded and without values.
+        model: sharded, with the shapes of its config and no values yet.
         path: a directory or hub name.
 
     Raises:
-        ValueError: there are no safetensors files, or they lack weights of the model, or have them in
-            another shape.
+        ValueError: there are no safetensors files, or a weight is missing or has another shape.
     """
     sources = find_sources(model, _files_of(path))
     _tie_weights(model, sources)
     own = _tensors_of(model)
     missing = {name for name, _ in model.named_parameters()}
     for name, place in sources.plain.items():
-        with own_part(own[name]) as (part, first):
+        with writable_part(own[name]) as (part, first):
             _read_part(part, first, place, shape=whole_shape(own[name]))
         missing.discard(name)
     for first_name, converter in sources.converted.items():
         for name, value in _converted(model, first_name, converter).items():
-            with own_part(own[name]) as (part, first):
+            with writable_part(own[name]) as (part, first):
                 part.copy_(value.reshape(-1)[first : first + len(part)])
             missing.discard(name)
     if len(missing) > 0:
@@ -94,7 +92,7 @@ def fill_shards(model: PreTrainedModel, path: str) -> PreTrainedModel:
 
 
 def find_sources(model: PreTrainedModel, files: list[Path]) -> Sources:
-    """Find where the files have each weight of the model, by transformers' own rules of renaming."""
+    """Find each weight of the model in the files, by transformers' renaming rules."""
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -119,7 +117,7 @@ def find_sources(model: PreTrainedModel, files: list[Path]) -> Sources:
 
 
 def _tie_weights(model: PreTrainedModel, sources: Sources) -> None:
-    """Tie weights as `from_pretrained` does: unless the files have both, and they differ."""
+    """Tie weights as `from_pretrained` does: not if the files store both and they differ."""
     found = {*sources.plain, *sources.converted}
     for target, source in list(model.all_tied_weights_keys.items()):
         if target in sources.plain and source in sources.plain:
@@ -135,7 +133,7 @@ def _tie_weights(model: PreTrainedModel, sources: Sources) -> None:
 def _converted(
     model: PreTrainedModel, first_name: str, converter: WeightConverter
 ) -> Mapping[str, Tensor]:
-    """Convert the tensors that a converter collected into weights of the model, by name."""
+    """Return the weights, by name, that a converter makes from the tensors it has collected."""
     own = _tensors_of(model)
     made = converter.convert(first_name, model=model, config=model.config)
     values = {name: one[0] if isinstance(one, list) else one for name, one in made.items()}
@@ -146,7 +144,7 @@ def _converted(
 
 
 def _files_of(path: str) -> list[Path]:
-    """List the safetensors files at a directory or hub name."""
+    """Return the safetensors files at a directory or hub name."""
     folder = Path(path)
     if not folder.is_dir():
         patterns = ["*.safetensors", "*.safetensors.index.json"]
@@ -158,23 +156,27 @@ def _files_of(path: str) -> list[Path]:
     return [one for one in (folder / "model.safetensors",) if one.is_file()]
 
 
-def _tensors_in(files: list[Path]) -> list[InFile]:
-    """List the tensors in files."""
+def _tensors_in(files: list[Path]) -> list[StoredTensor]:
+    """Return all tensors in the files."""
     found = []
     for file in files:
         with safe_open(file, "pt") as weights:
-            found += [InFile(file, name) for name in list(weights.keys())]
+            found += [StoredTensor(file, name) for name in list(weights.keys())]
     return found
 
 
 def _tensors_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    """List parameters and saved buffers by name; tied ones by each of their names."""
+    """Return parameters and saved buffers by name; a tied weight appears under each of its names."""
     every = {**dict(model.named_buffers()), **dict(model.named_parameters(remove_duplicate=False))}
     return {name: every[name] for name in model.state_dict() if name in every}
 
 
-def _read_part(part: Tensor, first: int, place: InFile, *, shape: torch.Size) -> None:
-    """Read numbers `first` and on of a tensor in a file into `part`, [n], a piece at a time."""
+def _read_part(part: Tensor, first: int, place: StoredTensor, *, shape: torch.Size) -> None:
+    """Read the numbers of a stored tensor from index `first` on into `part` [n], piece by piece.
+
+    Args:
+        shape: expected shape of the whole tensor.
+    """
     for start in range(0, len(part), READ_AT_ONCE):
         piece = part[start : start + READ_AT_ONCE]
         begin, end = first + start, first + start + len(piece)
@@ -191,14 +193,14 @@ def _read_part(part: Tensor, first: int, place: InFile, *, shape: torch.Size) ->
             piece.copy_(rows[skipped : skipped + len(piece)])
 
 
-def _read_whole(place: InFile, dtype: torch.dtype) -> Tensor:
-    """Read a tensor of a file."""
+def _read_whole(place: StoredTensor, dtype: torch.dtype) -> Tensor:
+    """Read a stored tensor and convert it to `dtype`."""
     with safe_open(place.file, "pt") as weights:
         return weights.get_tensor(place.name).to(dtype)
 
 
-def _same_in_files(one: InFile, other: InFile) -> bool:
-    """Compare two tensors of files, a piece at a time."""
+def _same_in_files(one: StoredTensor, other: StoredTensor) -> bool:
+    """Return whether two stored tensors are equal; they are compared piece by piece."""
     with safe_open(one.file, "pt") as first, safe_open(other.file, "pt") as second:
         left, right = first.get_slice(one.name), second.get_slice(other.name)
         shape = left.get_shape()

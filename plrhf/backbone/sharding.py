@@ -1,4 +1,4 @@
-"""Parameters of which each process holds a shard: what is asked of DeepSpeed's, imported when met."""
+"""Helpers for parameters that DeepSpeed shards over processes; deepspeed is imported only if needed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def gathered(parameters: Sequence[Tensor], *, write: bool = False) -> Iterator[None]:
-    """Within it sharded parameters are whole on every process; others always are.
+    """Make sharded parameters whole on every process in this context.
 
     Args:
-        write: what rank 0 writes into them is what all processes have afterwards.
+        write: whether all processes take over what rank 0 writes into them.
     """
     sharded = [one for one in parameters if is_sharded(one)]
     if len(sharded) == 0:
@@ -28,14 +28,14 @@ def gathered(parameters: Sequence[Tensor], *, write: bool = False) -> Iterator[N
 
 
 @contextlib.contextmanager
-def own_part(tensor: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """Within it: the numbers of a tensor that this process is to write, so that all are written.
+def writable_part(tensor: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Yield the part of a tensor that this process must write when all processes fill it together.
 
-    Of a sharded parameter those of its shard, without the padding at its end: no process holds the
-    whole. Shards that wait on NVMe are made whole, for rank 0 to write.
+    For a sharded parameter this is the process's shard, without padding. A shard that is offloaded to
+    NVMe is gathered instead, and rank 0 gets all of it.
 
     Returns:
-        The numbers, flat, and the place of the first of them in the whole tensor.
+        The part as a flat tensor, and the index of its first number in the whole tensor.
     """
     if not is_sharded(tensor):
         yield tensor.detach().view(-1), 0
@@ -50,10 +50,10 @@ def own_part(tensor: Tensor) -> Iterator[tuple[Tensor, int]]:
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether this process has but a shard of a parameter, unless it is `gathered`."""
+    """Return whether this process holds only a shard of a parameter, unless it is `gathered`."""
     return hasattr(parameter, "ds_id")
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
-    """The shape of a tensor of which this process may have but a shard."""
+    """Return the shape of the whole tensor, also if this process holds only a shard."""
     return tensor.ds_shape if is_sharded(tensor) else tensor.shape  # type: ignore[attr-defined]

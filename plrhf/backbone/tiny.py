@@ -25,7 +25,7 @@ def tiny_gptj(
     max_positions: int,
     eos_token_id: int,
 ) -> PreTrainedModel:
-    """A GPT-J small enough for a laptop, weights random from torch's current seed."""
+    """Build a small GPT-J with random weights, drawn with torch's current seed."""
     if width % n_heads != 0:
         raise bad_value(
             "backbone.width",
@@ -53,7 +53,7 @@ def tiny_gptj(
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerBase:
-    """Byte-pair tokenizer learned from `texts`, whose one special token ends, starts and pads."""
+    """Train a byte-pair tokenizer on `texts`. Its one special token is start, end and padding token."""
     end = "<|endoftext|>"
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -22,7 +22,7 @@ KeysAndValues = list[tuple[Tensor, Tensor]]
 """What each block keeps of the positions it has read."""
 
 
-def is_planned(tensor: Tensor) -> bool:
+def is_fake(tensor: Tensor) -> bool:
     """Whether a tensor has no values, and stands for one of the GPU that a plan is made for."""
     return type(tensor) is not Tensor
 

@@ -160,7 +160,7 @@ def _write(
         inputs = stack.enter_context(
             model.aggregator.decoding(model.backbone, input_ids, mask, user)
         )
-        stack.enter_context(model.backbone.own_positions())
+        stack.enter_context(model.backbone.shifted_positions())
         writing = stack.enter_context(plain_generation(model.backbone))
         output = writing.generate(
             **inputs,

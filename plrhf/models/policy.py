@@ -128,7 +128,7 @@ class PersonalDPOPolicy(PersonalModule):
             batch.segment,
             unembed_in_float32(self.backbone) if wide else self.backbone.unembed,
             n_pairs=len(batch),
-            constant=self.backbone.unembeds_alike,
+            constant=self.backbone.unembedding_is_constant,
         )
 
     def reference_logps(self, batch: PreferenceBatch) -> Tensor:

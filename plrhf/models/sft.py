@@ -84,7 +84,7 @@ class SupervisedPolicy(LightningModule):
             segment,
             self.backbone.unembed,
             n_pairs=len(batch),
-            constant=self.backbone.unembeds_alike,
+            constant=self.backbone.unembedding_is_constant,
         )
         n_tokens = ((segment == CHOSEN) | (segment == REJECTED)).sum()
         return -logps.sum(), n_tokens

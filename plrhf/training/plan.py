@@ -299,7 +299,7 @@ def _total(
     share = 1.0 if zero3 is None else 1 / work.n_gpus
     every, of_users = list(model.parameters()), {id(p) for p in model.encoder.user_parameters()}
     trainable = [one for one in every if one.requires_grad]
-    n_unseen = sum(one.n_unseen for one in model.modules() if isinstance(one, QuantizedShape))
+    n_uncounted = sum(one.n_uncounted for one in model.modules() if isinstance(one, QuantizedShape))
     learned = steps.reached if zero3 is None else trainable
 
     def held(*, tables: bool) -> dict[str, float]:
@@ -322,7 +322,7 @@ def _total(
     else:  # DDP: gradients are averaged once a step, by a reduce-scatter and an all-gather
         received = 2 * _bytes(learned)
     return Plan(
-        parameters=_count(every) + n_unseen,
+        parameters=_count(every) + n_uncounted,
         trainable=_count(trainable),
         **rest,
         user_tables=sum(users.values()) + model.val_accuracy.counts.nbytes,  # exact, so not sharded

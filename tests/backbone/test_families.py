@@ -239,7 +239,7 @@ def test_log_probabilities_and_gradients_are_those_of_plain_sequences(name: str)
         batch.segment,
         backbone.unembed,
         n_pairs=len(pairs),
-        constant=backbone.unembeds_alike,
+        constant=backbone.unembedding_is_constant,
     )
     weights = torch.linspace(-1, 1, ours.numel()).view_as(ours)
     (ours * weights).sum().backward()

@@ -147,8 +147,8 @@ def test_attention_is_that_of_a_mask_for_all(
 
 def test_pieces_of_attention_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked_attention, "CHUNK", 4)
-    assert chunked_attention.chunks(9, 9) == [(0, 4, 4), (4, 8, 8), (8, 9, 9)]
-    assert chunked_attention.chunks(5, 9) == [
+    assert chunked_attention.query_chunks(9, 9) == [(0, 4, 4), (4, 8, 8), (8, 9, 9)]
+    assert chunked_attention.query_chunks(5, 9) == [
         (0, 4, 8),
         (4, 5, 9),
     ]  # the last five see four before them

@@ -26,7 +26,7 @@ def lora_layer(
     config = LoraConfig(r=2, lora_alpha=6, lora_dropout=dropout, target_modules=["0"])
     model = get_peft_model(base, config)  # type: ignore[arg-type]
     perturb(model, "lora_B")
-    lora.fuse(model)
+    lora.fuse_lora(model)
     layer: Any = model.base_model.model[0]
     assert type(layer) is FusedLoraLinear
     if change is not None:
@@ -69,7 +69,7 @@ def spied_on(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("change", "is_plain"),
+    ("change", "can_fuse"),
     [
         (None, True),
         (lambda layer: layer.enable_adapters(False), False),
@@ -79,9 +79,9 @@ def spied_on(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (lambda layer: layer.base_layer.weight.requires_grad_(True), False),
     ],
 )
-def test_fused_lora_is_pefts(change: Any, is_plain: bool) -> None:
+def test_fused_lora_is_pefts(change: Any, can_fuse: bool) -> None:
     layer = lora_layer(change)
-    assert lora.is_plain(layer) == is_plain
+    assert lora.can_fuse(layer) == can_fuse
     assert_is_pefts(layer, torch.randn(3, 11, 5))
 
 
@@ -89,7 +89,7 @@ def test_fused_lora_is_pefts(change: Any, is_plain: bool) -> None:
 @pytest.mark.parametrize("shape", [(3, 11, 5), (1, 5), (2, 3, 7, 5)])
 def test_fused_lora_with_dropout_is_pefts(rate: float, shape: tuple[int, ...]) -> None:
     layer = lora_layer(dropout=rate)
-    assert lora.is_plain(layer)
+    assert lora.can_fuse(layer)
     assert_is_pefts(layer, torch.randn(shape), atol=1e-5 / (1 - rate))
 
 

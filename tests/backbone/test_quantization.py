@@ -112,7 +112,7 @@ def test_a_plan_counts_the_bytes_that_are_loaded(folder: Path, kind: Any) -> Non
             held += 4 * layer.out_features if state is None else state.absmax.nbytes
     found = sum(one.nbytes for one in planned.parameters())
     assert abs(found - held) <= 8 * 3 * 7  # a byte of rounding a layer
-    unseen = sum(one.n_unseen for one in planned.modules() if isinstance(one, QuantizedShape))
+    unseen = sum(one.n_uncounted for one in planned.modules() if isinstance(one, QuantizedShape))
     n_parameters = sum(one.numel() for one in language_model(folder.name[:-1]).parameters())
     assert sum(one.numel() for one in planned.parameters()) + unseen == n_parameters
 
