@@ -93,7 +93,7 @@ def make_batch(n_users: int, draw: random.Random) -> PreferenceBatch:
 def step(model: PersonalDPOPolicy, optimizer: Any, batch: PreferenceBatch) -> float:
     """Seconds of one training step."""
     began = time.perf_counter()
-    optimizer.catch_up(batch.user_id)
+    optimizer.apply_delayed_decay(batch.user_id)
     model.loss(batch)[0].mean().backward()
     clip_gradients([one for one in model.parameters() if one.grad is not None], 1.0)
     optimizer.step()

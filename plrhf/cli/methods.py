@@ -191,7 +191,7 @@ def build_trial(trial: Trial, data: PreferenceData, backbone: Backbone) -> Perso
     config = trial.config
     lightning.seed_everything(config.seed, verbose=False)
     model = build_run_model(config, data, backbone, config.backbone.path or "")
-    if not (isinstance(model, PersonalRewardModel) and model.pooled_suffices):
+    if not (isinstance(model, PersonalRewardModel) and model.needs_only_pooled):
         raise bad_value(
             "aggregator",
             config.aggregator["name"],

@@ -22,7 +22,7 @@ from plrhf.data.splits import Splits, prompt_kinds
 from plrhf.data.text_value_cache import TextValueCache, text_values_key
 from plrhf.data.text_values import compute_text_values
 from plrhf.models.base import PersonalModule
-from plrhf.models.context import context_features, known_context
+from plrhf.models.context import context_features, reusable_context_features
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
 
@@ -71,10 +71,10 @@ def prepare(
         if isinstance(model, PersonalDPOPolicy):
             head = "head in float32" if model.head_in_float32 else "head as the model"
             data.precompute_reference(ask(model.reference_logps), cache("reference", head))
-        elif isinstance(model, PersonalRewardModel) and model.pooled_suffices:
+        elif isinstance(model, PersonalRewardModel) and model.needs_only_pooled:
             data.precompute_hidden(ask(model.pooled_trunk), cache("pooled", model.pooled_name))
         if model.encoder.reads_context and train is not None:
-            train.context_hidden = known_context(model, train)
+            train.context_hidden = reusable_context_features(model, train)
             if train.context_hidden is None:
                 features = ask(partial(context_features, model))
                 kept = cache("context", model.pooling)

@@ -85,7 +85,7 @@ class RewardJudge(Judge):
         for start in range(0, len(order), self.batch_size):
             places = order[start : start + self.batch_size]
             batch = move_data_to_device(pairs.batch(places), self.model.device)
-            found, _ = self.model.margins_in(batch, ("user",))
+            found, _ = self.model.margins_in_contexts(batch, ("user",))
             margin[places] = found[0].double().cpu().numpy()
         if not np.isfinite(margin).all():
             worst = float(margin[~np.isfinite(margin)][0])

@@ -1,1 +1,1 @@
-"""The LightningModules, and what is done with a trained one: export, generation, adaptation."""
+"""The LightningModules, and the use of trained ones: export, generation, adaptation to new users."""

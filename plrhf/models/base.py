@@ -1,4 +1,4 @@
-"""What reward model and policy share: two contexts, one mixed loss, optimiser groups, exact metrics."""
+"""The base of reward model and policy: two contexts, a mixed loss, optimiser groups, exact metrics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from plrhf.models.adaptation import Adaptation, NewUser, adapt
 from plrhf.models.card import Card
 from plrhf.models.context import check_context
 from plrhf.models.enrolment import enrol, forget
-from plrhf.models.inner import Inner, fit_train_users, task_vectors
+from plrhf.models.inner import InnerLoop, fit_train_users, task_vectors
 from plrhf.models.loading import load_checkpoint, load_export, reload_users
 from plrhf.models.metrics import ExactMean, UserAccuracy
 from plrhf.models.optim import Optim, RowAdamW, clip_gradients
@@ -45,25 +45,27 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 @check_arguments("model")
 class PersonalModule(LightningModule):
-    """Predicts which answer a user prefers; it learns from pairs and who chose.
+    """Predicts which of two responses a user prefers, learned from pairs and the users who chose.
 
-    Subclasses turn hidden states into margins, and margins into a loss of each pair. Both contexts of
-    a pair (its user and the generic user) are computed in one forward pass, so the loss depends neither
-    on batch size nor on gradient accumulation.
+    Subclasses compute margins from hidden states, and losses from margins. Each pair is computed in two
+    contexts, for its user and for the generic user, in one forward pass. The loss therefore depends
+    neither on the batch size nor on gradient accumulation.
 
     Args:
-        backbone, encoder, aggregator: the parts; the encoder is built to `aggregator.user_dim`.
-        n_users: number of user indices, the generic user's among them.
+        backbone, encoder, aggregator: the parts; the encoder's vectors have width
+            `aggregator.user_dim`.
+        n_users: number of user indices, including the generic user's.
         optim: learning rates, decay, schedule.
-        alpha: weight of the user-specific against the generic loss.
-        reduce: see `reduction.Reduction`. inner: arguments of `inner.Inner`; None: users are learned
-            like all else.
+        alpha: weight of the user-specific loss; the generic loss has weight 1 - alpha.
+        reduce: see `reduction.Reduction`. inner: arguments of `inner.InnerLoop`; None: the users'
+            parameters are trained like all others.
 
     Attributes:
         pooling: how responses are pooled, see `core.pooling.pool_responses`.
-        card: the settings the model was built from; None for a model put together from its parts.
-        enrolled: vectors [n, user_dim] of the last n users of the card, who have no rows in the encoder.
-        tokenizer, directory: of the export, where the model was loaded from one.
+        card: settings that the model was built from; missing if it was built from its parts.
+        enrolled: vectors [n, user_dim] of the last n users of the card, who have no rows in the
+            encoder.
+        tokenizer, directory: of the export that the model was loaded from; missing otherwise.
     """
 
     pooling: str = "mean"
@@ -105,7 +107,7 @@ class PersonalModule(LightningModule):
         n_contexts = len(losses.contexts(self.alpha))
         self.user_slots = aggregator.user_slots(n_contexts) if self.has_user_vectors else NO_USER
         self.reduction = Reduction(reduce, n_users=n_users)
-        self.inner = None if inner is None else construct(Inner, inner, "model.inner")
+        self.inner = None if inner is None else construct(InnerLoop, inner, "model.inner")
         check_context(encoder, backbone)
         self.strict_loading = False  # checkpoints leave out frozen weights
         none_enrolled = torch.empty(0, aggregator.user_dim)
@@ -115,7 +117,7 @@ class PersonalModule(LightningModule):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **options: Any) -> Self:
-        """Load the model of a run's ``export/``, in eval mode.
+        """Load the model in a run's ``export/``, in eval mode.
 
         Args:
             options: `backbone_path`, `trust_remote_code`, `trust_components` of `loading.load_export`.
@@ -126,11 +128,12 @@ class PersonalModule(LightningModule):
     def load_from_checkpoint(  # type: ignore[override]
         cls, checkpoint_path: str | Path, map_location: Any = None, **options: Any
     ) -> Self:
-        """Load the model of a checkpoint that train.py left, in eval mode; nothing is unpickled.
+        """Load the model of a checkpoint of train.py, in eval mode; nothing is unpickled.
 
         Args:
-            checkpoint_path: e.g. ``RUN_DIR/checkpoints/best.ckpt``. map_location: where the model goes.
-            options: `backbone_path`, `trust_remote_code`, `trust_components` of `loading.load_checkpoint`.
+            checkpoint_path: e.g. ``RUN_DIR/checkpoints/best.ckpt``. map_location: device of the model.
+            options: `backbone_path`, `trust_remote_code`, `trust_components` of
+                `loading.load_checkpoint`.
         """
         model = load_checkpoint(cls, checkpoint_path, **options)
         return model if map_location is None else model.to(map_location)
@@ -139,17 +142,19 @@ class PersonalModule(LightningModule):
     def margins(
         self, hidden: Tensor, batch: PreferenceBatch, user: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Turn hidden states [C, R, L, d] into margins [C, B], in nats, and what else the loss needs.
+        """Compute margins [C, B] in nats from hidden states [C, R, L, d], and extra values for `pair_loss`.
 
         Args:
-            user: the user vectors [C * B, user_dim] that the hidden states were computed for.
+            user: user vectors [C * B, user_dim] that the hidden states were computed with.
         """
 
     def margins_for(self, batch: PreferenceBatch, user: Tensor) -> tuple[Tensor, Tensor]:
         """Compute `margins` of the batch for user vectors [C * B, user_dim]."""
         return self.margins(self.hidden_for(batch, user), batch, user)
 
-    def margins_in(self, batch: PreferenceBatch, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    def margins_in_contexts(
+        self, batch: PreferenceBatch, names: tuple[str, ...]
+    ) -> tuple[Tensor, Tensor]:
         """Compute `margins` of the batch in the named contexts, "user", "generic" or both."""
         user, _ = self.user_vectors(batch, names)
         return self.margins_for(batch, user)
@@ -165,36 +170,36 @@ class PersonalModule(LightningModule):
         return None if limit is None else limit - self.aggregator.n_positions
 
     def values_without_user(self) -> dict[str, Callable[[PreferenceBatch], Tensor]]:
-        """Name what no user has a part in, so that it can be computed once.
+        """Return the values of a pair that do not depend on any user, so that they are computed only once.
 
         Returns:
-            Fields of `PairDataset`, and the functions that compute them from a batch.
+            Names of `PairDataset` fields, and functions that compute them from a batch.
         """
         return {}
 
     def without_user(self, batch: PreferenceBatch) -> PreferenceBatch:
-        """Compute all of a batch that does not depend on the user, for calls with many user vectors."""
+        """Add all that does not depend on the user to a batch, for calls with many user vectors."""
         return self.aggregator.without_user(self.backbone, batch)
 
     @property
-    def pooled_suffices(self) -> bool:
-        """Whether training needs pooled trunk outputs alone, which then are computed once."""
+    def needs_only_pooled(self) -> bool:
+        """Whether training needs only the trunk's pooled outputs, which are then computed once."""
         return False
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """Parameters that are neither language model nor user model."""
+        """Return the parameters that belong neither to the language model nor to the user model."""
         return []
 
     def user_vectors(
         self, batch: PreferenceBatch, names: tuple[str, ...]
     ) -> tuple[Tensor, Tensor | None]:
-        """Encode the batch's users in the named contexts, "user", "generic" or both.
+        """Compute the user vectors of a batch in the named contexts, "user", "generic" or both.
 
-        Autocast is off: user vectors keep their precision, whatever text is computed in. Vectors are
-        moved to the batch's device, as an encoder may make some of them on the CPU.
+        Autocast is off, so user vectors keep their precision. They are moved to the batch's device,
+        since an encoder may create some of them on the CPU.
 
         Returns:
-            [C * B, user_dim], and the encoder's penalty [B] of the users, None where it has none.
+            [C * B, user_dim], and the encoder's penalty [B] in the context "user" or None.
         """
         penalty, found = None, []
         with torch.autocast(batch.user_id.device.type, enabled=False):
@@ -212,7 +217,7 @@ class PersonalModule(LightningModule):
         return self.hidden_for(batch, user)
 
     def encode(self, users: UserBatch) -> tuple[Tensor, Tensor | None]:
-        """Encode users; of those enrolled without rows of the encoder's tables the vectors are known.
+        """Compute the vectors of users; enrolled users without rows in the encoder have stored vectors.
 
         Returns:
             [B, user_dim], and the encoder's penalty [B] or None.
@@ -231,7 +236,7 @@ class PersonalModule(LightningModule):
         return self.aggregator(self.backbone, batch, user)
 
     def loss(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        """Compute the mixed loss of each pair [B] and the margins [B] of the first context taken."""
+        """Compute the mixed loss of each pair [B], and the margins [B] in the first of `context_names`."""
         user, _ = self.user_vectors(batch, self.context_names)
         return self._loss_for(batch, user)
 
@@ -245,7 +250,7 @@ class PersonalModule(LightningModule):
         return losses.mixed(self.pair_loss(margins, extra), alpha=self.alpha), margins[0]
 
     def training_loss(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        """Compute what training minimises on a batch, penalties included, and its accuracy; scalars."""
+        """Compute the training loss of a batch, with penalties, and its accuracy; both scalars."""
         user, user_penalty = self.user_vectors(batch, self.context_names)
         weights = self.reduction.weights(batch.user_id)
         if self.inner is not None and self.context_names[0] == "user":
@@ -286,30 +291,30 @@ class PersonalModule(LightningModule):
 
     @torch.no_grad()
     def context_margins(self, batch: PreferenceBatch) -> dict[str, Tensor]:
-        """Compute the margins [B] of the pairs in the contexts "user" and "generic"."""
+        """Compute the margins [B] in both contexts, as a dict with the keys "user" and "generic"."""
         names = ("user", "generic") if self.encoder.personal else ("user",)
-        margins, _ = self.margins_in(batch, names)
+        margins, _ = self.margins_in_contexts(batch, names)
         return {"user": margins[0], "generic": margins[-1]}
 
     def forward(self, batch: PreferenceBatch) -> Tensor:
-        """Margins [B], in nats, of the pairs for the users who chose; above 0 where the model agrees."""
-        margins, _ = self.margins_in(batch, ("user",))
+        """Compute margins [B] in nats for the users who chose; positive if the model agrees."""
+        margins, _ = self.margins_in_contexts(batch, ("user",))
         return margins[0]
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Margins [B] in the contexts "user" and "generic", and "row", the pairs' places in their split."""
+        """Compute margins [B] by context ("user", "generic"), and "row", indices in the split."""
         return {"row": batch.row, **self.context_margins(batch)}
 
     def run_with_weights(self, function: Callable[..., T], *arguments: Any) -> T:
-        """`function(*arguments)`, called from within the strategy's wrapper of this module.
+        """Call `function(*arguments)` while sharded weights are whole.
 
-        A wrapper such as DeepSpeed's engine gathers sharded weights while its own `forward` runs.
-        `plrhf.evaluation.predictions.engine` redirects that `forward` here.
+        DeepSpeed's engine, for example, gathers sharded weights while its `forward` runs.
+        `plrhf.evaluation.predictions.runner_with_weights` redirects that `forward` to this method.
         """
         return function(*arguments)
 
     def check_finite(self) -> None:
-        """Raise where a learned number is nan or infinite, before anything is computed from it."""
+        """Raise a ValueError if a learned number is nan or infinite."""
         for name, value in self.named_parameters():
             if value.requires_grad and not bool(value.isfinite().all()):
                 raise bad_value(
@@ -321,7 +326,7 @@ class PersonalModule(LightningModule):
                 )
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context of the precision the model was trained in; see `Card.precision`."""
+        """Return the autocast context of the precision used in training, see `Card.precision`."""
         kind = AUTOCAST.get(self.card.precision) if hasattr(self, "card") else None
         return nullcontext() if kind is None else torch.autocast(self.device.type, dtype=kind)
 
@@ -339,15 +344,15 @@ class PersonalModule(LightningModule):
         forget(self.directory, user_id)
         reload_users(self, self.directory)
 
-    def describe(self, card: Card) -> None:
-        """Take the settings the model was built from; checkpoints then show them."""
+    def set_card(self, card: Card) -> None:
+        """Store the settings that the model was built from, and save them as its hyperparameters."""
         self.card = card
         settings = {name: vars(card)[name] for name in ("model", "encoder", "aggregator")}
         settings |= {"backbone": card.backbone, "text": card.text, "optim": asdict(self.optim)}
         self.save_hyperparameters({**settings, "n_users": len(card.users)}, logger=False)
 
     def trainable_parts(self) -> dict[str, list[nn.Parameter]]:
-        """Divide the parameters by learning rate: "backbone", "user", "shrinkage" and "head"."""
+        """Group the parameters by learning rate: "backbone", "user", "shrinkage" and "head"."""
         return divide_parameters(self)
 
     def configure_optimizers(self) -> Any:
@@ -357,7 +362,7 @@ class PersonalModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def initialise(self, data: PreferenceData, *, total_steps: int) -> None:
-        """Take start values from the train pairs, once values without any user are computed."""
+        """Set start values that depend on the train pairs, once `values_without_user` are computed."""
 
     def on_fit_start(self) -> None:
         if len(priors_of(self)) > 0:
@@ -374,31 +379,31 @@ class PersonalModule(LightningModule):
         self.reduction.step()
 
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        self._catch_up(batch.user_id)
+        self._apply_delayed_decay(batch.user_id)
         weigh_priors(self, self.global_step)
 
     def on_validation_start(self) -> None:
-        self._catch_up()
+        self._apply_delayed_decay()
         self.finish_users(self._train_pairs)
 
     def on_train_end(self) -> None:
-        self._catch_up()
+        self._apply_delayed_decay()
         self.finish_users(self._train_pairs)
 
     def finish_users(self, train: Callable[[], PairDataset]) -> None:
-        """Bring the rows of all train users to where the steps taken leave them.
+        """Fit the rows of all train users to their train pairs, if users are learned in an inner loop.
 
         Args:
-            train: gives the train pairs, where they are needed.
+            train: returns the train pairs; called only if they are needed.
         """
         if self.inner is not None:
             fit_train_users(self, train(), self.inner)
 
-    def _catch_up(self, rows: Tensor | None = None) -> None:
-        """Decay rows of sparse tables, all or those of a batch, as far as the steps taken ask for."""
+    def _apply_delayed_decay(self, rows: Tensor | None = None) -> None:
+        """Apply the weight decay that sparse tables still owe: to all rows, or to those of a batch."""
         for optimizer in self.trainer.optimizers:
             if isinstance(optimizer, RowAdamW):
-                optimizer.catch_up(rows)
+                optimizer.apply_delayed_decay(rows)
 
     def configure_gradient_clipping(
         self,
@@ -415,7 +420,7 @@ class PersonalModule(LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what is learned, and note what the model was made for."""
+        """Keep only learned weights, and add what the model was made for."""
         checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
         checkpoint["made_for"] = self.card.made_for() if hasattr(self, "card") else {}
         if self.reduction.kind == "tail":
@@ -427,7 +432,7 @@ class PersonalModule(LightningModule):
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another model's checkpoint, and say in what they differ."""
+        """Raise a ValueError if the checkpoint belongs to another model, naming the difference."""
         self.reduction.losses = checkpoint.get("user_losses", self.reduction.losses)
         before = checkpoint.get("made_for", {})
         for name, value in (self.card.made_for() if hasattr(self, "card") else {}).items():

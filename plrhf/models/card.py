@@ -1,4 +1,4 @@
-"""The card of a model, ``plrhf.json``: the settings it was built from, its users, its features."""
+"""The card of a model, ``plrhf.json``: the settings it was built from, its users and their features."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ ADDED = {"enrolled": 0, "user_dim": 0}
 
 @dataclass(frozen=True)
 class Card:
-    """What a model was made from: enough to build it again and to feed it.
+    """All that is needed to build a model again and to encode its inputs.
 
     Attributes:
         model, encoder, aggregator, backbone: their settings, as in the config.
-        users: ids of the train users; user index = place + 1.
+        users: ids of the train users; the user index is the position in this list plus 1.
         features: `FeatureSchema.to_dict`. text: settings of `RowTokenizer`.
         fingerprint: of the frozen backbone's weights, see `Backbone.fingerprint`.
         precision: the trainer's; a loaded model computes in the same.
-        ships_backbone: whether the export holds the frozen backbone too, in ``backbone/``.
-        user_tables: names of the encoder's parameters whose rows belong to users.
-        enrolled: how many of the users, the last ones, have no rows in the tables but a vector of their
+        ships_backbone: whether the export contains the frozen backbone, in ``backbone/``.
+        user_tables: names of the encoder's parameters that have one row for each user.
+        enrolled: number of users (the last ones) who have no rows in the tables but a vector of their
             own in ``enrolled.safetensors``.
-        user_dim: width of user vectors; 0 in exports from before there was a width in the card.
-        files: BLAKE2b digests of the export's other files by name; of a checkpoint none.
+        user_dim: width of user vectors; 0 in old exports that do not say it.
+        files: BLAKE2b digests of the export's other files by name; empty for a checkpoint.
     """
 
     model: dict[str, Any]
@@ -56,16 +56,16 @@ class Card:
     schema: int = SCHEMA
 
     def feature_schema(self) -> FeatureSchema:
-        """Return how features of users are encoded."""
+        """Return the schema by which features of users are encoded."""
         return FeatureSchema.from_dict(self.features)
 
     @property
     def n_in_tables(self) -> int:
-        """How many users have rows in the encoder's tables."""
+        """Number of users who have rows in the encoder's tables."""
         return len(self.users) - self.enrolled
 
     def made_for(self) -> dict[str, str]:
-        """Say what learned weights belong to, in few words."""
+        """Return short descriptions of what the learned weights depend on, for comparing checkpoints."""
         return {
             "users": f"{len(self.users)} ({content_hash(self.users)})",
             "model": str(self.model["name"]),
@@ -76,11 +76,11 @@ class Card:
 
     @cached_property
     def places(self) -> dict[str, int]:
-        """Index of each train user by id."""
+        """Index of each train user, from 1, by id."""
         return {user: place for place, user in enumerate(self.users, start=1)}
 
     def user_index(self, user_id: str, field: str = "user_id") -> int:
-        """Look up the index of a train user.
+        """Return the index of a train user.
 
         Raises:
             ValueError: the model was not trained on this user.
@@ -98,7 +98,7 @@ class Card:
 
 
 def card_text(card: Card) -> str:
-    """Write a card as the text of its file."""
+    """Return the text of a card's file."""
     return json.dumps(asdict(card), indent=2) + "\n"
 
 
@@ -106,7 +106,7 @@ def read_card(directory: str | Path) -> Card:
     """Read the card of an export.
 
     Raises:
-        ValueError: no export there, or one of another version, or damaged.
+        ValueError: there is no export, or it is damaged or of another version.
     """
     path = Path(directory, CARD)
     if not path.is_file():
@@ -121,13 +121,13 @@ def read_card(directory: str | Path) -> Card:
 
 
 def card_of(content: Mapping[str, Any], origin: str) -> Card:
-    """Build a card from plain data.
+    """Build a card from plain data, as read from JSON.
 
     Args:
         origin: where the data come from, for messages.
 
     Raises:
-        ValueError: another version, a missing or unknown field, or a user named twice.
+        ValueError: another version, a missing or unknown field, or a duplicate user.
     """
     if content.get("schema") != SCHEMA:
         raise bad_value(

@@ -1,4 +1,4 @@
-"""Pairs of users as the input of encoders that read them, for a model and its texts."""
+"""Prepares the pairs of users that some encoders read (`UserEncoder.reads_context`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def check_context(encoder: UserEncoder, backbone: Backbone) -> None:
-    """Raise where an encoder reads pairs by a trunk that will no longer be what it was."""
+    """Raise a ValueError if an encoder reads pairs by the trunk, but training would change the trunk."""
     if encoder.reads_context and backbone.trainable == "full":
         raise bad_value(
             "backbone.trainable",
@@ -34,9 +34,9 @@ def check_context(encoder: UserEncoder, backbone: Backbone) -> None:
 
 
 def context_features(model: PersonalModule, batch: PreferenceBatch) -> Tensor:
-    """Pool the outputs of the trunk as it was before training, [B, 2, d] float32, no gradient.
+    """Pool the outputs of the untrained trunk, [B, 2, d] float32, without gradient.
 
-    This is how encoders that read pairs of users see their texts.
+    Encoders that read pairs get their texts in this form.
     """
     with model.backbone.reference():
         hidden = model.backbone.read_text(batch)[None]
@@ -45,9 +45,9 @@ def context_features(model: PersonalModule, batch: PreferenceBatch) -> Tensor:
     ].float()
 
 
-def known_context(model: PersonalModule, dataset: PairDataset) -> TextValues | None:
-    """Return the `context_features` of a dataset where they are those of its frozen trunk."""
-    if dataset.hidden is None or not model.pooled_suffices:
+def reusable_context_features(model: PersonalModule, dataset: PairDataset) -> TextValues | None:
+    """Return the `context_features` of a dataset if its pooled trunk outputs are the same; else None."""
+    if dataset.hidden is None or not model.needs_only_pooled:
         return None
     # Behind them may stand those of prompts.
     return TextValues(
@@ -59,10 +59,10 @@ def known_context(model: PersonalModule, dataset: PairDataset) -> TextValues | N
 def context_of_batches(
     model: PersonalModule, batches: Sequence[PreferenceBatch], *, n_users: int
 ) -> UserContext:
-    """Make the context of N users of all pairs in batches, whose `user_id` is from 0 to N - 1.
+    """Collect all pairs of N new users into a `UserContext`; `user_id` in the batches is from 0 to N - 1.
 
     Args:
-        batches: of `pair_batches.dataset_of`, at least one.
+        batches: from `pair_batches.dataset_of`, at least one.
     """
     features, owners = [], []
     for batch in batches:
@@ -83,7 +83,7 @@ def context_of_batches(
 
 
 def store_vectors(model: PersonalModule, data: PreferenceData) -> None:
-    """Let an encoder that reads pairs keep the vectors of all train users, which the export holds."""
+    """Store the vectors of all train users in an encoder that reads pairs, so that the export has them."""
     draw = data.datasets["train"].context
     if draw is None or not isinstance(model.encoder, PairReader):
         return

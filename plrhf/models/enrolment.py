@@ -1,4 +1,4 @@
-"""Users added to an export, or taken out of it: its files change, and no backbone is loaded."""
+"""Adds users to an export or removes them. Only files change; no backbone is loaded."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 def enrol(directory: str | Path, user_id: str, user: NewUser) -> None:
     """Add an adapted user to an export, so that models loaded from it know the id.
 
-    A user with rows gets a row of each of the encoder's tables. One with a vector alone is written to
-    ``enrolled.safetensors``; such users come last among the users of the card.
+    A user with rows gets a row in each of the encoder's tables. The vector of a user without rows is
+    written to ``enrolled.safetensors``; these users are the last ones of the card.
 
     Args:
-        directory: an export. user: what `adapt` gave for its model.
+        directory: an export. user: result of `adapt` for its model.
 
     Raises:
-        ValueError: an id that is no text or is taken, or a user adapted to a model of another shape.
+        ValueError: the id is not text or is taken, or the user was adapted to a model of another shape.
     """
     if not isinstance(user_id, str) or not user_id.strip():
         raise bad_value("user_id", user_id, "text that is not blank", f"Write {str(user_id)!r}")
@@ -54,10 +54,10 @@ def enrol(directory: str | Path, user_id: str, user: NewUser) -> None:
 
 
 def forget(directory: str | Path, user_id: str) -> None:
-    """Take a user out of an export: their id and their rows go, users after them move up by one.
+    """Remove a user's id and rows from an export. The indices of later users decrease by one.
 
-    What users share, learned from this one too, stays, and so does what else the run left beside the
-    export (predictions.parquet, checkpoints).
+    Parameters that all users share were learned from this user too, and stay. So do the other files of
+    the run (predictions.parquet, checkpoints).
 
     Args:
         directory: an export.
@@ -77,10 +77,10 @@ def forget(directory: str | Path, user_id: str) -> None:
 
 
 def _with_vector(card: Card, vectors: Tensor | None, vector: Tensor) -> Tensor:
-    """Put a vector behind those that were enrolled before.
+    """Append a vector to those of the enrolled users.
 
     Raises:
-        ValueError: it is of another width than the export's.
+        ValueError: its width is not that of the export's vectors.
     """
     before = vector.new_empty(0, len(vector)) if vectors is None else vectors
     width = before.shape[1] if vectors is not None or card.user_dim == 0 else card.user_dim
@@ -99,6 +99,6 @@ def _without(table: Tensor, place: int) -> Tensor:
 
 
 def _tables(directory: str | Path) -> dict[str, Tensor]:
-    """The tables of an export's encoder whose rows belong to users, by name in the encoder."""
+    """Read the tables of an export's encoder that have a row for each user, by name in the encoder."""
     state = load_file(Path(directory, USER_MODEL))
     return {name: state[f"encoder.{name}"] for name in read_card(directory).user_tables}

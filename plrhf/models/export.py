@@ -1,4 +1,4 @@
-"""A trained model as files to ship: safetensors, tokenizer, one plrhf.json; nothing is ever unpickled."""
+"""Exports: a trained model as safetensors, tokenizer and plrhf.json. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ README = "README.md"
 
 
 def user_model_state(model: Any) -> dict[str, Tensor]:
-    """Return the weights of encoder, aggregator and head: all but the language model's."""
+    """Return the weights of encoder, aggregator and head."""
     state = model.state_dict().items()
     return {n: v.detach().cpu().contiguous() for n, v in state if not n.startswith("backbone.")}
 
 
 def save_export(directory: Path, model: Any, card: Card, tokenizer: Any) -> None:
-    """Write a model to `directory`: PEFT adapter, user model, tokenizer, a model card, plrhf.json.
+    """Write a model to `directory`: PEFT adapter, user model, tokenizer, README (model card), plrhf.json.
 
-    All is written beside `directory` first, which is then replaced as a whole. The frozen backbone goes
-    along where `card.ships_backbone` says so. Files can be read by everybody.
+    The export is written beside `directory` and then replaces it as a whole. The frozen backbone is
+    included if `card.ships_backbone` says so. All files are readable by everybody.
     """
     part = _beside(directory, "part")
     is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
@@ -73,7 +73,7 @@ def save_export(directory: Path, model: Any, card: Card, tokenizer: Any) -> None
 
 
 def check_files(directory: Path, card: Card) -> None:
-    """Raise where a file of an export is missing or is not the one that was written."""
+    """Raise a ValueError if a file of an export is missing or was changed."""
     for name, digest in card.files.items():
         path = directory / name
         if not path.is_file() or _digest(path) != digest:
@@ -86,7 +86,7 @@ def check_files(directory: Path, card: Card) -> None:
 
 
 def enrolled_vectors(directory: Path) -> Tensor | None:
-    """Return the vectors [n, user_dim] of an export's last n users, who have no rows; None for no such."""
+    """Return the vectors [n, user_dim] of an export's n users without rows; None if there are none."""
     path = directory / ENROLLED
     return load_file(path)["vectors"] if path.is_file() else None
 
@@ -97,16 +97,17 @@ def replace_users(
     tables: Mapping[str, Tensor],
     vectors: Tensor | None = None,
 ) -> None:
-    """Give an export other users: their ids, and the encoder's tables of one row a user.
+    """Replace the users of an export: their ids, and the encoder's tables with one row for each user.
 
-    A new export is made beside the old one and takes its place, so that it loads at any moment.
+    The new export is written beside the old one and then replaces it, so the export can be loaded at
+    any time.
 
     Args:
         tables: by name in the encoder, [1 + users with rows, ...]; other weights stay as they are.
         vectors: of the last users, who have no rows, [n, user_dim]; None: there are none.
 
     Raises:
-        ValueError: a table with another number of rows, so that rows are not those of users.
+        ValueError: a table has another number of rows.
     """
     n_enrolled = 0 if vectors is None else len(vectors)
     n_rows = len(users) - n_enrolled + 1
@@ -142,7 +143,7 @@ def replace_users(
 
 
 def _replace_directory(new: Path, old: Path) -> None:
-    """Put a whole directory in the place of another one, or of none."""
+    """Replace a directory, which need not exist, by another one."""
     aside = _beside(old, "old")
     _remove(aside)
     if old.exists():
@@ -152,18 +153,19 @@ def _replace_directory(new: Path, old: Path) -> None:
 
 
 def restore(directory: Path) -> None:
-    """Put an export back that a kill left aside, between the two renames of `_replace_directory`."""
+    """Repair an export after a kill between the two renames of `_replace_directory`."""
     aside = _beside(directory, "old")
     if not directory.exists() and aside.is_dir() and not aside.is_symlink():
         os.rename(aside, directory)
 
 
 def _beside(directory: Path, suffix: str) -> Path:
+    """Return the path of a directory beside `directory`, with `suffix` added to its name."""
     return directory.with_name(f"{directory.name}.{suffix}")
 
 
 def _remove(path: Path) -> None:
-    """Remove a directory with all in it; of a symbolic link the link alone."""
+    """Delete a directory and its contents; of a symbolic link, delete the link only."""
     if path.is_symlink():
         path.unlink()
     elif path.is_dir():
@@ -171,7 +173,7 @@ def _remove(path: Path) -> None:
 
 
 def _copy_backbone(source: Path, target: Path) -> None:
-    """Copy the files of a model that loading it needs; its tokenizer lies in the export itself."""
+    """Copy the files that loading a model needs, without its tokenizer."""
     target.mkdir()
     for pattern in ("*.safetensors", "*.safetensors.index.json", "*config.json"):
         for path in source.glob(pattern):
@@ -180,7 +182,7 @@ def _copy_backbone(source: Path, target: Path) -> None:
 
 
 def _digests(directory: Path) -> dict[str, str]:
-    """Digests of an export's files by name; people may edit its README."""
+    """Return the digests of an export's files by name, without the README, which people may edit."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     named = {path.relative_to(directory).as_posix(): path for path in files}
     return {name: _digest(path) for name, path in named.items() if name not in (README, CARD)}
@@ -195,7 +197,7 @@ def _digest(path: Path) -> str:
 
 
 def _model_card(card: Card) -> ModelCard:
-    """A model card that says what the export is and how it is used; it names no user and no path."""
+    """Return a model card that says what the export is and how to use it, without user names or paths."""
     path = str(card.backbone["path"])
     is_on_hub = not card.ships_backbone and not Path(path).is_absolute()
     data = ModelCardData(

@@ -1,4 +1,4 @@
-"""Writes text for many users at once: one batch, each row under its own user's vectors."""
+"""Generates text for many users in one batch: each row has its own user vectors."""
 
 from __future__ import annotations
 
@@ -34,18 +34,19 @@ def generate(
     batch_size: int = 64,
     seed: int | None = None,
 ) -> list[str]:
-    """Write one response a (prompt, user), with a key-value cache.
+    """Generate one response for each prompt and its user, with a key-value cache.
 
-    A text ends with the tokenizer's end token, or with one of the backbone's generation_config.
+    A response ends with the tokenizer's end token or one of the model's generation_config.
 
     Args:
         prompts: N prompts as token ids, start token included, none empty.
-        users: N users, row i writes prompt i, index 0 being the generic user; None: the reference
-            writes, adapters off and no user.
-        max_new_tokens: longest response, from 1. batch_size: rows written at once.
-        temperature: 0 takes the likeliest token; above 0 samples.
-        top_p: mass of the nucleus sampled from, in (0, 1].
-        seed: of sampling, which then leaves torch's generator as it was; None: draw from that.
+        users: N users, one for each prompt, index 0 for the generic user; None: the reference model
+            generates, without adapters and users.
+        max_new_tokens: maximum length of a response, at least 1. batch_size: rows generated at once.
+        temperature: 0 is greedy decoding; above 0 samples.
+        top_p: probability mass of nucleus sampling, in (0, 1].
+        seed: of sampling; torch's global generator is restored afterwards. None: use the global
+            generator.
 
     Returns:
         N responses without special tokens.
@@ -65,7 +66,7 @@ def generate(
         if users is not None:
             of_users = UserBatch(user_id=users.user_id[at], features=users.features[at])
         with model.autocast(), _seeded(None if seed is None else seed + start, device):
-            tokens = _write(
+            tokens = _generate_batch(
                 model,
                 tokenizer,
                 input_ids.to(device),
@@ -85,7 +86,11 @@ def generate(
 def check_options(
     *, max_new_tokens: int, temperature: float, top_p: float, field: str = "eval"
 ) -> None:
-    """Raise unless these are options of `generate`; `field` is the setting that holds them."""
+    """Raise a ValueError unless these are valid options of `generate`.
+
+    Args:
+        field: the section of the settings that holds them, for messages.
+    """
     for name, value, good, allowed in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "a whole number from 1"),
         ("temperature", temperature, 0 <= temperature < math.inf, "a number from 0"),
@@ -102,10 +107,10 @@ def check_room(
     max_new_tokens: int,
     field: str = "eval",
 ) -> None:
-    """Raise unless the backbone has the positions for prompts and as many new tokens.
+    """Raise a ValueError if prompts and new tokens exceed the backbone's number of positions.
 
     Args:
-        field: the setting that holds `max_new_tokens`, for the message.
+        field: the section of the settings that holds `max_new_tokens`, for messages.
     """
     room = model.max_positions
     longest = max((len(prompt) for prompt in prompts), default=0)
@@ -118,7 +123,7 @@ def check_room(
         )
 
 
-def _write(
+def _generate_batch(
     model: PersonalModule,
     tokenizer: Tokenizer,
     input_ids: Tensor,
@@ -129,7 +134,7 @@ def _write(
     temperature: float,
     top_p: float,
 ) -> Tensor:
-    """New tokens [N, up to max_new_tokens] of one batch; padding after the end token."""
+    """Generate one batch: new tokens [N, up to max_new_tokens], with padding after the end token."""
     how: dict[str, Any] = (
         {"do_sample": False}
         if temperature == 0
@@ -179,7 +184,7 @@ def _write(
 
 @contextlib.contextmanager
 def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Draw by a seed in this context, and leave the generators as they were."""
+    """Seed the random generators in this context, and restore them afterwards; None changes nothing."""
     if seed is None:
         yield
         return
@@ -191,10 +196,10 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 def batches_by_length(
     prompts: Sequence[Sequence[int]], *, batch_size: int, unpadded: bool
 ) -> list[list[int]]:
-    """Divide the places of prompts into batches of like length, which need least padding.
+    """Group prompts (by index) into batches of similar length, so that there is little padding.
 
     Args:
-        unpadded: batches of equal length alone.
+        unpadded: put only prompts of equal length into a batch.
     """
     batches: list[list[int]] = []
     for place in sorted(range(len(prompts)), key=lambda place: len(prompts[place])):
@@ -208,7 +213,7 @@ def batches_by_length(
 
 
 def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Prompts with padding on the left, so that all end together: ids and mask, [N, L] int64."""
+    """Pad prompts on the left, so that all end together: ids and mask, [N, L] int64."""
     length = max(len(prompt) for prompt in prompts)
     ids = [[0] * (length - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]

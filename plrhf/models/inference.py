@@ -1,4 +1,4 @@
-"""A trained model asked from Python: rewards and texts for given users.
+"""Scores and generates texts for given users with a trained model.
 
     import plrhf
 
@@ -9,8 +9,8 @@
     rewards = plrhf.load("REWARD_DIR/export").score(asked)
     texts = plrhf.load("POLICY_DIR/export").write(asked, max_new_tokens=64)
 
-What is asked is in the row format, with a `response` to score. Without a `user_id` it is asked for the
-generic user, of whom an encoder that reads features may know some: `user_features`.
+Requests are in the row format, with a `response` in the place of the two responses of a pair. A request
+without `user_id` is for the generic user. It may have `user_features`, for encoders that read them.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ Asked = Sequence[Mapping[str, Any]]
 
 
 def load(directory: str | Path, **options: Any) -> PersonalModule:
-    """Load a reward model or a policy that a run left, with its tokenizer, in eval mode.
+    """Load the exported model of a run with its tokenizer, in eval mode.
 
     Args:
         directory: an export, or the run's directory. options: of `loading.load_export`, e.g.
-            ``backbone_path`` where the frozen backbone has moved.
+            ``backbone_path`` if the frozen backbone has moved.
 
     Raises:
-        ValueError: no whole export there, or a backbone with other weights.
+        ValueError: there is no complete export, or the backbone has other weights.
     """
     of_run = Path(directory, "export")
     model: Any = load_export(
@@ -61,19 +61,20 @@ def load(directory: str | Path, **options: Any) -> PersonalModule:
 
 @torch.no_grad()
 def score(model: PersonalRewardModel, asked: Asked, *, batch_size: int = 32) -> Tensor:
-    """Reward N responses, each for its user, [N] float32; comparable for one prompt and user.
+    """Compute the rewards of N responses, each for its user, [N] float32.
+
+    Only rewards for the same prompt and user can be compared.
 
     Args:
-        model: of an export. asked: prompts, responses and users, see above.
+        model: from an export. asked: requests with prompt, response and user, see above.
 
     Raises:
-        ValueError: a response or prompt that cannot be read or does not fit, or a user the model
-            does not know.
+        ValueError: a response or prompt that cannot be read or is too long, or an unknown user.
     """
     row_tokenizer = RowTokenizer(model.tokenizer, **model.card.text)
     rows = [
         replace(row, chosen=_response(one, place), rejected="")
-        for place, (one, row) in enumerate(zip(asked, _rows(asked), strict=True))
+        for place, (one, row) in enumerate(zip(asked, _checked_rows(asked), strict=True))
     ]
     with model.autocast():
         dataset = dataset_of(model, row_tokenizer, rows, batch_size=batch_size)
@@ -94,16 +95,16 @@ def score(model: PersonalRewardModel, asked: Asked, *, batch_size: int = 32) -> 
 
 
 def write(model: PersonalDPOPolicy, asked: Asked, **how: Any) -> list[str]:
-    """Write N texts, each for its user, many users in one batch.
+    """Generate N texts, each for its user, many users in one batch.
 
     Args:
-        model: of an export. asked: prompts and users, see above.
+        model: from an export. asked: requests with prompt and user, see above.
         how: `max_new_tokens`, `temperature`, `top_p`, `batch_size`, `seed` of `generate`.
 
     Raises:
-        ValueError: a prompt that cannot be read, no room for the tokens, or an unknown user.
+        ValueError: a prompt that cannot be read, no room for the new tokens, or an unknown user.
     """
-    rows = _rows(asked)
+    rows = _checked_rows(asked)
     row_tokenizer = RowTokenizer(model.tokenizer, **model.card.text)
     users = UserBatch(
         user_id=torch.tensor(_user_ids(model.card, asked, rows), dtype=torch.int64),
@@ -114,8 +115,8 @@ def write(model: PersonalDPOPolicy, asked: Asked, **how: Any) -> list[str]:
     )
 
 
-def _rows(asked: Asked) -> list[Row]:
-    """Check what is asked as rows of training are; the responses put in mean nothing."""
+def _checked_rows(asked: Asked) -> list[Row]:
+    """Check requests as rows of training are checked. The rows get placeholder responses."""
     return [
         parse_row({"user_id": "nobody", **one, "chosen": "A", "rejected": "B"}, f"asked[{place}]")
         for place, one in enumerate(asked)
@@ -123,6 +124,7 @@ def _rows(asked: Asked) -> list[Row]:
 
 
 def _response(one: Mapping[str, Any], place: int) -> str:
+    """Return a request's response; raise a ValueError if it is not text."""
     response = one.get("response")
     if not isinstance(response, str) or not response.strip():
         raise bad_value(
@@ -135,6 +137,7 @@ def _response(one: Mapping[str, Any], place: int) -> str:
 
 
 def _user_ids(card: Card, asked: Asked, rows: Sequence[Row]) -> list[int]:
+    """Return the user index of each request; the generic user's without a `user_id`."""
     named = [
         row.user_id if one.get("user_id") is not None else None
         for one, row in zip(asked, rows, strict=True)

@@ -1,4 +1,4 @@
-"""Users as tasks: a few differentiable steps from the generic user to a person, inside training."""
+"""An inner loop in training: gradient steps from the generic user to each user, as in MAML."""
 
 from __future__ import annotations
 
@@ -29,15 +29,17 @@ Tables: TypeAlias = dict[str, Tensor]
 
 @check_arguments("model.inner")
 @dataclass(frozen=True, kw_only=True)
-class Inner:
-    """How a person is found inside training (MAML, as MRM has it: arXiv 2601.18731).
+class InnerLoop:
+    """Settings of the inner loop (MAML as in MRM, arXiv 2601.18731).
 
-    Their parameters start at the generic user's, z <- z_0; `steps` times z <- z - lr * gradient of the
-    mean loss of their support pairs; what training minimises is the loss of their query pairs at that z,
-    through the steps, so that z_0 and all that is shared make a person easy to find.
+    A user's parameters start at the generic user's, z <- z_0, and take `steps` gradient steps z <- z -
+    lr * gradient on the mean loss of the user's support pairs. Training minimises the loss of the query
+    pairs at the final z. Its gradient goes through the steps, so z_0 and all shared parameters learn to
+    make users easy to fit.
 
     Args:
-        lr: of these steps. query_share: share of a user's pairs in a batch that are query pairs.
+        lr: learning rate of these steps. query_share: share of a user's pairs in a batch that are query
+            pairs.
     """
 
     steps: PositiveInt = 1
@@ -47,11 +49,11 @@ class Inner:
 
 @dataclass(frozen=True)
 class Support:
-    """Pairs that users are fitted to.
+    """Support pairs: those that users are fitted to.
 
     Attributes:
         task: row of each pair's user in the tables, [B] int64 from 1.
-        weight: of each pair's loss, [B]; those of a user sum to 1, of query pairs they are 0.
+        weight: weight of each pair's loss, [B]; a user's weights sum to 1, query pairs have weight 0.
     """
 
     batch: PreferenceBatch
@@ -59,14 +61,14 @@ class Support:
     weight: Tensor
 
 
-def tasks_of(user_id: Tensor, query_share: float) -> tuple[Tensor, Tensor]:
-    """Number a batch's users from 1, and say which of their pairs are query pairs.
+def number_tasks(user_id: Tensor, query_share: float) -> tuple[Tensor, Tensor]:
+    """Number a batch's users from 1, and divide their pairs into support and query pairs.
 
-    The first pairs of a user in the batch are support, at least one; of a user with one pair there is
-    nothing to ask.
+    A user's first pairs in the batch are support pairs, at least one. A user with one pair has no query
+    pair.
 
     Returns:
-        [B] int64, and [B] bool.
+        The user's number of each pair, [B] int64, and whether it is a query pair, [B] bool.
     """
     _, task, counts = user_id.unique(return_inverse=True, return_counts=True)
     order = task.argsort(stable=True)
@@ -78,16 +80,20 @@ def tasks_of(user_id: Tensor, query_share: float) -> tuple[Tensor, Tensor]:
 
 
 def mean_weights(task: Tensor, chosen: Tensor) -> Tensor:
-    """Weigh the `chosen` pairs [B] bool so that those of each task sum to 1, all others 0."""
+    """Return weights [B] that sum to 1 over each task's `chosen` pairs [B] bool and are 0 elsewhere."""
     counts = torch.zeros(int(task.max()) + 1, device=task.device)
     counts.index_add_(0, task, chosen.float())
     return chosen / counts[task].clamp(min=1)
 
 
-def vectors_of(
+def vectors_from_tables(
     model: PersonalModule, batch: PreferenceBatch, task: Tensor, tables: Tables
 ) -> Tensor:
-    """Compute the user vectors [B, user_dim] of pairs whose users are rows of tables."""
+    """Compute the user vectors [B, user_dim] of pairs by the encoder, its tables replaced by `tables`.
+
+    Args:
+        task: row of each pair's user in the tables, [B].
+    """
     users = UserBatch(user_id=task, features=batch.features)
     off = torch.autocast(task.device.type, enabled=False)
     with off, dense_gradients(model.encoder):
@@ -95,16 +101,16 @@ def vectors_of(
 
 
 def fitted_tables(
-    model: PersonalModule, given: Sequence[Support], inner: Inner, *, n_tasks: int
+    model: PersonalModule, given: Sequence[Support], inner: InnerLoop, *, n_tasks: int
 ) -> Tables:
-    """Take the inner steps of all tasks at once; no task's loss holds another's parameters.
+    """Take the inner gradient steps for all tasks at once; their losses are independent.
 
     Returns:
-        Tables by name, [1 + n_tasks, ...], the generic user's row first. They are differentiable in all
-        that the model has learned.
+        Tables by name, [1 + n_tasks, ...], the generic user's row first. They are differentiable with
+        respect to all learned parameters.
 
     Raises:
-        ValueError: the encoder has no parameters of single users.
+        ValueError: the encoder has no tables with a row for each user.
     """
     generic = _generic_rows(model.encoder)
 
@@ -112,7 +118,7 @@ def fitted_tables(
         return {name: torch.cat([generic[name], row]) for name, row in rows.items()}
 
     def loss(rows: Tables, one: Support) -> Tensor:
-        user = vectors_of(model, one.batch, one.task, tables_of(rows))
+        user = vectors_from_tables(model, one.batch, one.task, tables_of(rows))
         margins, extra = model.margins_for(one.batch, user)
         return (model.pair_loss(margins, extra)[0] * one.weight).sum()
 
@@ -127,7 +133,7 @@ def fitted_tables(
 
 
 def _generic_rows(encoder: UserEncoder) -> Tables:
-    """Return the generic user's row of each table, [1, ...]; a row that is fixed gets no gradient."""
+    """Return the generic user's row of each table, [1, ...]; rows that are not trained have no gradient."""
     tables = user_tables(encoder)
     if len(tables) == 0:
         raise bad_value(
@@ -145,25 +151,25 @@ def _generic_rows(encoder: UserEncoder) -> Tables:
 
 
 def task_vectors(
-    model: PersonalModule, batch: PreferenceBatch, inner: Inner
+    model: PersonalModule, batch: PreferenceBatch, inner: InnerLoop
 ) -> tuple[Tensor, Tensor]:
     """Fit a batch's users to their support pairs.
 
     Returns:
-        The vectors [B, user_dim], differentiable, and the weights [B] by which the mean over the batch
-        is that over its query pairs.
+        User vectors [B, user_dim], differentiable, and weights [B], with which a mean over the batch
+        becomes the mean over its query pairs.
     """
-    task, is_query = tasks_of(batch.user_id, inner.query_share)
+    task, is_query = number_tasks(batch.user_id, inner.query_share)
     given = [Support(batch, task, mean_weights(task, ~is_query))]
     n_tasks = int(task.max())
     tables = fitted_tables(model, given, inner, n_tasks=n_tasks)
     asked = is_query * (len(task) / is_query.sum().clamp(min=1))
-    return vectors_of(model, batch, task, tables), asked
+    return vectors_from_tables(model, batch, task, tables), asked
 
 
 @torch.no_grad()
-def fit_train_users(model: PersonalModule, dataset: PairDataset, inner: Inner) -> None:
-    """Write the rows of all train users, fitted to all of their train pairs, into the encoder."""
+def fit_train_users(model: PersonalModule, dataset: PairDataset, inner: InnerLoop) -> None:
+    """Fit all train users to all of their train pairs, and write their rows into the encoder's tables."""
     device = next(model.parameters()).device
     users = dataset.user_id.to(device)
     weight = mean_weights(users, users > GENERIC_USER)

@@ -1,4 +1,4 @@
-"""Models built from their card: fresh, with the weights of an export, or with those of a checkpoint."""
+"""Builds models from their card: untrained, or with the weights of an export or a checkpoint."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def build_model(backbone: Backbone, card: Card, **provided: Any) -> Any:
-    """Build a model of the card's settings on this backbone, with a fresh user model.
+    """Build the model of a card on a backbone, with an untrained user model.
 
     Args:
-        provided: what else its constructor may name, e.g. ``optim``.
+        provided: other arguments that its constructor may have, e.g. ``optim``.
     """
     aggregator = build(
         card.aggregator,
@@ -58,12 +58,12 @@ def build_model(backbone: Backbone, card: Card, **provided: Any) -> Any:
         n_users=len(card.users) + 1,
         **provided,
     )
-    model.describe(card)
+    model.set_card(card)
     return model
 
 
 def build_encoder(backbone: Backbone, aggregator: Aggregator, card: Card) -> UserEncoder:
-    """Build a fresh encoder of the card's settings for the card's users."""
+    """Build the untrained encoder of a card for the card's users."""
     schema = card.feature_schema()
     encoder: UserEncoder = build(
         card.encoder,
@@ -90,13 +90,14 @@ def load_export(
     """Load the model of an export, in eval mode; its card is `model.card`.
 
     Args:
-        model_class: what the export must hold. directory: what `save_export` wrote.
-        backbone_path: where the frozen backbone lies now, if it has moved.
-        trust_remote_code: let the backbone's repository bring its own code; no export can ask for it.
+        model_class: the expected class. directory: written by `save_export`.
+        backbone_path: where the frozen backbone is now, if it has moved.
+        trust_remote_code: allow the backbone's repository to run its own code. An export cannot ask for
+            it.
         trust_components: import classes from outside plrhf that the export names.
 
     Raises:
-        ValueError: not an export, a damaged one, one of another class, or a backbone with other weights.
+        ValueError: not an export, a damaged one, another class, or a backbone with other weights.
     """
     restore(Path(directory))
     card = read_card(directory)
@@ -117,7 +118,7 @@ def load_export(
 
 
 def reload_users(model: Any, directory: Path) -> None:
-    """Give a model the users its export has by now, in a new encoder; all else stays."""
+    """Update a model to the users that its export has now, in a new encoder; other weights stay."""
     model.card = read_card(directory)
     with torch.random.fork_rng(devices=[]):
         encoder = build_encoder(model.backbone, model.aggregator, model.card)
@@ -136,16 +137,16 @@ def load_checkpoint(
     trust_remote_code: bool = False,
     trust_components: bool = False,
 ) -> Model:
-    """Load the model of a checkpoint that train.py left, in eval mode.
+    """Load the model of a checkpoint of train.py, in eval mode.
 
-    A checkpoint holds learned weights and, as plain data, the model's card. The frozen backbone is read
-    from where the card says it lies.
+    A checkpoint has the learned weights and the model's card as plain data. The frozen backbone is
+    loaded from the path in the card.
 
     Args:
         path: e.g. ``RUN_DIR/checkpoints/best.ckpt``. others: as in `load_export`.
 
     Raises:
-        ValueError: not such a checkpoint, one of another class, or a backbone with other weights.
+        ValueError: not such a checkpoint, another class, or a backbone with other weights.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -173,7 +174,7 @@ def load_checkpoint(
 
 
 def _check_class(model_class: type, card: Card, *, trust_components: bool) -> None:
-    """Raise where a card names another class than is wanted, or code from outside plrhf without leave."""
+    """Raise a ValueError if a card's model is of another class, or its classes are not trusted."""
     parts = {"model": card.model, "encoder": card.encoder, "aggregator": card.aggregator}
     if "head" in card.model:
         parts["model.head"] = head_settings(card.model["head"])
@@ -198,10 +199,10 @@ def _check_class(model_class: type, card: Card, *, trust_components: bool) -> No
 
 
 def _load_frozen(card: Card, path: str, *, trust_remote_code: bool) -> Backbone:
-    """Load the backbone of a card from `path`, and compare its frozen weights with the card's.
+    """Load the backbone of a card from `path`, and check that its frozen weights are those of the card.
 
     Raises:
-        ValueError: no backbone there, or another one.
+        ValueError: there is no backbone, or it has other weights.
     """
     settings = {
         **card.backbone,
@@ -233,7 +234,7 @@ def _load_user_model(model: Any, path: Path) -> None:
 
 
 def _load_enrolled(model: Any, directory: Path) -> None:
-    """Give a model the vectors of users who were enrolled without rows."""
+    """Load the vectors of users who were enrolled without rows into a model."""
     wanted = torch.empty(model.card.enrolled, model.aggregator.user_dim)
     found = enrolled_vectors(directory)
     state = {} if found is None else {ENROLLED: found}

@@ -1,4 +1,4 @@
-"""Accuracy and means while training: torchmetrics with exact sums over batches and processes."""
+"""Accuracy and means in training, as torchmetrics with exact sums over batches and processes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from plrhf.core.errors import bad_value
 
 
 def user_counts(margins: Tensor, user_id: Tensor, n_users: int) -> Tensor:
-    """Sum per user index: correct pairs (ties one half), pairs, nll; [B], [B] -> [3, n_users].
+    """Count for each user: correct pairs (ties one half), pairs, and summed nll; [B], [B] -> [3, n_users].
 
-    In float64, where halves add up exactly whatever the batches.
+    float64, in which halves add up exactly, however batches are formed.
 
     Raises:
         ValueError: a user index is not in 0 .. n_users - 1.
@@ -32,7 +32,7 @@ def user_counts(margins: Tensor, user_id: Tensor, n_users: int) -> Tensor:
 
 
 def accuracy_from_counts(counts: Tensor) -> dict[str, Tensor]:
-    """Compute accuracy over pairs, over users, and nll in nats, of `user_counts`; NaN without a pair."""
+    """Compute micro and macro accuracy, and nll in nats, from `user_counts`; NaN without pairs."""
     correct, count, nll = counts
     asked = count > 0
     return {
@@ -43,10 +43,10 @@ def accuracy_from_counts(counts: Tensor) -> dict[str, Tensor]:
 
 
 class UserAccuracy(Metric):
-    """Accuracy and nll over all batches and processes as sums per user, never means of batch means.
+    """Accuracy and nll from sums for each user over all batches and processes.
 
-    Users who share an index, such as unseen users at the generic index 0, count as one in the macro
-    accuracy: give them indices of their own where that matters.
+    Means of batch means are never taken. Users who share an index, such as unseen users at index 0,
+    count as one user in the macro accuracy. Where that matters, give them indices of their own.
     """
 
     full_state_update = False
@@ -70,7 +70,10 @@ class UserAccuracy(Metric):
 
 
 class ExactMean(Metric):
-    """Weighted mean over all batches and processes, summed in float64, as Lightning's own rounds counts."""
+    """Weighted mean over all batches and processes, summed in float64.
+
+    Lightning's own mean counts in float32, which rounds.
+    """
 
     full_state_update = False
     is_differentiable = False

@@ -1,4 +1,4 @@
-"""AdamW with one learning rate for the language model and one for the user model."""
+"""AdamW with separate learning rates for language model, user model and head."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ class Optim:
     """Settings of the optimiser; arXiv 2402.05133 uses AdamW, lr 5e-5, cosine, 150 warm-up steps.
 
     Args:
-        lr: for the language model (LoRA or full weights).
-        user_lr: for the user encoder and for those weights of the aggregator that act on user vectors.
-        head_lr: for the reward head and the aggregator's layers on text alone. All are per step.
-        weight_decay, user_weight_decay: decoupled decay; the latter is of what has user_lr and acts as
-            the prior that keeps users near the generic one.
-        shared_steps: steps in which only what all users share is learned, before users begin to differ.
-        shrinkage_steps: steps after them over which learned shrinkage grows to its full weight, so that
-            users can differ before it is asked whether they do.
-        warmup_steps: linear warm-up, then `schedule` ("cosine" to zero at the last step, "constant").
+        lr: learning rate of the language model (LoRA or full weights).
+        user_lr: of the user encoder, and of the aggregator's weights that act on user vectors.
+        head_lr: of the reward head, and of the aggregator's layers that act on text alone.
+        weight_decay: decoupled decay of language model and head.
+        user_weight_decay: decoupled decay of what has user_lr; it is a prior that keeps users near the
+            generic user.
+        shared_steps: number of first steps in which user_lr is 0, so that only shared parameters learn.
+        shrinkage_steps: number of steps after these in which the weight of learned shrinkage grows from
+            0 to 1.
+        warmup_steps: linear warm-up. schedule: afterwards, ``cosine`` (to 0 at the last step) or
+            ``constant``.
     """
 
     lr: PositiveFloat = 5e-5
@@ -54,7 +56,7 @@ class Optim:
         shrinkage: Iterable[nn.Parameter] = (),
         total_steps: int,
     ) -> tuple[RowAdamW, LambdaLR]:
-        """The optimiser over what is trainable of each part, and its schedule per step."""
+        """Build the optimiser over the trainable parameters of each part, and its schedule by step."""
         parts = {"backbone": backbone, "user": user, "head": head, "shrinkage": shrinkage}
         groups: list[dict[str, Any]] = []
         for part, parameters in parts.items():
@@ -66,7 +68,7 @@ class Optim:
         return optimizer, LambdaLR(optimizer, factors)
 
     def rate_and_decay(self, part: str) -> tuple[float, float]:
-        """Return learning rate and weight decay of "backbone", "user", "head" or "shrinkage"."""
+        """Return learning rate and weight decay of a part: "backbone", "user", "head" or "shrinkage"."""
         return {
             "backbone": (self.lr, self.weight_decay),
             "user": (self.user_lr, self.user_weight_decay),
@@ -75,12 +77,12 @@ class Optim:
         }[part]
 
     def shrinkage_factor(self, step: int) -> float:
-        """Return the weight of learned shrinkage in the loss of a step."""
+        """Return the weight of learned shrinkage in the loss at a step."""
         done = (step + 1 - self.shared_steps) / max(1, self.shrinkage_steps)
         return min(1.0, max(0.0, done))
 
     def factor(self, total_steps: int, part: str = "head") -> Callable[[int], float]:
-        """Step -> factor on the learning rate of a part; that of users begins after `shared_steps`."""
+        """Return the function step -> factor on the learning rate of a part."""
         first = self.shared_steps if part in ("user", "shrinkage") else 0
 
         def at(step: int) -> float:
@@ -98,11 +100,11 @@ class Optim:
 
 
 class RowAdamW(AdamW):
-    """AdamW that, where a table's gradient is sparse, touches only the rows that have one.
+    """AdamW that updates only the rows with a gradient of tables that have sparse gradients.
 
-    A row's moments stand still while it has no gradient (as in `torch.optim.SparseAdam`), so such a
-    row does not move on by momentum; its decoupled decay is made up by `catch_up`, exactly. So a
-    step costs as much with a million users as with a hundred.
+    A row's moments do not change while it has no gradient, as in `torch.optim.SparseAdam`, so momentum
+    does not move it. The weight decay that it misses is applied later by `apply_delayed_decay`,
+    exactly. A step thus costs the same with a million users as with a hundred.
     """
 
     def __init__(self, params: Any) -> None:
@@ -111,7 +113,7 @@ class RowAdamW(AdamW):
         self._step_supports_amp_scaling = False
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; of dense gradients that of AdamW."""
+        """Take one step; parameters with dense gradients are updated by AdamW."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -131,6 +133,7 @@ class RowAdamW(AdamW):
 
     @torch.no_grad()
     def _step_rows(self, group: dict[str, Any], table: Tensor, gradient: Tensor) -> None:
+        """Update the rows of a table that its sparse gradient has."""
         state, (beta1, beta2) = self.state[table], group["betas"]
         if len(state) == 0:
             state["step"] = torch.tensor(0.0)
@@ -140,7 +143,7 @@ class RowAdamW(AdamW):
         state["step"] += 1
         state["log_decay"] += math.log1p(-group["lr"] * group["weight_decay"])
         rows, values = gradient.indices()[0], gradient.values()
-        self._catch_up(table, rows)
+        self._apply_delayed_decay(table, rows)
         mean = state["exp_avg"][rows].lerp_(values, 1 - beta1)
         square = state["exp_avg_sq"][rows].mul_(beta2).addcmul_(values, values, value=1 - beta2)
         state["exp_avg"][rows], state["exp_avg_sq"][rows] = mean, square
@@ -149,15 +152,15 @@ class RowAdamW(AdamW):
         scale = (square / (1 - beta2**n_steps)).sqrt_().add_(group["eps"])
         table.index_add_(0, rows, mean / scale, alpha=-size)
 
-    def catch_up(self, rows: Tensor | None = None) -> None:
-        """Decay the rows [B] of sparse tables (None: all) as far as the steps taken ask for."""
+    def apply_delayed_decay(self, rows: Tensor | None = None) -> None:
+        """Apply the weight decay that rows [B] of all sparse tables have missed so far; None: all rows."""
         for table, state in self.state.items():
             if "row_decay" in state:
                 every = torch.arange(len(table), device=table.device)
-                self._catch_up(table, every if rows is None else rows.unique())
+                self._apply_delayed_decay(table, every if rows is None else rows.unique())
 
     @torch.no_grad()
-    def _catch_up(self, table: Tensor, rows: Tensor) -> None:
+    def _apply_delayed_decay(self, table: Tensor, rows: Tensor) -> None:
         state = self.state[table]
         due = state["log_decay"] - state["row_decay"][rows]
         table[rows] *= due.exp()[:, None]
@@ -165,7 +168,7 @@ class RowAdamW(AdamW):
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
-    """Scale all gradients, sparse ones among them, to a total 2-norm of at most `max_norm`."""
+    """Scale all gradients, dense and sparse, so that their total 2-norm is at most `max_norm`."""
     values = []
     for parameter in parameters:
         if parameter.grad is not None and parameter.grad.is_sparse:

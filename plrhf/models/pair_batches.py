@@ -1,4 +1,4 @@
-"""Rows that did not come through a data module, as batches for a trained model."""
+"""Makes batches for a trained model from rows that no data module has read."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ POOLED_AT_ONCE = 4096
 def dataset_of(
     model: PersonalModule, row_tokenizer: RowTokenizer, rows: Sequence[Row], *, batch_size: int
 ) -> PairDataset:
-    """Turn rows into pairs, and compute once what no user has a part in: pooled trunk, or reference.
+    """Tokenise rows, and precompute the values that do not depend on any user.
 
-    Rows too long are left out and counted by `row_tokenizer`.
+    These are pooled trunk outputs, or reference log-probabilities. Rows that are too long are left out
+    and counted by `row_tokenizer`.
     """
     kept, pairs = row_tokenizer(rows)
     dataset = PairDataset(
@@ -48,7 +49,7 @@ def dataset_of(
         )
 
     # An encoder that reads pairs needs their tokens, unless it reads them as the model does.
-    needs_tokens = model.encoder.reads_context and not model.pooled_suffices
+    needs_tokens = model.encoder.reads_context and not model.needs_only_pooled
     with torch.no_grad():
         for name, compute in model.values_without_user().items():
             if name != "hidden" or not needs_tokens:
@@ -59,11 +60,10 @@ def dataset_of(
 def batches_of(
     dataset: PairDataset, places: Sequence[int], owners: Sequence[int], *, batch_size: int
 ) -> list[PreferenceBatch]:
-    """Make batches of the pairs at the places, each with its owner as the user.
+    """Make batches of the pairs with these indices, in which each pair belongs to its entry of `owners`.
 
-    `row` of a batch says which entries of `places` its pairs are.
-
-    Pairs of like length stand together, so that little is padding.
+    Pairs of similar length are put together, so that there is little padding. `row` of a batch says
+    which entries of `places` its pairs are.
     """
     if dataset.hidden is not None:
         batch_size = max(batch_size, POOLED_AT_ONCE)
@@ -85,7 +85,7 @@ def compute_per_pair(
     batches: Sequence[PreferenceBatch],
     device: torch.device,
 ) -> Tensor:
-    """Compute values [B, ...] of all batches on the device; [N, ...] on the CPU in order of `row`."""
+    """Compute values [B, ...] of all batches on the device; return them in the order of `row`, [N, ...]."""
     values = [compute(move_data_to_device(batch, device)).detach().cpu() for batch in batches]
     rows = torch.cat([batch.row for batch in batches])
     return torch.cat(values)[rows.argsort()]

@@ -1,4 +1,4 @@
-"""The personalised policy, learned by direct preference optimisation."""
+"""The personalised policy, trained by direct preference optimisation (DPO)."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ from plrhf.models.inference import Asked, write
 
 @check_arguments("model")
 class PersonalDPOPolicy(PersonalModule):
-    """Writes for a user, pi(y | x, u), tied to a reference without users (arXiv 2402.05133, P-DPO).
+    """Generates text for a user, pi(y | x, u), by P-DPO of arXiv 2402.05133.
 
-    Margins are beta * (log-ratio of chosen - log-ratio of rejected), in nats. The reference is the
-    same backbone with its adapters off, so no second model is in memory.
+    The margin is beta * (log-ratio of chosen - log-ratio of rejected), in nats; the reference has no
+    users. The reference is the same backbone with its adapters off, so there is no second model in
+    memory.
 
     Args:
-        beta: strength of the tie to the reference. loss: see `losses.dpo`.
-        label_smoothing: chance that a choice is flipped, for ``cdpo`` only.
+        beta: how strongly the policy is tied to the reference. loss: see `losses.dpo`.
+        label_smoothing: probability that a choice is flipped, for ``cdpo`` only.
         parts: see `PersonalModule`.
 
     Raises:
-        ValueError: a backbone that is not causal or has no frozen weights to serve as reference, or
-            nothing to learn.
+        ValueError: the backbone is not causal, has no frozen weights to serve as reference, or nothing
+            can be learned.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class PersonalDPOPolicy(PersonalModule):
         self.beta, self.dpo_loss, self.label_smoothing = beta, loss, label_smoothing
 
     def _check_parts(self) -> None:
-        """Raise where the parts make no policy, or none that can learn."""
+        """Raise a ValueError if the parts do not form a policy that can learn."""
         if not self.backbone.causal:
             raise bad_value(
                 "backbone.path",
@@ -95,7 +96,7 @@ class PersonalDPOPolicy(PersonalModule):
             )
 
     def write(self, asked: Asked, **how: Any) -> list[str]:
-        """Write texts for users; see `inference.write`."""
+        """Generate texts for users; see `inference.write`."""
         return write(self, asked, **how)
 
     def values_without_user(self) -> dict[str, Callable[[PreferenceBatch], Tensor]]:
@@ -110,17 +111,17 @@ class PersonalDPOPolicy(PersonalModule):
 
     @property
     def head_in_float32(self) -> bool:
-        """Whether logits are computed in float32 though the model computes in fewer bits.
+        """Whether logits are computed in float32 although the model computes in a narrower dtype.
 
-        They are where the user acts on the last hidden states, for the reference too: log-ratios then
-        hold the user's effect and not the rounding of logits.
+        This is so if the user acts on the last hidden states, for the reference too. Otherwise the
+        rounding of logits would hide the user's effect on log-ratios.
         """
         is_mixed = torch.is_autocast_enabled(self.device.type)
         is_narrow = is_mixed or self.backbone.embedding_dtype != torch.float32
         return self.aggregator.after_trunk and is_narrow
 
     def logps(self, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
-        """Turn hidden states [R, L, d] into response log-probabilities [B, 2] float32, in nats."""
+        """Compute response log-probabilities [B, 2] float32, in nats, from hidden states [R, L, d]."""
         wide = self.head_in_float32
         return response_logps(
             hidden.float() if wide else hidden,
@@ -132,12 +133,12 @@ class PersonalDPOPolicy(PersonalModule):
         )
 
     def reference_logps(self, batch: PreferenceBatch) -> Tensor:
-        """Compute response log-probabilities [B, 2] under the reference, in nats, without gradient."""
+        """Compute response log-probabilities [B, 2] of the reference, in nats, without gradient."""
         with self.backbone.reference():
             return self.logps(self.trunk(batch), batch)
 
     def trunk(self, batch: PreferenceBatch) -> Tensor:
-        """Run the backbone on the text alone, [R, L, d] last hidden states."""
+        """Compute the last hidden states of the text alone, [R, L, d]."""
         return self.backbone.read_text(batch)
 
     def margins(

@@ -1,4 +1,4 @@
-"""How the losses of pairs become one: a mean over pairs, over users, or over users of large loss."""
+"""How the losses of pairs are averaged: over pairs, over users, or with more weight on hard users."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ TAIL_QUANTILE, TAIL_TEMPERATURE = 0.5, 0.5
 
 
 class Reduction:
-    """Weighs pairs so that the mean over them is the mean wanted.
+    """Computes weights of pairs, so that a plain mean over pairs becomes the wanted mean.
 
-    Weights are counted over the whole train set, not in a batch, so that neither batch size nor
-    accumulation changes what is minimised.
+    The numbers of pairs are counted over the whole train set, so the objective depends neither on batch
+    size nor on gradient accumulation.
 
-    * ``pairs``: every pair counts alike.
-    * ``users``: every user counts alike, w_i = N / (U n_u) for N pairs, U users and n_u pairs of i's user:
-      1/N sum_i w_i loss_i = 1/U sum_u mean_u.
-    * ``tail``: users of large loss count more, by sigma((L_u - tau) / gamma) on top, with tau the
-      median of the L_u (robust preference optimisation of MRM, arXiv 2601.18731). L_u is the user's
-      mean loss in the last optimiser step that had them, and no gradient goes through the weight;
-      a user not yet met counts as one at tau.
+    * ``pairs``: all pairs have the same weight.
+    * ``users``: all users have the same weight, w_i = N / (U n_u) for N pairs, U users and n_u pairs of
+      i's user: 1/N sum_i w_i loss_i = 1/U sum_u mean_u.
+    * ``tail``: as ``users``, times sigma((L_u - tau) / gamma), where tau is the median of the L_u
+      (robust preference optimisation of MRM, arXiv 2601.18731). L_u is the user's mean loss in the last
+      optimiser step that included the user; a user without one has L_u = tau. The weight has no
+      gradient.
 
     Args:
-        n_users: number of user indices, the generic user's among them.
+        n_users: number of user indices, including the generic user's.
     """
 
     def __init__(self, kind: Reduce, *, n_users: int) -> None:
@@ -38,14 +38,14 @@ class Reduction:
         self._sums, self._counts = torch.zeros(n_users), torch.zeros(n_users)
 
     def count(self, user_id: Tensor) -> None:
-        """Count the pairs of each user over the train set's `user_id` [N], and begin anew."""
+        """Count the pairs of each user in the train set, `user_id` [N], and reset all L_u."""
         counts = user_id.bincount(minlength=len(self.share)).float()
         n_users = int((counts > 0).sum())
         self.share = len(user_id) / (n_users * counts.clamp(min=1))
         self.losses.fill_(torch.nan)
 
     def weights(self, user_id: Tensor) -> Tensor | None:
-        """Return the weights [B] of pairs of these users, None where all are 1."""
+        """Return the weights [B] of pairs of these users; None if all are 1."""
         if self.kind == "pairs":
             return None
         at = user_id.cpu()
@@ -60,14 +60,14 @@ class Reduction:
         return ((self.losses - tau) / TAIL_TEMPERATURE).nan_to_num(0.0).sigmoid()
 
     def record(self, user_id: Tensor, losses: Tensor) -> None:
-        """Note the losses [B] of a batch's pairs, for the steps after this one."""
+        """Add the losses [B] of a batch's pairs to the next L_u."""
         if self.kind == "tail":
             at = user_id.cpu()
             self._sums.index_add_(0, at, losses.detach().float().cpu())
             self._counts.index_add_(0, at, torch.ones(len(at)))
 
     def step(self) -> None:
-        """Take what was noted since the last optimiser step as the users' losses."""
+        """Update the L_u by the losses recorded since the last optimiser step."""
         met = self._counts > 0
         self.losses = torch.where(met, self._sums / self._counts.clamp(min=1), self.losses)
         self._sums.zero_()

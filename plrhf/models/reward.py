@@ -76,7 +76,7 @@ class PersonalRewardModel(PersonalModule):
     def initialise(self, data: PreferenceData, *, total_steps: int) -> None:
         build_start(self.start).apply(self, data, total_steps=total_steps)
 
-    def drawn_anew(self) -> Self:
+    def reinitialised(self) -> Self:
         """Build the same model on the same backbone, with a user model and head drawn anew."""
         anew: Self = build_model(self.backbone, self.card, optim=self.optim)
         return anew.to(self.device)
@@ -135,7 +135,7 @@ class PersonalRewardModel(PersonalModule):
 
     def rewards(self, batch: PreferenceBatch) -> Tensor:
         """Compute rewards [B, 2] float32 of chosen and rejected responses for the users who chose."""
-        return self.margins_in(batch, ("user",))[1][0]
+        return self.margins_in_contexts(batch, ("user",))[1][0]
 
     def margins(
         self, hidden: Tensor, batch: PreferenceBatch, user: Tensor
@@ -175,7 +175,7 @@ class PersonalRewardModel(PersonalModule):
         return loss + self.centring * losses.reward_centring(extra[..., 0], extra[..., 1])
 
     @property
-    def pooled_suffices(self) -> bool:
+    def needs_only_pooled(self) -> bool:
         """Whether training needs pooled trunk outputs alone, which then are computed once."""
         return self.aggregator.after_trunk and self.backbone.trainable == "frozen"
 

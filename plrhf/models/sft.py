@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the policy that preference learning starts from."""
+"""Supervised fine-tuning, which gives the policy that preference learning starts from."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from plrhf.models.optim import Optim
 
 @check_arguments("model")
 class SupervisedPolicy(LightningModule):
-    """Learns to write responses given their prompts, by next-token likelihood and without users.
+    """Learns to generate responses by next-token likelihood, without users.
 
     Args:
         backbone: a causal one. optim: `lr`, decay, schedule.
-        responses: learn from ``both`` responses of a pair, or from the ``chosen`` only.
+        responses: train on ``both`` responses of a pair, or on the ``chosen`` one only.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class SupervisedPolicy(LightningModule):
         self.val_loss = ExactMean()
 
     def nll(self, batch: PreferenceBatch) -> Tensor:
-        """Compute the negative log-likelihood a response token, in nats.
+        """Compute the mean negative log-likelihood of response tokens, in nats.
 
-        The mean over processes of it is the mean over the tokens of the whole batch.
+        Averaged over processes, it is the mean over the tokens of the whole batch.
         """
         total, n_tokens = self.total_nll(batch)
         return total / self._mean_over_processes(n_tokens)
@@ -55,13 +55,13 @@ class SupervisedPolicy(LightningModule):
     def on_before_batch_transfer(
         self, batch: PreferenceBatch, dataloader_idx: int
     ) -> PreferenceBatch:
-        """Leave out what is not learned, and pack the rest: texts of one response are shorter."""
+        """Mask what is not trained on, and pack the rows again, which are shorter without it."""
         segment = self._learned_segment(batch)
         packing = RowPacking.of(segment) if self.backbone.layout == "packed" else None
         return replace(batch, segment=segment, packing=packing)
 
     def _learned_segment(self, batch: PreferenceBatch) -> Tensor:
-        """The batch's segments, padding in place of what is not learned from."""
+        """Return the batch's segments with padding in the place of tokens that are not trained on."""
         segment = batch.segment
         if self.responses == "chosen":
             segment = segment.masked_fill(segment == REJECTED, PADDING)
@@ -112,7 +112,7 @@ class SupervisedPolicy(LightningModule):
         self.val_loss.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what is learned."""
+        """Keep only learned weights."""
         checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
 
     def configure_optimizers(self) -> Any:

@@ -1,4 +1,4 @@
-"""Start values of a reward model that are computed from the train pairs, before the first step."""
+"""Initialises a reward model from the train pairs before the first step."""
 
 from __future__ import annotations
 
@@ -31,36 +31,37 @@ IMPUTING_ROUNDS = 10
 
 
 class Start(ABC):
-    """Gives a reward model its start values, once pooled trunk outputs are known."""
+    """Initialises a reward model, once pooled trunk outputs are known."""
 
     @abstractmethod
     def apply(self, model: PersonalRewardModel, data: PreferenceData, *, total_steps: int) -> None:
         """Set parameters of the model in place.
 
         Args:
-            data: of which train pairs alone are looked at. total_steps: optimiser steps of the training.
+            data: only its train pairs are used. total_steps: number of optimiser steps of the training.
 
         Raises:
-            ValueError: a model whose parts have no such start.
+            ValueError: the model's parts cannot be initialised in this way.
         """
 
 
 class RandomStart(Start):
-    """Leaves every part with the values it has drawn for itself."""
+    """Keeps the random initial values of all parts."""
 
     def apply(self, model: PersonalRewardModel, data: PreferenceData, *, total_steps: int) -> None:
         pass
 
 
 class PcaStart(Start):
-    """Starts the directions of a `BasisHead` at principal components of h_chosen - h_rejected.
+    """Initialises the directions of a `BasisHead` with principal components of h_chosen - h_rejected.
 
-    Components are not centred, divided by the standard deviation of the margins they give, and turned
-    so that most train pairs agree with them.
+    The differences are not centred. Each component is divided by the standard deviation of its margins,
+    and its sign is chosen so that most train pairs agree with it.
 
     Args:
-        reverses: take half as many components, each with its reverse, for weights that are not negative
-            (DRM: Luo et al. 2025, arXiv 2502.13131). None: where the head's weights are softmax.
+        reverses: use half as many components, each also with the opposite sign, for weights that cannot
+            be negative (DRM: Luo et al. 2025, arXiv 2502.13131). None: if the head's weights are
+            softmax.
     """
 
     def __init__(self, *, reverses: bool | None = None) -> None:
@@ -82,14 +83,14 @@ class PcaStart(Start):
 
 
 class SvdStart(Start):
-    """Starts users and directions at a truncated SVD of who chose what (PReF, arXiv 2503.06358).
+    """Initialises users and directions by a truncated SVD of the choices (PReF, arXiv 2503.06358).
 
-    Where most pairs of texts are judged by several users, the matrix of users by pairs is factorised,
-    its gaps filled in `IMPUTING_ROUNDS` rounds, and the pairs' factors regressed on h_chosen -
-    h_rejected. Elsewhere the matrix of each user's own ridge regression coefficients is factorised.
+    If most pairs of texts are judged by several users, it factorises the matrix of users by pairs,
+    whose gaps are imputed in `IMPUTING_ROUNDS` rounds, and regresses the pairs' factors on h_chosen -
+    h_rejected. Otherwise it factorises the matrix of ridge regression coefficients of each user.
 
     Args:
-        ridge: of these regressions, as a multiple of the mean square of h_chosen - h_rejected.
+        ridge: penalty of these regressions, as a multiple of the mean square of h_chosen - h_rejected.
     """
 
     def __init__(self, *, ridge: NonNegativeFloat = 1.0) -> None:
@@ -106,7 +107,9 @@ class SvdStart(Start):
         differences = text_differences(model, pairs)
         ridge = self.ridge * float(differences.square().sum(1).mean())
         n_users = len(encoder.offsets.weight) - 1
-        factorise = factors_of_judgments if are_shared(pairs) else factors_of_coefficients
+        factorise = (
+            factors_of_judgments if are_judged_by_several_users(pairs) else factors_of_coefficients
+        )
         users, basis = factorise(
             pairs, differences, n_users=n_users, rank=head.basis.weight.shape[0], ridge=ridge
         )
@@ -117,12 +120,12 @@ class SvdStart(Start):
 
 @check_arguments("model.start")
 class HeadStart(Start):
-    """Starts at the reward head of a published reward model, which everybody then departs from.
+    """Initialises the head with that of a published reward model.
 
-    It becomes w of a linear or affine head; to a `BasisHead` it is added, in all directions.
+    It becomes w of a linear or affine head. For a `BasisHead` it is added to all directions.
 
     Args:
-        path: a safetensors file. key: of the weights in it, [1, d] or [d].
+        path: a safetensors file. key: name of the weights in it, [1, d] or [d].
     """
 
     def __init__(self, *, path: str, key: str = "score.weight") -> None:
@@ -151,12 +154,13 @@ class HeadStart(Start):
 
 @check_arguments("model.start")
 class SeveralStarts(Start):
-    """Begins from several random starts and goes on with the one of lowest loss on train pairs.
+    """Trains briefly from several random initialisations, and keeps the one with the lowest train loss.
 
-    Mixtures get stuck where users who differ share a cluster; another draw finds them.
+    Mixtures get stuck if users who differ share a cluster; another initialisation avoids that.
 
     Args:
-        n: starts. share: of the training's steps that each is trained for before they are compared.
+        n: number of initialisations. share: fraction of the training's steps that each of them is
+            trained for.
     """
 
     def __init__(
@@ -174,7 +178,7 @@ class SeveralStarts(Start):
         for number in range(self.n):
             with torch.random.fork_rng():
                 torch.manual_seed(torch.initial_seed() + number)
-                candidate = model if number == 0 else model.drawn_anew()
+                candidate = model if number == 0 else model.reinitialised()
                 train_plainly(candidate, data, steps=steps, total_steps=total_steps)
             loss = train_loss(candidate, data.datasets["train"])
             if loss < lowest:
@@ -193,7 +197,7 @@ STARTS: dict[str, type[Start]] = {
 
 
 def build_start(start: str | Mapping[str, Any]) -> Start:
-    """Build what ``model.start`` names: a name of `STARTS`, or a mapping with it and its settings."""
+    """Build the `Start` of ``model.start``: a name of `STARTS`, or a mapping with it and settings."""
     settings = named_settings(start, STARTS, "model.start", "random")
     found: Start = build(settings, "model.start", kind=Start)
     return found
@@ -202,7 +206,7 @@ def build_start(start: str | Mapping[str, Any]) -> Start:
 def train_plainly(
     model: PersonalRewardModel, data: PreferenceData, *, steps: int, total_steps: int
 ) -> None:
-    """Train a model for the first steps of its training, without a trainer around it."""
+    """Train a model for the first `steps` of `total_steps`, without a Lightning trainer."""
     optimizer, schedule = model.optim.build(**model.trainable_parts(), total_steps=total_steps)
     device = next(model.parameters()).device
     model.train()
@@ -220,7 +224,7 @@ def train_plainly(
             step += 1
             if step == steps:
                 break
-    optimizer.catch_up()
+    optimizer.apply_delayed_decay()
 
 
 @torch.no_grad()
@@ -237,7 +241,7 @@ def train_loss(model: PersonalRewardModel, pairs: PairDataset) -> float:
 
 
 def text_differences(model: PersonalRewardModel, pairs: PairDataset) -> Tensor:
-    """Return h_chosen - h_rejected of train pairs as the head will see them, [N, d] float64."""
+    """Return h_chosen - h_rejected of train pairs, as the head sees them, [N, d] float64."""
     _check_pooled(model, pairs)
     if len(model.aggregator.text_parameters()) > 0:
         raise _no_start("pca or svd", "no layer", "aggregator.layer_width=null")
@@ -248,15 +252,18 @@ def text_differences(model: PersonalRewardModel, pairs: PairDataset) -> Tensor:
 
 
 def principal_directions(differences: Tensor, n: int) -> Tensor:
-    """Return the n directions of largest second moment of [N, d], each giving margins of variance 1."""
+    """Return the n directions of largest second moment of `differences` [N, d], scaled to unit margins.
+
+    Unit margins have variance 1. The sign makes most margins positive.
+    """
     values, vectors = torch.linalg.eigh(differences.T @ differences / len(differences))
     directions = vectors.flip(1).T[:n] / values.flip(0)[:n, None].clamp(min=1e-12).sqrt()
     signs = (differences @ directions.T).sign().sum(0).sign()
     return directions * torch.where(signs == 0, 1.0, signs)[:, None]
 
 
-def are_shared(pairs: PairDataset) -> bool:
-    """Whether most train pairs are of two texts that several users judged."""
+def are_judged_by_several_users(pairs: PairDataset) -> bool:
+    """Return whether most train pairs are of two texts that several users have judged."""
     assert pairs.hidden is not None
     texts = pairs.hidden.of_pair.sort(dim=1).values
     _, which = texts.unique(dim=0, return_inverse=True)
@@ -268,7 +275,7 @@ def are_shared(pairs: PairDataset) -> bool:
 def factors_of_judgments(
     pairs: PairDataset, differences: Tensor, *, n_users: int, rank: int, ridge: float
 ) -> tuple[Tensor, Tensor]:
-    """Factorise the matrix of users by pairs of texts, 1 and -1, 0 where there is no judgment.
+    """Factorise the matrix of users by pairs of texts, with entries 1, -1, and 0 for no judgment.
 
     Returns:
         Users [n_users, rank] and directions [rank, d].
@@ -297,7 +304,9 @@ def factors_of_judgments(
 def factors_of_coefficients(
     pairs: PairDataset, differences: Tensor, *, n_users: int, rank: int, ridge: float
 ) -> tuple[Tensor, Tensor]:
-    """Factorise the matrix of each user's ridge regression of 1 on their differences.
+    """Factorise the matrix of each user's ridge regression coefficients.
+
+    Each regression predicts 1 from the user's `differences`.
 
     Returns:
         Users [n_users, rank] and directions [rank, d].
@@ -315,6 +324,7 @@ def factors_of_coefficients(
 
 
 def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the first `rank` left vectors, singular values and right vectors of a matrix."""
     if rank > min(matrix.shape):
         allowed = f"at most {min(matrix.shape)}, the smaller side of a matrix {tuple(matrix.shape)}"
         raise bad_value("aggregator.user_dim", rank, allowed, "Set a smaller aggregator.user_dim")
@@ -323,13 +333,15 @@ def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _basis_head(model: PersonalRewardModel) -> BasisHead:
+    """Return the model's `BasisHead`; raise a ValueError if it has another head."""
     if not isinstance(model.head, BasisHead) or model.aggregator.user_acts:
         raise _no_start("pca or svd", "a basis head alone", "model.head=basis aggregator=none")
     return model.head
 
 
 def _check_pooled(model: PersonalRewardModel, pairs: PairDataset) -> None:
-    if not model.pooled_suffices or pairs.hidden is None:
+    """Raise a ValueError unless the trunk is frozen and its pooled outputs are known."""
+    if not model.needs_only_pooled or pairs.hidden is None:
         raise _no_start(
             "other than random",
             "a frozen trunk that no user acts in",
@@ -342,6 +354,7 @@ def _no_start(name: str, needed: str, cure: str) -> BadValue:
 
 
 def _own_state(model: PersonalRewardModel) -> dict[str, Tensor]:
+    """Return a copy of all weights but the backbone's."""
     state = model.state_dict().items()
     return {name: value.clone() for name, value in state if not name.startswith("backbone.")}
 

@@ -216,7 +216,7 @@ def trace(model: PersonalModule, work: Workload, *, half: torch.dtype | None) ->
     cast = torch.autocast("cpu", dtype=half) if half else contextlib.nullcontext()
     n_pairs = work.pairs(two_rows=model.backbone.layout == "two_rows")
     batch = fake_batch(model, work, -(-n_pairs // work.n_gpus), model.user_slots)
-    pooled = isinstance(model, PersonalRewardModel) and model.pooled_suffices
+    pooled = isinstance(model, PersonalRewardModel) and model.needs_only_pooled
     if pooled:
         texts = torch.arange(2 * len(batch)).view(-1, 2)
         batch = batch.pooled(torch.zeros(2 * len(batch), model.backbone.hidden_size), texts)

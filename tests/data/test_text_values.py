@@ -55,7 +55,7 @@ def test_hidden_states_computed_beforehand_change_nothing(
 ) -> None:
     model, data = reward_model(tokenizer, **film), make_data(tokenizer)
     model.pooling = pooling
-    assert model.pooled_suffices
+    assert model.needs_only_pooled
     online = {split: margins(model, data, split) for split in data.datasets}
     seen: list[int] = []
 
@@ -93,7 +93,7 @@ def test_when_hidden_states_can_be_computed_beforehand(
         backbone=make_backbone(trainable=trainable),
         aggregator=FiLM(hidden_size=WIDTH, n_blocks=3, site=site),
     )
-    assert model.pooled_suffices == suffices
+    assert model.needs_only_pooled == suffices
 
 
 def test_reference_computed_beforehand_changes_nothing(tokenizer: Any) -> None:

@@ -28,7 +28,7 @@ from plrhf.models.adaptation.fitting import (
     user_tables,
 )
 from plrhf.models.adaptation.posterior import learned_prior
-from plrhf.models.adaptation.reweight import margins_of_all
+from plrhf.models.adaptation.reweight import margins_by_particle
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
 
@@ -406,7 +406,7 @@ def test_one_product_scores_all_particles_where_margins_are_linear(
             return forward(self, batch, user)
 
         monkeypatch.setattr(type(model), "margins_for", counted)
-        found = margins_of_all(model, batch, particles)
+        found = margins_by_particle(model, batch, particles)
         assert calls == [1, 3]  # the product, and three particles to check it on
         torch.testing.assert_close(found, naive, atol=1e-3, rtol=1e-4)
 
@@ -416,7 +416,7 @@ def test_one_product_scores_all_particles_where_margins_are_linear(
 
         monkeypatch.setattr(type(model), "margins_for", bent)
         naive = torch.stack([score_pairs(model, batch, one.expand(4, -1))[0] for one in particles])
-        torch.testing.assert_close(margins_of_all(model, batch, particles), naive)
+        torch.testing.assert_close(margins_by_particle(model, batch, particles), naive)
 
 
 def test_scores_are_those_of_the_model() -> None:

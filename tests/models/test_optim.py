@@ -140,7 +140,7 @@ def table_and_weight(*, sparse: bool) -> tuple[nn.Embedding, nn.Parameter, RowAd
 
 
 def step(table: nn.Embedding, weight: nn.Parameter, optimizer: RowAdamW, rows: list[int]) -> None:
-    optimizer.catch_up(torch.tensor(rows))
+    optimizer.apply_delayed_decay(torch.tensor(rows))
     optimizer.zero_grad()
     ((table(torch.tensor(rows)) @ weight).exp() * torch.arange(1, len(rows) + 1)).sum().backward()
     clip_gradients([table.weight, weight], 2.0)
@@ -162,7 +162,7 @@ def test_rows_without_a_gradient_decay_and_wait() -> None:
     for rows in ([1, 2], [2], [5, 2], [2, 2]):
         for table, weight, optimizer in (dense, sparse):
             step(table, weight, optimizer, rows)
-    sparse[2].catch_up()
+    sparse[2].apply_delayed_decay()
     # Never seen: four steps of decay, as by dense AdamW. Always seen: the same as by dense AdamW.
     torch.testing.assert_close(sparse[0].weight[3], start[3] * (1 - 0.1 * 0.5) ** 4)
     for row in (0, 3, 4, 6, 2):
@@ -171,7 +171,7 @@ def test_rows_without_a_gradient_decay_and_wait() -> None:
     table = table_and_weight(sparse=True)
     for rows in ([2], [2]):
         step(*table, rows)
-    table[2].catch_up()
+    table[2].apply_delayed_decay()
     before = table[0].weight[5].detach().clone()
     step(*table, [5])
     moment = table[2].state[table[0].weight]
@@ -193,8 +193,8 @@ def test_sparse_steps_go_on_from_a_checkpoint() -> None:
     optimizer.load_state_dict(copy.deepcopy(half[2].state_dict()))
     for rows in steps[2:]:
         step(table, weight, optimizer, rows)
-    optimizer.catch_up()
-    whole[2].catch_up()
+    optimizer.apply_delayed_decay()
+    whole[2].apply_delayed_decay()
     assert table.weight.equal(whole[0].weight)
 
 

@@ -66,9 +66,9 @@ def test_rows_of_another_number_of_user_vectors_stay_apart() -> None:
     batch = make_batch(make_pairs(11), padding=9, slots=UserSlots(2))
     assert batch.packing is not None
     model = make_model(PersonalDPOPolicy)  # a soft prompt of three
-    found = model.margins_in(batch, ("user",))[0]
+    found = model.margins_in_contexts(batch, ("user",))[0]
     batch.packing = None
-    assert torch.equal(found, model.margins_in(batch, ("user",))[0])
+    assert torch.equal(found, model.margins_in_contexts(batch, ("user",))[0])
 
 
 def test_a_model_knows_where_its_user_vectors_stand() -> None:

@@ -19,7 +19,7 @@ from plrhf.models.start import (
     HeadStart,
     PcaStart,
     SeveralStarts,
-    are_shared,
+    are_judged_by_several_users,
     build_start,
     factors_of_coefficients,
     factors_of_judgments,
@@ -51,7 +51,7 @@ def test_judgments_of_shared_pairs_are_factorised() -> None:
             users.append(user + 1)
             of_pair.append([first, second] if sign > 0 else [second, first])
     pairs = dataset(users, of_pair, torch.randn(6, D))
-    assert are_shared(pairs)
+    assert are_judged_by_several_users(pairs)
     vectors, basis = factors_of_judgments(
         pairs, differences(pairs), n_users=N_USERS, rank=2, ridge=1e-9
     )
@@ -65,7 +65,7 @@ def test_judgments_of_shared_pairs_are_factorised() -> None:
 def test_coefficients_of_users_are_factorised() -> None:
     users = [1, 1, 1, 2, 3, 3, 5, 5, 5, 5]
     pairs = dataset(users, [[2 * n, 2 * n + 1] for n in range(10)], torch.randn(20, D))
-    assert not are_shared(pairs)
+    assert not are_judged_by_several_users(pairs)
     found = differences(pairs)
     vectors, basis = factors_of_coefficients(pairs, found, n_users=N_USERS, rank=N_USERS, ridge=0.3)
     for user in range(1, N_USERS + 1):
@@ -160,7 +160,7 @@ def test_the_start_of_lowest_train_loss_goes_on(monkeypatch: pytest.MonkeyPatch)
         return model
 
     numbers = iter((1, 2))
-    monkeypatch.setattr(PersonalRewardModel, "drawn_anew", lambda self: drawn(next(numbers)))
+    monkeypatch.setattr(PersonalRewardModel, "reinitialised", lambda self: drawn(next(numbers)))
     model = drawn(0)
     data: Any = Data(model)
     losses, weights = [], []

@@ -13,7 +13,7 @@ from torch import Tensor, tensor
 
 from plrhf.aggregators import NoAggregator
 from plrhf.encoders import ClusterMixtureEncoder
-from plrhf.models.inner import Inner, fit_train_users, tasks_of
+from plrhf.models.inner import InnerLoop, fit_train_users, number_tasks
 from plrhf.models.reduction import Reduction
 from plrhf.models.reward import PersonalRewardModel
 
@@ -58,7 +58,7 @@ def test_the_tail_by_hand() -> None:
 
 
 def test_tasks_by_hand() -> None:
-    task, is_query = tasks_of(tensor([7, 4, 7, 7, 9, 4, 7, 7]), 0.4)
+    task, is_query = number_tasks(tensor([7, 4, 7, 7, 9, 4, 7, 7]), 0.4)
     assert task.tolist() == [2, 1, 2, 2, 3, 1, 2, 2]
     # 5 pairs of 7: two queries, the last; 2 of 4: one; 1 of 9: none.
     assert is_query.tolist() == [False] * 5 + [True] * 3
@@ -137,7 +137,7 @@ class Pairs:
 def test_train_users_are_fitted_to_all_of_their_pairs() -> None:
     model = model_of()
     batch = model.without_user(make_batch(make_pairs(), users=USERS))
-    fit_train_users(model, Pairs(batch), Inner(steps=1, lr=0.5))  # type: ignore[arg-type]
+    fit_train_users(model, Pairs(batch), InnerLoop(steps=1, lr=0.5))  # type: ignore[arg-type]
     rows = model.encoder.offsets.weight.detach().clone()
     assert rows[[0, 4, 5]].abs().max() == 0 and rows[[1, 2, 3]].abs().amax(1).min() > 0
     with torch.no_grad():

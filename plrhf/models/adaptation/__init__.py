@@ -1,4 +1,4 @@
-"""Adaptation rules: a few pairs of people the model has not met -> their user vectors."""
+"""Adaptation rules: they compute a new user's vector from a few of the user's pairs."""
 
 from plrhf.models.adaptation.base import Adaptation, AdaptedUsers
 from plrhf.models.adaptation.basis import Basis

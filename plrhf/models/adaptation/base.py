@@ -1,4 +1,4 @@
-"""The interface of an adaptation rule, and what all rules need: scores of pairs for given vectors."""
+"""The interface of an adaptation rule, and how all rules score pairs for given user vectors."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ KEPT_NUMBERS = 2**28
 
 @dataclass(frozen=True)
 class AdaptedUsers:
-    """N users as a rule found them, on the model's device.
+    """The result of an adaptation rule for N users, on the model's device.
 
     Attributes:
         vectors: e_u, [N, user_dim] float32.
-        rows: the users' rows [N, ...] of the encoder's tables by name, for `enrol`; None: the users have
-            vectors alone.
-        covariance: of the r numbers t that were fitted for each user, given the pairs, [N, r, r]; None for
-            a rule that gives points alone.
-        directions: how e_u changes with t, [N, r, user_dim]; None without a covariance.
+        rows: the users' rows [N, ...] of the encoder's tables by name, for `enrol`; None: the rule
+            gives vectors only.
+        covariance: posterior covariance of the r fitted numbers t of each user, [N, r, r]; None: the
+            rule gives point estimates only.
+        directions: derivative of e_u with respect to t, [N, r, user_dim]; None without a covariance.
     """
 
     vectors: Tensor
@@ -40,39 +40,42 @@ class AdaptedUsers:
 
 
 class Adaptation(ABC):
-    """Finds the vectors of people the model has not met from a few of their pairs.
+    """Fits the vectors of new users, whom training has not seen, to a few of their pairs.
 
-    All else of the model is frozen and stays as it is. A subclass is built by keyword from its settings.
+    All other parameters of the model are frozen. A subclass is built by keyword from its settings.
     """
 
     @abstractmethod
     def fit(
         self, model: PersonalModule, batches: Sequence[PreferenceBatch], *, n_users: int
     ) -> AdaptedUsers:
-        """Find the vectors of N new users.
+        """Fit the vectors of N new users.
 
         Args:
-            model: a trained one, in eval mode.
-            batches: the pairs given. `user_id` is the new user's number from 0 to N - 1, which is the row
-                in the result, and no user of the encoder's. Somebody may have no pairs.
+            model: a trained model in eval mode.
+            batches: the users' pairs. `user_id` is the new user's number from 0 to N - 1, their row in
+                the result; it is not an index of the encoder. A user may have no pairs.
 
         Raises:
-            ValueError: the rule needs what this model does not have.
+            ValueError: the model lacks what the rule needs.
         """
 
 
 def score_pairs(
     model: PersonalModule, batch: PreferenceBatch, vectors: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute margins [B] and losses [B] of pairs for users [N, user_dim], rows by `user_id`."""
+    """Compute margins [B] and losses [B] of pairs; `user_id` says which of `vectors` a pair uses."""
     margins, extra = model.margins_for(batch, vectors[batch.user_id])
     return margins[0], model.pair_loss(margins, extra)[0]
 
 
-def margin_slopes(
+def margin_gradients(
     model: PersonalModule, batch: PreferenceBatch, vectors: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute margins [B], and how each changes with its user's vector, [B, user_dim]."""
+    """Compute margins [B] and their gradients with respect to the users' vectors, [B, user_dim].
+
+    `user_id` says which row of `vectors` a pair uses.
+    """
     user = vectors.detach()[batch.user_id].requires_grad_()
     with torch.enable_grad():
         margins = model.margins_for(batch, user)[0][0]
@@ -83,23 +86,28 @@ def margin_slopes(
 def attenuated_margins(
     model: PersonalModule, batch: PreferenceBatch, users: AdaptedUsers
 ) -> Tensor:
-    """Shrink margins [B] by what is not known of their users, so that probabilities are calibrated.
+    """Compute margins [B], made smaller where a user's vector is uncertain, so that they are calibrated.
 
     With a margin m of variance v under the posterior, E sigma(m) ~ sigma(m / sqrt(1 + pi v / 8))
     (MacKay 1992, "The evidence framework applied to classification networks", eq. 10).
 
     Args:
-        users: with a covariance.
+        users: must have a covariance.
     """
     assert users.covariance is not None and users.directions is not None
-    margins, slopes = margin_slopes(model, batch, users.vectors)
+    margins, slopes = margin_gradients(model, batch, users.vectors)
     of_t = torch.einsum("bru,bu->br", users.directions[batch.user_id], slopes)
     variance = torch.einsum("br,brs,bs->b", of_t, users.covariance[batch.user_id], of_t)
     return margins / (1 + torch.pi / 8 * variance.clamp(min=0)).sqrt()
 
 
-def prepared(model: PersonalModule, batches: Sequence[PreferenceBatch]) -> list[PreferenceBatch]:
-    """Put batches on the model's device, with what no user has a part in computed once if it fits."""
+def with_precomputed(
+    model: PersonalModule, batches: Sequence[PreferenceBatch]
+) -> list[PreferenceBatch]:
+    """Move batches to the model's device, and precompute all that does not depend on the user.
+
+    Nothing is precomputed if it would take more than `KEPT_NUMBERS` numbers.
+    """
     device = next(model.parameters()).device
     on_device = [move_data_to_device(batch, device) for batch in batches]
     n_positions = sum(batch.input_ids.numel() for batch in on_device)

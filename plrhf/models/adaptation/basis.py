@@ -1,4 +1,4 @@
-"""A new user by logistic regression in the span of the train users' vectors."""
+"""Fits a new user by penalised logistic regression in the span of the train users' vectors."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ SMALLEST = 1e-5
 
 @check_arguments("eval.adaptation")
 class Basis(Adaptation):
-    """Fits the vector itself, in the span of how train users' vectors differ from the generic one.
+    """Fits e_u itself, restricted to the span of the train users' differences from the generic user.
 
-    minimise sum_pairs loss(pair, e_0 + c U) + l2 |c|^2 / 2 over c, with the rows of U orthonormal. The
-    problem is convex where margins are linear in e_u (FiLM at the last layer). It is the convex fit of
-    RFM (Barreto et al. 2025, arXiv 2503.17338) and PReF (arXiv 2503.06358, section 3); unlike
-    `Posterior`, which knows how much train users vary, it treats all directions alike.
+    Minimises sum_pairs loss(pair, e_0 + c U) + l2 |c|^2 / 2 over c, where U is an orthonormal basis of
+    the span. This is convex if margins are linear in e_u (FiLM at the last layer). It is the convex fit
+    of RFM (Barreto et al. 2025, arXiv 2503.17338) and PReF (arXiv 2503.06358, section 3). `Posterior`
+    knows how much train users vary in each direction; this rule treats all directions alike.
 
     Args:
-        steps: iterations of L-BFGS at most. l2: weight of the penalty, 0 for none.
+        steps: largest number of L-BFGS iterations. l2: weight of the penalty, 0 for none.
     """
 
     def __init__(self, *, steps: PositiveInt = 100, l2: NonNegativeFloat = 1.0) -> None:

@@ -1,4 +1,4 @@
-"""A new user by one pass of an encoder that reads pairs."""
+"""Computes a new user's vector with an encoder that reads pairs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Encode(Adaptation):
-    """Lets the model's encoder read the pairs, as it read those of train users; nothing is fitted."""
+    """Runs the model's encoder on the new user's pairs, as on those of train users; nothing is fitted."""
 
     def fit(
         self, model: PersonalModule, batches: Sequence[PreferenceBatch], *, n_users: int

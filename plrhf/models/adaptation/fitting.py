@@ -1,4 +1,4 @@
-"""What is fitted for a new user, and the loss of their pairs as a function of it."""
+"""The parameters that are fitted for a new user, and the loss of their pairs as a function of them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from plrhf.core.errors import bad_value
 from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
 from plrhf.data.features import FeatureSchema
 from plrhf.encoders import UserEncoder
-from plrhf.models.adaptation.base import AdaptedUsers, prepared, score_pairs
+from plrhf.models.adaptation.base import AdaptedUsers, score_pairs, with_precomputed
 
 if TYPE_CHECKING:
     from plrhf.models.base import PersonalModule
 
 
 def user_tables(encoder: UserEncoder) -> dict[str, nn.Parameter]:
-    """Return the parameters whose row u belongs to user u, by name."""
+    """Return the encoder's parameters that have one row for each user, by name."""
     own = {id(parameter) for parameter in encoder.user_parameters()}
     return {name: one for name, one in encoder.named_parameters() if id(one) in own}
 
 
-def check_personal(encoder: UserEncoder) -> None:
-    """Raise where an encoder has no parameters of single users."""
+def check_has_user_tables(encoder: UserEncoder) -> None:
+    """Raise a ValueError if an encoder has no parameters that belong to single users."""
     if len(user_tables(encoder)) == 0:
         raise bad_value(
             "encoder",
@@ -41,7 +41,7 @@ def check_personal(encoder: UserEncoder) -> None:
 
 @contextlib.contextmanager
 def dense_gradients(encoder: UserEncoder) -> Iterator[None]:
-    """Let sparse tables give dense gradients: sparse ones cannot pass through other operations."""
+    """Make sparse embeddings give dense gradients in this context, as autograd needs to go on from them."""
     modules: list[Any] = [one for one in encoder.modules() if getattr(one, "sparse", False) is True]
     for module in modules:
         module.sparse = False
@@ -53,10 +53,10 @@ def dense_gradients(encoder: UserEncoder) -> Iterator[None]:
 
 
 class UserSpace(ABC):
-    """Points of which each is a possible user.
+    """A space in which each point stands for a user.
 
     Attributes:
-        generic: the generic user, [D]. train: the n train users, [n, D].
+        generic: point of the generic user, [D]. train: points of the n train users, [n, D].
     """
 
     generic: Tensor
@@ -64,22 +64,22 @@ class UserSpace(ABC):
 
     @abstractmethod
     def vectors(self, points: Tensor, features: Tensor) -> Tensor:
-        """Turn points [N, D], and features [N, F] of the users, into user vectors [N, user_dim]."""
+        """Compute user vectors [N, user_dim] from points [N, D] and the users' features [N, F]."""
 
     def rows(self, points: Tensor) -> dict[str, Tensor] | None:
-        """Turn points [N, D] into the users' rows [N, ...] of the encoder's tables, if they are that."""
+        """Return the rows [N, ...] of the encoder's tables for points [N, D]; None if they have none."""
         return None
 
 
 class RowSpace(UserSpace):
-    """Users as rows of the encoder's tables, end to end: what training learns for each user.
+    """The space of a user's rows in all of the encoder's tables, flattened and concatenated.
 
     Args:
-        encoder: a trained one with parameters of single users.
+        encoder: a trained encoder that has tables with a row for each user.
     """
 
     def __init__(self, encoder: UserEncoder) -> None:
-        check_personal(encoder)
+        check_has_user_tables(encoder)
         self.encoder = encoder
         tables = user_tables(encoder)
         self.shapes = {name: table.shape[1:] for name, table in tables.items()}
@@ -96,7 +96,7 @@ class RowSpace(UserSpace):
         }
 
     def vectors(self, points: Tensor, features: Tensor) -> Tensor:
-        """Let the encoder's own `forward` read the points as tables, so that any encoder will do."""
+        """Compute user vectors with the encoder's own `forward`, its tables replaced by the points."""
         tables = self.rows(torch.cat([self.generic[None], points]))
         users = UserBatch(
             user_id=torch.arange(1, len(points) + 1, device=points.device), features=features
@@ -107,16 +107,16 @@ class RowSpace(UserSpace):
 
 
 class VectorSpace(UserSpace):
-    """Users as vectors e_u, of which an encoder's own users may be a small part.
+    """The space of user vectors e_u, in which train users may span a subspace only.
 
     Args:
-        model: with an encoder that has parameters of single users.
+        model: its encoder must have tables with a row for each user.
     """
 
     def __init__(self, model: PersonalModule) -> None:
         rows = RowSpace(model.encoder)
         with torch.no_grad():
-            self.train = rows.vectors(rows.train, features_of(model, (), len(rows.train)))
+            self.train = rows.vectors(rows.train, features_of_users(model, (), len(rows.train)))
             self.generic = model.encoder.generic(1)[0].to(self.train.device)
 
     def vectors(self, points: Tensor, features: Tensor) -> Tensor:
@@ -124,28 +124,28 @@ class VectorSpace(UserSpace):
 
 
 class Coordinates:
-    """Users by r numbers t each: the point of a user is origin + t F.
+    """Describes each user by r numbers t: the user's point is origin + t F.
 
     Args:
-        space: where the points lie. origin: the point of t = 0, [D]. factor: F, [r, D].
+        space: the space of the points. origin: point of t = 0, [D]. factor: F, [r, D].
     """
 
     def __init__(self, space: UserSpace, origin: Tensor, factor: Tensor) -> None:
         self.space, self.origin, self.factor = space, origin, factor
 
     def points(self, t: Tensor) -> Tensor:
-        """Turn t [N, r] into points [N, D]."""
+        """Compute the points [N, D] of t [N, r]."""
         return self.origin + t @ self.factor
 
 
 class PairLosses:
-    """The loss of new users' pairs as a function of their t [N, r].
+    """The loss of new users' pairs as a function of their coordinates t, [N, r].
 
-    No user's loss depends on another's t, so one solver fits all of them, and second derivatives are a
-    block [r, r] a user.
+    A user's loss does not depend on other users' t. One solver can therefore fit all users at once, and
+    the Hessian consists of one block [r, r] for each user.
 
     Args:
-        batches: the pairs, `user_id` from 0 to n_users - 1.
+        batches: the pairs, with `user_id` from 0 to n_users - 1.
     """
 
     def __init__(
@@ -157,8 +157,8 @@ class PairLosses:
         n_users: int,
     ) -> None:
         self.model, self.coordinates, self.n_users = model, coordinates, n_users
-        self.batches = prepared(model, batches)
-        self.features = features_of(model, self.batches, n_users)
+        self.batches = with_precomputed(model, batches)
+        self.features = features_of_users(model, self.batches, n_users)
         self.counts = coordinates.origin.new_zeros(n_users)  # pairs of each user
         for batch in self.batches:
             self.counts += torch.bincount(batch.user_id, minlength=n_users)
@@ -172,10 +172,10 @@ class PairLosses:
         return self.coordinates.space.vectors(self.coordinates.points(t), self.features)
 
     def gradient(self, t: Tensor, weight: Tensor | None = None) -> tuple[float, Tensor]:
-        """Compute the loss summed over all pairs, and its gradient [N, r].
+        """Compute the sum of the losses of all pairs, and its gradient [N, r].
 
         Args:
-            weight: of each user's pairs, [N]; None: 1.
+            weight: factor on each user's pairs, [N]; None: 1.
         """
         t = t.detach().requires_grad_()
         vectors = self.vectors(t)
@@ -189,7 +189,7 @@ class PairLosses:
         return total, torch.autograd.grad(vectors, t, slope)[0]
 
     def hessian(self, t: Tensor) -> Tensor:
-        """Compute the second derivatives of each user's summed loss, [N, r, r]."""
+        """Compute the Hessian of each user's summed loss, [N, r, r]."""
         t = t.detach().requires_grad_()
         found = t.new_zeros(*t.shape, t.shape[1])
         # Fused attention has no second derivative.
@@ -207,7 +207,7 @@ class PairLosses:
         return 0.5 * (found + found.mT)
 
     def directions(self, t: Tensor) -> Tensor:
-        """Compute how user vectors change with t, [N, r, user_dim]."""
+        """Compute the derivatives of the user vectors with respect to t, [N, r, user_dim]."""
         units = torch.eye(t.shape[1], dtype=t.dtype, device=t.device)
         columns = [
             torch.func.jvp(self.vectors, (t.detach(),), (unit.expand_as(t).contiguous(),))[1]
@@ -216,7 +216,7 @@ class PairLosses:
         return torch.stack(columns, dim=1)
 
     def users_at(self, t: Tensor, covariance: Tensor | None = None) -> AdaptedUsers:
-        """Return the users of t [N, r], with the covariance of t if it is known."""
+        """Return the users with coordinates t [N, r], and the covariance of t if it is given."""
         with torch.no_grad():
             points = self.coordinates.points(t.detach())
             return AdaptedUsers(
@@ -227,8 +227,10 @@ class PairLosses:
             )
 
 
-def features_of(model: PersonalModule, batches: Sequence[PreferenceBatch], n_users: int) -> Tensor:
-    """Return what is known of the users beside their pairs, [N, F] float32; NaN where nothing is."""
+def features_of_users(
+    model: PersonalModule, batches: Sequence[PreferenceBatch], n_users: int
+) -> Tensor:
+    """Return the encoded features of users, as their pairs give them, [N, F] float32; NaN where missing."""
     schema = model.card.feature_schema() if hasattr(model, "card") else FeatureSchema.fit(())
     width = len(schema.numbers) + len(schema.category_sizes)
     found = torch.full((n_users, width), torch.nan, device=model.device)
@@ -238,10 +240,10 @@ def features_of(model: PersonalModule, batches: Sequence[PreferenceBatch], n_use
 
 
 def most_likely(losses: PairLosses, *, steps: int, penalty: float = 1.0) -> Tensor:
-    """Minimise sum_pairs loss + penalty |t|^2 / 2 for each user by L-BFGS, from t = 0; t [N, r].
+    """Minimise sum_pairs loss + penalty |t|^2 / 2 for each user by L-BFGS from t = 0; return t [N, r].
 
     Args:
-        steps: iterations at most; it stops earlier where nothing moves any more.
+        steps: largest number of iterations; it stops earlier on convergence.
     """
     t = losses.start().requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -258,11 +260,11 @@ def most_likely(losses: PairLosses, *, steps: int, penalty: float = 1.0) -> Tens
 
 
 def laplace_covariance(losses: PairLosses, t: Tensor, *, penalty: float = 1.0) -> Tensor:
-    """Approximate the posterior of each user's t by a Gaussian at its mode; its covariance [N, r, r].
+    """Compute the covariance [N, r, r] of the Laplace approximation to each user's posterior of t.
 
-    The inverse of the second derivatives of -log p(t | pairs) (MacKay 1992, "A practical Bayesian
-    framework for backpropagation networks"). Where a fit stopped before its minimum and a second
-    derivative is not above 0, the prior's own stands for it.
+    It is the inverse Hessian of -log p(t | pairs) at the mode (MacKay 1992, "A practical Bayesian
+    framework for backpropagation networks"). An eigenvalue of the Hessian that is not positive, as
+    where a fit stopped before its minimum, is replaced by the prior's.
     """
     eye = torch.eye(t.shape[1], dtype=torch.float64, device=t.device)
     values, basis = torch.linalg.eigh(losses.hessian(t).double() + penalty * eye)

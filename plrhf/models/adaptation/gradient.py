@@ -1,4 +1,4 @@
-"""A new user by so many gradient steps, without a prior: what most published methods do."""
+"""Fits a new user by a fixed number of gradient steps without a prior, as most published methods do."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 
 @check_arguments("eval.adaptation")
 class Gradient(Adaptation):
-    """Takes gradient steps on the mean loss of the user's pairs, over the user's rows of the tables.
+    """Takes gradient steps on a user's mean loss, with respect to the user's rows of the tables.
 
-    There is no prior, so how far a user is fitted is up to steps and rate. Settings of LoRe, PAL, PReF and
-    MRM are in docs/adaptation.md. Somebody without pairs is the generic user.
+    There is no prior, so the number of steps and the learning rate decide how closely a user is fitted.
+    docs/adaptation.md has the settings of LoRe, PAL, PReF and MRM. A user without pairs is the generic
+    user, whatever `start` is.
 
     Args:
-        steps: all are taken. lr: learning rate. optimiser: ``adam`` or plain gradient descent (``sgd``).
-        start: ``generic``: the generic user's rows; ``mean``: the mean of the train users';
+        steps: number of steps. lr: learning rate. optimiser: ``adam``, or plain gradient descent
+            (``sgd``).
+        start: ``generic``: the generic user's rows; ``mean``: the mean of the train users' rows;
             ``random``: each number from N(0, 1).
         seed: of the random start.
     """
@@ -62,7 +64,7 @@ class Gradient(Adaptation):
         return losses.users_at(torch.where(losses.counts[:, None] > 0, t.detach(), 0.0))
 
     def _first(self, space: RowSpace, n_users: int) -> Tensor:
-        """Return the points [N, D] from which users start."""
+        """Return the starting points [N, D] of N users."""
         if self.start == "random":
             generator = torch.Generator().manual_seed(self.seed)
             drawn = torch.randn(n_users, len(space.generic), generator=generator)

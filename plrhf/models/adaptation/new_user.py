@@ -1,4 +1,4 @@
-"""One new user from pairs as a person would write them."""
+"""Adapts a model to one new user, from rows in the format that people write."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ BATCH_SIZE = 32
 
 @dataclass(frozen=True)
 class NewUser:
-    """A user fitted to a model that has not met them.
+    """A user that was fitted to a trained model.
 
     Attributes:
         vector: e_u, [user_dim], on the CPU.
-        rows: their own parameters by name, on the CPU, a row each of the encoder's tables; None where the
-            rule gives a vector alone. See `enrol`.
-        n_pairs: pairs the user was fitted to. n_too_long: pairs left out as too long for the model.
+        rows: the user's row of each of the encoder's tables by name, on the CPU; None: the rule gives a
+            vector only. See `enrol`.
+        n_pairs: number of pairs used. n_too_long: number of pairs left out because the model cannot
+            read texts of that length.
     """
 
     vector: Tensor
@@ -42,16 +43,16 @@ class NewUser:
 def adapt(
     model: PersonalModule, pairs: Sequence[Mapping[str, Any]], rule: Adaptation | None = None
 ) -> NewUser:
-    """Fit a new user to a few of their pairs; all else of the model is frozen and stays as it is.
+    """Fit a new user to a few of their pairs; all other parameters of the model stay as they are.
 
     Args:
         model: loaded from an export, so that it has a tokenizer.
-        pairs: rows of one user in the row format; `user_id` may be missing. No pairs at all give what the
-            rule knows of nobody, as a rule the generic user.
-        rule: how the user is found; None: `Encode` where the encoder reads pairs, else `Posterior`.
+        pairs: rows of one user in the row format; `user_id` may be missing. Without any pairs the
+            result is what the rule gives an unknown user, usually the generic user.
+        rule: None: `Encode` if the encoder reads pairs, else `Posterior`.
 
     Raises:
-        ValueError: a pair that cannot be used, no pair that is short enough, or a model that the rule
+        ValueError: a pair that cannot be used, only pairs that are too long, or a model that the rule
             cannot adapt.
     """
     if rule is None:

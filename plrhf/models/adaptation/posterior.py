@@ -1,4 +1,4 @@
-"""A new user as the most likely one under a prior learned from the train users."""
+"""Fits a new user by maximum a posteriori, under a prior learned from the train users."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 
 def learned_prior(encoder: UserEncoder, *, scale: float = 1.0) -> Coordinates:
-    """Learn the distribution of a new user's rows z before a pair is seen: N(z_0, scale^2 M).
+    """Return the prior of a new user's rows z of the encoder's tables, N(z_0, scale^2 M).
 
-    z_0 are the generic user's, and M = 1/n sum_u (z_u - z_0)(z_u - z_0)^T over the n train users. As
-    z = z_0 + t F with F^T F = scale^2 M and t ~ N(0, 1), a new user is a combination of how the
-    train users differ from the generic one.
+    z_0 are the generic user's rows, and M = 1/n sum_u (z_u - z_0)(z_u - z_0)^T over the n train users.
+    The prior is given as coordinates z = z_0 + t F with F^T F = scale^2 M and t ~ N(0, 1). A new user
+    is thus a combination of the train users' differences from the generic user.
 
     Returns:
         Coordinates t with F [r, D], r <= min(D, n).
 
     Raises:
-        ValueError: the encoder has no parameters of single users.
+        ValueError: the encoder has no tables with a row for each user.
     """
     space = RowSpace(encoder)
     departures = space.train - space.generic
@@ -47,14 +47,14 @@ def learned_prior(encoder: UserEncoder, *, scale: float = 1.0) -> Coordinates:
 class Posterior(Adaptation):
     """Finds the most likely user under a prior learned from the train users (empirical Bayes).
 
-    minimise sum_pairs loss(pair, z_0 + t F) + |t|^2 / 2 over t, see `learned_prior`. Without pairs that
-    is the generic user.
+    Minimises sum_pairs loss(pair, z_0 + t F) + |t|^2 / 2 over t, see `learned_prior`. A user without
+    pairs is the generic user.
 
     Args:
-        steps: iterations of L-BFGS at most; it stops earlier where nothing moves any more.
-        prior_scale: factor on the prior's standard deviation: the smaller it is, the nearer new users
-            stay to the generic one.
-        laplace: also find how well each user is known, see `laplace_covariance`.
+        steps: largest number of L-BFGS iterations; it stops earlier on convergence.
+        prior_scale: factor on the prior's standard deviation; a small one keeps new users near the
+            generic user.
+        laplace: also compute the covariance of t, see `laplace_covariance`.
     """
 
     def __init__(

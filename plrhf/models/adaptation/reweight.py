@@ -1,4 +1,4 @@
-"""A new user as a weighted mean of clusters or train users: a discrete posterior."""
+"""Computes a new user's vector as a weighted mean of clusters or train users: a discrete posterior."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from plrhf.core.checks import PositiveFloat, check_arguments
 from plrhf.core.errors import bad_value
 from plrhf.core.types import GENERIC_USER, PreferenceBatch
 from plrhf.encoders import ClusterMixtureEncoder
-from plrhf.models.adaptation.base import Adaptation, AdaptedUsers, margin_slopes, prepared
+from plrhf.models.adaptation.base import (
+    Adaptation,
+    AdaptedUsers,
+    margin_gradients,
+    with_precomputed,
+)
 from plrhf.models.adaptation.fitting import VectorSpace
 
 if TYPE_CHECKING:
@@ -27,19 +32,19 @@ TOLERANCE = 1e-4
 
 @check_arguments("eval.adaptation")
 class Reweight(Adaptation):
-    """Weighs known vectors e_j, the particles, by how well each explains the new user's pairs.
+    """Weights known vectors e_j, the particles, by how well each explains the new user's pairs.
 
-    e_u = sum_j w_j e_j with w_j ~ pi_j exp(sum_i log sigma(m_ij) / tau), m_ij being the margin of pair i
-    for particle j: Bayes' rule where the new user is one of the particles. HyRe (arXiv 2412.08812), DRM
-    (arXiv 2502.13131), CoPL (arXiv 2503.01658) and MiCRo (arXiv 2505.24846) are settings of it, see
-    docs/adaptation.md. Somebody without pairs is the mean of the particles under pi.
+    e_u = sum_j w_j e_j with w_j ~ pi_j exp(sum_i log sigma(m_ij) / tau), where m_ij is the margin of
+    pair i for particle j. This is Bayes' rule if the new user is one of the particles. HyRe (arXiv
+    2412.08812), DRM (arXiv 2502.13131), CoPL (arXiv 2503.01658) and MiCRo (arXiv 2505.24846) are
+    special cases, see docs/adaptation.md. A user without pairs gets the mean of the particles under pi.
 
     Args:
-        of: what the particles are: ``clusters`` (of encoder=cluster) or train ``users``.
-        temperature: tau; below 1 pairs count for more than a likelihood says.
-        per_pair: ``sum`` of the pairs' log-likelihoods, or their ``mean``, as if each user gave one pair.
-        prior: pi: ``uniform``, or each cluster's ``size``, its mean weight over the train users.
-        map_only: take the most likely particle alone.
+        of: the particles: ``clusters`` (of encoder=cluster) or train ``users``.
+        temperature: tau; below 1, pairs count for more than their likelihood.
+        per_pair: ``sum`` of the pairs' log-likelihoods, or ``mean``, as if each user had one pair.
+        prior: pi: ``uniform``, or ``size``, each cluster's mean weight over the train users.
+        map_only: use the most likely particle instead of the mean.
     """
 
     def __init__(
@@ -68,8 +73,8 @@ class Reweight(Adaptation):
         particles, log_prior = self.particles(model)
         fit = particles.new_zeros(n_users, len(particles), dtype=torch.float64)
         counts = fit.new_zeros(n_users, 1)
-        for batch in prepared(model, batches):
-            of_pair = logsigmoid(margins_of_all(model, batch, particles)).T.double()  # [B, J]
+        for batch in with_precomputed(model, batches):
+            of_pair = logsigmoid(margins_by_particle(model, batch, particles)).T.double()  # [B, J]
             fit.index_add_(0, batch.user_id, of_pair)
             counts.index_add_(0, batch.user_id, torch.ones_like(of_pair[:, :1]))
         if self.per_pair == "mean":
@@ -80,7 +85,7 @@ class Reweight(Adaptation):
         return AdaptedUsers(vectors=weights.to(particles.dtype) @ particles)
 
     def particles(self, model: PersonalModule) -> tuple[Tensor, Tensor]:
-        """Return the particles [J, user_dim] and log pi [J], float64."""
+        """Return the particles [J, user_dim], and log pi [J] float64 up to a constant."""
         if self.of == "users":
             vectors = VectorSpace(model).train
             return vectors, vectors.new_zeros(len(vectors), dtype=torch.float64)
@@ -100,30 +105,33 @@ class Reweight(Adaptation):
         return encoder.clusters.detach(), sizes.log()
 
 
-def margins_of_all(model: PersonalModule, batch: PreferenceBatch, particles: Tensor) -> Tensor:
+def margins_by_particle(model: PersonalModule, batch: PreferenceBatch, particles: Tensor) -> Tensor:
     """Compute the margin of each pair for each of J user vectors, [J, B].
 
-    Where users act on pooled outputs alone, margins may be linear in the user vector, as with FiLM and a
-    linear head. Then one product gives all of them. That they are is checked on some particles.
+    With FiLM and a linear head, for example, margins are linear in the user vector, and one matrix
+    product gives all of them. Linearity is tested on a few particles; if it does not hold, the model's
+    forward is used.
 
     Args:
-        batch: as `prepared` gives it. particles: [J, user_dim].
+        batch: as returned by `with_precomputed`. particles: [J, user_dim].
     """
     if not model.aggregator.after_trunk:
-        return _by_model(model, batch, particles)
+        return _margins_by_forward(model, batch, particles)
     centre = particles.mean(dim=0)
-    at_centre, slopes = margin_slopes(model, batch, centre.expand(int(batch.user_id.max()) + 1, -1))
+    at_centre, slopes = margin_gradients(
+        model, batch, centre.expand(int(batch.user_id.max()) + 1, -1)
+    )
     margins = at_centre + (particles - centre) @ slopes.T
     some = torch.linspace(0, len(particles) - 1, min(N_CHECKED, len(particles))).long()
-    expected = _by_model(model, batch, particles[some])
+    expected = _margins_by_forward(model, batch, particles[some])
     allowed = TOLERANCE * (1 + expected.abs().max())
     if bool((margins[some] - expected).abs().max() <= allowed):
         return margins
-    return _by_model(model, batch, particles)
+    return _margins_by_forward(model, batch, particles)
 
 
-def _by_model(model: PersonalModule, batch: PreferenceBatch, particles: Tensor) -> Tensor:
-    """Compute `margins_of_all` by the model's own forward, so many particles at a time as fit."""
+def _margins_by_forward(model: PersonalModule, batch: PreferenceBatch, particles: Tensor) -> Tensor:
+    """Compute `margins_by_particle` by the model's forward, on a few particles at a time."""
     at_once = max(1, NUMBERS_AT_ONCE // (batch.input_ids.numel() * model.backbone.hidden_size))
     found = [
         model.margins_for(batch, some.repeat_interleave(len(batch), dim=0))[0]
