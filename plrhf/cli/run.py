@@ -39,7 +39,7 @@ from plrhf.data.features import FeatureSchema
 from plrhf.data.module import PreferenceData
 from plrhf.data.own_pairs import draw_context
 from plrhf.evaluation.generations import requested_rows, write_generations
-from plrhf.evaluation.predictions import Prepare, engine, predict, prepare
+from plrhf.evaluation.predictions import PrepareData, predict, prepare, runner_with_weights
 from plrhf.evaluation.probes import probe
 from plrhf.evaluation.results import (
     Command,
@@ -142,12 +142,12 @@ def train_personal(
         _print_notes(probes["warnings"], data.padding())
         begin_run(config, resume=resume)
         log_settings(trainer.loggers, config.resolved)
-        before = Prepare(data.restrict_to("train", "val"), cache_dir=cache_dir)
+        before = PrepareData(data.restrict_to("train", "val"), cache_dir=cache_dir)
         trainer.callbacks.append(before)  # type: ignore[attr-defined]
         fit(model, data, trainer, resume_from=None if resume is None else resume.path)
         model.check_finite()
         if model.encoder.reads_context:
-            engine(model, trainer)(store_vectors, model, data)
+            runner_with_weights(model, trainer)(store_vectors, model, data)
         outputs = Outputs(debug=config.debug)
         export = Path(config.run_dir) / "export"
         with outputs.writing(export):
@@ -174,7 +174,7 @@ def evaluate_run(
     predictions = predict(model, data, trainer)
     fingerprint = fingerprint_of(config, model, data)
     write_results(config, data, trainer, predictions, probes, fingerprint)
-    ask = engine(model, trainer)
+    ask = runner_with_weights(model, trainer)
     with outputs.writing(run_dir / "users.json"):
         ask(write_users, run_dir / "users.json", model, data, fingerprint)
     if isinstance(model, PersonalDPOPolicy):

@@ -1,1 +1,1 @@
-"""What a model is worth: metrics, probes, predictions, few-shot curves, judges."""
+"""Evaluation of a trained model: metrics, leak probes, predictions, few-shot curves, judges."""

@@ -1,4 +1,4 @@
-"""A chat endpoint of the OpenAI kind: asked again where it is busy, its replies kept on disk."""
+"""A client for OpenAI-compatible chat endpoints, with retries and a file of replies."""
 
 from __future__ import annotations
 
@@ -165,13 +165,14 @@ class ChatEndpoint:
         raise self._not_a_reply(f"HTTP {response.status}, {' '.join(shown.split())[:200]}")
 
     def _without_key(self, text: str) -> str:
-        """Remove the key from a text, since some servers repeat it.
+        """Remove the API key from a text, since some servers repeat it.
 
         This happens after a reply is parsed, because a key may look like a part of the JSON.
         """
         return text if self._key is None else text.replace(self._key, "***")
 
     def _not_a_reply(self, found: str) -> ValueError:
+        """Return the error for an answer that is not a chat completion."""
         return bad_value(
             "eval.judge.url",
             self.url,
@@ -182,6 +183,7 @@ class ChatEndpoint:
 
 
 def _check_url(url: str) -> None:
+    """Raise a ValueError unless the URL is a valid http or https address."""
     parts = urlsplit(url)
     # A password or a key in it would be written with the settings, and is not shown here either.
     open_part = url.partition("?")[0].replace(parts.netloc, parts.netloc.rpartition("@")[2])
@@ -196,6 +198,7 @@ def _check_url(url: str) -> None:
 
 
 def _key(variable: str | None) -> str | None:
+    """Return the API key in an environment variable; None without a variable."""
     if variable is None:
         return None
     key = os.environ.get(variable, "").strip()

@@ -126,6 +126,7 @@ class ChatJudge(Judge):
     def _body(
         self, contest: Contest, first: GeneratedText, second: GeneratedText
     ) -> dict[str, Any]:
+        """Return the request that asks about one order of a contest's two texts."""
         profile = contest.ours.profile
         if profile is None:
             raise bad_value(

@@ -1,4 +1,7 @@
-"""How well a model knows people it has not met, after so many of their pairs: a curve, with controls."""
+"""Few-shot curves: accuracy on users the model has not seen, by the number of their pairs given.
+
+The given pairs (shots) are those that a user is fitted to. The asked pairs are those predicted.
+"""
 
 from __future__ import annotations
 
@@ -46,13 +49,13 @@ CALIBRATED = ("adapted", "attenuated", "generic")
 @check_arguments("eval")
 @dataclass(frozen=True, kw_only=True)
 class FewShotOptions:
-    """Which curve to measure.
+    """Which few-shot curve to measure.
 
     Args:
         shots: numbers of pairs given, from 0, increasing.
-        draws: how often pairs to give are drawn for each user, from 1.
-        users: ``unseen``, or ``seen``: train users as if they were new, given train pairs and asked
-            val pairs, which is where settings may be chosen.
+        draws: number of random draws of the given pairs for each user, at least 1.
+        users: ``unseen``; or ``seen``, which treats train users as new, gives their train pairs and
+            asks their val pairs. Choose settings with the latter.
     """
 
     shots: list[int]
@@ -74,15 +77,15 @@ class FewShotCurve(Record):
     """adapt.json, schema 1: accuracy by number of pairs given, and the controls.
 
     Attributes:
-        fingerprint: of the model. adaptation: settings of the rule that fitted users.
+        fingerprint: of the model. adaptation: settings of the adaptation rule.
         shots: numbers of pairs given.
-        curves: by `FITTED`, and ``generic``, fitted to nothing, and ``oracle`` or None; an estimate for
-            each number of pairs.
-        nll, ece: as `curves`, the likelihood in nats and the calibration error; ``attenuated`` is
-            ``adapted`` with margins shrunk by what is not known of the user, where the rule tells.
-        over_generic: how much better than the generic user, paired.
-        gain_recovered: as a share of what the oracle wins over the generic user; None without one.
-        users: which were asked. left_out: how many had too few pairs.
+        curves: accuracy for each number of shots, by whose pairs users were fitted to (`FITTED`), and
+            for ``generic`` (no pairs) and ``oracle`` (None if unknown).
+        nll, ece: likelihood in nats and calibration error, as `curves`. ``attenuated`` is ``adapted``
+            with margins shrunk by `attenuated_margins`, for rules with a covariance.
+        over_generic: paired difference from the generic user.
+        gain_recovered: share of the oracle's gain over the generic user; None without an oracle.
+        users: of the options. left_out: number of users with too few pairs.
     """
 
     version: Literal[1] = Field(default=1, alias="schema")
@@ -102,23 +105,23 @@ class FewShotCurve(Record):
 
 @dataclass(frozen=True)
 class Trial:
-    """One draw for one user: places of the pairs given, in order of giving, and of those asked."""
+    """One draw for one user: indices of the pairs given, in order, and of the pairs asked."""
 
     given: list[int]
     asked: list[int]
 
 
-def judgment(row: Row) -> Hashable:
-    """Say by whom, and between which texts, a choice was made."""
+def judgment_key(row: Row) -> Hashable:
+    """Return a key that is equal for choices of the same user between the same texts."""
     return row.user_id, str(row.prompt), frozenset((row.chosen, row.rejected))
 
 
 def check_trials(trials: Sequence[Sequence[Trial]], rows: Sequence[Row]) -> None:
-    """Raise where a user is asked about a pair that they are fitted to, by its place or its texts."""
+    """Raise a ValueError if a pair asked, or the same texts, are among the pairs given."""
     for trial in (one for of_draw in trials for one in of_draw):
-        given = {judgment(rows[place]) for place in trial.given}
+        given = {judgment_key(rows[place]) for place in trial.given}
         for place in trial.asked:
-            if judgment(rows[place]) in given:
+            if judgment_key(rows[place]) in given:
                 raise bad_value(
                     "pairs asked",
                     rows[place].pair_id,
@@ -138,16 +141,16 @@ def learning_curve(
 ) -> FewShotCurve:
     """Measure accuracy on new users' other pairs after k pairs given, and the controls.
 
-    ``adapted`` is fitted to the user's own k pairs. ``other_user`` is fitted to k pairs of one other
-    person, which should lose: it knows somebody, and the wrong one. ``pooled`` is fitted to k pairs
-    of k other people: what it gains is not personal. ``generic`` is fitted to none. All are asked the
-    same pairs. Intervals are a bootstrap over users; `over_generic` and `gain_recovered` are paired.
+    ``adapted`` is fitted to the user's own k pairs. ``other_user`` is fitted to the k pairs of another
+    user, and should lose. ``pooled`` is fitted to k pairs of k other users, so its gain is not
+    personal. ``generic`` is the generic user. All are asked the same pairs. Intervals are a bootstrap
+    over users; `over_generic` and `gain_recovered` are paired.
 
     Args:
         data: tokenised. rule: how users are fitted. seed: of the draws. fingerprint: of the model.
 
     Raises:
-        ValueError: fewer than two users with enough pairs, or a model that the rule cannot adapt.
+        ValueError: fewer than two users have enough pairs, or the rule cannot adapt the model.
     """
     model.eval()
     given, asked = rows_of_users(data, options.users)
@@ -156,7 +159,7 @@ def learning_curve(
     )
     given_ids = {row.pair_id for row in given}
     trials, left_out = draw_trials(dataset.rows, given_ids, options, seed=seed)
-    curve = Curve(model, dataset, trials, batch_size=data.eval_batch_size)
+    curve = FewShotTrials(model, dataset, trials, batch_size=data.eval_batch_size)
     margins: dict[str, list[np.ndarray]] = {name: [] for name in (*FITTED, "generic")}
     nobody = AdaptedUsers(vectors=model.encoder.generic(curve.n_trials).detach().to(model.device))
     generic = curve.margins(nobody, curve.own)
@@ -186,10 +189,10 @@ def learning_curve(
 
 
 def rows_of_users(data: PreferenceData, users: str) -> tuple[Sequence[Row], Sequence[Row]]:
-    """Rows that may be given and rows to ask of the users.
+    """Return the rows that may be given, and the rows to ask, of "seen" or "unseen" users.
 
-    Unseen users are asked test rows. They may be given what they have outside test, which training
-    left aside; who has test rows only is given some of these and asked the others.
+    Unseen users are asked their test rows. Their other rows, which training left out, may be given. If
+    a user has test rows only, `draw_trials` gives some of them and asks the others.
     """
     if users == "seen":
         return data.splits.train, data.splits.val
@@ -204,12 +207,12 @@ def rows_of_users(data: PreferenceData, users: str) -> tuple[Sequence[Row], Sequ
 def draw_trials(
     rows: Sequence[Row], given_ids: set[str], options: FewShotOptions, *, seed: int
 ) -> tuple[list[list[Trial]], int]:
-    """Trials by draw and user, and how many users have too few pairs for the most shots.
+    """Draw the trials, by draw and user, and count the users with too few pairs for the most shots.
 
-    Of pairs of the same texts that a user judged more than once, one is kept: one asked, if there is one.
+    If a user judged the same texts several times, one pair is kept, an asked one if possible.
 
     Args:
-        rows: the users' rows. given_ids: pair ids of those that may be given but not asked.
+        rows: the users' rows. given_ids: ids of the pairs that may be given but not asked.
     """
     most = options.shots[-1]
     places: dict[str, tuple[list[int], list[int]]] = {}
@@ -218,28 +221,31 @@ def draw_trials(
     for place in sorted(range(len(rows)), key=is_given.__getitem__):  # those asked first
         row = rows[place]
         of_user = places.setdefault(row.user_id, ([], []))
-        if judgment(row) not in judged:
+        if judgment_key(row) not in judged:
             of_user[not is_given[place]].append(place)
-        judged.add(judgment(row))
+        judged.add(judgment_key(row))
     places = {user: both for user, both in sorted(places.items()) if len(both[1]) > 0}
-    rooms = {user: room(*both) for user, both in places.items()}
+    rooms = {user: max_shots(*both) for user, both in places.items()}
     enough = [both for user, both in places.items() if rooms[user] >= most]
     if len(enough) < 2:
         raise _too_few(sorted(rooms.values()), options)
     generator = np.random.default_rng(seed)
     trials = [
-        [_drawn(given, asked, most, generator) for given, asked in enough]
+        [_draw_trial(given, asked, most, generator) for given, asked in enough]
         for _ in range(options.draws)
     ]
     return trials, len(places) - len(enough)
 
 
-def room(given: Sequence[int], asked: Sequence[int]) -> int:
-    """How many pairs a user can be given so that one is left to ask."""
+def max_shots(given: Sequence[int], asked: Sequence[int]) -> int:
+    """Return how many pairs can be given to a user so that at least one is left to ask."""
     return len(asked) - 1 if len(given) == 0 else len(given)
 
 
-def _drawn(given: list[int], asked: list[int], most: int, generator: np.random.Generator) -> Trial:
+def _draw_trial(
+    given: list[int], asked: list[int], most: int, generator: np.random.Generator
+) -> Trial:
+    """Draw at most `most` pairs to give; without a separate set they are taken from the asked ones."""
     if len(given) > 0:
         return Trial(generator.permutation(given)[:most].tolist(), asked)
     order = generator.permutation(asked).tolist()
@@ -247,7 +253,11 @@ def _drawn(given: list[int], asked: list[int], most: int, generator: np.random.G
 
 
 def _too_few(rooms: Sequence[int], options: FewShotOptions) -> Exception:
-    """The error for fewer than two users who could be given and asked enough."""
+    """Return the error for fewer than two users with enough pairs.
+
+    Args:
+        rooms: sorted `max_shots` of each user.
+    """
     if len(rooms) < 2:
         return bad_value(
             f"{options.users} users",
@@ -265,11 +275,11 @@ def _too_few(rooms: Sequence[int], options: FewShotOptions) -> Exception:
     )
 
 
-class Curve:
-    """Trials as new users, numbered from 0 by draw and user, and the pairs they are asked.
+class FewShotTrials:
+    """Fits the user of every trial and computes their margins; trials are numbered by draw, then user.
 
     Raises:
-        ValueError: a pair is given and asked.
+        ValueError: a pair is both given and asked.
     """
 
     def __init__(
@@ -295,13 +305,13 @@ class Curve:
             self.others += [other] * len(trial.asked)
 
     def given(self, number: int, k: int) -> list[int]:
-        """Return the places of a trial's own first k pairs."""
+        """Return the indices of the first k pairs given in a trial."""
         return self.trials[number].given[:k]
 
     def pooled(self, number: int, k: int) -> list[int]:
-        """Return the places of k pairs of other people in the same draw, one of each in turn.
+        """Return the indices of k pairs of other users in the same draw, one pair of each in turn.
 
-        With fewer than k other people each gives several pairs, never the same one twice.
+        With fewer than k other users, each gives several pairs, none of them twice.
         """
         draw, user = divmod(number, self.n_users)
         n_others = self.n_users - 1
@@ -309,7 +319,7 @@ class Curve:
         return [self.trials[others[n % n_others]].given[n // n_others] for n in range(k)]
 
     def fit(self, rule: Adaptation, k: int, *, pooled: bool = False) -> AdaptedUsers:
-        """Fit every trial's user to k pairs, their own or `pooled` ones."""
+        """Fit the user of every trial to k pairs: their own, or with `pooled` those of other users."""
         pairs_of = self.pooled if pooled else self.given
         given = [(place, n) for n in range(self.n_trials) for place in pairs_of(n, k)]
         places, owners = [place for place, _ in given], [owner for _, owner in given]
@@ -319,7 +329,11 @@ class Curve:
     def margins(
         self, users: AdaptedUsers, owners: Sequence[int], *, attenuated: bool = False
     ) -> np.ndarray:
-        """Margins [N] of the pairs asked, each for its owner; see `attenuated_margins`."""
+        """Compute the margins [N] of all pairs asked, each for the user in `owners`.
+
+        Args:
+            attenuated: shrink them, see `attenuated_margins`.
+        """
 
         def of_batch(batch: PreferenceBatch) -> Tensor:
             if attenuated:
@@ -332,7 +346,7 @@ class Curve:
         return found.double().numpy()
 
     def outcomes(self, margins: np.ndarray) -> Outcomes:
-        """Margins of the pairs asked as outcomes; a pair asked in two draws counts as two."""
+        """Return margins [N] of the pairs asked as `Outcomes`; a pair asked in two draws counts twice."""
         users = [self.dataset.rows[place].user_id for place in self.asked]
         return Outcomes(
             pair_id=np.arange(len(margins)),
@@ -343,7 +357,7 @@ class Curve:
 
 
 def summarised(outcomes: Mapping[str, Sequence[Outcomes]]) -> dict[str, Any]:
-    """Curves with intervals, and against the generic user and the oracle, an entry a shot."""
+    """Estimate the curves, and their differences from the generic user and the oracle, for each shot."""
     name, sizes = "accuracy_micro", ("nll", "ece")
     summaries = {
         who: [summarise_outcomes(one, names=(name, *sizes)) for one in found]

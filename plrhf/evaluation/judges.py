@@ -147,7 +147,7 @@ def win_rates(contests: Sequence[Contest], verdicts: Verdicts) -> WinRates:
 
 
 class PreferenceJudge(Judge):
-    """Judges by the users' true preferences, which only a synthetic world knows."""
+    """Judges by the users' true preferences, which are known in synthetic worlds only."""
 
     def compare(self, contests: Sequence[Contest]) -> Verdicts:
         """See `Judge.compare`.

@@ -1,4 +1,4 @@
-"""Margins of a trained model on val and test pairs: the table of predictions.parquet."""
+"""Computes a trained model's margins on val and test pairs: the table of predictions.parquet."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
 
 
-class Prepare(Callback):
-    """Prepares the data once the model is where it will train, and before it does."""
+class PrepareData(Callback):
+    """Calls `prepare` before training, when the model is on its device, and then sets start values."""
 
     def __init__(self, data: PreferenceData, *, cache_dir: Path) -> None:
         self.data, self.cache_dir = data, cache_dir
@@ -44,12 +44,12 @@ class Prepare(Callback):
 def prepare(
     model: PersonalModule, data: PreferenceData, trainer: Trainer, *, cache_dir: Path | None = None
 ) -> None:
-    """Compute once what would be computed again and again: reference, frozen trunk, texts of contexts.
+    """Precompute what does not change in training: reference, pooled frozen trunk, or context features.
 
     Args:
-        cache_dir: keeps it for other runs too: neither depends on user model, seed or loss.
+        cache_dir: where values are kept for other runs. They do not depend on user model, seed or loss.
     """
-    ask = _asker(model, trainer)
+    ask = _runner_on_device(model, trainer)
 
     def cache(*computed: str) -> TextValueCache | None:
         if cache_dir is None:
@@ -86,18 +86,18 @@ def prepare(
 
 @contextlib.contextmanager
 def evaluating(model: PersonalModule, trainer: Trainer) -> Iterator[None]:
-    """Within it the model is on the trainer's device, without dropout or gradient."""
+    """Put the model on the trainer's device, in eval mode and without gradients, in this context."""
     model.to(trainer.strategy.root_device)
     model.eval()
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         yield
 
 
-def engine(model: PersonalModule, trainer: Trainer) -> Callable[..., Any]:
-    """A callable that runs ``(function, *arguments)`` where the model's weights can be used.
+def runner_with_weights(model: PersonalModule, trainer: Trainer) -> Callable[..., Any]:
+    """Return a callable that calls ``function(*arguments)`` while the model's weights are usable.
 
-    A strategy that wraps the model (ZeRO-3) gathers sharded weights while its wrapper runs, so the
-    call goes through the wrapper, as Lightning's own steps do.
+    A strategy that wraps the model (ZeRO-3) gathers sharded weights during the wrapper's forward. So
+    the call goes through the wrapper, as Lightning's own steps do.
     """
     wrapper = trainer.model
     if wrapper is None or wrapper is model:
@@ -106,10 +106,13 @@ def engine(model: PersonalModule, trainer: Trainer) -> Callable[..., Any]:
     return partial(redirect, wrapper, model, "run_with_weights")
 
 
-def _asker(model: PersonalModule, trainer: Trainer) -> Callable[..., Any]:
-    """A function of a batch -> the same on CPU tensors, asked by way of the `engine`."""
+def _runner_on_device(model: PersonalModule, trainer: Trainer) -> Callable[..., Any]:
+    """Return a function that makes a function of batches run by `runner_with_weights` on the device.
+
+    Batches are moved to the trainer's device, and results to the CPU.
+    """
     device = trainer.strategy.root_device
-    through = engine(model, trainer)
+    through = runner_with_weights(model, trainer)
 
     def ask(function: Callable[[PreferenceBatch], Tensor]) -> Callable[[PreferenceBatch], Tensor]:
         return lambda batch: through(function, move_data_to_device(batch, device)).cpu()
@@ -118,8 +121,11 @@ def _asker(model: PersonalModule, trainer: Trainer) -> Callable[..., Any]:
 
 
 def predict(model: PersonalModule, data: PreferenceData, trainer: Trainer) -> pd.DataFrame:
-    """predictions.parquet: one row a val or test pair and context, oracle included where known."""
-    ask = _asker(model, trainer)
+    """Compute predictions.parquet: one row for each val or test pair and context.
+
+    The oracle is a further context if the source knows true margins.
+    """
+    ask = _runner_on_device(model, trainer)
     oracle = data.source.oracle_margins()
     frames = []
     for split in ("val", "test"):
@@ -148,7 +154,7 @@ def predict(model: PersonalModule, data: PreferenceData, trainer: Trainer) -> pd
 
 
 def _margins_of_contexts(model: PersonalModule, batch: PreferenceBatch) -> Tensor:
-    """What `predict_step` says of a batch, [B, 2]: margins in the user's and the generic context."""
+    """Compute the margins [B, 2] in the user's and in the generic context."""
     found = model.predict_step(batch, 0)
     return torch.stack([found["user"], found["generic"]], dim=1)
 
@@ -161,7 +167,7 @@ PREDICTION = (
 
 
 def _columns(dataset: PairDataset, split: str, splits: Splits) -> dict[str, Any]:
-    """What predictions.parquet says of pairs in every context."""
+    """Return the columns of predictions.parquet that do not depend on the context."""
     rows, seen = dataset.rows, set(splits.users)
     ids = [(row.user_id, row.pair_id, row.prompt_id) for row in rows]
     user_id, pair_id, prompt_id = zip(*ids, strict=True) if len(ids) > 0 else ((), (), ())

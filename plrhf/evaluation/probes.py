@@ -1,7 +1,7 @@
-"""What gives choices away without the person: probes of the rows, run with every training.
+"""Leak probes: what predicts choices without knowing the user. They run with every training.
 
-Published gains have come from formats that held the label and from rows in two splits, so what a
-model could have used instead of the person is measured beside it.
+Published gains have come from formats that held the label and from rows in two splits. So what a model
+could have used instead of the user is measured and reported.
 """
 
 from __future__ import annotations
@@ -230,14 +230,17 @@ def _pairs(found: Mapping[str, Any]) -> str:
 
 
 def _n_users(rows: Sequence[Row]) -> int:
+    """Count the users of rows."""
     return len({row.user_id for row in rows})
 
 
 def _spread(rows: Sequence[Row]) -> Sequence[Row]:
+    """Return at most `MOST_PAIRS` rows at even distances."""
     return rows[:: max(1, -(-len(rows) // MOST_PAIRS))]
 
 
 def _accuracy(rows: Sequence[Row], margin: Array) -> dict[str, Any]:
+    """Return the accuracy of margins on rows, with an interval if there are two users."""
     outcomes = Outcomes(
         pair_id=np.array([row.pair_id for row in rows], dtype=object),
         user_id=np.array([row.user_id for row in rows], dtype=object),

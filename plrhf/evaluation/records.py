@@ -1,4 +1,4 @@
-"""Files of a run directory as typed records: written and read through one class a file."""
+"""The JSON files of a run directory as typed records, one class for each file."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Record(BaseModel):
 
 
 def write_record(path: Path, record: Record) -> None:
-    """Write a record as JSON; a reader never finds half a file.
+    """Write a record as JSON, so that a reader never finds half a file.
 
     Raises:
-        ValueError: a number is nan or infinite, which JSON does not know.
+        ValueError: a number is nan or infinite, which JSON does not allow.
     """
     text = json.dumps(record.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     write_text(path, text)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file under another name and rename it, so that no reader finds half of it."""
+    """Write a text to a temporary file and rename it, so that no reader finds half of it."""
     aside = path.with_name(f"{path.name}.part")
     try:
         aside.write_text(text, encoding="utf-8", newline="\n")
@@ -46,7 +46,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_record(path: Path, kind: type[R]) -> R:
-    """Read a record.
+    """Read a record from its file.
 
     Raises:
         ValueError: the file is damaged or of another version; the message names file and key.
@@ -58,10 +58,9 @@ def read_record(path: Path, kind: type[R]) -> R:
 
 
 def read_lines(path: Path, kind: type[R]) -> Iterator[R]:
-    r"""Yield the records of a file with one a line.
+    r"""Yield the records of a file that has one on each line.
 
-    Lines end in ``\n`` alone: texts may hold other characters that Unicode calls line ends, such as
-    U+2028, and JSON leaves them as they are.
+    Only ``\n`` ends a line. JSON leaves other Unicode line separators, such as U+2028, in texts.
 
     Raises:
         ValueError: a line is damaged; the message names file, line and key.
@@ -77,7 +76,7 @@ def read_lines(path: Path, kind: type[R]) -> Iterator[R]:
 
 
 def damaged(path: Path, error: ValidationError, *, line: int | None = None) -> Exception:
-    """Return the error that names the first key by which a file is not what it should be."""
+    """Return the error for a damaged file, which names the first wrong key."""
     first = error.errors()[0]
     key = ".".join(map(str, first["loc"]))
     place = str(path) if line is None else f"{path}:{line}"

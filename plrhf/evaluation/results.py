@@ -1,4 +1,4 @@
-"""What an evaluation found and where it came from: results.json beside predictions.parquet."""
+"""The results of an evaluation and their provenance: results.json."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RESULTS, PREDICTIONS = "results.json", "predictions.parquet"
 
 
 class Measures(TypedDict):
-    """Statistics of some pairs, each with its interval; those not defined are None."""
+    """Statistics of a set of pairs, each with its interval; None if undefined."""
 
     accuracy_micro: Estimate
     accuracy_macro: Estimate
@@ -33,47 +33,47 @@ class Measures(TypedDict):
 
 
 class ByContext(TypedDict):
-    """The same pairs as the model sees them with and without knowing the user."""
+    """Measures of the same pairs in the user's and in the generic context."""
 
     user: Measures
     generic: Measures
 
 
 class ByUserKind(TypedDict):
-    """Measures of users that training saw, and of those it did not."""
+    """Measures of users that training has seen, and of users it has not."""
 
     seen: Measures
     unseen: Measures
 
 
 class LengthOnly(ByUserKind):
-    """The control that goes by length alone, and the direction it chose on val."""
+    """The control that predicts by length alone. `rule` is its direction, chosen on val."""
 
     rule: str
 
 
 class Controls(TypedDict):
-    """What needs no model."""
+    """Controls that need no model."""
 
     length_only: LengthOnly
 
 
 class Command(Record):
-    """How a run was made: its command and the versions of the libraries."""
+    """The command of a run and the versions of its libraries."""
 
     command: str
     versions: dict[str, str]
 
 
 class Provenance(Command):
-    """What was evaluated, and by which command and versions.
+    """What was evaluated, and by which command and library versions.
 
     Attributes:
-        fingerprint: of the trained model. Files that other commands add to the run's directory carry
-            it too, so that those of an older model in the same directory are recognised.
+        fingerprint: of the trained model. Files that other commands add to the directory have it too,
+            so that files of an older model are recognised.
         data: settings of the rows that were evaluated.
         rows: hash of all rows. test_pairs: hash of the test pairs' ids, users and texts.
-        world: of synthetic people: what tells them from people with the same ids in another world.
+        world: of synthetic users: differs from another world whose users have the same ids.
     """
 
     fingerprint: str | None
@@ -87,11 +87,11 @@ class Results(Record):
     """results.json, schema 1.
 
     Attributes:
-        config: the settings of the training run, as config.yaml has them.
+        config: settings of the training run, as in config.yaml.
         test: by kind of user. cells: by kind of user and of prompt, None without pairs.
-        oracle: what true preferences get; None for human data.
+        oracle: results of the true preferences; None for real data.
         data: counts of rows. probes: see `plrhf.evaluation.probes`.
-        run: how the model was trained; None in a file made by hand.
+        run: command of the training; None in a file made by hand.
         provenance: of this evaluation; None in a file made by hand.
     """
 
@@ -108,11 +108,11 @@ class Results(Record):
 
     @property
     def fingerprint(self) -> str | None:
-        """The trained model's fingerprint, None where the file does not know it."""
+        """Fingerprint of the trained model; None if the file lacks it."""
         return None if self.provenance is None else self.provenance.fingerprint
 
     def test_values(self) -> dict[str, float]:
-        """Return the test statistics without intervals, by names like test/seen/user/nll."""
+        """Return the test statistics without intervals, with names like test/seen/user/nll."""
         cells: dict[str, Any] = {
             f"test/{kind}/{context}": cell
             for kind, contexts in self.test.items()
@@ -127,7 +127,7 @@ class Results(Record):
 
 
 def pairs_hash(rows: Sequence[Row]) -> str:
-    """Hash ids, users and texts of pairs in any order; the same for the same pairs alone."""
+    """Hash ids, users and texts of pairs; the order does not matter."""
     return content_hash(
         sorted(
             content_hash(row.pair_id, row.user_id, row.prompt, row.chosen, row.rejected)
@@ -137,11 +137,11 @@ def pairs_hash(rows: Sequence[Row]) -> str:
 
 
 def model_fingerprint(*, config: object, backbone: str, rows: str, versions: object) -> str:
-    """Hash all that decides what training arrives at.
+    """Hash everything that determines the trained model.
 
     Args:
-        config: settings of the run but those of where and how it is made.
-        backbone: fingerprint of the weights it starts from.
+        config: settings of the run, except where and by which means it runs.
+        backbone: fingerprint of the initial weights.
         rows: hash of the rows, see `PreferenceData.content_hash`.
         versions: of the libraries.
     """
@@ -151,11 +151,10 @@ def model_fingerprint(*, config: object, backbone: str, rows: str, versions: obj
 def provenance_of(
     data: PreferenceData, *, settings: dict[str, Any], how: Command, fingerprint: str | None
 ) -> Provenance:
-    """Say what is evaluated.
+    """Collect the provenance of an evaluation.
 
     Args:
-        data: the rows. settings: what they were made from. how: this command.
-        fingerprint: of the model.
+        data: the rows. settings: of these rows. how: this command. fingerprint: of the model.
     """
     return Provenance(
         command=how.command,
@@ -178,11 +177,11 @@ def summarise_run(
     provenance: Provenance,
     longer_wins: bool | None = None,
 ) -> Results:
-    """Compute results.json from predictions.
+    """Compute the content of results.json from predictions.
 
     Args:
-        longer_wins: direction of the length rule, of a run that is evaluated on rows without val;
-            None: it is chosen on val, never on test.
+        longer_wins: direction of the length rule, for rows without val pairs; None: chosen on val,
+            never on test.
     """
     if longer_wins is None:
         longer_wins = choose_length_rule(predictions[predictions["split"] == "val"])
@@ -204,9 +203,9 @@ def write_evaluation(directory: Path, results: Results, predictions: pd.DataFram
 
 
 def read_results(directory: Path) -> Results:
-    """Read a directory's results.json.
+    """Read results.json of a directory.
 
     Raises:
-        ValueError: it is not there, damaged, or of another version.
+        ValueError: it is missing, damaged or of another version.
     """
     return read_record(directory / RESULTS, Results)

@@ -131,6 +131,7 @@ class RewardJudge(Judge):
         )
 
     def _tokens(self, row: Row) -> TokenPair:
+        """Tokenise a contest's row; raise a ValueError if it is too long for the judge."""
         pair = self.row_tokenizer.pair(row)
         room, needed = self.model.max_positions, pair.longest
         if room is not None and needed > room:

@@ -1,7 +1,7 @@
-"""What a user model learned, for the report: users.json of a run directory.
+"""What a user model has learned, for the report: users.json of a run directory.
 
-Made while model and data are in memory, so that pages need neither: a projection of the user
-vectors, cluster weights, and the words that soft prompts are nearest to.
+It holds a 2-D projection of the user vectors, cluster weights, and the tokens nearest to soft prompts,
+so that pages need neither model nor data.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ N_OWNERS, N_NEAREST = 3, 3
 
 
 class Place(TypedDict):
-    """Where a user's vector lies on the first two principal components, and its cluster weights."""
+    """A user's vector on the first two principal components, and the user's cluster weights."""
 
     at: list[float]
     weights: list[float] | None
 
 
 class LearnedUser(Place):
-    """A user, and what may be read about them."""
+    """A user and their description for people to read."""
 
     user_id: str
     user_kind: UserKind
@@ -48,7 +48,7 @@ class LearnedUser(Place):
 
 
 class NearestTokens(TypedDict):
-    """Of each soft prompt vector the nearest tokens of the vocabulary, with their cosines."""
+    """The nearest tokens of each soft prompt vector of an owner, with their cosines."""
 
     owner: str
     vectors: list[list[tuple[str, float]]]
@@ -58,8 +58,8 @@ class LearnedUsers(Record):
     """users.json, schema 1.
 
     Attributes:
-        fingerprint: of the model. n_users: of training, described here or not.
-        explained: shares of variance of the two components.
+        fingerprint: of the model. n_users: number of train users, also of those not listed here.
+        explained: fractions of the variance that the two components explain.
         generic: the generic user.
     """
 
@@ -76,9 +76,9 @@ class LearnedUsers(Record):
 def write_users(
     path: Path, model: PersonalModule, data: PreferenceData, fingerprint: str | None
 ) -> None:
-    """Write what the user model learned of the run's users; nothing where it tells none apart.
+    """Write users.json; nothing is written if the encoder does not distinguish users.
 
-    Users who have the generic user's vector are left out.
+    Users whose vector is the generic user's are left out.
 
     Args:
         path: of users.json. data: tokenised. fingerprint: of the model.
@@ -92,12 +92,12 @@ def write_users(
     own = [at for at in range(len(names)) if not torch.allclose(vectors[at], generic[0])]
     names, index = [names[at] for at in own], batch.user_id[own]
     vectors = vectors[own]
-    places, explained = principal(torch.cat([vectors, generic]).double().cpu().numpy())
-    weights = _weights(model, torch.cat([index, index.new_tensor([GENERIC_USER])]))
+    places, explained = principal_components(torch.cat([vectors, generic]).double().cpu().numpy())
+    weights = _cluster_weights(model, torch.cat([index, index.new_tensor([GENERIC_USER])]))
     learned: list[Place] = [
         {"at": place, "weights": weight} for place, weight in zip(places, weights, strict=True)
     ]
-    people = _who(names, data)
+    people = _descriptions(names, data)
     users: list[Any] = [{**who, **fact} for who, fact in zip(people, learned, strict=False)]
     record = LearnedUsers(
         fingerprint=fingerprint,
@@ -105,17 +105,20 @@ def write_users(
         explained=explained,
         generic=learned[-1],
         users=users,
-        nearest_tokens=_nearest(model, data, names, vectors, generic),
+        nearest_tokens=_nearest_tokens(model, data, names, vectors, generic),
     )
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         write_record(path, record)
 
 
-def principal(vectors: Array) -> tuple[list[list[float]], list[float]]:
-    """Principal components of vectors [U, D]: places [U, 2] and the two shares of variance.
+def principal_components(vectors: Array) -> tuple[list[list[float]], list[float]]:
+    """Project vectors [U, D] on their first two principal components.
 
-    By the smaller of the two Gram matrices. Of each component's two signs the one that makes its
-    largest place positive. Fewer than two components are filled up with zeros.
+    The sign of a component makes its largest coordinate positive. Missing components are 0. The smaller
+    of the two Gram matrices is decomposed.
+
+    Returns:
+        Coordinates [U, 2], and the fraction of variance that each component explains.
     """
     centred = vectors - vectors.mean(axis=0)
     n_users, width = centred.shape
@@ -134,7 +137,7 @@ def principal(vectors: Array) -> tuple[list[list[float]], list[float]]:
 
 
 def _users(model: PersonalModule, data: PreferenceData) -> tuple[list[str], UserBatch]:
-    """Train users, evenly, then unseen ones, and who they are to the encoder."""
+    """Choose up to `MOST_USERS` train users, then unseen users, and return their ids and encoder inputs."""
     seen = evenly(model.card.users, MOST_USERS)
     unseen = (
         evenly(sorted(data.unseen_users()), MOST_USERS - len(seen))
@@ -151,8 +154,8 @@ def _users(model: PersonalModule, data: PreferenceData) -> tuple[list[str], User
     return names, move_data_to_device(users, device)
 
 
-def _who(names: Sequence[str], data: PreferenceData) -> list[dict[str, Any]]:
-    """What may be read about users; rows given at evaluation may not know the train users."""
+def _descriptions(names: Sequence[str], data: PreferenceData) -> list[dict[str, Any]]:
+    """Describe users for people to read; profile and group are None for users without rows."""
     seen = set(data.splits.users)
     known = set(first_people(data))
     return [
@@ -166,7 +169,8 @@ def _who(names: Sequence[str], data: PreferenceData) -> list[dict[str, Any]]:
     ]
 
 
-def _weights(model: PersonalModule, index: Tensor) -> list[list[float] | None]:
+def _cluster_weights(model: PersonalModule, index: Tensor) -> list[list[float] | None]:
+    """Return the cluster weights of users by index; None for users or encoders without any."""
     if not isinstance(model.encoder, ClusterMixtureEncoder):
         return [None] * len(index)
     has_weights = index <= model.card.n_in_tables
@@ -177,16 +181,16 @@ def _weights(model: PersonalModule, index: Tensor) -> list[list[float] | None]:
     ]
 
 
-def _nearest(
+def _nearest_tokens(
     model: PersonalModule,
     data: PreferenceData,
     names: Sequence[str],
     vectors: Tensor,
     generic: Tensor,
 ) -> list[NearestTokens]:
-    """Vocabulary tokens nearest, by cosine, to each soft prompt vector of a few owners.
+    """Find the tokens nearest (by cosine) to each soft prompt vector of a few owners.
 
-    Owners are the generic user and the likeliest clusters, or a few users.
+    Owners are the generic user, and the clusters of largest weight or else a few users.
     """
     n_tokens = model.aggregator.n_positions
     if n_tokens == 0:
@@ -211,7 +215,7 @@ def _nearest(
                 "owner": owner,
                 "vectors": [
                     [
-                        (_written(tokenizer, place), round(value, 4))
+                        (_token_text(tokenizer, place), round(value, 4))
                         for place, value in zip(*row, strict=True)
                     ]
                     for row in zip(token.tolist(), cosine.tolist(), strict=True)
@@ -221,7 +225,7 @@ def _nearest(
     return found
 
 
-def _written(tokenizer: Any, token: int) -> str:
-    """A token as text, or by its name where it is but a piece of a character."""
+def _token_text(tokenizer: Any, token: int) -> str:
+    """Return a token as text, or its name if it is only a part of a character."""
     text = tokenizer.decode([token])
     return tokenizer.convert_ids_to_tokens([token])[0] if "\ufffd" in text else text

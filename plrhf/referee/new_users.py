@@ -15,8 +15,8 @@ from plrhf.data.module import PreferenceData
 from plrhf.data.packing import LAYOUTS, LayoutName
 from plrhf.data.rows import Row
 from plrhf.evaluation.few_shot import (
-    Curve,
     FewShotOptions,
+    FewShotTrials,
     Trial,
     draw_trials,
     rows_of_users,
@@ -82,7 +82,7 @@ def new_user_margins(
         rule: how users are fitted.
     """
     model.eval()
-    curve = Curve(model, shots.dataset, shots.trials, batch_size=batch_size)
+    curve = FewShotTrials(model, shots.dataset, shots.trials, batch_size=batch_size)
     frames, seconds = [], 0.0
     for k in shots.options.shots:
         started = time.perf_counter()
@@ -115,7 +115,7 @@ def unfitted_margins(shots: FewShots, margins: np.ndarray) -> pd.DataFrame:
     )
 
 
-def _frame(curve: Curve, who: str, k: int, margins: Any) -> pd.DataFrame:
+def _frame(curve: FewShotTrials, who: str, k: int, margins: Any) -> pd.DataFrame:
     rows = [curve.dataset.rows[place] for place in curve.asked]
     draws = [
         number // curve.n_users for number, trial in enumerate(curve.trials) for _ in trial.asked

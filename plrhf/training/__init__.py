@@ -1,1 +1,1 @@
-"""How a model is trained: trainer, checkpoints, loggers, processes, ZeRO, plan."""
+"""Training: trainer, checkpoints, loggers, processes, ZeRO, memory plan."""

@@ -1,4 +1,4 @@
-"""Checkpoints: when they are written, how they are read, and what resuming restores."""
+"""Writing and reading checkpoints, and what resuming restores."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from plrhf.training.steps import is_accumulating, validation_is_due
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint to a temporary file and renames it.
 
-    So a kill or a full disk at any moment leaves the old checkpoint or the new one, never half of one.
+    After a kill or on a full disk there is the old checkpoint or the new one, never half of one.
     """
 
     def save_checkpoint(
@@ -104,16 +104,16 @@ def load_best(trainer: Trainer) -> None:
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes ``last.ckpt`` only at moments from which training can go on exactly.
+    """Writes ``last.ckpt``, only at moments from which training can be resumed exactly.
 
-    Such a moment is after a step and all that belongs to it. It is not before a validation that is
-    due, which Lightning would skip on resuming, nor between batches whose gradients are summed,
-    which no checkpoint holds.
+    Such a moment is after an optimiser step and its validation. Before a validation that is due,
+    Lightning would skip it on resuming. Between batches whose gradients are accumulated, the gradients
+    would be lost.
 
     Args:
         path: the file.
-        every_n_steps: also save every so many steps; None: only after validation, or after each
-            epoch where there are no val pairs.
+        every_n_steps: save every so many steps as well; None: only after validation, or after each
+            epoch if there are no val pairs.
     """
 
     def __init__(self, path: Path, *, every_n_steps: int | None) -> None:
@@ -147,9 +147,9 @@ class LastCheckpoint(Checkpoint):
 
 
 class ResumeState(Callback):
-    """Saves and restores what Lightning does not: random states, place in the data, metrics.csv, a stop.
+    """Saves and restores what Lightning does not: random states, position in the data, metrics.csv, stops.
 
-    Lightning does store the place in the data, but loses it when a schedule asks for its length.
+    Lightning saves the position in the data but loses it when a schedule asks for its length.
     """
 
     def __init__(self) -> None:
@@ -206,7 +206,7 @@ class ResumeState(Callback):
 
 
 def _move_best_to(state: dict[str, Any], folder: Any) -> None:
-    """Change the folder in the state of `ModelCheckpoint`: the run may have been moved."""
+    """Change the folder in the state of `ModelCheckpoint`, since a run directory may have been moved."""
     if state["best_model_path"] != "":
         best = str(Path(folder, Path(state["best_model_path"]).name))
         scores = dict.fromkeys([best], state["best_model_score"])

@@ -1,4 +1,4 @@
-"""Loggers of a run: metrics.csv always, TensorBoard and Weights & Biases if asked for."""
+"""The loggers of a run: metrics.csv, and optionally TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from plrhf.training.steps import is_accumulating
 
 
 class MetricsFile(Logger):
-    """Writes metrics to metrics.csv, each row at once, with a new column for each new metric.
+    """Writes metrics to metrics.csv immediately, with a new column for each new metric.
 
-    Lightning's own CSVLogger starts a new version when a run is resumed, and holds rows back.
+    Lightning's CSVLogger starts a new version when a run is resumed, and delays writing.
 
     Args:
         path: the file; an existing one is overwritten unless `keep_steps` is called first.

@@ -1,7 +1,7 @@
-"""What a training needs, before it is begun: memory a GPU, communication a step, and whether it fits.
+"""Memory and communication of a training, computed without running it.
 
-One step of the real model is taken on fake tensors, which have shapes and no values: no weights are
-read, no memory is taken, and what is counted is what the code does, for whatever model it does it to.
+One step of the real model runs on fake tensors, which have shapes but no values. No weights are read
+and no memory is used. Whatever the model does is counted.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ MASTER_BYTES = (
 @check_arguments("plan_for")
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a plan needs to know and no other setting says, ``plan_for``.
+    """Settings ``plan_for``, which only a plan needs.
 
     Args:
-        gpu_memory_gb: of each GPU, 1e9 bytes.
-        users: train users; None: those of the data, which are then read.
+        gpu_memory_gb: memory of each GPU in units of 1e9 bytes.
+        users: number of train users; None: count those of the data, which are then read.
     """
 
     gpu_memory_gb: PositiveFloat = 80.0
@@ -52,15 +52,15 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """The batches of a training, each pair as long as it may be.
+    """The batches of a training, in which all pairs have the largest allowed length.
 
     Args:
         prompt_tokens, response_tokens: of a pair's prompt, and of each of its responses.
-        n_features: of a user.
-        batch_size, batch_tokens: most pairs and tokens of a train batch, over all GPUs.
-        eval_batch_size: pairs of a batch of evaluation, over all GPUs.
-        accumulated_batches: whose gradients are summed to one step.
-        n_gpus: that share each batch.
+        n_features: number of features of a user.
+        batch_size, batch_tokens: largest number of pairs and tokens in a train batch over all GPUs.
+        eval_batch_size: pairs in an evaluation batch over all GPUs.
+        accumulated_batches: batches whose gradients are accumulated for one optimiser step.
+        n_gpus: GPUs that share each batch.
     """
 
     prompt_tokens: int
@@ -73,34 +73,36 @@ class Workload:
     n_gpus: int
 
     def pairs(self, *, two_rows: bool) -> int:
-        """Count the pairs of a train batch, over all GPUs."""
+        """Return the number of pairs in a train batch over all GPUs."""
         if self.batch_tokens is None:
             return self.batch_size
         return max(1, min(self.batch_size, self.batch_tokens // self.tokens(two_rows=two_rows)))
 
     def tokens(self, *, two_rows: bool) -> int:
-        """Count the tokens of a pair."""
+        """Return the number of tokens of a pair."""
         return (1 + two_rows) * self.prompt_tokens + 2 * self.response_tokens
 
     def row_tokens(self, slots: UserSlots) -> int:
-        """Count the positions of a packed row whose user vectors are at `slots`."""
+        """Return the number of positions of a packed row with user vectors at `slots`."""
         own = slots.n_vectors + 2 * self.response_tokens
         return self.prompt_tokens + (slots.n_contexts or 1) * own
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Bytes a GPU holds and receives; `parameters` and `trainable` count numbers, not bytes.
+    """Memory and communication of one GPU in bytes. `parameters` and `trainable` are numbers of weights.
 
     Attributes:
-        weights, gradients, optimiser: of all but the tables of single users.
-        user_tables: weights, gradients and optimiser of those, and right answers counted by user.
-        gathered: weights and gradients that stage 3 holds whole for a moment.
-        training, evaluation: what a step of each holds beyond that.
-        host, nvme: of weights, gradients and optimiser, what a GPU has wait outside of it.
-        communication: received in one optimiser step.
-        checkpoint: of the whole run: what is learned and its moments.
-        row_tokens, pairs, n_users: row length with user vectors, pairs a step over all GPUs, users.
+        weights, gradients, optimiser: of all parameters except tables with a row for each user.
+        user_tables: weights, gradients and optimiser state of these tables, and accuracy counts by
+            user.
+        gathered: weights and gradients that ZeRO stage 3 holds whole temporarily.
+        training, evaluation: peak of a step of each, beyond the above.
+        host, nvme: weights, gradients and optimiser state that are offloaded there.
+        communication: bytes received in one optimiser step.
+        checkpoint: size of the checkpoint: learned weights and optimiser moments.
+        row_tokens: length of a row with user vectors. pairs: pairs in a step over all GPUs. n_users:
+            train users.
     """
 
     parameters: int
@@ -122,21 +124,22 @@ class Plan:
 
     @property
     def total(self) -> float:
-        """Bytes a GPU needs at the worst moment."""
+        """Peak memory of a GPU in bytes."""
         kept = self.weights + self.gradients + self.optimiser + self.user_tables
         return kept + self.gathered + max(self.training, self.evaluation)
 
     def fits(self, gpu_memory_gb: float) -> bool:
-        """Whether a GPU of that many 1e9 bytes has room for it, `HEADROOM` kept."""
+        """Return whether the plan fits into GPUs of this size (1e9 bytes) with `HEADROOM` to spare."""
         return self.total <= (1 - HEADROOM) * gpu_memory_gb * GB
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside the block and not yet freed, and their peak.
+    """Counts the bytes of all live tensors created in this context, and their peak.
 
     Args:
-        n_response_tokens, n_prompt_tokens: of a batch and of each of its rows. Fake tensors cannot
-            know them: the one is what `nonzero` finds, the other what is read off as a number.
+        n_response_tokens: response tokens in a batch, the number of rows that `nonzero` returns. Fake
+            tensors cannot know it.
+        n_prompt_tokens: prompt tokens in a row, the value of any integer that is read from a tensor.
     """
 
     def __init__(self, *, n_response_tokens: int, n_prompt_tokens: int) -> None:
@@ -164,17 +167,18 @@ class MemoryTracker(TorchDispatchMode):
         return out
 
     def _free(self, key: int, n_bytes: int) -> None:
+        """Subtract the bytes of a freed storage."""
         self._seen.discard(key)
         self.live -= n_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
-    """Peaks, in bytes, of what steps hold beyond weights, gradients and optimiser.
+    """Peak memory of steps in bytes, beyond weights, gradients and optimiser state.
 
     Attributes:
-        training, evaluation: of a step of each.
-        reached: parameters that the loss reaches; others get no gradient and no optimiser state.
+        training, evaluation: peak of a training step and of an evaluation batch.
+        reached: parameters that get a gradient; others have no optimiser state.
     """
 
     training: int
@@ -185,13 +189,13 @@ class Steps:
 def plan_training(
     model: PersonalModule, work: Workload, *, precision: str, zero3: Zero3 | None, n_users: int
 ) -> Plan:
-    """Plan what training needs of each GPU.
+    """Plan the memory and communication of a training on each GPU.
 
     Args:
-        model: on fake tensors on the CPU, since autocast is not known of the meta device.
+        model: on fake tensors on the CPU, since autocast does not support the meta device.
         precision: the trainer's.
-        zero3: how weights are sharded; None: they are not.
-        n_users: train users.
+        zero3: how weights are sharded; None: not at all.
+        n_users: number of train users.
     """
     half = HALF.get(precision)
     if zero3 is not None:
@@ -201,17 +205,17 @@ def plan_training(
                 one.data = one.data.to(half)
     steps = trace(model, work, half=half if zero3 is None else None)
     width = None if zero3 is None or half is None else half.itemsize
-    return _total(model, work, steps, zero3=zero3, width=width, n_users=n_users)
+    return _make_plan(model, work, steps, zero3=zero3, width=width, n_users=n_users)
 
 
 def trace(model: PersonalModule, work: Workload, *, half: torch.dtype | None) -> Steps:
-    """Take a training step and a batch of evaluation, and measure what they hold.
+    """Run a training step and an evaluation batch, and measure their peak memory.
 
-    Evaluation is that of test pairs, whose reference is not computed beforehand.
+    The evaluation computes the reference, as for test pairs, for which it is not precomputed.
 
     Args:
         model: on fake tensors.
-        half: dtype of autocast; None: none.
+        half: dtype of autocast; None: no autocast.
     """
     cast = torch.autocast("cpu", dtype=half) if half else contextlib.nullcontext()
     n_pairs = work.pairs(two_rows=model.backbone.layout == "two_rows")
@@ -222,7 +226,7 @@ def trace(model: PersonalModule, work: Workload, *, half: torch.dtype | None) ->
         batch = batch.pooled(torch.zeros(2 * len(batch), model.backbone.hidden_size), texts)
     elif isinstance(model, PersonalDPOPolicy):
         batch.ref_logps = torch.zeros(len(batch), 2)
-    with tracker_of(batch, work) as tracker:
+    with make_tracker(batch, work) as tracker:
         with cast:
             loss = model.train().loss(batch)[0].mean()
         forward = tracker.peak  # the gradients of the step before are still there
@@ -232,7 +236,7 @@ def trace(model: PersonalModule, work: Workload, *, half: torch.dtype | None) ->
 
     slots = replace(model.user_slots, n_contexts=model.user_slots.n_contexts and 2)
     batch = fake_batch(model, work, -(-work.eval_batch_size // work.n_gpus), slots)
-    with tracker_of(batch, work) as evaluation, torch.no_grad(), cast:
+    with make_tracker(batch, work) as evaluation, torch.no_grad(), cast:
         model.eval()
         model.pooled_trunk(batch) if pooled else model.context_margins(batch)  # type: ignore[operator]
     return Steps(
@@ -245,7 +249,7 @@ def trace(model: PersonalModule, work: Workload, *, half: torch.dtype | None) ->
 def fake_batch(
     model: PersonalModule, work: Workload, n_pairs: int, slots: UserSlots
 ) -> PreferenceBatch:
-    """Make a batch of the work's shapes, without values, whose user vectors go to `slots`."""
+    """Make a batch of the workload's shapes, without values, with user vectors at `slots`."""
     together = model.backbone.layout == "packed"
     shape = (n_pairs, work.tokens(two_rows=False))
     if not together:
@@ -276,13 +280,13 @@ def fake_batch(
     )
 
 
-def tracker_of(batch: PreferenceBatch, work: Workload) -> MemoryTracker:
-    """Make a tracker that knows what the values of a `fake_batch` would say."""
+def make_tracker(batch: PreferenceBatch, work: Workload) -> MemoryTracker:
+    """Make a memory tracker that returns the numbers of tokens of a `fake_batch`."""
     n_response_tokens = len(batch) * 2 * work.response_tokens
     return MemoryTracker(n_response_tokens=n_response_tokens, n_prompt_tokens=work.prompt_tokens)
 
 
-def _total(
+def _make_plan(
     model: PersonalModule,
     work: Workload,
     steps: Steps,
@@ -291,10 +295,10 @@ def _total(
     width: int | None,
     n_users: int,
 ) -> Plan:
-    """Make the plan from a model's parameters and the peaks of its steps.
+    """Compute the plan from the model's parameters and the peaks of its steps.
 
     Args:
-        width: bytes of a number of sharded weights; None: those of its own dtype.
+        width: bytes of one number of sharded weights; None: of their own dtype.
     """
     share = 1.0 if zero3 is None else 1 / work.n_gpus
     every, of_users = list(model.parameters()), {id(p) for p in model.encoder.user_parameters()}
@@ -303,7 +307,7 @@ def _total(
     learned = steps.reached if zero3 is None else trainable
 
     def held(*, tables: bool) -> dict[str, float]:
-        """Bytes a GPU has of the tables of single users, or of all else."""
+        """Return the bytes on a GPU of the tables with a row for each user, or of all other parameters."""
         own, taught = (
             [one for one in group if (id(one) in of_users) == tables] for group in (every, learned)
         )
@@ -313,7 +317,7 @@ def _total(
 
     rest, users = held(tables=False), held(tables=True)
     away = {"cpu": 0.0, "nvme": 0.0}
-    for name, place in ({} if zero3 is None else _places(zero3)).items():
+    for name, place in ({} if zero3 is None else _offload_targets(zero3)).items():
         if place is not None:
             away[place] += rest[name] + users[name]
             rest[name] = users[name] = 0.0
@@ -339,14 +343,14 @@ def _total(
     )
 
 
-def _places(zero3: Zero3) -> dict[str, Offload | None]:
-    """Where parts wait that are not at work; None: on the GPU."""
+def _offload_targets(zero3: Zero3) -> dict[str, Offload | None]:
+    """Return where weights, gradients and optimiser state are offloaded to; None: they stay on the GPU."""
     learning = zero3.offload_optimizer
     return {"weights": zero3.offload_parameters, "gradients": learning, "optimiser": learning}
 
 
 def _gathered(zero3: Zero3, every: list[nn.Parameter], learned: list[nn.Parameter]) -> int:
-    """Numbers that a GPU holds whole: weights at work, and gradients on their way into shards."""
+    """Return how many numbers a GPU holds whole: weights in use, and gradients before they are sharded."""
     live = min(_count(every), max(zero3.live_parameters, _largest(every)))
     too_large = _largest(learned) if _largest(learned) > zero3.bucket_size else 0
     return live + zero3.bucket_size + too_large
@@ -361,7 +365,7 @@ def _count(parameters: list[nn.Parameter]) -> int:
 
 
 def _bytes(parameters: list[nn.Parameter], width: int | None = None) -> int:
-    """Bytes of parameters of `width` bytes a number, None: of their own."""
+    """Return the bytes of parameters with `width` bytes a number; None: of their own dtypes."""
     return sum(one.numel() * (one.element_size() if width is None else width) for one in parameters)
 
 

@@ -1,4 +1,4 @@
-"""The processes of a run: how they start and end, and which shard of a batch each takes."""
+"""The processes of a run: how they start and end, and which shard of a batch each gets."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ STARTED_BY = "PLRHF_STARTED_BY"  # environment variable: id of the process that 
 
 @contextlib.contextmanager
 def launched_processes(trainer: Trainer) -> Iterator[None]:
-    """Start and connect the trainer's other processes; an error inside the block ends them.
+    """Start and connect the trainer's other processes; they end if this context raises an error.
 
     They start before the model is built, so that it can be built in shards. torchrun and SLURM have
-    started them already. If this process fails, those that it started would wait for it forever, so
+    already started them. If this process fails, the processes that it started would wait forever, so
     they are killed.
 
     Raises:
@@ -51,14 +51,14 @@ def launched_processes(trainer: Trainer) -> Iterator[None]:
 
 
 def _exit_with_parent(parent: int) -> None:
-    """End this process once its parent is gone: a killed parent cannot end its children itself."""
+    """End this process when its parent is gone, since a killed parent cannot end its children."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
 def _check_started(trainer: Trainer) -> None:
-    """Raise where torchrun or SLURM started another number of processes than the trainer has."""
+    """Raise a ValueError if torchrun or SLURM started another number of processes than the trainer has."""
     environment = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
     try:
         environment.validate_settings(trainer.num_devices, trainer.num_nodes)
@@ -72,7 +72,7 @@ def _check_started(trainer: Trainer) -> None:
 
 
 def rank_shard_of(trainer: Trainer) -> RankShard:
-    """Say which shard of each batch the trainer's process takes, and how results are summed."""
+    """Return the trainer's shard of each batch, with functions to sum and broadcast over ranks."""
     strategy = trainer.strategy
 
     def total(values: Tensor) -> Tensor:
@@ -89,13 +89,13 @@ def rank_shard_of(trainer: Trainer) -> RankShard:
 
 
 def sharding_context(trainer: Trainer) -> Any:
-    """Return the context that shards a model as it is built; None: the trainer shards no models."""
+    """Return the context that shards a model while it is built; None if the trainer does not shard."""
     strategy = trainer.strategy
     return strategy.model_sharded_context if isinstance(strategy, Stage3) else None
 
 
 def gather_objects(own: Any) -> list[Any]:
-    """Return each process's object, by rank."""
+    """Collect an object from each process, in the order of ranks."""
     if not torch.distributed.is_initialized():
         return [own]
     found: list[Any] = [None] * torch.distributed.get_world_size()

@@ -9,9 +9,10 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 
 class RunProgressBar(RichProgressBar):
-    """Shows one bar for the whole training, with the time left until its last step.
+    """Shows one bar for the whole training, with the remaining time.
 
-    Lightning's own begins anew with each epoch, and takes a run without max_epochs to have -1 of them.
+    Lightning's own bar starts again in each epoch, and treats a run without max_epochs as one of -1
+    epochs.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -19,7 +20,7 @@ class RunProgressBar(RichProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Batches until training ends, unless it stops early."""
+        """Number of batches until training ends, unless it stops early."""
         of_epoch, limits = super().total_train_batches, []
         if self.trainer.max_epochs not in (None, -1):
             limits.append(of_epoch * int(self.trainer.max_epochs or 0))

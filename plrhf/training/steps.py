@@ -1,4 +1,4 @@
-"""Where a trainer stands between batches and optimiser steps."""
+"""Where a trainer is between batches and optimiser steps."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from lightning import Trainer
 
 
 def is_accumulating(trainer: Trainer) -> bool:
-    """Whether the last batch left its gradient to be summed with that of the next batch."""
+    """Return whether the gradient of the last batch still waits for that of the next batch."""
     n_summed = (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches
     return n_summed != 0 and not trainer.is_last_batch
 
 
 def validation_is_due(trainer: Trainer) -> bool:
-    """Whether validation follows the last batch, within an epoch."""
+    """Return whether a validation within the epoch follows the last batch."""
     every = trainer.val_check_batch
     counts_batches = trainer.enable_validation and trainer.check_val_every_n_epoch is None
     return counts_batches and (trainer.fit_loop.total_batch_idx + 1) % int(every or 1) == 0

@@ -1,7 +1,7 @@
-"""The Lightning trainer of a run: what it watches, and when it stops.
+"""The Lightning trainer of a run.
 
-Several processes work together by torch's DDP, where each holds the whole model, or by ZeRO-3
-(`zero.py`), where each holds a shard.
+Several processes use torch's DDP, where each holds the whole model, or ZeRO-3 (`zero.py`), where each
+holds a shard.
 """
 
 from __future__ import annotations
@@ -54,26 +54,26 @@ def build_trainer(
     log_every_n_steps: PositiveInt = 10,
     progress: bool = True,
 ) -> Trainer:
-    """Build a trainer that keeps the best checkpoint by `monitor` and the last one.
+    """Build a trainer that keeps the best checkpoint by `monitor`, and the last one.
 
     Args:
         run_dir: checkpoints go to its ``checkpoints/``.
-        loggers: of `build_loggers`.
+        loggers: from `build_loggers`.
         has_val: whether there are val pairs; without them the final weights are the best.
         monitor: a logged val metric; lower is better unless it is an accuracy.
         patience: validations without progress before training stops; None: never stop early.
         checkpoint_every_n_steps: also write last.ckpt every so many steps.
         val_every_n_steps: validate every so many steps; None: once an epoch.
-        max_epochs, max_steps: where training ends, whichever comes first; -1 steps: no limit.
-        devices, num_nodes: processes a node, and nodes.
-        zero3: shards weights, gradients and optimiser over all processes; None: each process holds
-            them whole, and several processes average their gradients (DDP).
-        matmul_precision: of float32 products on GPUs, as torch.set_float32_matmul_precision has it.
-        progress: show a progress bar where there is a terminal.
+        max_epochs, max_steps: training ends at whichever comes first; -1 steps: no limit.
+        devices, num_nodes: processes on each node, and nodes.
+        zero3: shards weights, gradients and optimiser over all processes; None: each process holds them
+            whole, and several processes average their gradients (DDP).
+        matmul_precision: of float32 products on GPUs, see torch.set_float32_matmul_precision.
+        progress: show a progress bar if there is a terminal.
         others: as in `lightning.Trainer`.
 
     Raises:
-        ValueError: a number out of range, no end to training, or a device this machine lacks.
+        ValueError: a number out of range, no end of training, or a device that this machine lacks.
     """
     _check_end(max_epochs=max_epochs, max_steps=max_steps)
     _check_patience(patience, has_val=has_val)
@@ -125,14 +125,14 @@ def build_trainer(
 
 
 def _check_end(*, max_epochs: int | None, max_steps: int) -> None:
-    """Raise where neither a number of epochs nor of steps ends training."""
+    """Raise a ValueError if neither epochs nor steps limit training."""
     if max_epochs is None and max_steps == -1:
         allowed = "a number of steps, or trainer.max_epochs"
         raise bad_value("trainer.max_steps", -1, allowed, "Set trainer.max_steps=1000")
 
 
 def _check_patience(patience: int | None, *, has_val: bool) -> None:
-    """Raise where training is to stop early by val pairs that there are none of."""
+    """Raise a ValueError if early stopping is asked for without val pairs."""
     if patience is not None and not has_val:
         raise bad_value(
             "trainer.patience", patience, "null without val pairs", "Set trainer.patience=null"
@@ -141,7 +141,7 @@ def _check_patience(patience: int | None, *, has_val: bool) -> None:
 
 @contextlib.contextmanager
 def _device_errors_named(accelerator: str) -> Iterator[None]:
-    """Turn Lightning's error for a device that is not there into one that names the setting."""
+    """Turn Lightning's error for a missing device into one that names the setting, in this context."""
     try:
         yield
     except MisconfigurationException as error:
@@ -161,7 +161,7 @@ def _strategy(
     accumulate_grad_batches: int,
     gradient_clip_val: float | None,
 ) -> Strategy | str:
-    """Return how the processes work together."""
+    """Return Lightning's strategy for these processes."""
     if zero3 is not None:
         return stage3(
             zero3,
@@ -212,7 +212,7 @@ def _callbacks(
 
 
 def _check_accumulation(data: PreferenceData, trainer: Trainer) -> None:
-    """Raise where an epoch ends between summed batches: Lightning steps there, DeepSpeed does not."""
+    """Raise a ValueError if an epoch ends between accumulated batches, where DeepSpeed takes no step."""
     accumulated_batches = trainer.accumulate_grad_batches
     if accumulated_batches > 1 and isinstance(trainer.strategy, Stage3):
         n_batches = len(data.train_dataloader())
@@ -230,7 +230,7 @@ def fit(
 ) -> None:
     """Train the model, from the start or from a checkpoint, and load its best weights.
 
-    Only train and val pairs are handed to Lightning: what trains and selects cannot reach test pairs.
+    Lightning gets only train and val pairs, so nothing that trains or selects can read test pairs.
     """
     _check_accumulation(data, trainer)
     model.train()  # from_pretrained leaves models in eval mode

@@ -22,8 +22,8 @@ from plrhf.data.packing import packed
 from plrhf.data.rows import Row
 from plrhf.data.sources.jsonl import JsonlSource
 from plrhf.evaluation.few_shot import (
-    Curve,
     FewShotOptions,
+    FewShotTrials,
     Trial,
     check_trials,
     draw_trials,
@@ -130,10 +130,10 @@ def test_a_pair_judged_twice_is_not_given_where_it_is_asked() -> None:
         assert sorted(bob.given + bob.asked) == [6, 7, 8, 9]  # ann's are no business of bob's
 
 
-def curve_of(trials: list[list[Trial]]) -> Curve:
+def curve_of(trials: list[list[Trial]]) -> FewShotTrials:
     nothing: Any = None
     dataset: Any = SimpleNamespace(rows=rows_of(ann=200))
-    return Curve(nothing, dataset, trials, batch_size=5)
+    return FewShotTrials(nothing, dataset, trials, batch_size=5)
 
 
 def test_the_control_is_always_somebody_else() -> None:
@@ -177,7 +177,7 @@ def test_a_model_that_knows_how_people_differ_learns_who_this_is() -> None:
     dataset = PairDataset(people, pairs, layout=packed, user_index={}, schema=schema)
     dataset.hidden = TextValues(hidden.flatten(0, 1), torch.arange(2 * len(people)).view(-1, 2))
     trials, _ = draw_trials(people, set(), FewShotOptions(shots=[24], draws=3), seed=0)
-    curve = Curve(model, dataset, trials, batch_size=50)
+    curve = FewShotTrials(model, dataset, trials, batch_size=50)
     found = curve.fit(Posterior(laplace=True), 24)
     accuracy = {
         name: correctness(curve.margins(found, owners)).mean()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from plrhf.evaluation.users import principal
+from plrhf.evaluation.users import principal_components
 from plrhf.reporting import report
 from plrhf.reporting.runs import read_run, read_users
 
@@ -20,7 +20,7 @@ def test_principal_components_by_hand(width: int) -> None:
     # Four points on two crossed lines, of variances 16 and 4 along them, away from the origin.
     plane = np.array([[4.0, 0.0], [-4.0, 0.0], [0.0, 2.0], [0.0, -2.0], [0.0, 0.0]])
     turn = np.linalg.qr(np.random.default_rng(0).normal(size=(width, width)))[0][:2]
-    places, explained = principal(plane @ turn + 7)
+    places, explained = principal_components(plane @ turn + 7)
     assert explained == pytest.approx([0.8, 0.2])
     assert np.abs(places) == pytest.approx(np.abs(plane), abs=1e-4)
     largest = np.abs(places).argmax(axis=0)
@@ -28,9 +28,9 @@ def test_principal_components_by_hand(width: int) -> None:
 
 
 def test_one_user_has_a_place() -> None:
-    places, explained = principal(np.array([[3.0, 1.0, 2.0]]))
+    places, explained = principal_components(np.array([[3.0, 1.0, 2.0]]))
     assert places == [[0.0, 0.0]] and explained == [0.0, 0.0]
-    places, explained = principal(np.array([[1.0], [3.0]]))  # in one dimension
+    places, explained = principal_components(np.array([[1.0], [3.0]]))  # in one dimension
     assert np.array(places)[:, 1] == pytest.approx([0, 0]) and explained == [1.0, 0.0]
 
 
