@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from plrhf.cli.main import CONF
-from plrhf.cli.planning import forecast
+from plrhf.cli.planning import plan_run
 from plrhf.data.features import FeatureSchema
 from plrhf.training.plan import GB, Plan
 
@@ -52,7 +52,7 @@ def planned(*overrides: str, users: int = 1000, gpus: int | None = None) -> Plan
     with initialize_config_dir(str(CONF), version_base="1.3"):
         node = compose("train", overrides=[*TLDR, *how, *overrides])
     settings: Any = OmegaConf.to_container(node, resolve=True)
-    return forecast(settings, n_users=users, schema=FeatureSchema(moments={}, codes={}))
+    return plan_run(settings, n_users=users, schema=FeatureSchema(moments={}, codes={}))
 
 
 def models() -> None:

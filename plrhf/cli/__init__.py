@@ -1,1 +1,1 @@
-"""From the command line to one run, one sweep or one task."""
+"""The command line: settings, and the commands that train.py and eval.py run."""

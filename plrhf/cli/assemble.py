@@ -34,7 +34,7 @@ from plrhf.training.trainer import build_trainer
 
 @rank_zero_only
 def print_lines(lines: Iterable[str]) -> None:
-    """Print lines, on one process of several."""
+    """Print lines on one of several processes."""
     for line in lines:
         print(line)
 
@@ -46,10 +46,10 @@ def build_data(
     schema: FeatureSchema | None = None,
     **options: Any,
 ) -> PreferenceData:
-    """Read the rows of the source that the config names, and split them.
+    """Read and split the rows of the config's source.
 
     Args:
-        users, schema: of a trained model that is evaluated on these rows; see `PreferenceData`.
+        users, schema: of a trained model that is evaluated on these rows, see `PreferenceData`.
         options: values that replace the config's, e.g. the text options of a trained model.
     """
     given = {name: getattr(config, name) for name in DataConfig.model_fields if name != "source"}
@@ -58,7 +58,7 @@ def build_data(
 
 
 def build_run_trainer(config: RunConfig, run_dir: Path, *, has_val: bool) -> Trainer:
-    """Build the trainer of the config with its loggers, which write below `run_dir`."""
+    """Build the trainer of the config with its loggers, which write to `run_dir`."""
     logger = config.logger
     loggers = build_loggers(run_dir=run_dir, tensorboard=logger.tensorboard, wandb=logger.wandb)
     options = {name: one for name, one in config.trainer if name != "name"}
@@ -68,10 +68,10 @@ def build_run_trainer(config: RunConfig, run_dir: Path, *, has_val: bool) -> Tra
 def open_backbone(
     config: BackboneConfig, path: str, *, shards: Shards | None = None
 ) -> tuple[Tokenizer, Backbone]:
-    """Load the tokenizer and the backbone at `path`.
+    """Load the tokenizer and the backbone at `path`, and check that they fit together.
 
     Args:
-        shards: context in which the weights are sharded as they are loaded; None: they are whole.
+        shards: context in which the weights are sharded while loading; None: they stay whole.
     """
     check_path(path)
     tokenizer = load_tokenizer(
@@ -83,7 +83,7 @@ def open_backbone(
 
 
 def load_options(config: BackboneConfig) -> dict[str, Any]:
-    """Return the settings of the backbone that `load_backbone` takes."""
+    """Return the backbone's settings that are arguments of `load_backbone`."""
     return {name: getattr(config, name) for name in kinds(load_backbone) if name != "shards"}
 
 
@@ -93,14 +93,14 @@ def build_run_model(
     """Build the reward model or policy of the config on a backbone.
 
     Args:
-        path: where the backbone was loaded from, which the model's card names.
+        path: where the backbone was loaded from, for the model's card.
     """
     card = make_card(config, data, backbone, path)
     return build_model(backbone, card, optim=config.optim)
 
 
 def make_card(config: RunConfig, data: PreferenceData, backbone: Backbone, path: str) -> Card:
-    """Collect what is needed to build the run's model again."""
+    """Make the card of the run's model, with which it can be built again."""
     local = Path(path)
     return Card(
         model=config.model,
@@ -120,7 +120,7 @@ def make_card(config: RunConfig, data: PreferenceData, backbone: Backbone, path:
 
 
 def check_model(config: RunConfig, data: PreferenceData) -> None:
-    """Build the model once on an untrained tiny backbone, so that errors show before training one."""
+    """Build the model on an untrained tiny backbone, so that errors show before a backbone is trained."""
     assert config.backbone.tiny is not None
     backbone = Backbone(
         model=tiny_gptj(**config.backbone.tiny.model_dump(), eos_token_id=0),

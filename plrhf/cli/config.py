@@ -1,4 +1,4 @@
-"""The command line as typed, frozen objects: what a run is asked to do, checked before it begins."""
+"""The settings of train.py as typed, frozen objects, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
 
 class Section(BaseModel):
-    """A part of the settings: a frozen object with one field a setting.
+    """A part of the settings as a frozen object with one field for each setting.
 
-    Fields are annotated as a component's arguments are (`core.checks`). A field whose type is
-    another `Section`, or a dataclass, is read from the mapping below it.
+    Fields are annotated like the arguments of a component (`core.checks`). A field whose type is
+    another `Section` or a dataclass is read from a nested mapping.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -59,7 +59,7 @@ class Section(BaseModel):
         """Check plain settings and return them as this section.
 
         Args:
-            field: the section's dotted name, for messages; empty for the whole config.
+            field: dotted name of the section, for messages; empty for the whole config.
 
         Raises:
             ValueError: a setting is unknown, missing, of the wrong type or out of range.
@@ -80,13 +80,13 @@ class Section(BaseModel):
 
     @classmethod
     def annotations(cls) -> dict[str, Any]:
-        """Return the settings of this section by name, with their types and ranges."""
+        """Return the types and ranges of this section's settings by name."""
         hints = typing.get_type_hints(cls, include_extras=True)
         return {name: hints[name] for name in cls.model_fields}
 
 
 def _read(value: Any, kind: Any, field: str) -> Any:
-    """Read one setting, which may be a section or a dataclass of its own."""
+    """Check one setting, which may be a section or a dataclass."""
     choices = get_args(kind) if get_origin(kind) is types.UnionType else (kind,)
     for choice in choices:
         below = isinstance(choice, type) and (issubclass(choice, Section) or is_dataclass(choice))
@@ -103,7 +103,7 @@ def _read(value: Any, kind: Any, field: str) -> Any:
 
 
 class TinyShape(Section):
-    """The shape of a GPT-J that is made and fine-tuned before the run, ``backbone.tiny``."""
+    """Settings ``backbone.tiny``: the shape of a GPT-J that is created and fine-tuned before the run."""
 
     vocab_size: PositiveInt
     n_layers: PositiveInt
@@ -113,7 +113,7 @@ class TinyShape(Section):
 
 
 class SftConfig(Section):
-    """How ``model=sft`` fine-tunes a backbone, ``backbone.sft``."""
+    """Settings ``backbone.sft``: how the tiny backbone is fine-tuned."""
 
     responses: Literal["chosen", "both"]
     max_steps: PositiveInt
@@ -123,7 +123,7 @@ class SftConfig(Section):
 
 
 class BackboneConfig(Section):
-    """The language model; see `backbone.model.load_backbone`."""
+    """Settings of the language model; see `backbone.loading.load_backbone`."""
 
     name: str
     path: str | None
@@ -154,7 +154,7 @@ class BackboneConfig(Section):
 
 
 class TrainerConfig(Section):
-    """How long and on what the model is trained; see `training.trainer.build_trainer`."""
+    """Settings of the trainer; see `training.trainer.build_trainer`."""
 
     name: str
     accelerator: str
@@ -188,7 +188,7 @@ class TrainerConfig(Section):
 
 
 class LoggerConfig(Section):
-    """Where metrics go beside metrics.csv; see `training.loggers.build_loggers`."""
+    """Settings of further loggers beside metrics.csv; see `training.loggers.build_loggers`."""
 
     name: str
     tensorboard: bool = False
@@ -196,7 +196,7 @@ class LoggerConfig(Section):
 
 
 class DataConfig(Section):
-    """Which rows there are, how they are split, and how they become batches; see `PreferenceData`."""
+    """Settings of the rows, their splits and batches; see `PreferenceData`."""
 
     source: dict[str, Any]  # the source's ``_target_`` and arguments
     seed: Seed
@@ -221,10 +221,10 @@ class DataConfig(Section):
 
     @classmethod
     def read(cls, settings: Mapping[str, Any], field: str) -> Self:
-        """Read settings of the data and of the source, which stand side by side in the config.
+        """Read the settings of data and source, which share one mapping in the config.
 
-        A setting that both take, such as ``val_fraction`` of a source with splits of its own, goes
-        to both.
+        A setting that both have, such as ``val_fraction`` of a source with its own splits, goes to
+        both.
         """
         own = [name for name in cls.model_fields if name != "source"]
         of_source = parameters(locate(settings.get("_target_"), field))
@@ -258,7 +258,7 @@ class RefereeConfig(Section):
 
 
 class RunConfig(Section):
-    """Everything that train.py is asked to do."""
+    """All settings of train.py."""
 
     seed: Seed
     shrinkage: ShrinkageKind  # what encoders take for theirs
@@ -283,10 +283,10 @@ class RunConfig(Section):
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Self:
-        """Check the settings of a command line, and return them as objects.
+        """Check the settings of a command line and return them as objects.
 
         Raises:
-            ValueError: a setting is wrong by itself, or two do not go together.
+            ValueError: a setting is wrong, or two settings do not go together.
         """
         config = cls.parse(settings)
         for name in ("run_dir", "cache_dir"):
@@ -298,11 +298,11 @@ class RunConfig(Section):
 
     @classmethod
     def of_run(cls, run_dir: Path, *, trust_components: bool = False) -> Self:
-        """Read the config.yaml of a run, which may have been made by somebody else.
+        """Read the config.yaml of a run, which need not be trusted.
 
         Args:
-            trust_components: let it name classes from outside plrhf, which are then imported, and
-                a backbone whose repository brings its own code.
+            trust_components: allow it to name classes from outside plrhf, which are then imported, and
+                a backbone whose repository runs its own code.
 
         Raises:
             ValueError: a wrong setting, or code from outside plrhf that is not trusted.
@@ -314,19 +314,19 @@ class RunConfig(Section):
 
     @classmethod
     def parse(cls, settings: dict[str, Any]) -> Self:
-        """Check each setting by itself."""
+        """Check each setting alone, without relations between settings."""
         if "resolved" in settings:
             raise unknown_key("resolved", settings["resolved"], list(settings))
         return cls.read({**settings, "resolved": settings}, "")
 
     @property
     def is_supervised(self) -> bool:
-        """Whether the run fine-tunes a backbone (model=sft) and no user model."""
+        """Whether the run is supervised fine-tuning (model=sft), without a user model."""
         return self.model.get("name") == "sft"
 
 
 def check_writable(field: str, path: str) -> None:
-    """Raise where nothing can be written at a path, which need not exist yet."""
+    """Raise a ValueError if a path, which need not exist yet, cannot be written to."""
     existing = next(one for one in (Path(path), *Path(path).absolute().parents) if one.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         allowed = f"a directory that can be written, unlike {existing}"
@@ -334,7 +334,7 @@ def check_writable(field: str, path: str) -> None:
 
 
 def _check_processes(config: RunConfig) -> None:
-    """Raise where several processes or sharded weights do not go with the other settings."""
+    """Raise a ValueError if a setting does not work with several processes or with sharded weights."""
     zero3, n_processes = config.trainer.zero3, config.trainer.devices * config.trainer.num_nodes
     if config.encoder.get("sparse") is True and (zero3 is not None or n_processes > 1):
         raise bad_value(
@@ -373,7 +373,7 @@ def _check_processes(config: RunConfig) -> None:
 
 
 def _check_quantization(config: RunConfig) -> None:
-    """Raise where weights would have to be whole that are kept in a few bits."""
+    """Raise a ValueError if a setting needs whole weights but they are quantised."""
     why = None
     if config.is_supervised:
         why = "model=sft, which writes a whole model"
@@ -391,7 +391,7 @@ def _check_quantization(config: RunConfig) -> None:
 
 
 def _check_attention(config: RunConfig) -> None:
-    """Raise where torch has no backward pass for the attention asked for."""
+    """Raise a ValueError if torch has no backward pass for the chosen attention."""
     if config.backbone.attention == FLEX and config.trainer.accelerator == "cpu":
         raise bad_value(
             "backbone.attention",

@@ -1,4 +1,4 @@
-"""Jobs of a sweep: a failed one stops no other, a finished one is skipped, and the end names failures."""
+"""Jobs of a sweep: a failed job does not stop others, a finished one is skipped."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def sweep_job(
 ) -> Iterator[None]:
     """Run the block as a job of a sweep: its output goes to log.txt, its error to error.txt.
 
-    Any exception but Ctrl-C ends the block alone, so that the other jobs run. Within it `sys.argv`
-    is the job's own command, which its results record.
+    An exception other than Ctrl-C ends only this job. Within the block, `sys.argv` is the job's own
+    command, as its results record it.
 
     Args:
         folder: of the job; it exists. overrides: of the job. entry: train.py or eval.py.
-        one_line: an exception as one line.
+        one_line: formats an exception as one line.
     """
     name = " ".join(overrides)
     (folder / FAILED).unlink(missing_ok=True)
@@ -56,7 +56,7 @@ def sweep_job(
 
 
 def refuse_processes(settings: Mapping[str, Any]) -> None:
-    """Raise where a job of a sweep would start processes: each would start the whole sweep again."""
+    """Raise a ValueError if a sweep job would start processes, which would all repeat the sweep."""
     trainer = settings.get("trainer", {})
     for name, alone in (("devices", 1), ("num_nodes", 1), ("zero3", None)):
         if trainer.get(name, alone) != alone:
@@ -65,10 +65,10 @@ def refuse_processes(settings: Mapping[str, Any]) -> None:
 
 
 def is_finished(settings: Mapping[str, Any]) -> bool:
-    """Whether ``run_dir`` holds this very run with its results, so that it need not run again.
+    """Return whether ``run_dir`` has the results of a run with the same settings.
 
     Raises:
-        ValueError: it holds the results of a run with other settings.
+        ValueError: it has the results of a run with other settings.
     """
     run_dir = Path(settings["run_dir"])
     before = _config_of_finished(run_dir)
@@ -91,7 +91,7 @@ def is_finished(settings: Mapping[str, Any]) -> bool:
 
 
 def _config_of_finished(run_dir: Path) -> dict[str, Any] | None:
-    """Return the settings of the finished run in a directory, None where there is none."""
+    """Return the settings of the finished run in a directory; None if there is none."""
     if (run_dir / "results.json").is_file():
         return json.loads((run_dir / "results.json").read_text(encoding="utf-8"))["config"]
     if (run_dir / "config.yaml").is_file() and (run_dir / "export/config.json").is_file():
@@ -100,7 +100,10 @@ def _config_of_finished(run_dir: Path) -> dict[str, Any] | None:
 
 
 def best_value(run_dir: Path, monitor: str) -> float | None:
-    """Return the best value of a metric in metrics.csv: of an accuracy the highest, else the lowest."""
+    """Return the best value of a metric in metrics.csv: the highest accuracy, or else the lowest value.
+
+    None without any value.
+    """
     path = run_dir / "metrics.csv"
     if not path.is_file():
         return None
@@ -112,17 +115,16 @@ def best_value(run_dir: Path, monitor: str) -> float | None:
     return max(values) if "accuracy" in monitor else min(values)
 
 
-def why_failed(folder: Path) -> str:
-    """Return ``: `` and the line that says why the job of a folder failed; empty where it did not."""
+def failure_line(folder: Path) -> str:
+    """Return ``: `` and the error of a failed job in one line; empty for a job that did not fail."""
     path = folder / FAILED
     return f": {path.read_text(encoding='utf-8').splitlines()[0]}" if path.is_file() else ""
 
 
 class NameFailedJobs(Callback):
-    """Names the failed jobs at the end of a sweep, and then ends the process with status 1.
+    """Lists the failed jobs at the end of a sweep, and ends the process with status 1 if there are any.
 
-    A job removes the error.txt of its own folder when it begins, so what is there at the end is of
-    this sweep. No other file is touched.
+    A job deletes its old error.txt when it starts, so those that exist at the end are of this sweep.
     """
 
     def __init__(self) -> None:
@@ -138,11 +140,11 @@ class NameFailedJobs(Callback):
         head = f"{len(failures)} of the jobs failed; {FAILED} in its folder says more:"
         print(head, file=sys.stderr)
         for path in failures:
-            print(f"  {path.parent}{why_failed(path.parent)}", file=sys.stderr)
+            print(f"  {path.parent}{failure_line(path.parent)}", file=sys.stderr)
         sys.exit(SOME_FAILED)
 
     def _failures(self, folder: Path) -> list[Path]:
-        """Find the error.txt files that jobs wrote since the sweep began."""
+        """Return the error.txt files written since the sweep began."""
         slack = 2.0  # seconds by which the clock of a shared file system may be behind
         found = sorted(folder.rglob(FAILED))
         return [path for path in found if path.stat().st_mtime >= self.began - slack]

@@ -1,4 +1,4 @@
-"""From the command line to a task: compose the config; say what is wrong with it in one line."""
+"""The entry points of train.py and eval.py: compose the config, run a task, print errors in one line."""
 
 from __future__ import annotations
 
@@ -51,23 +51,24 @@ NOT_FOR_THE_USER = (
 
 
 def train() -> None:
-    """What `train.py` and, installed, the command ``plrhf-train`` run."""
+    """Run the command line of train.py, installed as ``plrhf-train``."""
     main("train", "plrhf.cli.run.train")
 
 
 def evaluate() -> None:
-    """What `eval.py` and, installed, the command ``plrhf-eval`` run."""
+    """Run the command line of eval.py, installed as ``plrhf-eval``."""
     main("eval", "plrhf.cli.tasks.evaluate")
 
 
 def main(config_name: str, task: str) -> None:
     """Compose `conf/<config_name>.yaml` with the command line and run `task` on it.
 
-    What the user can mend is one line on stderr and exit status 2; with ``debug=true`` a traceback.
+    An error in the user's input is printed as one line on stderr, with exit status 2; with
+    ``debug=true`` as a traceback.
 
     Args:
-        task: dotted path of a function of settings, imported once the command line has been read,
-            so that a slip on it is answered at once.
+        task: dotted path of a function of settings. It is imported after the command line has been
+            parsed, so that typing errors are reported at once.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to `exit_on_errors`
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -79,17 +80,17 @@ def main(config_name: str, task: str) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             return run_sweep_job(config, config_name, task)
         with exit_on_errors(config_name):  # here already, as Hydra prints a line of its own
-            return run_task(task, resolved(config))
+            return run_task(task, plain_settings(config))
 
     with exit_on_errors(config_name):
         composed()
 
 
 def run_sweep_job(config: DictConfig, config_name: str, task: str) -> float | None:
-    """Run a task as a job of a sweep, in whichever process the launcher runs it.
+    """Run a task as a job of a sweep.
 
     Returns:
-        What the task returns, which the sweeper may go by; nan where the job failed.
+        What the task returns, for the sweeper; nan if the job failed.
     """
     hydra_config = HydraConfig.get()
     overrides, folder = list(hydra_config.overrides.task), Path(hydra_config.runtime.output_dir)
@@ -100,7 +101,7 @@ def run_sweep_job(config: DictConfig, config_name: str, task: str) -> float | No
         return one_line(error)
 
     with sweep_job(folder, overrides, f"{config_name}.py", line):
-        settings = resolved(config)
+        settings = plain_settings(config)
         refuse_processes(settings)
         if "run_dir" not in settings:
             return run_task(task, settings)
@@ -114,7 +115,7 @@ def run_sweep_job(config: DictConfig, config_name: str, task: str) -> float | No
 
 
 def run_task(task: str, settings: Settings) -> float | None:
-    """Import the function that a dotted path names, and call it with the settings."""
+    """Import the function with this dotted path and call it with the settings."""
     # While PEFT imports it, it warns of a kernel that it does without.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     function = hydra.utils.get_method(task)
@@ -124,9 +125,9 @@ def run_task(task: str, settings: Settings) -> float | None:
 
 @contextlib.contextmanager
 def exit_on_errors(config_name: str) -> Iterator[None]:
-    """Within it an error that the user can mend ends the process in one line.
+    """End the process with one line if the block raises an error that the user can fix.
 
-    With ``debug=true`` it is raised. Any other error keeps its traceback.
+    With ``debug=true``, and for other errors, the traceback is shown.
     """
     overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
     debug = "debug=true" in (one.lower() for one in overrides)
@@ -146,23 +147,24 @@ def exit_on_errors(config_name: str) -> Iterator[None]:
 
 
 def silence_libraries() -> None:
-    """Drop messages of libraries that a user can do nothing about; warnings about a run stay."""
+    """Hide library messages that users can do nothing about; warnings about the run are still shown."""
     for library in ("lightning.fabric", "lightning.pytorch", "root"):
         logging.getLogger(library).setLevel(logging.WARNING)
     for message in NOT_FOR_THE_USER:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("DeepSpeed").addFilter(_concerns_the_user)
+    logging.getLogger("DeepSpeed").addFilter(_is_for_the_user)
 
 
-def _concerns_the_user(record: logging.LogRecord) -> bool:
+def _is_for_the_user(record: logging.LogRecord) -> bool:
+    """Return whether DeepSpeed's log message is of interest to users."""
     # The first is said in every CPU run that saves a model, as accelerate then imports DeepSpeed
     # where it is installed; the other of our own AdamW.
     noise = ("Setting accelerator to CPU", "**** You are using ZeRO with an untested optimizer")
     return not str(record.msg).startswith(noise)
 
 
-def resolved(config: DictConfig) -> Settings:
-    """Return the config as a plain dict without interpolations; a job of a sweep gets its `run_dir`."""
+def plain_settings(config: DictConfig) -> Settings:
+    """Return the config as a plain, resolved dict; a job of a sweep gets its own `run_dir`."""
     settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN and "run_dir" in settings:
@@ -171,7 +173,7 @@ def resolved(config: DictConfig) -> Settings:
 
 
 def hydra_error_line(error: Exception, config_name: str, overrides: list[str]) -> str:
-    """Return an error of Hydra or OmegaConf as one line in our own words."""
+    """Explain an error of Hydra or OmegaConf in one line."""
     if isinstance(error, OverrideParseException):
         return str(_unreadable(*_split_override(error.override), error.message))
     text = str(error)
@@ -193,18 +195,19 @@ def hydra_error_line(error: Exception, config_name: str, overrides: list[str]) -
 
 
 def _split_override(override: str) -> tuple[str, str]:
-    """Split an override into key and value, without ``+`` or ``~`` in front."""
+    """Split an override into key and value, without a leading ``+`` or ``~``."""
     key, _, value = override.lstrip("+~").partition("=")
     return key, value
 
 
 def _unreadable(key: str, value: str, reason: str) -> BadValue:
+    """Return the error for an override whose value cannot be parsed."""
     first = reason.splitlines()[0]
     return bad_value(key, value, "a number, text, [list] or {mapping}", f"Quote it ({first})")
 
 
 def _unknown_override(key: str, config_name: str, overrides: list[str]) -> BadValue:
-    """Return the error for an override of a key that the config does not have."""
+    """Return the error for an override of a key that is not in the config."""
     given = dict(_split_override(override) for override in overrides)
     choices = [f"{name}={value}" for name, value in given.items() if (CONF / name).is_dir()]
     GlobalHydra.instance().clear()

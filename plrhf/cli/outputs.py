@@ -1,4 +1,4 @@
-"""Files that are written after an evaluation: one that fails costs no other, and is said at the end."""
+"""Writing several files after an evaluation, so that a failure of one does not lose the others."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ SPACE_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded")
 
 
 class FilesMissing(Exception):
-    """Some files of a run could not be written; its message is one line."""
+    """Raised at the end if some files could not be written; the message is one line."""
 
 
 class Outputs:
-    """Keeps going where one of several files cannot be written; with `debug` it prints tracebacks.
+    """Writes several files; an error in one is reported, and the others are still written.
 
-    outputs = Outputs()
-    with outputs.writing(path):
-        write(path)
-    outputs.check()
+        outputs = Outputs()
+        with outputs.writing(path):
+            write(path)
+        outputs.check()
+
+    Args:
+        debug: print tracebacks.
     """
 
     def __init__(self, *, debug: bool = False) -> None:
@@ -35,9 +38,9 @@ class Outputs:
 
     @contextlib.contextmanager
     def writing(self, path: Path) -> Iterator[None]:
-        """Print and remember an error of the block, and go on behind it.
+        """Print an error raised in this context instead of raising it, and delete the incomplete file.
 
-        A file that was not written whole is removed.
+        `check` raises it later.
         """
         try:
             yield
@@ -54,10 +57,10 @@ class Outputs:
                 traceback.print_exc()
 
     def check(self) -> None:
-        """Raise where a file could not be written.
+        """Raise an error if a file could not be written.
 
         Raises:
-            FilesMissing: it names the files.
+            FilesMissing: names the files.
         """
         if len(self.failed) > 0:
             raise FilesMissing(f"{', '.join(self.failed)} could not be written; all else is there")
@@ -73,7 +76,7 @@ def one_line(error: BaseException) -> str:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an exception, or one that it was raised from, comes from a full disk."""
+    """Return whether an exception, or one that caused it, comes from a full disk."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in NO_SPACE:
             return True
@@ -84,7 +87,7 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def disk_full_line(error: BaseException) -> str:
-    """Say on one line which disk is full and what to do about it."""
+    """Return one line on which disk is full and what to do about it."""
     name = error.filename if isinstance(error, OSError) and error.filename else None
     where = "" if name is None else f" that {name} lies on"
     return f"the disk{where} is full: free space on it, or choose run_dir, cache_dir and TMPDIR on another"

@@ -1,4 +1,4 @@
-"""The plan of a run, from its settings: what `plan=true` prints."""
+"""``plan=true``: the memory and communication that a run would need."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from plrhf.training.plan import GB, HEADROOM, Machine, Plan, Workload, plan_trai
 from plrhf.training.zero import build_zero3
 
 
-def forecast(settings: Settings, *, n_users: int, schema: FeatureSchema) -> Plan:
-    """Plan what training by `settings` needs of each of the GPUs that ``trainer`` names.
+def plan_run(settings: Settings, *, n_users: int, schema: FeatureSchema) -> Plan:
+    """Plan what a training with these settings needs of each of the trainer's GPUs.
 
-    Rows are taken as long as ``data`` lets them be with the longest prompt: prompts of
-    max_prompt_tokens, responses that fill max_tokens.
+    All rows have the largest allowed length: prompts of max_prompt_tokens, and responses that fill
+    max_tokens.
 
     Args:
         settings: of the whole run, as a plain dict.
-        n_users: train users.
-        schema: of their features.
+        n_users: number of train users.
+        schema: of the users' features.
     """
     trainer = settings["trainer"]
     backbone = empty_backbone(settings["backbone"])
@@ -59,12 +59,12 @@ def workload_of(settings: Settings, *, n_features: int) -> Workload:
 
 
 def n_gpus(trainer: Settings) -> int:
-    """Count the GPUs of all nodes."""
+    """Return the number of GPUs on all nodes."""
     return int(trainer["devices"] * trainer["num_nodes"])
 
 
 def empty_backbone(node: Settings) -> Backbone:
-    """Build the backbone of settings ``backbone`` on the meta device; no weights are read."""
+    """Build the backbone of the settings ``backbone`` on the meta device; no weights are read."""
     of_shape = (
         "path",
         "architecture",
@@ -89,7 +89,7 @@ def empty_backbone(node: Settings) -> Backbone:
 def model_of_shapes(
     settings: Settings, backbone: Backbone, *, n_users: int, schema: FeatureSchema
 ) -> PersonalModule:
-    """Build the run's model for that many users, about whom nothing is known."""
+    """Build the run's model for `n_users` users without names."""
     card = Card(
         model=settings["model"],
         encoder=settings["encoder"],
@@ -104,7 +104,7 @@ def model_of_shapes(
 
 
 def plan_table(plan: Plan, settings: Settings, machine: Machine) -> Table:
-    """Lay out the plan for the terminal."""
+    """Format the plan as a table for the terminal."""
     node = settings["backbone"]
     own = "tiny" if node["tiny"] is not None else node["path"]
     name = own if node["architecture"] is None else f"{node['name']} (backbone.architecture)"
@@ -139,6 +139,7 @@ def plan_table(plan: Plan, settings: Settings, machine: Machine) -> Table:
 
 
 def _facts(plan: Plan) -> list[tuple[str, str, str]]:
+    """Return the rows of the table that are counts."""
     return [
         ("parameters", f"{plan.parameters:,}", "the user model's among them"),
         ("trainable", f"{plan.trainable:,}", ""),
@@ -149,6 +150,7 @@ def _facts(plan: Plan) -> list[tuple[str, str, str]]:
 
 
 def _memory(plan: Plan) -> list[tuple[str, float, str]]:
+    """Return the rows of the table that are parts of a GPU's memory, in bytes."""
     return [
         ("weights", plan.weights, ""),
         ("gradients", plan.gradients, ""),

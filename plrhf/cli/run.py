@@ -1,4 +1,4 @@
-"""One run of train.py: build, fit, evaluate, write the run directory."""
+"""train.py: one run from the settings to the files of the run directory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from plrhf.cli.assemble import (
 from plrhf.cli.config import RunConfig
 from plrhf.cli.jobs import best_value
 from plrhf.cli.outputs import Outputs
-from plrhf.cli.planning import forecast, plan_table
+from plrhf.cli.planning import plan_run, plan_table
 from plrhf.cli.run_dir import (
     RecordRows,
     Resume,
@@ -62,11 +62,10 @@ PACKAGES = ("plrhf", "torch", "lightning", "transformers", "peft")
 
 
 def train(settings: Settings) -> float | None:
-    """Do one run and leave everything in ``run_dir``; docs/architecture.md names the files.
+    """Train and evaluate one run, and write its files to ``run_dir``; see docs/architecture.md.
 
     Returns:
-        The best value of ``trainer.monitor``, which a sweeper such as optuna goes by; None where
-        nothing was validated.
+        The best value of ``trainer.monitor``, for sweepers such as optuna; None without validation.
     """
     config = RunConfig.from_settings(settings)
     if config.plan:
@@ -92,7 +91,7 @@ def train(settings: Settings) -> float | None:
 
 
 def print_plan(config: RunConfig) -> None:
-    """Print what the run would need; weights are not read, and data only to count their users."""
+    """Print the plan of a run. Weights are not read, and data only if users must be counted."""
     if config.is_supervised:
         raise bad_value("plan", True, "false for model=sft", "Plan model=reward or model=dpo")
     machine = config.plan_for
@@ -101,14 +100,14 @@ def print_plan(config: RunConfig) -> None:
         n_users, schema = data.n_users, data.schema
     else:
         n_users, schema = machine.users, FeatureSchema(moments={}, codes={})
-    plan = forecast(config.resolved, n_users=n_users, schema=schema)
+    plan = plan_run(config.resolved, n_users=n_users, schema=schema)
     tables.console().print(plan_table(plan, config.resolved, machine))
 
 
 def train_personal(
     config: RunConfig, data: PreferenceData, trainer: Trainer, *, resume: Resume | None
 ) -> None:
-    """Fit a reward model or a policy, evaluate its best checkpoint, export it and report."""
+    """Train a reward model or policy, export it, evaluate its best checkpoint, and write the report."""
     path = config.backbone.path
     if path is None:
         check_model(config, data)
@@ -164,10 +163,9 @@ def evaluate_run(
     probes: dict[str, Any],
     outputs: Outputs,
 ) -> None:
-    """Predict the test pairs and write what the run leaves.
+    """Predict the test pairs, and write results, users, generations and report.
 
-    Predictions and results come first. What fails after them is noted in `outputs`, and costs no
-    other file.
+    Predictions and results come first. Errors in the other files are collected in `outputs`.
     """
     run_dir = Path(config.run_dir)
     prepare(model, data.restrict_to("test"), trainer, cache_dir=Path(config.cache_dir))
@@ -197,7 +195,7 @@ def write_results(
     probes: dict[str, Any],
     fingerprint: str,
 ) -> None:
-    """Write predictions.parquet and results.json, and print and log the test results."""
+    """Write predictions.parquet and results.json; print and log the test results."""
     how = this_command()
     settings = config.data.model_dump(mode="json")
     results = summarise_run(
@@ -215,6 +213,7 @@ def write_results(
 
 @rank_zero_only
 def _print_notes(warnings: list[str], padding: float | None) -> None:
+    """Print warnings and the fraction of padding."""
     for line in warnings:
         print(f"warning: {line}")
     if padding is not None:
@@ -222,12 +221,12 @@ def _print_notes(warnings: list[str], padding: float | None) -> None:
 
 
 def this_command() -> Command:
-    """Return what was typed, and the libraries' versions."""
+    """Return the command line and the library versions."""
     return Command(command=" ".join(["python", *sys.argv]), versions=versions())
 
 
 def fingerprint_of(config: RunConfig, model: PersonalModule, data: PreferenceData) -> str:
-    """Return the fingerprint of the model that a run arrives at."""
+    """Return the fingerprint of the run's trained model."""
     aside = (*WITHOUT_EFFECT, "samples")
     settings = {name: value for name, value in config.resolved.items() if name not in aside}
     return model_fingerprint(
@@ -239,5 +238,5 @@ def fingerprint_of(config: RunConfig, model: PersonalModule, data: PreferenceDat
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the libraries that decide a run's numbers."""
+    """Return the versions of the libraries that affect a run's numbers."""
     return {name: version(name) for name in PACKAGES}

@@ -1,4 +1,4 @@
-"""The run directory: which may be written to, what a run leaves there, and where one goes on from."""
+"""The run directory: whether it may be used, its files, and from where a run is resumed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from plrhf.cli.config import RunConfig
 from plrhf.cli.jobs import FAILED
 from plrhf.core.components import first_difference
 from plrhf.core.errors import bad_value
+from plrhf.evaluation.records import write_text
 from plrhf.training.checkpoints import read_checkpoint
 
 LEFT_BY_RUNS = (
@@ -34,14 +35,14 @@ ROWS = "rows_hash"  # in a checkpoint
 
 @dataclass(frozen=True)
 class Resume:
-    """A checkpoint to go on from, and the hash of the rows that the run was trained on."""
+    """A checkpoint to resume from, and the hash of the rows that it was trained on."""
 
     path: Path
     rows_hash: str | None
 
 
 class RecordRows(Callback):
-    """Writes the hash of the run's rows into every checkpoint."""
+    """Adds the hash of the run's rows to every checkpoint."""
 
     def __init__(self, rows_hash: str) -> None:
         self.rows_hash = rows_hash
@@ -53,13 +54,13 @@ class RecordRows(Callback):
 
 
 def files_of_run(run_dir: Path) -> list[Path]:
-    """Return what an earlier run left in a directory, half-written files included."""
+    """Return the files that an earlier run left in a directory, including half-written ones."""
     names = [name for one in LEFT_BY_RUNS for name in (one, f"{one}.part")]
     return [run_dir / name for name in names if os.path.lexists(run_dir / name)]
 
 
 def check_unused(config: RunConfig) -> None:
-    """Raise where ``run_dir`` holds another run, whose files would pass for this one's."""
+    """Raise a ValueError if ``run_dir`` has files of another run and neither ckpt nor overwrite is set."""
     if config.ckpt is not None or config.overwrite:
         return
     found = files_of_run(Path(config.run_dir))
@@ -76,8 +77,8 @@ def check_unused(config: RunConfig) -> None:
 def begin_run(config: RunConfig, *, resume: Resume | None) -> None:
     """Make the run directory and write config.yaml.
 
-    A run that begins removes what an earlier one left; a run that goes on keeps it. Both remove the
-    error of an earlier job of a sweep.
+    The files of an earlier run are deleted unless it is resumed. The error of an earlier sweep job is
+    deleted in both cases.
     """
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -88,25 +89,14 @@ def begin_run(config: RunConfig, *, resume: Resume | None) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-    write_whole(run_dir / "config.yaml", yaml.safe_dump(config.resolved, sort_keys=False))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file aside and rename it, so that no failure leaves half of it."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    write_text(run_dir / "config.yaml", yaml.safe_dump(config.resolved, sort_keys=False))
 
 
 def find_resume(config: RunConfig) -> Resume | None:
-    """Return the checkpoint that ``ckpt=last`` means; None: the run begins.
+    """Return the checkpoint of ``ckpt=last``; None if the run starts from the beginning.
 
     Raises:
-        ValueError: there is none, or it was written under other settings.
+        ValueError: there is none, or it was written with other settings.
     """
     if config.ckpt is None:
         return None
@@ -131,7 +121,7 @@ def find_resume(config: RunConfig) -> Resume | None:
 
 
 def check_same_rows(resume: Resume | None, rows_hash: str) -> None:
-    """Raise where a run would go on over other rows than it began with."""
+    """Raise a ValueError if a resumed run would train on other rows than before."""
     if resume is not None and resume.rows_hash != rows_hash:
         raise bad_value(
             "data",

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, as a run of its own and to make a tiny backbone before a run."""
+"""Supervised fine-tuning: model=sft, and the tiny backbone that is trained before other runs."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def train_supervised(
 ) -> None:
     """Fine-tune a backbone and write it to ``export/`` as a Hugging Face model directory.
 
-    Where ``backbone.path`` is null a tiny model and its tokenizer are made first, and the result is
-    kept in the cache for runs on the same rows.
+    If ``backbone.path`` is null, a tiny model and its tokenizer are created first, and the result is
+    cached for other runs on the same rows.
     """
     if config.trainer.monitor != "val/loss":
         raise bad_value(
@@ -96,7 +96,7 @@ def train_supervised(
 
 
 def cached_tiny_backbone(config: RunConfig, data: PreferenceData) -> str:
-    """Return the directory of the run's tiny backbone; it is trained first if it is not there."""
+    """Return the directory of the run's tiny backbone; train it first if it is not in the cache."""
     with tempfile.TemporaryDirectory() as scratch:
         supervised = supervised_config(config, run_dir=scratch)
         folder = cache_folder(supervised, data)
@@ -113,7 +113,7 @@ def cached_tiny_backbone(config: RunConfig, data: PreferenceData) -> str:
 
 
 def supervised_config(config: RunConfig, *, run_dir: str) -> RunConfig:
-    """Return the config that ``model=sft`` would have had, from ``backbone.sft``."""
+    """Return the config of the ``model=sft`` run that ``backbone.sft`` describes."""
     sft = config.backbone.sft
     trainer = config.trainer.model_copy(
         update={
@@ -153,7 +153,7 @@ def supervised_config(config: RunConfig, *, run_dir: str) -> RunConfig:
 
 
 def cache_folder(config: RunConfig, data: PreferenceData) -> Path:
-    """Return where a fine-tuned tiny backbone is kept, named by a hash of all that decides it."""
+    """Return where a fine-tuned tiny backbone is cached, named by a hash of all that affects it."""
     with_user_text = config.data.use_user_text
     language_model = asdict(config.optim)
     for name in ("user_lr", "head_lr", "user_weight_decay"):  # of models on top of it
@@ -176,7 +176,7 @@ def cache_folder(config: RunConfig, data: PreferenceData) -> Path:
 
 
 def _texts_hash(rows: Sequence[Row], *, with_user_text: bool) -> str:
-    """Hash the texts that a language model is trained on, one row at a time."""
+    """Hash the texts that a language model is trained on."""
     digest = blake2b(digest_size=8)
     for row in rows:
         own = row.user_text if with_user_text else None
@@ -185,7 +185,7 @@ def _texts_hash(rows: Sequence[Row], *, with_user_text: bool) -> str:
 
 
 def _new_tiny_backbone(shape: TinyShape, data: PreferenceData) -> tuple[Tokenizer, Backbone]:
-    """Learn a tokenizer from the train rows, and make a random GPT-J of that vocabulary."""
+    """Train a tokenizer on the train rows, and build a randomly initialised GPT-J with its vocabulary."""
     rows = data.splits.train
     texts = (text for row in rows for text in (str(row.prompt), row.chosen, row.rejected))
     tokenizer = train_tokenizer(texts, vocab_size=shape.vocab_size)
@@ -195,7 +195,7 @@ def _new_tiny_backbone(shape: TinyShape, data: PreferenceData) -> tuple[Tokenize
 
 
 def _copy_into_cache(export: Path, folder: Path) -> None:
-    """Copy a model into the cache aside and rename it, so that no process reads half of it."""
+    """Copy a model into the cache, in two steps so that no process reads half of it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         whole = shutil.copytree(export, Path(scratch, folder.name))

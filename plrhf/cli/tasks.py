@@ -12,7 +12,7 @@ from plrhf.backbone.loading import load_tokenizer
 from plrhf.cli.assemble import build_data, print_lines
 from plrhf.cli.config import RunConfig
 from plrhf.cli.eval_config import AdaptTask, EvalConfig, WinrateTask
-from plrhf.cli.jobs import why_failed
+from plrhf.cli.jobs import failure_line
 from plrhf.cli.outputs import Outputs
 from plrhf.cli.referee import referee
 from plrhf.cli.run import this_command
@@ -202,7 +202,7 @@ def compare(config: EvalConfig) -> None:
         table = seeds_table(made.over_seeds)
         tables.console().print(tables.rich_table(table, title=title, without=["by seed"]))
     for path in made.skipped:
-        print(f"skipped, as it holds no results.json: {path}{why_failed(Path(path))}")
+        print(f"skipped, as it holds no results.json: {path}{failure_line(Path(path))}")
     print(f"report: {Path(config.out) / 'report.html'}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from runs import TINY, check_run, composed, launch, rows_of_world, save_model, w
 from plrhf.cli import supervised
 from plrhf.cli.assemble import build_data
 from plrhf.cli.config import RunConfig
-from plrhf.cli.run_dir import LEFT_BY_RUNS, files_of_run, write_whole
+from plrhf.cli.run_dir import LEFT_BY_RUNS, files_of_run
 
 
 def refused(capsys: Any, *overrides: str) -> str:
@@ -114,18 +113,3 @@ def test_a_tiny_backbone_is_kept_by_all_that_decides_it(
         assert folder() not in found
     monkeypatch.setattr(supervised, "version", lambda name: "another" if name == "torch" else "1")
     assert folder() not in found
-
-
-def test_a_file_is_written_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "adapt.json"
-    write_whole(path, json.dumps([1]))
-
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("plrhf.cli.run_dir.os.replace", full)
-    with pytest.raises(OSError):
-        write_whole(path, json.dumps([2]))
-    assert path.read_text() == "[1]" and list(tmp_path.iterdir()) == [path]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from plrhf.data.rows import Row
 from plrhf.evaluation.generations import GeneratedText, read_generations
-from plrhf.evaluation.records import read_record
+from plrhf.evaluation.records import read_record, write_text
 from plrhf.evaluation.results import pairs_hash, read_results
 from plrhf.evaluation.users import LearnedUsers
 
@@ -64,3 +65,18 @@ def test_the_hash_of_pairs_is_of_their_content_and_not_their_order() -> None:
     assert pairs_hash([one, two]) == pairs_hash([two, one])
     for other in (pair("ann", "other text", "1"), pair("cid", "a", "1"), pair("ann", "a", "3")):
         assert pairs_hash([other, two]) != pairs_hash([one, two])
+
+
+def test_a_file_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "adapt.json"
+    write_text(path, json.dumps([1]))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("plrhf.evaluation.records.os.replace", full)
+    with pytest.raises(OSError):
+        write_text(path, json.dumps([2]))
+    assert path.read_text() == "[1]" and list(tmp_path.iterdir()) == [path]

@@ -1,4 +1,4 @@
-"""What a run will need, forecast from shapes alone, against what it takes."""
+"""What a run will need, planned from shapes alone, against what it takes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from plrhf.backbone import devices
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj
-from plrhf.cli.planning import forecast, model_of_shapes
+from plrhf.cli.planning import model_of_shapes, plan_run
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.features import FeatureSchema
 from plrhf.models.policy import PersonalDPOPolicy
@@ -52,7 +52,7 @@ MEASURED = {
 
 
 def forecast_of(*overrides: str, n_users: int = N_USERS) -> Plan:
-    return forecast(composed(*SHAPE, *overrides), n_users=n_users, schema=NO_FEATURES)
+    return plan_run(composed(*SHAPE, *overrides), n_users=n_users, schema=NO_FEATURES)
 
 
 def real_model(settings: dict[str, Any]) -> Any:
@@ -145,7 +145,7 @@ def test_forecast_is_what_is_measured(case: str, monkeypatch: pytest.MonkeyPatch
     # A plan is for a GPU, so what is measured takes the paths of a GPU.
     monkeypatch.setattr(devices, "computes_on_cpu", lambda _: False)
     settings = composed(*SHAPE, *MEASURED[case])
-    plan = forecast(settings, n_users=N_USERS, schema=NO_FEATURES)
+    plan = plan_run(settings, n_users=N_USERS, schema=NO_FEATURES)
     found = measured(settings)
     learned = plan.weights + plan.gradients + plan.optimiser + plan.user_tables
     exact = found["weights"] + found["gradients"] + found["optimiser"] + COUNTS

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from runs import ENVIRONMENT, ROOT, TINY, check_run, command, composed, launch, save_model
 from safetensors.torch import load_file
 
-from plrhf.cli.planning import forecast
+from plrhf.cli.planning import plan_run
 from plrhf.core.errors import BadValue
 from plrhf.data.features import FeatureSchema
 from plrhf.models.reward import PersonalRewardModel
@@ -237,7 +237,7 @@ def test_torchrun_starts_a_run(tmp_path: Path) -> None:
     sizes = [sum(one.numel() for one in load_file(run / "export" / f).values()) for f in files]
     assert gathered == max(sizes)
     PersonalRewardModel.from_pretrained(run / "export")
-    plan = forecast(composed(*overrides), n_users=3, schema=NO_FEATURES)
+    plan = plan_run(composed(*overrides), n_users=3, schema=NO_FEATURES)
     tables = plan.user_tables - 3 * 8 * (3 + 1)  # less the counts of right answers by user
     planned = plan.weights + plan.gradients + plan.optimiser + tables
     assert planned == pytest.approx(held, rel=0.01)
@@ -249,7 +249,7 @@ def assert_checkpoint_is_as_forecast(run: Path, overrides: list[str]) -> None:
     content = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     moments = content["optimizer_states"][0]["state"].values()
     kept = sum(one.nbytes for state in moments for one in state.values() if one.dim() > 0)
-    plan = forecast(composed(*overrides), n_users=3, schema=NO_FEATURES)
+    plan = plan_run(composed(*overrides), n_users=3, schema=NO_FEATURES)
     assert kept == plan.checkpoint * 2 / 3
     learned = [v for name, v in content["state_dict"].items() if "accuracy" not in name]
     assert {one.dtype for one in learned} == {torch.float32}
@@ -318,7 +318,7 @@ def test_commands_of_scaling(line: str) -> None:
         assert [int(n) for n in found.groups()] == [trainer["num_nodes"], trainer["devices"]]
     kind = composed(*overrides)["backbone"]["architecture"]["model_type"]
     settings = composed(*overrides, f"+backbone.architecture.{ONE_BLOCK[kind]}=1")
-    plan = forecast(settings, n_users=10, schema=NO_FEATURES)
+    plan = plan_run(settings, n_users=10, schema=NO_FEATURES)
     assert plan.pairs == 32 or "experiment=" not in line
 
 
@@ -333,7 +333,7 @@ def test_commands_of_scaling_are_found() -> None:
 def test_a_checkpoint_of_gpt_j_is_small() -> None:
     """LoRA of rank 8 on six layers of 28 blocks, and users' vectors, thrice in float32."""
     few = [
-        forecast(
+        plan_run(
             composed("experiment=tldr_gptj_6b", f"+backbone.architecture.n_layer={n_blocks}"),
             n_users=10,
             schema=NO_FEATURES,
