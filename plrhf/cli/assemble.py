@@ -19,7 +19,7 @@ from plrhf.backbone.loading import (
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj
 from plrhf.cli.config import BackboneConfig, DataConfig, RunConfig
-from plrhf.core.components import build, kinds
+from plrhf.core.components import build, parameter_types
 from plrhf.data.features import FeatureSchema
 from plrhf.data.module import PreferenceData
 from plrhf.data.sources.base import Source
@@ -84,7 +84,9 @@ def open_backbone(
 
 def load_options(config: BackboneConfig) -> dict[str, Any]:
     """Return the backbone's settings that are arguments of `load_backbone`."""
-    return {name: getattr(config, name) for name in kinds(load_backbone) if name != "shards"}
+    return {
+        name: getattr(config, name) for name in parameter_types(load_backbone) if name != "shards"
+    }
 
 
 def build_run_model(

@@ -25,12 +25,12 @@ from plrhf.core.checks import (
 )
 from plrhf.core.components import (
     NOT_FOR_THE_CONSTRUCTOR,
-    accepted,
     build,
     check_only_own_code,
+    checked_settings,
     construct,
-    kinds,
     locate,
+    parameter_types,
     parameters,
     unknown_key,
 )
@@ -97,7 +97,7 @@ def _read(value: Any, kind: Any, field: str) -> Any:
             return choice.read(value, field)
         if "_target_" in value:
             return build(value, field, kind=choice)
-        provided = {"origin": field} if "origin" in kinds(choice) else {}
+        provided = {"origin": field} if "origin" in parameter_types(choice) else {}
         return construct(choice, value, field, **provided)
     return checked(value, kind, field)
 
@@ -144,8 +144,10 @@ class BackboneConfig(Section):
     def read(cls, settings: Mapping[str, Any], field: str) -> Self:
         config = super().read(settings, field)
         if config.lora is not None:
-            of_lora = {name: kind for name, kind in kinds(add_lora).items() if name != "model"}
-            accepted(config.lora, of_lora, f"{field}.lora")
+            of_lora = {
+                name: kind for name, kind in parameter_types(add_lora).items() if name != "model"
+            }
+            checked_settings(config.lora, of_lora, f"{field}.lora")
         if config.path is None and config.tiny is None:
             raise bad_value(
                 f"{field}.path", None, "a directory or hub name", f"Set {field}.path=DIR"

@@ -1,1 +1,1 @@
-"""Ground floor: types, losses, log-probabilities, statistics, errors; torch only."""
+"""The lowest wing: types, losses, log-probabilities, statistics, errors. It needs torch only."""

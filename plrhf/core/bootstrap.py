@@ -1,6 +1,6 @@
-"""Bootstrap over users: estimates with 95% intervals, p-values, and their correction.
+"""Bootstrap over users: estimates with 95% intervals, p-values, and Holm's correction.
 
-A statistic is computed on resampled users by giving every user a weight: how often it was drawn.
+A statistic takes the weight of each user: how often the user was drawn in a resample.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def bootstrap(
 def evaluate_on_resamples(
     statistics: Mapping[str, Statistic], *, n_users: int, n_resamples: int, seed: int
 ) -> tuple[dict[str, float], dict[str, Array]]:
-    """Compute each statistic on all users, and [R] on the resamples, which all statistics share."""
+    """Compute each statistic on all users, and on the same resamples, [R]."""
     with np.errstate(divide="ignore", invalid="ignore"):
         everyone = np.ones((1, n_users))
         values = {name: float(of(everyone)[0]) for name, of in statistics.items()}
@@ -99,7 +99,7 @@ def p_value_of(share: float, n_users: int) -> float:
 
 
 def estimate_of(value: float, samples: Array, n_users: int) -> Estimate:
-    """Join a value and the interval of its resamples [R]; each is None where it is not finite."""
+    """Make an estimate of a value and its resamples [R]; what is not finite becomes None."""
     interval = None
     if n_users > 1 and np.isfinite(samples).all():
         tail = tail_share(n_users)

@@ -1,7 +1,7 @@
-"""Ranges and types of settings, written as annotations and checked in one place.
+"""Types and ranges of settings, written as annotations and checked in one place.
 
-The author of a component writes the allowed range in the constructor's annotation and decorates the
-class with the name that its settings have on the command line:
+The author of a component annotates the constructor's arguments with their ranges, and decorates the
+class with the name of its settings on the command line:
 
     from plrhf.core.checks import Fraction, PositiveInt, check_arguments
 
@@ -10,10 +10,10 @@ class with the name that its settings have on the command line:
         def __init__(self, *, user_dim: int, rank: PositiveInt | None = None,
                      dropout: Fraction = 0.0, mode: Literal["sum", "mean"] = "sum") -> None:
 
-Values are then checked when the class is built from settings (`components.build`) and when it is
-called from Python, with the same message. No float may be nan or infinite unless its annotation says
-``Field(allow_inf_nan=True)``. Any other range is an ``Annotated[int, Field(ge=2)]`` of the author's own.
-What depends on several arguments is checked in the constructor's body with `errors.bad_value`.
+Values are then checked whenever the class is built, from settings (`components.build`) or from Python,
+with the same message. A float must be finite unless it is annotated with ``Field(allow_inf_nan=True)``.
+Other ranges are written as ``Annotated[int, Field(ge=2)]``. Conditions on several arguments are checked
+in the constructor's body with `errors.bad_value`.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ C = TypeVar("C", bound=Callable[..., Any])
 
 
 def checked(value: Any, kind: Any, field: str, *, default: Any = NO_DEFAULT) -> Any:
-    """Return `value` as the annotated type: 1 becomes 1.0 for a float, "1" never becomes 1.
+    """Check a value against an annotation and convert it: 1 becomes 1.0 for a float, "1" never becomes 1.
 
     Args:
         value: as YAML or Python gives it.
-        kind: an annotation, e.g. ``int | None`` or `PositiveInt`; a class that pydantic does not
-            know accepts every value.
+        kind: an annotation, e.g. ``int | None`` or `PositiveInt`; a class that pydantic does not know
+            accepts every value.
         field: the setting's dotted name, for the message.
-        default: what the setting is when it is left out; the message proposes it.
+        default: the setting's default, which the message proposes.
 
     Raises:
         ValueError: the value has another type or is out of range.
@@ -81,7 +81,7 @@ def checked(value: Any, kind: Any, field: str, *, default: Any = NO_DEFAULT) -> 
 
 
 def refusal(field: str, value: object, kind: Any, *, default: Any = NO_DEFAULT) -> BadValue:
-    """Return the error for a value that its annotation does not allow."""
+    """Return the error for a value that does not match its annotation."""
     example = default
     if default is NO_DEFAULT or default is None:
         example = _example(kind)
@@ -92,13 +92,14 @@ def refusal(field: str, value: object, kind: Any, *, default: Any = NO_DEFAULT) 
 
 
 def check_arguments(field: str) -> Callable[[C], C]:
-    """Make a class or function check its arguments against its annotations when it is called.
+    """Decorate a class or function so that its arguments are checked at each call.
 
-    Only numbers, text, choices and lists or mappings of them are checked, so a tensor or a module
-    costs nothing. A subclass that hands ``**arguments`` on is checked by its bases' decorators.
+    Only arguments annotated with numbers, text, choices, and lists or mappings of them are checked, so
+    tensors and modules cost nothing. A subclass that passes ``**arguments`` on is checked by the
+    decorators of its bases.
 
     Args:
-        field: the name of the component's settings, e.g. ``model``; empty for none.
+        field: name of the component's settings, e.g. ``model``; empty for none.
     """
 
     def decorate(target: C) -> C:
@@ -128,7 +129,7 @@ def check_arguments(field: str) -> Callable[[C], C]:
 
 
 def describe(kind: Any) -> str:
-    """Say in words what an annotation allows, e.g. "a number from 0 to 1 or null"."""
+    """Describe in words what an annotation allows, e.g. "a number from 0 to 1 or null"."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return f"{describe(arguments[0])}{_range(_bounds(kind))}"
@@ -151,12 +152,13 @@ def describe(kind: Any) -> str:
 
 
 def _alternatives(words: list[str]) -> str:
+    """Join words by commas and "or"."""
     distinct = list(dict.fromkeys(words))
     return " or ".join(filter(None, [", ".join(distinct[:-1]), distinct[-1]]))
 
 
 def _bounds(kind: Any) -> dict[str, float]:
-    """The bounds ``ge``, ``gt``, ``le`` and ``lt`` of an annotated number."""
+    """Return the bounds ``ge``, ``gt``, ``le`` and ``lt`` of an annotated number."""
     found: dict[str, float] = {}
     for one in kind.__metadata__:
         for bound in one.metadata if isinstance(one, FieldInfo) else [one]:
@@ -166,6 +168,7 @@ def _bounds(kind: Any) -> dict[str, float]:
 
 
 def _range(bounds: dict[str, float]) -> str:
+    """Describe bounds in words, e.g. " from 0 to 1"."""
     words = {"ge": "from {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
     if "ge" in bounds and "le" in bounds:
         words["le"] = "to {}"
@@ -175,7 +178,7 @@ def _range(bounds: dict[str, float]) -> str:
 
 
 def _example(kind: Any) -> Any:
-    """A value that an annotation allows, or `NO_DEFAULT` where none is plain enough to propose."""
+    """Return a value that an annotation allows, for messages; `NO_DEFAULT` if there is no simple one."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Literal:
         return arguments[0]
@@ -196,11 +199,12 @@ def _example(kind: Any) -> Any:
 
 
 def _in_yaml(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """Format a value as on the command line."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _plain(value: Any) -> Any:
+    """Convert a NumPy scalar for JSON."""
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError
@@ -209,7 +213,7 @@ def _plain(value: Any) -> Any:
 def _checked_object(
     adapter: TypeAdapter[Any], value: Any, kind: Any, field: str, default: Any
 ) -> Any:
-    """`checked` for a Python object that no YAML can hold, e.g. a path or a tensor."""
+    """Do what `checked` does for a Python object that YAML cannot hold, e.g. a path or a tensor."""
     try:
         return adapter.validate_python(value)
     except ValidationError as error:
@@ -217,6 +221,7 @@ def _checked_object(
 
 
 def _adapter(kind: Any) -> TypeAdapter[Any] | None:
+    """Return the cached pydantic adapter of a type; None if pydantic cannot handle the type."""
     try:
         return _kept_adapter(kind)
     except TypeError:  # an annotation that cannot be hashed
@@ -224,7 +229,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any] | None:
 
 
 def _new_adapter(kind: Any) -> TypeAdapter[Any] | None:
-    """What reads values of a type; None for a type that pydantic cannot read."""
+    """Make a pydantic adapter for values of a type; None if pydantic cannot handle the type."""
     try:
         return TypeAdapter(
             kind, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
@@ -241,20 +246,20 @@ _kept_adapter = functools.cache(_new_adapter)
 
 
 def type_hints(function: Callable[..., Any], owner: type | None) -> dict[str, Any]:
-    """Return the types of a function's arguments by name, ranges included.
+    """Return the types of a function's arguments by name, with ranges.
 
-    A dataclass writes its ``__init__`` itself, with fields of a base class of another module among
-    its arguments; their types are looked up where each class was written.
+    The generated ``__init__`` of a dataclass also has fields of base classes in other modules. Their
+    types are resolved in the module of each class.
 
     Args:
-        owner: the class whose constructor the function is; None: it is no constructor.
+        owner: the class whose constructor the function is; None for other functions.
     """
     return typing.get_type_hints(owner if is_dataclass(owner) else function, include_extras=True)
 
 
 @functools.cache
 def _plain_kinds(function: Callable[..., Any], owner: type | None) -> dict[str, Any]:
-    """Return the arguments of a function that can be checked, by name, with their types."""
+    """Return the arguments of a function that can be checked, with their types."""
     hints = type_hints(function, owner)
     named = inspect.signature(function).parameters.values()
     own = [one.name for one in named if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
@@ -262,7 +267,7 @@ def _plain_kinds(function: Callable[..., Any], owner: type | None) -> dict[str, 
 
 
 def _is_plain(kind: Any) -> bool:
-    """Whether a type is made of numbers, text, choices, lists and mappings alone."""
+    """Return whether a type consists of numbers, text, choices, lists and mappings only."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Literal or kind in (int, float, bool, str, types.NoneType, Any, Ellipsis):
         return True

@@ -1,4 +1,4 @@
-"""Builds components from ``_target_`` and arguments, which are checked against the constructor."""
+"""Builds components from ``_target_`` and arguments, checked against the constructor's annotations."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ WITHOUT_EFFECT = (
 
 
 def locate(target: object, field: str) -> Any:
-    """Import the class or function that a dotted path names.
+    """Import the class or function with this dotted path.
 
     Raises:
-        ValueError: `field`._target_ does not lead to one.
+        ValueError: there is none; `field`._target_ is named.
     """
     module, _, attribute = str(target).rpartition(".")
     try:
@@ -43,7 +43,7 @@ def locate(target: object, field: str) -> Any:
 
 
 def check_only_own_code(settings: Any, field: str) -> None:
-    """Raise where settings from elsewhere name code that is not plrhf's own; nothing is imported.
+    """Raise a ValueError if untrusted settings name code outside plrhf. Nothing is imported.
 
     Args:
         settings: plain dicts and lists. field: their name, for messages; empty for a whole config.
@@ -67,9 +67,9 @@ def check_only_own_code(settings: Any, field: str) -> None:
 
 
 def parameters(component: Any) -> dict[str, Parameter]:
-    """Return the parameters of a constructor or function by name, with their types resolved.
+    """Return the parameters of a constructor or function by name, with resolved types.
 
-    Where a constructor takes ``**arguments``, those of its base class are among them.
+    If a constructor takes ``**arguments``, the parameters of its base class are included.
     """
     found: dict[str, Parameter] = {}
     functions = (
@@ -90,26 +90,26 @@ def parameters(component: Any) -> dict[str, Parameter]:
     return found
 
 
-def kinds(component: Any) -> dict[str, Any]:
-    """Return the types of a constructor's parameters by name."""
+def parameter_types(component: Any) -> dict[str, Any]:
+    """Return the types of a constructor's or function's parameters by name."""
     return {name: one.annotation for name, one in parameters(component).items()}
 
 
 def build(
     settings: Mapping[str, Any], field: str, *, kind: type | None = None, **provided: Any
 ) -> Any:
-    """Construct the class that ``_target_`` names from its settings.
+    """Build an object of the class ``_target_`` from its settings.
 
-    The constructor gets its settings and those of `provided` that it has a parameter for, so an
-    outsider's class asks for what it needs by naming it. Names, types and ranges of the settings
+    The constructor gets its settings, and those values of `provided` that it has a parameter for. So
+    any class can ask for a provided value by naming a parameter. Names, types and ranges of settings
     are checked against the constructor's annotations (see `core.checks`).
 
     Args:
         settings: plain dict with ``_target_``. field: its name in the config, for messages.
-        kind: class that the target must be a subclass of. provided: what the run has to offer.
+        kind: required base class. provided: values that the run offers.
 
     Raises:
-        ValueError: unknown or missing setting, one of the wrong type, or a target of another kind.
+        ValueError: a setting is unknown, missing or of the wrong type, or the class is of another kind.
     """
     component = locate(settings.get("_target_"), field)
     if kind is not None and not (inspect.isclass(component) and issubclass(component, kind)):
@@ -132,7 +132,7 @@ def construct(
     """
     takes = parameters(component)
     own = {name: one for name, one in takes.items() if name not in provided}
-    given = accepted(
+    given = checked_settings(
         settings,
         {name: one.annotation for name, one in own.items()},
         field,
@@ -147,14 +147,14 @@ def construct(
 def named_settings(
     given: object, known: Mapping[str, type], field: str, example: str
 ) -> dict[str, Any]:
-    """Return the settings of a component that is chosen by name or by ``_target_``.
+    """Return the settings of a component with ``_target_``, given by name or as a mapping.
 
     Args:
-        given: a name of `known`, or a mapping with such a ``name`` or with a ``_target_``, and the
-            component's own settings. field: where it stands, for messages. example: a name to propose.
+        given: a name in `known`, or a mapping with such a ``name`` or a ``_target_``, and settings of
+            the component. field: dotted name of `given`, for messages. example: a name to propose.
 
     Raises:
-        ValueError: neither.
+        ValueError: neither a known name nor a ``_target_``.
     """
     settings = {"name": given} if isinstance(given, str) else given
     if isinstance(settings, Mapping) and "_target_" in settings:
@@ -166,18 +166,18 @@ def named_settings(
     return {**settings, "_target_": f"{found.__module__}.{found.__qualname__}"}  # type: ignore[dict-item]
 
 
-def accepted(
+def checked_settings(
     settings: Mapping[str, Any],
     kinds: Mapping[str, Any],
     field: str,
     *,
     defaults: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the settings, each as the type that `kinds` gives it, without ``name`` and ``_target_``.
+    """Check settings, convert them to the types in `kinds`, and leave out ``name`` and ``_target_``.
 
     Args:
         kinds: name -> annotation, see `checks.checked`. field: the settings' name, for messages.
-        defaults: name -> the value that a message proposes.
+        defaults: name -> default, which a message proposes.
 
     Raises:
         ValueError: a setting that is not in `kinds`, or one of the wrong type or out of range.
@@ -193,10 +193,10 @@ def accepted(
 
 
 def unknown_key(field: str, value: object, allowed: list[str], *, rest: str = "") -> BadValue:
-    """The error for a key nobody reads, with the nearest one that is read.
+    """Return the error for an unknown key, which proposes the most similar known one.
 
     Args:
-        field: up to the first name that is unknown. rest: what was written after it.
+        field: dotted name up to the first unknown part. rest: the part after it.
     """
     parent, _, name = field.rpartition(".")
     near = difflib.get_close_matches(name, allowed, n=1)
@@ -210,7 +210,7 @@ def first_difference(now: Any, before: Any, field: str = "") -> tuple[str, Any, 
     """Find the first setting in which two configs differ.
 
     Returns:
-        Its dotted name, its value in `now` and its value in `before`; None where nothing differs.
+        Its dotted name, its value in `now` and its value in `before`; None if they are equal.
     """
     if isinstance(now, Mapping) and isinstance(before, Mapping):
         for name in dict.fromkeys((*now, *before)):

@@ -1,17 +1,17 @@
-"""The one form every error about a user's input takes: field, value, what is allowed, cure."""
+"""The one form of all errors about a user's input: field, value, what is allowed, cure."""
 
 
 class BadValue(ValueError):
-    """Something the user gave that cannot be used; its message is one line and needs no traceback."""
+    """An error in the user's input. Its message is one line, which is shown without a traceback."""
 
 
 def bad_value(field: str, value: object, allowed: str, cure: str) -> BadValue:
-    """Return (not raise) the error that says on one line what is wrong and how to mend it.
+    """Return (not raise) the error that says on one line what is wrong and how to fix it.
 
     Args:
-        field: the setting or row field by the name its user wrote, e.g. ``model.alpha``.
-        value: what was found there; shown by `repr`, cut at 80 characters.
-        allowed: what may stand there, as a noun phrase, e.g. ``a number from 0 to 1``.
+        field: the setting or row field as its user writes it, e.g. ``model.alpha``.
+        value: the value found; shown by `repr`, cut at 80 characters.
+        allowed: the allowed values, as a noun phrase, e.g. ``a number from 0 to 1``.
         cure: one imperative sentence, e.g. ``Set model.alpha=0.5``.
     """
     shown = repr(value)

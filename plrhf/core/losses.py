@@ -1,4 +1,4 @@
-"""Preference losses as pure functions: they take one number for each pair and return one for each."""
+"""Preference losses as pure functions from one number a pair to one loss a pair."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ def dpo(
 
 
 def contexts(alpha: float) -> tuple[tuple[str, float], ...]:
-    """Return the contexts that a pair is scored in, with their weights in the loss.
+    """Return the contexts that each pair is scored in, and their weights in the loss.
 
-    There are two, "user" and "generic", or one if alpha is 0 or 1.
+    These are "user" (alpha) and "generic" (1 - alpha), without a context of weight 0.
     """
     weighted = (("user", alpha), ("generic", 1.0 - alpha))
     return tuple((name, weight) for name, weight in weighted if weight > 0.0)

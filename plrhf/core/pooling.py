@@ -1,4 +1,4 @@
-"""Hidden states of a response's tokens as one vector."""
+"""Pooling of a response's hidden states to one vector."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from plrhf.core.types import CHOSEN, PADDING, REJECTED
 
 
 def pool_responses(hidden: Tensor, segment: Tensor, *, n_pairs: int, pooling: str) -> Tensor:
-    """Pool hidden states to one vector a response: its last token's, or the mean over its tokens.
+    """Pool hidden states to one vector a response: the last token's, or the mean over its tokens.
 
     Args:
         hidden: [C, R, L, d]. segment: [R, L] int64. n_pairs: B. pooling: "last" or "mean".

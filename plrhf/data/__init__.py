@@ -1,1 +1,1 @@
-"""From a source of preference rows to batches: rows, splits, features, tokens, packing, cache."""
+"""From a source of preference rows to batches: splits, features, tokens, packing, cache."""

@@ -1,4 +1,4 @@
-"""Files of the cache: they appear whole, prove that they are intact, and leave nothing half behind."""
+"""Cache files, which appear whole, can be checked for damage, and leave no half-written parts."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def remove_abandoned_parts(folder: Path) -> None:
 
 @contextlib.contextmanager
 def explain_full_disk(field: str, folder: str, cure: str) -> Iterator[None]:
-    """Turn any library's error for a full disk into one clear line."""
+    """Turn any library's error for a full disk into one clear line, in this context."""
     try:
         yield
     except Exception as error:
@@ -85,7 +85,7 @@ def explain_full_disk(field: str, folder: str, cure: str) -> Iterator[None]:
 
 
 def _says_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that caused it, reports that no disk space or quota is left."""
+    """Return whether an error, or one that caused it, reports that no disk space or quota is left."""
     if error is None:
         return False
     if isinstance(error, OSError) and error.errno in FULL:

@@ -1,4 +1,4 @@
-"""Chat prompts and responses as the tokenizer's own chat template writes them."""
+"""Chat prompts and responses, written by the tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class TemplateRefusal(Exception):
 
 @dataclass(frozen=True)
 class RenderedPrompt:
-    """A prompt as the chat template writes it.
+    """A prompt written by the chat template.
 
     Attributes:
-        text: with the spellings of control tokens hidden, see `TextEncoder.hide`.
+        text: the text; spellings of control tokens in it are hidden, see `TextEncoder.hide`.
         continues: whether it ends inside an assistant's turn, which the response continues.
-        trimmed: white space at the end of that turn that the template leaves out. The response begins
-            with it, so that prompt and response together are complete.
+        trimmed: white space at the end of that turn which the template drops. The response starts with
+            it, so that prompt and response together are complete.
     """
 
     text: str
@@ -44,7 +44,7 @@ class RenderedPrompt:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template. Its properties are found by rendering short test conversations.
+    """A tokenizer's chat template, whose properties are found by rendering short test conversations.
 
     Args:
         tokenizer: with a chat template.
@@ -148,6 +148,7 @@ class ChatTemplate:
     def _with_user_text(
         self, messages: list[Message], user_text: str, separator: str
     ) -> list[Message]:
+        """Add the user text to the system turn, or else to the first user turn."""
         if self.takes_system and messages[0]["role"] not in SYSTEM_ROLES:
             return [{"role": "system", "content": user_text}, *messages]
         into = SYSTEM_ROLES if self.takes_system else ("user",)
@@ -171,6 +172,7 @@ class ChatTemplate:
         return without if with_null.count("None") > without.count("None") else with_null
 
     def _apply(self, messages: Sequence[Message], **how: Any) -> str:
+        """Call the template; raise a `TemplateRefusal` if it fails."""
         if self._as_parts:
             messages = [
                 {**one, "content": [{"type": "text", "text": one["content"] or ""}]}
@@ -184,6 +186,7 @@ class ChatTemplate:
         return text
 
     def _probe(self, messages: Sequence[Message], **how: Any) -> str | None:
+        """Render a test conversation; None if the template refuses it."""
         try:
             return self._apply(messages, **how)
         except TemplateRefusal:

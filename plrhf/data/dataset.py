@@ -1,4 +1,4 @@
-"""Tokenised pairs of one split as a dataset, and each rank's shard of its batches."""
+"""The tokenised pairs of one split as a dataset, and each rank's shard of its batches."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ def _unchanged(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class RankShard:
-    """What one of several processes takes of every batch, and how the processes exchange values.
+    """Which part of each batch this process takes, and how processes exchange values.
 
     Args:
+        rank, world_size: number of this process, and of all processes.
         sum_over_ranks: sums a CPU tensor over all processes.
-        from_rank_zero: hands a small picklable value of rank 0 to all processes.
-        accumulated_batches: batches whose gradients are summed to one optimiser step.
+        from_rank_zero: sends a small picklable value of rank 0 to all processes.
+        accumulated_batches: batches whose gradients are summed for one optimiser step.
     """
 
     rank: int = 0
@@ -49,18 +50,18 @@ SINGLE_PROCESS = RankShard()
 
 @dataclass
 class TextValues:
-    """A value of each distinct text, and which two texts every pair has."""
+    """A value for each distinct text, and the two texts of each pair."""
 
     values: Tensor  # [M, ...] float32
     of_pair: Tensor  # [N, 2] int64: index of the chosen and of the rejected text
 
     def __getitem__(self, pairs: Tensor) -> Tensor:
-        """Values [B, 2, ...] of the pairs at indices [B]."""
+        """Return the values [B, 2, ...] of the pairs at indices [B]."""
         return self.values[self.of_pair[pairs]]
 
 
 class PairDataset:
-    """Tokenised pairs of one split, with the values that were computed for them beforehand.
+    """The tokenised pairs of one split, with values that were precomputed for them.
 
     Args:
         user_slots: where the model will put user vectors, for `RowPacking`.
@@ -69,8 +70,8 @@ class PairDataset:
         user_id: index of each pair's user, [N] int64. features: of each pair's user, [N, F] float32.
         ref_logps: reference log-probabilities of chosen and rejected, [N, 2], or None.
         hidden: pooled trunk outputs of chosen and rejected, [N, 2, d], or None.
-        context_hidden: the same of the trunk as it was before training, or None.
-        context: which other pairs of its user stand beside each pair; None: none do.
+        context_hidden: pooled outputs of the untrained trunk, or None.
+        context: draws other pairs of each pair's user; None: the encoder reads none.
     """
 
     def __init__(
@@ -102,27 +103,27 @@ class PairDataset:
         return len(self.rows)
 
     def number_users(self, user_index: dict[str, int]) -> None:
-        """Give every pair the index of its user; users who have none are the generic one."""
+        """Set the user index of each pair; users that are not in `user_index` become the generic user."""
         index = [user_index.get(user, GENERIC_USER) for user in self._user_ids]
         self.user_id = torch.tensor(index, dtype=torch.int64)[self._person]
 
     @property
     def lengths(self) -> NDArray[np.int32]:
-        """Tokens of prompt, chosen and rejected response of every pair, [N, 3]."""
+        """Numbers of tokens of prompt, chosen and rejected response of each pair, [N, 3]."""
         if isinstance(self.pairs, TokenFile):
             return self.pairs.lengths
         of_pairs = [(len(one.prompt), len(one.chosen), len(one.rejected)) for one in self.pairs]
         return np.array(of_pairs, dtype=np.int32).reshape(-1, 3)
 
     def row_lengths(self) -> NDArray[np.int64]:
-        """Tokens of each pair's row, [N, 1], or of its two rows in the two-row layout, [N, 2]."""
+        """Return the number of tokens of each pair's row, [N, 1], or of its two rows, [N, 2]."""
         prompt, chosen, rejected = self.lengths.T.astype(np.int64)
         if self.layout is packed:
             return (prompt + chosen + rejected)[:, None]
         return np.stack([prompt + chosen, prompt + rejected], axis=1)
 
     def batch(self, indices: Sequence[int], *, epoch: int = 0) -> PreferenceBatch:
-        """Return the pairs at these indices as one batch, with what the epoch draws beside them."""
+        """Return the pairs at these indices as one batch; `epoch` decides what is drawn with them."""
         at = torch.tensor(indices, dtype=torch.int64)
         pairs = [] if self.hidden is not None else [self.pairs[index] for index in indices]
         input_ids, segment, positions = self.layout(pairs)
@@ -138,7 +139,9 @@ class PairDataset:
             row=at,
             ref_logps=None if self.ref_logps is None else self.ref_logps[at],
             packing=packing,
-            context=None if self.context is None else self.context.of_pairs(indices, epoch=epoch),
+            context=None
+            if self.context is None
+            else self.context.context_of_pairs(indices, epoch=epoch),
         )
         if self.hidden is None:
             return batch
@@ -146,11 +149,11 @@ class PairDataset:
         return batch.pooled(self.hidden.values[distinct], texts)
 
     def shard(self, indices: Sequence[int], shard: RankShard, *, epoch: int = 0) -> PreferenceBatch:
-        """Return what one rank takes of the batch at these indices.
+        """Return one rank's part of the batch at these indices.
 
-        The pairs are weighted so that the mean over ranks of the weighted sums is the mean over the
-        whole batch. If there are fewer pairs than ranks, a rank without one gets a pair of weight 0,
-        because every rank must take part in every step.
+        Pairs have weights, such that the mean over ranks of the weighted sums is the mean over the
+        whole batch. With fewer pairs than ranks, some ranks get a pair of weight 0, because every rank
+        must take part in every step.
         """
         if shard.world_size == 1:
             return self.batch(indices, epoch=epoch)
@@ -161,7 +164,7 @@ class PairDataset:
 
     @classmethod
     def from_tokens(cls, pairs: Sequence[TokenPair]) -> Self:
-        """Return packed pairs whose user is the generic one, for values of the text alone."""
+        """Make a dataset of packed pairs of the generic user, to compute values of their texts."""
         row = Row(prompt="", chosen="", rejected="", user_id="", prompt_id="", pair_id="")
         rows = Rows.from_rows([row]).select(np.zeros(len(pairs), dtype=np.int64))
         schema = FeatureSchema.fit(())
@@ -169,5 +172,5 @@ class PairDataset:
 
 
 def longest_first(dataset: PairDataset) -> Indices:
-    """Return the indices of all pairs by the length of their longest row, the longest first, [N]."""
+    """Return the indices [N] of all pairs, sorted by the length of their longest row, longest first."""
     return np.argsort(-dataset.row_lengths().max(axis=1), kind="stable")

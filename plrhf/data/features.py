@@ -20,10 +20,10 @@ from plrhf.data.rows import Features, Person, Row
 
 @dataclass(frozen=True)
 class FeatureSchema:
-    """How the features of any user become numbers: means, deviations and category codes.
+    """The encoding of user features as numbers: means, deviations and category codes.
 
-    An encoded user is F = `n_features` numbers: first the number features, then the category
-    features, each sorted by name. Missing and unknown values are NaN.
+    An encoded user has F = `n_features` numbers: the number features, then the category features, each
+    group sorted by name. Missing and unknown values are NaN.
     """
 
     moments: Mapping[str, tuple[float, float]]  # number feature -> mean, standard deviation
@@ -31,12 +31,12 @@ class FeatureSchema:
 
     @classmethod
     def fit(cls, rows: Iterable[Row | Person]) -> FeatureSchema:
-        """Return the schema of the users of (train) rows. Each user's first value counts.
+        """Learn the schema from the users of (train) rows. Each user's first value counts.
 
-        A category value that only one user has gets no code and counts as missing. A model learns
-        nothing from it for others, and an export must not keep it once that user is forgotten.
+        A category value that only one user has gets no code and counts as missing. Others cannot profit
+        from it, and an export must not keep it when that user is forgotten.
 
-        `settle_features` must have given each feature one kind of value.
+        `settle_features` must have been applied, so that each feature has one kind of value.
         """
         values: dict[str, dict[str, float | str]] = {}  # feature -> user -> value
         for row in rows:
@@ -111,7 +111,7 @@ class FeatureSchema:
         return torch.tensor(encoded, dtype=torch.float32).view(len(users), self.n_features)
 
     def encode_raw(self, user_features: Mapping[str, Any] | None) -> list[float]:
-        """Check features as those of a row are, and encode them, e.g. for a server.
+        """Check features like those of a row and encode them, e.g. for a server.
 
         Raises:
             ValueError: a value that rows may not have, or a feature that training did not have.

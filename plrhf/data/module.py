@@ -1,4 +1,4 @@
-"""Rows of a source as batches: read, divided, tokenised, and served in an order that can be resumed."""
+"""The data module: it reads, splits and tokenises the rows of a source and serves batches."""
 
 from __future__ import annotations
 
@@ -55,23 +55,23 @@ class RestrictedDatasets(dict[str, PairDataset]):
 class PreferenceData(LightningDataModule):
     """Reads the rows of a source, splits and tokenises them, and serves them as batches.
 
-    Rows are read and split on construction, so that a tokenizer can be learned from the train rows.
-    Call `tokenize` before asking for users or loaders: it leaves out rows that are too long and
-    splits the others.
+    Rows are read and split on construction, so that a tokenizer can be trained on the train rows.
+    `tokenize` leaves out rows that are too long and splits the others again. Call it before asking for
+    users or loaders.
 
     Args:
         source: where rows come from.
         seed: of splits and batch order.
         batch_size, eval_batch_size: pairs in a batch, over all processes.
-        batch_tokens, users_per_batch: see `samplers.make_sampler`; of train batches.
-        shuffle_users: permute users over train rows and over val rows, the control that must lose.
-        users, schema: of a trained model, to evaluate it on other rows. All rows (of split "test", if
-            rows carry a split) are then test rows. None: both are taken from the train rows.
+        batch_tokens, users_per_batch: of train batches, see `samplers.make_sampler`.
+        shuffle_users: permute users over the train rows and over the val rows, as a control.
+        users, schema: of a trained model that is evaluated on these rows. All rows (of split "test", if
+            rows have a split) are then test rows. None: both come from the train rows.
         others: see `reading.read_rows`, `splits.split_rows`, `tokenizer.RowTokenizer`.
 
     Attributes:
         datasets: tokenised pairs by split.
-        shard: what this process takes of every batch.
+        shard: this process's part of each batch.
     """
 
     def __init__(
@@ -149,11 +149,11 @@ class PreferenceData(LightningDataModule):
 
     @property
     def n_users(self) -> int:
-        """Users of the train rows; they are numbered from 1."""
+        """Number of train users, whose indices start at 1."""
         return len(self.splits.users)
 
     def _split(self, fits: NDArray[np.bool_] | None = None) -> None:
-        """Split the rows that fit, and number users and features as the train rows have them."""
+        """Split the rows that fit; set users and features from the train rows."""
         if self._trained_users is None:
             self.splits = split_rows(self._rows, fits=fits, **self._split_settings)
         else:
@@ -177,17 +177,17 @@ class PreferenceData(LightningDataModule):
     ) -> None:
         """Tokenise the rows, leave out those that are too long, and split the others.
 
-        Users are counted over the rows that remain, so read `splits`, `n_users` and `schema`
-        afterwards. Only a tokenizer that is learned from the train rows needs them before.
+        Users are counted over the remaining rows, so use `splits`, `n_users` and `schema` afterwards.
+        Only a tokenizer that is trained on the train rows needs them before.
 
         Args:
-            layout: whether a pair is one row or two, which the backbone says.
+            layout: the backbone's: one row a pair, or two.
             max_positions, user_slots: see `fit_to_model`.
-            cache_dir: where other runs find the tokens again, see `load_or_tokenize`.
+            cache_dir: where tokens are kept for other runs, see `load_or_tokenize`.
 
         Raises:
-            ValueError: the model has fewer positions than `max_tokens`, or a split has rows and none
-                of them fits.
+            ValueError: the model has fewer positions than `max_tokens`, or a split has rows of which
+                none fits.
         """
         self.fit_to_model(max_positions=max_positions, user_slots=user_slots)
         self.row_tokenizer = RowTokenizer(tokenizer, **self.tokenizer_options)  # type: ignore[arg-type]
@@ -214,7 +214,7 @@ class PreferenceData(LightningDataModule):
             self._keep(split, rows, pairs, LAYOUTS[layout])
 
     def _keep(self, split: str, rows: Rows, pairs: TokenFile, layout: Layout) -> None:
-        """Make the dataset of a split, and count what was cut in it."""
+        """Make the dataset of a split, and count the rows that were truncated."""
         fits = self._fitting(pairs)
         self.truncated["response too long"] += int((~fits).sum())
         self.truncated["prompt truncated"] += int((pairs.cut & fits).sum())
@@ -229,9 +229,9 @@ class PreferenceData(LightningDataModule):
         )
 
     def _fitting(self, pairs: TokenFile) -> NDArray[np.bool_]:
-        """Say of each pair whether prompt and longer response have at most `max_tokens`, [N].
+        """Return whether prompt and longer response of each pair have at most `max_tokens` tokens, [N].
 
-        Rows that the chat template refuses fit nowhere.
+        Rows that the chat template refuses do not fit.
         """
         prompt, *responses = pairs.lengths.T
         fits: NDArray[np.bool_] = prompt + np.maximum(*responses) <= self.max_tokens
@@ -239,10 +239,10 @@ class PreferenceData(LightningDataModule):
         return fits
 
     def set_known_users(self, users: Sequence[str]) -> None:
-        """Number users as a model knows them now, which has forgotten or enrolled some since training.
+        """Set the users to those of a trained model now, as users may have been forgotten or enrolled.
 
         Args:
-            users: their ids in the model's order.
+            users: ids in the model's order.
         """
         self.splits = replace(self.splits, users=tuple(users))
         self.user_index = {user: place + 1 for place, user in enumerate(users)}
@@ -250,10 +250,10 @@ class PreferenceData(LightningDataModule):
             dataset.number_users(self.user_index)
 
     def fit_to_model(self, *, max_positions: int | None, user_slots: UserSlots) -> None:
-        """Prepare the batches for a model that was built after the rows were tokenised.
+        """Adapt batches to a model that was built after the rows were tokenised.
 
         Args:
-            max_positions: of the model beside its user vectors; None: it has no limit.
+            max_positions: positions of the model without its user vectors; None: no limit.
             user_slots: see `PairDataset`.
 
         Raises:
@@ -271,6 +271,7 @@ class PreferenceData(LightningDataModule):
             )
 
     def _check_some_fit(self, fits: NDArray[np.bool_], *, n_too_long: int) -> None:
+        """Raise a ValueError if a split has rows but none of them fits."""
         n_refused = self.report.refused[Reason.CHAT_TEMPLATE.value]
         for split in SPLITS:
             n_rows = len(self.splits.indices[split])
@@ -289,7 +290,7 @@ class PreferenceData(LightningDataModule):
             )
 
     def _count_refused(self, refused: Sequence[str]) -> None:
-        """Count rows that the chat template refuses, or raise the first one's error."""
+        """Count rows that the chat template refuses; with on_bad_row=error raise the first one's error."""
         if len(refused) == 0:
             return
         if self.on_bad_row == "error":
@@ -297,7 +298,7 @@ class PreferenceData(LightningDataModule):
         self.report.refuse(Reason.CHAT_TEMPLATE, refused[0], len(refused))
 
     def tokenizing_notes(self) -> list[str]:
-        """Return what the terminal should say of rows that were cut or left out as tokens."""
+        """Return lines for the terminal on rows that were truncated or left out in tokenising."""
         total = len(self._counted)
         notes = []
         reason = Reason.CHAT_TEMPLATE.value
@@ -320,19 +321,18 @@ class PreferenceData(LightningDataModule):
         return notes
 
     def content_hash(self) -> str:
-        """Hash all rows that were read: every field and their order, also of rows that are dropped.
+        """Hash every field and the order of all rows read, including rows that are dropped later.
 
-        A run that goes on from a checkpoint, or is compared with another, finds by it whether the
-        rows are still the same, whatever file they came from. It is the same before and after
-        `tokenize`. It takes a few seconds for a million rows and is computed once. For the rows of one
-        split see `Splits.content_hash`.
+        With it, resumed or compared runs detect whether the rows are the same, whatever file they came
+        from. It is the same before and after `tokenize`. It takes a few seconds for a million rows and
+        is computed once. For one split see `Splits.content_hash`.
         """
         if self._content_hash is None:
             self._content_hash = self._rows.content_hash()
         return self._content_hash
 
     def restrict_to(self, *splits: str) -> Self:
-        """Return a copy that holds the tokenised pairs of these splits and nothing of the others."""
+        """Return a copy that has the tokenised pairs of these splits only."""
         part = copy(self)
         part.datasets = RestrictedDatasets({split: self.datasets[split] for split in splits})
         for name in ("splits", "source", "_rows"):  # all rows, and where they come from
@@ -340,7 +340,7 @@ class PreferenceData(LightningDataModule):
         return part
 
     def counts(self) -> dict[str, Any]:
-        """Return what became of every row read, the "data" part of results.json."""
+        """Return the numbers of rows read, dropped and used: the "data" part of results.json."""
         return {
             "read": self.report.read,
             "refused": dict(self.report.refused),
@@ -352,21 +352,22 @@ class PreferenceData(LightningDataModule):
         }
 
     def unseen_users(self) -> set[str]:
-        """Return the users of test rows who have no train row."""
+        """Return the ids of test users without train rows."""
         return {one.user_id for one in people_in(self.splits.test)} - set(self.splits.users)
 
     def padding(self) -> float | None:
-        """Return the fraction of padding among the tokens of train batches, None without pairs."""
+        """Return the fraction of padding among the tokens of train batches; None without pairs."""
         return self._train_sampler().padding()
 
     def set_shard(self, shard: RankShard) -> None:
-        """Let loaders serve this process's shard of every batch; the order of pairs stays."""
+        """Make loaders serve this shard of every batch; the order of pairs does not change."""
         self.shard = shard
 
     def train_dataloader(self) -> DataLoader:
         return self._loader("train", self._train_sampler(), kind=ResumableLoader)
 
     def _train_sampler(self) -> ResumableBatchSampler:
+        """Make the sampler of train batches."""
         return make_sampler(
             self.datasets["train"],
             batch_size=self.batch_size,
@@ -380,9 +381,9 @@ class PreferenceData(LightningDataModule):
         return self.evaluation_loader("val")
 
     def evaluation_loader(self, split: str) -> DataLoader:
-        """Return all pairs of a split sorted by length, so that little is padding.
+        """Return a loader of all pairs of a split, sorted by length to avoid padding, longest first.
 
-        The longest come first: what is too large for the memory fails at once, not at the end.
+        If memory is too small for the longest pairs, it fails at once and not at the end.
         """
         order = longest_first(self.datasets[split])
         starts = range(0, len(order), self.eval_batch_size)
@@ -392,6 +393,7 @@ class PreferenceData(LightningDataModule):
         return self._loader(split, batches)
 
     def _loader(self, split: str, batches: Any, kind: type[DataLoader] = DataLoader) -> DataLoader:
+        """Make a loader of this process's shards of batches."""
         # Without a generator of its own a loader draws from the global one, which resuming must not.
         return kind(
             ShardedBatches(self.datasets[split], self.shard),
@@ -421,7 +423,7 @@ class PreferenceData(LightningDataModule):
         reference: Callable[[PreferenceBatch], Tensor],
         cache: TextValueCache | None = None,
     ) -> None:
-        """Keep the log-probabilities `reference(batch)` [B, 2] of all pairs, which never change."""
+        """Store the reference log-probabilities `reference(batch)` [B, 2] of all pairs."""
         for dataset in self.datasets.values():
             dataset.ref_logps = compute_text_values(
                 dataset, reference, self.eval_batch_size, cache, shard=self.shard
@@ -430,7 +432,7 @@ class PreferenceData(LightningDataModule):
     def precompute_hidden(
         self, pool: Callable[[PreferenceBatch], Tensor], cache: TextValueCache | None = None
     ) -> None:
-        """Keep the pooled hidden states `pool(batch)` [B, 2, d] of all pairs."""
+        """Store the pooled hidden states `pool(batch)` [B, 2, d] of all pairs."""
         for dataset in self.datasets.values():
             dataset.hidden = compute_text_values(
                 dataset, pool, self.eval_batch_size, cache, shard=self.shard
@@ -438,5 +440,5 @@ class PreferenceData(LightningDataModule):
 
 
 def people_in(rows: Sequence[Row]) -> Sequence[Row | Person]:
-    """Return who made the choices, by first appearance; plain lists may name a person repeatedly."""
+    """Return the users of rows, by first appearance; of a plain list, a user may appear repeatedly."""
     return rows.distinct_people() if isinstance(rows, Rows) else rows

@@ -1,4 +1,4 @@
-"""Other train pairs of the same user beside each pair, for encoders that read pairs and not ids."""
+"""Draws other train pairs of the same user for each pair, for encoders that read pairs (not ids)."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111
 class TrainPairs:
     """The train pairs of every user, from which some are drawn for each pair.
 
-    A draw depends on the seed, the epoch and the pair alone: not on the batch, the process, or what was
-    drawn before. It never takes the pair asked, nor one with the same prompt and a response in common,
-    which would give the answer away.
+    A draw depends only on the seed, the epoch and the pair, not on the batch or the process. It never
+    includes the pair itself, or one with the same prompt and a response in common, since these would
+    reveal the answer.
 
     Args:
-        rows: the train rows. user_id: of each, its index from 1, [N].
-        least, most: how many pairs are drawn for a train pair; each number is as likely.
+        rows: the train rows. user_id: user index of each row, from 1, [N].
+        least, most: range of the number of pairs drawn, which is uniformly distributed.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class TrainPairs:
         self.least, self.most, self.seed = least, most, seed
         self.texts = text_keys(rows)
         # Of each user the pairs stand together, in an order drawn once.
-        self.order = np.lexsort((mixed(seed, np.arange(len(rows))), user_id))
+        self.order = np.lexsort((hash_integers(seed, np.arange(len(rows))), user_id))
         self.counts = np.append(np.bincount(user_id, minlength=1), 0)  # the last: of anybody else
         self.counts[0] = 0  # nobody's
         self.starts = np.cumsum(self.counts) - self.counts
@@ -57,94 +57,100 @@ class TrainPairs:
             users, pairs: index of the user and of the pair, [B]. texts: `text_keys` of the pairs.
 
         Returns:
-            Places of train pairs, [B, k], and which of them are drawn, [B, k].
+            Indices of train pairs, [B, k], and which of them are drawn, [B, k] bool.
         """
-        key = mixed(self.seed, epoch, pairs)
+        key = hash_integers(self.seed, epoch, pairs)
         places, possible = self._candidates(users, key)
         possible &= ~self._shares_text(places, texts)
-        places, possible = self._first(places, possible, key)
-        number = self.least + mixed(key, 1) % (self.most - self.least + 1)
+        places, possible = self._sample(places, possible, key)
+        number = self.least + hash_integers(key, 1) % (self.most - self.least + 1)
         return places, possible & (np.arange(places.shape[1]) < number[:, None])
 
-    def of_users(self, users: Indices) -> tuple[Indices, NDArray[np.bool_]]:
-        """Draw the pairs that stand for users outside training, always the same: `most` of them."""
-        key = mixed(self.seed, users)
-        return self._first(*self._candidates(users, key), key)
+    def draw_fixed(self, users: Indices) -> tuple[Indices, NDArray[np.bool_]]:
+        """Draw `most` pairs of each user, always the same ones, for use outside training."""
+        key = hash_integers(self.seed, users)
+        return self._sample(*self._candidates(users, key), key)
 
-    def beside(self, users: Indices, texts: NDArray[np.int64]) -> tuple[Indices, NDArray[np.bool_]]:
-        """Draw as `of_users`, and leave out what shares prompt and response with the pair asked."""
-        places, possible = self.of_users(users)
+    def draw_fixed_except(
+        self, users: Indices, texts: NDArray[np.int64]
+    ) -> tuple[Indices, NDArray[np.bool_]]:
+        """Do as `draw_fixed`, but exclude pairs that share prompt and response with the pair asked.
+
+        Args:
+            texts: `text_keys` of the pairs asked.
+        """
+        places, possible = self.draw_fixed(users)
         return places, possible & ~self._shares_text(places, texts)
 
     def _candidates(
         self, users: Indices, key: NDArray[np.int64]
     ) -> tuple[Indices, NDArray[np.bool_]]:
-        """Take a run of each user's pairs, which begins where the key says; [B, W]."""
+        """Return a window [B, W] of each user's pairs that starts where the key says, and which exist."""
         users = np.minimum(users, len(self.counts) - 1)
         counts = self.counts[users]
         width = min(2 * self.most + SPARE_CANDIDATES, max(1, int(counts.max(initial=0))))
         slots = np.arange(width)
-        offset = (mixed(key, 2)[:, None] + slots) % np.maximum(counts, 1)[:, None]
+        offset = (hash_integers(key, 2)[:, None] + slots) % np.maximum(counts, 1)[:, None]
         at = np.minimum(self.starts[users][:, None] + offset, len(self.order) - 1)
         return self.order[at], slots < counts[:, None]
 
-    def _first(
+    def _sample(
         self, places: Indices, possible: NDArray[np.bool_], key: NDArray[np.int64]
     ) -> tuple[Indices, NDArray[np.bool_]]:
         """Put the possible candidates in random order, and keep the first `most`."""
-        rank = mixed(key[:, None], 3, places)
+        rank = hash_integers(key[:, None], 3, places)
         rank[~possible] = np.iinfo(np.int64).max
         first = rank.argsort(axis=1)[:, : self.most]
         return np.take_along_axis(places, first, 1), np.take_along_axis(possible, first, 1)
 
     def _shares_text(self, places: Indices, texts: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Say which places [B, W] have a text in common with the pair of their row."""
+        """Return which pairs [B, W] share prompt and response with the pair of their row of `texts`."""
         theirs = self.texts[places][..., :, None]  # [B, W, 4, 1]
         shared: NDArray[np.bool_] = (theirs == texts[:, None, None, :]).any(axis=(2, 3))
         return shared
 
 
 class ContextDraw:
-    """What stands beside each pair of a dataset: pairs of its user, and values of their texts.
+    """Makes the `UserContext` of the pairs of a dataset from train pairs of their users.
 
     Args:
-        train: the train pairs, whose `context_hidden` is known by the time of the first batch.
-        asked: the dataset, which may be that of the train pairs.
+        train: the train pairs; its `context_hidden` must be set before the first batch.
+        asked: the dataset, which may be `train` itself.
     """
 
     def __init__(self, pairs: TrainPairs, train: PairDataset, asked: PairDataset) -> None:
         self.pairs, self.train, self.asked = pairs, train, asked
         self.texts = pairs.texts if asked is train else text_keys(asked.rows)
 
-    def of_pairs(self, indices: Sequence[int], *, epoch: int) -> UserContext:
-        """Draw what stands beside the pairs at these indices."""
+    def context_of_pairs(self, indices: Sequence[int], *, epoch: int) -> UserContext:
+        """Return the context of the pairs at these indices."""
         at = np.asarray(indices, dtype=np.int64)
         users = self.asked.user_id[at].numpy()
         if self.asked is self.train:
             return self._context(*self.pairs.draw(users, at, self.texts[at], epoch=epoch))
-        return self._context(*self.pairs.beside(users, self.texts[at]))
+        return self._context(*self.pairs.draw_fixed_except(users, self.texts[at]))
 
-    def of_users(self, user_id: Tensor) -> UserContext:
-        """Draw what stands for users [B] where no pair is asked."""
-        return self._context(*self.pairs.of_users(user_id.cpu().numpy()))
+    def context_of_users(self, user_id: Tensor) -> UserContext:
+        """Return the context of users [B] themselves, outside training."""
+        return self._context(*self.pairs.draw_fixed(user_id.cpu().numpy()))
 
     def train_users(self, batch_size: int) -> Iterator[UserBatch]:
-        """Yield all train users, each with the pairs that stand for them."""
+        """Yield all train users in batches, with their context."""
         known = np.flatnonzero(self.pairs.counts)
         for start in range(0, len(known), batch_size):
             users = known[start : start + batch_size]
             some_pair = torch.from_numpy(self.pairs.order[self.pairs.starts[users]])
             user_id = torch.from_numpy(users)
-            yield UserBatch(user_id, self.train.features[some_pair], self.of_users(user_id))
+            yield UserBatch(user_id, self.train.features[some_pair], self.context_of_users(user_id))
 
     def _context(self, places: Indices, present: NDArray[np.bool_]) -> UserContext:
         assert self.train.context_hidden is not None
         places = np.where(present, places, 0)
-        return context_of(self.train.context_hidden, torch.from_numpy(places), present)
+        return make_context(self.train.context_hidden, torch.from_numpy(places), present)
 
 
-def context_of(values: TextValues, places: Tensor, present: Any) -> UserContext:
-    """Look up the texts of pairs [B, k] and keep each distinct one once."""
+def make_context(values: TextValues, places: Tensor, present: Any) -> UserContext:
+    """Make a context from the indices [B, k] of pairs; each distinct text is stored once."""
     of_pair = values.of_pair[places]  # [B, k, 2]
     used = torch.zeros(len(values.values), dtype=torch.bool)
     used[of_pair] = True
@@ -155,10 +161,10 @@ def context_of(values: TextValues, places: Tensor, present: Any) -> UserContext:
 
 
 def draw_context(datasets: Mapping[str, PairDataset], *, least: int, most: int, seed: int) -> None:
-    """Let the batches of all datasets hold pairs of their users, which are train pairs.
+    """Add contexts, drawn from the train pairs of the users, to the batches of all datasets.
 
     Args:
-        datasets: by split, "train" among them. others: see `TrainPairs`.
+        datasets: by split, including "train". others: see `TrainPairs`.
     """
     train = datasets["train"]
     pairs = TrainPairs(train.rows, train.user_id.numpy(), least=least, most=most, seed=seed)
@@ -167,9 +173,9 @@ def draw_context(datasets: Mapping[str, PairDataset], *, least: int, most: int, 
 
 
 def text_keys(rows: Sequence[Row]) -> NDArray[np.int64]:
-    """Hash the (prompt, response) texts of rows, each by the prompt's id and by its text, [N, 4].
+    """Hash the texts (prompt, response) of rows, with the prompt's id and with its text, [N, 4].
 
-    The hashes are of this process alone; two rows share a text if they share a hash.
+    Rows that share a hash share a text. Hashes differ between processes.
     """
     keys = (
         hash((prompt, response))
@@ -180,10 +186,11 @@ def text_keys(rows: Sequence[Row]) -> NDArray[np.int64]:
     return np.fromiter(keys, np.int64, 4 * len(rows)).reshape(-1, 4)
 
 
-def mixed(*numbers: Any) -> NDArray[np.int64]:
-    """Hash whole numbers to whole numbers from 0 to 2^63 - 1, alike in every process; they broadcast.
+def hash_integers(*numbers: Any) -> NDArray[np.int64]:
+    """Hash integers to integers from 0 to 2^63 - 1, the same in every process; arguments are broadcast.
 
-    The finaliser of SplitMix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators").
+    It is the finaliser of SplitMix64 (Steele et al. 2014, "Fast splittable pseudorandom number
+    generators").
     """
     state = np.zeros(1, np.uint64)
     for number in numbers:

@@ -1,4 +1,4 @@
-"""From tokens to tensors: the shared-prefix layout, and the two-row layout it must equal."""
+"""Token ids to tensors, in the packed layout (shared prompt) and in the two-row layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Layout = Callable[[Sequence["TokenPair"]], tuple[Tensor, Tensor, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class TokenPair:
-    """Token ids of one pair; responses end with the end token. Either response may be empty."""
+    """Token ids of one pair. Responses end with the end token; either may be empty."""
 
     prompt: tuple[int, ...]
     chosen: tuple[int, ...]
@@ -30,7 +30,7 @@ class TokenPair:
 
 
 def packed(pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor, Tensor]:
-    """One row a pair, ``prompt | chosen | rejected``; the naive twin is `two_rows`.
+    """Put each pair into one row, ``prompt | chosen | rejected``. The naive twin is `two_rows`.
 
     Returns:
         input_ids, segment, position_ids, each [B, L] int64.
@@ -45,7 +45,7 @@ def packed(pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def two_rows(pairs: Sequence[TokenPair]) -> tuple[Tensor, Tensor, Tensor]:
-    """Two rows a pair: ``prompt | chosen`` for all pairs, then ``prompt | rejected``.
+    """Put each pair into two rows: ``prompt | chosen`` of all pairs, then ``prompt | rejected``.
 
     Returns:
         input_ids, segment, position_ids, each [2B, L] int64.
@@ -65,6 +65,7 @@ LAYOUTS: dict[LayoutName, Layout] = {"packed": packed, "two_rows": two_rows}
 
 
 def _pad(rows: Sequence[tuple[list[int], list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Pad rows of (input_ids, segment, position_ids) to tensors."""
     length = max((len(ids) for ids, _, _ in rows), default=0)
     columns = []
     # Padding's token id is never looked at (segment says what it is), so 0 serves any tokenizer.

@@ -138,6 +138,7 @@ def _check_utf8(text: str, name: str, where: str) -> None:
 
 
 def _checked_text(value: object, name: str, where: str) -> str:
+    """Return a text field; refuse values that are not valid text."""
     if not isinstance(value, str):
         cure = "Write it as one string, not as a list, number or object"
         refuse(Reason.NOT_TEXT, where, name, value, "text", cure)
@@ -146,11 +147,13 @@ def _checked_text(value: object, name: str, where: str) -> str:
 
 
 def _required_text(raw: Mapping[str, Any], name: str, where: str) -> str:
+    """Return a field that must be text and not blank."""
     _check_present(raw, name, where)
     return _checked_text(raw[name], name, where)
 
 
 def _check_present(raw: Mapping[str, Any], name: str, where: str) -> None:
+    """Refuse a record without this field."""
     if _is_absent(raw.get(name)):
         cure = f"Add {name} to the row or map it with data.columns.{name}=COLUMN"
         allowed = "a value in every row"
@@ -158,6 +161,7 @@ def _check_present(raw: Mapping[str, Any], name: str, where: str) -> None:
 
 
 def _optional_text(raw: Mapping[str, Any], name: str, where: str) -> str | None:
+    """Return an optional text field; None if missing or blank."""
     value = raw.get(name)
     if _is_absent(value):
         return None
@@ -166,6 +170,7 @@ def _optional_text(raw: Mapping[str, Any], name: str, where: str) -> str | None:
 
 
 def _optional_id(raw: Mapping[str, Any], name: str, where: str) -> str | None:
+    """Return an optional id as text; None if missing."""
     text = _optional_text(raw, name, where)
     return None if text in MISSING_WORDS else text
 
@@ -176,6 +181,7 @@ def has_pair_id(raw: Mapping[str, Any], where: str) -> bool:
 
 
 def _response(raw: Mapping[str, Any], name: str, where: str) -> str:
+    """Return a response; refuse blank text."""
     text = _required_text(raw, name, where)
     if not text.strip():
         cure = "Leave the row out"
@@ -204,6 +210,7 @@ def _refuse_empty_prompt(value: object, where: str) -> NoReturn:
 
 
 def _feature(value: object, name: str, where: str) -> float | str:
+    """Return a feature's value as a float or a text."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):

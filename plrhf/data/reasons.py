@@ -1,4 +1,4 @@
-"""Why a row is refused, and the error and the record that carry such a reason."""
+"""Reasons why rows are refused, and the error and the record that carry them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from plrhf.core.errors import BadValue, bad_value
 
 
 class Reason(StrEnum):
-    """Why a row is refused; the text is what the terminal and the report show."""
+    """Why a row is refused; the text is shown in the terminal and in the report."""
 
     MISSING_FIELD = "missing field"
     NOT_TEXT = "field that is not text"
@@ -56,7 +56,7 @@ BY_PROTOCOL = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """What a source yields in place of a record that it could not read."""
+    """What a source yields instead of a record that it cannot read."""
 
     reason: Reason
     detail: str  # one line; `read_rows` puts the place in front
@@ -78,5 +78,5 @@ def refuse(
 
 
 def refusal(reason: Reason, field: str, value: object, allowed: str, cure: str) -> Refusal:
-    """Return why a record gives no row, in the form of every error."""
+    """Return a `Refusal`, with the details in the form of all errors."""
     return Refusal(reason, str(bad_value(field, value, allowed, cure)))

@@ -1,4 +1,4 @@
-"""The order of train batches, which can be resumed in the middle, and the loaders that follow it."""
+"""Samplers of train batches that can be resumed in the middle, and their loaders."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class BatchIndices(NamedTuple):
 
 
 class ResumableBatchSampler(Sampler[BatchIndices]):
-    """Draws train batches in an order fixed by seed and epoch alone, from any batch on.
+    """Draws train batches in an order that depends on seed and epoch only, starting at any batch.
 
-    A batch of n pairs has the step weight k n / sum n, over the k batches whose gradients are summed
-    to one optimiser step. Weighted so, the mean of their k losses is the mean over the step's pairs.
+    A batch of n pairs has the step weight k n / sum n, over the k batches whose gradients are summed to
+    one optimiser step. The mean of their k weighted losses is then the mean over the step's pairs.
 
     Args:
-        lengths: tokens of every pair's rows, [N, R].
+        lengths: number of tokens of each pair's rows, [N, R].
         seed: any integer.
         accumulated_batches: see `RankShard`.
 
     Attributes:
-        served: batches drawn since training began. It alone says where to go on, because Lightning
-            neither exhausts the iterator nor tells a batch sampler the epoch.
+        served: number of batches drawn since training began. It alone says where to resume, because
+            Lightning neither exhausts the iterator nor tells a batch sampler the epoch.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ResumableBatchSampler(Sampler[BatchIndices]):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of batches in an epoch, the same in all."""
+        """Return the number of batches in an epoch, the same in all epochs."""
 
     @abstractmethod
     def batches(self, generator: torch.Generator) -> list[Indices]:
@@ -77,7 +77,7 @@ class ResumableBatchSampler(Sampler[BatchIndices]):
             yield BatchIndices(batches[turn].tolist(), weight, epoch)
 
     def padding(self) -> float | None:
-        """Return the fraction of padding among the tokens of the first epoch, None without pairs."""
+        """Return the fraction of padding among the tokens of the first epoch; None without pairs."""
         if len(self.lengths) == 0:
             return None
         longest = self.lengths.max(axis=1)
@@ -86,16 +86,16 @@ class ResumableBatchSampler(Sampler[BatchIndices]):
 
 
 class PairSampler(ResumableBatchSampler):
-    """Draws pairs at random, whoever's they are.
+    """Draws pairs at random, regardless of their users.
 
-    With `batch_tokens` pairs are divided once into buckets of like length. Every epoch draws the
-    batches of a bucket at random and mixes the batches of all buckets, so that all epochs have the
-    same number of batches.
+    With `batch_tokens`, pairs are first divided into buckets of similar length. In every epoch, batches
+    are drawn at random within buckets, and the batches of all buckets are shuffled, so all epochs have
+    the same number of batches.
 
     Args:
         batch_size: largest number of pairs in a batch.
-        batch_tokens: largest number of tokens in a batch, padding included; a longer pair is a batch
-            of its own. None: no limit, and pairs in random order.
+        batch_tokens: largest number of tokens in a batch, padding included; a longer pair is a batch of
+            its own. None: no limit and no buckets.
         others: see `ResumableBatchSampler`.
     """
 
@@ -133,11 +133,11 @@ class PairSampler(ResumableBatchSampler):
 
 
 class UserSampler(ResumableBatchSampler):
-    """Draws users at random, and several pairs of each: a batch is a few tasks.
+    """Draws users at random, with several pairs of each: a batch is a few tasks.
 
-    A user's pairs are divided at random into parts of `pairs_per_user`, the last of them smaller. An
-    epoch has rounds: in each, every user who has a part left gives one, in random order, and
-    `users_per_batch` of them are a batch. So a batch has each of its users once.
+    A user's pairs are divided at random into parts of `pairs_per_user`; the last one is smaller. An
+    epoch has rounds. In each round every user who has parts left gives one, in random order, and
+    `users_per_batch` of them are a batch. So each user is in a batch at most once.
 
     Args:
         user_id: user of each pair, [N]. others: see `ResumableBatchSampler`.
@@ -185,10 +185,10 @@ def make_sampler(
     users_per_batch: int | None,
     **others: Any,
 ) -> ResumableBatchSampler:
-    """Make the sampler of train batches: `PairSampler`, or with `users_per_batch` `UserSampler`.
+    """Make the sampler of train batches: `UserSampler` if `users_per_batch` is set, else `PairSampler`.
 
     Raises:
-        ValueError: users are to be drawn with a limit of tokens, or more users than pairs.
+        ValueError: users are drawn together with a limit of tokens, or there are more users than pairs.
     """
     lengths = dataset.row_lengths()
     if users_per_batch is None:
@@ -212,14 +212,14 @@ def make_sampler(
 def length_buckets(
     lengths: NDArray[np.int64], batch_size: int, row_tokens: int
 ) -> tuple[NDArray[np.int32], list[int]]:
-    """Divide pairs into buckets of like length, the longest first.
+    """Divide pairs into buckets of similar length, the longest first.
 
-    A bucket holds the pairs that are at most `BUCKET_SPREAD` shorter than its longest, and at least
-    enough pairs for one batch.
+    The pairs of a bucket are at most `BUCKET_SPREAD` shorter than its longest, and at least enough for
+    one batch.
 
     Args:
-        lengths: tokens of every pair's longest row, [N].
-        row_tokens: tokens that one row a pair of a batch may have in all.
+        lengths: number of tokens of each pair's longest row, [N].
+        row_tokens: total number of tokens in a batch, counting one row a pair.
 
     Returns:
         Each pair's bucket, [N], and each bucket's batch size.
@@ -242,7 +242,7 @@ def length_buckets(
 
 
 class ShardedBatches(Dataset[PreferenceBatch]):
-    """A dataset whose item is one rank's shard of a whole batch."""
+    """A dataset whose items are one rank's shards of whole batches."""
 
     def __init__(self, pairs: PairDataset, shard: RankShard) -> None:
         self.pairs, self.shard = pairs, shard

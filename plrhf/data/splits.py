@@ -1,4 +1,4 @@
-"""Which rows train, select and test, and which users the model never meets in training."""
+"""Divides rows into train, val and test, and holds back unseen users."""
 
 from __future__ import annotations
 
@@ -304,12 +304,14 @@ def _split_codes(
 
 
 def _codes(n_rows: int, codes: Iterator[int]) -> Codes:
+    """Make an array of split codes."""
     return np.fromiter(codes, np.int8, n_rows)
 
 
 def _check_settings(
     min_pairs_per_user: int, max_users: int | None, **fractions: float | None
 ) -> None:
+    """Raise a ValueError if a number or fraction is out of range."""
     for name, fraction in fractions.items():
         if fraction is not None and not 0 <= fraction < 1:
             cure = f"Set data.{name}_fraction=0.1"
@@ -339,6 +341,7 @@ def _check_no_fractions(
 def _check_not_empty(
     parts: dict[str, Rows], dropped: dict[str, int], rows: Rows, *, n_too_long: int
 ) -> None:
+    """Raise a ValueError if there are no train or test rows."""
     for name in ("train", "test"):
         if len(parts[name]) == 0:
             prompts = len(set(rows.texts("prompt_id")))

@@ -1,4 +1,4 @@
-"""From the texts of rows to token ids."""
+"""Tokenises the texts of rows."""
 
 from __future__ import annotations
 
@@ -57,29 +57,29 @@ EMPTY_PAIR = TokenPair((), (), ())
 class RowTokenizer:
     """Turns rows into token pairs, and counts what is truncated or too long.
 
-    A plain prompt that is too long keeps its end and the user text in front. A chat that is too long
-    loses its oldest exchanges, and keeps the system turn and the user text. The prompt of a chat is
-    what the template writes, with no start token added, and a response ends as the template ends an
+    A plain prompt that is too long keeps its end, and the user text in front. A chat that is too long
+    loses its oldest exchanges; system turn and user text stay. The prompt of a chat is what the
+    template writes, without a further start token, and a response ends as the template ends an
     assistant's turn. Texts never become control tokens, see `TextEncoder`.
 
     Args:
         tokenizer: with an end or separator token.
-        max_prompt_tokens: longest prompt, start token included, from 1 (from 0 where there is a
-            start token: a bidirectional encoder may do without the text).
+        max_prompt_tokens: longest prompt, start token included; at least 1, or 0 for tokenizers with a
+            start token.
         max_tokens: longest prompt and response together.
-        on_long_prompt: ``truncate`` (count it) or ``error``.
-        on_long_response: what becomes of rows longer than `max_tokens`: ``drop``, or ``truncate``
-            the responses. A response that is cut keeps its end token, as reward models read there;
-            a policy learns false ends from it.
-        separator: text between prompt and response, where no chat template says.
+        on_long_prompt: ``truncate`` (and count) or ``error``.
+        on_long_response: what happens to rows longer than `max_tokens`: ``drop``, or ``truncate`` the
+            responses. A truncated response keeps its end token, because reward models read there; a
+            policy then learns to stop too early.
+        separator: text between prompt and response if there is no chat template.
         use_user_text: put the row's `user_text` in front of the prompt.
 
     Raises:
         ValueError: a setting out of range.
 
     Attributes:
-        counts: rows by what was done to them: "prompt truncated", "response truncated", "response
-            too long".
+        counts: number of rows by what was done: "prompt truncated", "response truncated", "response too
+            long".
     """
 
     def __init__(
@@ -112,6 +112,7 @@ class RowTokenizer:
         self._ids: dict[tuple[str, str], Ids] = {}
 
     def _check_settings(self) -> None:
+        """Raise a ValueError if a setting is out of range."""
         least = 1 - len(self.start)  # something must stand before a response's first token
         if self.max_prompt_tokens < least:
             raise bad_value(
@@ -134,7 +135,7 @@ class RowTokenizer:
         return chat_template(self.tokenizer)
 
     def __call__(self, rows: Iterable[Row]) -> tuple[list[Row], list[TokenPair]]:
-        """Return the rows that fit, and their tokens, in the order given.
+        """Tokenise rows; return the rows that fit and their tokens, in the same order.
 
         Raises:
             RefusedRow: the chat template refuses a row.
@@ -158,12 +159,13 @@ class RowTokenizer:
         if len(self._ids) > MOST_TEXTS:
             self._ids.clear()
         plain = [row for row in rows if isinstance(row.prompt, str)]
-        self._learn("", [self._prompt_text(row) for row in plain])
+        self._tokenise_new("", [self._prompt_text(row) for row in plain])
         after = self._after_plain
-        self._learn(after, [text for row in plain for text in (row.chosen, row.rejected)])
+        self._tokenise_new(after, [text for row in plain for text in (row.chosen, row.rejected)])
         return [self._tokenized(row) for row in rows]
 
     def _tokenized(self, row: Row) -> TokenizedRow:
+        """Tokenise one row, and truncate it if the settings say so."""
         try:
             return self._fitted(*self._pair(row))
         except TemplateRefusal as refusal:
@@ -181,7 +183,7 @@ class RowTokenizer:
         Raises:
             RefusedRow: the chat template refuses the row.
         """
-        pair, cut = self._refusing(row, responses=True)
+        pair, cut = self._pair_or_refusal(row, responses=True)
         self.counts["prompt truncated"] += cut
         return pair
 
@@ -191,11 +193,12 @@ class RowTokenizer:
         Raises:
             RefusedRow: the chat template refuses the row.
         """
-        pair, cut = self._refusing(row, responses=False)
+        pair, cut = self._pair_or_refusal(row, responses=False)
         self.counts["prompt truncated"] += cut
         return pair.prompt
 
-    def _refusing(self, row: Row, *, responses: bool) -> tuple[TokenPair, bool]:
+    def _pair_or_refusal(self, row: Row, *, responses: bool) -> tuple[TokenPair, bool]:
+        """Do as `_pair`, with a `RefusedRow` if the chat template refuses the row."""
         try:
             return self._pair(row, responses=responses)
         except TemplateRefusal as refusal:
@@ -254,13 +257,16 @@ class RowTokenizer:
     # Prompts in text
 
     def _prompt_text(self, row: Row) -> str:
+        """Return a plain prompt with user text and separator."""
         text = f"{row.prompt}{self.separator}"
-        return f"{row.user_text}{self.separator}{text}" if self._speaks(row) else text
+        return f"{row.user_text}{self.separator}{text}" if self._has_user_text(row) else text
 
-    def _speaks(self, row: Row) -> bool:
+    def _has_user_text(self, row: Row) -> bool:
+        """Return whether the user text is put in front of the row's prompt."""
         return self.use_user_text and row.user_text is not None
 
     def _plain_prompt(self, row: Row) -> tuple[Ids, bool]:
+        """Return the tokens of a plain prompt, and whether it was truncated."""
         end = (self.end,) if self.encoder_only else ()
         room = max(0, self.max_prompt_tokens - len(self.start) - len(end))
         ids = self._encode(self._prompt_text(row))
@@ -268,7 +274,7 @@ class RowTokenizer:
         if cut:
             self._check_may_cut(row, len(self.start) + len(ids) + len(end))
             user: Ids = ()
-            if self._speaks(row):  # at most half of the room is the user's
+            if self._has_user_text(row):  # at most half of the room is the user's
                 user = self._encode(f"{row.user_text}{self.separator}")[: room // 2]
                 ids = self._encode(f"{row.prompt}{self.separator}")
             left = room - len(user)
@@ -276,6 +282,7 @@ class RowTokenizer:
         return self.start + ids + (end if len(ids) > 0 else ()), cut
 
     def _check_may_cut(self, row: Row, n_tokens: int) -> None:
+        """Raise a ValueError if long prompts are an error."""
         if self.on_long_prompt == "error":
             raise bad_value(
                 "prompt",
@@ -293,11 +300,13 @@ class RowTokenizer:
         return self._context(self.separator[-1:] or ":")
 
     def _context(self, before: str) -> str:
+        """Return `before` if it affects how the tokenizer encodes the text after it, else an empty text."""
         (alone,) = self.encoder.encode(["a"])
         head, whole = self.encoder.encode([before, f"{before}a"])
         return before if whole[: len(head)] == head and whole[len(head) :] != alone else ""
 
-    def _learn(self, before: str, texts: Iterable[str]) -> None:
+    def _tokenise_new(self, before: str, texts: Iterable[str]) -> None:
+        """Encode the texts that are not in the cache yet, each as it is encoded after `before`."""
         new = [text for text in dict.fromkeys(texts) if (before, text) not in self._ids]
         if len(new) == 0:
             return
@@ -311,14 +320,15 @@ class RowTokenizer:
         self._ids.update(zip(((before, text) for text in new), found, strict=True))
 
     def _encode(self, text: str, before: str = "") -> Ids:
+        """Return the tokens of a text after `before`, from the cache if possible."""
         if (before, text) not in self._ids:
-            self._learn(before, [text])
+            self._tokenise_new(before, [text])
         return self._ids[before, text]
 
     # Chats
 
     def _chat_prompt(self, row: Row) -> tuple[Ids, bool, RenderedPrompt]:
-        """Return the prompt's tokens, whether it was cut, and what it is as text when whole."""
+        """Return the tokens of a chat prompt, whether it was truncated, and the whole rendered prompt."""
         assert not isinstance(row.prompt, str)
         ids, rendered = self._rendered(row, row.prompt)
         cut = len(ids) > self.max_prompt_tokens
@@ -328,6 +338,7 @@ class RowTokenizer:
         return ids, cut, rendered
 
     def _rendered(self, row: Row, messages: Sequence[Message]) -> tuple[Ids, RenderedPrompt]:
+        """Render messages by the chat template and encode them."""
         found = self.chat.prompt(
             messages,
             user_text=row.user_text if self.use_user_text else None,
@@ -342,8 +353,8 @@ class RowTokenizer:
     def _shortened(self, row: Row, messages: Sequence[Message]) -> Ids:
         """Shorten a chat to `max_prompt_tokens`.
 
-        First its oldest exchanges go, then the beginning of the last exchange's user turn, and at last
-        tokens from the front, if system turn and user text alone are too long.
+        It removes the oldest exchanges first, then the beginning of the last exchange's user turn. If
+        system turn and user text alone are too long, it removes tokens from the front.
         """
         system, groups = exchanges(messages)
         for first in range(1, len(groups)):
@@ -366,6 +377,7 @@ class RowTokenizer:
         return best if best is not None else whole[-self.max_prompt_tokens :]
 
     def _chat_response(self, text: str, prompt: RenderedPrompt) -> Ids:
+        """Return the tokens of a response in a chat, after its rendered prompt."""
         written = self.chat.response(text, prompt)
         encoder = self.chat.encoder
         before = self._chat_context(prompt.text)

@@ -1,4 +1,4 @@
-"""User encoders: who is this user -> vector."""
+"""User encoders: they compute a vector for each user."""
 
 from plrhf.encoders.base import UserEncoder
 from plrhf.encoders.cluster import ClusterMixtureEncoder

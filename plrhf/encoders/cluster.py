@@ -1,4 +1,4 @@
-"""Users as mixtures of a few clusters."""
+"""Users as mixtures of clusters."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class ClusterMixtureEncoder(ShrunkEncoder):
     e_u = sum_k softmax(w_u)_k V_k.
 
     Args:
-        n_users: users of the training rows, numbered from 1; user 0 has its own learned w_0.
+        n_users: number of train users, with indices from 1; user 0 has its own learned w_0.
         n_clusters: K.
-        init: how the V_k start; see `initial_vectors`. ``identity``: V_k is 1 in place k and 0 elsewhere,
-            so that e_u begins with the weights themselves (a `BasisHead` with raw weights reads them).
-        frozen: leave the V_k as they start.
-        weight_scale: standard deviation of the starting w_u.
+        init: initial V_k; see `initial_vectors`. ``identity``: V_k is the k-th unit vector, so that e_u
+            starts as the mixture weights themselves (for a `BasisHead` with raw weights).
+        frozen: do not train the V_k.
+        weight_scale: standard deviation of the initial w_u.
         shrinkage: of w_u - w_0, see `ShrunkEncoder`.
-        sparse: update the rows of a batch's users alone (see `optim.RowAdamW`): for many users.
+        sparse: update only the rows of a batch's users (see `optim.RowAdamW`), for many users.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Users as a distribution that a network infers from their pairs, as in variational preference learning."""
+"""Users as a distribution inferred from their pairs by a network: variational preference learning."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ SPREAD_WEIGHT = 0.1
 
 @check_arguments("encoder")
 class ContextEncoder(PairReader):
-    """Infers N(mu, sigma^2) of a user's vector from a set of their pairs, and draws from it in training.
+    """Infers N(mu, sigma^2) of a user's vector from a set of their pairs; training samples from it.
 
-    Poddar et al. 2024, arXiv 2408.10075 (VPL): an MLP reads each pair, one self-attention relates the
-    pairs, their mean gives mu and log sigma^2, and KL(N(mu, sigma^2) || N(0, 1)) is the penalty. In
-    evaluation e_u = mu. With `guide_weight` also the guide of arXiv 2603.12595 (SPL): the same pairs with
-    chosen and rejected swapped should give the opposite mean and the same spread. Left out are VPL's
-    rescaling of draws to the length sqrt(user_dim), which its evaluation does not do, its cyclic weight
-    of the KL term, and SPL's normalising flow.
+    Poddar et al. 2024, arXiv 2408.10075 (VPL): an MLP encodes each pair, one self-attention relates the
+    pairs, and their mean gives mu and log sigma^2. KL(N(mu, sigma^2) || N(0, 1)) is the penalty. In
+    evaluation e_u = mu. `guide_weight` adds the guide loss of arXiv 2603.12595 (SPL): the same pairs
+    with chosen and rejected swapped should give the opposite mean and the same spread. Not implemented
+    are VPL's rescaling of samples to length sqrt(user_dim), which its evaluation does not use, its
+    cyclic KL weight, and SPL's normalising flow.
 
     Args:
         hidden_size: width of `UserContext.hidden`. width: of the network's layers.
-        reads: ``pair`` lets the MLP see both responses together (VPL), ``response`` each by itself (SPL).
-        kl_weight, guide_weight: of the two penalties in the training loss.
+        reads: ``pair``: the MLP gets both responses together (VPL); ``response``: each alone (SPL).
+        kl_weight, guide_weight: weights of the two penalties in the training loss.
         others: see `PairReader`.
     """
 
@@ -76,7 +76,7 @@ class ContextEncoder(PairReader):
         return mean + (0.5 * log_variance).exp() * torch.randn_like(mean), penalty
 
     def posterior(self, context: UserContext) -> tuple[Tensor, Tensor]:
-        """Compute mu and log sigma^2, each [B, user_dim], within `LIMIT`."""
+        """Compute mu and log sigma^2, each [B, user_dim] and bounded by `LIMIT`."""
         pairs = self._pairs(context)  # [B, k, entry]
         there = context.present[:, None, :]  # [B, 1, k]
         scores = self.queries(pairs) @ self.keys(pairs).mT * self.keys.out_features**-0.5
@@ -90,7 +90,7 @@ class ContextEncoder(PairReader):
         )
 
     def _pairs(self, context: UserContext) -> Tensor:
-        """Read each pair, [B, k, entry]."""
+        """Encode each pair, [B, k, width of the MLP's output]."""
         if self.reads == "response":
             of_text = self.layers(self.sides[0](context.hidden))
             return nn.functional.embedding(context.texts, of_text).flatten(-2)
@@ -106,12 +106,13 @@ def kl_from_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def swap_guide(own: tuple[Tensor, Tensor], opposite: tuple[Tensor, Tensor]) -> Tensor:
-    """Return how far a user's distribution is from the mirror image of their opposite's, [B].
+    """Return how far a user's distribution is from the mirror image of the swapped pairs', [B].
 
     (1 + cos(mu, mu~)) / 2 + 0.1 (1 - cos(log sigma^2, log sigma~^2)) / 2; arXiv 2603.12595.
 
     Args:
-        own, opposite: mean and log-variance of a user, and of one who chose the other responses.
+        own, opposite: mean and log-variance for the user's pairs, and for the same pairs with chosen
+            and rejected swapped.
     """
     means, spreads = (cosine_similarity(a, b, dim=-1) for a, b in zip(own, opposite, strict=True))
     return 0.5 * (1 + means) + SPREAD_WEIGHT * 0.5 * (1 - spreads)

@@ -1,4 +1,4 @@
-"""Users by what is known about them, so that a user never seen has a vector too."""
+"""Users described by their features, so that unseen users have a vector too."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from plrhf.encoders.base import Init, ShrunkEncoder, initial_vectors
 
 @check_arguments("encoder")
 class FeatureMLPEncoder(ShrunkEncoder):
-    """Computes a user's vector from what is known of them (arXiv 2402.05133, section 4).
+    """Computes a user's vector from the user's features (arXiv 2402.05133, section 4).
 
-    e_u = e_0 + MLP(features of u), and e_0 for a user of whom nothing is known.
+    e_u = e_0 + MLP(features of u), and e_0 for a user without features.
 
     Args:
-        n_numbers: leading columns of `UserBatch.features`, standardised, NaN where missing. Each
-            enters as (value or 0, is missing).
-        category_sizes: levels of each remaining column, codes 0.., NaN where missing. Each enters as
-            a learned embedding, the zero vector where missing.
+        n_numbers: the first columns of `UserBatch.features`, standardised, NaN if missing. Each enters
+            the MLP as (value or 0, is missing).
+        category_sizes: number of levels of each remaining column, codes from 0, NaN if missing. Each
+            enters as a learned embedding, or as the zero vector if missing.
         hidden: width of the hidden layer. rank: width of a bottleneck before e_u, or None.
         category_dim: width of a category's embedding.
-        init: how e_0 starts; see `initial_vectors`.
-        shrinkage: of the bottleneck's numbers, or without one of e_u - e_0; see `ShrunkEncoder`.
+        init: initial e_0; see `initial_vectors`.
+        shrinkage: of the bottleneck's numbers (without one, of e_u - e_0); see `ShrunkEncoder`.
 
     Raises:
-        ValueError: there are no features to work from.
+        ValueError: there are no features.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Users by what is known of them, and by an offset of their own."""
+"""Users described by their features and by an offset of their own."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from plrhf.encoders.lookup import LookupEncoder
 
 @check_arguments("encoder")
 class HybridEncoder(UserEncoder):
-    """Adds an offset of each user to what is expected of people with their features.
+    """Adds an offset of each user to the vector that the user's features predict.
 
-    e_u = e_0 + MLP(features of u) + o_u. Both parts are shrunk, each with a prior of its own: the offset
-    is what features do not say. A user never seen has o_u = 0.
+    e_u = e_0 + MLP(features of u) + o_u. Both parts are shrunk, with separate priors. The offset is
+    what the features do not explain; an unseen user has o_u = 0.
 
     Args:
-        hidden: of `FeatureMLPEncoder`. rank, offset_scale: of `LookupEncoder`. init, shrinkage: of both.
+        hidden: of `FeatureMLPEncoder`. rank, offset_scale: of `LookupEncoder`. init, shrinkage: of
+            both.
     """
 
     penalty_weight = 1.0

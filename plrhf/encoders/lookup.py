@@ -1,4 +1,4 @@
-"""One vector a user, looked up by index."""
+"""A learned vector for each user, looked up by index."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from plrhf.encoders.base import Init, ShrunkEncoder, initial_vectors
 class LookupEncoder(ShrunkEncoder):
     """Learns one vector a user (arXiv 2402.05133, individualized preference).
 
-    e_u = e_0 + o_u with o_0 = 0. With `rank` r, o_u = z_u S, where z_u has r numbers and S,
-    [r, user_dim], is shared: a few pairs a user determine a few numbers.
+    e_u = e_0 + o_u with o_0 = 0. With `rank` r, o_u = z_u S, where z_u has r numbers and S [r,
+    user_dim] is shared, so that a few pairs a user suffice.
 
     Args:
-        n_users: users of the training rows, numbered from 1.
-        rank: r; o_u has full width where it is None or not below `user_dim`.
-        init: how e_0, and the o_u (or S), start; see `initial_vectors`.
+        n_users: number of train users, with indices from 1.
+        rank: r; o_u has full width if it is None or at least `user_dim`.
+        init: initial e_0, and initial o_u (or S); see `initial_vectors`.
         shrinkage: of z_u (or o_u), see `ShrunkEncoder`.
-        offset_scale: factor on the starting o_u, so that users start near the generic one.
-        sparse: update the rows of a batch's users alone (see `optim.RowAdamW`): for many users.
+        offset_scale: factor on the initial o_u, so that users start near the generic user.
+        sparse: update only the rows of a batch's users (see `optim.RowAdamW`), for many users.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ from plrhf.encoders.base import UserEncoder
 
 
 class NoneEncoder(UserEncoder):
-    """Ignores users: its vectors are empty, [B, 0], and aggregators leave the text as it is."""
+    """Ignores users: its vectors are empty, [B, 0], and aggregators leave the text unchanged."""
 
     personal = False
 

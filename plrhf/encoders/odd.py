@@ -1,4 +1,4 @@
-"""Users by what they chose: who always chooses the other response has the opposite vector."""
+"""Users described by their choices: a user who makes the opposite choices has the opposite offset."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from plrhf.encoders.pair_reader import PairReader
 
 @check_arguments("encoder")
 class OddEncoder(PairReader):
-    """Reads pairs so that swapping chosen and rejected turns a user's offset round.
+    """Reads a user's pairs so that swapping chosen and rejected changes the sign of the user's offset.
 
-    e_u = e_0 + o_u, o_u = z_u S. z_u are the r most likely numbers of a person who chose c_i over r_i
-    by logistic regression on x_i = phi(c_i) - phi(r_i), with the prior N(0, 1): they solve
-    z = sum_i a_i (phi(c_i) - phi(r_i)) with a_i = s_i sigma(-z . x_i). The weights a_i are even under the
-    swap, as s_i depends on x_i * x_i alone, so that o_u is odd, whatever has been learned. The steps of
-    the regression are part of the network, and phi, s and S are learned through them.
+    e_u = e_0 + o_u with o_u = z_u S. z_u has r numbers. It is the MAP estimate of a logistic regression
+    on x_i = phi(c_i) - phi(r_i) for a user who chose c_i over r_i, with the prior N(0, 1). It therefore
+    solves z = sum_i a_i x_i with a_i = s_i sigma(-z . x_i). s_i depends on x_i * x_i only, so a swap
+    does not change a_i, and o_u is odd whatever has been learned. phi, s and S are trained through the
+    steps of the regression.
 
     Args:
         hidden_size: width of `UserContext.hidden`.
         width: of the layer in phi(h) = A tanh(W LayerNorm(h)). rank: r.
         steps: of the regression, see `most_likely`.
-        consensus: let x_i be weighed by how much the choice goes against everybody's, which a learned
-            scalar of each text says: z_u is then that of a person beside the generic one, and only odd
-            where that scalar is swapped too.
+        consensus: add to each margin z . x_i a term that all users share, from a learned score of each
+            text. z_u then describes how the user differs from everybody; o_u is odd only if the score
+            is swapped too.
         others: see `PairReader`.
     """
 
@@ -63,7 +63,7 @@ class OddEncoder(PairReader):
         return self.generic_vector + self.offsets(context), None
 
     def offsets(self, context: UserContext) -> Tensor:
-        """Compute o_u [B, user_dim]; zero where a user has no pair."""
+        """Compute o_u [B, user_dim]; zero for a user without pairs."""
         text = self.layer(context.hidden)  # [M, width]
         x = difference(self.traits(text), context.texts)  # [B, k, r]
         weight = 2 * self.evidence(x.square()).squeeze(-1).sigmoid() * context.present  # [B, k]
@@ -73,19 +73,23 @@ class OddEncoder(PairReader):
 
 
 def difference(values: Tensor, texts: Tensor) -> Tensor:
-    """Return the value of the chosen less that of the rejected text, [M, d] and [..., 2] -> [..., d]."""
+    """Return the chosen text's value minus the rejected one's, [M, d] and [..., 2] -> [..., d].
+
+    Args:
+        texts: index of each pair's chosen and rejected text in `values`.
+    """
     chosen, rejected = nn.functional.embedding(texts, values).unbind(dim=-2)
     return chosen - rejected
 
 
 def most_likely(x: Tensor, weight: Tensor, shared: Tensor, *, steps: int) -> Tensor:
-    """Find z [B, r] that maximise sum_i w_i log sigma(b_i + z . x_i) - |z|^2 / 2.
+    """Find z [B, r] that maximises sum_i w_i log sigma(b_i + z . x_i) - |z|^2 / 2.
 
-    Every step is Newton's with the largest curvature there can be, 1 + sum_i w_i x_i x_i^T / 4, so that
-    none goes too far (Boehning and Lindsay 1988). The gradient flows through all of them.
+    Each step is a Newton step with the largest possible curvature, 1 + sum_i w_i x_i x_i^T / 4, so that
+    none overshoots (Boehning and Lindsay 1988). The gradient flows through all steps.
 
     Args:
-        x: [B, k, r]. weight, shared: w and b, [B, k]. steps: from z = 0.
+        x: [B, k, r]. weight, shared: w and b, [B, k]. steps: number of steps from z = 0.
     """
     z = x.new_zeros(x.shape[0], x.shape[2])
     prior = torch.eye(x.shape[2], dtype=x.dtype, device=x.device)

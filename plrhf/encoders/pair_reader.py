@@ -1,4 +1,4 @@
-"""What encoders share that read a user's pairs and not an id."""
+"""The base of encoders that read a user's pairs instead of an id."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from plrhf.encoders.base import Init, UserEncoder, initial_vectors
 
 
 class PairReader(UserEncoder):
-    """Computes a user's vector from pairs they chose in, so that nobody new needs any fitting.
+    """Computes a user's vector from the user's pairs, so that new users need no fitting.
 
-    A user without pairs is the generic one and has a learned vector. The vectors of train users are
-    stored when training ends: without `UserBatch.context` users are looked up among them.
+    A user without pairs gets the generic user's vector, which is learned. After training, the vectors
+    of train users are stored. They are looked up when `UserBatch.context` is missing.
 
     Args:
-        n_users: users of the training rows, numbered from 1.
+        n_users: number of train users, with indices from 1.
         min_pairs, max_pairs: see `UserEncoder`.
-        init: how the generic user's vector starts; see `initial_vectors`.
+        init: initial vector of the generic user; see `initial_vectors`.
 
     Attributes:
-        vectors: of the users, row u of user u, [n_users + 1, user_dim]; zero where none is stored.
+        vectors: stored vectors by user index, [n_users + 1, user_dim]; zero if not stored.
     """
 
     reads_context = True
@@ -50,9 +50,9 @@ class PairReader(UserEncoder):
 
     @abstractmethod
     def read(self, context: UserContext) -> tuple[Tensor, Tensor | None]:
-        """Compute vectors [B, user_dim] and penalties [B], or None, from pairs of the users.
+        """Compute vectors [B, user_dim], and penalties [B] or None, from the users' pairs.
 
-        What it says of a user without any pair is not used, but must be finite.
+        The result for a user without pairs is not used, but must be finite.
         """
 
     def encode(self, users: UserBatch) -> tuple[Tensor, Tensor | None]:
@@ -76,10 +76,11 @@ class PairReader(UserEncoder):
 
     @torch.no_grad()
     def store(self, users: UserBatch) -> None:
-        """Keep the vectors of users by their ids, for when their pairs are not at hand."""
+        """Store the vectors of users by their ids."""
         self.vectors[users.user_id] = self(users).to(self.vectors)
 
     def _stored(self, user_id: Tensor) -> Tensor:
+        """Return the stored vectors of users; raise a ValueError if none are stored."""
         found, generic = self.vectors[user_id], user_id == GENERIC_USER
         if not bool((found.any(dim=1) | generic).all()):
             raise bad_value(

@@ -1,4 +1,4 @@
-"""One learned vector for everybody: a control with the capacity of a prompt and no person."""
+"""One learned vector for all users: a control with the capacity of a soft prompt and no user."""
 
 from __future__ import annotations
 

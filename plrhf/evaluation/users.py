@@ -150,7 +150,7 @@ def _users(model: PersonalModule, data: PreferenceData) -> tuple[list[str], User
     users = UserBatch(user_id=torch.tensor(index), features=features_of(data, names))
     draw = data.datasets["train"].context
     if draw is not None:
-        users.context = draw.of_users(users.user_id)
+        users.context = draw.context_of_users(users.user_id)
     return names, move_data_to_device(users, device)
 
 

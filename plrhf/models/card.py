@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from plrhf.core.components import accepted, kinds
+from plrhf.core.components import checked_settings, parameter_types
 from plrhf.core.errors import bad_value
 from plrhf.data.features import FeatureSchema
 from plrhf.data.rows import content_hash
@@ -133,8 +133,8 @@ def card_of(content: Mapping[str, Any], origin: str) -> Card:
         raise bad_value(
             f"{origin} schema", content.get("schema"), f"{SCHEMA}", "Export the model anew"
         )
-    takes = kinds(Card)
-    given = accepted({**ADDED, **content}, takes, origin)
+    takes = parameter_types(Card)
+    given = checked_settings({**ADDED, **content}, takes, origin)
     for name in takes:
         if name not in given:
             raise bad_value(f"{origin}.{name}", None, "a value", "Export the model anew")

@@ -30,7 +30,7 @@ from plrhf.cli.assemble import build_data, build_run_model, build_run_trainer, o
 from plrhf.cli.config import BackboneConfig, DataConfig, RunConfig, Section, TrainerConfig
 from plrhf.cli.eval_config import AdaptTask, EvalConfig, WinrateTask
 from plrhf.cli.main import CONF
-from plrhf.core.components import accepted, build, kinds, locate
+from plrhf.core.components import build, checked_settings, locate, parameter_types
 from plrhf.data.module import PreferenceData
 from plrhf.evaluation.generations import GenerationOptions
 from plrhf.evaluation.judges import Judge
@@ -109,7 +109,7 @@ def test_a_section_has_what_its_constructor_takes(
     """A setting added to one of them must be added to the other, in plrhf/cli/config.py."""
     own = section.annotations().keys() - {"name", "source"}
     of_others = {"architecture", "pad_token", "tiny", "sft"} if section is BackboneConfig else set()
-    assert own - of_others == kinds(constructor).keys() - provided
+    assert own - of_others == parameter_types(constructor).keys() - provided
 
 
 def test_a_config_is_frozen_and_holds_objects() -> None:
@@ -308,7 +308,7 @@ def check_job(settings: dict[str, Any]) -> None:
     assert config.data.seed == config.seed
     for name in ("encoder", "aggregator", "model"):
         part = settings[name]
-        accepted(part, kinds(locate(part["_target_"], name)), name)
+        checked_settings(part, parameter_types(locate(part["_target_"], name)), name)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from plrhf.core.components import build, kinds, parameters
+from plrhf.core.components import build, parameter_types, parameters
 from plrhf.encoders import UserEncoder
 
 
@@ -31,7 +31,7 @@ def test_build_hands_over_what_is_named_and_nothing_else() -> None:
     inherited = made(width=2, sizes=[3, 1])
     assert (inherited.depth, inherited.sizes, inherited.kind) == (3, (3, 1), "a")
     assert set(parameters(Inheriting)) == {"depth", "sizes", "width", "rate", "kind"}
-    assert kinds(Inheriting)["width"] is int
+    assert parameter_types(Inheriting)["width"] is int
 
 
 REFUSED = {

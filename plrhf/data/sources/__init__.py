@@ -1,1 +1,1 @@
-"""One file a data set: where its rows come from and how they are read."""
+"""The sources of preference rows, one file for each data set."""

@@ -1,4 +1,4 @@
-"""The interface of all datasets: unchecked records and, if known, true preferences."""
+"""The interface of data sets: unchecked records and, if known, true preferences."""
 
 from __future__ import annotations
 
