@@ -1,4 +1,4 @@
-"""Aggregators: where the user vector meets the text."""
+"""Aggregators: they let the user vector act on the text."""
 
 from plrhf.aggregators.base import Aggregator
 from plrhf.aggregators.film import FiLM

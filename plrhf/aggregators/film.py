@@ -1,4 +1,4 @@
-"""User vectors as a scale and a shift of hidden states."""
+"""User vectors as a scale and a shift of hidden states (FiLM)."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ DEFAULT_USER_DIM = {"last": 128, "every_block": 32}
 
 @check_arguments("aggregator")
 class FiLM(Aggregator):
-    """Scales and shifts hidden states by two maps of the user vector.
+    """Scales and shifts hidden states by linear functions of the user vector.
 
-    h' = (1 + gamma_u) * h + beta_u (Perez et al. 2018, arXiv 1709.07871, eq. 2). (gamma_u, beta_u) is
-    a linear map of e_u that starts at zero, so the model starts as if there were no user. Both are
-    computed in float32, whatever the dtype of the hidden states: small gammas vanish in bfloat16.
+    h' = (1 + gamma_u) * h + beta_u (Perez et al. 2018, arXiv 1709.07871, eq. 2). (gamma_u, beta_u) is a
+    linear map of e_u that starts at zero, so at the start the user has no effect. Both are computed in
+    float32, whatever the dtype of the hidden states, since small gammas vanish in bfloat16.
 
     Args:
         hidden_size: d of the last hidden states. n_blocks: number of blocks.
-        block_size: d of what a block gives; None: the same.
-        site: ``last`` acts on the last hidden states, so the trunk does not depend on the user;
-            ``every_block`` acts on the output of each block.
-        user_dim: width of e_u; None: d, but at most `DEFAULT_USER_DIM` of the site.
-        layer_width, layer_dropout: of `base.text_layer` before FiLM (reward models with site=last only).
-        shrinkage: ``learned`` shrinks the map from e_u, see `core.shrinkage`. Use it where e_u has few
-            numbers, each its own direction (user_dim=4, and as many of the encoder's).
+        block_size: d of a block's output; None: the same.
+        site: ``last``: the last hidden states, so that the trunk does not depend on the user;
+            ``every_block``: the output of each block.
+        user_dim: width of e_u; None: d, but at most the site's `DEFAULT_USER_DIM`.
+        layer_width, layer_dropout: of `base.text_layer` before FiLM (reward models with site=last
+            only).
+        shrinkage: ``learned`` shrinks the map from e_u, see `core.shrinkage`. Use it with a small e_u
+            (user_dim=4, and the same rank in the encoder).
     """
 
     penalty_weight = 1.0
@@ -117,9 +118,9 @@ class FiLM(Aggregator):
             return weighted.sum(dim=-1), slopes
 
     def film(self, user: Tensor) -> Tensor:
-        """Map user vectors [..., D] to gamma and beta of each site, [..., n_sites, 2, d] float32.
+        """Compute gamma and beta of each site from user vectors [..., D], [..., n_sites, 2, d] float32.
 
-        Without a shift the last but one axis has gamma alone.
+        Without a shift the axis of size 2 has gamma only.
         """
         n_maps = 2 if self.has_shift else 1
         with torch.autocast(user.device.type, enabled=False):
@@ -158,17 +159,17 @@ class FiLM(Aggregator):
 
 
 def keep_rows(module: nn.Module, name: str, n_rows: int) -> None:
-    """Cut a parameter to its first rows."""
+    """Replace a parameter of a module by its first `n_rows` rows."""
     whole: nn.Parameter = getattr(module, name)
     first = whole[:n_rows].detach().clone()
     setattr(module, name, nn.Parameter(first, requires_grad=whole.requires_grad))
 
 
 def modulate(hidden: Tensor, film: Tensor) -> Tensor:
-    """Return (1 + gamma) * h + beta, computed in float32, in the dtype of h.
+    """Return (1 + gamma) * h + beta, computed in float32 and returned in the dtype of h.
 
     Args:
-        hidden: h, [..., L, d]. film: gamma and beta [..., 2, d] float32, or gamma alone [..., 1, d].
+        hidden: h, [..., L, d]. film: gamma and beta [..., 2, d] float32, or only gamma [..., 1, d].
     """
     gamma, *beta = film.unsqueeze(-3).unbind(dim=-2)  # each [..., 1, d]
     wide = hidden.to(film.dtype)
@@ -178,9 +179,9 @@ def modulate(hidden: Tensor, film: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def modulated_blocks(backbone: Backbone, film: Tensor) -> Iterator[None]:
-    """Modulate the output of every block by its site of film [N, n_blocks, 2, d] in this context.
+    """Modulate the output of each block by its part of `film` [N, n_blocks, 2, d] in this context.
 
-    Gradient checkpointing runs `forward` again in the backward pass, not the hooks around it.
+    Hooks are used since gradient checkpointing repeats the blocks' forward but not the hooks.
     """
 
     def hook(site: int) -> Any:
@@ -201,7 +202,7 @@ def modulated_blocks(backbone: Backbone, film: Tensor) -> Iterator[None]:
 
 @contextlib.contextmanager
 def modulated_trunk(backbone: Backbone, film: Tensor) -> Iterator[None]:
-    """Modulate the last hidden states of the trunk by film [N, 1, 2, d] in this context."""
+    """Modulate the last hidden states by `film` [N, 1, 2, d] in this context."""
 
     def replace(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         output.last_hidden_state = modulate(output.last_hidden_state, film[:, 0])

@@ -1,4 +1,4 @@
-"""No aggregator: the text stays as it is, and users act in the reward head alone."""
+"""No aggregator: the text stays as it is, and users act in the reward head only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from plrhf.core.types import PreferenceBatch
 
 @check_arguments("aggregator")
 class NoAggregator(Aggregator):
-    """Hands hidden states to the reward head without any user, who acts there.
+    """Passes hidden states to the reward head unchanged; users act there.
 
     Args:
         user_dim: width of the user vectors that the head reads.

@@ -1,4 +1,4 @@
-"""User vectors as tokens in front of the text, or between prompt and response."""
+"""User vectors as a soft prompt, before the text or between prompt and response."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from plrhf.core.types import PreferenceBatch
 
 @check_arguments("aggregator")
 class ConcatSoftPrompt(Aggregator):
-    """Puts T_u vectors of the user among the input embeddings (arXiv 2402.05133, section 4).
+    """Inserts T_u vectors of the user among the input embeddings (arXiv 2402.05133, section 4).
 
-    They take positions, attend causally and are never predicted. In front of the prompt, as in the
-    paper, every position depends on the user. After it only the responses do: the prompt is computed
-    once for all contexts and users, in rows that `RowPacking` lays out.
+    They take positions, attend causally and are never predicted. Before the prompt, as in the paper,
+    all hidden states depend on the user. After the prompt only the responses do, and the prompt is
+    computed once for all contexts and users (see `RowPacking`).
 
     Args:
         hidden_size: d of the backbone. embedding_size: width of its token embeddings; None: d.
-        n_tokens: T_u; encoder=none gives no user vectors.
-        position: ``before`` the prompt, or ``after_prompt``, in front of the response.
+        n_tokens: T_u; with encoder=none there are no vectors.
+        position: ``before`` the prompt, or ``after_prompt``, between prompt and response.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class ConcatSoftPrompt(Aggregator):
         return UserSlots(self.n_positions, n_contexts if self.after_prompt else None)
 
     def _vectors(self, user: Tensor, dtype: torch.dtype) -> Tensor:
+        """Reshape user vectors to soft prompts [..., T, e]."""
         n_tokens = user.shape[-1] // self.embedding_size  # 0 where there is no user model
         return user.to(dtype).unflatten(-1, (n_tokens, self.embedding_size))
 
@@ -79,7 +80,7 @@ class ConcatSoftPrompt(Aggregator):
     def _packing(
         self, backbone: Backbone, batch: PreferenceBatch, n_contexts: int, n_tokens: int
     ) -> RowPacking | None:
-        """How the rows of all contexts are computed, which the loader has decided as a rule."""
+        """Return how the rows of all contexts are packed; usually the loader has already made it."""
         together = backbone.layout == "packed"
         slots = self.user_slots(n_contexts if together else 1) if n_tokens > 0 else NO_USER
         packing = batch.packing_for(slots)

@@ -1,4 +1,4 @@
-"""What eval.py does: score, generate, winrate, adapt and compare finished runs; referee methods."""
+"""The tasks of eval.py: score, generate, winrate, adapt, compare and referee."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from plrhf.reporting.over_seeds import seeds_table
 
 
 def evaluate(settings: Settings) -> None:
-    """Do what ``eval.name`` says."""
+    """Run the task ``eval.name``."""
     config = EvalConfig.from_settings(settings)
     tasks = {
         "score": score,
@@ -60,7 +60,7 @@ def evaluate(settings: Settings) -> None:
 
 
 def score(config: EvalConfig) -> None:
-    """Evaluate a run again on its own rows, or on others, and write results and report."""
+    """Evaluate a run again, on its own rows or on others; write results and report."""
     run = finished_run(config)
     model, data, trainer, trained = load_run(run, config)
     out = Path(config.out or run / "eval")
@@ -93,7 +93,7 @@ def score(config: EvalConfig) -> None:
 
 
 def write(config: EvalConfig) -> None:
-    """Let a policy, and the reference if asked, write for many users: generations.jsonl, report."""
+    """Generate texts of a policy (and the reference) for many users; write generations.jsonl and report."""
     texts: GenerationOptions = config.task
     run = finished_run(config)
     model, data, _, trained = load_run(run, config)
@@ -109,9 +109,9 @@ def write(config: EvalConfig) -> None:
 
 
 def winrate(config: EvalConfig) -> None:
-    """Measure how often a run's texts please their users more than another's, as a judge sees it.
+    """Measure how often a judge prefers a run's texts to another run's; write winrate.json and report.
 
-    Both texts answer the same prompt for the same user; ties count one half; the interval is a
+    Both texts answer the same prompt for the same user. Ties count one half. The interval is a
     bootstrap over users.
     """
     task: WinrateTask = config.task
@@ -139,7 +139,7 @@ def winrate(config: EvalConfig) -> None:
 
 
 def find_contests(run: Path, against: str) -> list[Contest]:
-    """Pair the texts of a run with those of the reference, or of another run, by user and prompt.
+    """Pair the texts of a run with those of the reference or of another run, by user and prompt.
 
     Raises:
         ValueError: the other has no text for one of them.
@@ -163,7 +163,7 @@ def find_contests(run: Path, against: str) -> list[Contest]:
 
 
 def adapt(config: EvalConfig) -> None:
-    """Measure how well new users are known after a few of their pairs: adapt.json and a table."""
+    """Measure the few-shot curve of new users; write adapt.json and report."""
     task: AdaptTask = config.task
     run = finished_run(config)
     model, data, trainer, _ = load_run(run, config)
@@ -185,7 +185,7 @@ def adapt(config: EvalConfig) -> None:
 
 
 def compare(config: EvalConfig) -> None:
-    """Write one table, one figure and one report of all runs that a glob finds."""
+    """Compare all runs of a glob in one table, figure and report."""
     if config.runs is None or config.out is None:
         name = "runs" if config.runs is None else "out"
         raise bad_value(
@@ -207,7 +207,7 @@ def compare(config: EvalConfig) -> None:
 
 
 def rewrite_report(out: Path, config: EvalConfig) -> None:
-    """Write the report of a directory anew, where it holds an evaluation.
+    """Update the report of a directory that has an evaluation.
 
     Raises:
         FilesMissing: it cannot be written.
@@ -222,10 +222,10 @@ def rewrite_report(out: Path, config: EvalConfig) -> None:
 def load_run(
     run: Path, config: EvalConfig
 ) -> tuple[PersonalModule, PreferenceData, Trainer, RunConfig]:
-    """Load a finished run's exported model, its data or the rows asked for, a trainer, its config.
+    """Load a finished run: its exported model, its own rows or those given, a trainer, and its config.
 
     Raises:
-        ValueError: the run's own rows are no longer what it was trained on.
+        ValueError: the run's own rows have changed since training.
     """
     trained = RunConfig.of_run(run, trust_components=config.trust_components)
     lightning.seed_everything(trained.seed, verbose=False)
@@ -265,10 +265,10 @@ def load_run(
 
 
 def check_rows_of_run(run: Path, data: PreferenceData, card: Card) -> None:
-    """Check a run's own rows, and number their users as the model knows them now.
+    """Check that a run's own rows are those of training, and set their users to the model's now.
 
-    A user whom `forget` took out of the export is answered as the generic user and counts as unseen;
-    one whom `enrol` put in counts as seen.
+    Users that `forget` removed from the export become unseen, with the generic user's vector. Users
+    that `enrol` added count as seen.
 
     Raises:
         ValueError: the rows are not those that the run was trained on.
@@ -301,10 +301,10 @@ def check_rows_of_run(run: Path, data: PreferenceData, card: Card) -> None:
 
 
 def finished_run(config: EvalConfig) -> Path:
-    """Return the directory that ``run`` names.
+    """Return the directory ``run``.
 
     Raises:
-        ValueError: it holds no finished run.
+        ValueError: it is not that of a finished run.
     """
     if config.run is None or not (Path(config.run) / "results.json").is_file():
         raise bad_value(
@@ -314,11 +314,12 @@ def finished_run(config: EvalConfig) -> Path:
 
 
 def _same_task(one: GeneratedText, other: GeneratedText) -> bool:
+    """Return whether two texts answer the same prompt for users with the same profile."""
     return (one.prompt, one.profile) == (other.prompt, other.profile)
 
 
 def _judging(result: JudgedRun) -> str:
-    """What a judge who was asked did: cost, position bias, answers that were none."""
+    """Summarise a judge's cost, position bias and missing answers in one line."""
     answers, cost = result.answers or {}, result.cost or {}
     price = "not known" if cost["price"] is None else f"{cost['price']:.4f}"
     return (
@@ -330,7 +331,7 @@ def _judging(result: JudgedRun) -> str:
 
 
 def _texts(run: Path, writer: str, *, field: str) -> dict[tuple[str, str], GeneratedText]:
-    """A run's texts by one writer, by user and prompt."""
+    """Return a run's texts by one writer, by user and prompt."""
     path = run / "generations.jsonl"
     if not path.is_file():
         raise bad_value(

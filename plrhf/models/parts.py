@@ -1,4 +1,4 @@
-"""The parts of a model in training: their parameters by learning rate, and what priors need to know."""
+"""The parameters of a model by learning rate, and its learned priors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def priors_of(model: PersonalModule) -> list[Shrinkage]:
-    """Return the parts of a user model that learn how far numbers are shrunk."""
+    """Return the modules of a user model that learn shrinkage."""
     of_users = (model.encoder, model.aggregator)  # not the language model: every step asks
     return [one for part in of_users for one in part.modules() if isinstance(one, Shrinkage)]
 
@@ -41,13 +41,13 @@ def divide_parameters(model: PersonalModule) -> dict[str, list[nn.Parameter]]:
 
 
 def count_pairs(model: PersonalModule, data: PreferenceData) -> None:
-    """Tell learned priors how many train pairs each user has, which they are weighed against."""
+    """Tell the learned priors how many train pairs each user has."""
     users = data.datasets["train"].user_id
     model.encoder.count_pairs(torch.bincount(users, minlength=model.val_accuracy.n_users))
     model.aggregator.count_pairs(len(users))
 
 
 def weigh_priors(model: PersonalModule, step: int) -> None:
-    """Give learned shrinkage the weight that it has in the loss of a step."""
+    """Set the weight of learned shrinkage in the loss of a step."""
     for prior in priors_of(model):
         prior.weight.fill_(model.optim.shrinkage_factor(step))

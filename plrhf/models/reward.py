@@ -37,15 +37,15 @@ def pool_prompts(hidden: Tensor, segment: Tensor, *, n_pairs: int, pooling: str)
 class PersonalRewardModel(PersonalModule):
     """Rewards a response for a user, r(x, y, u), learned from choices (arXiv 2402.05133, P-RM).
 
-    r = head(pool(h), e_u) over the response's hidden states h. Users act in the aggregator, which makes
-    h, or in the head.
+    r = head(pool(h), e_u), where h are the response's hidden states. The user acts in the aggregator,
+    which computes h, or in the head.
 
     Args:
-        head: a name of `heads.HEADS`, a mapping with it or a ``_target_`` and settings, or a head.
-        loss: ``sigmoid``, the likelihood `losses.bradley_terry`, or ``hinge``, `losses.reward_hinge`.
-        start: a name of `start.STARTS`, or a mapping with it and its settings.
+        head: a name of `heads.HEADS`, a mapping with ``name`` or ``_target_`` and settings, or a head.
+        loss: ``sigmoid``, `losses.bradley_terry`; or ``hinge``, `losses.reward_hinge`.
+        start: a name of `start.STARTS`, or a mapping with ``name`` and its settings.
         pooling: ``last`` response token, or ``mean`` over the response's tokens.
-        target_margin: m of these two. centring: weight of `losses.reward_centring`.
+        target_margin: m of these losses. centring: weight of `losses.reward_centring`.
         parts: see `PersonalModule`.
     """
 
@@ -77,12 +77,12 @@ class PersonalRewardModel(PersonalModule):
         build_start(self.start).apply(self, data, total_steps=total_steps)
 
     def reinitialised(self) -> Self:
-        """Build the same model on the same backbone, with a user model and head drawn anew."""
+        """Build the same model on the same backbone, with newly initialised user model and head."""
         anew: Self = build_model(self.backbone, self.card, optim=self.optim)
         return anew.to(self.device)
 
     def _check_user_acts(self) -> None:
-        """Raise where head and aggregator leave users without effect, or the head is without its input."""
+        """Raise a ValueError if users have no effect in head and aggregator, or the head lacks an input."""
         acts = self.aggregator.user_acts or self.head.reads_user
         if self.has_user_vectors and not acts:
             raise bad_value(
@@ -112,7 +112,7 @@ class PersonalRewardModel(PersonalModule):
         return list(self.head.parameters())
 
     def score(self, asked: Asked, *, batch_size: int = 32) -> Tensor:
-        """Reward responses for their users, [N]; see `inference.score`."""
+        """Compute the rewards of responses for their users, [N]; see `inference.score`."""
         return score(self, asked, batch_size=batch_size)
 
     def values_without_user(self) -> dict[str, Callable[[PreferenceBatch], Tensor]]:
@@ -140,10 +140,10 @@ class PersonalRewardModel(PersonalModule):
     def margins(
         self, hidden: Tensor, batch: PreferenceBatch, user: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Turn hidden states into margins [C, B] and rewards [C, B, 2], both float32.
+        """Compute margins [C, B] and rewards [C, B, 2], both float32, from hidden states.
 
         Args:
-            hidden: [C, R, L, d]; pooled already, [C, B, 2, d], with `aggregator.after_trunk`.
+            hidden: [C, R, L, d]; with `aggregator.after_trunk` already pooled, [C, B, 2, d].
         """
         pooled = hidden
         if not self.aggregator.after_trunk:
@@ -176,13 +176,13 @@ class PersonalRewardModel(PersonalModule):
 
     @property
     def needs_only_pooled(self) -> bool:
-        """Whether training needs pooled trunk outputs alone, which then are computed once."""
+        """Whether training needs only the trunk's pooled outputs, which are then computed once."""
         return self.aggregator.after_trunk and self.backbone.trainable == "frozen"
 
     def pooled_trunk(self, batch: PreferenceBatch) -> Tensor:
-        """Run the trunk without any user and pool its outputs, [B, 2, d] float32.
+        """Compute the pooled trunk outputs of a batch without users, [B, 2, d] float32.
 
-        Where the head reads prompts, those of the prompt follow, [B, 2, 2 d].
+        If the head reads prompts, the pooled prompts are appended, [B, 2, 2 d].
         """
         hidden = self.backbone.read_text(batch)[None]
         how: dict[str, Any] = {"n_pairs": len(batch), "pooling": self.pooling}
@@ -193,5 +193,5 @@ class PersonalRewardModel(PersonalModule):
 
     @property
     def pooled_name(self) -> str:
-        """What `pooled_trunk` gives, for the name that its values are kept under."""
+        """Short description of what `pooled_trunk` returns, for the key of its cache."""
         return f"{self.pooling} and prompt" if self.head.reads_prompt else self.pooling

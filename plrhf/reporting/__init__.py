@@ -1,1 +1,1 @@
-"""Finished runs as tables, figures and pages."""
+"""Tables, figures and pages of finished runs."""

@@ -293,6 +293,7 @@ def _titles(first: Sequence[Run]) -> list[str]:
 
 
 def _seeds(run: Run) -> str:
+    """Name the seeds of a run."""
     seeds = run.settings["seed"]
     return f"seeds {seeds}" if "," in seeds else f"seed {seeds}"
 

@@ -62,6 +62,7 @@ def write_page(
 
 @cache
 def _template(name: str) -> Any:
+    """Load a template of this folder."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -209,7 +209,7 @@ def provenance_section(run: Run) -> Section | None:
 
 
 def _tiles(run: Run) -> list[Tile]:
-    """Return accuracy and gain over the generic context, for each kind of user with test pairs."""
+    """Return the large numbers of a report: accuracy and gain over the generic context by kind of user."""
     tiles = []
     for kind in USER_KINDS:
         personal, generic = run.outcomes(kind), run.outcomes(kind, "generic")

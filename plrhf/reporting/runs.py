@@ -1,4 +1,4 @@
-"""A finished run, read from its directory."""
+"""Reads a finished run from its directory."""
 
 from __future__ import annotations
 
@@ -141,6 +141,7 @@ class Run:
         return names
 
     def _read(self, name: str, kind: type[F]) -> F | None:
+        """Read a file's record; None if the file is missing."""
         path = self.path / name
         return read_record(path, kind) if path.is_file() else None
 

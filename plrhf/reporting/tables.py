@@ -1,4 +1,4 @@
-"""Tables of results, which pages, Markdown, LaTeX and the terminal show alike."""
+"""Tables of results, for pages, Markdown, LaTeX and the terminal."""
 
 from __future__ import annotations
 
@@ -382,6 +382,6 @@ def _shown(value: Any) -> Cell:
 
 
 def console() -> Console:
-    """The terminal; where there is none, room for a whole table."""
+    """Return the terminal; without one, a console wide enough for a whole table."""
     found = Console()
     return found if found.is_terminal else Console(width=max(110, found.width))

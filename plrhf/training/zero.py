@@ -1,7 +1,7 @@
-"""DeepSpeed ZeRO stage 3 as a Lightning strategy; deepspeed is imported when it is used.
+"""DeepSpeed ZeRO stage 3 as a Lightning strategy; deepspeed is imported only when it is used.
 
-Lightning's own strategy writes checkpoints that only as many processes can read, and runs on GPUs alone.
-FSDP2 does not offload to NVMe; beside ZeRO it would need loading, export and gathering a second time.
+Lightning's own strategy runs on GPUs only, and its checkpoints can be read only by the same number of
+processes. FSDP2 cannot offload to NVMe, and would need its own loading, export and gathering.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Zero3:
     """Settings of ZeRO stage 3, ``trainer.zero3``.
 
     Args:
-        offload_optimizer: where gradients and the optimiser's state are kept and updated; None: on
-            the device.
+        offload_optimizer: where gradients and optimiser state are kept and updated; None: on the
+            device.
         offload_parameters: where shards of the weights are kept; None: on the device.
         nvme_path: directory for what is offloaded to ``nvme``.
-        bucket_size: numbers communicated at once: more is faster and takes more memory.
-        live_parameters: most numbers of weights kept gathered: fewer take less memory and are
-            gathered more often.
-        persistent_below: parameters of fewer numbers than this are not sharded.
+        bucket_size: numbers communicated at once: a larger one is faster and takes more memory.
+        live_parameters: largest number of weights kept gathered: a smaller one takes less memory, and
+            weights are gathered more often.
+        persistent_below: parameters with fewer numbers than this are not sharded.
 
     Raises:
         ValueError: a number out of range, or a missing nvme_path.
@@ -61,7 +61,7 @@ class Zero3:
             )
 
     def optimization(self, *, on_cpu: bool) -> dict[str, Any]:
-        """Return the settings as DeepSpeed's ``zero_optimization``."""
+        """Return DeepSpeed's settings ``zero_optimization``."""
         chosen: dict[str, Any] = {
             "stage": 3,
             "contiguous_gradients": True,
@@ -83,7 +83,7 @@ class Zero3:
 
 
 def build_zero3(settings: dict[str, Any] | None) -> Zero3 | None:
-    """Build the settings ``trainer.zero3``; None: weights are not sharded."""
+    """Build `Zero3` from the settings ``trainer.zero3``; None if they are None."""
     target = f"{Zero3.__module__}.{Zero3.__qualname__}"
     return None if settings is None else build({"_target_": target, **settings}, "trainer.zero3")
 
@@ -98,11 +98,11 @@ def stage3(
     """Build the strategy that shards weights, gradients and optimiser over all processes.
 
     Args:
-        on_cpu: processes are CPU processes, which talk over gloo.
-        accumulate_grad_batches, gradient_clip_val: as the trainer has them.
+        on_cpu: the processes run on CPUs and communicate by gloo.
+        accumulate_grad_batches, gradient_clip_val: of the trainer.
 
     Raises:
-        ValueError: no DeepSpeed, or none that can use NVMe where it is to.
+        ValueError: DeepSpeed is not installed, or cannot use NVMe although it is asked to.
     """
     if find_spec("deepspeed") is None:
         raise bad_value(
@@ -127,7 +127,7 @@ def stage3(
 
 
 def _check_nvme() -> None:
-    """Raise where DeepSpeed could not compile what it reads and writes NVMe by."""
+    """Raise a ValueError if DeepSpeed cannot compile its NVMe library."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
@@ -140,10 +140,10 @@ def _check_nvme() -> None:
 
 
 class Stage3(DeepSpeedStrategy):
-    """Lightning's strategy with checkpoints as one process writes them, and with CPU processes.
+    """Lightning's DeepSpeed strategy, with checkpoints like those of one process, and for CPUs too.
 
-    A checkpoint holds what is learned and the optimiser's state in torch's own form, so that any
-    number of processes can go on from it. Rank 0 alone writes it, tensor by tensor.
+    A checkpoint has the learned weights, and the optimiser state in torch's own form, so any number of
+    processes can resume from it. Rank 0 writes it, tensor by tensor.
 
     Args:
         config: DeepSpeed's. on_cpu: see `stage3`.
@@ -177,7 +177,7 @@ class Stage3(DeepSpeedStrategy):
 
     @contextlib.contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Shard parameters as they are made inside the block; their values are read from files later."""
+        """Shard parameters when they are created in this context; their values are loaded later."""
         import deepspeed
 
         class Unfilled(deepspeed.zero.Init):
@@ -199,7 +199,7 @@ class Stage3(DeepSpeedStrategy):
         return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Gather learned parameters on rank 0, whole and in float32; buffers are on every process."""
+        """Gather learned parameters on rank 0, whole and in float32; all processes return the buffers."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         assert self.lightning_module is not None
@@ -237,7 +237,7 @@ class Stage3(DeepSpeedStrategy):
         return True
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Gather the optimiser's state on rank 0, as one process's optimiser has it."""
+        """Gather the optimiser's state on rank 0, in the form of a single process's optimiser."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         inner = optimizer.optimizer
