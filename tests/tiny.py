@@ -18,6 +18,7 @@ from transformers import (
 from plrhf.aggregators import Aggregator, ConcatSoftPrompt, FiLM
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj
+from plrhf.core.row_index import RowIndex
 from plrhf.core.row_packing import NO_USER, RowPacking, UserSlots
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.packing import Layout, TokenPair, packed
@@ -151,6 +152,7 @@ def make_batch(
         packing = RowPacking.of(padded(segment, -1), slots, together=layout is packed)
     return PreferenceBatch(
         packing=packing,
+        index=RowIndex.of(padded(segment, -1)),
         user_id=torch.tensor(users),
         features=torch.zeros(n_pairs, 0),
         input_ids=padded(input_ids, 9),

@@ -142,6 +142,7 @@ class FiLM(Aggregator):
                 batch.input_ids.repeat(n_contexts, 1),
                 batch.segment.repeat(n_contexts, 1),
                 batch.position_ids.repeat(n_contexts, 1),  # and not packed: users go by row
+                extent=batch.extent,
             )
         return hidden.unflatten(0, (n_contexts, n_rows))
 

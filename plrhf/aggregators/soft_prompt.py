@@ -69,6 +69,7 @@ class ConcatSoftPrompt(Aggregator):
             batch.position_ids.repeat(n_contexts, 1),
             user_vectors=vectors.flatten(0, 1),
             packing=packing,
+            extent=batch.extent,
         )
         return hidden[:, n_tokens:].unflatten(0, (n_contexts, n_rows))
 

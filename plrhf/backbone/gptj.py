@@ -21,7 +21,6 @@ from plrhf.backbone import devices
 from plrhf.backbone.chunked_attention import ChunkedAttention
 from plrhf.backbone.devices import product_dtype
 from plrhf.backbone.masks import PackedRows
-from plrhf.core.types import PADDING, PROMPT
 
 KERNEL_BLOCK = 32
 """Positions that torch's fused attention on CPUs takes at a time."""
@@ -39,8 +38,7 @@ class AttentionLayout:
     """How the positions of a batch see one another, for all blocks.
 
     Attributes:
-        first_read: nobody reads the outputs of positions before it: they are prompt in every row.
-        n_causal: the first positions that see all before them in every row; >= `first_read`.
+        first_read, n_causal: see `row_index.Extent`.
         mask: [R, 1, M, L] additive. M covers the positions from `first_read` on and the rest of its
             `KERNEL_BLOCK`; all of them where `chunked`. Then it is [1, 1, L, L] where every position
             sees all before it.
@@ -64,14 +62,7 @@ def attention_layout(
         rows: R rows of L positions. sees: [R, L, L] bool, whether a position sees another.
         dtype: of hidden states.
     """
-    segment = rows.segment
-    # One short of the shortest prompt: its last position predicts a response's first token.
-    first_read = max(0, int((segment == PROMPT).cumprod(dim=1).sum(dim=1).min()) - 1)
-    # Padding may see anything, as nobody sees it. So a chosen response needs no mask where all
-    # prompts are of one length, and a row of one response needs none at all.
-    n_before = torch.arange(1, segment.shape[1] + 1, device=segment.device)
-    is_causal = (sees.sum(dim=2) == n_before) | (segment == PADDING)  # [R, L]
-    n_causal = int(is_causal.all(dim=0).cumprod(dim=0).sum())
+    segment, (first_read, n_causal) = rows.segment, rows.measured()
     # On CPUs the backward pass of torch's fused kernel takes up to three times as long.
     trains_on_cpu = devices.computes_on_cpu(segment) and torch.is_grad_enabled()
     chunked = trains_on_cpu and segment.shape[1] <= LONGEST_CHUNKED

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
+from plrhf.core.row_index import Extent, extent_of
 from plrhf.core.types import PROMPT
 
 FLEX = "flex_attention"
@@ -47,6 +48,7 @@ class PackedRows:
         segment: [R, L] int64. positions: [R, L] int64, in the text.
         owner: [R, L], the row each position comes from where several stand in one: none sees another's.
         branch: [R, L], the context each position belongs to, 0 for all: none sees another's.
+        extent: as the loader has found it; None: not yet.
         n_asked: masks that the model has asked for.
     """
 
@@ -54,6 +56,7 @@ class PackedRows:
     positions: Tensor
     owner: Tensor | None = None
     branch: Tensor | None = None
+    extent: Extent | None = None
     n_asked: int = field(default=0)
 
     def seen(self, row: Any, query: Any, key: Any) -> Any:
@@ -65,6 +68,13 @@ class PackedRows:
             of_key = self.branch[row, key]
             allowed = allowed & ((of_key == 0) | (of_key == self.branch[row, query]))
         return allowed
+
+    def measured(self) -> Extent:
+        """Return the extent; a GPU that no loader has spared this has to wait for it."""
+        if self.extent is None:
+            marks = (self.segment, self.owner, self.branch)
+            self.extent = extent_of(*(None if one is None else one.cpu() for one in marks))  # type: ignore[arg-type]
+        return self.extent
 
     def over(self, own: MaskFunction) -> MaskFunction:
         """Return the mask of these rows for layers whose own mask is `own`."""

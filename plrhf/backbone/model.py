@@ -27,6 +27,7 @@ from plrhf.backbone.logits import head_parameters, model_logits
 from plrhf.backbone.masks import PackedRows, packed_rows, sees
 from plrhf.backbone.sharding import gathered, is_sharded, whole_shape
 from plrhf.core.errors import bad_value
+from plrhf.core.row_index import Extent
 from plrhf.core.row_packing import NO_USER, RowPacking
 from plrhf.core.types import PADDING, PROMPT, PreferenceBatch
 
@@ -207,6 +208,7 @@ class Backbone(nn.Module):
         *,
         user_vectors: Tensor | None = None,
         packing: RowPacking | None = None,
+        extent: Extent | None = None,
     ) -> Tensor:
         """Compute last hidden states [R, T + L, d] of T user vectors followed by L text positions.
 
@@ -216,6 +218,7 @@ class Backbone(nn.Module):
                 or those after the prompt where `packing` puts them there.
             packing: how the trunk computes rows together, made for T user vectors; None: it computes
                 them as they are.
+            extent: of the rows of text as they are, where the loader has found it.
         """
         n_vectors = 0 if user_vectors is None else user_vectors.shape[1]
         embeddings = None
@@ -230,12 +233,14 @@ class Backbone(nn.Module):
         segment = nn.functional.pad(segment, (n_vectors, 0), value=PROMPT)
         rows = PackedRows(segment, torch.cat([own, moved], dim=1))
         if packing is None:
+            rows.extent = None if extent is None else extent.behind(n_vectors)
             return self._run(input_ids, embeddings, rows)
         packed = PackedRows(
             packing.pack(segment, PADDING),
             packing.pack(rows.positions),
             packing.source_row,
             packing.branch,
+            packing.extent,
         )
         text = None if embeddings is None else packing.pack(embeddings)
         return packing.unpack(self._run(packing.pack(input_ids), text, packed))
@@ -243,7 +248,8 @@ class Backbone(nn.Module):
     def read_text(self, batch: PreferenceBatch) -> Tensor:
         """Compute last hidden states [R, L, d] of a batch's text, without any user."""
         packing = batch.packing_for(NO_USER)
-        return self(batch.input_ids, batch.segment, batch.position_ids, packing=packing)
+        rows = (batch.input_ids, batch.segment, batch.position_ids)
+        return self(*rows, packing=packing, extent=batch.extent)
 
     def _run(self, input_ids: Tensor, embeddings: Tensor | None, rows: PackedRows) -> Tensor:
         """Compute last hidden states [R, L, d] of rows in the model's layout."""

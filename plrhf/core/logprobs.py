@@ -10,22 +10,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from plrhf.core.types import CHOSEN, PROMPT, REJECTED
+from plrhf.core.row_index import RowIndex
+from plrhf.core.types import CHOSEN, REJECTED
 
 Unembed = Callable[[Tensor], Tensor]
-
-
-def predecessors(segment: Tensor) -> Tensor:
-    """Return the position whose hidden state predicts each token, [R, L] int64.
-
-    That is the position before it. The one exception is the first token of a response that does not
-    directly follow the prompt (the rejected one in a packed row): the prompt's last position predicts it.
-    """
-    before = torch.arange(segment.shape[1], device=segment.device).expand_as(segment) - 1
-    starts = torch.ones_like(segment, dtype=torch.bool)
-    starts[:, 1:] = segment[:, 1:] != segment[:, :-1]
-    prompt_end = (segment == PROMPT).sum(dim=1, keepdim=True) - 1
-    return torch.where(starts, prompt_end, before).clamp(min=0)
 
 
 def sum_by_response(values: Tensor, segment: Tensor, n_pairs: int) -> Tensor:
@@ -69,6 +57,7 @@ def response_logps(
     n_pairs: int,
     constant: bool,
     chunk_size: int = 1024,
+    index: RowIndex | None = None,
 ) -> Tensor:
     """Return the log-probability of each response: the sum over its tokens, end token included.
 
@@ -81,22 +70,24 @@ def response_logps(
         unembed: hidden states [N, d] -> logits [N, V].
         n_pairs: B. chunk_size: tokens whose logits are held at once, > 0.
         constant: whether the unembedding's weights need no gradients.
+        index: of the rows, which the loader has made; None: it is made here.
 
     Returns:
         [B, 2] float32 in nats: chosen, rejected.
     """
-    is_response = (segment == CHOSEN) | (segment == REJECTED)
-    rows, columns = is_response.nonzero(as_tuple=True)
-    before = predecessors(segment)[rows, columns]
+    index = RowIndex.of(segment) if index is None else index
+    rows, columns = index.row, index.column
     targets = input_ids[rows, columns]
-    selected = hidden[rows, before]  # [N, d]
+    selected = hidden[rows, index.before]  # [N, d]
     pieces = []
     for start in range(0, len(rows), chunk_size):
         given = (selected[start : start + chunk_size], targets[start : start + chunk_size], unembed)
         if constant and torch.is_grad_enabled() and selected.requires_grad:
             pieces.append(_LogpsWithGradient.apply(*given))
         else:
-            pieces.append(checkpoint(_token_logps, *given, use_reentrant=False))
+            pieces.append(
+                checkpoint(_token_logps, *given, use_reentrant=False, preserve_rng_state=False)
+            )
     token_logps = torch.zeros(segment.shape, dtype=torch.float32, device=hidden.device)
     token_logps = token_logps.index_put((rows, columns), torch.cat(pieces))
     return sum_by_response(token_logps, segment, n_pairs)

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from plrhf.core.row_index import Extent, extent_of
 from plrhf.core.types import PADDING, PROMPT
 
 
@@ -47,6 +48,7 @@ class RowPacking:
         branch: [N, M] int64, which context a position belongs to, from 1; 0 for prompts, which all
             contexts see. None: there is one context.
         n_rows, n_packed, length, packed_length: R, N, L and M.
+        extent: of the packed rows; None: it is found where it is needed.
         n_vectors, n_contexts: see `UserSlots`.
     """
 
@@ -61,6 +63,7 @@ class RowPacking:
     packed_length: int
     n_vectors: int = 0
     n_contexts: int | None = None
+    extent: Extent | None = None
 
     @classmethod
     def of(
@@ -76,10 +79,19 @@ class RowPacking:
         if slots.n_contexts is not None:
             n_prompt, n_text = (segment == PROMPT).sum(dim=1), (segment != PADDING).sum(dim=1)
             length = segment.shape[1]
-            return cls.of_contexts(
+            made = cls.of_contexts(
                 n_prompt.numpy(), n_text.numpy(), slots, length=length, together=together
             )
-        return cls._of_rows(segment, slots.n_vectors) if together else None
+            return made._measured(segment)
+        alone = cls._of_rows(segment, slots.n_vectors) if together else None
+        return None if alone is None else alone._measured(segment)
+
+    def _measured(self, segment: Tensor) -> Self:
+        """The same with its extent, which the text's segments [R, L] say."""
+        whole = torch.nn.functional.pad(segment, (self.n_vectors, 0), value=PROMPT)
+        whole = whole.repeat(self.n_rows // len(segment), 1)
+        extent = extent_of(self.pack(whole, PADDING), self.source_row, self.branch)
+        return replace(self, extent=extent)
 
     @classmethod
     def _of_rows(cls, segment: Tensor, n_vectors: int) -> Self | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from plrhf.core.row_index import Extent, RowIndex
     from plrhf.core.row_packing import RowPacking, UserSlots
 
 GENERIC_USER = 0
@@ -81,6 +82,7 @@ class PreferenceBatch:
     prompts: KeysAndValues | None = None  # of prompts without any user, where they are kept
     weight: Tensor | None = None  # [B] float32, see `PairDataset.shard`; None: a batch of its own
     packing: RowPacking | None = None  # how rows may be packed for the trunk; None: they stay
+    index: RowIndex | None = None  # of rows as they are; None: made where it is needed
     context: UserContext | None = None  # other pairs of the users, see `data.own_pairs`
     step_weight: float = 1.0  # of the batch in its optimiser step, see `ResumableBatchSampler`
 
@@ -89,9 +91,15 @@ class PreferenceBatch:
         """The users who chose, in batch order."""
         return UserBatch(user_id=self.user_id, features=self.features, context=self.context)
 
+    @property
+    def extent(self) -> Extent | None:
+        """How far the rows need no mask, where the loader has found it."""
+        return None if self.index is None else self.index.extent
+
     def pooled(self, hidden: Tensor, texts: Tensor) -> PreferenceBatch:
         """The same pairs with pooled trunk outputs [M, d] in the place of text, `texts` [B, 2]."""
-        segment = torch.tensor([CHOSEN, REJECTED], device=hidden.device).expand(len(self), 2)
+        both = torch.arange(CHOSEN, REJECTED + 1, device=hidden.device)
+        segment = both.expand(len(self), 2)
         blank = torch.zeros_like(segment)
         return replace(
             self,
@@ -101,6 +109,7 @@ class PreferenceBatch:
             hidden=hidden,
             texts=texts,
             packing=None,
+            index=None,
         )
 
     def packing_for(self, slots: UserSlots) -> RowPacking | None:

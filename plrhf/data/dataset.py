@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from plrhf.core.row_index import RowIndex
 from plrhf.core.row_packing import NO_USER, RowPacking, UserSlots
 from plrhf.core.types import GENERIC_USER, PreferenceBatch
 from plrhf.data.features import FeatureSchema
@@ -139,6 +140,7 @@ class PairDataset:
             row=at,
             ref_logps=None if self.ref_logps is None else self.ref_logps[at],
             packing=packing,
+            index=None if self.hidden is not None else RowIndex.of(segment),
             context=None
             if self.context is None
             else self.context.context_of_pairs(indices, epoch=epoch),

@@ -279,7 +279,9 @@ class PersonalModule(LightningModule):
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         loss, margins = self.loss(batch)
         counted = batch.counted()
-        self.val_accuracy.update(margins[counted], batch.user_id[counted])
+        # In one process all pairs count: no GPU is asked which ones do.
+        kept = slice(None) if batch.weight is None else counted
+        self.val_accuracy.update(margins[kept], batch.user_id[kept])
         self.val_loss.update((loss.double() * counted).sum(), counted.sum())
 
     def on_validation_epoch_end(self) -> None:
@@ -424,7 +426,7 @@ class PersonalModule(LightningModule):
         checkpoint["state_dict"] = without_frozen(self, checkpoint["state_dict"])
         checkpoint["made_for"] = self.card.made_for() if hasattr(self, "card") else {}
         if self.reduction.kind == "tail":
-            checkpoint["user_losses"] = self.reduction.losses
+            checkpoint["user_losses"] = self.reduction.losses.cpu()
         if hasattr(self, "card"):  # plain data, from which `load_from_checkpoint` builds the model
             checkpoint["hyper_parameters"] = {
                 "card": asdict(self.card),

@@ -16,9 +16,10 @@ def user_counts(margins: Tensor, user_id: Tensor, n_users: int) -> Tensor:
     float64, in which halves add up exactly, however batches are formed.
 
     Raises:
-        ValueError: a user index is not in 0 .. n_users - 1.
+        ValueError: a user index is not in 0 .. n_users - 1. Of a GPU that would have to be waited for.
     """
-    if user_id.numel() > 0 and not 0 <= int(user_id.min()) <= int(user_id.max()) < n_users:
+    is_at_hand = user_id.is_cpu and user_id.numel() > 0
+    if is_at_hand and not 0 <= int(user_id.min()) <= int(user_id.max()) < n_users:
         raise bad_value(
             "user_id",
             [int(user_id.min()), int(user_id.max())],

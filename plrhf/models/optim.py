@@ -157,13 +157,13 @@ class RowAdamW(AdamW):
         for table, state in self.state.items():
             if "row_decay" in state:
                 every = torch.arange(len(table), device=table.device)
-                self._apply_delayed_decay(table, every if rows is None else rows.unique())
+                self._apply_delayed_decay(table, every if rows is None else rows)
 
     @torch.no_grad()
     def _apply_delayed_decay(self, table: Tensor, rows: Tensor) -> None:
         state = self.state[table]
         due = state["log_decay"] - state["row_decay"][rows]
-        table[rows] *= due.exp()[:, None]
+        table[rows] *= due.exp()[:, None]  # a row named twice is written twice, and alike
         state["row_decay"][rows] += due
 
 

@@ -130,6 +130,7 @@ class PersonalDPOPolicy(PersonalModule):
             unembed_in_float32(self.backbone) if wide else self.backbone.unembed,
             n_pairs=len(batch),
             constant=self.backbone.unembedding_is_constant,
+            index=batch.index,
         )
 
     def reference_logps(self, batch: PreferenceBatch) -> Tensor:

@@ -38,21 +38,23 @@ class Reduction:
         self._sums, self._counts = torch.zeros(n_users), torch.zeros(n_users)
 
     def count(self, user_id: Tensor) -> None:
-        """Count the pairs of each user in the train set, `user_id` [N], and reset all L_u."""
+        """Count the pairs of each user in the train set, `user_id` [N]."""
         counts = user_id.bincount(minlength=len(self.share)).float()
         n_users = int((counts > 0).sum())
         self.share = len(user_id) / (n_users * counts.clamp(min=1))
-        self.losses.fill_(torch.nan)
 
     def weights(self, user_id: Tensor) -> Tensor | None:
         """Return the weights [B] of pairs of these users; None if all are 1."""
         if self.kind == "pairs":
             return None
-        at = user_id.cpu()
-        weights = self.share[at]
-        if self.kind == "tail":
-            weights = weights * self.tail_weights()[at]
-        return weights.to(user_id.device)
+        self.follow(user_id.device)
+        weights = self.share if self.kind == "users" else self.share * self.tail_weights()
+        return weights[user_id]
+
+    def follow(self, device: torch.device) -> None:
+        """Keep what is known of users where the batches are: a GPU is not waited for."""
+        for name in ("share", "losses", "_sums", "_counts"):
+            setattr(self, name, getattr(self, name).to(device))  # nothing where it is there
 
     def tail_weights(self) -> Tensor:
         """Return sigma((L_u - tau) / gamma) of every user, [n_users]."""
@@ -62,9 +64,10 @@ class Reduction:
     def record(self, user_id: Tensor, losses: Tensor) -> None:
         """Add the losses [B] of a batch's pairs to the next L_u."""
         if self.kind == "tail":
-            at = user_id.cpu()
-            self._sums.index_add_(0, at, losses.detach().float().cpu())
-            self._counts.index_add_(0, at, torch.ones(len(at)))
+            self.follow(user_id.device)
+            losses = losses.detach().float()
+            self._sums.index_add_(0, user_id, losses)
+            self._counts.index_add_(0, user_id, torch.ones_like(losses))
 
     def step(self) -> None:
         """Update the L_u by the losses recorded since the last optimiser step."""

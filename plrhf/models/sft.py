@@ -14,7 +14,8 @@ from plrhf.backbone.saving import without_frozen
 from plrhf.core.checks import check_arguments
 from plrhf.core.errors import bad_value
 from plrhf.core.logprobs import response_logps
-from plrhf.core.row_packing import NO_USER, RowPacking
+from plrhf.core.row_index import RowIndex
+from plrhf.core.row_packing import RowPacking
 from plrhf.core.types import CHOSEN, PADDING, REJECTED, PreferenceBatch
 from plrhf.models.metrics import ExactMean
 from plrhf.models.optim import Optim
@@ -56,28 +57,24 @@ class SupervisedPolicy(LightningModule):
         self, batch: PreferenceBatch, dataloader_idx: int
     ) -> PreferenceBatch:
         """Mask what is not trained on, and pack the rows again, which are shorter without it."""
-        segment = self._learned_segment(batch)
-        packing = RowPacking.of(segment) if self.backbone.layout == "packed" else None
-        return replace(batch, segment=segment, packing=packing)
-
-    def _learned_segment(self, batch: PreferenceBatch) -> Tensor:
-        """Return the batch's segments with padding in the place of tokens that are not trained on."""
         segment = batch.segment
         if self.responses == "chosen":
             segment = segment.masked_fill(segment == REJECTED, PADDING)
         counted = batch.counted().repeat(len(segment) // len(batch))  # of each row
-        return segment.masked_fill(~counted[:, None], PADDING)
+        segment = segment.masked_fill(~counted[:, None], PADDING)
+        packing = RowPacking.of(segment) if self.backbone.layout == "packed" else None
+        return replace(batch, segment=segment, packing=packing, index=RowIndex.of(segment))
 
     def total_nll(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """Sum the negative log-likelihood of this process's response tokens, and count the tokens.
 
+        Args:
+            batch: as `on_before_batch_transfer` leaves it.
+
         Returns:
             0-dim tensors: the sum in nats, and the count.
         """
-        segment = self._learned_segment(batch)
-        hidden = self.backbone(
-            batch.input_ids, segment, batch.position_ids, packing=batch.packing_for(NO_USER)
-        )
+        hidden, segment = self.backbone.read_text(batch), batch.segment
         logps = response_logps(
             hidden,
             batch.input_ids,
@@ -85,6 +82,7 @@ class SupervisedPolicy(LightningModule):
             self.backbone.unembed,
             n_pairs=len(batch),
             constant=self.backbone.unembedding_is_constant,
+            index=batch.index,
         )
         n_tokens = ((segment == CHOSEN) | (segment == REJECTED)).sum()
         return -logps.sum(), n_tokens

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from plrhf.backbone.quantization import QuantizedShape
 from plrhf.core.checks import NonNegativeInt, PositiveFloat, check_arguments
+from plrhf.core.row_index import Extent, RowIndex
 from plrhf.core.row_packing import RowPacking, UserSlots
 from plrhf.core.types import PreferenceBatch, UserContext
 from plrhf.models.base import PersonalModule
@@ -134,28 +135,16 @@ class Plan:
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts the bytes of all live tensors created in this context, and their peak.
+    """Counts the bytes of all live tensors created in this context, and their peak."""
 
-    Args:
-        n_response_tokens: response tokens in a batch, the number of rows that `nonzero` returns. Fake
-            tensors cannot know it.
-        n_prompt_tokens: prompt tokens in a row, the value of any integer that is read from a tensor.
-    """
-
-    def __init__(self, *, n_response_tokens: int, n_prompt_tokens: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.n_response_tokens, self.n_prompt_tokens = n_response_tokens, n_prompt_tokens
         self.live = self.peak = 0
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        if func is torch.ops.aten.nonzero.default:
-            out = args[0].new_empty((self.n_response_tokens, args[0].dim()), dtype=torch.int64)
-        elif func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.int64:
-            out = self.n_prompt_tokens
-        else:
-            out = func(*args, **kwargs)
+        out = func(*args, **kwargs)
         given = {id(one.untyped_storage()) for one in _tensors((args, kwargs))}
         for tensor in _tensors(out):
             storage = tensor.untyped_storage()
@@ -226,7 +215,7 @@ def trace(model: PersonalModule, work: Workload, *, half: torch.dtype | None) ->
         batch = batch.pooled(torch.zeros(2 * len(batch), model.backbone.hidden_size), texts)
     elif isinstance(model, PersonalDPOPolicy):
         batch.ref_logps = torch.zeros(len(batch), 2)
-    with make_tracker(batch, work) as tracker:
+    with MemoryTracker() as tracker:
         with cast:
             loss = model.train().loss(batch)[0].mean()
         forward = tracker.peak  # the gradients of the step before are still there
@@ -236,7 +225,7 @@ def trace(model: PersonalModule, work: Workload, *, half: torch.dtype | None) ->
 
     slots = replace(model.user_slots, n_contexts=model.user_slots.n_contexts and 2)
     batch = fake_batch(model, work, -(-work.eval_batch_size // work.n_gpus), slots)
-    with make_tracker(batch, work) as evaluation, torch.no_grad(), cast:
+    with MemoryTracker() as evaluation, torch.no_grad(), cast:
         model.eval()
         model.pooled_trunk(batch) if pooled else model.context_margins(batch)  # type: ignore[operator]
     return Steps(
@@ -254,12 +243,15 @@ def fake_batch(
     shape = (n_pairs, work.tokens(two_rows=False))
     if not together:
         shape = (2 * n_pairs, work.prompt_tokens + work.response_tokens)
+    extent = Extent(work.prompt_tokens - 1, work.prompt_tokens + work.response_tokens)
+    places = torch.zeros(2 * n_pairs * work.response_tokens, dtype=torch.int64)
     packing = None
     if slots.n_contexts is not None:
         n_prompt, n_text = (np.full(shape[0], n) for n in (work.prompt_tokens, shape[1]))
         packing = RowPacking.of_contexts(
             n_prompt, n_text, slots, length=shape[1], together=together
         )
+        packing.extent = extent.behind(slots.n_vectors)
     context = None
     if model.encoder.reads_context:
         n_own = model.encoder.max_pairs
@@ -277,13 +269,8 @@ def fake_batch(
         position_ids=torch.zeros(shape, dtype=torch.int64),
         row=torch.zeros(n_pairs, dtype=torch.int64),
         packing=packing,
+        index=RowIndex(places, places, places, extent),
     )
-
-
-def make_tracker(batch: PreferenceBatch, work: Workload) -> MemoryTracker:
-    """Make a memory tracker that returns the numbers of tokens of a `fake_batch`."""
-    n_response_tokens = len(batch) * 2 * work.response_tokens
-    return MemoryTracker(n_response_tokens=n_response_tokens, n_prompt_tokens=work.prompt_tokens)
 
 
 def _make_plan(

@@ -13,20 +13,12 @@ from torch import Tensor, nn, tensor
 
 from plrhf.core.logprobs import (
     naive_response_logps,
-    predecessors,
     response_logps,
     sum_by_response,
 )
 from plrhf.data.packing import packed, two_rows
 
 VOCABULARY, WIDTH, N_PAIRS = 53, 11, 7
-
-
-def test_predecessors_by_hand() -> None:
-    segment = tensor([[0, 0, 1, 1, 2, 2, 2, -1], [0, 1, 2, 2, -1, -1, -1, -1]])
-    before = predecessors(segment)
-    assert before[0, 2:7].tolist() == [1, 2, 1, 4, 5]  # rejected starts at the prompt's end too
-    assert before[1, 1:4].tolist() == [0, 0, 2]
 
 
 def test_sum_by_response_by_hand() -> None:

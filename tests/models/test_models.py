@@ -374,7 +374,7 @@ def test_supervised_loss_is_hugging_faces(responses: str) -> None:
     labels = apart.input_ids.masked_fill(~scored, -100)
     mask = (apart.segment >= 0).long()
     expected = model.backbone.model(apart.input_ids, attention_mask=mask, labels=labels).loss
-    found = model.nll(make_batch(make_pairs(), layout=packed))
+    found = model.nll(model.on_before_batch_transfer(make_batch(make_pairs(), layout=packed), 0))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
@@ -382,7 +382,8 @@ def test_supervision_by_chosen_does_not_see_rejected() -> None:
     model = SupervisedPolicy(backbone=make_backbone(), optim=Optim(), responses="chosen")
     pairs = make_pairs()
     changed = [TokenPair(pair.prompt, pair.chosen, (5, 5, 5)) for pair in pairs]
-    torch.testing.assert_close(model.nll(make_batch(pairs)), model.nll(make_batch(changed)))
+    batches = (model.on_before_batch_transfer(make_batch(one), 0) for one in (pairs, changed))
+    torch.testing.assert_close(*(model.nll(one) for one in batches))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7])

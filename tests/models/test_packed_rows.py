@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -47,9 +48,10 @@ def test_supervised_texts_together_are_texts_apart(responses: Any) -> None:
     n_packed = []
     for together in (True, False):
         model = SupervisedPolicy(backbone=make_backbone(), optim=Optim(), responses=responses)
-        batch = make_batch(pairs, slots=None)
-        if together:
-            batch = model.on_before_batch_transfer(batch, 0)
+        batch = model.on_before_batch_transfer(make_batch(pairs, slots=None), 0)
+        if not together:
+            batch = replace(batch, packing=None)
+        else:
             n_packed.append(batch.packing.n_packed)
         loss = model.nll(batch)
         loss.backward()
