@@ -114,8 +114,14 @@ class FiLM(Aggregator):
             return None
         with torch.autocast(hidden.device.type, enabled=False):
             weighted = self.layer(hidden).float() * direction
-            slopes = weighted @ self.to_film.weight if user_dim > 0 else weighted[:, :0]
+            slopes = weighted @ self._map() if user_dim > 0 else weighted[:, :0]
             return weighted.sum(dim=-1), slopes
+
+    def _map(self) -> Tensor:
+        """Return the map from e_u to scale and shift, in training drawn where it is shrunk."""
+        if isinstance(self.to_film, ShrunkLinear):
+            return self.to_film.drawn_weight()
+        return self.to_film.weight
 
     def film(self, user: Tensor) -> Tensor:
         """Compute gamma and beta of each site from user vectors [..., D], [..., n_sites, 2, d] float32.

@@ -10,12 +10,15 @@ zero: it switches itself off.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 ShrinkageKind = Literal["learned", "fixed"]
+
+BITS = 2**32 - 1
 
 FIRST_INFORMATION = 0.05
 """Information of a pair on a number of unit prior variance at the start; it is learned from there."""
@@ -41,6 +44,32 @@ def divergence(mean: Tensor, variance: Tensor, prior_variance: Tensor) -> Tensor
     return 0.5 * (mean.square() / prior_variance + ratio - 1.0 - ratio.log())
 
 
+def hashed(*numbers: Tensor) -> Tensor:
+    """Hash whole numbers to whole numbers from 0 to 2^32 - 1, alike on every device; they broadcast.
+
+    The steps are those of lowbias32 (https://github.com/skeeto/hash-prospector).
+    """
+    state = torch.zeros_like(numbers[0])
+    for number in numbers:
+        state = (state + 0x9E3779B9 ^ number) & BITS
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            state = (state ^ (state >> shift)) * factor & BITS
+        state = state ^ (state >> 16)
+    return state
+
+
+def hashed_normal(*numbers: Tensor) -> Tensor:
+    """Return a standard normal number, float32, for each combination of whole numbers, which broadcast.
+
+    By Box and Muller from two uniform numbers, which are hashes.
+    """
+    last = numbers[-1]
+    first, second = (
+        (hashed(*numbers, torch.full_like(last, one)).double() + 0.5) / 2**32 for one in (1, 2)
+    )
+    return ((-2.0 * first.log()).sqrt() * (2.0 * math.pi * second).cos()).float()
+
+
 class Shrinkage(nn.Module):
     """The prior of rows of numbers and how well the choices determine them, both learned.
 
@@ -53,9 +82,12 @@ class Shrinkage(nn.Module):
         log_prior: log s_j^2, [r]. log_information: [r] or [rows, r].
         weight: of the divergence in the loss, which may grow from 0 to 1 in training, so that rows can
             grow before it is asked whether they are worth it.
+        step: of training, which noise depends on. seed: of the noise.
     """
 
     weight: Tensor
+    step: Tensor
+    seed: Tensor
 
     def __init__(self, directions: int, *, rows: int | None = None) -> None:
         super().__init__()
@@ -63,14 +95,25 @@ class Shrinkage(nn.Module):
         self.log_prior = nn.Parameter(torch.zeros(directions))
         self.log_information = nn.Parameter(torch.full(shape, FIRST_INFORMATION).log())
         self.register_buffer("weight", torch.ones(()), persistent=False)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("seed", torch.randint(2**31, ()), persistent=False)
 
     def variance(self, n_pairs: Tensor) -> Tensor:
         """Return the posterior variance of rows of which there are n_pairs [..., 1] pairs, [..., r]."""
         return posterior_variance(n_pairs, self.log_information.exp(), self.log_prior.exp())
 
-    def sample(self, rows: Tensor, n_pairs: Tensor) -> Tensor:
-        """Draw rows [..., r] from their posterior; training on draws charges what is uncertain."""
-        return rows + torch.randn_like(rows) * self.variance(n_pairs).sqrt()
+    def sample(self, rows: Tensor, n_pairs: Tensor, places: Tensor | None = None) -> Tensor:
+        """Draw rows [B, r] from their posterior; training on draws charges what is uncertain.
+
+        Args:
+            places: of the rows among all that are drawn in this step, [B] int64; None: 0, 1, ... The noise
+                depends on them, on the step and on the seed alone, so that any number of processes draw
+                alike and a resumed run goes on alike.
+        """
+        own = torch.arange(len(rows), device=rows.device) if places is None else places
+        columns = torch.arange(rows.shape[-1], device=rows.device)
+        noise = hashed_normal(self.seed, self.step, own[:, None], columns)
+        return rows + noise.to(rows.dtype) * self.variance(n_pairs).sqrt()
 
     def forward(self, rows: Tensor, n_pairs: Tensor) -> Tensor:
         """Return the divergence of rows [..., r] from their prior for each of their pairs, [...].
@@ -86,7 +129,7 @@ class ShrunkLinear(nn.Linear):
 
     Attributes:
         n_pairs: train pairs, which `count_pairs` sets before training.
-        penalty: divergence of the weights from their prior, a pair, of the last forward in training.
+        penalty: divergence of the weights from their prior, a pair, of the last draw in training.
     """
 
     n_pairs: Tensor
@@ -97,9 +140,12 @@ class ShrunkLinear(nn.Linear):
         self.penalty: Tensor | None = None
         self.register_buffer("n_pairs", torch.ones(1), persistent=False)
 
-    def forward(self, values: Tensor) -> Tensor:
+    def drawn_weight(self) -> Tensor:
+        """Return the weights, in training drawn from their posterior; that sets `penalty`."""
         if not self.training:
-            return super().forward(values)
-        n_pairs = self.n_pairs
-        self.penalty = self.shrinkage(self.weight, n_pairs).sum()
-        return nn.functional.linear(values, self.shrinkage.sample(self.weight, n_pairs))
+            return self.weight
+        self.penalty = self.shrinkage(self.weight, self.n_pairs).sum()
+        return self.shrinkage.sample(self.weight, self.n_pairs)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return nn.functional.linear(values, self.drawn_weight())

@@ -52,6 +52,7 @@ class UserBatch:
     user_id: Tensor  # [B] int64, 0 is the generic user
     features: Tensor  # [B, F] float32, numbers standardised, categories as codes, NaN is missing
     context: UserContext | None = None  # pairs of the users' own, for `UserEncoder.reads_context`
+    row: Tensor | None = None  # [B] int64, of the pairs asked, their places in the split
 
 
 @dataclass
@@ -89,7 +90,7 @@ class PreferenceBatch:
     @property
     def users(self) -> UserBatch:
         """The users who chose, in batch order."""
-        return UserBatch(user_id=self.user_id, features=self.features, context=self.context)
+        return UserBatch(self.user_id, self.features, context=self.context, row=self.row)
 
     @property
     def extent(self) -> Extent | None:

@@ -106,7 +106,7 @@ class ShrunkEncoder(UserEncoder):
     def forward(self, users: UserBatch) -> Tensor:
         numbers = self.numbers(users)
         if self.training and self.shrinkage is not None:
-            numbers = self.shrinkage.sample(numbers, self._n_pairs(users))
+            numbers = self.shrinkage.sample(numbers, self._n_pairs(users), users.row)
         return self.vectors(numbers)
 
     def encode(self, users: UserBatch) -> tuple[Tensor, Tensor | None]:

@@ -226,6 +226,7 @@ def weigh_priors(stack: Stack, step: int) -> None:
     for name, part in stack.template.named_modules():
         if isinstance(part, Shrinkage):
             stack.weights[f"{name}.weight"] = torch.tensor(factors)
+            stack.weights[f"{name}.step"] = torch.full((len(stack),), step)
 
 
 def clip(gradients: Named, max_norm: float) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
-from torch import nn
+from torch import Tensor, nn
 
 from plrhf.backbone.sharding import gathered
 from plrhf.core.checks import NonNegativeInt, PositiveInt, check_arguments
@@ -215,7 +215,7 @@ class Stage3(DeepSpeedStrategy):
         return state
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
+        from deepspeed.utils import safe_set_local_fp32_param
 
         assert self.lightning_module is not None
         state = checkpoint["state_dict"]
@@ -226,11 +226,23 @@ class Stage3(DeepSpeedStrategy):
             with gathered([named[name]], write=True):
                 if self.is_global_zero:
                     named[name].data.copy_(value)
-            safe_set_full_fp32_param(named[name], value.float().to(self.root_device))
+            safe_set_local_fp32_param(named[name], self._own_shard(named[name], value.float()))
         buffers = dict(self.lightning_module.named_buffers())
         for name, value in state.items():
             if name in buffers:
                 buffers[name].copy_(value)
+
+    def _own_shard(self, parameter: Any, whole: Tensor) -> Tensor:
+        """Take this process's shard of a parameter's value, zeros at its end where the last one is padded.
+
+        DeepSpeed's own setters of whole values fail where processes do not divide the numbers.
+        """
+        size = parameter.ds_tensor.numel()
+        first = self.global_rank * size
+        shard = torch.zeros(size, device=self.root_device)
+        own = whole.flatten()[first : first + size]
+        shard[: len(own)] = own
+        return shard
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -259,7 +271,7 @@ class Stage3(DeepSpeedStrategy):
         return {"state": state, "param_groups": groups}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_local_optimizer_state
 
         saved = checkpoint["optimizer_states"][0]
         optimizer: Any = self.optimizers[0]
@@ -273,8 +285,8 @@ class Stage3(DeepSpeedStrategy):
         for place, values in saved["state"].items():
             for name, value in values.items():
                 if name != "step":
-                    whole = value.to(self.root_device)
-                    safe_set_full_optimizer_state(self.learned[place], whole, name)
+                    shard = self._own_shard(self.learned[place], value)
+                    safe_set_local_optimizer_state(self.learned[place], shard, name)
         for group, settings in zip(inner.param_groups, saved["param_groups"], strict=True):
             group.update({k: v for k, v in settings.items() if k != "params"})
 

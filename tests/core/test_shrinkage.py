@@ -6,11 +6,18 @@ from math import log
 
 import pytest
 import torch
+from scipy.stats import kstest
 from torch import Tensor, nn, tensor
 from torch.distributions import Normal, kl_divergence
 
 from plrhf.core.losses import bradley_terry
-from plrhf.core.shrinkage import Shrinkage, ShrunkLinear, divergence, posterior_variance
+from plrhf.core.shrinkage import (
+    Shrinkage,
+    ShrunkLinear,
+    divergence,
+    hashed_normal,
+    posterior_variance,
+)
 
 
 def test_posterior_variance_by_hand() -> None:
@@ -69,6 +76,29 @@ def test_draws_have_the_posterior_spread() -> None:
     assert draws.var(0).tolist() == pytest.approx([1 / 4, 1 / 33], rel=0.05)
 
 
+def test_hashed_numbers_are_normal_and_independent() -> None:
+    rows, columns = torch.arange(5_000)[:, None], torch.arange(3)
+    drawn = hashed_normal(tensor(7), tensor(2), rows, columns)
+    assert drawn.shape == (5_000, 3) and drawn.dtype == torch.float32
+    assert kstest(drawn.flatten().numpy(), "norm").pvalue > 0.01
+    later = hashed_normal(tensor(7), tensor(3), rows, columns)
+    together = torch.cat([drawn, later, drawn.roll(1, dims=0)], dim=1)
+    assert (together.T.corrcoef() - torch.eye(9)).abs().max() < 0.06  # 4 / sqrt(5000)
+
+
+def test_processes_draw_their_share_of_the_same_noise() -> None:
+    shrinkage = Shrinkage(3)
+    rows, n_pairs = torch.randn(7, 3), torch.full((7, 1), 2.0)
+    places = tensor([40, 3, 8, 1, 0, 77, 5])
+    whole = shrinkage.sample(rows, n_pairs, places)
+    for share in (slice(0, 4), slice(4, 7)):
+        torch.testing.assert_close(
+            shrinkage.sample(rows[share], n_pairs[share], places[share]), whole[share]
+        )
+    shrinkage.step.fill_(1)
+    assert not shrinkage.sample(rows, n_pairs, places).equal(whole)
+
+
 def test_variances_of_simulated_users_are_found() -> None:
     """150 users with 21 pairs each differ in the first of two directions, by 1.5, and not in the other."""
     torch.manual_seed(0)
@@ -82,7 +112,8 @@ def test_variances_of_simulated_users_are_found() -> None:
     shrinkage = Shrinkage(2)
     optimizer = torch.optim.Adam([numbers, *shrinkage.parameters()], lr=0.05)
     each = tensor([[float(n_pairs)]])
-    for _ in range(400):
+    for step in range(400):
+        shrinkage.step.fill_(step)
         own = numbers[user]
         margins = (shrinkage.sample(own, each) * pairs).sum(1)
         loss = bradley_terry(margins).mean() + shrinkage(own, each).mean()
@@ -100,7 +131,9 @@ def test_a_shrunk_map_is_drawn_in_training_alone() -> None:
     layer = ShrunkLinear(3, 5)
     layer.n_pairs.fill_(11.0)
     values = torch.randn(2, 3)
-    assert not layer(values).equal(layer(values))
+    first = layer(values)
+    layer.shrinkage.step.fill_(1)
+    assert not layer(values).equal(first)
     assert isinstance(layer.penalty, Tensor) and layer.penalty.shape == ()
     layer.penalty.backward()
     assert layer.weight.grad is not None

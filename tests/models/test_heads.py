@@ -385,11 +385,12 @@ def test_no_user_vectors_leave_the_text_as_it_is(backbone: Backbone) -> None:
 
 
 @pytest.mark.parametrize("personal", [True, False])
-def test_terms_of_texts_give_the_rewards_of_hidden_states(personal: bool) -> None:
-    """The twin modulates the hidden states of both responses of every pair."""
-    film = FiLM(hidden_size=WIDTH, n_blocks=3, layer_width=37)
+@pytest.mark.parametrize("shrinkage", ["fixed", "learned"])
+def test_terms_of_texts_give_the_rewards_of_hidden_states(shrinkage: Any, personal: bool) -> None:
+    """The twin modulates the hidden states of both responses of every pair; both draw the same maps."""
+    film = FiLM(hidden_size=WIDTH, n_blocks=3, layer_width=37, shrinkage=shrinkage)
     perturb(film, "to_film")
-    model = make_model(PersonalRewardModel, aggregator=film, personal=personal, alpha=0.4).eval()
+    model = make_model(PersonalRewardModel, aggregator=film, personal=personal, alpha=0.4)
     pairs = make_batch(make_pairs())
     batch = model.without_user(pairs)
     user, _ = model.user_vectors(batch, model.context_names)
@@ -397,7 +398,11 @@ def test_terms_of_texts_give_the_rewards_of_hidden_states(personal: bool) -> Non
     for way in (model.margins_for, super(PersonalRewardModel, model).margins_for):
         model.zero_grad()
         margins, rewards = way(batch, user)
-        (margins.square().sum() + rewards[..., 0].sum()).backward(retain_graph=True)
-        found.append({"margins": margins, "rewards": rewards, **gradients(model)})
-    assert len(found[0]) > 3
+        penalty = film.penalty() if shrinkage == "learned" and personal else torch.zeros(())
+        assert penalty is not None
+        (margins.square().sum() + rewards[..., 0].sum() + penalty).backward(retain_graph=True)
+        values = {"margins": margins, "rewards": rewards, "penalty": penalty}
+        found.append({**values, **gradients(model)})
+    assert len(found[0]) > 4
+    assert (found[0]["penalty"] > 0) == (shrinkage == "learned" and personal)
     assert_same(found[0], found[1], atol=1e-5)

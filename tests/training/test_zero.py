@@ -34,6 +34,7 @@ MODELS = {
     "dpo": ["model=dpo", "aggregator=film", "encoder=cluster", "encoder.n_clusters=3"],
 }
 MODELS["reward"] += ["aggregator.n_tokens=2", "encoder.rank=null", "encoder.init=vocabulary"]
+MODELS["dpo"] += ["shrinkage=learned", "aggregator.shrinkage=learned", "aggregator.user_dim=3"]
 ON = {
     "one": ["trainer=cpu"],
     "zero3": ["trainer=zero3_cpu", "trainer.zero3.persistent_below=0"],
