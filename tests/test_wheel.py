@@ -52,7 +52,7 @@ def test_its_commands_find_their_settings(wheel: Path, tmp_path: Path) -> None:
     (info,) = wheel.glob("*.dist-info")
     lines = (info / "entry_points.txt").read_text().split("\n")
     commands = dict(line.split(" = ") for line in lines if " = " in line)
-    assert commands.keys() == {"plrhf-train", "plrhf-eval"}
+    assert commands.keys() == {"plrhf-train", "plrhf-eval", "plrhf-make-styles"}
     for name, value in commands.items():
         assert callable(EntryPoint(name, value, "console_scripts").load())
     asked = "from plrhf.cli.main import CONF, train; print(CONF); train()"

@@ -3,13 +3,50 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from peft import PeftModel
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import Cache, GenerationConfig
 
 from plrhf.backbone.model import Backbone
+
+
+def write_tokens(
+    backbone: Backbone,
+    inputs: Mapping[str, Tensor],
+    cache: Cache | None,
+    *,
+    ends: Sequence[int],
+    padding: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+) -> Tensor:
+    """Write on from left-padded prompts, [N, up to max_new_tokens] int64; padding after an end token.
+
+    Args:
+        inputs: ``input_ids`` or ``inputs_embeds``, and ``attention_mask``, of N prompts.
+        cache: what is known of the prompts already; None: the model makes a cache of its own.
+        ends, padding: token ids that end a text, and that fill up behind it.
+        temperature: 0 takes the likeliest token; above 0 samples. top_p: mass of the nucleus.
+    """
+    how: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    with backbone.shifted_positions(), plain_generation(backbone) as writing:
+        output = writing.generate(
+            **inputs,
+            **how,
+            **({} if cache is None else {"past_key_values": cache}),
+            use_cache=backbone.writes_with_cache,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=padding,
+            eos_token_id=list(ends),
+        )
+    # Given embeddings, `generate` returns the new tokens alone; given ids, the prompt before them.
+    return output[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else output
 
 
 def end_tokens(backbone: Backbone, tokenizer_end: int | None) -> list[int]:

@@ -11,7 +11,8 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from plrhf.backbone.decoding import end_tokens, plain_generation
+from plrhf.backbone.decoding import end_tokens, write_tokens
+from plrhf.backbone.model import Backbone
 from plrhf.core.errors import bad_value
 from plrhf.core.types import UserBatch
 from plrhf.data.chat import end_of_turn
@@ -89,7 +90,7 @@ def check_options(
     """Raise a ValueError unless these are valid options of `generate`.
 
     Args:
-        field: the section of the settings that holds them, for messages.
+        field: the section of the settings that holds them, for messages; empty for none.
     """
     for name, value, good, allowed in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "a whole number from 1"),
@@ -97,7 +98,8 @@ def check_options(
         ("top_p", top_p, 0 < top_p <= 1, "a number above 0, at most 1"),
     ):
         if not good:
-            raise bad_value(f"{field}.{name}", value, allowed, f"Set {field}.{name}=1")
+            dotted = f"{field}.{name}" if field else name
+            raise bad_value(dotted, value, allowed, f"Set {dotted}=1")
 
 
 def check_room(
@@ -135,16 +137,6 @@ def _generate_batch(
     top_p: float,
 ) -> Tensor:
     """Generate one batch: new tokens [N, up to max_new_tokens], with padding after the end token."""
-    how: dict[str, Any] = (
-        {"do_sample": False}
-        if temperature == 0
-        else {
-            "do_sample": True,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": 0,
-        }
-    )
     if users is None:
         writer: Any = model.backbone.reference()
         user = torch.empty(len(input_ids), 0, device=input_ids.device)
@@ -153,9 +145,6 @@ def _generate_batch(
         with torch.autocast(input_ids.device.type, enabled=False):
             user, _ = model.encode(move_data_to_device(users, input_ids.device))
         user = user.to(input_ids.device)
-    turn_end = end_of_turn(tokenizer)
-    ends = end_tokens(model.backbone, tokenizer.eos_token_id)
-    ends += [turn_end] if turn_end is not None and turn_end not in ends else []
     n_read = model.aggregator.n_positions + input_ids.shape[1]
     cache = model.backbone.cache(n_read + max_new_tokens)
     with contextlib.ExitStack() as stack:
@@ -165,21 +154,23 @@ def _generate_batch(
         inputs = stack.enter_context(
             model.aggregator.decoding(model.backbone, input_ids, mask, user)
         )
-        stack.enter_context(model.backbone.shifted_positions())
-        writing = stack.enter_context(plain_generation(model.backbone))
-        output = writing.generate(
-            **inputs,
-            **how,
-            **({} if cache is None else {"past_key_values": cache}),
-            use_cache=model.backbone.writes_with_cache,
+        return write_tokens(
+            model.backbone,
+            inputs,
+            cache,
+            ends=text_ends(model.backbone, tokenizer),
+            padding=tokenizer.pad_token_id,
             max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=ends,
+            temperature=temperature,
+            top_p=top_p,
         )
-    # Given embeddings, `generate` returns the new tokens alone; given ids, the prompt before them.
-    if "input_ids" not in inputs:
-        return output
-    return output[:, inputs["input_ids"].shape[1] :]
+
+
+def text_ends(backbone: Backbone, tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens that end a text: the backbone's, the tokenizer's, and the end of a chat's turn."""
+    ends = end_tokens(backbone, tokenizer.eos_token_id)
+    turn_end = end_of_turn(tokenizer)
+    return ends if turn_end is None or turn_end in ends else [*ends, turn_end]
 
 
 @contextlib.contextmanager

@@ -62,6 +62,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "tldr": write_comparisons(folder / "tldr", many_comparisons()),
         "psoups": write_soups(folder / "psoups"),
         "prism": write_prism(folder / "prism", *many_dialogues()),
+        "styles": ROOT / "tests/data/cases/styles.jsonl",
     }
 
 
@@ -169,7 +170,8 @@ def test_data(
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     own = {"jsonl": [f"data.path={files['rows']}"], "personas": ["data.n_users=3"]}
-    own |= {name: [f"data.path={files[name]}"] for name in ("hub", "tldr", "psoups", "prism")}
+    given = ("hub", "tldr", "psoups", "prism", "styles")
+    own |= {name: [f"data.path={files[name]}"] for name in given}
     built = build_data(RunConfig.from_settings(composed(f"data={data}", *own[data], "seed=5")).data)
     assert built.seed == 5 and built.n_users > 0
     if data == "jsonl":  # eval.py has no other: a world is of the run it was made for

@@ -1,0 +1,182 @@
+"""Lets a language model write the texts of data=styles: every prompt in every style.
+
+    python -m plrhf.cli.make_styles backbone.path=DIR out=FILE
+
+Begun again with the same FILE it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from plrhf.backbone.decoding import write_tokens
+from plrhf.backbone.model import Backbone
+from plrhf.cli.assemble import open_backbone
+from plrhf.cli.config import BackboneConfig, Section, Seed, check_writable
+from plrhf.cli.main import main
+from plrhf.core.checks import PositiveInt
+from plrhf.core.components import Settings
+from plrhf.core.errors import bad_value
+from plrhf.data.rows import Row
+from plrhf.data.style_prompts import STYLES, StylePrompt, all_prompts
+from plrhf.data.style_texts import StyleText, append_texts, fault_of, finished_part, read_texts
+from plrhf.data.tokenizer import RowTokenizer, Tokenizer
+from plrhf.models.generation import batches_by_length, check_options, left_padded, text_ends
+from plrhf.reporting.tables import console
+
+
+class MakeStylesConfig(Section):
+    """Everything that the command is asked to do; conf/make_styles.yaml says what each is."""
+
+    backbone: BackboneConfig
+    out: str
+    n_prompts: PositiveInt
+    max_new_tokens: PositiveInt
+    temperature: float
+    top_p: float
+    batch_size: PositiveInt
+    seed: Seed
+    debug: bool
+
+
+Task = tuple[StylePrompt, str]  # a prompt and a style
+
+
+def make_styles(settings: Settings) -> None:
+    """Write the texts that the file lacks, and say how many of all are usable."""
+    config = MakeStylesConfig.read(settings, "")
+    how = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_p")}
+    check_options(**how, field="")
+    check_writable("out", str(Path(config.out).parent))
+    path = Path(config.out)
+    known = read_texts(path, cut_short=True) if path.is_file() else []
+    todo = _tasks(config, {(text.prompt_id, text.style) for text in known})
+    if len(todo) > 0:
+        assert config.backbone.path is not None
+        frozen = config.backbone.model_copy(update={"trainable": "frozen", "lora": None})
+        tokenizer, backbone = open_backbone(frozen, config.backbone.path)
+        _write_all(path, known, todo, tokenizer, backbone.eval(), config, how)
+    print(_summary(read_texts(path)))
+
+
+def _tasks(config: MakeStylesConfig, done: set[tuple[str, str]]) -> list[Task]:
+    """Return what is still to be written: all styles of a prompt together, prompts shuffled by seed."""
+    prompts = all_prompts()
+    if config.n_prompts > len(prompts):
+        raise bad_value(
+            "n_prompts",
+            config.n_prompts,
+            f"at most {len(prompts)}",
+            f"Set n_prompts={len(prompts)}",
+        )
+    chosen = prompts[: config.n_prompts]
+    random.Random(config.seed).shuffle(chosen)
+    tasks = [(prompt, style) for prompt in chosen for style in STYLES]
+    return [task for task in tasks if (task[0].prompt_id, task[1]) not in done]
+
+
+def _write_all(
+    path: Path,
+    known: list[StyleText],
+    todo: list[Task],
+    tokenizer: Tokenizer,
+    backbone: Backbone,
+    config: MakeStylesConfig,
+    how: dict[str, Any],
+) -> None:
+    """Write batch after batch, each appended to the file at once."""
+    seen = {text.key for text in known if text.dropped is None}
+    rows = RowTokenizer(tokenizer, max_prompt_tokens=1024, max_tokens=2048)
+    with Progress(console=console()) as progress:
+        bar = progress.add_task("writing", total=len(todo))
+        for asked in _batches(todo, rows, backbone, config.batch_size):
+            seed = config.seed * 1_000_003 + len(known)
+            torch.manual_seed(seed)
+            written = _responses([prompt for _, prompt in asked], tokenizer, backbone, how)
+            texts = []
+            for ((prompt, style), _), (response, ended) in zip(asked, written, strict=True):
+                text, dropped = finished_part(response, ended=ended)
+                made = StyleText(
+                    prompt_id=prompt.prompt_id,
+                    topic=prompt.topic,
+                    prompt=prompt.text,
+                    style=style,
+                    seed=seed,
+                    response=text,
+                )
+                dropped = dropped or fault_of(made, seen)
+                texts.append(made.model_copy(update={"dropped": dropped}))
+                seen.add(made.key)
+            append_texts(path, texts)
+            known += texts
+            progress.advance(bar, len(asked))
+
+
+def _batches(
+    tasks: list[Task], rows: RowTokenizer, backbone: Backbone, size: int
+) -> Iterator[list[tuple[Task, Sequence[int]]]]:
+    """Yield the tasks with their prompts' token ids, in batches of prompts of like length."""
+    stretch = size * len(STYLES)
+    for start in range(0, len(tasks), stretch):
+        part = tasks[start : start + stretch]
+        prompts = [rows.prompt(_asked(prompt, style)) for prompt, style in part]
+        unpadded = backbone.layout == "two_rows"
+        for places in batches_by_length(prompts, batch_size=size, unpadded=unpadded):
+            yield [(part[place], prompts[place]) for place in places]
+
+
+@torch.no_grad()
+def _responses(
+    prompts: list[Sequence[int]], tokenizer: Tokenizer, backbone: Backbone, how: dict[str, Any]
+) -> list[tuple[str, bool]]:
+    """Return for each prompt the model's text, and whether it came to its end."""
+    device = next(backbone.parameters()).device
+    ids, mask = left_padded(prompts)
+    ends = text_ends(backbone, tokenizer)
+    tokens = write_tokens(
+        backbone,
+        {"input_ids": ids.to(device), "attention_mask": mask.to(device)},
+        backbone.cache(ids.shape[1] + how["max_new_tokens"]),
+        ends=ends,
+        padding=tokenizer.pad_token_id,
+        **how,
+    )
+    ended = torch.isin(tokens, torch.tensor(ends, device=device)).any(dim=1).tolist()
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return list(zip(texts, ended, strict=True))
+
+
+def _asked(prompt: StylePrompt, style: str) -> Row:
+    """Return a row whose prompt asks for a style, of which nothing else is read."""
+    turns = (("system", STYLES[style]), ("user", prompt.text))
+    return Row(
+        prompt=tuple({"role": role, "content": content} for role, content in turns),
+        chosen="",
+        rejected="",
+        user_id="",
+        prompt_id=prompt.prompt_id,
+        pair_id="",
+    )
+
+
+def _summary(texts: list[StyleText]) -> str:
+    counts = Counter(text.dropped for text in texts)
+    kept = counts.pop(None, 0)
+    reasons = ", ".join(f"{count} {why}" for why, count in counts.most_common())
+    return f"{kept} texts; dropped: {reasons or 'none'}"
+
+
+def command() -> None:
+    """What ``python -m plrhf.cli.make_styles`` and, installed, ``plrhf-make-styles`` run."""
+    main("make_styles", "plrhf.cli.make_styles.make_styles")
+
+
+if __name__ == "__main__":
+    command()

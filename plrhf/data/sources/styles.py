@@ -1,0 +1,129 @@
+"""The world of styles: texts a language model wrote, and users with known preferences over their style.
+
+The texts are those of a file that ``python -m plrhf.cli.make_styles`` writes: each prompt answered in
+several styles. A pair is two texts for one prompt. Style is measured on the text alone, so whatever a
+policy writes is judged by the same preferences. Who the users are and how they choose is in `simulated`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from plrhf.core.checks import check_arguments
+from plrhf.core.errors import bad_value
+from plrhf.data.rows import content_hash
+from plrhf.data.sources.simulated import TOPIC_STREAM, SimulatedSource, choose
+from plrhf.data.style_attributes import ATTRIBUTES, POLES, measure
+from plrhf.data.style_texts import StyleText, read_texts
+
+FARTHEST = 3.0
+"""Standard deviations from the mean beyond which more of an attribute means nothing to anybody."""
+
+_POPULATION_MEAN = {"length": 0.2, "hedging": -0.25, "variety": 0.25}
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """A prompt and its texts, with their styles [K, A]."""
+
+    prompt_id: str
+    prompt: str
+    texts: tuple[str, ...]
+    styles: np.ndarray
+
+
+@check_arguments("data")
+class StylesSource(SimulatedSource):
+    """Generates the pairs of the world of styles. The same file and arguments give the same pairs.
+
+    Prompts are divided by topic, 7 : 1 : 2 into train, val and test, so that test asks about new things.
+
+    Args:
+        path: file of texts. chat: prompts are a chat's user turns, which the backbone's chat template
+            writes; else plain text.
+        people: see `SimulatedSource`.
+
+    Raises:
+        ValueError: an argument is out of range, no such file, or a file with too few texts.
+    """
+
+    name = "styles"
+    poles = POLES
+    population_mean = tuple(_POPULATION_MEAN.get(name, 0.0) for name in ATTRIBUTES)
+
+    def __init__(self, *, path: str, chat: bool = True, **people: Any) -> None:
+        super().__init__(**people)
+        self.chat = chat
+        texts = [text for text in read_texts(Path(path)) if text.dropped is None]
+        measured = np.array([measure(text.response) for text in texts]).reshape(-1, len(ATTRIBUTES))
+        self._mean, self._spread = np.zeros(len(ATTRIBUTES)), np.ones(len(ATTRIBUTES))
+        if len(texts) > 0:
+            self._mean, spread = measured.mean(axis=0), measured.std(axis=0)
+            self._spread = np.where(spread > 0, spread, 1.0)
+        self._splits = self._divide(path, texts)
+
+    def world(self) -> str:
+        return content_hash(super().world(), self._mean.tolist(), self._spread.tolist())
+
+    def style(self, text: str) -> np.ndarray:
+        """Measure a(y) [A]: in standard deviations of the world's texts, at most `FARTHEST` from 0."""
+        standard = (np.array(measure(text)) - self._mean) / self._spread
+        return standard.clip(-FARTHEST, FARTHEST)
+
+    def draw_pairs(
+        self, rng: np.random.Generator, user_id: str, split: int, n: int
+    ) -> Iterator[tuple[dict[str, Any], float]]:
+        answers = self._splits[split]
+        drawn = [answers[place] for place in rng.integers(len(answers), size=n)]
+        sides = [rng.choice(len(one.texts), size=2, replace=False) for one in drawn]
+        difference = np.array(
+            [
+                one.styles[first] - one.styles[second]
+                for one, (first, second) in zip(drawn, sides, strict=True)
+            ]
+        ).reshape(n, len(ATTRIBUTES))
+        margins = difference @ np.array(self.true_vector(user_id))
+        for number, first_wins in enumerate(choose(rng, margins)):
+            one = drawn[number]
+            winner, loser = sides[number] if first_wins else sides[number][::-1]
+            row = self.row(
+                (user_id, split, number),
+                prompt=one.prompt,
+                prompt_id=one.prompt_id,
+                chosen=one.texts[winner],
+                rejected=one.texts[loser],
+            )
+            if self.chat:
+                row["prompt"] = [{"role": "user", "content": one.prompt}]
+            yield row, float(margins[number]) * (1 if first_wins else -1)
+
+    def _divide(self, path: str, texts: Sequence[StyleText]) -> tuple[list[_Answers], ...]:
+        """Divide the prompts that have two texts or more by topic into those of train, val and test."""
+        by_prompt: dict[str, list[StyleText]] = {}
+        for text in sorted(texts, key=lambda text: (text.prompt_id, text.style)):
+            by_prompt.setdefault(text.prompt_id, []).append(text)
+        usable = [given for given in by_prompt.values() if len(given) > 1]
+        topics = sorted({given[0].topic for given in usable})
+        if len(topics) < 3:
+            raise bad_value(
+                "data.path",
+                path,
+                f"a file with two texts or more for prompts of 3 topics (has {len(topics)})",
+                "Make more: python -m plrhf.cli.make_styles backbone.path=DIR out=FILE",
+            )
+        order = [topics[place] for place in self.rng(TOPIC_STREAM).permutation(len(topics))]
+        n_val, n_test = max(1, len(topics) // 10), max(1, len(topics) // 5)
+        parts = (order[n_val + n_test :], order[:n_val], order[n_val : n_val + n_test])
+        return tuple(
+            [self._answers(given) for given in usable if given[0].topic in part] for part in parts
+        )
+
+    def _answers(self, given: Sequence[StyleText]) -> _Answers:
+        responses = tuple(text.response for text in given)
+        styles = np.stack([self.style(response) for response in responses])
+        return _Answers(given[0].prompt_id, given[0].prompt, responses, styles)
