@@ -46,6 +46,7 @@ class WinrateTask(Section):
     """Settings of eval=winrate."""
 
     name: Literal["winrate"]
+    writer: Literal["policy", "generic"]
     against: str
     judge: dict[str, Any]  # ``_target_`` and arguments
 

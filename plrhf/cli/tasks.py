@@ -116,12 +116,13 @@ def winrate(config: EvalConfig) -> None:
     """
     task: WinrateTask = config.task
     run = finished_run(config)
-    contests = find_contests(run, task.against)
+    contests = find_contests(run, task.against, writer=task.writer)
     judge: Judge = build(task.judge, "eval.judge", kind=Judge)
     result = JudgedRun(
         **win_rates(contests, judge.compare(contests)).model_dump(),
         fingerprint=read_results(run).fingerprint,
         run=str(run),
+        writer=task.writer,
         against=task.against,
         judge=task.judge,
     )
@@ -138,13 +139,13 @@ def winrate(config: EvalConfig) -> None:
     rewrite_report(out, config)
 
 
-def find_contests(run: Path, against: str) -> list[Contest]:
-    """Pair the texts of a run with those of the reference or of another run, by user and prompt.
+def find_contests(run: Path, against: str, *, writer: str = "policy") -> list[Contest]:
+    """Pair a writer's texts with those of the reference, or of another run, by user and prompt.
 
     Raises:
         ValueError: the other has no text for one of them.
     """
-    ours = _texts(run, "policy", field="run")
+    ours = _texts(run, writer, field="run")
     theirs = (
         _texts(run, "reference", field="run")
         if against == "reference"
@@ -347,6 +348,6 @@ def _texts(run: Path, writer: str, *, field: str) -> dict[tuple[str, str], Gener
             field,
             str(run),
             f"a run with texts of the {writer}",
-            "Write them: eval=generate eval.reference=true",
+            f"Write them: eval=generate eval.{writer}=true",
         )
     return texts

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 from plrhf.core.errors import bad_value
-from plrhf.core.types import UserBatch
+from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
+from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Features, Message, Row
+from plrhf.data.text_values import compute_text_values
 from plrhf.evaluation.people import evenly, features_of, first_people, first_prompts
 from plrhf.evaluation.records import Record, read_lines, write_text
 from plrhf.models.base import PersonalModule
@@ -31,7 +35,9 @@ class GenerationOptions:
         users: ids of train users, or the number of users to choose evenly from all.
         prompts: number of distinct prompts, the first ones of the test rows.
         max_new_tokens, temperature, top_p: see `generate`.
-        reference: let the reference write too, one text for each prompt, which every user scores.
+        generic: let the policy write for the generic user too, one text for each prompt, which every
+            user scores.
+        reference: the same of the reference.
         origin: the setting that these options come from, for messages.
     """
 
@@ -40,6 +46,7 @@ class GenerationOptions:
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
+    generic: bool = False
     reference: bool = False
     origin: str = "eval"
 
@@ -66,8 +73,11 @@ class GeneratedText(Record):
 
     Attributes:
         profile: a description of the user for people to read: the source's or else the user text.
-        writer: "policy" or "reference".
+        writer: "policy", "generic" (the policy for nobody in particular) or "reference".
         score: how much the user likes the text, in log odds; None if unknown.
+        style: what is measured on the text, by attribute, in standard deviations; None if nothing is.
+        taste: how much the user likes more of each attribute; None if unknown.
+        reference_logp: mean log-probability of a token under the reference, in nats; None if not asked.
         fingerprint: fingerprint of the model.
     """
 
@@ -79,6 +89,9 @@ class GeneratedText(Record):
     writer: str
     response: str
     score: float | None
+    style: dict[str, float] | None = None
+    taste: dict[str, float] | None = None
+    reference_logp: float | None = None
     fingerprint: str | None = None
 
 
@@ -141,21 +154,26 @@ def write_generations(
     texts: GenerationOptions,
     fingerprint: str | None = None,
 ) -> None:
-    """Write generations.jsonl: texts of the policy (and the reference) for all prompts and users.
+    """Write generations.jsonl: texts of the policy (and of others asked) for all prompts and users.
 
-    The reference writes one text for all users with the same prompt text. Their prompt texts differ
-    only if user texts are part of them.
+    The generic user and the reference have one text for all users with the same prompt text. Prompt
+    texts differ only if user texts are part of them.
 
     Args:
         path: path of generations.jsonl. data: tokenised data. fingerprint: fingerprint of the model.
     """
     asked = requested_rows(model, data, texts)
     written = _responses(model, data, texts, asked)
+    likely = {
+        writer: reference_logps(model, data, asked, responses) if texts.reference else None
+        for writer, responses in written.items()
+    }
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
         return
     lines = []
     for writer, responses in written.items():
-        for row, text in zip(asked, responses, strict=True):
+        of_tokens = likely[writer]
+        for place, (row, text) in enumerate(zip(asked, responses, strict=True)):
             profile = data.source.profile(row.user_id)
             one = GeneratedText(
                 prompt=row.prompt,
@@ -166,10 +184,39 @@ def write_generations(
                 writer=writer,
                 response=text,
                 score=data.source.true_score(row.user_id, text),
+                style=data.source.measured_style(text),
+                taste=data.source.taste(row.user_id),
+                reference_logp=None if of_tokens is None else of_tokens[place],
                 fingerprint=fingerprint,
             )
             lines.append(json.dumps(one.to_json(), ensure_ascii=False) + "\n")
     write_text(path, "".join(lines))
+
+
+@torch.no_grad()
+def reference_logps(
+    model: PersonalDPOPolicy, data: PreferenceData, rows: Sequence[Row], responses: Sequence[str]
+) -> list[float]:
+    """Return the mean log-probability of a token of each response under the reference, in nats.
+
+    The end token is one of them. Text that a language model finds likely is language, as a rule.
+    """
+    tokenizer = data.row_tokenizer
+    pairs = [
+        replace(tokenizer.pair(replace(row, chosen=text, rejected="")), rejected=())
+        for row, text in zip(rows, responses, strict=True)
+    ]
+    dataset = PairDataset.from_tokens(pairs)
+    device = next(model.parameters()).device
+
+    def compute(batch: PreferenceBatch) -> Tensor:
+        return model.reference_logps(move_data_to_device(batch, device)).cpu()
+
+    with model.autocast():
+        sums = compute_text_values(dataset, compute, data.eval_batch_size)
+    assert sums is not None
+    n_tokens = torch.tensor([len(pair.chosen) for pair in pairs])
+    return (sums[torch.arange(len(pairs))][:, 0] / n_tokens).tolist()
 
 
 def _responses(
@@ -187,8 +234,17 @@ def _responses(
     index = torch.tensor([model.card.user_index(user) for user in ids])
     users = UserBatch(user_id=index, features=features_of(data, ids))
     written = {"policy": generate(model, tokenizer, prompts, users, **how)}
-    if texts.reference:
-        distinct = list(dict.fromkeys(prompts))
-        once = dict(zip(distinct, generate(model, tokenizer, distinct, None, **how), strict=True))
-        written["reference"] = [once[prompt] for prompt in prompts]
+    distinct = list(dict.fromkeys(prompts))
+    nobody = UserBatch(
+        user_id=torch.full((len(distinct),), GENERIC_USER),
+        features=data.schema.table([None] * len(distinct)),
+    )
+    for writer, is_asked, user in (
+        ("generic", texts.generic and model.encoder.personal, nobody),
+        ("reference", texts.reference, None),
+    ):
+        if is_asked:
+            found = generate(model, tokenizer, distinct, user, **how)
+            once = dict(zip(distinct, found, strict=True))
+            written[writer] = [once[prompt] for prompt in prompts]
     return written

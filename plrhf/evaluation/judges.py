@@ -78,11 +78,13 @@ class JudgedRun(WinRates):
     Attributes:
         fingerprint: fingerprint of the run's model.
         run, against: directories of the two runs; `against` may be "reference".
+        writer: whose texts of the run were judged, "policy" or "generic".
         judge: settings of the judge.
     """
 
     fingerprint: str | None = None
     run: str
+    writer: str = "policy"
     against: str
     judge: dict[str, Any]
 
@@ -160,7 +162,7 @@ class PreferenceJudge(Judge):
             raise bad_value(
                 "eval/judge",
                 "preferences",
-                "a judge for texts without true scores, which only data=personas knows",
+                "a judge for texts without true scores, which only simulated users know",
                 "Set eval/judge=reward or eval/judge=chat",
             )
         ours, theirs = np.array(scores, dtype=np.float64).T

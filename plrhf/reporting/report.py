@@ -12,7 +12,6 @@ from typing import Any
 import pandas as pd
 
 from plrhf.core.stats import paired_difference
-from plrhf.evaluation.generations import GeneratedText
 from plrhf.evaluation.metrics import USER_KINDS
 from plrhf.reporting.figures import (
     few_shot_curves,
@@ -23,6 +22,7 @@ from plrhf.reporting.figures import (
 )
 from plrhf.reporting.page import Section, Tile, write_page
 from plrhf.reporting.runs import Run, read_run
+from plrhf.reporting.samples import generations_section
 from plrhf.reporting.tables import (
     Cell,
     few_shot_table,
@@ -35,8 +35,6 @@ from plrhf.reporting.tables import (
     winrate_table,
 )
 from plrhf.reporting.user_map import cluster_table, token_table, user_map, weight_bars
-
-N_SHOWN = 3  # users and prompts of the sample generations
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -143,30 +141,6 @@ def learning_section(run: Run) -> Section | None:
     return Section("Learning curves", figures=figures) if len(figures) > 0 else None
 
 
-def generations_section(run: Run) -> Section | None:
-    """Show texts for different users on the same prompt; None without generations.jsonl.
-
-    Shown are the first users and prompts of the file. eval=generate eval.users=[...] chooses others.
-    """
-    if len(run.texts) == 0:
-        return None
-    users = list(dict.fromkeys(text.user_id for text in run.texts))[:N_SHOWN]
-    by_prompt: dict[str, dict[str, Any]] = {}
-    for text in run.texts:
-        if text.user_id in users:
-            people = by_prompt.setdefault(_prompt_text(text.prompt), {})
-            person = _sample(text)
-            people.setdefault(person["user_id"], person)
-    samples = [
-        {"prompt": prompt, "people": list(people.values())} for prompt, people in by_prompt.items()
-    ]
-    note = (
-        "What the model writes for different users on the same prompt. "
-        "Others: eval=generate with eval.users=[...]."
-    )
-    return Section("Generations", note, samples=samples[:N_SHOWN])
-
-
 def data_section(run: Run) -> Section | None:
     """Show the counts of rows."""
     table = key_table(run.results.data, "count")
@@ -222,25 +196,3 @@ def _tiles(run: Run) -> list[Tile]:
             tile = Tile(f"Over generic context, {kind}", Cell(f"{gain.value} pts", gain.interval))
             tiles.append(tile)
     return tiles
-
-
-def _sample(text: GeneratedText) -> dict[str, Any]:
-    """Return what the page shows of a text. A text of the reference has no user."""
-    if text.writer == "reference":
-        return {
-            **{"user_id": "reference, for everybody", "profile": None, "score": None},
-            "response": text.response,
-        }
-    return {
-        "user_id": text.user_id,
-        "profile": text.profile,
-        "score": None if text.score is None else format(text.score, ".2f"),
-        "response": text.response,
-    }
-
-
-def _prompt_text(prompt: Any) -> str:
-    """Return a prompt as text, the messages of a chat on a line each."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)

@@ -319,7 +319,7 @@ def winrate_table(judged: Sequence[tuple[str, JudgedRun]]) -> Table:
         )
         rows.append(
             [
-                Cell(name),
+                Cell(name if result.writer == "policy" else f"{name}, {result.writer} user"),
                 Cell(result.against),
                 Cell(who),
                 percent(result.win_rate),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from chat_server import completion, serving, shown
 from runs import (
     ENVIRONMENT,
@@ -23,11 +25,17 @@ from runs import (
     world_tokenizer,
     write_rows,
 )
-from tiny import make_model
+from tiny import LORA, language_model, make_model
 
+from plrhf.backbone.model import Backbone
 from plrhf.data.module import PreferenceData
 from plrhf.data.sources.jsonl import JsonlSource
-from plrhf.evaluation.generations import GenerationOptions, read_generations, write_generations
+from plrhf.evaluation.generations import (
+    GeneratedText,
+    GenerationOptions,
+    read_generations,
+    write_generations,
+)
 from plrhf.models.card import Card
 from plrhf.models.policy import PersonalDPOPolicy
 
@@ -106,16 +114,22 @@ def test_texts_for_many_users(policy: Path) -> None:
     launch("eval", f"run={policy}", "eval=generate", *asked)
     texts = pd.read_json(policy / "generations.jsonl", lines=True)
     columns = ["prompt", "prompt_id", "user_id", "profile", "user_features", "writer", "response"]
-    assert list(texts.columns) == [*columns, "score", "fingerprint"]
-    assert texts["writer"].value_counts().to_dict() == {"policy": 6, "reference": 6}
+    known = ["score", "style", "taste", "reference_logp", "fingerprint"]
+    assert list(texts.columns) == [*columns, *known]
+    counts = texts["writer"].value_counts().to_dict()
+    assert counts == {"policy": 6, "generic": 6, "reference": 6}
     users = [world().user_ids[place] for place in (0, 1, 3)]  # 3 of 5, evenly
     assert set(texts["user_id"]) == set(users)
     assert texts["prompt_id"].nunique() == 2
     for text in texts.itertuples():
         assert text.score == pytest.approx(world().true_score(text.user_id, text.response))
         assert text.profile == world().profile(text.user_id)
-    reference = texts[texts["writer"] == "reference"]
-    assert (reference.groupby("prompt_id")["response"].nunique() == 1).all()
+        assert sum(text.taste[name] * text.style[name] for name in text.taste) == pytest.approx(
+            text.score
+        )
+        assert text.reference_logp < 0
+    for_all = texts[texts["writer"] != "policy"]
+    assert (for_all.groupby(["writer", "prompt_id"])["response"].nunique() == 1).all()
     page = (policy / "report.html").read_text()
     assert texts["profile"][0] in page
 
@@ -138,8 +152,10 @@ def test_users_speak_for_themselves(
         eval_batch_size=7,
         use_user_text=speaking,
     )
-    data.tokenize(world_tokenizer(), layout="packed")
-    policy = make_model(PersonalDPOPolicy)
+    tokenizer = world_tokenizer()
+    data.tokenize(tokenizer, layout="packed")
+    words = Backbone(model=language_model(vocabulary=len(tokenizer)), lora=LORA)
+    policy = make_model(PersonalDPOPolicy, backbone=words)
     policy.card = Card(
         **dict.fromkeys(("model", "encoder", "aggregator", "backbone", "text"), {}),
         users=list(data.splits.users),
@@ -153,16 +169,30 @@ def test_users_speak_for_themselves(
         return tokenizer.batch_decode(prompts, skip_special_tokens=True)
 
     monkeypatch.setattr("plrhf.evaluation.generations.generate", echo)
-    options = GenerationOptions(users=3, prompts=2, max_new_tokens=4, reference=True)
+    options = GenerationOptions(users=3, prompts=2, max_new_tokens=4, generic=True, reference=True)
     write_generations(tmp_path / "texts.jsonl", policy, data, options)
     texts = read_generations(tmp_path / "texts.jsonl")
-    assert len(texts) == 12 and len({text.user_id for text in texts}) == 3
+    assert len(texts) == 18 and len({text.user_id for text in texts}) == 3
     for text in texts:
         said = f"I am {text.user_id}."
         assert text.profile == said
         assert text.response == (f"{said}\n" if speaking else "") + f"{text.prompt}\n"
-    # The reference knows users by what they say alone.
-    assert asked == [6, 6 if speaking else 2]
+    # Reference and generic user know people by what they say alone.
+    once = 6 if speaking else 2
+    assert asked == [6, once, once]
+    by_plain_softmax(policy, data, texts[0])
+
+
+def by_plain_softmax(policy: PersonalDPOPolicy, data: PreferenceData, text: GeneratedText) -> None:
+    """The log-probability beside a text is that of a plain forward pass of the model without LoRA."""
+    row = next(iter(data.splits.test))
+    asked = replace(row, prompt=text.prompt, user_text=text.profile, chosen=text.response)
+    pair = data.row_tokenizer.pair(asked)
+    ids = torch.tensor([[*pair.prompt, *pair.chosen]])
+    with torch.no_grad(), policy.backbone.reference():
+        logps = policy.backbone.model(input_ids=ids).logits[0, :-1].log_softmax(dim=-1)
+    of_tokens = logps.gather(1, ids[0, 1:, None])[len(pair.prompt) - 1 :]
+    assert text.reference_logp == pytest.approx(float(of_tokens.mean()), abs=1e-4)
 
 
 @pytest.mark.slow

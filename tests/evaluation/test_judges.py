@@ -108,7 +108,7 @@ def test_true_preferences() -> None:
         PreferenceJudge().compare(CONTESTS)
     assert str(error.value) == (
         "eval/judge='preferences' is not allowed: expected a judge for texts without true scores, "
-        "which only data=personas knows. Set eval/judge=reward or eval/judge=chat."
+        "which only simulated users know. Set eval/judge=reward or eval/judge=chat."
     )
 
 

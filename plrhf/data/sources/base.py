@@ -39,6 +39,14 @@ class Source(ABC):
         """Return how much this user likes a text, in log odds; None if unknown."""
         return None
 
+    def measured_style(self, text: str) -> dict[str, float] | None:
+        """Return what is measured on a text, by attribute, in standard deviations; None if nothing is."""
+        return None
+
+    def taste(self, user_id: str) -> dict[str, float] | None:
+        """Return how much this user likes more of each attribute of `measured_style`; None if unknown."""
+        return None
+
     def profile(self, user_id: str) -> str | None:
         """Return a description of this user for people to read, or None."""
         return None

@@ -155,6 +155,12 @@ class SimulatedSource(Source):
         """Return how much the user likes any text: v_u . a(text)."""
         return float(self._persona(user_id).vector @ self.style(text))
 
+    def measured_style(self, text: str) -> dict[str, float]:
+        return dict(zip(self.attributes, self.style(text).tolist(), strict=True))
+
+    def taste(self, user_id: str) -> dict[str, float]:
+        return dict(zip(self.attributes, self.true_vector(user_id), strict=True))
+
     def profile(self, user_id: str) -> str:
         """Describe in words the user's features and preferred style."""
         persona = self._persona(user_id)
