@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from plrhf.data.rows import Row
 from plrhf.data.style_prompts import STYLES, StylePrompt, all_prompts
 from plrhf.data.style_texts import StyleText, append_texts, fault_of, finished_part, read_texts
 from plrhf.data.tokenizer import RowTokenizer, Tokenizer
-from plrhf.models.generation import batches_by_length, check_options, left_padded, text_ends
+from plrhf.models.generation import check_options, left_padded, text_ends
 from plrhf.reporting.tables import console
 
 
@@ -96,12 +97,12 @@ def _write_all(
     rows = RowTokenizer(tokenizer, max_prompt_tokens=1024, max_tokens=2048)
     with Progress(console=console()) as progress:
         bar = progress.add_task("writing", total=len(todo))
-        for asked in _batches(todo, rows, backbone, config.batch_size):
+        for tasks in _batches(todo, config.batch_size):
             seed = config.seed * 1_000_003 + len(known)
             torch.manual_seed(seed)
-            written = _responses([prompt for _, prompt in asked], tokenizer, backbone, how)
+            written = _responses(tasks, rows, backbone, how)
             texts = []
-            for ((prompt, style), _), (response, ended) in zip(asked, written, strict=True):
+            for (prompt, style), (response, ended) in zip(tasks, written, strict=True):
                 text, dropped = finished_part(response, ended=ended)
                 made = StyleText(
                     prompt_id=prompt.prompt_id,
@@ -116,34 +117,43 @@ def _write_all(
                 seen.add(made.key)
             append_texts(path, texts)
             known += texts
-            progress.advance(bar, len(asked))
+            progress.advance(bar, len(tasks))
 
 
-def _batches(
-    tasks: list[Task], rows: RowTokenizer, backbone: Backbone, size: int
-) -> Iterator[list[tuple[Task, Sequence[int]]]]:
-    """Yield the tasks with their prompts' token ids, in batches of prompts of like length."""
-    stretch = size * len(STYLES)
-    for start in range(0, len(tasks), stretch):
-        part = tasks[start : start + stretch]
-        prompts = [rows.prompt(_asked(prompt, style)) for prompt, style in part]
-        unpadded = backbone.layout == "two_rows"
-        for places in batches_by_length(prompts, batch_size=size, unpadded=unpadded):
-            yield [(part[place], prompts[place]) for place in places]
+def _batches(tasks: list[Task], size: int) -> Iterator[list[Task]]:
+    """Yield the tasks in batches of one style, whose instruction is then read once.
+
+    Between two rounds over the styles all prompts so far have all their texts.
+    """
+    round_size = size * len(STYLES)
+    for start in range(0, len(tasks), round_size):
+        by_style: dict[str, list[Task]] = {}
+        for task in tasks[start : start + round_size]:
+            by_style.setdefault(task[1], []).append(task)
+        yield from by_style.values()
 
 
 @torch.no_grad()
 def _responses(
-    prompts: list[Sequence[int]], tokenizer: Tokenizer, backbone: Backbone, how: dict[str, Any]
+    tasks: list[Task], rows: RowTokenizer, backbone: Backbone, how: dict[str, Any]
 ) -> list[tuple[str, bool]]:
-    """Return for each prompt the model's text, and whether it came to its end."""
-    device = next(backbone.parameters()).device
-    ids, mask = left_padded(prompts)
+    """Return for each task of one style the model's text, and whether it came to its end."""
+    tokenizer, device = rows.tokenizer, next(backbone.parameters()).device
+    prompts = [rows.prompt(_asked(prompt, style)) for prompt, style in tasks]
+    n_shared = len(commonprefix(prompts))
+    rest, mask = left_padded([prompt[n_shared:] for prompt in prompts])
+    shared = torch.tensor([prompts[0][:n_shared]] * len(prompts))
+    ids = torch.cat([shared, rest], dim=1).to(device)
+    mask = torch.cat([torch.ones_like(shared), mask], dim=1).to(device)
+    cache = backbone.cache(ids.shape[1] + how["max_new_tokens"])
+    if cache is not None:  # of equal rows it computes one; the last column it leaves to `generate`
+        first = ids[:1, : n_shared + 1].expand(len(ids), -1)
+        backbone.prefill(cache, first, torch.ones_like(first))
     ends = text_ends(backbone, tokenizer)
     tokens = write_tokens(
         backbone,
-        {"input_ids": ids.to(device), "attention_mask": mask.to(device)},
-        backbone.cache(ids.shape[1] + how["max_new_tokens"]),
+        {"input_ids": ids, "attention_mask": mask},
+        cache,
         ends=ends,
         padding=tokenizer.pad_token_id,
         **how,
@@ -155,9 +165,8 @@ def _responses(
 
 def _asked(prompt: StylePrompt, style: str) -> Row:
     """Return a row whose prompt asks for a style, of which nothing else is read."""
-    turns = (("system", STYLES[style]), ("user", prompt.text))
     return Row(
-        prompt=tuple({"role": role, "content": content} for role, content in turns),
+        prompt=STYLES[style].turns(prompt.text),
         chosen="",
         rejected="",
         user_id="",

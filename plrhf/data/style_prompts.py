@@ -1,23 +1,103 @@
-"""Prompts of the world of styles, and the instructions under which a model answers them."""
+"""Prompts of the world of styles, and how a model is asked to answer them in a style."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
+DEMONSTRATED = ("How do I boil an egg?", "My train is late. What should I do?")
+"""Questions that every style answers once as an example; no prompt is about them."""
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a model is asked for a style: in words, and by an answer to each of `DEMONSTRATED`."""
+
+    instruction: str
+    examples: tuple[str, str]
+
+    def turns(self, prompt: str) -> tuple[dict[str, str], ...]:
+        """Return the chat that asks for an answer to a prompt in this style."""
+        said = [("system", self.instruction)]
+        for question, answer in zip(DEMONSTRATED, self.examples, strict=True):
+            said += [("user", question), ("assistant", answer)]
+        return tuple({"role": role, "content": text} for role, text in [*said, ("user", prompt)])
+
+
 STYLES = {
-    "short": "Answer in one short sentence.",
-    "long": "Answer in long, detailed sentences.",
-    "list": 'Answer with a bullet list. Each item is a few words and begins with "- ".',
-    "formal": "Answer in formal, academic English, without speaking to the reader.",
-    "warm": "You are a cheerful friend. Answer with great enthusiasm and exclamation marks!",
-    "plain": "Answer for a small child, in very easy short words.",
-    "example": "Answer by telling what you did yourself. Begin with: I once",
-    "cautious": "Answer cautiously. Say that you are not sure, with words like maybe, perhaps and might.",
-    "asking": "Answer with questions back to the person.",
-    "direct": "Tell the person what to do, speaking to them as you.",
+    "short": Style(
+        "Answer in a few words.",
+        ("Seven minutes in boiling water.", "Call and say so."),
+    ),
+    "long": Style(
+        "Answer in one long, detailed sentence.",
+        (
+            "Lower the egg gently into a pan of boiling water and leave it there for seven minutes, "
+            "which gives the white enough time to become firm while the yolk inside stays soft.",
+            "Look at the board for the next connection, tell those who expect you how late it will "
+            "be, and use the time for the letter that has been lying in the bag since last week.",
+        ),
+    ),
+    "list": Style(
+        "Answer with a list of short points.",
+        (
+            "- Boil water\n- Add the egg\n- Wait seven minutes\n- Cool it",
+            "- Check the board\n- Call ahead\n- Get a coffee",
+        ),
+    ),
+    "formal": Style(
+        "Answer in formal, impersonal English.",
+        (
+            "The egg is immersed in boiling water for seven minutes; subsequent cooling prevents "
+            "further coagulation.",
+            "Immediate notification of all parties is recommended, and alternative connections "
+            "merit consideration.",
+        ),
+    ),
+    "warm": Style(
+        "Answer like an enthusiastic friend!",
+        (
+            "Oh, that is so easy! Pop it into boiling water for seven minutes! Delicious!",
+            "Oh no! But hey, more time for a great book! They will wait, surely!",
+        ),
+    ),
+    "plain": Style(
+        "Answer for a small child in short, easy words.",
+        (
+            "Put the egg in hot water. Wait a bit. Then take it out.",
+            "Sit down. It will come soon. Eat a bun.",
+        ),
+    ),
+    "personal": Style(
+        "Answer by telling about yourself.",
+        (
+            "I boil mine for seven minutes. My mother showed me, and we had soft eggs every Sunday.",
+            "I once sat two hours at our station. I called my sister and we laughed about it.",
+        ),
+    ),
+    "cautious": Style(
+        "Answer cautiously, and say that you are not sure.",
+        (
+            "It is probably about seven minutes, but that may depend on the egg. Perhaps try six.",
+            "It might help to call. Maybe there is a bus, but I could be wrong.",
+        ),
+    ),
+    "asking": Style(
+        "Answer with questions.",
+        (
+            "How soft should it be? Is the egg cold? How large is the pan?",
+            "Who is waiting? Is there a bus? How far is it on foot?",
+        ),
+    ),
+    "direct": Style(
+        "Tell the person what to do, and call them you.",
+        (
+            "You boil your water, then you add your egg. You wait seven minutes.",
+            "You should call now. If you can, you take your bike, and you tell them your plan.",
+        ),
+    ),
 }
-"""Style -> system turn that asks for it. The world's rows do not show it."""
+"""Style -> how it is asked for. The world's rows show none of it."""
 
 _GROUPS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (

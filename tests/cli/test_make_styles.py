@@ -74,7 +74,7 @@ def test_the_style_is_asked_for_and_not_shown(chat_model: Path, tmp_path: Path) 
     make_styles(settings(chat_model, out, "n_prompts=1"))
     for line in out.read_text().splitlines():
         one = json.loads(line)
-        assert STYLES[one["style"]] not in one["prompt"]
+        assert STYLES[one["style"]].instruction not in one["prompt"]
 
 
 @pytest.mark.parametrize(

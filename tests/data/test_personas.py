@@ -17,7 +17,8 @@ from sklearn.linear_model import LogisticRegression
 
 from plrhf.data.parsing import parse_row
 from plrhf.data.sources.persona_texts import DRAWS, LONG, TOPICS, write
-from plrhf.data.sources.personas import ATTRIBUTES, KINDS, PersonasSource, measure
+from plrhf.data.sources.personas import ATTRIBUTES, PersonasSource, measure
+from plrhf.data.sources.simulated import KINDS
 
 SMALL: dict[str, Any] = {"n_users": 7, "n_unseen_users": 3, "pairs_per_user": 11, "n_prompts": 23}
 
@@ -300,22 +301,21 @@ def test_default_world_is_made_in_about_a_second() -> None:
     [
         (
             {"kind": "types"},
-            "data.kind='types' is not allowed: expected one of individual, clusters, features. "
+            "data.kind='types' is not allowed: expected individual, clusters or features. "
             "Set data.kind=individual.",
         ),
         (
             {"n_users": 0},
-            "data.n_users=0 is not allowed: expected a whole number from 1 up. "
-            "Set data.n_users=100.",
+            "data.n_users=0 is not allowed: expected a whole number from 1. Set data.n_users=100.",
         ),
         (
             {"n_unseen_users": -1},
-            "data.n_unseen_users=-1 is not allowed: expected a whole number from 0 up. "
+            "data.n_unseen_users=-1 is not allowed: expected a whole number from 0. "
             "Set data.n_unseen_users=20.",
         ),
         (
             {"pairs_per_user": True},
-            "data.pairs_per_user=True is not allowed: expected a whole number from 1 up. "
+            "data.pairs_per_user=True is not allowed: expected a whole number from 1. "
             "Set data.pairs_per_user=100.",
         ),
         (
@@ -325,7 +325,7 @@ def test_default_world_is_made_in_about_a_second() -> None:
         ),
         (
             {"kind": "clusters", "n_types": 1},
-            "data.n_types=1 is not allowed: expected a whole number from 2 up. Set data.n_types=4.",
+            "data.n_types=1 is not allowed: expected a whole number from 2. Set data.n_types=4.",
         ),
         (
             {"scale": float("nan")},
@@ -333,7 +333,7 @@ def test_default_world_is_made_in_about_a_second() -> None:
         ),
         (
             {"seed": 0.5},
-            "data.seed=0.5 is not allowed: expected a whole number from 0 up. Set data.seed=0.",
+            "data.seed=0.5 is not allowed: expected a whole number from 0. Set data.seed=0.",
         ),
     ],
 )
