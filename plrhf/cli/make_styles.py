@@ -29,7 +29,7 @@ from plrhf.data.rows import Row
 from plrhf.data.style_prompts import STYLES, StylePrompt, all_prompts
 from plrhf.data.style_texts import StyleText, append_texts, fault_of, finished_part, read_texts
 from plrhf.data.tokenizer import RowTokenizer, Tokenizer
-from plrhf.models.generation import check_options, left_padded, text_ends
+from plrhf.models.generation import check_options, check_room, left_padded, text_ends
 from plrhf.reporting.tables import console
 
 
@@ -140,9 +140,10 @@ def _responses(
     """Return for each task of one style the model's text, and whether it came to its end."""
     tokenizer, device = rows.tokenizer, next(backbone.parameters()).device
     prompts = [rows.prompt(_asked(prompt, style)) for prompt, style in tasks]
-    n_shared = len(commonprefix(prompts))
+    check_room(backbone, prompts, max_new_tokens=how["max_new_tokens"], field="")
+    n_shared = min(len(commonprefix(prompts)), *(len(prompt) - 1 for prompt in prompts))
     rest, mask = left_padded([prompt[n_shared:] for prompt in prompts])
-    shared = torch.tensor([prompts[0][:n_shared]] * len(prompts))
+    shared = torch.tensor([prompts[0][:n_shared]] * len(prompts), dtype=torch.int64)
     ids = torch.cat([shared, rest], dim=1).to(device)
     mask = torch.cat([torch.ones_like(shared), mask], dim=1).to(device)
     cache = backbone.cache(ids.shape[1] + how["max_new_tokens"])

@@ -103,7 +103,7 @@ def check_options(
 
 
 def check_room(
-    model: PersonalModule,
+    model: PersonalModule | Backbone,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -112,16 +112,18 @@ def check_room(
     """Raise a ValueError if prompts and new tokens exceed the backbone's number of positions.
 
     Args:
-        field: the section of the settings that holds `max_new_tokens`, for messages.
+        model: whose `max_positions` is the room.
+        field: the section of the settings that holds `max_new_tokens`, for messages; empty for none.
     """
     room = model.max_positions
     longest = max((len(prompt) for prompt in prompts), default=0)
     if room is not None and longest + max_new_tokens > room:
+        dotted = f"{field}.max_new_tokens" if field else "max_new_tokens"
         raise bad_value(
-            f"{field}.max_new_tokens",
+            dotted,
             max_new_tokens,
             f"at most {room - longest}, as a prompt takes {longest} of {room} positions",
-            f"Set a smaller {field}.max_new_tokens or data.max_prompt_tokens",
+            f"Set a smaller {dotted} or data.max_prompt_tokens",
         )
 
 

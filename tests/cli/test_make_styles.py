@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import composed, save_model, world_tokenizer
+from runs import composed, world_tokenizer
+from tiny import language_model
 
 from plrhf.cli import make_styles as command
 from plrhf.cli.make_styles import make_styles
@@ -18,14 +19,16 @@ TEMPLATE = (
     "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}<|endoftext|>\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-SMALL = ("n_prompts=3", "batch_size=7", "max_new_tokens=6", "temperature=1.5")
+SMALL = ("n_prompts=5", "batch_size=3", "max_new_tokens=6", "temperature=1.5")
 
 
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = save_model(tmp_path_factory.mktemp("model"))
+    directory = tmp_path_factory.mktemp("model")
     tokenizer = world_tokenizer()
     tokenizer.chat_template = TEMPLATE
+    model = language_model(vocabulary=len(tokenizer), positions=512)
+    model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
@@ -54,12 +57,12 @@ def test_a_kill_costs_one_batch(
     with pytest.raises(KeyboardInterrupt):
         make_styles(settings(chat_model, out))
     before = out.read_text().splitlines()[:-1]
-    assert calls == [7, 7] and len(before) == 14
+    assert calls == [3, 3] and len(before) == 6
     monkeypatch.setattr(command, "append_texts", append)
     make_styles(settings(chat_model, out))
     texts = read_texts(out)
-    assert out.read_text().splitlines()[:14] == before
-    assert len({(text.prompt_id, text.style) for text in texts}) == len(texts) == 3 * len(STYLES)
+    assert out.read_text().splitlines()[:6] == before
+    assert len({(text.prompt_id, text.style) for text in texts}) == len(texts) == 5 * len(STYLES)
     assert {text.style for text in texts} == set(STYLES)
     kept = [text for text in texts if text.dropped is None]
     assert len({text.key for text in kept}) == len(kept)
@@ -80,6 +83,10 @@ def test_the_style_is_asked_for_and_not_shown(chat_model: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            "max_new_tokens=500",
+            r"max_new_tokens=500 is not allowed: expected at most \d+, as a prompt",
+        ),
         ("n_prompts=5000", r"n_prompts=5000 is not allowed: expected at most \d+\. Set n_prompts="),
         ("backbone.path=nowhere/at/all", r"backbone\.path='nowhere/at/all' is not allowed"),
         (
