@@ -20,31 +20,11 @@ import torch
 import trl_workload as shared
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from plrhf.backbone.compiled import compile_in_training
 from plrhf.core.types import PreferenceBatch
 
 DTYPES: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def write_llama(folder: Path, *, layers: int, width: int, vocabulary: int) -> None:
-    """A Llama of random weights, with the tokenizer of the other benchmarks."""
-    shared.write_backbone(folder, layers=1, width=width, vocabulary=vocabulary)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, width // 64),
-        max_position_embeddings=2048,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 def step(model: Any, batch: PreferenceBatch, dtype: str) -> float:
@@ -62,7 +42,7 @@ def measure(
 ) -> dict[str, float]:
     """Seconds of a step plain and compiled, of the first compiled one, and their ratio."""
     method = shared.Method("ours", "dpo", "plrhf", dtype=dtype, dropout=0.0)
-    made = [plrhf_worker.make_ours(method, folder, pairs, targets=TARGETS) for _ in range(2)]
+    made = [plrhf_worker.make_ours(method, folder, pairs) for _ in range(2)]
     models = [model.train() for model, _ in made]
     batches = list(made[0][1].train_dataloader())
     for block in models[1].backbone.blocks:
@@ -89,7 +69,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder, pairs = Path(scratch, "backbone"), Path(scratch, f"{args.shape}.jsonl")
-        write_llama(folder, layers=args.layers, width=args.width, vocabulary=args.vocabulary)
+        shape = {"layers": args.layers, "width": args.width, "vocabulary": args.vocabulary}
+        shared.write_backbone(folder, **shape, family="llama")
         shared.write_pairs(pairs, shape=args.shape, vocabulary=args.vocabulary)
         found = {dtype: measure(dtype, folder, pairs, args.turns) for dtype in DTYPES}
     table = Table("dtype", "s/step", "compiled", "first step", "times as fast", title=args.shape)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
+from lightning.fabric.utilities import move_data_to_device
 from trl_workload import LORA, METHODS, N_TOKENS, SHAPES, TARGETS, Method
 from turns import Turns, memory, say
 
@@ -24,10 +26,8 @@ from plrhf.models.reward import PersonalRewardModel
 POSITIONS: dict[str, Any] = {"soft_prompt": "before", "late_soft_prompt": "after_prompt"}
 
 
-def make_ours(
-    method: Method, folder: Path, pairs: Path, *, targets: list[str] = TARGETS
-) -> tuple[Any, Any]:
-    """This package's model for a method, LoRA on the layers named `targets`, and its pairs."""
+def make_ours(method: Method, folder: Path, pairs: Path) -> tuple[Any, Any]:
+    """This package's model for a method, and its pairs."""
     lightning.seed_everything(0, verbose=False)
     data = PreferenceData(
         source=JsonlSource(path=str(pairs)),
@@ -38,7 +38,7 @@ def make_ours(
         max_tokens=2000,
         separator=" ",
     )
-    lora = {**LORA, "dropout": method.dropout, "target_modules": targets}
+    lora = {**LORA, "dropout": method.dropout, "target_modules": TARGETS}
     backbone = load_backbone(path=str(folder), dtype=method.dtype, lora=lora)
     data.tokenize(load_tokenizer(str(folder)), layout="packed")
     width = backbone.hidden_size
@@ -56,7 +56,11 @@ def make_ours(
     )
     data.fit_to_model(max_positions=model.max_positions, user_slots=model.user_slots)
     if isinstance(model, PersonalDPOPolicy):
-        data.precompute_reference(model.reference_logps)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(device)
+        data.precompute_reference(
+            lambda batch: model.reference_logps(move_data_to_device(batch, device)).cpu()
+        )
     return model, data
 
 

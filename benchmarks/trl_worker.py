@@ -6,6 +6,7 @@ python benchmarks/trl_worker.py METHOD BACKBONE_DIR PAIRS_FILE
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,10 @@ def train(method: Method, folder: Path, pairs: Path, turns: Turns) -> None:
         "disable_tqdm": True,
         "model_init_kwargs": {"dtype": method.dtype},
     }
+    if method.at_best:
+        fastest = "flash_attention_2" if find_spec("flash_attn") else "sdpa"
+        settings["model_init_kwargs"]["attn_implementation"] = fastest
+        settings["use_liger_kernel"] = find_spec("liger_kernel") is not None
     if is_dpo:
         settings["precompute_ref_log_probs"] = not method.online_reference
     kinds: Any = (DPOTrainer, DPOConfig) if is_dpo else (RewardTrainer, RewardConfig)

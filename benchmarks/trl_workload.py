@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GPTJConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 N_USERS, N_TOKENS = 8, 10
 LORA = {"r": 8, "alpha": 16}
 DROPOUT = 0.05
 """Of the authors' LoRA, and of every experiment of 6B to 8B here."""
-TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"]
+TARGETS = "all-linear"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,11 @@ SHAPES = {
     # TRL's attention takes 3 GiB a pair here, on the authors' recipe.
     "long": Shape(n_prompt=1500, n_response=200, n_pairs=6, batch=1, steps=1),
 }
+if torch.cuda.is_available():  # which as few pairs would leave idle
+    SHAPES = {
+        name: replace(one, n_pairs=4 * one.n_pairs, batch=4 * one.batch)
+        for name, one in SHAPES.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Method:
     rows_a_pair: int = 1
     online_reference: bool = False
     dropout: float = DROPOUT  # of LoRA
+    at_best: bool = False  # TRL with what is fast on a GPU; of use there alone
 
 
 WITHOUT_DROPOUT = ", no dropout"
@@ -72,6 +78,14 @@ METHODS = {
         ),
         Method("dpo TRL, reference beforehand", "dpo", "trl", rows_a_pair=2),
         Method("dpo TRL, reference beforehand, vanilla", "dpo", "trl"),
+        Method(
+            "dpo ours, late soft prompt, bfloat16",
+            "dpo",
+            "plrhf",
+            dtype="bfloat16",
+            aggregator="late_soft_prompt",
+        ),
+        Method("dpo TRL, best", "dpo", "trl", dtype="bfloat16", rows_a_pair=2, at_best=True),
         Method("reward ours", "reward", "plrhf"),
         Method("reward ours" + WITHOUT_DROPOUT, "reward", "plrhf", dropout=0.0),
         Method("reward ours, bfloat16", "reward", "plrhf", dtype="bfloat16"),
@@ -84,26 +98,43 @@ METHODS = {
 }
 
 
-def write_backbone(folder: Path, *, layers: int, width: int, vocabulary: int) -> None:
-    """A GPT-J of random weights with a tokenizer of one token a word."""
+def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of one token a word: w1, w2, ..."""
     words = {"<end>": 0, **{f"w{i}": i for i in range(1, vocabulary)}}
     raw = Tokenizer(models.WordLevel(words, unk_token="<end>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     end = {"eos_token": "<end>", "pad_token": "<end>", "unk_token": "<end>"}
-    PreTrainedTokenizerFast(tokenizer_object=raw, **end).save_pretrained(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **end)
+
+
+def write_backbone(
+    folder: Path, *, layers: int, width: int, vocabulary: int, family: str = "gptj"
+) -> None:
+    """A GPT-J or ``llama`` of random weights, on a GPU in bfloat16, with a tokenizer of words."""
+    word_tokenizer(vocabulary).save_pretrained(folder)
     torch.manual_seed(0)
-    config = GPTJConfig(
-        vocab_size=vocabulary,
-        n_positions=2048,
-        n_embd=width,
-        n_layer=layers,
-        n_head=max(1, width // 64),
-        rotary_dim=min(64, width),
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    shape: dict[str, Any] = {
+        "n_positions": 2048,
+        "n_embd": width,
+        "n_layer": layers,
+        "n_head": max(1, width // 64),
+        "rotary_dim": min(64, width),
+    }
+    if family == "llama":
+        shape = {
+            "max_position_embeddings": 2048,
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": max(1, width // 64),
+        }
+    config = AutoConfig.for_model(family, vocab_size=vocabulary, **shape, **ends)
+    on_gpu = torch.cuda.is_available()
+    with torch.device("cuda" if on_gpu else "cpu"):
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(folder)
 
 
 def write_pairs(path: Path, *, shape: str, vocabulary: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,54 @@ def test_steps_beside_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     # Twice the rows, and the reference besides, are more work, however fast it is done.
     flops = {run["method"]: run["flops_a_step"] for run in found["runs"]}
     assert flops["dpo TRL, authors' recipe"] > 2 * flops["dpo ours"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_what_a_gpu_is_asked_at_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "found.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--toy", "--minutes", "2", "--out", str(out)])
+    runpy.run_path(str(BENCHMARKS / "gpu.py"), run_name="__main__")
+    found = json.loads(out.read_text())
+    assert [one["what"] for one in found["left_out"]] == ["beside_trl"]
+    assert all(one["right"] for one in found["correctness"]) and len(found["correctness"]) == 16
+    assert len(found["throughput"]) == 2 and len(found["profile"]) == 10
+    assert all(one["waits"] == {} and one["planned_gb"] > 0 for one in found["throughput"])
+
+
+def test_what_does_not_fit_the_time_is_named(tmp_path: Path) -> None:
+    report = runpy.run_path(str(BENCHMARKS / "gpu.py"))["Report"](tmp_path / "found.json", 0.02)
+
+    def measure() -> None:
+        report.add("throughput", "the first", seconds=1.0)
+        time.sleep(5)
+
+    report.section("throughput", measure)  # a fifth of a minute's 0.02 is left to it
+    report.end = 0.0
+    report.section("profile", measure)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["throughput"] == [{"what": "the first", "seconds": 1.0}]
+    assert [one["what"] for one in found["left_out"]] == ["the rest of throughput", "profile"]
+
+
+def test_operations_of_a_step_are_those_that_are_counted() -> None:
+    """FiLM at the last layer, one pair: the trunk once, and the head where responses are read."""
+    workload = runpy.run_path(str(BENCHMARKS / "gpu_workload.py"))
+    counter = runpy.run_path(str(BENCHMARKS / "turns.py"))["flop_counter"]
+    architecture, shape = workload["SMALL"]["llama"], workload["TOY_SHAPE"]
+    model = workload["language_model"](architecture, dtype=torch.float32, attention="eager")
+    model.requires_grad_(False)
+    n_text = shape.n_prompt + 2 * shape.n_response
+    with counter() as found:
+        embeddings = torch.randn(1, n_text, 64, requires_grad=True)
+        model.model(inputs_embeds=embeddings).last_hidden_state.sum().backward()
+        hidden = torch.randn(2, 2 * shape.n_response, 64, requires_grad=True)  # of two contexts
+        model.lm_head(hidden).sum().backward()
+    # Of all pairs of positions, those are left out that do not see one another.
+    seen = shape.n_prompt**2 / 2 + 2 * shape.n_response * (shape.n_prompt + shape.n_response / 2)
+    unseen = 12 * (n_text**2 - seen) * 64 * 2
+    expected = found.get_total_flops() - unseen
+    assert workload["step_operations"](architecture, "film_last", shape, 1) == expected
 
 
 def test_ratios_are_of_neighbouring_turns() -> None:
