@@ -26,11 +26,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     With `--dist worksteal` each begins with slow tests, and what is left to share at the end is fast.
     """
+    mark_all_but_a_sample(items)
     slow = [item for item in items if item.get_closest_marker("slow")]
     fast = [item for item in items if not item.get_closest_marker("slow")]
     first, second = slow[::2], slow[1::2]
     n_fast = max(0, len(items) // 2 - len(first))
     items[:] = [*first, *fast[:n_fast], *second, *fast[n_fast:]]
+
+
+def mark_all_but_a_sample(items: list[pytest.Item], size: int = 6) -> None:
+    """Mark the cases of a test marked `sampled` slow, but for a few spread evenly over them."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for alike in cases.values():
+        kept = {len(alike) * place // size for place in range(size)}
+        for place, item in enumerate(alike):
+            if place not in kept:
+                item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

@@ -123,8 +123,9 @@ def train_personal(
             max_positions=backbone.max_positions,
             cache_dir=cache_dir,
         )
-        # Loading draws random numbers, more or fewer by backbone; the start of what is learned must not.
-        lightning.seed_everything(config.seed, verbose=False)
+        if config.backbone.trainable == "frozen":
+            # The referee trains on features without loading the backbone, and must start alike.
+            lightning.seed_everything(config.seed, verbose=False)
         model = build_run_model(config, data, backbone, path)  # of the users whose rows fit
         data.fit_to_model(max_positions=model.max_positions, user_slots=model.user_slots)
         if model.encoder.reads_context:

@@ -224,6 +224,7 @@ def close(found: Tensor, expected: Tensor, what: str = "", allowed: float = 1e-3
     assert error <= allowed, f"{what} differ by {error:.1e}"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", [name for name in CAUSAL if name not in REFUSED_HERE])
 def test_log_probabilities_and_gradients_are_those_of_plain_sequences(name: str) -> None:
     backbone = lora_backbone(CAUSAL[name]).train()

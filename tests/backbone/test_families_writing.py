@@ -18,6 +18,7 @@ from plrhf.models.generation import generate
 from plrhf.models.policy import PersonalDPOPolicy
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", [name for name in CAUSAL if name not in REFUSED_HERE])
 def test_texts_begin_as_transformers_writes_them(name: str) -> None:
     """With no user model all aggregators must write what plain greedy search does."""
@@ -42,6 +43,7 @@ def test_texts_begin_as_transformers_writes_them(name: str) -> None:
         assert [json.loads(text) for text in found] == expected
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "name", ["llama", "gptj", "gpt2", "gemma3_w3", "llama4_chunks", "bloom", "rwkv"]
 )

@@ -56,6 +56,7 @@ def as_transformers(backbone: Backbone) -> Backbone:
     return backbone
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("aggregator", AGGREGATORS)
 @pytest.mark.parametrize("kind", [PersonalRewardModel, PersonalDPOPolicy])
@@ -176,6 +177,7 @@ def layout_of(batch: PreferenceBatch) -> gptj.AttentionLayout:
     return gptj.attention_layout(make_backbone().trunk, rows, sees(rows), dtype=torch.float32)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("longest", [0, 2048])
 @pytest.mark.parametrize("layout", [packed, two_rows])
 @pytest.mark.parametrize("aggregator", ["soft_prompt", "film_last"])
@@ -237,6 +239,7 @@ def test_block_mask_is_who_sees_whom(together: bool) -> None:
     assert torch.equal(found[:, 0], seen)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("aggregator", ["soft_prompt", "film_every_block"])
 @pytest.mark.parametrize("kind", [PersonalRewardModel, PersonalDPOPolicy])

@@ -137,6 +137,7 @@ def test_settings_go_to_the_source_or_to_the_data(files: dict[str, Path]) -> Non
     assert build_data(config).splits.train == again != other
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("encoder", options("encoder"))
 @pytest.mark.parametrize("aggregator", options("aggregator"))
 def test_encoders_and_aggregators(encoder: str, aggregator: str, model_of: Any) -> None:
@@ -256,6 +257,7 @@ ROWS = [f"referee/{name}" for name in options("experiment/referee")]
 EXPERIMENTS = [*options("experiment"), *SWEEPS, *METHODS, *ROWS]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiments(
     experiment: str, files: dict[str, Path], model_of: Any, tmp_path: Path
@@ -276,6 +278,7 @@ def test_experiments(
         model_of(config)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_has_a_grid_of_settings_that_there_are(method: str) -> None:
     referee = RunConfig.parse(composed(f"experiment={method}")).referee

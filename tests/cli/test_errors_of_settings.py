@@ -218,6 +218,7 @@ def assert_matches(line: str, expected: str) -> None:
     assert expected.endswith("*") or place == len(line), line
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", TRAIN)
 def test_train(case: str, tmp_path: Path, cache_dir: Path, capsys: Any) -> None:
     overrides, expected = TRAIN[case]

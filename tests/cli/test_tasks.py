@@ -54,6 +54,7 @@ def policy(policy_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(policy_run, tmp_path / "policy"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["reward_run", "policy_run"])
 def test_a_run_scores_the_same_again(
     which: str, request: pytest.FixtureRequest, tmp_path: Path

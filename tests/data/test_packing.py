@@ -68,6 +68,7 @@ MODELS = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["gptj", "llama"])
 @pytest.mark.parametrize("aggregator", AGGREGATORS)
 @pytest.mark.parametrize(("model_class", "settings"), MODELS)

@@ -164,6 +164,7 @@ def test_the_posterior_is_that_of_a_plain_network_on_each_user_alone(reads: str)
         torch.testing.assert_close(log_variance[user], encoder.log_variance(related).clamp(-1, 1))
 
 
+@pytest.mark.slow
 def test_draws_in_training_are_of_the_posterior() -> None:
     encoder, given = build(ContextEncoder, kl_weight=0.5), context()
     mean, log_variance = encoder.posterior(given)

@@ -74,6 +74,7 @@ def rows_through_trunk(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]
     return rows
 
 
+@pytest.mark.sampled
 @both_models
 @all_aggregators
 @pytest.mark.parametrize(("alpha", "n_contexts"), [(0.0, 1), (0.5, 2), (1.0, 1)])

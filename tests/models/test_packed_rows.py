@@ -18,6 +18,7 @@ from plrhf.models.reward import PersonalRewardModel
 from plrhf.models.sft import SupervisedPolicy
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("backbone", ["gptj", "llama"])
 @pytest.mark.parametrize("aggregator", ["soft_prompt", "film_last", "film_every_block"])
 @pytest.mark.parametrize("kind", [PersonalRewardModel, PersonalDPOPolicy])

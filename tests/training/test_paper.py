@@ -41,6 +41,7 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_authors_experiments(name: str, upstream: dict[str, Path], tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", MODELS[name])

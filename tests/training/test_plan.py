@@ -139,6 +139,7 @@ def measured(settings: dict[str, Any]) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 @pytest.mark.parametrize("case", MEASURED)
 def test_forecast_is_what_is_measured(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +282,7 @@ def test_a_config_is_all_it_reads(tmp_path: Path, capsys: Any) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_users_of_the_data(capsys: Any) -> None:
     launch("train", *SHAPE, "data.n_users=17", "data.n_unseen_users=2", "plan=true")
     out = capsys.readouterr().out

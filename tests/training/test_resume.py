@@ -196,6 +196,7 @@ def test_a_killed_run_may_be_moved(tmp_path: Path, tokenizer: Any) -> None:
     assert_same(moved.state_dict(), best.state_dict(), atol=0)
 
 
+@pytest.mark.slow
 def test_a_finished_run_may_be_made_longer(tmp_path: Path, tokenizer: Any) -> None:
     fit_once(tmp_path / "long", tokenizer, max_epochs=3)
     fit_once(tmp_path / "short", tokenizer, max_epochs=2)
@@ -319,6 +320,7 @@ def test_metrics_file(tmp_path: Path) -> None:
     assert path.read_text() == whole
 
 
+@pytest.mark.slow
 def test_going_on_through_the_entry_point(
     reward_run: Path, cache_dir: Path, tmp_path: Path, capsys: Any
 ) -> None:

@@ -264,12 +264,13 @@ RECOMPUTING += ["backbone.gradient_checkpointing=true", "backbone.lora.target_mo
 
 @pytest.mark.slow
 def test_what_is_offloaded_learns_and_goes_on_all_the_same(tmp_path: Path) -> None:
+    """On one process first, and on two to the end."""
     one, two = tmp_path / "one", tmp_path / "two"
     settings = [*SMALL, *RECOMPUTING, f"backbone.path={save_model(tmp_path / 'model')}"]
     settings.append("trainer.max_epochs=2")  # a run that stops at its last step has ended its epoch
     launch("train", *settings, f"run_dir={one}")
-    for also in ("trainer.max_steps=2", "ckpt=last"):
-        line = command("train", *settings, *ON_TWO, *OFFLOAD, f"run_dir={two}", also)
+    for also in (["trainer.max_steps=2", "trainer.devices=1"], ["ckpt=last"]):
+        line = command("train", *settings, *ON_TWO, *OFFLOAD, f"run_dir={two}", *also)
         done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 0 and done.stderr == "", done.stderr
         assert "WARNING" not in done.stdout
@@ -330,6 +331,7 @@ def test_commands_of_scaling_are_found() -> None:
     assert len(COMMANDS) >= 6
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_gpt_j_is_small() -> None:
     """LoRA of rank 8 on six layers of 28 blocks, and users' vectors, thrice in float32."""
     few = [
