@@ -1,9 +1,9 @@
-"""GPT-J's blocks for packed rows: transformers' weights, fewer operations.
+"""GPT-J's blocks for packed rows: transformers' weights with fewer operations.
 
-transformers' own blocks are the naive twin. Spared are attention between positions that never see
-each other, the last block's work on positions whose output nobody reads, the rotations that every
-block would compute again, and intermediates of the activation. When text is written a token at a
-time, a copy of all rotations for every row is spared.
+transformers' own blocks are the naive twin. These blocks skip attention between positions that never
+see each other, the last block's work on positions whose output is not used, repeated computation of
+rotations, and intermediate results of the activation. In generation, they avoid a copy of all rotations
+for each row.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")
 
 @dataclass
 class AttentionLayout:
-    """How the positions of a batch see one another, for all blocks.
+    """How the positions of a batch see each other, for all blocks.
 
     Attributes:
         first_read, n_causal: see `row_index.Extent`.
-        mask: [R, 1, M, L] additive. M covers the positions from `first_read` on and the rest of its
-            `KERNEL_BLOCK`; all of them where `chunked`. Then it is [1, 1, L, L] where every position
-            sees all before it.
-        rotations: [R, L, 1, rotary / 2] complex64, of each position.
-        chunked: attend by `ChunkedAttention`.
+        mask: [R, 1, M, L], added to scores. Its M queries are the positions from `first_read` on,
+            rounded down to a multiple of `KERNEL_BLOCK`; all positions if `chunked`. It is then [1, 1,
+            L, L] if every position sees all before it.
+        rotations: of each position, [R, L, 1, rotary / 2] complex64.
+        chunked: use `ChunkedAttention`.
     """
 
     first_read: int
@@ -56,13 +56,13 @@ class AttentionLayout:
 def attention_layout(
     trunk: Any, rows: PackedRows, sees: Tensor, *, dtype: torch.dtype
 ) -> AttentionLayout:
-    """The layout of rows that begin with a prompt.
+    """Compute the layout of rows that begin with a prompt.
 
     Args:
         rows: R rows of L positions. sees: [R, L, L] bool, whether a position sees another.
         dtype: of hidden states.
     """
-    segment, (first_read, n_causal) = rows.segment, rows.measured()
+    segment, (first_read, n_causal) = rows.segment, rows.get_extent()
     # On CPUs the backward pass of torch's fused kernel takes up to three times as long.
     trains_on_cpu = devices.computes_on_cpu(segment) and torch.is_grad_enabled()
     chunked = trains_on_cpu and segment.shape[1] <= LONGEST_CHUNKED
@@ -78,14 +78,14 @@ def attention_layout(
 
 
 def use_packed_blocks(trunk: Any) -> None:
-    """Let the blocks of a GPT-J take packed rows; without a layout they do what they did."""
+    """Make the blocks of a GPT-J accept a layout of packed rows; without one they are unchanged."""
     for block in trunk.h:
         block.__class__ = PackedBlock
         block.attn.__class__ = PackedBlockAttention
 
 
 def run_trunk(trunk: Any, hidden: Tensor, layout: AttentionLayout) -> Tensor:
-    """Last hidden states [R, L, d] from input embeddings; zeros before `layout.first_read`."""
+    """Compute last hidden states [R, L, d] from input embeddings; zero before `layout.first_read`."""
     hidden = trunk.drop(hidden)
     for block in trunk.h:
         hidden = block(hidden, layout=layout, is_last=block is trunk.h[-1])[0]
@@ -94,10 +94,10 @@ def run_trunk(trunk: Any, hidden: Tensor, layout: AttentionLayout) -> Tensor:
 
 
 class PackedBlockAttention(GPTJAttention):
-    """GPT-J's attention, for packed rows where a layout is given."""
+    """GPT-J's attention, which computes packed rows if a layout is given."""
 
     def _get_embed_positions(self, position_ids: Tensor) -> Tensor:
-        """Rotations of all positions, [N, positions, rotary]: a view of one table, not N copies."""
+        """Return the rotations of all positions, [N, positions, rotary], as a view of one table."""
         table = self.embed_positions.to(position_ids.device)
         return table.expand(len(position_ids), -1, -1)
 
@@ -113,7 +113,7 @@ class PackedBlockAttention(GPTJAttention):
         return self.attend_packed(hidden_states, layout, **kwargs), None
 
     def attend_packed(self, normed: Tensor, layout: AttentionLayout, *, first: int = 0) -> Tensor:
-        """Self-attention of the positions from `first` on over all, [R, L, d] -> [R, L - first, d]."""
+        """Compute self-attention of the positions from `first` on, [R, L, d] -> [R, L - first, d]."""
         read = normed[:, first:]
         query, key, value = (
             projection(states).unflatten(-1, (self.num_attention_heads, self.head_dim))
@@ -131,7 +131,7 @@ class PackedBlockAttention(GPTJAttention):
 
 
 class PackedBlock(GPTJBlock):
-    """GPT-J's block x + attention(LN(x)) + MLP(LN(x)), for packed rows where a layout is given."""
+    """GPT-J's block x + attention(LN(x)) + MLP(LN(x)), for packed rows if a layout is given."""
 
     def forward(  # type: ignore[override]
         self,
@@ -156,9 +156,9 @@ class PackedBlock(GPTJBlock):
 def attend(
     query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, dropout: float
 ) -> Tensor:
-    """softmax(Q K^T / sqrt(d / H) + mask) V of [R, H, M, d / H] over [R, H, L, d / H].
+    """Compute softmax(Q K^T / sqrt(d / H) + mask) V with Q [R, H, M, d / H], K and V [R, H, L, d / H].
 
-    The naive twin is torch's own attention with a mask for all.
+    The naive twin is torch's attention with one mask.
 
     Returns:
         [R, M, H, d / H].
@@ -171,10 +171,11 @@ def attend(
 def _attend_by_kernel(
     query: Tensor, key: Tensor, value: Tensor, layout: AttentionLayout, dropout: float
 ) -> Tensor:
-    """`attend` by torch's fused kernel.
+    """Compute `attend` by torch's fused kernel.
 
-    Positions before `layout.n_causal` need no mask, unless only some positions are read. They end at
-    a multiple of `KERNEL_BLOCK`, as torch's CPU kernel takes twice as long otherwise.
+    Positions before `layout.n_causal` need no mask, unless only some positions are queries. Their
+    number is rounded down to a multiple of `KERNEL_BLOCK`, since torch's CPU kernel is half as fast
+    otherwise.
     """
     attend = partial(scaled_dot_product_attention, dropout_p=dropout)
     reads_all = query.shape[2] == key.shape[2]
@@ -192,11 +193,11 @@ def _attend_by_kernel(
 
 
 def rotate(heads: Tensor, rotations: Tensor, rotary_dim: int | None) -> Tensor:
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34) on neighbouring pairs of dimensions.
+    """Apply rotary positions (Su et al. 2021, arXiv 2104.09864, eq. 34) to adjacent pairs of dimensions.
 
     Args:
         heads: [R, L, H, d / H]. rotations: [R, L, 1, rotary / 2] complex64.
-        rotary_dim: how many dimensions are rotated, None for all.
+        rotary_dim: number of dimensions that are rotated, None for all.
     """
     width = heads.shape[-1] if rotary_dim is None else rotary_dim
     pairs = torch.view_as_complex(heads[..., :width].float().unflatten(-1, (-1, 2)))

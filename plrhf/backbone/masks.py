@@ -1,9 +1,9 @@
-"""Which position sees which in packed rows, given to every layer of a model through transformers.
+"""Attention masks of packed rows, given to all layers of a model through transformers.
 
-A model of transformers asks for the mask of each kind of its layers (full, sliding, chunked) by a
-function of two indices. Within `packed_rows` that function is asked about positions in the text in
-place of indices in the row, and joined with what packing allows. So windows and chunks are the model's
-own, and count in the rejected response as they would in a row of its own.
+A transformers model asks for the mask of each kind of its layers (full, sliding, chunked) with a
+function of two positions. Within `packed_rows`, that function gets positions in the text instead of
+positions in the row, and is combined with the packing's own mask. Windows and chunks are therefore the
+model's own, and are the same in a packed row as in a row of one response.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ MaskFunction = Callable[[Any, Any, Any, Any], Any]
 """(row, head, query, key) -> whether the query sees the key; tensors that broadcast, or scalars."""
 
 
-def visible(query: Tensor, key: Tensor, of_query: Tensor, of_key: Tensor) -> Tensor:
-    """Say whether a position sees another in the packed layout.
+def visible(query: Tensor, key: Tensor, query_segment: Tensor, key_segment: Tensor) -> Tensor:
+    """Return whether a query position sees a key position in the packed layout.
 
-    It sees itself and earlier positions of the prompt and of its own response, never the other
-    response. Padding, which nobody sees, sees itself at least: no softmax is over nothing.
+    It sees itself, and earlier positions of the prompt and of its own response, never the other
+    response. Padding sees itself, so that no softmax is over nothing.
 
     Args:
-        query, key: their indices. of_query, of_key: their segments.
+        query, key: indices in the row. query_segment, key_segment: their segments.
     """
-    return (key <= query) & ((of_key == PROMPT) | (of_key == of_query))
+    return (key <= query) & ((key_segment == PROMPT) | (key_segment == query_segment))
 
 
 @dataclass
 class PackedRows:
-    """Rows that hold several texts, and which kinds of layers have asked for their mask.
+    """Packed rows, and how many masks a model has asked for in the context `packed_rows`.
 
     Attributes:
-        segment: [R, L] int64. positions: [R, L] int64, in the text.
-        owner: [R, L], the row each position comes from where several stand in one: none sees another's.
-        branch: [R, L], the context each position belongs to, 0 for all: none sees another's.
-        extent: as the loader has found it; None: not yet.
-        n_asked: masks that the model has asked for.
+        segment: [R, L] int64. positions: positions in the text, [R, L] int64.
+        owner: original row of each position if several share a row, [R, L]; rows do not see each other.
+        branch: context of each position, [R, L], 0 for shared prompts; contexts do not see each other.
+        n_asked: number of masks that the model has asked for.
+        extent: computed by the loader; None: not computed yet.
     """
 
     segment: Tensor
@@ -59,8 +59,8 @@ class PackedRows:
     extent: Extent | None = None
     n_asked: int = field(default=0)
 
-    def seen(self, row: Any, query: Any, key: Any) -> Any:
-        """Say whether position `query` of a row sees position `key`: indices, which broadcast."""
+    def can_see(self, row: Any, query: Any, key: Any) -> Any:
+        """Return whether position `query` of a row sees position `key`; the indices are broadcast."""
         allowed = visible(query, key, self.segment[row, query], self.segment[row, key])
         if self.owner is not None:
             allowed = allowed & (self.owner[row, query] == self.owner[row, key])
@@ -69,29 +69,29 @@ class PackedRows:
             allowed = allowed & ((of_key == 0) | (of_key == self.branch[row, query]))
         return allowed
 
-    def measured(self) -> Extent:
-        """Return the extent; a GPU that no loader has spared this has to wait for it."""
+    def get_extent(self) -> Extent:
+        """Return the extent; if the loader has not computed it, a GPU must be waited for."""
         if self.extent is None:
             marks = (self.segment, self.owner, self.branch)
             self.extent = extent_of(*(None if one is None else one.cpu() for one in marks))  # type: ignore[arg-type]
         return self.extent
 
-    def over(self, own: MaskFunction) -> MaskFunction:
-        """Return the mask of these rows for layers whose own mask is `own`."""
+    def mask_function(self, own: MaskFunction) -> MaskFunction:
+        """Return the mask function of these rows for layers whose own mask function is `own`."""
         positions = self.positions
 
         def seen(row: Any, head: Any, query: Any, key: Any) -> Any:
             distances = own(row, head, positions[row, query], positions[row, key])
-            return self.seen(row, query, key) & distances
+            return self.can_see(row, query, key) & distances
 
         return seen
 
 
-def sees(rows: PackedRows) -> Tensor:
-    """Say which position sees which, [R, L, L] bool."""
+def visibility(rows: PackedRows) -> Tensor:
+    """Return which position sees which, [R, L, L] bool."""
     n_rows, length = rows.segment.shape
     row, place = (torch.arange(n, device=rows.segment.device) for n in (n_rows, length))
-    return rows.seen(row[:, None, None], place[:, None], place)
+    return rows.can_see(row[:, None, None], place[:, None], place)
 
 
 _rows: ContextVar[PackedRows | None] = ContextVar("packed_rows", default=None)
@@ -99,7 +99,7 @@ _rows: ContextVar[PackedRows | None] = ContextVar("packed_rows", default=None)
 
 @contextlib.contextmanager
 def packed_rows(rows: PackedRows) -> Iterator[PackedRows]:
-    """Within it, models make the masks of these packed rows."""
+    """Make transformers models use the masks of these packed rows in this context."""
     token = _rows.set(rows)
     try:
         yield rows
@@ -108,19 +108,19 @@ def packed_rows(rows: PackedRows) -> Iterator[PackedRows]:
 
 
 def block_mask(seen: MaskFunction, n_rows: int, length: int, device: torch.device) -> BlockMask:
-    """Return a mask for FlexAttention, which skips blocks of positions that see nothing of each other."""
+    """Return a mask for FlexAttention, which skips blocks in which no position sees another."""
     return create_block_mask(seen, n_rows, None, length, length, device=str(device))
 
 
-def _aware_of_packing(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the mask maker of an attention implementation; outside `packed_rows` it is as before."""
+def _with_packing(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the mask maker of an attention implementation; outside `packed_rows` it does as before."""
 
     def make_mask(**given: Any) -> Any:
         rows = _rows.get()
         if rows is None:
             return original(**given)
         rows.n_asked += 1
-        seen = rows.over(given["mask_function"])
+        seen = rows.mask_function(given["mask_function"])
         if name == FLEX:
             n_rows, length = rows.segment.shape
             return block_mask(seen, n_rows, length, rows.segment.device)
@@ -140,5 +140,5 @@ def _aware_of_packing(name: str, original: Callable[..., Any]) -> Callable[..., 
 
 for _name in IMPLEMENTATIONS:
     AttentionMaskInterface.register(
-        _name, _aware_of_packing(_name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+        _name, _with_packing(_name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
     )

@@ -1,4 +1,4 @@
-"""The language model under everything: embed, run the trunk, unembed."""
+"""The language model in three steps: embed, trunk, unembed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from plrhf.backbone.families import Layout, is_causal
 from plrhf.backbone.hooks import replaced_output, switch_dropout_off
 from plrhf.backbone.kv_cache import RoomyLayer
 from plrhf.backbone.logits import head_parameters, model_logits
-from plrhf.backbone.masks import PackedRows, packed_rows, sees
+from plrhf.backbone.masks import PackedRows, packed_rows, visibility
 from plrhf.backbone.sharding import gathered, is_sharded, whole_shape
 from plrhf.core.errors import bad_value
 from plrhf.core.row_index import Extent
@@ -35,14 +35,14 @@ Trainable = Literal["lora", "frozen", "full"]
 
 
 class Backbone(nn.Module):
-    """Wraps a Hugging Face model as three steps (embed, trunk, unembed) with optional LoRA.
+    """Wraps a Hugging Face model as three steps (embed, trunk, unembed), with optional LoRA.
 
     Args:
-        model: a causal LM, or a bidirectional encoder (`causal` False), on which LoRA may be put.
+        model: a causal LM, or a bidirectional encoder (`causal` is False).
         trainable: ``lora``, ``frozen`` or ``full``.
         lora: r, alpha, dropout, target_modules (names, or "all-linear"), for ``lora`` only.
         gradient_checkpointing: recompute activations in the backward pass.
-        compiled: train blocks by torch.compile (not GPT-J's); the naive twin is the same without.
+        compiled: use torch.compile for blocks in training (not GPT-J's). The naive twin is without.
     """
 
     def __init__(
@@ -105,12 +105,12 @@ class Backbone(nn.Module):
 
     @property
     def bare(self) -> PreTrainedModel:
-        """The Hugging Face model; LoRA layers are put into it in place."""
+        """The Hugging Face model, with LoRA layers in place."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model  # type: ignore[return-value]
 
     @property
     def trunk(self) -> PreTrainedModel:
-        """The part that gives last hidden states, which training and generation both call."""
+        """The part that computes last hidden states; training and generation both call it."""
         # Not an attribute: its weights would stand in the state dict a second time.
         base: Any = self.bare.base_model
         if base is self.bare and self.causal:  # Llama 4 gives its trunk another name than it has
@@ -132,23 +132,23 @@ class Backbone(nn.Module):
 
     @property
     def block_size(self) -> int:
-        """Width of what a block gives."""
+        """Width of a block's output."""
         return int(self.config.get_text_config(decoder=True).hidden_size)
 
     @property
     def embedding_size(self) -> int:
-        """Width of the vectors that stand for tokens, which may be narrower than the blocks."""
+        """Width of token embeddings, which may be narrower than the blocks."""
         weight: Any = self.trunk.get_input_embeddings().weight
         return int(whole_shape(weight)[1])
 
     @property
     def embedding_dtype(self) -> torch.dtype:
-        """Dtype of the vectors that stand for tokens."""
+        """Dtype of token embeddings."""
         return self.trunk.get_input_embeddings().weight.dtype  # type: ignore[return-value]
 
     @property
     def max_positions(self) -> int | None:
-        """Positions the model was made for, or None where its config names no limit."""
+        """Largest number of positions, or None if the model's config has no limit."""
         config = self.config.get_text_config(decoder=True)
         limit = getattr(config, "max_position_embeddings", None)
         rope = getattr(config, "rope_parameters", None) or {}
@@ -165,14 +165,14 @@ class Backbone(nn.Module):
 
     @property
     def first_position(self) -> int:
-        """Position of a text's first token; RoBERTa and the like count from the padding index + 1."""
+        """Position of a text's first token; for RoBERTa and similar models it is the padding index + 1."""
         table = getattr(getattr(self.trunk, "embeddings", None), "position_embeddings", None)
         padding = getattr(table, "padding_idx", None)
         return 0 if padding is None else padding + 1
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
-        """The transformer blocks, first to last."""
+        """The transformer blocks, from first to last."""
         n_blocks = self.config.num_hidden_layers
         for module in self.trunk.modules():
             if isinstance(module, nn.ModuleList) and len(module) == n_blocks:
@@ -185,10 +185,7 @@ class Backbone(nn.Module):
         )
 
     def vocabulary(self) -> Tensor:
-        """Return the input embeddings of all tokens as the trunk receives them, [V, e].
-
-        They are scaled if the model scales its embeddings.
-        """
+        """Return the input embeddings of all tokens, [V, e], scaled if the model scales them."""
         table: Any = self.trunk.get_input_embeddings()
         with gathered([table.weight]), torch.no_grad():
             if type(table) is nn.Embedding:
@@ -213,12 +210,11 @@ class Backbone(nn.Module):
         """Compute last hidden states [R, T + L, d] of T user vectors followed by L text positions.
 
         Args:
-            input_ids, segment, position_ids: [R, L] int64, laid out as `layout` says.
-            user_vectors: [R, T, e], which count as prompt and take positions: 0..T-1, in front of the text,
-                or those after the prompt where `packing` puts them there.
-            packing: how the trunk computes rows together, made for T user vectors; None: it computes
-                them as they are.
-            extent: of the rows of text as they are, where the loader has found it.
+            input_ids, segment, position_ids: [R, L] int64, in the layout `layout`.
+            user_vectors: [R, T, e]. They belong to the prompt and take positions: 0..T-1, before the
+                text, or those after the prompt if `packing` puts them there.
+            packing: how rows are packed for the trunk, made for T user vectors; None: not at all.
+            extent: of the rows of text without packing, if the loader has computed it.
         """
         n_vectors = 0 if user_vectors is None else user_vectors.shape[1]
         embeddings = None
@@ -233,7 +229,7 @@ class Backbone(nn.Module):
         segment = nn.functional.pad(segment, (n_vectors, 0), value=PROMPT)
         rows = PackedRows(segment, torch.cat([own, moved], dim=1))
         if packing is None:
-            rows.extent = None if extent is None else extent.behind(n_vectors)
+            rows.extent = None if extent is None else extent.shifted_by(n_vectors)
             return self._run(input_ids, embeddings, rows)
         packed = PackedRows(
             packing.pack(segment, PADDING),
@@ -246,7 +242,7 @@ class Backbone(nn.Module):
         return packing.unpack(self._run(packing.pack(input_ids), text, packed))
 
     def read_text(self, batch: PreferenceBatch) -> Tensor:
-        """Compute last hidden states [R, L, d] of a batch's text, without any user."""
+        """Compute last hidden states [R, L, d] of a batch's text, without users."""
         packing = batch.packing_for(NO_USER)
         rows = (batch.input_ids, batch.segment, batch.position_ids)
         return self(*rows, packing=packing, extent=batch.extent)
@@ -259,7 +255,9 @@ class Backbone(nn.Module):
             return self.call_trunk(input_ids, embeddings, attention_mask=mask)
         if self.is_gptj:
             embeddings = self.embed(input_ids) if embeddings is None else embeddings
-            layout = gptj.attention_layout(self.trunk, rows, sees(rows), dtype=embeddings.dtype)
+            layout = gptj.attention_layout(
+                self.trunk, rows, visibility(rows), dtype=embeddings.dtype
+            )
             return gptj.run_trunk(self.trunk, embeddings, layout)
         with packed_rows(rows):
             # The model makes its masks as for one text a row, and `packed_rows` answers.
@@ -271,11 +269,11 @@ class Backbone(nn.Module):
     def call_trunk(self, input_ids: Tensor, embeddings: Tensor | None, **others: Tensor) -> Tensor:
         """Call the trunk with token ids, and return the last hidden states [R, L, d].
 
-        With ``inputs_embeds`` some models would skip a part of their embedding.
+        With ``inputs_embeds``, some models would skip a part of their embedding.
 
         Args:
-            embeddings: [R, L, e], what the input embedding is to return for `input_ids`, if anything
-                else than usual.
+            embeddings: [R, L, e], returned by the input embedding instead of those of `input_ids`;
+                None: no change.
         """
         if self.causal:
             others["use_cache"] = False  # type: ignore[assignment]
@@ -284,13 +282,13 @@ class Backbone(nn.Module):
 
     @contextlib.contextmanager
     def replaced_first_embeddings(self, embeddings: Tensor, *, n_last: int) -> Iterator[None]:
-        """Let rows begin with `embeddings` [N, L, e] in this context; later tokens have their own.
+        """Replace the embeddings of the first L positions by `embeddings` [N, L, e] in this context.
 
-        `generate` calls the trunk with token ids, which this gives the embeddings of user vectors.
+        `generate` can then be called with token ids although rows contain user vectors.
 
         Args:
-            n_last: how many of the L positions are read at first where `prefill` has read the others;
-                more than one, as a token that is written is read alone.
+            n_last: number of the L positions that are computed first if `prefill` has computed the
+                others; above 1, since a generated token is computed alone.
         """
 
         def replace(_module: nn.Module, _inputs: Any, usual: Tensor) -> Tensor:
@@ -307,7 +305,7 @@ class Backbone(nn.Module):
 
     @contextlib.contextmanager
     def shifted_positions(self) -> Iterator[None]:
-        """Shift the positions that `generate` counts from 0 to `first_position` in this context."""
+        """Add `first_position` to the positions, which `generate` counts from 0, in this context."""
         first = self.first_position
 
         def shift(_module: nn.Module, args: Any, given: dict[str, Any]) -> Any:
@@ -326,19 +324,19 @@ class Backbone(nn.Module):
 
     @property
     def padding(self) -> int:
-        """Token id of padding, which masks hide."""
+        """Token id of padding, which is masked."""
         padding = getattr(self.config.get_text_config(decoder=True), "pad_token_id", None)
         return 0 if padding is None or padding < 0 else int(padding)
 
     @property
     def placeholder(self) -> int:
-        """Token id that stands at the places of user vectors; any id but the padding's."""
+        """Token id used at the positions of user vectors; any id but the padding's."""
         return 1 if self.padding == 0 else 0
 
     def cache(self, length: int) -> Cache | None:
         """Make an empty key-value cache for rows of at most `length` positions.
 
-        It is None for models that make a cache of their own, as recurrent ones do.
+        None for models that make their own cache, such as recurrent ones.
         """
         if self.layout == "two_rows":
             return None
@@ -350,7 +348,7 @@ class Backbone(nn.Module):
         return cache
 
     def prefill(self, cache: Cache, input_ids: Tensor, attention_mask: Tensor) -> None:
-        """Fill an empty cache with left-padded prompts [N, L], without their last tokens.
+        """Fill an empty cache with left-padded prompts [N, L], except their last tokens.
 
         Equal prompts are computed once.
         """
@@ -370,7 +368,7 @@ class Backbone(nn.Module):
         cache.batch_select_indices(at)
 
     def unembed(self, hidden: Tensor) -> Tensor:
-        """Turn hidden states into logits as the model's own forward does, [..., d] -> [..., V]."""
+        """Compute logits from hidden states as the model's own forward does, [..., d] -> [..., V]."""
         if self.is_gptj and not is_sharded(self.bare.lm_head.weight):
             return self.bare.lm_head(hidden)  # all that it does
         flat = model_logits(self.bare, self.trunk, hidden.reshape(-1, hidden.shape[-1]))
@@ -383,10 +381,10 @@ class Backbone(nn.Module):
         return not any(one.requires_grad or is_sharded(one) for one in head)
 
     def fingerprint(self) -> str:
-        """Hash the frozen weights to sixteen hexadecimal digits, by their rounded sums.
+        """Hash the rounded sums of the frozen weights to sixteen hexadecimal digits.
 
-        The hash does not depend on the device. It is quick, and tells models apart; for a hash of all
-        bits see `digest`.
+        The hash does not depend on the device. It is fast, and distinguishes models; `digest` hashes
+        all bits.
         """
         digest = hashlib.blake2b(digest_size=8)
         for name, value in sorted(self.named_parameters()):
@@ -399,7 +397,7 @@ class Backbone(nn.Module):
 
     @cached_property
     def digest(self) -> str:
-        """Hash of every bit of the frozen weights, as thirty-two hexadecimal digits."""
+        """Hash of every bit of the frozen weights, thirty-two hexadecimal digits."""
         digest = hashlib.blake2b(digest_size=16)
         for name, value in sorted(self.named_parameters()):
             if not value.requires_grad:
@@ -411,7 +409,7 @@ class Backbone(nn.Module):
         return digest.hexdigest()
 
     def save(self, directory: Path) -> None:
-        """Write what was learned: the PEFT adapter, or the fully trained model to ``backbone/``."""
+        """Write the learned weights: the PEFT adapter, or the fully trained model to ``backbone/``."""
         if isinstance(self.model, PeftModel):
             saving.save_adapter(self.model, directory)
         elif self.trainable == "full":
@@ -426,13 +424,13 @@ class Backbone(nn.Module):
         return saving.merged(self.model)
 
     def load_adapter(self, directory: Path) -> None:
-        """Load the adapter that `save` wrote, if this backbone has one; see `saving`."""
+        """Load the adapter that `save` wrote, if the backbone has one; see `saving`."""
         if isinstance(self.model, PeftModel):
             saving.load_adapter(self.model, directory)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """Turn the model into the reference pi_ref in this context: no adapters, dropout or gradient."""
+        """Make the model the reference pi_ref in this context: no adapters, dropout or gradient."""
         was_training = self.training
         self.eval()
         adapters_off = (

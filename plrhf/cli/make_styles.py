@@ -1,8 +1,8 @@
-"""Lets a language model write the texts of data=styles: every prompt in every style.
+"""Generates the texts of data=styles with a language model: every prompt in every style.
 
     python -m plrhf.cli.make_styles backbone.path=DIR out=FILE
 
-Begun again with the same FILE it goes on where it stopped.
+If it is started again with the same FILE it continues where it stopped.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from plrhf.reporting.tables import console
 
 
 class MakeStylesConfig(Section):
-    """Everything that the command is asked to do; conf/make_styles.yaml says what each is."""
+    """All settings of the command; conf/make_styles.yaml explains them."""
 
     backbone: BackboneConfig
     out: str
@@ -51,7 +51,7 @@ Task = tuple[StylePrompt, str]  # a prompt and a style
 
 
 def make_styles(settings: Settings) -> None:
-    """Write the texts that the file lacks, and say how many of all are usable."""
+    """Generate the texts that the file lacks, and print how many of all are usable."""
     config = MakeStylesConfig.read(settings, "")
     how = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_p")}
     check_options(**how, field="")
@@ -68,7 +68,7 @@ def make_styles(settings: Settings) -> None:
 
 
 def _tasks(config: MakeStylesConfig, done: set[tuple[str, str]]) -> list[Task]:
-    """Return what is still to be written: all styles of a prompt together, prompts shuffled by seed."""
+    """Return the missing texts: prompts shuffled by the seed, all styles of a prompt together."""
     prompts = all_prompts()
     if config.n_prompts > len(prompts):
         raise bad_value(
@@ -92,7 +92,7 @@ def _write_all(
     config: MakeStylesConfig,
     how: dict[str, Any],
 ) -> None:
-    """Write batch after batch, each appended to the file at once."""
+    """Generate all texts batch by batch, and append each batch to the file at once."""
     seen = {text.key for text in known if text.dropped is None}
     rows = RowTokenizer(tokenizer, max_prompt_tokens=1024, max_tokens=2048)
     with Progress(console=console()) as progress:
@@ -121,9 +121,9 @@ def _write_all(
 
 
 def _batches(tasks: list[Task], size: int) -> Iterator[list[Task]]:
-    """Yield the tasks in batches of one style, whose instruction is then read once.
+    """Yield the tasks in batches of one style, whose shared instruction is then computed once.
 
-    Between two rounds over the styles all prompts so far have all their texts.
+    After each round over the styles, all prompts so far have all their texts.
     """
     round_size = size * len(STYLES)
     for start in range(0, len(tasks), round_size):
@@ -137,7 +137,7 @@ def _batches(tasks: list[Task], size: int) -> Iterator[list[Task]]:
 def _responses(
     tasks: list[Task], rows: RowTokenizer, backbone: Backbone, how: dict[str, Any]
 ) -> list[tuple[str, bool]]:
-    """Return for each task of one style the model's text, and whether it came to its end."""
+    """Return for each task of one style the generated text, and whether it ended by itself."""
     tokenizer, device = rows.tokenizer, next(backbone.parameters()).device
     prompts = [rows.prompt(_asked(prompt, style)) for prompt, style in tasks]
     check_room(backbone, prompts, max_new_tokens=how["max_new_tokens"], field="")
@@ -165,7 +165,7 @@ def _responses(
 
 
 def _asked(prompt: StylePrompt, style: str) -> Row:
-    """Return a row whose prompt asks for a style, of which nothing else is read."""
+    """Return a row whose prompt asks for an answer in a style; its other fields are not used."""
     return Row(
         prompt=STYLES[style].turns(prompt.text),
         chosen="",
@@ -177,6 +177,7 @@ def _asked(prompt: StylePrompt, style: str) -> Row:
 
 
 def _summary(texts: list[StyleText]) -> str:
+    """Return a line with the numbers of texts, and of dropped texts by reason."""
     counts = Counter(text.dropped for text in texts)
     kept = counts.pop(None, 0)
     reasons = ", ".join(f"{count} {why}" for why, count in counts.most_common())
@@ -184,7 +185,7 @@ def _summary(texts: list[StyleText]) -> str:
 
 
 def command() -> None:
-    """What ``python -m plrhf.cli.make_styles`` and, installed, ``plrhf-make-styles`` run."""
+    """Run the command line of ``python -m plrhf.cli.make_styles``, installed as ``plrhf-make-styles``."""
     main("make_styles", "plrhf.cli.make_styles.make_styles")
 
 

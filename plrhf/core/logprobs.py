@@ -1,4 +1,4 @@
-"""Log-probabilities of responses. Logits are computed for response tokens only, in chunks."""
+"""Log-probabilities of responses, whose logits are computed for response tokens only, in chunks."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def sum_by_response(values: Tensor, segment: Tensor, n_pairs: int) -> Tensor:
 
 
 def _token_logps(hidden: Tensor, targets: Tensor, unembed: Unembed) -> Tensor:
+    """Return the log-probability [N] of each target token, from hidden states [N, d]."""
     return -cross_entropy(unembed(hidden).float(), targets, reduction="none")  # [N, V] -> [N]
 
 
@@ -96,7 +97,7 @@ def response_logps(
 def naive_response_logps(
     hidden: Tensor, input_ids: Tensor, segment: Tensor, unembed: Unembed, *, n_pairs: int
 ) -> Tensor:
-    """Return what `response_logps` does, by all logits at once; for two-row batches only."""
+    """Return the same as `response_logps`, with all logits at once; for two-row batches only."""
     logps = unembed(hidden[:, :-1]).float().log_softmax(dim=-1)  # [R, L-1, V]
     token_logps = logps.gather(2, input_ids[:, 1:, None]).squeeze(2)
     return sum_by_response(token_logps, segment[:, 1:], n_pairs)

@@ -1,7 +1,7 @@
-"""What the CPU reads off the rows of a batch, so that a GPU is never asked for it.
+"""Facts about the rows of a batch that the loader computes on the CPU, so that a GPU need not be read.
 
-A GPU works behind the program. Asked for a number, such as how many tokens a batch's responses have, it
-would first have to end all its work, and then wait for more.
+A GPU computes asynchronously. To read a number from it, such as the number of response tokens, the
+program would have to wait for all queued work.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ from plrhf.core.types import CHOSEN, PADDING, PROMPT, REJECTED
 
 
 class Extent(NamedTuple):
-    """How far some rows need neither their outputs read nor a mask.
+    """Which positions of some rows need no output and no mask.
 
     Attributes:
-        first_read: nobody reads the outputs of positions before it: they are prompt in every row.
-        n_causal: the first positions that see all before them in every row; >= `first_read`.
+        first_read: outputs of positions before it are not used; they are prompt in every row.
+        n_causal: number of first positions that see all positions before them in every row; >=
+            `first_read`.
     """
 
     first_read: int
     n_causal: int
 
-    def behind(self, n_vectors: int) -> Extent:
-        """The extent of the same rows with `n_vectors` more positions of prompt in front."""
+    def shifted_by(self, n_vectors: int) -> Extent:
+        """Return the extent of the same rows with `n_vectors` further prompt positions in front."""
         return Extent(self.first_read + n_vectors, self.n_causal + n_vectors)
 
 
 def extent_of(segment: Tensor, owner: Tensor | None = None, branch: Tensor | None = None) -> Extent:
-    """Find the extent of rows of segments [R, L]; owner and branch are those of `masks.PackedRows`.
+    """Compute the extent of rows from their segments [R, L]; owner and branch are as in `masks.PackedRows`.
 
-    Its naive twin counts what `masks.sees` lets each position see.
+    The naive twin counts which positions each position sees by `masks.visibility`.
     """
     # One short of the shortest prompt: its last position predicts a response's first token.
     n_prompt = (segment == PROMPT).cumprod(dim=1).sum(dim=1)
@@ -59,8 +60,8 @@ def extent_of(segment: Tensor, owner: Tensor | None = None, branch: Tensor | Non
 def predecessors(segment: Tensor) -> Tensor:
     """Return the position whose hidden state predicts each token, [R, L] int64.
 
-    That is the position before it. The one exception is the first token of a response that does not
-    directly follow the prompt (the rejected one in a packed row): the prompt's last position predicts it.
+    This is the position before it, except for the first token of a response that does not directly
+    follow the prompt (the rejected one in a packed row), which the prompt's last position predicts.
     """
     before = torch.arange(segment.shape[1], device=segment.device).expand_as(segment) - 1
     starts = torch.ones_like(segment, dtype=torch.bool)
@@ -71,12 +72,12 @@ def predecessors(segment: Tensor) -> Tensor:
 
 @dataclass
 class RowIndex:
-    """Where the response tokens of R rows of text stand, and how far the rows need no mask.
+    """Where the response tokens of R rows of text are, and which positions need no mask.
 
     Attributes:
-        row, column: [N] int64, of each of the N response tokens.
-        before: [N] int64, column of the position whose hidden state predicts it.
-        extent: of the rows as they are, user vectors not counted.
+        row, column: indices of each of the N response tokens, [N] int64.
+        before: column of the position whose hidden state predicts it, [N] int64.
+        extent: of the rows as they are, without user vectors.
     """
 
     row: Tensor
@@ -86,6 +87,6 @@ class RowIndex:
 
     @classmethod
     def of(cls, segment: Tensor) -> Self:
-        """Make the index of rows with segments [R, L]; on a GPU the program waits for it."""
+        """Compute the index of rows with segments [R, L]; on a GPU the program must wait."""
         row, column = ((segment == CHOSEN) | (segment == REJECTED)).nonzero(as_tuple=True)
         return cls(row, column, predecessors(segment)[row, column], extent_of(segment))

@@ -1,4 +1,4 @@
-"""How rows stand together for the trunk: short ones in one, a pair once for all its contexts."""
+"""Row packing: several short rows in one, or a pair's contexts behind one prompt."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class UserSlots:
     """Where a model puts user vectors into its rows.
 
     Attributes:
-        n_vectors: how many stand in a row, for each context; 0 for no user model.
-        n_contexts: how many contexts share a row, with the vectors of each after the prompt. None: vectors
-            stand in front of the prompt, and each context has rows of its own.
+        n_vectors: number of vectors for each context; 0 for no user model.
+        n_contexts: number of contexts in a row, with the vectors of each after the prompt. None:
+            vectors are in front of the prompt, and each context has its own rows.
     """
 
     n_vectors: int = 0
@@ -33,23 +33,24 @@ NO_USER = UserSlots()
 
 @dataclass
 class RowPacking:
-    """Where the positions of R rows of length L stand in N packed rows of length M.
+    """Where the positions of R rows of length L are in N packed rows of length M.
 
-    It is made where batches are made, on the CPU: a GPU would have to wait for the lengths of rows.
-    Each of the R rows begins with its user vectors, its text follows. With `n_contexts` the R rows are
-    those of all contexts one after the other; packed rows hold a prompt once and, after it, vectors and
+    It is made with the batches on the CPU, since a GPU would have to wait for the lengths of rows. Each
+    of the R rows is its user vectors, then its text. With `n_contexts`, the R rows are those of all
+    contexts one after the other. A packed row then has the prompt once, followed by vectors and
     responses of each context: ``prompt | vectors chosen rejected | vectors chosen rejected``.
 
     Attributes:
-        source, target: [K] int64, for each of the K positions that are computed, its index among all R * L
-            and among all N * M positions.
-        read_source, read_target: the same for positions whose hidden states are read. A prompt's last
-            position stands for the last vector where that follows the prompt: it predicts the response.
-        branch: [N, M] int64, which context a position belongs to, from 1; 0 for prompts, which all
-            contexts see. None: there is one context.
+        source, target: [K] int64, index of each of the K computed positions among all R * L and among
+            all N * M positions.
+        read_source, read_target: the same for positions whose hidden states are used. If vectors follow
+            the prompt, the prompt's last position gets the hidden state of the last vector, which
+            predicts the response.
+        branch: context of each packed position, from 1; 0 for prompts, which all contexts see; [N, M]
+            int64. None: there is one context.
         n_rows, n_packed, length, packed_length: R, N, L and M.
-        extent: of the packed rows; None: it is found where it is needed.
         n_vectors, n_contexts: see `UserSlots`.
+        extent: of the packed rows; None: computed when it is needed.
     """
 
     source: Tensor
@@ -69,33 +70,33 @@ class RowPacking:
     def of(
         cls, segment: Tensor, slots: UserSlots = NO_USER, *, together: bool = True
     ) -> Self | None:
-        """Make the packing of rows with these segments; None where rows are computed as they are.
+        """Make the packing of rows with these segments; None if packing saves nothing.
 
         Args:
             segment: [R, L] int64 on the CPU, of text; all positions but padding are kept.
-            slots: where user vectors will stand.
-            together: whether several texts may share a row, which not every model allows.
+            slots: where user vectors will be.
+            together: whether several texts may share a row, which not all models allow.
         """
         if slots.n_contexts is not None:
             n_prompt, n_text = (segment == PROMPT).sum(dim=1), (segment != PADDING).sum(dim=1)
             length = segment.shape[1]
-            made = cls.of_contexts(
+            made = cls.of_lengths(
                 n_prompt.numpy(), n_text.numpy(), slots, length=length, together=together
             )
-            return made._measured(segment)
-        alone = cls._of_rows(segment, slots.n_vectors) if together else None
-        return None if alone is None else alone._measured(segment)
+            return made._with_extent(segment)
+        alone = cls._pack_rows(segment, slots.n_vectors) if together else None
+        return None if alone is None else alone._with_extent(segment)
 
-    def _measured(self, segment: Tensor) -> Self:
-        """The same with its extent, which the text's segments [R, L] say."""
+    def _with_extent(self, segment: Tensor) -> Self:
+        """Return the packing with its extent, computed from the text's segments [R, L]."""
         whole = torch.nn.functional.pad(segment, (self.n_vectors, 0), value=PROMPT)
         whole = whole.repeat(self.n_rows // len(segment), 1)
         extent = extent_of(self.pack(whole, PADDING), self.source_row, self.branch)
         return replace(self, extent=extent)
 
     @classmethod
-    def _of_rows(cls, segment: Tensor, n_vectors: int) -> Self | None:
-        """Pack rows of one context, vectors in front; None if that would leave as many rows."""
+    def _pack_rows(cls, segment: Tensor, n_vectors: int) -> Self | None:
+        """Pack rows of one context with vectors in front; None if it gives as many rows."""
         n_rows, length = segment.shape[0], segment.shape[1] + n_vectors
         is_kept = torch.nn.functional.pad(segment != PADDING, (n_vectors, 0), value=True)
         packed_rows = first_fit_decreasing(is_kept.sum(dim=1).tolist(), length)
@@ -121,7 +122,7 @@ class RowPacking:
         )
 
     @classmethod
-    def of_contexts(
+    def of_lengths(
         cls,
         n_prompt: NDArray[np.int64],
         n_text: NDArray[np.int64],
@@ -133,9 +134,10 @@ class RowPacking:
         """Pack rows with the vectors of each context after the prompt.
 
         Args:
-            n_prompt, n_text: [B], positions of prompt and of all text in each row of one context.
+            n_prompt, n_text: [B], number of positions of the prompt, and of the text, in each row of
+                one context.
             length: of these rows.
-            slots, together: as in `of`; where rows stay apart, so do contexts, and this is of one.
+            slots, together: as in `of`; if rows may not be shared, the packing is of one context.
         """
         n_vectors, n_contexts = slots.n_vectors, (slots.n_contexts or 1) if together else 1
         n_rows, length = len(n_prompt), n_vectors + length
@@ -181,7 +183,7 @@ class RowPacking:
         )
 
     def repeated(self, n_times: int) -> RowPacking:
-        """The packing of the rows repeated `n_times`, each time packed alike."""
+        """Return the packing of the rows repeated `n_times`, each repetition packed in the same way."""
         if n_times == 1:
             return self
         times = torch.arange(n_times, device=self.source.device)[:, None]
@@ -203,14 +205,14 @@ class RowPacking:
 
     @property
     def slots(self) -> UserSlots:
-        """Where the user vectors stand that the packing is made for."""
+        """The user slots that the packing is made for."""
         return UserSlots(self.n_vectors, self.n_contexts)
 
     @property
     def source_row(self) -> Tensor:
-        """The row that each packed position comes from, -1 for padding, [N, M] int64.
+        """The row of each packed position, [N, M] int64; -1 for padding.
 
-        Rows of several contexts count as that of the first.
+        The rows of several contexts count as the row of the first context.
         """
         row = self.source.div(self.length, rounding_mode="floor")
         row = row % (self.n_rows // (self.n_contexts or 1))
@@ -218,28 +220,29 @@ class RowPacking:
         return found.index_copy(0, self.target, row).unflatten(0, (self.n_packed, -1))
 
     def pack(self, values: Tensor, padding: int = 0) -> Tensor:
-        """Values [R, L, ...] of the rows as those of packed rows, [N, M, ...]."""
+        """Copy values [R, L, ...] of the rows to packed rows, [N, M, ...]."""
         kept = values.flatten(0, 1).index_select(0, self.source)
         found = kept.new_full((self.n_packed * self.packed_length, *kept.shape[1:]), padding)
         return found.index_copy(0, self.target, kept).unflatten(0, (self.n_packed, -1))
 
     def unpack(self, values: Tensor) -> Tensor:
-        """Values [N, M, ...] of packed rows as those of the rows, [R, L, ...], 0 where none is read."""
+        """Copy values [N, M, ...] of packed rows back to the rows, [R, L, ...]; 0 where none is used."""
         kept = values.flatten(0, 1).index_select(0, self.read_target)
         found = kept.new_zeros(self.n_rows * self.length, *kept.shape[1:])
         return found.index_copy(0, self.read_source, kept).unflatten(0, (self.n_rows, -1))
 
 
 def first_fit_decreasing(lengths: list[int], room: int) -> list[list[int]]:
-    """Assign rows to packed rows of length `room`: the longest first, each to the first that fits it.
+    """Assign rows to packed rows of length `room`: longest first, each to the first that has room.
 
-    It needs at most 11/9 of the fewest possible and 6/9 (Dosa 2007, doi 10.1007/978-3-540-74450-4_1).
+    It needs at most 11/9 of the smallest possible number plus 6/9 (Dosa 2007, doi
+    10.1007/978-3-540-74450-4_1).
 
     Args:
         lengths: of the rows, each at most `room`.
 
     Returns:
-        For each packed row, the rows that stand in it, in their order there.
+        For each packed row, the indices of its rows in order.
     """
     packed_rows: list[list[int]] = []
     free: list[int] = []

@@ -1,4 +1,4 @@
-"""The batches that the data module hands to the models: fields, shapes and dtypes."""
+"""The batches that the data module gives to the models: fields, shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ KeysAndValues = list[tuple[Tensor, Tensor]]
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has no values, and stands for one of the GPU that a plan is made for."""
+    """Return whether a tensor has no values, as in a plan of a run."""
     return type(tensor) is not Tensor
 
 
 @dataclass
 class UserContext:
-    """Pairs that the users have chosen in before, which an encoder may read in the place of an id.
+    """Earlier pairs of the users, which some encoders read instead of an id.
 
-    Texts are given as the trunk saw them before training, without gradient.
+    Texts are given as pooled outputs of the untrained trunk, without gradient.
     """
 
     hidden: Tensor  # [M, d] float32, pooled trunk outputs of the pairs' distinct texts
@@ -41,13 +41,13 @@ class UserContext:
 
     @property
     def swapped(self) -> UserContext:
-        """The same pairs as if the users had chosen the other response of each."""
+        """The same pairs with chosen and rejected swapped."""
         return replace(self, texts=self.texts.flip(-1))
 
 
 @dataclass
 class UserBatch:
-    """The users whose vectors are asked for."""
+    """The users whose vectors are computed."""
 
     user_id: Tensor  # [B] int64, 0 is the generic user
     features: Tensor  # [B, F] float32, numbers standardised, categories as codes, NaN is missing
@@ -57,12 +57,12 @@ class UserBatch:
 
 @dataclass
 class PreferenceBatch:
-    """B preference pairs as R rows of L tokens.
+    """B preference pairs in R rows of L tokens.
 
-    Packed layout (R = B): ``prompt | chosen | rejected | padding``, rejected positions restarting at
-    the prompt's end. Two-row layout (R = 2B): ``prompt | chosen`` for all pairs, then
-    ``prompt | rejected`` for all pairs. Summing a response's values over all rows of its pair is
-    therefore right in both layouts.
+    Packed layout (R = B): ``prompt | chosen | rejected | padding``, where positions of the rejected
+    response start again at the prompt's end. Two-row layout (R = 2B): ``prompt | chosen`` of all pairs,
+    then ``prompt | rejected`` of all pairs. In both layouts, a response's values are summed over all
+    rows of its pair.
     """
 
     user_id: Tensor  # [B] int64
@@ -89,16 +89,20 @@ class PreferenceBatch:
 
     @property
     def users(self) -> UserBatch:
-        """The users who chose, in batch order."""
+        """The users who made the choices, in batch order."""
         return UserBatch(self.user_id, self.features, context=self.context, row=self.row)
 
     @property
     def extent(self) -> Extent | None:
-        """How far the rows need no mask, where the loader has found it."""
+        """The rows' extent, if the loader has computed it."""
         return None if self.index is None else self.index.extent
 
     def pooled(self, hidden: Tensor, texts: Tensor) -> PreferenceBatch:
-        """The same pairs with pooled trunk outputs [M, d] in the place of text, `texts` [B, 2]."""
+        """Return the same pairs with pooled trunk outputs [M, d] instead of text.
+
+        Args:
+            texts: index of each pair's chosen and rejected text in `hidden`, [B, 2].
+        """
         both = torch.arange(CHOSEN, REJECTED + 1, device=hidden.device)
         segment = both.expand(len(self), 2)
         blank = torch.zeros_like(segment)
@@ -114,19 +118,19 @@ class PreferenceBatch:
         )
 
     def packing_for(self, slots: UserSlots) -> RowPacking | None:
-        """How rows with user vectors at these slots are packed, if it was made for them."""
+        """Return the packing of rows with these user slots; None if the batch has none for them."""
         made = self.packing
         return made if made is not None and made.slots == slots else None
 
     def mean(self, values: Tensor) -> Tensor:
-        """Mean of values [B] over the batch's pairs, of which this process may have a share.
+        """Return the mean of values [B] over the batch's pairs, weighted if the batch is a rank's shard.
 
-        The mean of it over all processes is the mean over all pairs.
+        The mean of the result over all processes is the mean over all pairs.
         """
         return values.mean() if self.weight is None else (values * self.weight).sum()
 
     def counted(self) -> Tensor:
-        """Whether each pair counts, [B] bool: one taken to keep step with other processes does not."""
+        """Return whether each pair counts, [B] bool; extra pairs that keep processes in step do not."""
         everything = torch.ones_like(self.user_id, dtype=torch.bool)
         return everything if self.weight is None else self.weight > 0
 

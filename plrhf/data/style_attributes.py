@@ -1,4 +1,4 @@
-"""Measures the style of any text by plain counts: no model, no other text."""
+"""Measures the style of any text by counting; no model is needed."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ def words_of(text: str) -> list[str]:
 
 
 def count_sentences(text: str) -> int:
-    """Count the pieces between ends of sentences or lines that hold a word."""
+    """Count the sentences of a text; a line break also ends a sentence."""
     return sum(_WORD.search(piece) is not None for piece in _SENTENCE_END.split(text))
 
 
 def measure(text: str) -> tuple[float, ...]:
-    """Return how much a text has of each of `ATTRIBUTES`, unstandardised.
+    """Measure each of `ATTRIBUTES` on a text; the values are not standardised.
 
-    Length is log(1 + words), sentence length log(1 + words a sentence), lists log(1 + items);
-    exclamation and question marks are counted a sentence, and at most one of each kind; persons and
-    hedges are shares of the words; word length is letters a word; variety is the share of distinct
-    words in `WINDOW` words, on average. A text without words has none of anything.
+    Length is log(1 + words), sentence length log(1 + words per sentence), lists log(1 + items).
+    Exclamation and question marks are counted per sentence, at most one of each. Persons and hedges are
+    fractions of the words. Word length is letters per word. Variety is the mean fraction of distinct
+    words in windows of `WINDOW` words. For a text without words all are 0.
     """
     words, n_sentences = words_of(text), count_sentences(text)
     if len(words) == 0:
@@ -77,11 +77,12 @@ def measure(text: str) -> tuple[float, ...]:
 
 
 def _share(words: Sequence[str], has: Callable[[str], bool]) -> float:
+    """Return the fraction of words for which `has` is true."""
     return sum(map(has, words)) / len(words)
 
 
 def _variety(words: Sequence[str]) -> float:
-    """Return the mean share of distinct words over all windows of `WINDOW` words."""
+    """Return the mean fraction of distinct words over all windows of `WINDOW` words."""
     width = min(WINDOW, len(words))
     starts = range(len(words) - width + 1)
     return sum(len(set(words[start : start + width])) for start in starts) / (width * len(starts))

@@ -1,4 +1,4 @@
-"""Prompts of the world of styles, and how a model is asked to answer them in a style."""
+"""The prompts of the world of styles, and how a model is asked to answer in a style."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DEMONSTRATED = ("How do I boil an egg?", "My train is late. What should I do?")
 
 @dataclass(frozen=True)
 class Style:
-    """How a model is asked for a style: in words, and by an answer to each of `DEMONSTRATED`."""
+    """How a model is asked for a style: an instruction, and an example answer to each of `DEMONSTRATED`."""
 
     instruction: str
     examples: tuple[str, str]
@@ -233,7 +233,7 @@ _GROUPS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True)
 class StylePrompt:
-    """A prompt: its id, what it is about (prompts of one topic stay in one split), and its text."""
+    """A prompt with its id and topic. Prompts of the same topic are in the same split."""
 
     prompt_id: str
     topic: str
@@ -241,7 +241,7 @@ class StylePrompt:
 
 
 def all_prompts() -> list[StylePrompt]:
-    """Return all prompts, every topic once before any comes a second time with other words."""
+    """Return all prompts. Each topic appears once before any topic appears again with other words."""
     prompts: list[StylePrompt] = []
     for turn in range(max(len(templates) for templates, _ in _GROUPS)):
         for templates, topics in _GROUPS:

@@ -1,4 +1,4 @@
-"""The file of texts of data=styles: one text a line, with the prompt it answers and how it was made."""
+"""The file of texts of data=styles: one text a line, with its prompt and how it was generated."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _ROLE = re.compile(r"<\|?\w+\|?>|^\s*(?:user|assistant|system)\s*:", re.IGNORECA
 
 
 class StyleText(BaseModel):
-    """A text: the prompt it answers, the style asked for, the seed of its batch, and what was written.
+    """A text with its prompt, its style, and the seed of its batch.
 
     Attributes:
-        topic: what the prompt is about; prompts of one topic stay in one split.
-        dropped: why the text is not used; None if it is.
+        topic: of the prompt; prompts of the same topic are in the same split.
+        dropped: why the text is not used; None if it is used.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -37,12 +37,16 @@ class StyleText(BaseModel):
 
     @property
     def key(self) -> str:
-        """The words of the text, by which two are the same."""
+        """The words of the text; texts with equal keys are copies."""
         return " ".join(words_of(self.response))
 
 
 def finished_part(response: str, *, ended: bool) -> tuple[str, str | None]:
-    """Cut a text that did not end after its last whole sentence or line; say why if none is whole."""
+    """Cut a text that did not end by itself after its last whole sentence or line.
+
+    Returns:
+        The text, and the reason to drop it if nothing is whole, else None.
+    """
     text = response.strip()
     if ended:
         return text, None
@@ -54,10 +58,10 @@ def finished_part(response: str, *, ended: bool) -> tuple[str, str | None]:
 
 
 def fault_of(text: StyleText, seen: Container[str]) -> str | None:
-    """Say why a text is of no use: empty, repetitive, not text alone, or a copy; None if it is.
+    """Return why a text is unusable (empty, repetitive, not plain text, or a copy); None if it is usable.
 
     Args:
-        seen: keys of texts that were kept before.
+        seen: keys of the texts kept so far.
     """
     words = words_of(text.response)
     if len(words) < LEAST_WORDS:
@@ -73,13 +77,13 @@ def fault_of(text: StyleText, seen: Container[str]) -> str | None:
 
 
 def read_texts(path: Path, *, cut_short: bool = False) -> list[StyleText]:
-    """Read all texts of a file, dropped ones included.
+    """Read all texts of a file, including dropped ones.
 
     Args:
-        cut_short: take away a last line that a kill left unfinished.
+        cut_short: remove a last line that is incomplete after a kill.
 
     Raises:
-        ValueError: no such file, or a line that holds no text; the message names file and line.
+        ValueError: there is no such file, or a line is not a text; the message names file and line.
     """
     if not path.is_file():
         cure = "Make it: python -m plrhf.cli.make_styles backbone.path=DIR out=FILE"
@@ -105,14 +109,14 @@ def read_texts(path: Path, *, cut_short: bool = False) -> list[StyleText]:
 
 
 def append_texts(path: Path, texts: Iterable[StyleText]) -> None:
-    """Append texts to a file in one write, so that a kill leaves at most one line cut short."""
+    """Append texts to a file in one write, so that a kill leaves at most one incomplete line."""
     lines = [json.dumps(text.model_dump(), ensure_ascii=False) + "\n" for text in texts]
     with path.open("a", encoding="utf-8", newline="\n") as file:
         file.write("".join(lines))
 
 
 def _is_plain(text: str) -> bool:
-    """Whether a text is made of Latin letters and marks alone: no other script, no control characters."""
+    """Return whether a text has only Latin letters and marks: no other script, no control characters."""
     return all(
         char == "\n" or (char.isprintable() and ord(char) < (0x250 if char.isalpha() else 0x2100))
         for char in text

@@ -1,4 +1,4 @@
-"""The interface of a user encoder: users in, one vector each out; and what encoders share."""
+"""The interface of a user encoder, which computes one vector for each user."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ Init = Literal["vocabulary", "uniform", "normal"]
 class UserEncoder(nn.Module, ABC):
     """Maps a user to a vector e_u of width `user_dim` (f_P of arXiv 2402.05133).
 
-    A subclass is built by keyword. Of `n_users`, `user_dim`, `hidden_size`, `n_numbers`,
-    `category_sizes` and `vocabulary` it is handed those that its constructor names, beside its own
-    settings.
+    A subclass is built by keyword. Its constructor gets its own settings, and those of `n_users`,
+    `user_dim`, `hidden_size`, `n_numbers`, `category_sizes` and `vocabulary` that it has as parameters.
 
     Attributes:
-        personal: whether e_u depends on u. Where it does not, the user's and the generic context are
-            the same and are computed once.
+        personal: whether e_u depends on u. If not, the user's and the generic context are the same and
+            are computed once.
         penalty_weight: factor of the penalty of `encode` in the training loss.
-        reads_context: whether it reads pairs of the users, `UserBatch.context`, and not their ids.
-        min_pairs, max_pairs: how many of a user's pairs are drawn for it beside a train pair.
+        reads_context: whether it reads pairs of the users (`UserBatch.context`) instead of their ids.
+        min_pairs, max_pairs: range of the number of a user's pairs that are drawn for each train pair.
     """
 
     personal: bool = True
@@ -43,36 +42,36 @@ class UserEncoder(nn.Module, ABC):
 
     @abstractmethod
     def generic(self, batch_size: int) -> Tensor:
-        """Repeat the vector of the generic user, [batch_size, user_dim] float32."""
+        """Return the vector of the generic user, repeated, [batch_size, user_dim] float32."""
 
     @abstractmethod
     def user_parameters(self) -> Iterable[nn.Parameter]:
-        """Name the parameters whose row u belongs to user u, row 0 to the generic user."""
+        """Return the parameters whose row u belongs to user u, row 0 to the generic user."""
 
     def encode(self, users: UserBatch) -> tuple[Tensor, Tensor | None]:
-        """Compute the vectors of the users, and what training is to add to their loss.
+        """Compute the vectors of the users, and a penalty for the training loss.
 
         Returns:
-            [B, user_dim], and a penalty [B] (a KL term, an entropy) or None. It is added to the training
-            loss with `penalty_weight`, and never to val/loss.
+            [B, user_dim], and a penalty [B] (a KL term, an entropy) or None. It is added to the
+            training loss with `penalty_weight`, and never to val/loss.
         """
         return self(users), None
 
     def count_pairs(self, pairs_per_user: Tensor) -> None:
-        """Learn before training how many train pairs each user has, [n_users + 1] int64."""
+        """Set the number of train pairs of each user before training, [n_users + 1] int64."""
 
     @property
     def device(self) -> torch.device:
-        """Where the encoder's weights are, for tensors made in `forward` and `generic`."""
+        """Device of the encoder's weights, for tensors created in `forward` and `generic`."""
         return next((one.device for one in self.parameters()), torch.device("cpu"))
 
 
 class ShrunkEncoder(UserEncoder):
-    """An encoder that computes e_u from a few numbers of the user and can learn to shrink them.
+    """An encoder that computes e_u from a few numbers of the user, and can learn to shrink them.
 
-    With `shrinkage` of "learned" the numbers are drawn from their posterior in training, and
-    `encode` returns their divergence from the prior; see `core.shrinkage`. With "fixed" they are pulled
-    towards the generic user by `optim.user_weight_decay` alone.
+    With `shrinkage` "learned", training samples the numbers from their posterior, and `encode` returns
+    their divergence from the prior; see `core.shrinkage`. With "fixed", only `optim.user_weight_decay`
+    pulls them towards the generic user.
     """
 
     penalty_weight = 1.0
@@ -84,20 +83,20 @@ class ShrunkEncoder(UserEncoder):
         self.register_buffer("pairs_per_user", None, persistent=False)
 
     def learn_shrinkage(self, kind: ShrinkageKind, n_numbers: int) -> None:
-        """Add the prior of `n_numbers` numbers a user where `kind` is "learned"."""
+        """Add a learned prior of `n_numbers` numbers a user if `kind` is "learned"."""
         if kind == "learned":
             self.shrinkage = Shrinkage(n_numbers)
 
     @abstractmethod
     def numbers(self, users: UserBatch) -> Tensor:
-        """Return the numbers of the users that are shrunk, [B, r]."""
+        """Return the users' numbers, [B, r], which are shrunk."""
 
     @abstractmethod
     def vectors(self, numbers: Tensor) -> Tensor:
-        """Compute the vectors of users from their numbers, [B, r] -> [B, user_dim]."""
+        """Compute user vectors from the users' numbers, [B, r] -> [B, user_dim]."""
 
     def prior_mean(self) -> Tensor | float:
-        """Return the numbers of the generic user, which others are pulled towards, [r] or 0."""
+        """Return the generic user's numbers, towards which others are shrunk, [r] or 0."""
         return 0.0
 
     def count_pairs(self, pairs_per_user: Tensor) -> None:
@@ -118,21 +117,22 @@ class ShrunkEncoder(UserEncoder):
         )
 
     def _n_pairs(self, users: UserBatch) -> Tensor:
+        """Return the number of train pairs of each user."""
         if self.pairs_per_user is None:
             return torch.ones(len(users.user_id), 1, device=users.user_id.device)
         return self.pairs_per_user[users.user_id][:, None]  # [B, 1]
 
 
 def initial_vectors(n: int, user_dim: int, *, init: Init, vocabulary: Tensor) -> Tensor:
-    """Draw the first values of n user vectors, [n, user_dim] float32.
+    """Draw initial user vectors, [n, user_dim] float32.
 
     Args:
-        init: ``vocabulary`` puts embeddings of random tokens, drawn with replacement, end to end
-            (arXiv 2402.05133, appendix); ``uniform`` draws from (-.5, .5); ``normal`` from N(0, 1).
+        init: ``vocabulary`` concatenates embeddings of random tokens, drawn with replacement (arXiv
+            2402.05133, appendix); ``uniform`` draws from (-.5, .5); ``normal`` from N(0, 1).
         vocabulary: [V, d] input embeddings; ``vocabulary`` needs a user_dim that is a multiple of d.
 
     Raises:
-        ValueError: vectors that token embeddings do not fit.
+        ValueError: the width is not a multiple of the token embeddings'.
     """
     if init == "uniform":
         return torch.rand(n, user_dim) - 0.5

@@ -1,4 +1,4 @@
-"""Lets a policy and its reference write texts for users: generations.jsonl, one text on each line."""
+"""Generates texts of a policy and its reference for users: generations.jsonl, one text on each line."""
 
 from __future__ import annotations
 
@@ -29,15 +29,14 @@ from plrhf.models.policy import PersonalDPOPolicy
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """Which texts to write, and how.
+    """Which texts to generate, and how.
 
     Args:
         users: ids of train users, or the number of users to choose evenly from all.
         prompts: number of distinct prompts, the first ones of the test rows.
         max_new_tokens, temperature, top_p: see `generate`.
-        generic: let the policy write for the generic user too, one text for each prompt, which every
-            user scores.
-        reference: the same of the reference.
+        generic: generate a text for the generic user too, one for each prompt, which every user scores.
+        reference: the same with the reference.
         origin: the setting that these options come from, for messages.
     """
 
@@ -199,7 +198,7 @@ def reference_logps(
 ) -> list[float]:
     """Return the mean log-probability of a token of each response under the reference, in nats.
 
-    The end token is one of them. Text that a language model finds likely is language, as a rule.
+    The end token counts. Fluent text has a high value.
     """
     tokenizer = data.row_tokenizer
     pairs = [

@@ -1,4 +1,4 @@
-"""Numbers that tell whether what a policy writes is still language, by writer."""
+"""Statistics that show whether a policy still writes fluent text, by writer."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from plrhf.evaluation.generations import GeneratedText
 
 @dataclass(frozen=True)
 class TextQuality:
-    """Means over one writer's texts.
+    """Means over the texts of one writer.
 
     Attributes:
-        words: words a text. score: how much users like their texts, in log odds; None if unknown.
-        reference_logp: log-probability of a token under the reference, in nats; None if not computed.
-        distinct: share of distinct n-grams in a user's texts, for n = 1 and 2, as a mean over users.
+        words: words per text. score: how much users like their texts, in log odds; None if unknown.
+        reference_logp: log-probability per token under the reference, in nats; None if not computed.
+        distinct: fraction of distinct n-grams in a user's texts, for n = 1 and 2, mean over users.
     """
 
     writer: str
@@ -29,7 +29,7 @@ class TextQuality:
 
 
 def distinct_share(texts: Iterable[str], n: int) -> float:
-    """Return the share of distinct n-grams of words in some texts (distinct-n, arXiv 1510.03055)."""
+    """Return the fraction of distinct n-grams of words in texts (distinct-n, arXiv 1510.03055)."""
     grams: list[tuple[str, ...]] = []
     for text in texts:
         words = text.lower().split()
@@ -38,9 +38,9 @@ def distinct_share(texts: Iterable[str], n: int) -> float:
 
 
 def text_quality(texts: Sequence[GeneratedText]) -> list[TextQuality]:
-    """Summarise texts by writer, in the order in which writers first appear.
+    """Summarise texts by writer, in the order of their first appearance.
 
-    Distinct n-grams are counted for each user by itself: a writer who writes more texts repeats more.
+    Distinct n-grams are counted for each user separately, since more texts have more repetition.
     """
     found = []
     for writer in dict.fromkeys(text.writer for text in texts):
@@ -63,6 +63,6 @@ def text_quality(texts: Sequence[GeneratedText]) -> list[TextQuality]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean, or None where a value is unknown."""
+    """Return the mean; None if a value is unknown."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if len(known) == len(values) > 0 else None

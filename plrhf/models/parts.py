@@ -48,7 +48,7 @@ def count_pairs(model: PersonalModule, data: PreferenceData) -> None:
 
 
 def weigh_priors(model: PersonalModule, step: int) -> None:
-    """Set what learned shrinkage needs of a step: its weight in the loss, and the step for its noise."""
+    """Set the weight of learned shrinkage in the loss of a step, and the step that its noise depends on."""
     for prior in priors_of(model):
         prior.weight.fill_(model.optim.shrinkage_factor(step))
         prior.step.fill_(step)

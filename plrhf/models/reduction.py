@@ -52,7 +52,7 @@ class Reduction:
         return weights[user_id]
 
     def follow(self, device: torch.device) -> None:
-        """Keep what is known of users where the batches are: a GPU is not waited for."""
+        """Move the users' statistics to the device of the batches, so that a GPU is not waited for."""
         for name in ("share", "losses", "_sums", "_counts"):
             setattr(self, name, getattr(self, name).to(device))  # nothing where it is there
 

@@ -69,7 +69,7 @@ class SupervisedPolicy(LightningModule):
         """Sum the negative log-likelihood of this process's response tokens, and count the tokens.
 
         Args:
-            batch: as `on_before_batch_transfer` leaves it.
+            batch: as returned by `on_before_batch_transfer`.
 
         Returns:
             0-dim tensors: the sum in nats, and the count.

@@ -1,4 +1,4 @@
-"""Shows texts for several people beside each other, with what is measured on them."""
+"""Shows texts for several users side by side, with their measured style."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MATTERS = 0.4
 def generations_section(run: Run) -> Section | None:
     """Show texts for different users on the same prompt; None without generations.jsonl.
 
-    Shown are the first users and prompts of the file. eval=generate eval.users=[...] chooses others.
+    These are the first users and prompts of the file; eval=generate eval.users=[...] chooses others.
     """
     if len(run.texts) == 0:
         return None
@@ -46,7 +46,7 @@ def generations_section(run: Run) -> Section | None:
 
 
 def cards(texts: Sequence[GeneratedText]) -> list[dict[str, Any]]:
-    """Return what the page shows of texts for one prompt: a card a person, then one a shared text."""
+    """Return what the page shows of texts for one prompt: a card for each user, then for shared texts."""
     own = {text.user_id: text for text in texts if text.writer not in FOR_ALL}
     shown = [_card(text) for text in own.values()]
     for writer, title in FOR_ALL.items():
@@ -57,10 +57,11 @@ def cards(texts: Sequence[GeneratedText]) -> list[dict[str, Any]]:
 
 
 def bars(style: Mapping[str, float], taste: Mapping[str, float] | None) -> list[dict[str, Any]]:
-    """Return a bar for each attribute: where it begins and how wide it is in per cent, and its colour.
+    """Return for each attribute a bar's start and width in per cent, and its colour.
 
     Args:
-        style: attribute -> standard deviations. taste: attribute -> preference; None: nobody's.
+        style: attribute -> standard deviations. taste: attribute -> the user's preference; None: no
+            user.
     """
     strongest = max((abs(value) for value in (taste or {}).values()), default=0.0)
     farthest = max(3.0, *(abs(value) for value in style.values()))
@@ -86,7 +87,7 @@ def bars(style: Mapping[str, float], taste: Mapping[str, float] | None) -> list[
 
 
 def quality_table(texts: Sequence[GeneratedText]) -> Table | None:
-    """Return a table that compares the writers; None where there is one and nothing is known of it."""
+    """Return a table that compares the writers; None for one writer of whom nothing is known."""
     found = text_quality(texts)
     if len(found) == 1 and found[0].score is None and found[0].reference_logp is None:
         return None
@@ -106,7 +107,7 @@ def quality_table(texts: Sequence[GeneratedText]) -> Table | None:
 
 
 def prompt_text(prompt: Any) -> str:
-    """Return a prompt as text, the messages of a chat on a line each; a question alone as it is."""
+    """Return a prompt as text, with each message of a chat on a line; a single question as it is."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
@@ -115,6 +116,7 @@ def prompt_text(prompt: Any) -> str:
 
 
 def _card(text: GeneratedText) -> dict[str, Any]:
+    """Return what the page shows of one user's text."""
     return {
         "user_id": text.user_id,
         "profile": text.profile,
@@ -125,6 +127,7 @@ def _card(text: GeneratedText) -> dict[str, Any]:
 
 
 def _shared_card(title: str, texts: Sequence[GeneratedText]) -> dict[str, Any]:
+    """Return what the page shows of a text that all users share."""
     scores = [f"{text.user_id} {text.score:.2f}" for text in texts if text.score is not None]
     first = texts[0]
     return {
@@ -137,4 +140,5 @@ def _shared_card(title: str, texts: Sequence[GeneratedText]) -> dict[str, Any]:
 
 
 def _number(value: float | None) -> str:
+    """Format a number; empty if it is unknown."""
     return "–" if value is None else f"{value:.2f}"

@@ -248,10 +248,8 @@ def fake_batch(
     packing = None
     if slots.n_contexts is not None:
         n_prompt, n_text = (np.full(shape[0], n) for n in (work.prompt_tokens, shape[1]))
-        packing = RowPacking.of_contexts(
-            n_prompt, n_text, slots, length=shape[1], together=together
-        )
-        packing.extent = extent.behind(slots.n_vectors)
+        packing = RowPacking.of_lengths(n_prompt, n_text, slots, length=shape[1], together=together)
+        packing.extent = extent.shifted_by(slots.n_vectors)
     context = None
     if model.encoder.reads_context:
         n_own = model.encoder.max_pairs

@@ -29,7 +29,7 @@ from transformers.masking_utils import causal_mask_function
 from transformers.models.gptj.modeling_gptj import GPTJAttention, GPTJBlock
 
 from plrhf.backbone import chunked_attention, gptj
-from plrhf.backbone.masks import FLEX, PackedRows, block_mask, sees
+from plrhf.backbone.masks import FLEX, PackedRows, block_mask, visibility
 from plrhf.backbone.model import Backbone
 from plrhf.core.errors import BadValue
 from plrhf.core.row_packing import RowPacking
@@ -174,7 +174,7 @@ def test_rows_of_one_response_share_one_mask() -> None:
 
 def layout_of(batch: PreferenceBatch) -> gptj.AttentionLayout:
     rows = PackedRows(batch.segment, batch.position_ids)
-    return gptj.attention_layout(make_backbone().trunk, rows, sees(rows), dtype=torch.float32)
+    return gptj.attention_layout(make_backbone().trunk, rows, visibility(rows), dtype=torch.float32)
 
 
 @pytest.mark.sampled
@@ -233,8 +233,8 @@ def test_block_mask_is_who_sees_whom(together: bool) -> None:
         assert packing is not None
         segment, owner = packing.pack(segment, -1), packing.source_row
     rows = PackedRows(segment, torch.arange(segment.shape[1]).expand_as(segment), owner)
-    seen = sees(rows)
-    mask = block_mask(rows.over(causal_mask_function), *segment.shape, segment.device)
+    seen = visibility(rows)
+    mask = block_mask(rows.mask_function(causal_mask_function), *segment.shape, segment.device)
     found = create_mask(mask.mask_mod, len(segment), 1, *seen.shape[1:], device="cpu")
     assert torch.equal(found[:, 0], seen)
 

@@ -41,7 +41,7 @@ from plrhf.backbone.loading import (
     load_tokenizer,
     looks_local,
 )
-from plrhf.backbone.masks import PackedRows, sees
+from plrhf.backbone.masks import PackedRows, visibility
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj, train_tokenizer
 from plrhf.core.errors import BadValue
@@ -49,7 +49,7 @@ from plrhf.core.errors import BadValue
 
 def test_mask_by_hand() -> None:
     segment = tensor([[0, 0, 1, 1, 2, -1, -1]])
-    seen = sees(PackedRows(segment, segment))
+    seen = visibility(PackedRows(segment, segment))
     assert seen.shape == (1, 7, 7)
     assert seen[0].long().tolist() == [
         [1, 0, 0, 0, 0, 0, 0],  # prompt: itself and what stands before

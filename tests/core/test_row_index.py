@@ -7,7 +7,7 @@ import torch
 from tiny import make_batch, make_pairs
 from torch import Tensor, tensor
 
-from plrhf.backbone.masks import PackedRows, sees
+from plrhf.backbone.masks import PackedRows, visibility
 from plrhf.core.row_index import Extent, RowIndex, extent_of, predecessors
 from plrhf.core.row_packing import RowPacking, UserSlots
 from plrhf.core.types import PADDING, PROMPT
@@ -27,14 +27,14 @@ def test_an_index_by_hand() -> None:
     assert index.column.tolist() == [2, 3, 4, 1, 2, 3]
     assert index.before.tolist() == [1, 1, 3, 0, 1, 0]
     assert index.extent == Extent(first_read=0, n_causal=3)  # the first rejected token at 3
-    assert index.extent.behind(4) == Extent(4, 7)
+    assert index.extent.shifted_by(4) == Extent(4, 7)
 
 
 def naive_extent(rows: PackedRows) -> Extent:
     """By counting what each position sees."""
     prompt = (rows.segment == PROMPT).int().cumprod(dim=1).sum(dim=1)
     n_before = torch.arange(1, rows.segment.shape[1] + 1)
-    causal = (sees(rows).sum(dim=2) == n_before) | (rows.segment == PADDING)
+    causal = (visibility(rows).sum(dim=2) == n_before) | (rows.segment == PADDING)
     n_causal = int(causal.all(dim=0).int().cumprod(dim=0).sum())
     return Extent(max(0, int(prompt.min()) - 1), n_causal)
 
@@ -56,7 +56,7 @@ def test_extents_are_those_of_what_is_seen(pairs: str, slots: UserSlots) -> None
     packing = RowPacking.of(segment, slots)
     whole: Tensor = torch.nn.functional.pad(segment, (slots.n_vectors, 0), value=PROMPT)
     if packing is None:
-        found, rows = extent_of(segment).behind(slots.n_vectors), PackedRows(whole, whole)
+        found, rows = extent_of(segment).shifted_by(slots.n_vectors), PackedRows(whole, whole)
     else:
         packed = packing.pack(whole.repeat(slots.n_contexts or 1, 1), PADDING)
         rows = PackedRows(packed, packed, packing.source_row, packing.branch)

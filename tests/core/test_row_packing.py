@@ -7,7 +7,7 @@ from lightning.fabric.utilities import move_data_to_device
 from tiny import make_batch
 from torch import nn, tensor
 
-from plrhf.backbone.masks import PackedRows, sees
+from plrhf.backbone.masks import PackedRows, visibility
 from plrhf.core.row_packing import NO_USER, RowPacking, UserSlots, first_fit_decreasing
 from plrhf.data.dataset import PairDataset
 from plrhf.data.packing import TokenPair, two_rows
@@ -47,7 +47,7 @@ def test_padding_that_is_left_by_hand() -> None:
 def test_pairs_of_a_row_do_not_see_one_another() -> None:
     packing = RowPacking.of(SEGMENT)
     assert packing is not None
-    seen = sees(PackedRows(packing.pack(SEGMENT, -1), SEGMENT, packing.source_row))
+    seen = visibility(PackedRows(packing.pack(SEGMENT, -1), SEGMENT, packing.source_row))
     assert seen[1].int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
@@ -136,7 +136,7 @@ def test_contexts_and_pairs_of_a_row_do_not_see_one_another() -> None:
     assert both is not None
     placed = nn.functional.pad(segment[:1], (1, 0)).repeat(2, 1)
     rows = PackedRows(both.pack(placed, -1), placed, both.source_row, both.branch)
-    assert sees(rows)[0].int().tolist() == [
+    assert visibility(rows)[0].int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0],  # prompt
         [1, 1, 0, 0, 0, 0, 0],  # vector of the first context
         [1, 1, 1, 0, 0, 0, 0],  # chosen

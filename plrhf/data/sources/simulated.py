@@ -1,8 +1,8 @@
-"""Worlds of simulated users, whose preferences are known and who choose by the Bradley-Terry model.
+"""The base of simulated worlds: users with known preferences, who choose by the Bradley-Terry model.
 
-User u has a vector v_u of preferences over attributes that are measured on texts:
-P(y1 > y2 | u) = sigmoid(v_u . (a(y1) - a(y2))), where a(y) is the style of y. Since v_u is known, the
-best possible accuracy is known too, and any new text can be judged.
+User u has a vector v_u of preferences over attributes that are measured on texts: P(y1 > y2 | u) =
+sigmoid(v_u . (a(y1) - a(y2))), where a(y) is the style of y. Since v_u is known, the best possible
+accuracy is known too, and any new text can be judged.
 """
 
 from __future__ import annotations
@@ -50,24 +50,24 @@ class Persona:
 class SimulatedSource(Source):
     """Generates the pairs of simulated users. The same arguments always give the same pairs.
 
-    A subclass says what pairs there are (`draw_pairs`) and how a text's style is measured (`style`).
+    A subclass defines the pairs (`draw_pairs`) and how a text's style is measured (`style`).
 
     Args:
-        kind: ``individual`` (each user has their own preference vector), ``clusters`` (all users of
-            a type share a vector) or ``features`` (the vector is a function of `user_features`).
+        kind: ``individual`` (each user has their own preference vector), ``clusters`` (all users of a
+            type share a vector) or ``features`` (the vector is a function of `user_features`).
         n_users: number of users with train, val and test pairs.
         n_unseen_users: number of additional users, with test pairs only.
         pairs_per_user, val_pairs_per_user, test_pairs_per_user: train, val and test pairs of a user.
         n_types: number of user types, for ``clusters`` only.
         scale: strength of preferences. Weaker preferences make noisier choices.
-        seed: from 0; draws the preferences, the users and their choices.
+        seed: from 0; of the preferences, the users and their choices.
 
     Raises:
         ValueError: an argument is out of range.
 
     Attributes:
-        name: name of the source, by which places begin.
-        poles: attribute -> the words for little and for much of it.
+        name: name of the source, with which places begin.
+        poles: words for little and for much of each attribute, by attribute.
         population_mean: mean of the preference vectors, in units of `scale`; users deviate by about 1.
     """
 
@@ -237,7 +237,7 @@ class SimulatedSource(Source):
 
 
 def choose(rng: np.random.Generator, margins: np.ndarray) -> np.ndarray:
-    """Draw by Bradley-Terry which of each two texts wins, [N] bool; margins [N] are of the first."""
+    """Draw by Bradley-Terry whether the first of two texts wins, [N] bool; margins [N] favour the first."""
     return rng.random(len(margins)) < 1 / (1 + np.exp(-margins))
 
 
