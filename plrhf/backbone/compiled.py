@@ -50,5 +50,6 @@ def _compiled_forward(plain_class: Any) -> Any:
 
 
 def _empty_block(plain_class: Any) -> nn.Module:
+    """Make a block without attributes, for unpickling."""
     kind = _compiled_class(plain_class)
     return kind.__new__(kind)

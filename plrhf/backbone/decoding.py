@@ -1,4 +1,4 @@
-"""Generation without the defaults of a model's generation_config, except for its end tokens."""
+"""Text generation that ignores the options in a model's generation_config, except for its end tokens."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def write_tokens(
     temperature: float,
     top_p: float,
 ) -> Tensor:
-    """Write on from left-padded prompts, [N, up to max_new_tokens] int64; padding after an end token.
+    """Generate tokens after left-padded prompts, [N, up to max_new_tokens] int64.
 
     Args:
         inputs: ``input_ids`` or ``inputs_embeds``, and ``attention_mask``, of N prompts.
-        cache: what is known of the prompts already; None: the model makes a cache of its own.
-        ends, padding: token ids that end a text, and that fill up behind it.
-        temperature: 0 takes the likeliest token; above 0 samples. top_p: mass of the nucleus.
+        cache: keys and values of prompts computed before; None: the model makes its own cache.
+        ends: ids of tokens that end a text. padding: id of the token after them.
+        temperature: 0 is greedy decoding; above 0 samples. top_p: mass of nucleus sampling.
     """
     how: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
@@ -76,5 +76,6 @@ def plain_generation(backbone: Backbone) -> Iterator[Any]:
 
 
 def _bare(backbone: Backbone) -> Any:
+    """Return the Hugging Face model without PEFT's wrapper."""
     model = backbone.model
     return model.get_base_model() if isinstance(model, PeftModel) else model

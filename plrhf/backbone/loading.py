@@ -104,6 +104,7 @@ def load_model(
 
 
 def _check_attention(attention: str, model: Any) -> None:
+    """Raise a ValueError if the model does not have this attention implementation."""
     has = {"eager": True, "sdpa": model._supports_sdpa, FLEX: model._supports_flex_attn}
     if not has.get(attention, False):
         allowed = ", ".join(name for name in ATTENTION if has[name])
@@ -164,6 +165,7 @@ def empty_model(
 
 
 def _quantized_shape(model: PreTrainedModel, quantization: Quantization | None) -> PreTrainedModel:
+    """Replace layers by their `QuantizedShape` if a quantisation is given; return the model."""
     if quantization is not None:
         quantize_shape(model, quantization)
     return model

@@ -1,4 +1,4 @@
-"""The command line of eval.py as typed, frozen objects."""
+"""The settings of eval.py as typed, frozen objects."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OF_TRAINING = (
 
 
 class ScoreTask(Section):
-    """eval=score has no settings of its own."""
+    """Settings of eval=score, which has none of its own."""
 
     name: Literal["score"]
 
@@ -66,10 +66,10 @@ class RefereeTask(Section):
     """Settings of eval=referee.
 
     Attributes:
-        rows: experiments that name rows; None: ``data`` names them.
-        methods: names in ``conf/experiment/method``; None: all that go with the rows.
-        trials: points of each method's grid, at most.
-        shots, draws: pairs given of unseen users, and how often they are drawn for each.
+        rows: names of experiments that define rows; None: the rows of ``data``.
+        methods: names in ``conf/experiment/method``; None: all that work with the rows.
+        trials: largest number of points of each method's grid.
+        shots: numbers of pairs given of unseen users. draws: random draws of these pairs for each user.
     """
 
     name: Literal["referee"]
@@ -83,7 +83,7 @@ class RefereeTask(Section):
 
 @dataclass(frozen=True)
 class AdaptTask:
-    """Settings of eval=adapt: which curve, and by which rule users are fitted."""
+    """Settings of eval=adapt: the few-shot curve, and the adaptation rule."""
 
     options: FewShotOptions
     rule: Adaptation
@@ -113,7 +113,7 @@ Task: TypeAlias = (
 
 
 class EvalConfig(Section):
-    """Everything that eval.py is asked to do."""
+    """All settings of eval.py."""
 
     run: str | None
     runs: str | None
@@ -128,10 +128,10 @@ class EvalConfig(Section):
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Self:
-        """Check the settings of a command line, and return them as objects.
+        """Check the settings of a command line and return them as objects.
 
         Raises:
-            ValueError: a setting is wrong, or has no effect on what is asked.
+            ValueError: a setting is wrong, or has no effect on the task.
         """
         node = settings["eval"]
         if settings["data"] is not None and settings["data"].get("seed") is None:
@@ -146,7 +146,7 @@ class EvalConfig(Section):
         return config
 
     def check_effect(self, task: str) -> None:
-        """Raise where a setting that was given has no effect on the task."""
+        """Raise a ValueError if a setting on the command line has no effect on the task."""
         unused: dict[str, Any] = {}
         if task == "referee":
             unused = {"run": self.run, "runs": self.runs, "seed": self.seed}
@@ -167,7 +167,7 @@ class EvalConfig(Section):
             self._check_data(self.data)
 
     def _check_data(self, data: DataConfig) -> None:
-        """Raise where ``data`` on the command line asks for what these rows cannot be given."""
+        """Raise a ValueError for settings of ``data`` that cannot apply to a trained model's rows."""
         given = overridden("data")
         of_source = parameters(locate(data.source["_target_"], "data"))
         for name in (*TEXT_OPTIONS, *OF_TRAINING):
@@ -182,6 +182,7 @@ class EvalConfig(Section):
 
 
 def _read_task(node: Mapping[str, Any]) -> Task:
+    """Check the settings ``eval`` and return the task they choose."""
     sections: dict[str, type[Section]] = {
         "score": ScoreTask,
         "compare": CompareTask,
@@ -196,7 +197,7 @@ def _read_task(node: Mapping[str, Any]) -> Task:
 
 
 def overrides_of(*sections: str) -> list[str]:
-    """Return the overrides of the command line that choose or change these sections."""
+    """Return the command line's overrides that choose or change these sections."""
     if not HydraConfig.initialized():
         return []
     given = HydraConfig.get().overrides.task
@@ -204,7 +205,7 @@ def overrides_of(*sections: str) -> list[str]:
 
 
 def overridden(section: str) -> set[str]:
-    """Return the settings of a section that the command line gives by name."""
+    """Return the names of a section's settings that are set on the command line."""
     if not HydraConfig.initialized():
         return set()
     keys = [one.lstrip("+").partition("=")[0] for one in HydraConfig.get().overrides.task]

@@ -1,4 +1,4 @@
-"""Methods of `conf/experiment/method/` as entrants of the referee: their trials, and how one is built."""
+"""The methods of `conf/experiment/method/` for the referee: their trials, and how to build them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ METHODS = Path("experiment", "method")
 
 
 def config_folders() -> list[Path]:
-    """Return the folders of settings: the package's, and that of ``--config-dir``."""
+    """Return the folders of settings: the package's, and those of ``--config-dir``."""
     folders = [CONF]
     if HydraConfig.initialized():
         sources = HydraConfig.get().runtime.config_sources
@@ -42,7 +42,7 @@ def config_folders() -> list[Path]:
 
 
 def method_names() -> list[str]:
-    """Return the methods there are, by their files, vanilla first."""
+    """Return the names of all methods, vanilla first."""
     paths = (path for folder in config_folders() for path in (folder / METHODS).glob("*.yaml"))
     names = sorted({path.stem for path in paths} - {"base"})
     return sorted(names, key=lambda name: name != VANILLA)
@@ -52,7 +52,7 @@ def compose_method(name: str, rows: str | None, overrides: Sequence[str]) -> dic
     """Return the settings of ``train.py experiment=[method/NAME,ROWS] OVERRIDES`` as a plain dict.
 
     Args:
-        rows: an experiment that names rows, e.g. ``referee/polis``; None: `overrides` name them.
+        rows: an experiment that defines rows, e.g. ``referee/polis``; None: `overrides` define them.
     """
     if name not in method_names():
         names = ", ".join(method_names())
@@ -74,9 +74,9 @@ def compose_method(name: str, rows: str | None, overrides: Sequence[str]) -> dic
 
 
 def grid_points(grid: Mapping[str, Sequence[Any]], n: int) -> list[dict[str, Any]]:
-    """Return `n` points of the product of a grid, drawn without replacement, or all where it has fewer.
+    """Return `n` random points of a grid without replacement, or all if it has fewer.
 
-    The draw depends on nothing but the grid, so that a larger `n` adds points and keeps the others.
+    The order is fixed by the grid, so a larger `n` adds points and keeps the others.
     """
     values = itertools.product(*grid.values())
     points = [dict(zip(grid, point, strict=True)) for point in values]
@@ -85,7 +85,7 @@ def grid_points(grid: Mapping[str, Sequence[Any]], n: int) -> list[dict[str, Any
 
 
 def with_settings(settings: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings with values changed at dotted names.
+    """Return a copy of the settings with values changed at dotted names.
 
     Raises:
         ValueError: there is no such setting.
@@ -104,21 +104,21 @@ def with_settings(settings: dict[str, Any], changes: Mapping[str, Any]) -> dict[
 
 @dataclass(frozen=True)
 class Trial:
-    """One point of a method's grid, and the settings of its run."""
+    """A point of a method's grid, and the settings of its run."""
 
     point: dict[str, Any]
     config: RunConfig
 
     @property
     def structure(self) -> dict[str, Any]:
-        """Settings that trials must share to be trained side by side: all but those of `optim`."""
+        """Settings that are equal for trials trained side by side: all except `optim`."""
         resolved = self.config.resolved
         return {name: resolved[name] for name in ("encoder", "aggregator", "model", "trainer")}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method with its trials on some rows, for one seed."""
+    """A method with its trials, for some rows and one seed."""
 
     name: str
     config: RunConfig
@@ -126,13 +126,13 @@ class Method:
 
     @property
     def referee(self) -> RefereeConfig:
-        """How it is tuned and tested."""
+        """The method's settings for the referee."""
         assert self.config.referee is not None
         return self.config.referee
 
     @property
     def rule(self) -> Adaptation | None:
-        """How users that training has not seen are inferred from their pairs."""
+        """The adaptation rule for unseen users; None: they are treated as the generic user."""
         given = self.referee.adaptation
         if given is None:
             return None
@@ -147,13 +147,13 @@ class Method:
 
     @property
     def training(self) -> Training:
-        """How long its trials are trained."""
+        """How long the method's trials are trained."""
         trainer = self.config.trainer
         names = Training.__dataclass_fields__
         return Training(**{name: getattr(trainer, name) for name in names})
 
     def groups(self) -> list[list[Trial]]:
-        """Return trials that can be trained side by side together."""
+        """Return the trials in groups that can be trained side by side."""
         found: list[list[Trial]] = []
         for trial in self.trials:
             same = [one for one in found if one[0].structure == trial.structure]
@@ -164,10 +164,10 @@ class Method:
 def read_method(
     name: str, rows: str | None, overrides: Sequence[str], *, seed: int, n_trials: int
 ) -> Method:
-    """Compose a method with its grid on some rows.
+    """Compose a method with its grid for some rows.
 
     Raises:
-        ValueError: the method has no grid, or is no reward model on frozen features.
+        ValueError: the method has no grid, or is not a reward model on frozen features.
     """
     settings = compose_method(name, rows, [*overrides, f"seed={seed}"])
     config = RunConfig.parse(settings)
@@ -187,7 +187,7 @@ def read_method(
 
 
 def build_trial(trial: Trial, data: PreferenceData, backbone: Backbone) -> PersonalRewardModel:
-    """Build the model of a trial with the random start that ``train.py`` gives it."""
+    """Build the model of a trial with the random initialisation of ``train.py``."""
     config = trial.config
     lightning.seed_everything(config.seed, verbose=False)
     model = build_run_model(config, data, backbone, config.backbone.path or "")
@@ -204,7 +204,7 @@ def build_trial(trial: Trial, data: PreferenceData, backbone: Backbone) -> Perso
 def started_trial(
     trial: Trial, method: Method, data: PreferenceData, backbone: Backbone
 ) -> PersonalRewardModel:
-    """Build the model of a trial with the start values that the train pairs give it."""
+    """Build the model of a trial, initialised from the train pairs by ``model.start``."""
     model = build_trial(trial, data, backbone)
     seen = data.restrict_to("train", "val")
     total_steps = method.training.total_steps(len(seen.train_dataloader()))

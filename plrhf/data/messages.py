@@ -135,6 +135,7 @@ def split_conversations(
 
 
 def _prompt_messages(prompt: Any, where: str) -> tuple[Message, ...]:
+    """Return a prompt (None, text or messages) as messages; text is a user turn."""
     if prompt is None:
         return ()
     if isinstance(prompt, str):

@@ -144,6 +144,7 @@ class ContextDraw:
             yield UserBatch(user_id, self.train.features[some_pair], self.context_of_users(user_id))
 
     def _context(self, places: Indices, present: NDArray[np.bool_]) -> UserContext:
+        """Make the context of the drawn train pairs."""
         assert self.train.context_hidden is not None
         places = np.where(present, places, 0)
         return make_context(self.train.context_hidden, torch.from_numpy(places), present)

@@ -117,6 +117,7 @@ class TextEncoder:
         return (*ids, *self._slowly(self.show(text[start:])))
 
     def _slowly(self, text: str) -> Ids:
+        """Encode a text with a slow tokenizer."""
         if text == "":
             return ()
         found = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
@@ -149,6 +150,7 @@ def _renamed(backend: Any, name: dict[str, str]) -> Any:
 
 
 def _touches(merge: Any, name: dict[str, str]) -> bool:
+    """Return whether a BPE merge involves one of the names."""
     first, second = merge.split(" ") if isinstance(merge, str) else merge
     return first in name or second in name or first + second in name
 

@@ -162,6 +162,7 @@ def _extra_tokens(rows: pd.DataFrame) -> Array:
 
 
 def _outcomes(rows: pd.DataFrame, margin: ArrayLike, correct: ArrayLike) -> Outcomes:
+    """Make outcomes of rows of the table with these margins."""
     return Outcomes(
         pair_id=rows["pair_id"].to_numpy(),
         user_id=rows["user_id"].to_numpy(),

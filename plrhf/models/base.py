@@ -217,10 +217,9 @@ class PersonalModule(LightningModule):
         return self.hidden_for(batch, user)
 
     def encode(self, users: UserBatch) -> tuple[Tensor, Tensor | None]:
-        """Compute the vectors of users; enrolled users without rows in the encoder have stored vectors.
+        """Compute user vectors [B, user_dim] and the encoder's penalty [B] or None.
 
-        Returns:
-            [B, user_dim], and the encoder's penalty [B] or None.
+        Enrolled users without rows in the encoder have stored vectors.
         """
         if len(self.enrolled) == 0:
             return self.encoder.encode(users)
@@ -246,6 +245,7 @@ class PersonalModule(LightningModule):
         return tuple(name for name, _ in losses.contexts(self.alpha))
 
     def _loss_for(self, batch: PreferenceBatch, user: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute `loss` for given user vectors."""
         margins, extra = self.margins_for(batch, user)
         return losses.mixed(self.pair_loss(margins, extra), alpha=self.alpha), margins[0]
 
@@ -310,8 +310,8 @@ class PersonalModule(LightningModule):
     def run_with_weights(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call `function(*arguments)` while sharded weights are whole.
 
-        DeepSpeed's engine, for example, gathers sharded weights while its `forward` runs.
-        `plrhf.evaluation.predictions.runner_with_weights` redirects that `forward` to this method.
+        DeepSpeed's engine gathers them while its `forward` runs, and `predictions.runner_with_weights`
+        redirects that `forward` to this method.
         """
         return function(*arguments)
 

@@ -95,6 +95,7 @@ def _with_vector(card: Card, vectors: Tensor | None, vector: Tensor) -> Tensor:
 
 
 def _without(table: Tensor, place: int) -> Tensor:
+    """Return a table without the row at `place`."""
     return torch.cat([table[:place], table[place + 1 :]])
 
 

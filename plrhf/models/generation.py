@@ -109,10 +109,9 @@ def check_room(
     max_new_tokens: int,
     field: str = "eval",
 ) -> None:
-    """Raise a ValueError if prompts and new tokens exceed the backbone's number of positions.
+    """Raise a ValueError if prompts and new tokens exceed the model's number of positions.
 
     Args:
-        model: whose `max_positions` is the room.
         field: the section of the settings that holds `max_new_tokens`, for messages; empty for none.
     """
     room = model.max_positions
@@ -169,7 +168,7 @@ def _generate_batch(
 
 
 def text_ends(backbone: Backbone, tokenizer: Tokenizer) -> list[int]:
-    """Return the tokens that end a text: the backbone's, the tokenizer's, and the end of a chat's turn."""
+    """Return all tokens that end a text: the model's, the tokenizer's, and the end of a chat turn."""
     ends = end_tokens(backbone, tokenizer.eos_token_id)
     turn_end = end_of_turn(tokenizer)
     return ends if turn_end is None or turn_end in ends else [*ends, turn_end]

@@ -161,6 +161,7 @@ class RowAdamW(AdamW):
 
     @torch.no_grad()
     def _apply_delayed_decay(self, table: Tensor, rows: Tensor) -> None:
+        """Apply the weight decay that rows of one table have missed."""
         state = self.state[table]
         due = state["log_decay"] - state["row_decay"][rows]
         table[rows] *= due.exp()[:, None]  # a row named twice is written twice, and alike

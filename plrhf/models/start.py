@@ -350,6 +350,7 @@ def _check_pooled(model: PersonalRewardModel, pairs: PairDataset) -> None:
 
 
 def _no_start(name: str, needed: str, cure: str) -> BadValue:
+    """Return the error for a model that `model.start` cannot initialise."""
     return bad_value("model.start", name, f"random, or a model with {needed}", f"Set {cure}")
 
 

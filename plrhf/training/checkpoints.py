@@ -121,6 +121,7 @@ class LastCheckpoint(Checkpoint):
         self.saved_at = 0
 
     def _save(self, trainer: Trainer) -> None:
+        """Write the checkpoint."""
         self.saved_at = trainer.global_step
         trainer.save_checkpoint(self.path)
 
@@ -195,6 +196,7 @@ class ResumeState(Callback):
                 trainer.should_stop = True
 
     def _restore_random_state(self, state: dict[str, Any]) -> None:
+        """Restore this process's random states."""
         if "torch" not in state:  # a process that the earlier run did not have
             return
         random.setstate(state["python"])

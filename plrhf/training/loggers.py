@@ -67,6 +67,7 @@ class MetricsFile(Logger):
         self._write_all()
 
     def _write_all(self) -> None:
+        """Write all rows to a temporary file and rename it."""
         part = self.path.with_name(f"{self.path.name}.part")
         with part.open("w", newline="") as file:
             writer = self._writer(file)

@@ -193,6 +193,7 @@ class Stage3(DeepSpeedStrategy):
     def _setup_model_and_optimizer(
         self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None
     ) -> Any:
+        """Remember the learned parameters before DeepSpeed replaces them by shards."""
         groups = optimizer.param_groups  # DeepSpeed is about to put flat shards in their place
         self.learned = [one for group in groups for one in group["params"]]
         self.group_sizes = [len(group["params"]) for group in groups]

@@ -40,11 +40,11 @@ class Source(ABC):
         return None
 
     def measured_style(self, text: str) -> dict[str, float] | None:
-        """Return what is measured on a text, by attribute, in standard deviations; None if nothing is."""
+        """Return a text's attributes by name, in standard deviations; None if the source measures none."""
         return None
 
     def taste(self, user_id: str) -> dict[str, float] | None:
-        """Return how much this user likes more of each attribute of `measured_style`; None if unknown."""
+        """Return how much this user likes each attribute of `measured_style`; None if unknown."""
         return None
 
     def profile(self, user_id: str) -> str | None:
@@ -52,7 +52,7 @@ class Source(ABC):
         return None
 
     def group(self, user_id: str) -> str | None:
-        """Return the name of this user's group, by which maps are coloured, or None."""
+        """Return the name of this user's group, for the colours of maps, or None."""
         return None
 
 

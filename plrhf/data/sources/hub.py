@@ -63,6 +63,7 @@ class HubSource(Source):
                 yield f"{self.path}/{theirs}:{number}", row
 
     def _load(self) -> Any:
+        """Load the dataset; raise a ValueError if that fails."""
         from datasets import load_dataset  # here, since it takes seconds to import
         from datasets.exceptions import DatasetsError
 

@@ -66,6 +66,7 @@ class JsonlSource(Source):
                 yield f"{self.path}:{number}", row
 
     def _json(self) -> Iterator[tuple[int, Record]]:
+        """Yield the records of a JSON file; at its end, check that the mapped columns were there."""
         seen: set[str] = set()
         for number, record in json_records(self.path):
             if not isinstance(record, Refusal):

@@ -1,8 +1,8 @@
-"""The world of styles: texts a language model wrote, and users with known preferences over their style.
+"""The world of styles: texts of a language model, and users with known preferences on their style.
 
-The texts are those of a file that ``python -m plrhf.cli.make_styles`` writes: each prompt answered in
-several styles. A pair is two texts for one prompt. Style is measured on the text alone, so whatever a
-policy writes is judged by the same preferences. Who the users are and how they choose is in `simulated`.
+The texts come from a file that ``python -m plrhf.cli.make_styles`` writes: answers to each prompt in
+several styles. A pair is two texts for one prompt. Style is measured on the text alone, so the same
+preferences can judge whatever a policy generates. `simulated` defines the users and how they choose.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ class StylesSource(SimulatedSource):
         )
 
     def _answers(self, given: Sequence[StyleText]) -> _Answers:
+        """Measure the styles of a prompt's texts."""
         responses = tuple(text.response for text in given)
         styles = np.stack([self.style(response) for response in responses])
         return _Answers(given[0].prompt_id, given[0].prompt, responses, styles)
