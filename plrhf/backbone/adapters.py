@@ -17,7 +17,8 @@ from plrhf.core.errors import bad_value
 ALL_LINEAR = "all-linear"
 
 MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
-"""Families whose output projection PEFT bars from LoRA: their kernels take its bare weight."""
+"""Families on whose output projection PEFT does not allow LoRA, since their kernels use its weight
+directly."""
 
 
 def layers_without_lora(model: PreTrainedModel) -> list[str] | None:

@@ -28,20 +28,21 @@ if TYPE_CHECKING:
     from plrhf.backbone.model import Backbone
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest difference allowed, relative to the largest number of the plain forward. Random small models
-hardly attend, so that in float32, where rounding takes 1e-6, it is less than the 1e-3 we promise."""
+"""Largest difference allowed, relative to the largest number of the plain forward. In float32, where
+rounding takes 1e-6, it is stricter than the promised 1e-3, because small random models hardly
+attend."""
 
 LENGTHS = ((5, 3, 4), (2, 6, 2), (7, 1, 5))
-"""Tokens of prompt, chosen and rejected of each pair of the check."""
+"""Number of tokens of prompt, chosen and rejected of each test pair."""
 
 WINDOWS = ("sliding_window", "attention_chunk_size")
-"""Settings of windows that masks are made by. Real ones are longer than the check's rows."""
+"""Config entries with sizes of attention windows. Real ones are longer than the check's rows."""
 
 SHORT_WINDOW = 3
 
 SLOTS = {"packed": (UserSlots(1), UserSlots(1, 2)), "two_rows": (UserSlots(1),)}
-"""Where the check puts a vector that does what a token does. After the prompt, which two rows do not
-change, there are two contexts a row."""
+"""Where the check puts a user vector, in turn, by layout. After the prompt there are two contexts in a
+packed row; in two rows it makes no difference."""
 
 
 def choose_layout(backbone: Backbone) -> Layout:

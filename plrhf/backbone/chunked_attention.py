@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 128
-"""Queries whose attention is computed at a time."""
+"""Number of queries in a chunk."""
 
 
 class ChunkedAttention(torch.autograd.Function):

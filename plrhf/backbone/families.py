@@ -40,7 +40,7 @@ PACKED = frozenset(
         *("starcoder2", "vaultgemma", "xglm", "xlm-roberta"),
     }
 )
-"""Families that tests hold packed rows of against plain ones; `check` may find others."""
+"""Families for which tests compare packed rows with plain ones; `check` may accept others."""
 
 TWO_ROWS = {
     "bloom": "adds a bias by the distance of indices (ALiBi)",
@@ -56,14 +56,14 @@ TWO_ROWS = {
         "carries a state from one position to the next",
     ),
 }
-"""Causal families whose responses can't share a row, with the reason."""
+"""Causal families whose responses cannot share a row, with the reason."""
 
 REFUSED = {
     "fnet": "mixes padding into the text",
     "reformer": "cuts its rows into chunks of a fixed length",
     "xlnet": "sees later tokens",
 }
-"""Families whose numbers depend on what they should not see, with the reason."""
+"""Families whose outputs depend on other rows, padding or later tokens, with the reason."""
 
 
 def is_causal(config: Any) -> bool:

@@ -23,14 +23,15 @@ from plrhf.backbone.devices import product_dtype
 from plrhf.backbone.masks import PackedRows
 
 KERNEL_BLOCK = 32
-"""Positions that torch's fused attention on CPUs takes at a time."""
+"""Block size of torch's fused attention on CPUs, in positions."""
 
 LONGEST_CHUNKED = 2048
-"""Longest rows that train by `ChunkedAttention`: up to there the weights that it keeps take no more
-room than all else that is kept of a block, with heads of 64."""
+"""Longest rows for which `ChunkedAttention` is used. Up to this length its attention weights take no
+more memory than the block's other activations, with heads of width 64."""
 
 GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")
-"""Names of one function; transformers writes the first in five operations, of which torch has one."""
+"""Names of the tanh approximation of GELU. transformers computes the first in five operations, torch in
+one."""
 
 
 @dataclass

@@ -35,12 +35,12 @@ from plrhf.core.errors import BadValue, bad_value
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION = ("eager", "sdpa", FLEX)
-"""Implementations that take a mask of who sees whom; flash-attention does not."""
+"""Attention implementations that accept a mask; flash-attention does not."""
 UNREADABLE = (
     *(OSError, ValueError, SafetensorError, KeyError, TypeError, AttributeError, RuntimeError),
     ImportError,  # quantised checkpoints without their library
 )
-"""What transformers raises over files that hold no model it can make."""
+"""Exceptions of transformers for files that it cannot load as a model."""
 Shards = Callable[[], contextlib.AbstractContextManager[None]]
 
 

@@ -12,7 +12,7 @@ from plrhf.backbone import devices
 from plrhf.backbone.devices import product_dtype
 
 DRAW_BITS = 16
-"""Random bits that decide whether dropout keeps a number; torch's own takes 64."""
+"""Number of random bits that decide whether dropout keeps a number; torch uses 64."""
 
 
 class SixteenBitDropout(nn.Dropout):

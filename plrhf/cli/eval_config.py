@@ -20,13 +20,13 @@ TEXT_OPTIONS = (
     *("max_prompt_tokens", "max_tokens", "on_long_prompt", "on_long_response"),
     *("separator", "use_user_text"),
 )
-"""Settings of data that are the trained model's own."""
+"""Settings of data that are fixed by the trained model."""
 
 OF_TRAINING = (
     *("val_fraction", "test_fraction", "seen_prompt_test_fraction", "unseen_fraction"),
     *("min_pairs_per_user", "max_users", "shuffle_users", "batch_size", "batch_tokens"),
 )
-"""Settings of data that have no effect where all rows are test rows."""
+"""Settings of data that have no effect if all rows are test rows."""
 
 
 class ScoreTask(Section):

@@ -28,7 +28,7 @@ LEFT_BY_RUNS = (
 """Everything that train.py and eval.py may leave in a run directory."""
 
 RESUMED_SETTINGS = ("seed", "data", "backbone", "encoder", "aggregator", "model", "optim")
-"""What a run that is gone on with must have in common with its beginning."""
+"""Settings that must be the same when a run is resumed."""
 
 ROWS = "rows_hash"  # in a checkpoint
 

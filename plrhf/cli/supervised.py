@@ -31,10 +31,11 @@ from plrhf.training.processes import launched_processes, rank_shard_of, sharding
 from plrhf.training.trainer import fit
 
 COMPUTATION = 1
-"""Raise it when a change of the code makes another backbone of the same rows and settings."""
+"""Version of the computation. Increase it when a code change gives another backbone for the same rows
+and settings."""
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "lightning")
-"""Libraries whose versions decide, beside rows and settings, what fine-tuning computes."""
+"""Libraries whose versions affect fine-tuning."""
 
 WITHOUT_EFFECT = {
     "name",
@@ -45,7 +46,7 @@ WITHOUT_EFFECT = {
     "log_every_n_steps",
     "progress",
 }
-"""Settings of the trainer that change nothing about the fine-tuned weights."""
+"""Settings of the trainer that do not affect the fine-tuned weights."""
 
 
 def train_supervised(

@@ -20,7 +20,7 @@ WITHOUT_EFFECT = (
     *("run_dir", "cache_dir", "ckpt", "overwrite", "plan", "plan_for", "debug", "logger"),
     "referee",
 )
-"""Settings of where and how a run is made, which change none of its results."""
+"""Settings of where and how a run is executed, which do not affect its results."""
 
 
 def locate(target: object, field: str) -> Any:

@@ -20,7 +20,7 @@ PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, -1
 
 
 KeysAndValues = list[tuple[Tensor, Tensor]]
-"""What each block keeps of the positions it has read."""
+"""Keys and values of computed positions, one pair of tensors for each block."""
 
 
 def is_fake(tensor: Tensor) -> bool:

@@ -16,10 +16,10 @@ from pathlib import Path
 from plrhf.core.errors import bad_value
 
 PART = re.compile(r"\.[0-9a-f]{32}\.part$")
-"""How the names of half-written files end, and those of no others."""
+"""Ending of the names of half-written files."""
 
 ABANDONED_AFTER = 60.0
-"""Seconds without a write after which a half-written file may be taken for one that nobody writes."""
+"""Seconds without a write after which a half-written file counts as abandoned."""
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 

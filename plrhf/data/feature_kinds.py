@@ -15,7 +15,7 @@ Kind = Literal["number", "category"]
 FeatureKinds = Mapping[str, Kind]
 
 MISSING_VALUES = frozenset({"", "-", "?", "n/a", "na", "nan", "none", "null", "<na>", "missing"})
-"""Texts that stand for no value where a number belongs, in any case of letters."""
+"""Texts that mean a missing value in a number feature, in lower case."""
 
 
 def settle_features(

@@ -13,7 +13,7 @@ MESSAGE_FIELDS = (
     *("role", "content", "name", "tool_calls", "tool_call_id"),
     *("reasoning_content", "thinking"),
 )
-"""What of a message is handed to the chat template; other fields are left out."""
+"""Fields of a message that the chat template gets; others are left out."""
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 ASSISTANT_ROLES = ("assistant", "model")

@@ -39,7 +39,7 @@ from plrhf.data.tokenizer import RowTokenizer, Tokenizer
 from plrhf.data.tokens import TokenFile, load_or_tokenize
 
 FRACTIONS = ("val_fraction", "test_fraction")
-"""Settings by which either the source divides its rows, or `split_rows` does."""
+"""Fractions by which either the source or `split_rows` divides the rows."""
 
 
 class RestrictedDatasets(dict[str, PairDataset]):

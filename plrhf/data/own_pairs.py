@@ -17,7 +17,7 @@ from plrhf.data.rows import Row
 from plrhf.data.store import Indices
 
 SPARE_CANDIDATES = 16
-"""How many more train pairs of a user are looked at for a draw than twice those it may take."""
+"""Number of a user's pairs considered in a draw, beyond twice the number drawn."""
 
 GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 

@@ -17,10 +17,12 @@ from plrhf.data.reasons import Reason, refuse
 from plrhf.data.rows import SPLITS, Message, Row, content_hash
 
 LONGEST_ROW = 500_000
-"""Most bytes of text in a row. A block of 4,096 rows must stay below Arrow's limit of 2 GiB."""
+"""Largest number of bytes of text in a row. A block of 4,096 rows must stay below Arrow's limit of 2
+GiB."""
 
 MISSING_WORDS = frozenset({"nan", "NaN", "<NA>", "NaT", "None", "null", "NULL"})
-"""What programs write for a missing value. As an id it would make one user of all such rows."""
+"""Words that programs write for a missing value. As an id, such a word would merge all these rows into
+one user."""
 
 
 def parse_row(raw: Mapping[str, Any], where: str) -> Row:

@@ -18,7 +18,7 @@ from plrhf.data.rows import ROW_FIELDS, Row, Rows
 
 ON_BAD_ROW = ("refuse", "error")
 NOT_USED_YET = ("weight", "strength")
-"""Fields of the row format that nothing reads so far."""
+"""Fields of the row format that are not used yet."""
 
 
 @dataclass

@@ -51,7 +51,8 @@ BY_PROTOCOL = frozenset(
         Reason.NO_CONVERSATION,
     }
 )
-"""Reasons that say what a dataset's protocol leaves out; ``on_bad_row=error`` counts them too."""
+"""Reasons for records that a dataset's protocol leaves out. They are counted even with
+``on_bad_row=error``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ UNSEEN_OUTSIDE_TEST = "unseen user outside test"
 
 TRAIN, VAL, TEST = range(len(SPLITS))
 Codes = NDArray[np.int8]
-"""Of each row, the place of its split in `SPLITS`."""
+"""Index in `SPLITS` of each row's split."""
 
 
 VAL_FRACTION, TEST_FRACTION = 0.1, 0.2

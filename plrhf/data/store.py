@@ -22,10 +22,10 @@ Item = TypeVar("Item")
 Indices = NDArray[np.int64]
 
 BLOCK = 4096
-"""Rows of a block, the unit that is read."""
+"""Number of rows in a block, which is read as a whole."""
 
 IN_MEMORY = 32 * 2**20
-"""Bytes up to which a file is not worth a place on the disk."""
+"""Largest number of bytes of a file that is kept in memory instead of on disk."""
 
 
 class LazySequence(Sequence[T]):

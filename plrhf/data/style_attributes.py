@@ -23,7 +23,8 @@ POLES = {
 ATTRIBUTES = tuple(POLES)
 
 WINDOW = 25
-"""Words over which distinct ones are counted: in longer texts words come back, whatever the style."""
+"""Number of words in which distinct words are counted, since longer texts repeat more words whatever
+their style."""
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*|\d+(?:[.,:]\d+)*")
 _SENTENCE_END = re.compile(r"[.!?]+(?=\s|$|[\"')\]])|\n+")

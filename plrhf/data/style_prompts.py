@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 DEMONSTRATED = ("How do I boil an egg?", "My train is late. What should I do?")
-"""Questions that every style answers once as an example; no prompt is about them."""
+"""Questions that each style's example answers belong to; no prompt is about them."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ STYLES = {
         ),
     ),
 }
-"""Style -> how it is asked for. The world's rows show none of it."""
+"""How each style is asked for. The rows of the world do not contain it."""
 
 _GROUPS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (

@@ -23,10 +23,11 @@ NOT_OF_THE_TOKENS = {
     *("name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file"),
     *("cache_dir", "token", "local_files_only", "_commit_hash"),
 }
-"""What a tokenizer was made with that says where it lies, and nothing of its tokens."""
+"""Arguments of a tokenizer that say where it is stored and do not affect tokens."""
 
 BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
-"""Tokens by which SentencePiece writes single bytes: text, although some files call them special."""
+"""Tokens with which SentencePiece writes single bytes. They are text, although some files mark them as
+special."""
 
 
 def tokenizer_state(tokenizer: Tokenizer) -> list[Any] | None:

@@ -22,13 +22,14 @@ TokenText = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt and of a response."""
 
 COMPUTATION = 2
-"""Raise it whenever the code computes other values for the same model: old files are then not read."""
+"""Version of the computation. Increase it when a code change gives other values; old files are then
+ignored."""
 
 LIBRARIES = ("torch", "transformers", "peft")
-"""Libraries whose version may change the values."""
+"""Libraries whose versions may affect the values."""
 
 NOT_OF_THE_MODEL = {"_name_or_path", "transformers_version"}
-"""Entries of a config that say where it was found, and nothing of what the model computes."""
+"""Entries of a config that say where it was found and do not affect the model's outputs."""
 
 
 def text_values_key(

@@ -16,7 +16,7 @@ from plrhf.data.store import Indices, LazySequence
 from plrhf.data.text_value_cache import TextValueCache, TokenText, text_keys
 
 TEXTS_PER_WRITE = 65_536
-"""Texts whose values are computed and written to the cache before the next ones are begun."""
+"""Number of texts whose values are computed before they are written to the cache."""
 
 
 class ResponseTexts(LazySequence[TokenText]):

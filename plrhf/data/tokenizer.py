@@ -34,7 +34,8 @@ ON_LONG_RESPONSE = ("drop", "truncate")
 MOST_TEXTS = 30_000  # whose tokens are kept at hand, as texts come again
 
 TOKENISATION = 3
-"""Raise it whenever the code makes other tokens of the same text: old files are then not read."""
+"""Version of the tokenisation. Increase it when a code change gives other tokens; old files are then
+ignored."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ from plrhf.core.types import UserContext
 from plrhf.encoders.pair_reader import PairReader
 
 LIMIT = 1.0
-"""Largest mean and log-variance of a component, either way."""
+"""Largest absolute value of a component's mean and log-variance."""
 
 SPREAD_WEIGHT = 0.1
-"""Weight of the spreads' cosine beside the means' in the guide."""
+"""Weight of the cosine of log-variances in the guide loss, relative to that of means."""
 
 
 @check_arguments("encoder")

@@ -40,10 +40,10 @@ from plrhf.models.base import PersonalModule
 from plrhf.models.pair_batches import batches_of, compute_per_pair, dataset_of
 
 FITTED = ("adapted", "other_user", "pooled")
-"""Whose pairs a user is fitted to: their own, one other person's, or many other people's."""
+"""Whose pairs a user is fitted to: their own, another user's, or those of many other users."""
 
 CALIBRATED = ("adapted", "attenuated", "generic")
-"""Whose likelihood and calibration tables show."""
+"""Curves whose likelihood and calibration error are shown in tables."""
 
 
 @check_arguments("eval")

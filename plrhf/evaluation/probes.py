@@ -97,7 +97,7 @@ def overlap(splits: Splits) -> dict[str, dict[str, int]]:
 
 
 KEYS = {"name": 1, "user": 1, "prompt": 2, "response": 2, "pair": 1, "judgment": 1}
-"""How many keys `_keys` gives of each kind, in their order; `name` is a user id's spelling."""
+"""Number of keys of each kind that `_keys` yields, in this order; `name` is the normalised user id."""
 
 
 def _keys(row: Row) -> Iterator[Hashable]:

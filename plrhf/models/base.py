@@ -40,7 +40,7 @@ from plrhf.models.reduction import Reduce, Reduction
 T = TypeVar("T")
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-"""Dtype of products under the trainer's precisions; others compute in the weights' own."""
+"""Autocast dtype of each precision of the trainer; with others there is no autocast."""
 
 
 @check_arguments("model")

@@ -18,7 +18,7 @@ from plrhf.data.rows import content_hash
 CARD = "plrhf.json"
 SCHEMA = 1
 ADDED = {"enrolled": 0, "user_dim": 0}
-"""Fields that exports and checkpoints of schema 1 may lack, as they were added later."""
+"""Defaults of fields that older exports and checkpoints of schema 1 lack."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from plrhf.core.checks import NonNegativeFloat, NonNegativeInt, PositiveFloat, check_arguments
 
 SHRINKAGE_LR = 0.03
-"""Learning rate of logarithms of variances. Being logarithms, they need no rate for each scale."""
+"""Learning rate of log-variances, which needs no tuning because logarithms have no scale."""
 
 
 @check_arguments("optim")

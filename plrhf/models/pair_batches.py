@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from plrhf.models.base import PersonalModule
 
 POOLED_AT_ONCE = 4096
-"""Pairs a batch where only pooled trunk outputs are held, which are small."""
+"""Number of pairs in a batch that has only pooled trunk outputs, which are small."""
 
 
 def dataset_of(

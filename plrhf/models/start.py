@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from plrhf.models.reward import PersonalRewardModel
 
 IMPUTING_ROUNDS = 10
-"""Rounds in which gaps of the matrix of judgments are filled, as in PReF's code."""
+"""Number of rounds in which gaps of the matrix of judgments are imputed, as in PReF's code."""
 
 
 class Start(ABC):

@@ -13,10 +13,11 @@ from plrhf.reporting.tables import Cell, Table
 
 N_SHOWN = 3  # users and prompts
 FOR_ALL = {"generic": "nobody in particular", "reference": "the untouched model"}
-"""Writers whose text is the same for all users, and what stands above it."""
+"""Writers whose text is the same for all users, with the title shown above it."""
 
 MATTERS = 0.4
-"""Share of a person's strongest preference from which on an attribute is said to matter to them."""
+"""An attribute matters to a user if the preference for it is at least this fraction of the user's
+strongest."""
 
 
 def generations_section(run: Run) -> Section | None:

@@ -19,14 +19,15 @@ from plrhf.data.parsing import LONGEST_ROW
 from plrhf.data.reasons import Reason, Refusal
 
 Record = Mapping[str, Any] | Refusal
-"""What a source finds at one place of a file."""
+"""A record as a source reads it, or the reason why it is refused."""
 
 LONGEST_LINE = 8 * LONGEST_ROW
-"""Bytes of a line; JSON may write one character as six."""
+"""Largest number of bytes in a line; JSON may write one character as six."""
 
 LONGEST_CSV_FIELD = 2**31 - 1  # the csv module's own limit, 131,072, is a long chat history
 MOST_CSV_LINES = 5_000
-"""Lines that one CSV record may span; an open quote would otherwise take the rest of the file."""
+"""Largest number of lines of one CSV record, since an unclosed quote would take the rest of the
+file."""
 
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -42,7 +43,7 @@ OTHER_FORMATS = {
     b"BZh": "compressed by bzip2: unpack it",
     b"\xfd7zXZ": "compressed by xz: unpack it",
 }
-"""First bytes of files that are not text -> what they are."""
+"""First bytes of files that are not text -> their format, and what to do."""
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from plrhf.data.style_attributes import ATTRIBUTES, POLES, measure
 from plrhf.data.style_texts import StyleText, read_texts
 
 FARTHEST = 3.0
-"""Standard deviations from the mean beyond which more of an attribute means nothing to anybody."""
+"""Largest deviation of a style from the mean, in standard deviations; larger ones are clipped."""
 
 _POPULATION_MEAN = {"length": 0.2, "hedging": -0.25, "variety": 0.25}
 

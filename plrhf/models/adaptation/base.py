@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from plrhf.models.base import PersonalModule
 
 KEPT_NUMBERS = 2**28
-"""Most numbers of trunk outputs kept while users are fitted: 1 GiB in float32."""
+"""Largest number of precomputed numbers kept while users are fitted: 1 GiB in float32."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from plrhf.models.base import PersonalModule
 
 SMALLEST = 1e-5
-"""Directions in which train users differ less than this, relative to the largest, are left out."""
+"""Directions with a singular value below this fraction of the largest are left out."""
 
 
 @check_arguments("eval.adaptation")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from plrhf.models.base import PersonalModule
 
 NUMBERS_AT_ONCE = 2**24
-"""Most hidden numbers in one forward pass over many particles: 64 MiB in float32."""
+"""Largest number of hidden numbers in one forward pass over several particles: 64 MiB in float32."""
 N_CHECKED = 3
 TOLERANCE = 1e-4
 
