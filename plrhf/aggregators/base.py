@@ -77,6 +77,16 @@ class Aggregator(nn.Module, ABC):
         """Return the parameters that act on text alone, which are optimised like the head's."""
         return []
 
+    def transform_texts(self, hidden: Tensor) -> Tensor | None:
+        """Transform pooled trunk outputs [M, d] of texts to [M, output_size] where no user acts on them.
+
+        What follows then runs once a distinct text.
+
+        Returns:
+            None where users act.
+        """
+        return None
+
     def reward_terms(
         self, hidden: Tensor, direction: Tensor, user_dim: int
     ) -> tuple[Tensor, Tensor] | None:

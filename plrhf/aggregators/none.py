@@ -43,6 +43,10 @@ class NoAggregator(Aggregator):
     def text_parameters(self) -> list[Any]:
         return list(self.layer.parameters())
 
+    def transform_texts(self, hidden: Tensor) -> Tensor:
+        found: Tensor = self.layer(hidden)
+        return found
+
     def forward(self, backbone: Backbone, batch: PreferenceBatch, user: Tensor) -> Tensor:
         text = read_without_user(backbone, batch, self.layer)
         return text.float().expand(len(user) // len(batch), -1, -1, -1)

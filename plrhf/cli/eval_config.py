@@ -70,6 +70,7 @@ class RefereeTask(Section):
         methods: names in ``conf/experiment/method``; None: all that work with the rows.
         trials: largest number of points of each method's grid.
         shots: numbers of pairs given of unseen users. draws: random draws of these pairs for each user.
+        jobs: number of processes that share the work.
     """
 
     name: Literal["referee"]
@@ -79,6 +80,7 @@ class RefereeTask(Section):
     trials: PositiveInt
     shots: list[NonNegativeInt]
     draws: PositiveInt
+    jobs: PositiveInt
 
 
 @dataclass(frozen=True)

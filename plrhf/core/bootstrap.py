@@ -6,6 +6,7 @@ A statistic takes the weight of each user: how often the user was drawn in a res
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ Weight [r, u] is how often user u was drawn in resample r."""
 N_RESAMPLES = 2000
 N_PAIRED_RESAMPLES = 10_000  # p of many users reaches down to 0.0002, enough for Holm over 200
 _BLOCK = 2_000_000  # weights held at once, 16 MB
+_DRAWS_KEPT = 4
 
 
 class Estimate(TypedDict):
@@ -57,10 +59,23 @@ def evaluate_on_resamples(
         values = {name: float(of(everyone)[0]) for name, of in statistics.items()}
         blocks = [
             [of(weights) for of in statistics.values()]
-            for weights in _resample_weights(n_users, n_resamples, seed)
+            for weights in _weights_of_blocks(n_users, n_resamples, seed)
         ]
     samples = dict(zip(statistics, map(np.concatenate, zip(*blocks, strict=True)), strict=True))
     return values, samples
+
+
+def _weights_of_blocks(n_users: int, n_resamples: int, seed: int) -> Iterator[Array]:
+    """Return the blocks of `_resample_weights`, where there is one the same as before."""
+    if n_resamples * n_users <= _BLOCK:
+        return iter(_one_block(n_users, n_resamples, seed))
+    return _resample_weights(n_users, n_resamples, seed)
+
+
+@lru_cache(maxsize=_DRAWS_KEPT)
+def _one_block(n_users: int, n_resamples: int, seed: int) -> tuple[Array, ...]:
+    """Draw weights once for all the models that are asked of as many users."""
+    return tuple(_resample_weights(n_users, n_resamples, seed))
 
 
 def _resample_weights(n_users: int, n_resamples: int, seed: int) -> Iterator[Array]:

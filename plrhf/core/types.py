@@ -74,9 +74,6 @@ class PreferenceBatch:
     ref_logps: Tensor | None = None  # [B, 2] float32, reference log-probability of chosen, rejected
     hidden: Tensor | None = None  # [M, d] pooled trunk outputs of the batch's distinct texts
     texts: Tensor | None = None  # [B, 2] int64, which of them are chosen and rejected
-    prompt: Tensor | None = (
-        None  # [B, 2, d] pooled hidden states of the prompt before each response
-    )
     trunk: Tensor | None = (
         None  # [R, L, d] last hidden states without any user, where they are kept
     )

@@ -148,6 +148,11 @@ class PreferenceData(LightningDataModule):
         self._content_hash: str | None = None
 
     @property
+    def rows(self) -> Rows:
+        """All rows that were read, those that no split has among them."""
+        return self._rows
+
+    @property
     def n_users(self) -> int:
         """Number of train users, whose indices start at 1."""
         return len(self.splits.users)

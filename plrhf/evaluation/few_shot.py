@@ -27,7 +27,6 @@ from plrhf.core.stats import (
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
-from plrhf.data.reading import read_rows
 from plrhf.data.rows import Row
 from plrhf.evaluation.records import Record
 from plrhf.models.adaptation.base import (
@@ -199,8 +198,7 @@ def rows_of_users(data: PreferenceData, users: str) -> tuple[Sequence[Row], Sequ
     unseen = data.unseen_users()
     asked = [row for row in data.splits.test if row.user_id in unseen]
     asked_ids = {row.pair_id for row in asked}
-    rows, _ = read_rows(data.source.records())
-    given = [row for row in rows if row.user_id in unseen and row.pair_id not in asked_ids]
+    given = [row for row in data.rows if row.user_id in unseen and row.pair_id not in asked_ids]
     return given, asked
 
 

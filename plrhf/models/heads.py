@@ -25,7 +25,7 @@ class RewardHead(nn.Module, ABC):
 
     Attributes:
         reads_user: whether the user vectors it is handed change rewards.
-        reads_prompt: whether it needs `PreferenceBatch.prompt`.
+        reads_prompt: whether `read` is handed the prompt's hidden state too.
         shift_cancels: whether a vector added to both hidden states of a pair changes no margin.
     """
 
@@ -33,18 +33,29 @@ class RewardHead(nn.Module, ABC):
     reads_prompt: bool = False
     shift_cancels: bool = False
 
+    def read(self, pooled: Tensor) -> Tensor:
+        """Compute what the head makes of a text by itself, [..., hidden_size] -> [..., F].
+
+        Where no user acts before the head, this runs once a distinct text and not once a pair.
+
+        Args:
+            pooled: hidden states in the dtype of the head's weights; with `reads_prompt` those of the
+                prompt follow, [..., 2 hidden_size].
+        """
+        return pooled
+
     @abstractmethod
-    def forward(self, hidden: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
+    def forward(self, features: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
         """Compute rewards [C, B, 2] float32 of chosen and rejected responses.
 
         Args:
-            hidden: [C, B, 2, hidden_size], pooled, in the dtype of the head's weights.
+            features: [C, B, 2, F], what `read` made of both responses.
             user: [C * B, user_dim], C contexts one after the other, in the same dtype.
             batch: the B pairs.
         """
 
     def compare(
-        self, hidden: Tensor, user: Tensor, batch: PreferenceBatch
+        self, features: Tensor, user: Tensor, batch: PreferenceBatch
     ) -> tuple[Tensor, Tensor]:
         """Compute margins [C, B] and rewards [C, B, 2].
 
@@ -52,7 +63,7 @@ class RewardHead(nn.Module, ABC):
         is the difference of rewards; a head with another probability p overrides this and gives
         log p / (1 - p).
         """
-        rewards = self(hidden, user, batch)
+        rewards = self(features, user, batch)
         return rewards[..., 0] - rewards[..., 1], rewards
 
     @property
@@ -80,13 +91,16 @@ class LinearHead(RewardHead):
     def direction(self) -> Tensor | None:
         return self.weight[0]
 
-    def forward(self, hidden: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
-        return nn.functional.linear(hidden, self.weight).squeeze(-1).float()
+    def read(self, pooled: Tensor) -> Tensor:
+        return nn.functional.linear(pooled, self.weight)
+
+    def forward(self, features: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
+        return features.squeeze(-1).float()
 
 
-def of_contexts(user: Tensor, hidden: Tensor) -> Tensor:
-    """Give every response its user's vector, [C * B, D] -> [C, B, 2, D]."""
-    return user.view(*hidden.shape[:2], 1, -1).expand(-1, -1, 2, -1)
+def of_contexts(user: Tensor, features: Tensor) -> Tensor:
+    """Give every response its user's vector, [C * B, D] -> [C, B, 1, D], the same for both."""
+    return user.view(*features.shape[:2], 1, -1)
 
 
 def projector(hidden_size: int, out: int, width: int | None) -> nn.Module:
@@ -115,8 +129,12 @@ class DistanceHead(RewardHead):
         super().__init__()
         self.project = projector(hidden_size, user_dim, width)
 
-    def forward(self, hidden: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
-        away = self.project(hidden) - of_contexts(user, hidden)
+    def read(self, pooled: Tensor) -> Tensor:
+        found: Tensor = self.project(pooled)
+        return found
+
+    def forward(self, features: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
+        away = features - of_contexts(user, features)
         # The norm has no gradient at 0.
         return -(away.float().square().sum(-1) + 1e-12).sqrt()
 
@@ -157,14 +175,19 @@ class CosineHead(RewardHead):
         )
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
 
-    def forward(self, hidden: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
-        point = of_contexts(user, hidden)
+    def read(self, pooled: Tensor) -> Tensor:
+        if not self.reads_prompt:
+            return self.project(pooled)
+        response, prompt = pooled.chunk(2, dim=-1)
+        return torch.cat([self.project(response), *(one(prompt) for one in self.points)], dim=-1)
+
+    def forward(self, features: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
+        point = of_contexts(user, features)
         if self.reads_prompt:
-            assert batch.prompt is not None
-            prompt = batch.prompt.to(hidden.dtype)
-            points = torch.stack([one(prompt) for one in self.points], dim=-1)  # [B, 2, dim, K]
-            point = (points * point.softmax(-1).unsqueeze(-2)).sum(-1)
-        cosine = nn.functional.cosine_similarity(self.project(hidden), point, dim=-1)
+            parts = features.unflatten(-1, (1 + len(self.points), -1))  # [C, B, 2, 1 + K, dim]
+            features, points = parts[..., 0, :], parts[..., 1:, :]
+            point = (points * point.softmax(-1).unsqueeze(-1)).sum(-2)
+        cosine = nn.functional.cosine_similarity(features, point, dim=-1)
         return (self.log_scale.exp().clamp(max=self.largest_scale) * cosine).float()
 
 
@@ -186,6 +209,7 @@ class DecoderHead(RewardHead):
     ) -> None:
         super().__init__()
         first = max(1, width // 2) if film else width
+        self.hidden_size = hidden_size
         self.body = nn.Sequential(
             nn.Linear(hidden_size + user_dim, first),
             nn.LeakyReLU(0.2),
@@ -195,9 +219,14 @@ class DecoderHead(RewardHead):
         self.film = nn.Linear(user_dim, 2 * width) if film else None
         self.out = nn.Linear(width, 1)
 
-    def forward(self, hidden: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
-        of_user = of_contexts(user, hidden)
-        features = self.body(torch.cat([hidden, of_user], dim=-1))
+    def read(self, pooled: Tensor) -> Tensor:
+        first: Any = self.body[0]  # the response's share of the first layer
+        return nn.functional.linear(pooled, first.weight[:, : self.hidden_size], first.bias)
+
+    def forward(self, features: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
+        of_user, first = of_contexts(user, features), self.body[0]
+        share = nn.functional.linear(of_user, first.weight[:, self.hidden_size :])  # type: ignore[index]
+        features = self.body[1:](features + share)
         if self.film is not None:
             scale, shift = (0.5 * self.film(of_user).tanh()).chunk(2, dim=-1)
             features = (1 + scale) * features + shift
@@ -252,30 +281,35 @@ class BasisHead(RewardHead):
                 "Set model.head.weights=softmax",
             )
 
-    def mixture(self, hidden: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
-        """Compute the weights w_uk of each response's directions, [C, B, 2, K]."""
-        given = of_contexts(user, hidden)
+    def read(self, pooled: Tensor) -> Tensor:
+        if self.router is None:
+            return self.scale * self.basis(pooled)
+        response, prompt = pooled.chunk(2, dim=-1)
+        return torch.cat([self.scale * self.basis(response), self.router(prompt)], dim=-1)
+
+    def parts(self, features: Tensor, user: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rewards of each direction by itself, and the weights w_uk, each [C, B, 2, K]."""
+        members, weights = features, of_contexts(user, features)
         if self.router is not None:
-            assert batch.prompt is not None
-            given = given + self.router(batch.prompt.to(hidden.dtype))
-        return given.softmax(-1) if self.weights == "softmax" else given
+            members, route = features.chunk(2, dim=-1)
+            weights = weights + route
+        return members.float(), (
+            weights.softmax(-1) if self.weights == "softmax" else weights
+        ).float()
 
-    def members(self, hidden: Tensor) -> Tensor:
-        """Compute the rewards [C, B, 2, K] of each direction by itself."""
-        return (self.scale * self.basis(hidden)).float()
-
-    def forward(self, hidden: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
-        return (self.mixture(hidden, user, batch).float() * self.members(hidden)).sum(-1)
+    def forward(self, features: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
+        members, weights = self.parts(features, user)
+        return (weights * members).sum(-1)
 
     def compare(
-        self, hidden: Tensor, user: Tensor, batch: PreferenceBatch
+        self, features: Tensor, user: Tensor, batch: PreferenceBatch
     ) -> tuple[Tensor, Tensor]:
-        margins, rewards = super().compare(hidden, user, batch)
+        margins, rewards = super().compare(features, user, batch)
         if self.mixes == "rewards" or (self.mixes == "losses" and not self.training):
             return margins, rewards
-        members = self.members(hidden)
+        members, weights = self.parts(features, user)
         of_member = members[..., 0, :] - members[..., 1, :]  # [C, B, K]
-        weights = self.mixture(hidden, user, batch).float().mean(dim=2)  # prompts of both responses
+        weights = weights.mean(dim=2)  # prompts of both responses
         if self.mixes == "losses":
             return margin_of_loss((weights * -logsigmoid(of_member)).sum(-1)), rewards
         log_weights = weights.clamp(min=1e-30).log()
@@ -311,9 +345,12 @@ class AffineHead(RewardHead):
             )
         self.shared = LinearHead(hidden_size=hidden_size)
 
-    def forward(self, hidden: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
-        scale = 1 + of_contexts(user, hidden).squeeze(-1).float()
-        return scale * self.shared(hidden, user, batch)
+    def read(self, pooled: Tensor) -> Tensor:
+        return self.shared.read(pooled)
+
+    def forward(self, features: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
+        scale = 1 + of_contexts(user, features).squeeze(-1).float()
+        return scale * features.squeeze(-1).float()
 
 
 class MeanVarianceHead(RewardHead):
@@ -330,14 +367,17 @@ class MeanVarianceHead(RewardHead):
         nn.init.zeros_(self.log_std.weight)
         nn.init.zeros_(self.log_std.bias)
 
-    def forward(self, hidden: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
-        return self.mean(hidden, user, batch)
+    def read(self, pooled: Tensor) -> Tensor:
+        return torch.cat([self.mean.read(pooled), self.log_std(pooled)], dim=-1)
+
+    def forward(self, features: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
+        return features[..., 0].float()
 
     def compare(
-        self, hidden: Tensor, user: Tensor, batch: PreferenceBatch
+        self, features: Tensor, user: Tensor, batch: PreferenceBatch
     ) -> tuple[Tensor, Tensor]:
-        difference, rewards = super().compare(hidden, user, batch)
-        variance = (2 * self.log_std(hidden).squeeze(-1).float()).exp().sum(-1)  # [C, B]
+        difference, rewards = super().compare(features, user, batch)
+        variance = (2 * features[..., 1].float()).exp().sum(-1)  # [C, B]
         z = difference / variance.sqrt()
         return torch.special.log_ndtr(z) - torch.special.log_ndtr(-z), rewards
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
@@ -148,17 +147,20 @@ class PersonalRewardModel(PersonalModule):
         pooled = hidden
         if not self.aggregator.after_trunk:
             pooled = pool_responses(hidden, batch.segment, n_pairs=len(batch), pooling=self.pooling)
-        if self.head.reads_prompt:
-            pooled, prompt = pooled.chunk(2, dim=-1)
-            batch = replace(batch, prompt=prompt[0])
         dtype = self.head.dtype
         with torch.autocast(pooled.device.type, enabled=False):  # which would round rewards
-            return self.head.compare(pooled.to(dtype), user.to(dtype), batch)
+            features = self.head.read(pooled.to(dtype))
+            return self.head.compare(features, user.to(dtype), batch)
 
     def margins_for(self, batch: PreferenceBatch, user: Tensor) -> tuple[Tensor, Tensor]:
+        if batch.hidden is None:
+            return super().margins_for(batch, user)
+        texts = self.aggregator.transform_texts(batch.hidden)
+        if texts is not None:
+            return self._margins_of_texts(texts, batch, user)
         # Where rewards are linear in user vectors, texts are reduced to their terms before pairs are made.
         terms, direction = None, self.head.direction
-        if batch.hidden is not None and direction is not None:
+        if direction is not None:
             terms = self.aggregator.reward_terms(batch.hidden, direction, user.shape[-1])
         if terms is None:
             return super().margins_for(batch, user)
@@ -169,6 +171,22 @@ class PersonalRewardModel(PersonalModule):
         of_context = users.view(-1, len(batch), 1, users.shape[1])
         rewards = (of_pair * of_context).sum(dim=-1)  # [C, B, 2]
         return rewards[..., 0] - rewards[..., 1], rewards
+
+    def _margins_of_texts(
+        self, texts: Tensor, batch: PreferenceBatch, user: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Compute `margins_for` where users act in the head alone, which reads each distinct text once.
+
+        Args:
+            texts: [M, output_size] of the batch's distinct texts.
+        """
+        assert batch.texts is not None
+        n_contexts, dtype = len(user) // len(batch), self.head.dtype
+        with torch.autocast(user.device.type, enabled=False):
+            features = self.head.read(texts.to(dtype))
+            of_pair = nn.functional.embedding(batch.texts, features)  # [B, 2, F]
+            of_context = of_pair.expand(n_contexts, -1, -1, -1)
+            return self.head.compare(of_context, user.to(dtype), batch)
 
     def pair_loss(self, margins: Tensor, extra: Tensor) -> Tensor:
         loss = self.choice_loss(margins, target_margin=self.target_margin)

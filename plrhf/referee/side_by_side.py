@@ -128,7 +128,7 @@ class Stack:
         """Bring rows of train users to where the steps taken leave them, where models ask for that."""
         if self.template.inner is None:
             return
-        self.load(self.weights)
+        load_weights(self.models, self.weights)
         for trial, model in enumerate(self.models):
             model.finish_users(lambda: train)
             for name, value in model_state(model).items():
@@ -145,11 +145,20 @@ class Stack:
             if value is not None
         }
 
-    def load(self, weights: Named) -> None:
-        """Put each trial's weights [T, ...] into its model."""
-        for trial, model in enumerate(self.models):
-            own = {name: value[trial].detach().clone() for name, value in weights.items()}
-            model.load_state_dict(own, strict=False)
+    def keep(self, kept: Tensor) -> None:
+        """Go on with some of the trials alone, [T] bool."""
+        self.models = [model for model, goes_on in zip(self.models, kept, strict=True) if goes_on]
+        self.weights = {
+            name: one.detach()[kept].requires_grad_(one.requires_grad)
+            for name, one in self.weights.items()
+        }
+
+
+def load_weights(models: Sequence[PersonalRewardModel], weights: Named) -> None:
+    """Put each trial's weights [T, ...] into its model."""
+    for trial, model in enumerate(models):
+        own = {name: value[trial].detach().clone() for name, value in weights.items()}
+        model.load_state_dict(own, strict=False)
 
 
 def model_state(model: nn.Module) -> Named:
@@ -180,6 +189,13 @@ class StackedAdamW:
         self.square = {name: torch.zeros_like(one) for name, one in weights.items()}
         self.n_steps: dict[str, int] = dict.fromkeys(weights, 0)
 
+    def keep(self, kept: Tensor, weights: Named) -> None:
+        """Go on with some of the trials alone, [T] bool, whose weights are these."""
+        for name in self.weights:
+            self.weights[name] = weights[name]
+            for values in (self.rates, self.decays, self.mean, self.square):
+                values[name] = values[name][kept]
+
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], factors: Named) -> None:
         """Take a step of `rates` times `factors` [T]; what has no gradient stays as it is."""
@@ -199,8 +215,11 @@ class StackedAdamW:
 
 def stacked_optimizer(
     stack: Stack, total_steps: int
-) -> tuple[StackedAdamW, Callable[[int], Named]]:
-    """Return AdamW with the learning rates of each model's `Optim`, and their factors [T] at a step."""
+) -> tuple[StackedAdamW, Callable[[int, Tensor], Named]]:
+    """Return AdamW with the learning rates of each model's `Optim`, and their factors at a step.
+
+    The factors [A] are of the trials at indices [A].
+    """
     groups = stack.template.trainable_parts()
     part_of = {id(one): part for part, found in groups.items() for one in found}
     names = dict(stack.template.named_parameters())
@@ -214,8 +233,11 @@ def stacked_optimizer(
     learned = {name: stack.weights[name] for name in stack.learned}
     optimizer = StackedAdamW(learned, rates=rates, decays=decays)
 
-    def factors(step: int) -> Named:
-        return {name: torch.tensor([at(step) for at in each]) for name, each in schedules.items()}
+    def factors(step: int, trials: Tensor) -> Named:
+        return {
+            name: torch.tensor([each[trial](step) for trial in trials.tolist()])
+            for name, each in schedules.items()
+        }
 
     return optimizer, factors
 
@@ -240,39 +262,46 @@ def clip(gradients: Named, max_norm: float) -> None:
 class BestWeights:
     """Keeps each trial's weights where its val score was best, and says who goes on training.
 
-    Args:
+    Attributes:
         patience: validations without progress after which a trial stops; None: it goes on.
+        trials: indices [A] of the trials that are still trained.
     """
 
     def __init__(self, stack: Stack, training: Training) -> None:
-        self.stack, self.patience = stack, training.patience
+        self.patience = training.patience
         self.sign = -1.0 if "accuracy" in training.monitor else 1.0  # the lower, the better
         n_trials = len(stack)
+        self.trials = torch.arange(n_trials)
         self.weights = {name: one.detach().clone() for name, one in stack.weights.items()}
         self.best = torch.full((n_trials,), torch.inf, dtype=torch.float64)
         self.found = torch.full((n_trials, 2), torch.nan, dtype=torch.float64)
         self.step = torch.zeros(n_trials, dtype=torch.int64)
         self.waited = torch.zeros(n_trials, dtype=torch.int64)
 
-    def update(self, score: Tensor, found: Tensor, step: int) -> None:
-        """Take a validation: scores [T], val loss and accuracy [T, 2], after so many steps."""
-        going = self.going
+    def update(self, stack: Stack, score: Tensor, found: Tensor, step: int) -> Tensor:
+        """Take a validation of the trials in the stack.
+
+        Args:
+            score: [A]. found: val loss and accuracy, [A, 2]. step: steps taken.
+
+        Returns:
+            Which of them go on, [A] bool.
+        """
         score = self.sign * score
-        better = (score < self.best) & going
-        self.waited = torch.where(better, 0, self.waited + 1)
-        self.best = torch.where(better, score, self.best)
-        self.found[better], self.step[better] = found[better], step
-        for name, one in self.stack.weights.items():
-            self.weights[name][better] = one.detach()[better]
+        better = score < self.best[self.trials]
+        at = self.trials[better]
+        self.waited[self.trials] += 1
+        self.waited[at] = 0
+        self.best[at], self.found[at], self.step[at] = score[better], found[better], step
+        for name, one in stack.weights.items():
+            self.weights[name][at] = one.detach()[better]
+        goes_on = torch.ones_like(better)
+        if self.patience is not None:
+            goes_on = self.waited[self.trials] < self.patience
+        self.trials = self.trials[goes_on]
+        return goes_on
 
-    @property
-    def going(self) -> Tensor:
-        """Whether each trial is still trained, [T]."""
-        if self.patience is None:
-            return torch.ones(len(self.stack), dtype=torch.bool)
-        return self.waited < self.patience
-
-    def results(self) -> list[Trained]:
+    def results(self, *, vmapped: bool) -> list[Trained]:
         """Return what each trial came to."""
         return [
             Trained(
@@ -280,7 +309,7 @@ class BestWeights:
                 val_loss=float(found[0]),
                 val_accuracy=float(found[1]),
                 step=int(step),
-                vmapped=self.stack.vmapped,
+                vmapped=vmapped,
             )
             for best, found, step in zip(self.best, self.found, self.step, strict=True)
         ]
@@ -323,19 +352,24 @@ def train_side_by_side(
             clip(gradients, training.gradient_clip_val)
         for model in models:
             model.reduction.step()
-        optimizer.step(gradients, factors(step))
+        optimizer.step(gradients, factors(step, best.trials))
         if len(val) > 0 and (step + 1) % every == 0:
             stack.finish_users(train)
             found = validate(stack, val)
             column = 0 if training.monitor == "val/loss" else 1
-            best.update(found[:, column], found, step + 1)
-            if not best.going.any():
+            goes_on = best.update(stack, found[:, column], found, step + 1)
+            if not goes_on.any():
                 break
-    stack.finish_users(train)
-    last = {name: one.detach() for name, one in stack.weights.items()}
-    stack.load(best.weights if bool(best.step.any()) else last)
-    stack.train(False)
-    return best.results()
+            if not goes_on.all():
+                stack.keep(goes_on)
+                optimizer.keep(goes_on, stack.weights)
+    if not bool(best.step.any()):  # nothing was ever validated
+        stack.finish_users(train)
+        best.weights = stack.weights
+    load_weights(models, best.weights)
+    for model in models:
+        model.eval()
+    return best.results(vmapped=stack.vmapped)
 
 
 def _batches(loader: Any, n_steps: int) -> Iterator[PreferenceBatch]:

@@ -41,7 +41,7 @@ def launched_processes(trainer: Trainer) -> Iterator[None]:
         os.environ[STARTED_BY] = str(os.getpid())  # read by the processes that are about to start
     elif STARTED_BY in os.environ:
         starter = int(os.environ[STARTED_BY])
-        threading.Thread(target=_exit_with_parent, args=(starter,), daemon=True).start()
+        threading.Thread(target=exit_with_parent, args=(starter,), daemon=True).start()
     try:
         launcher.launch(trainer.strategy.setup_environment)
         yield
@@ -50,7 +50,7 @@ def launched_processes(trainer: Trainer) -> Iterator[None]:
         raise
 
 
-def _exit_with_parent(parent: int) -> None:
+def exit_with_parent(parent: int) -> None:
     """End this process when its parent is gone, since a killed parent cannot end its children."""
     while os.getppid() == parent:
         time.sleep(1)

@@ -109,7 +109,8 @@ def by_hand(name: str | dict[str, Any], **weights: Any) -> tuple[RewardHead, Ten
     head.load_state_dict({key: tensor(value).view_as(state[key]) for key, value in weights.items()})
     hidden = tensor([[[[1.0, 2.0, -1.0], [0.0, 1.0, 3.0]]]])
     with torch.no_grad():
-        margins, rewards = head.compare(hidden, tensor([[0.5, -1.0]])[:, :user_dim], None)  # type: ignore[arg-type]
+        user = tensor([[0.5, -1.0]])[:, :user_dim]
+        margins, rewards = head.compare(head.read(hidden), user, None)  # type: ignore[arg-type]
     return head, rewards[0, 0], margins[0, 0]
 
 
@@ -152,7 +153,7 @@ def test_basis_by_hand() -> None:
     assert log(1 + exp(-float(margin))) == pytest.approx(loss, rel=1e-5)
     head.eval()
     hidden = tensor([[[[1.0, 2.0, -1.0], [0.0, 1.0, 3.0]]]])
-    in_use, _ = head.compare(hidden, tensor([[0.5, -1.0]]), None)  # type: ignore[arg-type]
+    in_use, _ = head.compare(head.read(hidden), tensor([[0.5, -1.0]]), None)  # type: ignore[arg-type]
     assert float(in_use) == pytest.approx(2 * share - 1, rel=1e-5)
     with pytest.raises(ValueError, match=r"^model\.head\.weights='raw' .* softmax"):
         build_head(
@@ -294,6 +295,34 @@ def test_models_side_by_side_are_those_one_by_one(head: str, backbone: Backbone)
                 expected = own[parameter].grad
                 assert expected is not None
                 torch.testing.assert_close(gradient[place], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["linear", "mean_variance", *VARIANTS])
+def test_a_head_reads_distinct_texts_as_it_reads_those_of_pairs(
+    head: str, backbone: Backbone
+) -> None:
+    """The twin hands the head both hidden states of every pair."""
+    user_dim = 1 if head == "affine" else 3
+    encoder = encoders(user_dim, backbone.vocabulary())["lookup"]
+    model = PersonalRewardModel(
+        backbone=backbone,
+        encoder=encoder if head in VARIANTS else NoneEncoder(),
+        aggregator=NoAggregator(hidden_size=WIDTH, user_dim=user_dim),
+        head=VARIANTS.get(head, head),
+        n_users=N_USERS + 1,
+        alpha=0.4,
+    ).eval()
+    batch = model.without_user(make_batch(make_pairs()))
+    assert batch.texts is not None
+    batch = replace(batch, texts=batch.texts % 9)  # so that pairs share texts
+    user, _ = model.user_vectors(batch, model.context_names)
+    found = []
+    for way in (model.margins_for, super(PersonalRewardModel, model).margins_for):
+        model.zero_grad()
+        margins, rewards = way(batch, user)
+        (margins.sigmoid().sum() + rewards[..., 0].sum()).backward(retain_graph=True)
+        found.append({"margins": margins, "rewards": rewards, **gradients(model)})
+    assert_same(found[0], found[1], atol=1e-4)
 
 
 def film_model(backbone: Backbone, encoder: UserEncoder, film: FiLM) -> Any:

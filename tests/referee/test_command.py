@@ -50,7 +50,7 @@ def test_a_method_of_ones_own_goes_through_the_referee_and_on(
         return {path: path.stat().st_mtime_ns for path in out.glob("jobs/*/*/*/*")}
 
     out = tmp_path / "runs" / "mine"
-    assert "consistency" in run(referee, *LITTLE)
+    assert "consistency" in run(referee, *LITTLE, "eval.jobs=2")
     table = pd.read_csv(out / "referee.csv")
     assert set(table["method"]) == {"vanilla", "own_length", "consistency"}
     assert list(table.columns) == [
