@@ -39,6 +39,7 @@ from plrhf.data.features import FeatureSchema
 from plrhf.data.module import PreferenceData
 from plrhf.data.own_pairs import draw_context
 from plrhf.evaluation.generations import requested_rows, write_generations
+from plrhf.evaluation.metrics import personal_gain
 from plrhf.evaluation.predictions import PrepareData, predict, prepare, runner_with_weights
 from plrhf.evaluation.probes import probe
 from plrhf.evaluation.results import (
@@ -51,7 +52,7 @@ from plrhf.evaluation.results import (
 from plrhf.evaluation.users import write_users
 from plrhf.models.base import PersonalModule
 from plrhf.models.context import store_vectors
-from plrhf.models.export import save_export
+from plrhf.models.export import add_note, save_export
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.reporting import report, tables
 from plrhf.training.loggers import log_settings, log_test_results
@@ -173,6 +174,8 @@ def evaluate_run(
     predictions = predict(model, data, trainer)
     fingerprint = fingerprint_of(config, model, data)
     write_results(config, data, trainer, predictions, probes, fingerprint)
+    with outputs.writing(run_dir / "export"):
+        note_without_gain(run_dir / "export", predictions, alpha=model.alpha)
     ask = runner_with_weights(model, trainer)
     with outputs.writing(run_dir / "users.json"):
         ask(write_users, run_dir / "users.json", model, data, fingerprint)
@@ -185,6 +188,26 @@ def evaluate_run(
         with outputs.writing(run_dir / "report.html"):
             report.write_report(run_dir)
             print(f"report: {run_dir / 'report.html'}")
+
+
+@rank_zero_only
+def note_without_gain(export: Path, predictions: pd.DataFrame, *, alpha: float) -> None:
+    """Say on the terminal and in the export's card where knowing the user gains nothing on val.
+
+    Args:
+        alpha: of the model; at 0 or 1 one of the two contexts is not trained, and nothing is compared.
+    """
+    gain = personal_gain(predictions) if 0 < alpha < 1 else None
+    if gain is None or gain["value"] is None or gain["ci95"] is None or gain["ci95"][0] > 0:
+        return
+    low, high = (f"{100 * one:+.1f}" for one in gain["ci95"])
+    note = (
+        "On val pairs the personal model is not better than the generic one: "
+        f"{100 * gain['value']:+.1f} points [{low}, {high}]. This export holds both: "
+        "asked without user_id it answers as the generic one."
+    )
+    print(f"warning: {note}")
+    add_note(export, note)
 
 
 @rank_zero_only

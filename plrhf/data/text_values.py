@@ -7,6 +7,8 @@ from typing import Self
 
 import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from plrhf.core.types import PreferenceBatch
@@ -56,6 +58,28 @@ def distinct_texts(pairs: Sequence[TokenPair]) -> tuple[ResponseTexts, Tensor]:
     rank = np.empty_like(first)
     rank[np.argsort(first)] = np.arange(len(first))
     return ResponseTexts(pairs, np.sort(first)), torch.from_numpy(rank[which]).view(-1, 2)
+
+
+def independent_pairs(dataset: PairDataset, n_users: int) -> Tensor:
+    """Count how many choices of each user do not follow from their others, [n_users] int64.
+
+    Choices between T texts determine at most T - 1 differences of rewards; in general T less the number
+    of groups of texts that choices connect (the rank of the incidence matrix). Pairs that were derived
+    from votes or rankings are many more than that.
+    """
+    known = dataset.ref_logps if dataset.hidden is None else dataset.hidden
+    of_pair = (distinct_texts(dataset.pairs)[1] if known is None else known.of_pair).numpy()
+    users = dataset.user_id.numpy()[:, None]
+    n_texts = int(of_pair.max(initial=0)) + 1
+    nodes, ends = np.unique(users * n_texts + of_pair, return_inverse=True)
+    chosen, rejected = ends.reshape(-1, 2).T
+    links = coo_array((np.ones(len(chosen)), (chosen, rejected)), shape=(len(nodes), len(nodes)))
+    _, group = connected_components(links, directed=False)
+    first_of_group = np.unique(group, return_index=True)[1]
+    owner = nodes // n_texts
+    counts = np.bincount(owner, minlength=n_users)
+    counts -= np.bincount(owner[first_of_group], minlength=n_users)
+    return torch.from_numpy(counts)
 
 
 def texts_as_pairs(

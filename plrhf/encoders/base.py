@@ -58,7 +58,7 @@ class UserEncoder(nn.Module, ABC):
         return self(users), None
 
     def count_pairs(self, pairs_per_user: Tensor) -> None:
-        """Set the number of train pairs of each user before training, [n_users + 1] int64."""
+        """Set the number of independent train pairs of each user before training, [n_users + 1] int64."""
 
     @property
     def device(self) -> torch.device:
@@ -70,8 +70,10 @@ class ShrunkEncoder(UserEncoder):
     """An encoder that computes e_u from a few numbers of the user, and can learn to shrink them.
 
     With `shrinkage` "learned", training samples the numbers from their posterior, and `encode` returns
-    their divergence from the prior; see `core.shrinkage`. With "fixed", only `optim.user_weight_decay`
-    pulls them towards the generic user.
+    their divergence from the prior; see `core.shrinkage`. The generic user is then the zero vector, and
+    the rest of the model learns what all users share: a learned vector of all users would be a second
+    path to it, without a prior. With "fixed", only `optim.user_weight_decay` pulls users towards the
+    generic user.
     """
 
     penalty_weight = 1.0
@@ -82,10 +84,18 @@ class ShrunkEncoder(UserEncoder):
         self.shrinkage: Shrinkage | None = None
         self.register_buffer("pairs_per_user", None, persistent=False)
 
-    def learn_shrinkage(self, kind: ShrinkageKind, n_numbers: int) -> None:
-        """Add a learned prior of `n_numbers` numbers a user if `kind` is "learned"."""
+    def learn_shrinkage(
+        self, kind: ShrinkageKind, n_numbers: int, generic_vector: nn.Parameter | None = None
+    ) -> None:
+        """Add a learned prior of `n_numbers` numbers a user if `kind` is "learned".
+
+        Args:
+            generic_vector: e_0 that is added to all vectors, which then stays zero.
+        """
         if kind == "learned":
             self.shrinkage = Shrinkage(n_numbers)
+            if generic_vector is not None:
+                nn.init.zeros_(generic_vector).requires_grad_(False)
 
     @abstractmethod
     def numbers(self, users: UserBatch) -> Tensor:

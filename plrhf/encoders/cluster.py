@@ -64,7 +64,13 @@ class ClusterMixtureEncoder(ShrunkEncoder):
         return logits
 
     def vectors(self, numbers: Tensor) -> Tensor:
-        return numbers.softmax(dim=-1) @ self.clusters
+        return self._vectors_of(numbers.softmax(dim=-1))
+
+    def _vectors_of(self, mixture: Tensor) -> Tensor:
+        """Mix the cluster vectors; with learned shrinkage relative to the generic user's mixture."""
+        if self.shrinkage is not None:
+            mixture = mixture - self.prior_mean().softmax(dim=-1)
+        return mixture @ self.clusters
 
     def prior_mean(self) -> Tensor:
         own = torch.full((1,), GENERIC_USER, device=self.clusters.device)
@@ -73,7 +79,7 @@ class ClusterMixtureEncoder(ShrunkEncoder):
 
     def generic(self, batch_size: int) -> Tensor:
         own = torch.full((batch_size,), GENERIC_USER, device=self.clusters.device)
-        return self.mixture(own) @ self.clusters
+        return self._vectors_of(self.mixture(own))
 
     def user_parameters(self) -> Iterable[nn.Parameter]:
         return self.weights.parameters()

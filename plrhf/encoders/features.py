@@ -71,7 +71,7 @@ class FeatureMLPEncoder(ShrunkEncoder):
             nn.Linear(hidden, user_dim if rank is None else rank, bias=False),
         )
         self.basis = None if rank is None else nn.Linear(rank, user_dim, bias=False)
-        self.learn_shrinkage(shrinkage, user_dim if rank is None else rank)
+        self.learn_shrinkage(shrinkage, user_dim if rank is None else rank, self.generic_vector)
 
     def numbers(self, users: UserBatch) -> Tensor:
         missing = users.features.isnan()  # [B, F]

@@ -59,7 +59,7 @@ class LookupEncoder(ShrunkEncoder):
         with torch.no_grad():
             self.offsets.weight.copy_(offset_scale * offsets)
             self.offsets.weight[GENERIC_USER].zero_()
-        self.learn_shrinkage(shrinkage, offsets.shape[1])
+        self.learn_shrinkage(shrinkage, offsets.shape[1], self.generic_vector)
 
     def numbers(self, users: UserBatch) -> Tensor:
         own: Tensor = self.offsets(users.user_id)  # [B, user_dim] or [B, r]

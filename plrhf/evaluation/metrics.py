@@ -9,9 +9,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from plrhf.core.bootstrap import N_RESAMPLES, Array
+from plrhf.core.bootstrap import N_RESAMPLES, Array, Estimate
 from plrhf.core.errors import bad_value
-from plrhf.core.stats import ACCURACIES, Outcomes, correctness, summarise_outcomes
+from plrhf.core.stats import (
+    ACCURACIES,
+    Outcomes,
+    correctness,
+    paired_difference,
+    summarise_outcomes,
+)
 
 # Of nll and ece in results.json. Numbers of processes, threads and devices round float32 margins
 # differently, by some 1e-6 after 50 steps; accuracies count signs alone and are exact.
@@ -22,21 +28,41 @@ PROMPT_KINDS = ("seen", "unseen")
 
 
 def outcomes(
-    predictions: pd.DataFrame, *, user_kind: str, context: str, prompt_kind: str | None = None
+    predictions: pd.DataFrame,
+    *,
+    user_kind: str,
+    context: str,
+    prompt_kind: str | None = None,
+    split: Literal["val", "test"] = "test",
 ) -> Outcomes:
-    """Select the test pairs of one kind of user in one context; there may be none.
+    """Select the pairs of one kind of user in one context; there may be none.
 
     Args:
         prompt_kind: only pairs on seen or unseen prompts; None: all pairs.
     """
     rows = predictions[
-        (predictions["split"] == "test")
+        (predictions["split"] == split)
         & (predictions["user_kind"] == user_kind)
         & (predictions["context"] == context)
     ]
     if prompt_kind is not None:
         rows = rows[rows["prompt_kind"] == prompt_kind]
     return _outcomes(rows, rows["margin"], rows["correct"])
+
+
+def personal_gain(predictions: pd.DataFrame) -> Estimate | None:
+    """Estimate what knowing the user gains on val pairs: accuracy less that of the generic user.
+
+    Returns:
+        The difference with its interval over users; None without val pairs of seen users.
+    """
+    user, generic = (
+        outcomes(predictions, user_kind="seen", context=context, split="val")
+        for context in ("user", "generic")
+    )
+    if len(user) == 0:
+        return None
+    return paired_difference(user, generic, names=["accuracy_micro"])["accuracy_micro"]
 
 
 LONGER_WINS, SHORTER_WINS = "the longer response wins", "the shorter response wins"

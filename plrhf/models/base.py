@@ -262,10 +262,11 @@ class PersonalModule(LightningModule):
         correct = 0.5 * (margins.detach().sign() + 1)  # ties count one half, as in validation
         loss = batch.mean(pair_losses if weights is None else weights * pair_losses)
         text_penalty = self.aggregator.penalty()
+        # Both are about users, so they have the weight of the user-specific loss.
         if user_penalty is not None:
-            loss = loss + self.encoder.penalty_weight * batch.mean(user_penalty)
+            loss = loss + self.alpha * self.encoder.penalty_weight * batch.mean(user_penalty)
         if text_penalty is not None:
-            loss = loss + self.aggregator.penalty_weight * text_penalty
+            loss = loss + self.alpha * self.aggregator.penalty_weight * text_penalty
         return loss, batch.mean(correct)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:

@@ -72,6 +72,12 @@ def save_export(directory: Path, model: Any, card: Card, tokenizer: Any) -> None
     _replace_directory(part, directory)
 
 
+def add_note(directory: Path, note: str) -> None:
+    """Add a paragraph to the model card of an export."""
+    with (directory / README).open("a", encoding="utf-8") as file:
+        file.write(f"\n{note}\n")
+
+
 def check_files(directory: Path, card: Card) -> None:
     """Raise a ValueError if a file of an export is missing or was changed."""
     for name, digest in card.files.items():

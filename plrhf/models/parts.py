@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from plrhf.aggregators import Aggregator
 from plrhf.core.shrinkage import Shrinkage
 from plrhf.data.module import PreferenceData
+from plrhf.data.text_values import independent_pairs
 
 if TYPE_CHECKING:
     from plrhf.models.base import PersonalModule
@@ -41,10 +41,10 @@ def divide_parameters(model: PersonalModule) -> dict[str, list[nn.Parameter]]:
 
 
 def count_pairs(model: PersonalModule, data: PreferenceData) -> None:
-    """Tell the learned priors how many train pairs each user has."""
-    users = data.datasets["train"].user_id
-    model.encoder.count_pairs(torch.bincount(users, minlength=model.val_accuracy.n_users))
-    model.aggregator.count_pairs(len(users))
+    """Tell the learned priors how many independent train pairs each user has."""
+    counts = independent_pairs(data.datasets["train"], model.val_accuracy.n_users)
+    model.encoder.count_pairs(counts)
+    model.aggregator.count_pairs(int(counts.sum()))
 
 
 def weigh_priors(model: PersonalModule, step: int) -> None:

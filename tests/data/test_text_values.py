@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from plrhf.aggregators import FiLM
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj
 from plrhf.core.types import CHOSEN, REJECTED
+from plrhf.data.dataset import TextValues
 from plrhf.data.packing import TokenPair
-from plrhf.data.text_values import distinct_texts, texts_as_pairs
+from plrhf.data.text_values import distinct_texts, independent_pairs, texts_as_pairs
 from plrhf.models.optim import Optim
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
@@ -46,6 +48,23 @@ def margins(model: Any, data: Any, split: str) -> dict[str, Tensor]:
         for name, values in model.context_margins(batch).items():
             found[name][batch.row] = values
     return found
+
+
+def test_choices_that_follow_from_others_are_not_independent() -> None:
+    """The twin is the rank of the choices as differences of texts."""
+    pairs = {
+        1: [(0, 1), (1, 2), (0, 2)],  # three choices between three texts: two differences
+        2: [(0, 1), (3, 4), (0, 1)],  # one choice twice, and one of other texts
+        4: [(4, 3), (1, 0), (2, 3), (0, 3), (1, 4)],
+    }
+    users = tensor([user for user, own in pairs.items() for _ in own])
+    of_pair = tensor([pair for own in pairs.values() for pair in own])
+    dataset: Any = SimpleNamespace(hidden=TextValues(torch.zeros(5, 2), of_pair), user_id=users)
+    found = independent_pairs(dataset, 6)
+    texts = torch.eye(5)
+    differences = texts[of_pair[:, 0]] - texts[of_pair[:, 1]]
+    ranks = [int(torch.linalg.matrix_rank(differences[users == user])) for user in pairs]
+    assert found.tolist() == [0, ranks[0], ranks[1], 0, ranks[2], 0] == [0, 2, 2, 0, 4, 0]
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])

@@ -309,6 +309,7 @@ def test_shrunk_numbers_are_drawn_and_charged_in_training_alone(kind: str) -> No
         numbers = encoder.numbers(asked) - encoder.prior_mean()
         each = tensor([[3.0], [5.0], [3.0]])
         torch.testing.assert_close(penalty, encoder.shrinkage(numbers, each))
+    assert encoder.generic(2).equal(torch.zeros(2, encoder.generic(1).shape[1]))
     encoder.eval()
     fixed, none = encoder.encode(asked)
     assert none is None and fixed[0].equal(fixed[2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,8 @@ import pytest
 import torch
 from torchmetrics.utilities import dim_zero_sum
 
-from plrhf.evaluation.metrics import choose_length_rule, summarise
+from plrhf.cli.run import note_without_gain
+from plrhf.evaluation.metrics import choose_length_rule, personal_gain, summarise
 from plrhf.models.metrics import ExactMean, UserAccuracy, accuracy_from_counts, user_counts
 
 MARGINS = torch.tensor([1.0, 2, 3, 4, -1, 0, 0, 1, 2, -1, -2, -3, -1, -1])
@@ -173,3 +175,31 @@ def test_length_rule_is_chosen_off_the_test_set() -> None:
     assert choose_length_rule(val.assign(rejected_tokens=np.uint16(3))) is True
     with pytest.raises(ValueError, match=r"split='test' is not allowed: expected train or val"):
         choose_length_rule(table)
+
+
+@pytest.mark.parametrize(
+    ("n_personal", "alpha", "is_said"), [(5, 0.5, True), (1, 0.5, False), (5, 1, False)]
+)
+def test_no_gain_on_val_is_said_and_noted(
+    n_personal: int, alpha: float, is_said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of nine users with 4 val pairs each, so many lose one by the user model, and the others gain one."""
+    rows = [
+        {
+            **{"split": "val", "user_kind": "seen", "context": context, "user_id": f"u{user}"},
+            **{"pair_id": f"{user}-{pair}", "margin": margin, "correct": float(margin > 0)},
+        }
+        for user in range(9)
+        for pair in range(4)
+        for context, margin in (
+            ("generic", 1.0 if pair < 2 else -1.0),
+            ("user", 1.0 if pair < (1 if user < n_personal else 3) else -1.0),
+        )
+    ]
+    gain = personal_gain(pd.DataFrame(rows))
+    assert gain is not None and gain["value"] == pytest.approx((9 - 2 * n_personal) / 36)
+    (tmp_path / "README.md").write_text("# A model\n")
+    note_without_gain(tmp_path, pd.DataFrame(rows), alpha=alpha)
+    out, card = capsys.readouterr().out, (tmp_path / "README.md").read_text()
+    assert ("not better than the generic one: -2.8 points" in out) == is_said
+    assert card.startswith("# A model\n") and ("-2.8 points" in card) == is_said

@@ -431,7 +431,7 @@ def test_penalties_are_added_in_training_alone(model_class: Any, monkeypatch: An
     monkeypatch.setattr(model.aggregator, "penalty", lambda: tensor(10.0))
     monkeypatch.setattr(model.aggregator, "penalty_weight", 0.1, raising=False)
     found = model.training_step(batch, 0)
-    torch.testing.assert_close(found, plain + 0.5 * 3.0 + 0.1 * 10.0)
+    torch.testing.assert_close(found, plain + model.alpha * (0.5 * 3.0 + 0.1 * 10.0))
     assert model.loss(batch)[0].equal(val)
 
 
