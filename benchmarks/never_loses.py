@@ -31,7 +31,7 @@ from omegaconf import OmegaConf
 from plrhf.cli.assemble import build_data, build_run_model, open_backbone
 from plrhf.cli.config import RunConfig
 from plrhf.cli.main import CONF
-from plrhf.cli.referee import plain_trainer
+from plrhf.cli.referee_job import plain_trainer
 from plrhf.cli.supervised import cached_tiny_backbone
 from plrhf.core.stats import Outcomes, correctness, paired_difference
 from plrhf.data.dataset import PairDataset
@@ -112,7 +112,7 @@ class Bench:
     """
 
     def __init__(self, overrides: Sequence[str], cache: Path, split: str) -> None:
-        self.overrides, self.split = overrides, split
+        self.overrides, self.cache, self.split = overrides, cache, split
         config = self.config([])
         self.data: PreferenceData = build_data(config.data)
         self.path = config.backbone.path or cached_tiny_backbone(config, self.data)
@@ -128,7 +128,13 @@ class Bench:
     def config(self, changes: Sequence[str]) -> RunConfig:
         """Read the settings of ``train.py experiment=frozen_features`` with changes."""
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            every = ["experiment=frozen_features", *self.overrides, "run_dir=none", *changes]
+            every = [
+                "experiment=frozen_features",
+                *self.overrides,
+                "run_dir=none",
+                f"cache_dir={self.cache}",
+                *changes,
+            ]
             node = hydra.compose("train", overrides=every)
         settings: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
         return RunConfig.parse(settings)

@@ -48,12 +48,16 @@ def build_model(backbone: Backbone, card: Card, **provided: Any) -> Any:
         embedding_size=backbone.embedding_size,
         n_blocks=backbone.config.num_hidden_layers,
     )
+    # With learned shrinkage all else starts as with encoder=none: what differs is due to the users.
+    is_apart = card.encoder.get("shrinkage") == "learned"
+    with torch.random.fork_rng(devices=[], enabled=is_apart):
+        encoder = build_encoder(backbone, aggregator, card)
     model = build(
         card.model,
         "model",
         kind=nn.Module,
         backbone=backbone,
-        encoder=build_encoder(backbone, aggregator, card),
+        encoder=encoder,
         aggregator=aggregator,
         n_users=len(card.users) + 1,
         **provided,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -324,6 +325,19 @@ def test_a_run_is_the_same_from_a_backbone_made_anew(reward_run: Path, tmp_path:
     for name in ("adapter_model.safetensors", "user_encoder.safetensors"):
         expected = (reward_run / "export" / name).read_bytes()
         assert (tmp_path / "run/export" / name).read_bytes() == expected
+
+
+def test_with_learned_shrinkage_all_else_starts_as_without_users(reward_run: Path) -> None:
+    model = PersonalRewardModel.from_pretrained(reward_run / "export")
+    no_users = {"name": "none", "_target_": "plrhf.encoders.NoneEncoder"}
+    states = []
+    for encoder in (no_users, {**model.card.encoder, "shrinkage": "learned"}):
+        torch.manual_seed(3)
+        fresh = build_model(model.backbone, replace(model.card, encoder=encoder))
+        state = user_model_state(fresh).items()
+        states.append({name: one for name, one in state if not name.startswith("encoder.")})
+    assert {"head.weight", "aggregator.to_film.weight"} <= states[0].keys() == states[1].keys()
+    assert all(one.equal(states[1][name]) for name, one in states[0].items())
 
 
 def test_a_card_builds_the_users_model_again(reward_run: Path) -> None:
