@@ -93,11 +93,21 @@ def test_rows_splits_and_users(kind: str) -> None:
     assert sum(map(len, parts)) == len(set.union(*parts)) == 5
     assert {row.user_id for row in by_split["test"]} == set(source.user_ids)
     assert {row.user_id for row in by_split["train"]} == set(source.user_ids[:7])
-    assert all(row.prompt[0]["role"] == "user" and row.chosen != row.rejected for row in rows)
+    assert all(len(row.prompt) == 1 and row.chosen != row.rejected for row in rows)
     assert all("Flour - Flour" not in row.chosen + row.rejected for row in rows)  # was dropped
     again = world(kind=kind, val_pairs_per_user=2, test_pairs_per_user=5)
     assert list(again.records()) == list(source.records())
     assert list(world(kind=kind, seed=1).records()) != list(source.records())
+
+
+def test_prompts_are_turns_of_a_chat_or_plain_text() -> None:
+    def prompt(**settings: Any) -> Any:
+        return next(iter(world(**settings).records()))[1]["prompt"]
+
+    plain = prompt(chat=False)
+    turn = {"role": "user", "content": plain}
+    assert isinstance(plain, str) and prompt() == [turn]
+    assert prompt(system="Be brief.") == [{"role": "system", "content": "Be brief."}, turn]
 
 
 def test_styles_are_standardised_over_the_texts_and_bounded() -> None:

@@ -46,6 +46,7 @@ class StylesSource(SimulatedSource):
     Args:
         path: file of texts. chat: prompts are a chat's user turns, which the backbone's chat template
             writes; else plain text.
+        system: system turn in front of them; None: the template's own, if it has one.
         people: see `SimulatedSource`.
 
     Raises:
@@ -56,9 +57,11 @@ class StylesSource(SimulatedSource):
     poles = POLES
     population_mean = tuple(_POPULATION_MEAN.get(name, 0.0) for name in ATTRIBUTES)
 
-    def __init__(self, *, path: str, chat: bool = True, **people: Any) -> None:
+    def __init__(
+        self, *, path: str, chat: bool = True, system: str | None = None, **people: Any
+    ) -> None:
         super().__init__(**people)
-        self.chat = chat
+        self.chat, self.system = chat, system
         texts = [text for text in read_texts(Path(path)) if text.dropped is None]
         measured = np.array([measure(text.response) for text in texts]).reshape(-1, len(ATTRIBUTES))
         self._mean, self._spread = np.zeros(len(ATTRIBUTES)), np.ones(len(ATTRIBUTES))
@@ -99,7 +102,10 @@ class StylesSource(SimulatedSource):
                 rejected=one.texts[loser],
             )
             if self.chat:
-                row["prompt"] = [{"role": "user", "content": one.prompt}]
+                turns = [("system", self.system), ("user", one.prompt)]
+                row["prompt"] = [
+                    {"role": role, "content": text} for role, text in turns if text is not None
+                ]
             yield row, float(margins[number]) * (1 if first_wins else -1)
 
     def _divide(self, path: str, texts: Sequence[StyleText]) -> tuple[list[_Answers], ...]:
