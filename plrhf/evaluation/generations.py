@@ -232,14 +232,18 @@ def _responses(
     ids = [row.user_id for row in asked]
     index = torch.tensor([model.card.user_index(user) for user in ids])
     users = UserBatch(user_id=index, features=features_of(data, ids))
-    written = {"policy": generate(model, tokenizer, prompts, users, **how)}
     distinct = list(dict.fromkeys(prompts))
     nobody = UserBatch(
         user_id=torch.full((len(distinct),), GENERIC_USER),
         features=data.schema.table([None] * len(distinct)),
     )
+    # Without sampling, a policy that does not tell users apart has one text for all of them.
+    is_personal = model.encoder.personal
+    for_all = not is_personal and texts.temperature == 0
+    written = {} if for_all else {"policy": generate(model, tokenizer, prompts, users, **how)}
     for writer, is_asked, user in (
-        ("generic", texts.generic and model.encoder.personal, nobody),
+        ("policy", for_all, nobody),
+        ("generic", texts.generic and is_personal, nobody),
         ("reference", texts.reference, None),
     ):
         if is_asked:

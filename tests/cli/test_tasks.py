@@ -182,6 +182,9 @@ def test_users_speak_for_themselves(
     once = 6 if speaking else 2
     assert asked == [6, once, once]
     by_plain_softmax(policy, data, texts[0])
+    policy.encoder.personal, asked[:] = False, []
+    write_generations(tmp_path / "texts.jsonl", policy, data, options)
+    assert asked == [once, once]  # one text for all, which is the generic user's
 
 
 def by_plain_softmax(policy: PersonalDPOPolicy, data: PreferenceData, text: GeneratedText) -> None:
