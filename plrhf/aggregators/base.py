@@ -78,12 +78,12 @@ class Aggregator(nn.Module, ABC):
         return []
 
     def transform_texts(self, hidden: Tensor) -> Tensor | None:
-        """Transform pooled trunk outputs [M, d] of texts to [M, output_size] where no user acts on them.
+        """Transform the pooled trunk outputs of texts, [M, d] -> [M, output_size], if no user acts on them.
 
-        What follows then runs once a distinct text.
+        What follows can then run once for each distinct text.
 
         Returns:
-            None where users act.
+            None if users act on them.
         """
         return None
 

@@ -1,4 +1,4 @@
-"""eval=referee: every method on the same rows by one protocol, and the leaderboard of what is done."""
+"""eval=referee: compares all methods on the same rows by one protocol, and writes the leaderboard."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ A_DAY = 86400.0
 
 
 def referee(config: EvalConfig) -> None:
-    """Do the jobs that are not done yet, and write referee.csv, referee.md and report.html."""
+    """Run the jobs that have no result yet, and write referee.csv, referee.md and report.html."""
     task: RefereeTask = config.task
     overrides = overrides_of("data", "backbone")
     if task.rows is None and config.data is None:
@@ -60,7 +60,7 @@ def referee(config: EvalConfig) -> None:
 
 
 def progress_bar() -> Progress:
-    """Return a bar of jobs with the time left; where there is no terminal it shows nothing."""
+    """Return a progress bar over jobs with the remaining time; it is disabled without a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     console = tables.console()
     return Progress(
@@ -75,7 +75,7 @@ def progress_bar() -> Progress:
 def do_jobs(
     jobs: Sequence[Job], store: Store, n_processes: int
 ) -> Iterator[tuple[Job, str | None]]:
-    """Do jobs in so many processes at once; yield each that is done, and why it was left out or None."""
+    """Run jobs in `n_processes` processes; yield each finished job, and why it was left out (or None)."""
     n_processes = min(n_processes, len(jobs))
     if n_processes <= 1:
         for job in jobs:
@@ -97,14 +97,14 @@ def do_jobs(
 
 
 def start_process(parent: int, n_threads: int) -> None:
-    """Prepare one of several processes: its share of the cores, and an end with its parent's."""
+    """Set up a worker process: its number of threads, and that it ends with its parent."""
     torch.set_num_threads(n_threads)
     silence_libraries()
     Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
 
 
 def jobs_of(task: RefereeTask, overrides: Sequence[str]) -> Iterator[Job]:
-    """Read the methods of a comparison, rows by rows and seed by seed."""
+    """Yield the jobs of a comparison, by rows, then seed, then method."""
     names = method_names() if task.methods is None else task.methods
     for rows in [None] if task.rows is None else task.rows:
         for seed in task.seeds:
@@ -116,7 +116,7 @@ def jobs_of(task: RefereeTask, overrides: Sequence[str]) -> Iterator[Job]:
 
 
 def rows_name(rows: str | None, config: RunConfig) -> str:
-    """Name the rows: by their experiment, or by their file."""
+    """Return the name of the rows: their experiment's, or their file's."""
     if rows is not None:
         return rows.removeprefix("referee/")
     path = config.data.source.get("path")
@@ -124,7 +124,7 @@ def rows_name(rows: str | None, config: RunConfig) -> str:
 
 
 def fingerprint(method: Method, task: RefereeTask) -> str:
-    """Hash what decides a job's result: settings of its trials, the file of the rows, the shots."""
+    """Hash what determines a job's result: the settings of its trials, the file of rows, and the shots."""
     path = Path(str(method.config.data.source.get("path")))
     file = blake2b(path.read_bytes()).hexdigest() if path.is_file() else ""
     aside = ("run_dir", "cache_dir", "logger", "plan_for", "samples")

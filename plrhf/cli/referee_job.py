@@ -1,4 +1,4 @@
-"""A job of eval=referee: a method on some rows with one seed, on rows that are read and mapped once."""
+"""A job of eval=referee: one method, rows and seed. Rows are read and mapped to features once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class Job:
     """A method on some rows with one seed.
 
     Attributes:
-        shots: pairs given of unseen users, where the method's rows do not say. draws: how often.
+        shots: numbers of pairs given of unseen users, unless the method sets them.
+        draws: number of random draws of these pairs for each user.
     """
 
     rows: str
@@ -50,23 +51,23 @@ class Job:
 
     @property
     def place(self) -> tuple[str, str, int]:
-        """Where the store keeps it."""
+        """The job's key in the store: rows, method, seed."""
         return self.rows, self.method.name, self.seed
 
     @property
     def of_rows(self) -> tuple[str, int]:
-        """What jobs share that work on the same people."""
+        """Rows and seed, which jobs on the same data share."""
         return self.rows, self.seed
 
     @property
     def words(self) -> str:
-        """Name it on the progress bar."""
+        """Name of the job for the progress bar."""
         return f"{self.rows} {self.method.name} seed {self.seed}"
 
 
 @dataclass
 class Bench:
-    """The rows of a comparison with one seed: read, tokenised and mapped to features once.
+    """The rows of a comparison with one seed: read, tokenised and mapped to features once for all methods.
 
     Args:
         of: rows and seed.
@@ -79,10 +80,10 @@ class Bench:
     _span: dict[str, dict[str, Any]] = field(default_factory=dict)  # by kind of features
 
     def run(self, job: Job) -> tuple[JobRecord, pd.DataFrame]:
-        """Do a job; return its record and its margins on test pairs.
+        """Run a job; return its record and its margins on test pairs.
 
         Raises:
-            ValueError: the method does not go with the rows.
+            ValueError: the method does not work with these rows.
         """
         method, config = job.method, job.method.config
         data, backbone, given = self.rows_of(config)
@@ -123,7 +124,7 @@ class Bench:
         return record, result.margins
 
     def facts_of(self, method: Method, data: PreferenceData) -> Facts:
-        """Return the facts of the rows; the span is that of the features that the method has."""
+        """Return facts about the rows; the span is that of the method's features."""
         if self._agreed is None:
             rows = [row for split in SPLITS for row in getattr(data.splits, split)]
             self._agreed = agreed_pairs(rows)
@@ -133,7 +134,7 @@ class Bench:
         return Facts(self._agreed, self._span[kind])
 
     def rows_of(self, config: RunConfig) -> tuple[PreferenceData, Backbone, set[str]]:
-        """Return the tokenised rows of a config, the backbone, and ids of pairs only given."""
+        """Return the tokenised rows of a config, the backbone, and the ids of pairs that are only given."""
         settings = config.data.model_dump(mode="json", exclude=set(LOADING))
         key = content_hash(settings, config.backbone.model_dump(mode="json"))
         if key not in self._data:
@@ -159,7 +160,7 @@ class Bench:
     def with_vectors(
         self, method: Method, data: PreferenceData, backbone: Backbone
     ) -> PreferenceData:
-        """Return the rows with a vector for every text, of the kind that the method asks for."""
+        """Return the rows with a feature vector for each text, of the kind that the method uses."""
         config, kind = method.config, method.referee.features
         settings = config.data.model_dump(mode="json", exclude={*LOADING, "shuffle_users"})
         model = build_trial(method.trials[0], data, backbone) if kind == "text" else None
@@ -185,12 +186,12 @@ class Bench:
 
 @lru_cache(maxsize=1)
 def bench_of(of: tuple[str, int]) -> Bench:
-    """Return this process's bench; it keeps that of the last job."""
+    """Return this process's `Bench` for rows and seed; only the last one is kept."""
     return Bench(of)
 
 
 def do_job(job: Job, store: Store) -> str | None:
-    """Do a job and keep what it found; return why it was left out, or None."""
+    """Run a job and store its result; return why the method was left out, or None."""
     try:
         store.write(*bench_of(job.of_rows).run(job))
     except BadValue as error:
@@ -199,7 +200,7 @@ def do_job(job: Job, store: Store) -> str | None:
 
 
 def plain_trainer() -> Trainer:
-    """Return a trainer that writes nothing, for what asks on which device to compute."""
+    """Return a trainer that writes nothing, for functions that need one for its device."""
     return Trainer(
         accelerator="cpu",
         devices=1,

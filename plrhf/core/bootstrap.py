@@ -66,7 +66,7 @@ def evaluate_on_resamples(
 
 
 def _weights_of_blocks(n_users: int, n_resamples: int, seed: int) -> Iterator[Array]:
-    """Return the blocks of `_resample_weights`, where there is one the same as before."""
+    """Return the blocks of `_resample_weights`; a single block is cached."""
     if n_resamples * n_users <= _BLOCK:
         return iter(_one_block(n_users, n_resamples, seed))
     return _resample_weights(n_users, n_resamples, seed)
@@ -74,7 +74,7 @@ def _weights_of_blocks(n_users: int, n_resamples: int, seed: int) -> Iterator[Ar
 
 @lru_cache(maxsize=_DRAWS_KEPT)
 def _one_block(n_users: int, n_resamples: int, seed: int) -> tuple[Array, ...]:
-    """Draw weights once for all the models that are asked of as many users."""
+    """Draw the weights once for all models with the same number of users."""
     return tuple(_resample_weights(n_users, n_resamples, seed))
 
 

@@ -149,7 +149,7 @@ class PreferenceData(LightningDataModule):
 
     @property
     def rows(self) -> Rows:
-        """All rows that were read, those that no split has among them."""
+        """All rows that were read, including those that are in no split."""
         return self._rows
 
     @property

@@ -1,4 +1,4 @@
-"""Reward heads: pooled hidden states of responses and the user's vector -> rewards."""
+"""Reward heads: they compute rewards from pooled hidden states of responses and the user's vector."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from plrhf.core.types import PreferenceBatch
 
 
 class RewardHead(nn.Module, ABC):
-    """Rewards the two responses of each pair.
+    """Computes the rewards of the two responses of each pair.
 
-    A subclass is built by keyword. Of `hidden_size` and `user_dim`, the aggregator's, it is handed those
-    that its constructor names, beside its own settings.
+    A subclass is built by keyword. Its constructor gets its own settings, and the aggregator's
+    `hidden_size` and `user_dim` if it has these parameters.
 
     Attributes:
-        reads_user: whether the user vectors it is handed change rewards.
-        reads_prompt: whether `read` is handed the prompt's hidden state too.
+        reads_user: whether user vectors change the head's rewards.
+        reads_prompt: whether `read` gets the prompt's hidden state too.
         shift_cancels: whether a vector added to both hidden states of a pair changes no margin.
     """
 
@@ -34,13 +34,13 @@ class RewardHead(nn.Module, ABC):
     shift_cancels: bool = False
 
     def read(self, pooled: Tensor) -> Tensor:
-        """Compute what the head makes of a text by itself, [..., hidden_size] -> [..., F].
+        """Compute the features of each text that do not depend on the user, [..., hidden_size] -> [..., F].
 
-        Where no user acts before the head, this runs once a distinct text and not once a pair.
+        If no user acts before the head, this runs once for each distinct text and not for each pair.
 
         Args:
-            pooled: hidden states in the dtype of the head's weights; with `reads_prompt` those of the
-                prompt follow, [..., 2 hidden_size].
+            pooled: hidden states in the dtype of the head's weights; with `reads_prompt`, those of the
+                prompt are appended, [..., 2 hidden_size].
         """
         return pooled
 
@@ -49,7 +49,7 @@ class RewardHead(nn.Module, ABC):
         """Compute rewards [C, B, 2] float32 of chosen and rejected responses.
 
         Args:
-            features: [C, B, 2, F], what `read` made of both responses.
+            features: [C, B, 2, F], from `read`, of both responses.
             user: [C * B, user_dim], C contexts one after the other, in the same dtype.
             batch: the B pairs.
         """
@@ -59,16 +59,16 @@ class RewardHead(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor]:
         """Compute margins [C, B] and rewards [C, B, 2].
 
-        sigma(margin) is the probability that the user prefers the chosen response. By default the margin
-        is the difference of rewards; a head with another probability p overrides this and gives
-        log p / (1 - p).
+        sigma(margin) is the probability that the user prefers the chosen response. By default the
+        margin is the difference of rewards. A head with another probability p overrides this with log(p
+        / (1 - p)).
         """
         rewards = self(features, user, batch)
         return rewards[..., 0] - rewards[..., 1], rewards
 
     @property
     def direction(self) -> Tensor | None:
-        """The w of a reward w . h that is the same for all users, [hidden_size]; None for other heads."""
+        """The vector w, [hidden_size], if the reward is w . h for all users; else None."""
         return None
 
     @property
@@ -78,7 +78,7 @@ class RewardHead(nn.Module, ABC):
 
 
 class LinearHead(RewardHead):
-    """Rewards by one direction for all users, r = w . h; users act in the aggregator."""
+    """Computes the reward r = w . h, the same for all users; users act in the aggregator."""
 
     shift_cancels = True
 
@@ -98,13 +98,13 @@ class LinearHead(RewardHead):
         return features.squeeze(-1).float()
 
 
-def of_contexts(user: Tensor, features: Tensor) -> Tensor:
-    """Give every response its user's vector, [C * B, D] -> [C, B, 1, D], the same for both."""
+def broadcast_user(user: Tensor, features: Tensor) -> Tensor:
+    """Reshape user vectors so that they broadcast over both responses, [C * B, D] -> [C, B, 1, D]."""
     return user.view(*features.shape[:2], 1, -1)
 
 
 def projector(hidden_size: int, out: int, width: int | None) -> nn.Module:
-    """Build a linear map from hidden states, or with a `width` one through a GELU layer of it."""
+    """Build a linear map from hidden states; with `width`, a GELU layer of that width comes first."""
     if width is None:
         return nn.Linear(hidden_size, out)
     return nn.Sequential(nn.Linear(hidden_size, width), nn.GELU(), nn.Linear(width, out))
@@ -112,9 +112,9 @@ def projector(hidden_size: int, out: int, width: int | None) -> nn.Module:
 
 @check_arguments("model.head")
 class DistanceHead(RewardHead):
-    """Rewards a response by its distance to the user's ideal point, r = -|f(h) - e_u|.
+    """Computes the reward as the distance from the user's ideal point, r = -|f(h) - e_u|.
 
-    PAL-A of Chen et al. 2024, arXiv 2406.08469, section 3; there e_u is a mixture of K prototypes
+    PAL-A of Chen et al. 2024, arXiv 2406.08469, section 3, where e_u is a mixture of K prototypes
     (``encoder=cluster``) and the loss is the hinge (``model.loss=hinge``).
 
     Args:
@@ -134,22 +134,24 @@ class DistanceHead(RewardHead):
         return found
 
     def forward(self, features: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
-        away = features - of_contexts(user, features)
+        away = features - broadcast_user(user, features)
         # The norm has no gradient at 0.
         return -(away.float().square().sum(-1) + 1e-12).sqrt()
 
 
 @check_arguments("model.head")
 class CosineHead(RewardHead):
-    """Rewards a response by its direction, r = exp(s) cos(f(h), u) with a learned scale s.
+    """Computes the reward as a scaled cosine, r = exp(s) cos(f(h), u), with a learned s.
 
-    u is the user's vector, or with `prompt_width` depends on the prompt x too: u(x) = sum_k
-    softmax(e_u)_k g_k(h_x), one g_k a number of e_u. That is PAL-B of Chen et al. 2024, arXiv 2406.08469.
+    u is the user's vector. With `prompt_width` it also depends on the prompt x: u(x) = sum_k
+    softmax(e_u)_k g_k(h_x), with one g_k for each number of e_u. This is PAL-B of Chen et al. 2024,
+    arXiv 2406.08469.
 
     Args:
-        width: of the layer in f, None: f is linear. prompt_width: of the layer in the g_k, None: the
-            user's vector is u. dim: width of f(h) and u(x); without `prompt_width` it is the user's.
-        temperature: exp(-s) at the start.
+        width: of the layer in f; None: f is linear.
+        prompt_width: of the layer in the g_k; None: u is the user's vector.
+        dim: width of f(h) and u(x); without `prompt_width` it is the user vector's.
+        temperature: initial exp(-s).
     """
 
     reads_user = True
@@ -182,7 +184,7 @@ class CosineHead(RewardHead):
         return torch.cat([self.project(response), *(one(prompt) for one in self.points)], dim=-1)
 
     def forward(self, features: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
-        point = of_contexts(user, features)
+        point = broadcast_user(user, features)
         if self.reads_prompt:
             parts = features.unflatten(-1, (1 + len(self.points), -1))  # [C, B, 2, 1 + K, dim]
             features, points = parts[..., 0, :], parts[..., 1:, :]
@@ -193,10 +195,10 @@ class CosineHead(RewardHead):
 
 @check_arguments("model.head")
 class DecoderHead(RewardHead):
-    """Rewards a response by an MLP on [h; e_u] (VPL: Poddar et al. 2024, arXiv 2408.10075).
+    """Computes the reward by an MLP on [h; e_u] (VPL: Poddar et al. 2024, arXiv 2408.10075).
 
-    With `film` the user also scales and shifts the last layer, x' = (1 + tanh(a_u) / 2) x + tanh(b_u) / 2
-    with linear a_u, b_u (SPL's decoder, arXiv 2603.12595).
+    With `film` the user also scales and shifts the last layer, x' = (1 + tanh(a_u) / 2) x + tanh(b_u) /
+    2 with linear a_u, b_u (SPL's decoder, arXiv 2603.12595).
 
     Args:
         width: H of the layers.
@@ -224,7 +226,7 @@ class DecoderHead(RewardHead):
         return nn.functional.linear(pooled, first.weight[:, : self.hidden_size], first.bias)
 
     def forward(self, features: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
-        of_user, first = of_contexts(user, features), self.body[0]
+        of_user, first = broadcast_user(user, features), self.body[0]
         share = nn.functional.linear(of_user, first.weight[:, self.hidden_size :])  # type: ignore[index]
         features = self.body[1:](features + share)
         if self.film is not None:
@@ -235,20 +237,21 @@ class DecoderHead(RewardHead):
 
 @check_arguments("model.head")
 class BasisHead(RewardHead):
-    """Mixes K directions by the user's K numbers, r = sum_k w_uk V_k . h; K is `aggregator.user_dim`.
+    """Mixes K directions by the user's K weights, r = sum_k w_uk V_k . h; K is `aggregator.user_dim`.
 
-    LoRe (arXiv 2504.14439) and MRM (arXiv 2601.18731) mix rewards by softmax weights, PReF
-    (arXiv 2503.06358) and RFM (arXiv 2503.17338) by the numbers as they are.
+    LoRe (arXiv 2504.14439) and MRM (arXiv 2601.18731) use softmax weights. PReF (arXiv 2503.06358) and
+    RFM (arXiv 2503.17338) use the user's numbers as they are.
 
     Args:
         weights: ``softmax`` of the user's vector, or ``raw``.
-        mixes: what is mixed: ``rewards``; ``probabilities``, sigma(m) = sum_k w_uk sigma(m_k), so that one
-            of K people judges a pair (MiCRo, arXiv 2505.24846); or in training ``losses``, sum_k w_uk
-            -log sigma(m_k), and in use rewards, so that each direction learns by itself from users
-            of weight w_uk (HyRe, arXiv 2412.08812). The last two need weights that sum to 1.
-        scale: factor of all rewards. std: of the starting V; None: 1 / sqrt(d).
+        mixes: what is mixed. ``rewards``. ``probabilities``: sigma(m) = sum_k w_uk sigma(m_k), as if
+            one of K people judged each pair (MiCRo, arXiv 2505.24846). ``losses``: the training loss is
+            sum_k w_uk -log sigma(m_k), and rewards are mixed afterwards, so that each direction learns
+            alone from users weighted by w_uk (HyRe, arXiv 2412.08812). The last two need weights that
+            sum to 1.
+        scale: factor of all rewards. std: of the initial V; None: 1 / sqrt(d).
         routed: add a linear map of the prompt's hidden state to the user's vector (MiCRo's router).
-        frozen: leave V as it starts, see ``model.start``.
+        frozen: keep the initial V, see ``model.start``.
     """
 
     reads_user = True
@@ -288,8 +291,8 @@ class BasisHead(RewardHead):
         return torch.cat([self.scale * self.basis(response), self.router(prompt)], dim=-1)
 
     def parts(self, features: Tensor, user: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rewards of each direction by itself, and the weights w_uk, each [C, B, 2, K]."""
-        members, weights = features, of_contexts(user, features)
+        """Return the reward of each direction, and the weights w_uk, each [C, B, 2, K]."""
+        members, weights = features, broadcast_user(user, features)
         if self.router is not None:
             members, route = features.chunk(2, dim=-1)
             weights = weights + route
@@ -327,11 +330,11 @@ def margin_of_loss(loss: Tensor) -> Tensor:
 
 @check_arguments("model.head")
 class AffineHead(RewardHead):
-    """Scales one scalar reward by user, r = (1 + e_u) w . h; `aggregator.user_dim` is 1.
+    """Scales one reward by user, r = (1 + e_u) w . h; `aggregator.user_dim` is 1.
 
-    Per-rater affine maps of a reward model (PEBS, arXiv 2606.27578). The map's shift is left out, since
-    a choice between two responses does not depend on it. What pulls users to the shared scale is the
-    encoder's shrinkage, or `optim.user_weight_decay`.
+    Per-rater affine maps of a reward model (PEBS, arXiv 2606.27578), without the shift, which does not
+    affect choices. The encoder's shrinkage or `optim.user_weight_decay` pulls users to the shared
+    scale.
     """
 
     reads_user = True
@@ -349,15 +352,15 @@ class AffineHead(RewardHead):
         return self.shared.read(pooled)
 
     def forward(self, features: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
-        scale = 1 + of_contexts(user, features).squeeze(-1).float()
+        scale = 1 + broadcast_user(user, features).squeeze(-1).float()
         return scale * features.squeeze(-1).float()
 
 
 class MeanVarianceHead(RewardHead):
-    """Knows how much people disagree on a response, and no person: a mean and a variance of rewards.
+    """Models the mean and variance of rewards over people, without knowing the user.
 
-    p = Phi((mu_1 - mu_2) / sqrt(s_1^2 + s_2^2)), Phi normal (distributional preference learning of
-    Siththaranjan et al. 2024, arXiv 2312.08358, the mean-and-variance model).
+    p = Phi((mu_1 - mu_2) / sqrt(s_1^2 + s_2^2)) with the normal Phi (distributional preference learning
+    of Siththaranjan et al. 2024, arXiv 2312.08358, the mean-and-variance model).
     """
 
     def __init__(self, *, hidden_size: int) -> None:
@@ -394,14 +397,14 @@ HEADS: dict[str, type[RewardHead]] = {
 
 
 def head_settings(head: object) -> dict[str, Any]:
-    """Return ``model.head``, a name of `HEADS` or a mapping, as settings with ``_target_``."""
+    """Return ``model.head``, a name of `HEADS` or a mapping, as a mapping with ``_target_``."""
     return named_settings(head, HEADS, "model.head", "linear")
 
 
 def build_head(
     head: str | Mapping[str, Any] | RewardHead, *, hidden_size: int, user_dim: int
 ) -> RewardHead:
-    """Build the head that ``model.head`` names, for an aggregator's hidden states and user vectors."""
+    """Build the head of ``model.head`` for an aggregator's hidden states and user vectors."""
     if isinstance(head, RewardHead):
         return head
     settings = head_settings(head)

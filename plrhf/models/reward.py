@@ -175,10 +175,10 @@ class PersonalRewardModel(PersonalModule):
     def _margins_of_texts(
         self, texts: Tensor, batch: PreferenceBatch, user: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Compute `margins_for` where users act in the head alone, which reads each distinct text once.
+        """Compute `margins_for` if users act in the head only; the head reads each distinct text once.
 
         Args:
-            texts: [M, output_size] of the batch's distinct texts.
+            texts: [M, output_size], the batch's distinct texts.
         """
         assert batch.texts is not None
         n_contexts, dtype = len(user) // len(batch), self.head.dtype
