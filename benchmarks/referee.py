@@ -3,17 +3,18 @@
 python benchmarks/referee.py --path DIR                  # Polis, lookup, 12 trials against 2 runs
 python benchmarks/referee.py --path DIR --rows referee/llmfao --method cluster
 
-Both read features from the same cache. It prints seconds a trial of each, the ratio, and the largest
-difference of test margins.
+Both read features from the same cache. It prints CPU seconds a trial of each, on one thread, so that other
+work on the machine does not matter much, the ratio, and the largest difference of test margins.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import resource
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,9 @@ def compare(given: argparse.Namespace, folder: Path) -> None:
     plain = float(np.mean(seconds))
     theirs = pd.read_parquet(folder / f"run-{record['best']}/predictions.parquet")
     apart = largest_difference(pd.read_parquet(job.parent / "margins.parquet"), theirs)
-    print("| method | referee, s a trial | train.py, s a trial | times as fast | margins apart |")
+    print(
+        "| method | referee, CPU s a trial | train.py, CPU s a trial | times as fast | margins apart |"
+    )
     print("|---|---:|---:|---:|---:|")
     ratio = plain * len(points) / ours
     print(
@@ -74,13 +77,24 @@ def largest_difference(ours: pd.DataFrame, theirs: pd.DataFrame) -> float:
 
 
 def command(entry: str, *overrides: str) -> float:
-    """Run train.py or eval.py; return its seconds from start to end."""
-    started = time.perf_counter()
+    """Run train.py or eval.py on one thread; return its CPU seconds."""
+    before = cpu_seconds()
     words = [sys.executable, str(ROOT / f"{entry}.py"), *overrides]
     subprocess.run(
-        words, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        words,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
-    return time.perf_counter() - started
+    return cpu_seconds() - before
+
+
+def cpu_seconds() -> float:
+    """Return the CPU seconds of all child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":

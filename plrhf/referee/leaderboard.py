@@ -41,7 +41,9 @@ class Entry:
 
     method: str
     records: list[JobRecord]
-    margins: pd.DataFrame  # columns of `protocol.MARGINS`, ``agreed`` and ``seed``
+    margins: (
+        pd.DataFrame
+    )  # columns of `protocol.MARGINS`, ``agreed``, ``seed``, ``person``, ``pair``
 
     def outcomes(
         self, kind: str, who: str = "own", *, shots: int | None = None, seed: int | None = None
@@ -66,11 +68,10 @@ class Entry:
 
 
 def outcomes_of(rows: pd.DataFrame) -> Outcomes:
-    """Return rows of the margins as outcomes whose pairs are told apart by seed and draw."""
+    """Return rows of the margins as outcomes."""
     margin = rows["margin"].to_numpy(dtype=np.float64)
-    mark = rows["seed"].astype(str) + ":" + rows["draw"].astype(str) + ":"
     return Outcomes(
-        pair_id=(mark + rows["pair_id"]).to_numpy(dtype=object),
+        pair_id=rows["pair"].to_numpy(),
         user_id=rows["person"].to_numpy(dtype=object),
         margin=margin,
         correct=correctness(margin),
@@ -93,7 +94,13 @@ def _entry(method: str, done: Sequence[tuple[JobRecord, pd.DataFrame]]) -> Entry
     for record, margins in done:
         world = "" if record.world is None else f"{record.world}:"
         frames.append(margins.assign(seed=record.seed, person=world + margins["user_id"]))
-    return Entry(method, [record for record, _ in done], pd.concat(frames, ignore_index=True))
+    whole = pd.concat(frames, ignore_index=True)
+    # A pair is another one in each seed and draw. A number for each is faster to compare than text.
+    whole["pair"] = pd.util.hash_pandas_object(whole[["seed", "draw", "pair_id"]], index=False)
+    whole = whole.drop(columns=["pair_id", "user_id"])
+    for name in ("user_kind", "who", "person"):
+        whole[name] = whole[name].astype("category")
+    return Entry(method, [record for record, _ in done], whole)
 
 
 def common_seeds(found: Sequence[Entry]) -> list[int]:
@@ -265,10 +272,11 @@ def warnings(found: Sequence[Entry]) -> list[str]:
 def csv_rows(rows: str, found: Sequence[Entry]) -> list[dict[str, Any]]:
     """Return referee.csv of some rows: one line a method, seed, kind of user, shots and measure."""
     made = []
-    for entry in found:
-        for seed in [*(record.seed for record in entry.records), None]:
-            for kind in ("seen", "unseen"):
-                for shots in [-1] if kind == "seen" else entry.shots():
+    # Methods stand innermost, as the draws of users are kept for the next one.
+    for seed in [*common_seeds(found), None]:
+        for kind in ("seen", "unseen"):
+            for entry in found:
+                for shots in [None] if kind == "seen" else entry.shots():
                     outcomes = entry.outcomes(kind, shots=shots, seed=seed)
                     if len(outcomes) == 0:
                         continue
@@ -281,7 +289,7 @@ def csv_rows(rows: str, found: Sequence[Entry]) -> list[dict[str, Any]]:
                                 "method": entry.method,
                                 "seed": "all" if seed is None else seed,
                                 "users": kind,
-                                "shots": shots if kind == "unseen" else None,
+                                "shots": shots,
                                 "measure": measure,
                                 "value": cell[measure]["value"],
                                 "low": low,

@@ -28,7 +28,7 @@ from plrhf.referee.leaderboard import (
     warnings,
 )
 from plrhf.referee.store import Store
-from plrhf.reporting.drawing import INK, MUTED, SERIES, STYLE, Drawing, drawing, panel
+from plrhf.reporting.drawing import ACCENT, INK, MUTED, SERIES, STYLE, Drawing, drawing, panel
 from plrhf.reporting.page import Section, write_page
 from plrhf.reporting.tables import Cell, Table, csv_text, estimate_cell, markdown, percent, points
 
@@ -68,9 +68,12 @@ def write_leaderboard(out: Path, store: Store) -> Made:
     csv: list[dict[str, Any]] = []
     sections: list[Section] = []
     tables: dict[str, Table] = {}
-    for rows, found in entries(store.jobs()).items():
-        found = restricted(found, common_seeds(found))
-        if len(found) == 0 or not found[0].records:
+    n_jobs = 0
+    for folder in store.rows():  # one after the other, as margins of many pairs are large
+        ((rows, whole),) = entries(store.jobs(folder)).items()
+        n_jobs += sum(len(entry.records) for entry in whole)
+        found = restricted(whole, common_seeds(whole))
+        if not found[0].records:
             continue
         made = lines(found)
         tables[rows] = leaderboard_table(rows, made)
@@ -78,7 +81,7 @@ def write_leaderboard(out: Path, store: Store) -> Made:
         sections += sections_of(rows, found, made, tables[rows])
     write_text(out / "referee.csv", csv_text(pd.DataFrame(csv)))
     write_text(out / "referee.md", "\n".join(_markdown(section) for section in sections))
-    subtitle = f"{len(tables)} sets of rows, {len(list(store.jobs()))} jobs"
+    subtitle = f"{len(tables)} sets of rows, {n_jobs} jobs"
     report = write_page(out / "report.html", "The referee", subtitle, sections)
     return Made(tables, report)
 
@@ -88,7 +91,9 @@ def sections_of(
 ) -> list[Section]:
     """Return the sections of some rows: the leaderboard, new users, trials."""
     sections = [
-        Section(rows, _note(found), warnings(found), table=table),
+        Section(
+            rows, _note(found), warnings(found), table=table, figures=[rank_figure(rows, made)]
+        ),
         Section(f"{rows}: trials", table=trials_table(found), folded=True),
     ]
     new = new_users_table(made)
@@ -192,6 +197,23 @@ def trials_table(found: Sequence[Entry]) -> Table:
         ]
         groups.append((f"{entry.method}, seed {record.seed}", rows))
     return Table(columns, groups)
+
+
+@rc_context(STYLE)
+def rank_figure(rows: str, made: Sequence[Line]) -> Drawing:
+    """Return each method's rank with its interval, the best at the top."""
+    figure, axes = panel(9.6, 0.6 + 0.2 * len(made))
+    places = np.arange(len(made))
+    values = np.array([line.rank["value"] for line in made], dtype=float)
+    none = [np.nan, np.nan]  # of a single user
+    ends = np.array([line.rank["ci95"] or none for line in made])
+    axes.hlines(places, ends[:, 0], ends[:, 1], color=ACCENT, linewidth=2)
+    axes.plot(values, places, "o", color=ACCENT, markersize=4)
+    axes.set_yticks(places, [line.entry.method for line in made])
+    axes.set(xlabel="rank by accuracy", xlim=(0.5, len(made) + 0.5))
+    axes.invert_yaxis()
+    axes.set_title(f"{rows}: ranks with 95% intervals over users")
+    return drawing(figure, f"{rows}: ranks", wide=True)
 
 
 @rc_context(STYLE)

@@ -76,7 +76,11 @@ class Store:
         os.replace(aside, path / MARGINS_FILE)
         write_record(path / JOB, record)
 
-    def jobs(self) -> Iterator[tuple[JobRecord, pd.DataFrame]]:
-        """Yield all finished jobs with their margins, by rows, method and seed."""
-        for path in sorted(self.folder.glob(f"*/*/*/{JOB}")):
+    def rows(self) -> list[str]:
+        """Return the folders of rows that have finished jobs, sorted."""
+        return sorted({path.parts[-4] for path in self.folder.glob(f"*/*/*/{JOB}")})
+
+    def jobs(self, rows: str = "*") -> Iterator[tuple[JobRecord, pd.DataFrame]]:
+        """Yield the finished jobs of a folder of rows, or of all, with their margins."""
+        for path in sorted(self.folder.glob(f"{rows}/*/*/{JOB}")):
             yield read_record(path, JobRecord), pd.read_parquet(path.parent / MARGINS_FILE)
