@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import gelu, scaled_dot_product_attention
 from transformers.models.gptj.modeling_gptj import GPTJAttention, GPTJBlock
 
 from plrhf.backbone import devices
+from plrhf.backbone.block_attention import attend_in_blocks, block_mask
 from plrhf.backbone.chunked_attention import ChunkedAttention
-from plrhf.backbone.devices import product_dtype
-from plrhf.backbone.masks import PackedRows
+from plrhf.backbone.masks import PackedRows, additive, visibility
 
 KERNEL_BLOCK = 32
 """Block size of torch's fused attention on CPUs, in positions."""
@@ -40,42 +41,57 @@ class AttentionLayout:
 
     Attributes:
         first_read, n_causal: see `row_index.Extent`.
-        mask: [R, 1, M, L], added to scores. Its M queries are the positions from `first_read` on,
-            rounded down to a multiple of `KERNEL_BLOCK`; all positions if `chunked`. It is then [1, 1,
-            L, L] if every position sees all before it.
+        mask: [R, 1, M, L], added to scores; None if there are `blocks`. Its M queries are the positions
+            from `first_read` on, rounded down to a multiple of `KERNEL_BLOCK`; all positions if
+            `chunked`. It is then [1, 1, L, L] if every position sees all before it.
         rotations: of each position, [R, L, 1, rotary / 2] complex64.
         chunked: use `ChunkedAttention`.
+        blocks: masks for FlexAttention, of all positions as queries and of those from `first_read` on;
+            None: it is not used.
     """
 
     first_read: int
     n_causal: int
-    mask: Tensor
+    mask: Tensor | None
     rotations: Tensor
-    chunked: bool
+    chunked: bool = False
+    blocks: tuple[BlockMask, BlockMask] | None = None
 
 
-def attention_layout(
-    trunk: Any, rows: PackedRows, sees: Tensor, *, dtype: torch.dtype
-) -> AttentionLayout:
-    """Compute the layout of rows that begin with a prompt.
-
-    Args:
-        rows: R rows of L positions. sees: [R, L, L] bool, whether a position sees another.
-        dtype: of hidden states.
-    """
+def attention_layout(trunk: Any, rows: PackedRows, *, dtype: torch.dtype) -> AttentionLayout:
+    """Compute the layout of rows that begin with a prompt; `dtype` is that of hidden states."""
     segment, (first_read, n_causal) = rows.segment, rows.get_extent()
+    sincos = trunk.h[0].attn.embed_positions  # [positions, rotary], sines then cosines
+    sin, cos = sincos.to(segment.device).float()[rows.positions].chunk(2, dim=-1)
+    rotations = torch.complex(cos, sin)[:, :, None]
+    if rows.in_blocks:
+        blocks = _block_masks(rows, first_read)
+        return AttentionLayout(first_read, n_causal, None, rotations, blocks=blocks)
+    seen = visibility(rows)
     # On CPUs the backward pass of torch's fused kernel takes up to three times as long.
     trains_on_cpu = devices.computes_on_cpu(segment) and torch.is_grad_enabled()
     chunked = trains_on_cpu and segment.shape[1] <= LONGEST_CHUNKED
     if chunked and n_causal == segment.shape[1]:
-        sees = torch.ones_like(sees[:1]).tril()
-    seen = sees[:, None, 0 if chunked else first_read // KERNEL_BLOCK * KERNEL_BLOCK :]
-    mask = torch.zeros(seen.shape, dtype=product_dtype(segment.device, dtype), device=seen.device)
-    sincos = trunk.h[0].attn.embed_positions  # [positions, rotary], sines then cosines
-    sin, cos = sincos.to(segment.device).float()[rows.positions].chunk(2, dim=-1)
-    rotations = torch.complex(cos, sin)[:, :, None]
-    masked = mask.masked_fill_(~seen, -torch.inf)
-    return AttentionLayout(first_read, n_causal, masked, rotations, chunked)
+        seen = torch.ones_like(seen[:1]).tril()
+    seen = seen[:, None, 0 if chunked else first_read // KERNEL_BLOCK * KERNEL_BLOCK :]
+    return AttentionLayout(first_read, n_causal, additive(seen, dtype), rotations, chunked)
+
+
+def _block_masks(rows: PackedRows, first: int) -> tuple[BlockMask, BlockMask]:
+    """Masks of all positions of rows, and of those from `first` on as queries."""
+    (n_rows, length), device = rows.segment.shape, rows.segment.device
+    offset = torch.full((), first, device=device)  # as a number, each would be compiled anew
+
+    def seen(row: Any, _head: Any, query: Any, key: Any) -> Any:
+        return rows.can_see(row, query, key)
+
+    def seen_by_last(row: Any, _head: Any, query: Any, key: Any) -> Any:
+        return rows.can_see(row, query + offset, key)
+
+    return (
+        block_mask(seen, n_rows, length, length, device),
+        block_mask(seen_by_last, n_rows, length - first, length, device),
+    )
 
 
 def use_packed_blocks(trunk: Any) -> None:
@@ -164,6 +180,11 @@ def attend(
     Returns:
         [R, M, H, d / H].
     """
+    if layout.blocks is not None:
+        mask = layout.blocks[0 if query.shape[2] == key.shape[2] else 1]
+        training = torch.is_grad_enabled()
+        return attend_in_blocks(query, key, value, mask, training=training).transpose(1, 2)
+    assert layout.mask is not None
     if layout.chunked and dropout == 0:
         return ChunkedAttention.apply(query, key, value, layout.mask, layout.n_causal)
     return _attend_by_kernel(query, key, value, layout, dropout)
@@ -178,6 +199,7 @@ def _attend_by_kernel(
     number is rounded down to a multiple of `KERNEL_BLOCK`, since torch's CPU kernel is half as fast
     otherwise.
     """
+    assert layout.mask is not None
     attend = partial(scaled_dot_product_attention, dropout_p=dropout)
     reads_all = query.shape[2] == key.shape[2]
     n_causal = layout.n_causal // KERNEL_BLOCK * KERNEL_BLOCK if reads_all else 0

@@ -209,6 +209,7 @@ def load_backbone(
         lora=lora,
         gradient_checkpointing=gradient_checkpointing,
         compiled=compiled,
+        block_masks=attention is None,
     )
 
 

@@ -16,16 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from plrhf.backbone.block_attention import MaskFunction, block_mask
+from plrhf.backbone.devices import product_dtype
 from plrhf.core.row_index import Extent, extent_of
 from plrhf.core.types import PROMPT
 
-FLEX = "flex_attention"
-IMPLEMENTATIONS = ("eager", "sdpa", FLEX)
-MaskFunction = Callable[[Any, Any, Any, Any], Any]
-"""(row, head, query, key) -> whether the query sees the key; tensors that broadcast, or scalars."""
+FLEX, SDPA = "flex_attention", "sdpa"
+IMPLEMENTATIONS = ("eager", SDPA, FLEX)
 
 
 def visible(query: Tensor, key: Tensor, query_segment: Tensor, key_segment: Tensor) -> Tensor:
@@ -48,8 +51,9 @@ class PackedRows:
         segment: [R, L] int64. positions: positions in the text, [R, L] int64.
         owner: original row of each position if several share a row, [R, L]; rows do not see each other.
         branch: context of each position, [R, L], 0 for shared prompts; contexts do not see each other.
-        n_asked: number of masks that the model has asked for.
         extent: computed by the loader; None: not computed yet.
+        in_blocks: whether to make a `BlockMask` in the place of a mask of all positions.
+        n_asked: number of masks that the model has asked for.
     """
 
     segment: Tensor
@@ -57,6 +61,7 @@ class PackedRows:
     owner: Tensor | None = None
     branch: Tensor | None = None
     extent: Extent | None = None
+    in_blocks: bool = False
     n_asked: int = field(default=0)
 
     def can_see(self, row: Any, query: Any, key: Any) -> Any:
@@ -107,11 +112,6 @@ def packed_rows(rows: PackedRows) -> Iterator[PackedRows]:
         _rows.reset(token)
 
 
-def block_mask(seen: MaskFunction, n_rows: int, length: int, device: torch.device) -> BlockMask:
-    """Return a mask for FlexAttention, which skips blocks in which no position sees another."""
-    return create_block_mask(seen, n_rows, None, length, length, device=str(device))
-
-
 def _with_packing(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the mask maker of an attention implementation; outside `packed_rows` it does as before."""
 
@@ -121,10 +121,10 @@ def _with_packing(name: str, original: Callable[..., Any]) -> Callable[..., Any]
             return original(**given)
         rows.n_asked += 1
         seen = rows.mask_function(given["mask_function"])
-        if name == FLEX:
+        if name == FLEX or (name == SDPA and rows.in_blocks):
             n_rows, length = rows.segment.shape
-            return block_mask(seen, n_rows, length, rows.segment.device)
-        return original(
+            return block_mask(seen, n_rows, length, length, rows.segment.device)
+        mask = original(
             **{
                 **given,
                 "mask_function": seen,
@@ -134,8 +134,32 @@ def _with_packing(name: str, original: Callable[..., Any]) -> Callable[..., Any]
                 "use_vmap": False,
             }
         )
+        return additive(mask, given["dtype"]) if name == SDPA else mask
 
     return make_mask
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a mask of who sees whom into numbers to add, as torch's attention would in every layer."""
+    numbers = torch.zeros(mask.shape, dtype=product_dtype(mask.device, dtype), device=mask.device)
+    return numbers.masked_fill_(~mask, -torch.inf)
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    **given: Any,
+) -> Any:
+    """Attend as transformers does by torch's attention, or in blocks where the mask is of blocks."""
+    by = flex_attention_forward if isinstance(attention_mask, BlockMask) else _by_torch
+    return by(module, query, key, value, attention_mask, **given)
+
+
+_by_torch = ALL_ATTENTION_FUNCTIONS[SDPA]
+AttentionInterface.register(SDPA, attend)
 
 
 for _name in IMPLEMENTATIONS:

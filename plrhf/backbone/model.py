@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,16 +14,17 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from plrhf.backbone import gptj, saving
+from plrhf.backbone import block_attention, gptj, hashes, saving
 from plrhf.backbone import lora as lora_layers
 from plrhf.backbone.adapters import add_lora
 from plrhf.backbone.check import cache_is_right, choose_layout
 from plrhf.backbone.compiled import compile_in_training
+from plrhf.backbone.devices import product_dtype
 from plrhf.backbone.families import Layout, is_causal
 from plrhf.backbone.hooks import replaced_output, switch_dropout_off
 from plrhf.backbone.kv_cache import RoomyLayer
 from plrhf.backbone.logits import head_parameters, model_logits
-from plrhf.backbone.masks import PackedRows, packed_rows, visibility
+from plrhf.backbone.masks import PackedRows, packed_rows
 from plrhf.backbone.sharding import gathered, is_sharded, whole_shape
 from plrhf.core.errors import bad_value
 from plrhf.core.row_index import Extent
@@ -43,6 +43,7 @@ class Backbone(nn.Module):
         lora: r, alpha, dropout, target_modules (names, or "all-linear"), for ``lora`` only.
         gradient_checkpointing: recompute activations in the backward pass.
         compiled: use torch.compile for blocks in training (not GPT-J's). The naive twin is without.
+        block_masks: attend to packed rows by FlexAttention on GPUs where it works.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Backbone(nn.Module):
         lora: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         compiled: bool = False,
+        block_masks: bool = True,
     ) -> None:
         super().__init__()
         if trainable not in ("lora", "frozen", "full"):
@@ -70,7 +72,7 @@ class Backbone(nn.Module):
                 "Give them, or set backbone.trainable=frozen",
             )
         self.causal = is_causal(model.config)
-        self.trainable = trainable
+        self.trainable, self.block_masks = trainable, block_masks
         switch_dropout_off(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -129,6 +131,13 @@ class Backbone(nn.Module):
         # OPT's smaller models project them down to the width of their embeddings.
         projected = getattr(self.trunk, "project_out", None)
         return int(self.block_size if projected is None else projected.out_features)
+
+    @property
+    def head_width(self) -> int:
+        """Width of an attention head."""
+        config = self.config.get_text_config(decoder=True)
+        width = getattr(config, "head_dim", None)
+        return int(config.hidden_size // config.num_attention_heads if width is None else width)
 
     @property
     def block_size(self) -> int:
@@ -253,11 +262,10 @@ class Backbone(nn.Module):
         if self.layout == "two_rows":
             input_ids = input_ids.masked_fill(mask == 0, self.padding)
             return self.call_trunk(input_ids, embeddings, attention_mask=mask)
+        rows.in_blocks = self._attends_in_blocks(input_ids.device)
         if self.is_gptj:
             embeddings = self.embed(input_ids) if embeddings is None else embeddings
-            layout = gptj.attention_layout(
-                self.trunk, rows, visibility(rows), dtype=embeddings.dtype
-            )
+            layout = gptj.attention_layout(self.trunk, rows, dtype=embeddings.dtype)
             return gptj.run_trunk(self.trunk, embeddings, layout)
         with packed_rows(rows):
             # The model makes its masks as for one text a row, and `packed_rows` answers.
@@ -265,6 +273,13 @@ class Backbone(nn.Module):
             return self.call_trunk(
                 input_ids, embeddings, attention_mask=mask, position_ids=positions
             )
+
+    def _attends_in_blocks(self, device: torch.device) -> bool:
+        """Whether packed rows are attended to by FlexAttention on a device."""
+        if not self.block_masks or device.type != "cuda":
+            return False
+        dtype = product_dtype(device, self.embedding_dtype)
+        return block_attention.works_on(device, dtype, self.head_width)
 
     def call_trunk(self, input_ids: Tensor, embeddings: Tensor | None, **others: Tensor) -> Tensor:
         """Call the trunk with token ids, and return the last hidden states [R, L, d].
@@ -381,32 +396,13 @@ class Backbone(nn.Module):
         return not any(one.requires_grad or is_sharded(one) for one in head)
 
     def fingerprint(self) -> str:
-        """Hash the rounded sums of the frozen weights to sixteen hexadecimal digits.
-
-        The hash does not depend on the device. It is fast, and distinguishes models; `digest` hashes
-        all bits.
-        """
-        digest = hashlib.blake2b(digest_size=8)
-        for name, value in sorted(self.named_parameters()):
-            if not value.requires_grad:
-                # Summed in double, whose rounding by device and thread count four digits hide.
-                with gathered([value]):
-                    shape, total = tuple(value.shape), float(value.detach().double().sum())
-                digest.update(f"{name} {shape} {total:.4e}".encode())
-        return digest.hexdigest()
+        """Hash the frozen weights by rounded sums, quickly; see `hashes.fingerprint`."""
+        return hashes.fingerprint(self)
 
     @cached_property
     def digest(self) -> str:
-        """Hash of every bit of the frozen weights, thirty-two hexadecimal digits."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, value in sorted(self.named_parameters()):
-            if not value.requires_grad:
-                with gathered([value]):
-                    digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                    numbers = value.detach().cpu().contiguous().view(-1)  # a 0-dim one too
-                    bits: Any = numbers.view(torch.uint8).numpy()
-                    digest.update(bits)
-        return digest.hexdigest()
+        """Hash of every bit of the frozen weights; see `hashes.digest`."""
+        return hashes.digest(self)
 
     def save(self, directory: Path) -> None:
         """Write the learned weights: the PEFT adapter, or the fully trained model to ``backbone/``."""

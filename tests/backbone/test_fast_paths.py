@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -28,8 +29,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import causal_mask_function
 from transformers.models.gptj.modeling_gptj import GPTJAttention, GPTJBlock
 
-from plrhf.backbone import chunked_attention, gptj
-from plrhf.backbone.masks import FLEX, PackedRows, block_mask, visibility
+from plrhf.backbone import block_attention, chunked_attention, gptj
+from plrhf.backbone.block_attention import block_mask
+from plrhf.backbone.masks import FLEX, PackedRows, visibility
 from plrhf.backbone.model import Backbone
 from plrhf.core.errors import BadValue
 from plrhf.core.row_packing import RowPacking
@@ -174,7 +176,7 @@ def test_rows_of_one_response_share_one_mask() -> None:
 
 def layout_of(batch: PreferenceBatch) -> gptj.AttentionLayout:
     rows = PackedRows(batch.segment, batch.position_ids)
-    return gptj.attention_layout(make_backbone().trunk, rows, visibility(rows), dtype=torch.float32)
+    return gptj.attention_layout(make_backbone().trunk, rows, dtype=torch.float32)
 
 
 @pytest.mark.sampled
@@ -234,32 +236,73 @@ def test_block_mask_is_who_sees_whom(together: bool) -> None:
         segment, owner = packing.pack(segment, -1), packing.source_row
     rows = PackedRows(segment, torch.arange(segment.shape[1]).expand_as(segment), owner)
     seen = visibility(rows)
-    mask = block_mask(rows.mask_function(causal_mask_function), *segment.shape, segment.device)
+    n_rows, length = segment.shape
+    own = rows.mask_function(causal_mask_function)
+    mask = block_mask(own, n_rows, length, length, segment.device)
     found = create_mask(mask.mask_mod, len(segment), 1, *seen.shape[1:], device="cpu")
     assert torch.equal(found[:, 0], seen)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("aggregator", ["soft_prompt", "film_every_block"])
-@pytest.mark.parametrize("kind", [PersonalRewardModel, PersonalDPOPolicy])
-def test_flex_attention_is_that_of_a_mask(
-    kind: Any, aggregator: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """torch has no compiled backward pass on CPUs, and bars its plain form, which has one, there too."""
+@pytest.fixture
+def plain_flex_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """FlexAttention in its plain form, which can be trained on CPUs though torch bars it there."""
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *qkv: None)
-    found = []
     with torch.compiler.set_stance("force_eager"):
-        for attention in ("eager", FLEX):
-            language = language_model("llama")
+        yield
+
+
+BY_FLEX = [("llama", FLEX), ("llama", None), ("gptj", None)]
+
+
+@pytest.mark.sampled
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.usefixtures("plain_flex_attention")
+@pytest.mark.parametrize(
+    ("kind", "aggregator"),
+    [(PersonalRewardModel, "film_every_block"), (PersonalDPOPolicy, "late_soft_prompt")],
+)
+@pytest.mark.parametrize(("family", "attention"), BY_FLEX)
+def test_flex_attention_is_that_of_a_mask(
+    kind: Any, aggregator: str, family: str, attention: str | None, monkeypatch: Any
+) -> None:
+    found = []
+    for in_blocks in (False, True):
+        language = language_model(family)
+        if in_blocks and attention is not None:
             language.set_attn_implementation(attention)
-            backbone = Backbone(model=language, lora=LORA)
-            perturb(backbone, "lora_B")
-            model = make_model(kind, backbone=backbone, aggregator=aggregator)
-            loss = model.loss(make_batch(make_pairs(11), padding=2))[0]
-            loss.mean().backward()
-            found.append({"loss": loss.detach(), **gradients(model)})
+        backbone = Backbone(model=language, lora=LORA)
+        perturb(backbone, "lora_B")
+        if attention is None:  # as on a GPU
+            monkeypatch.setattr(backbone, "_attends_in_blocks", lambda _, so=in_blocks: so)
+        model = make_model(kind, backbone=backbone, aggregator=aggregator)
+        loss = model.loss(make_batch(make_pairs(11), padding=2))[0]
+        loss.mean().backward()
+        found.append({"loss": loss.detach(), **gradients(model)})
     assert_same(*found, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.usefixtures("plain_flex_attention")
+def test_flex_attention_is_tried_before_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    cpu = torch.device("cpu")
+    assert block_attention.works_on(cpu, torch.float32, 8) and capsys.readouterr().out == ""
+
+    def broken(query: Tensor, *_: Any, **__: Any) -> Tensor:
+        return 1.1 * query
+
+    def missing(*_: Any, **__: Any) -> Tensor:
+        raise RuntimeError("no\ncompiler")
+
+    for number, wrong in enumerate((broken, missing)):
+        monkeypatch.setattr(block_attention, "compile_friendly_flex_attention", wrong)
+        assert not block_attention.works_on(cpu, torch.float32, 9 + number)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("FlexAttention does not work here (it is ")
+    assert lines[1] == (
+        "FlexAttention does not work here (RuntimeError: no compiler); masks of all positions are used"
+    )
 
 
 @pytest.mark.slow
