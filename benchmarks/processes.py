@@ -3,6 +3,7 @@
     python benchmarks/processes.py same                        # both models, both aggregators
     python benchmarks/processes.py kills --processes 1         # one process, 20 kills
     python benchmarks/processes.py kills --processes 2         # two of ZeRO stage 3, either is killed
+    python benchmarks/processes.py same --by ddp               # DDP in the place of ZeRO, kills too
     python benchmarks/processes.py kills --processes 1 2       # each start on another number of them
 
 `same` trains 50 steps on one process and on two, of one global batch, and compares losses, margins
@@ -47,10 +48,14 @@ SETTINGS = [
 ]
 MODELS = [
     [f"model={model}", f"aggregator={aggregator}"]
-    for model in ("reward", "dpo")
     for aggregator in ("film", "soft_prompt")
+    for model in ("dpo", "reward")
 ]
-ON = {1: ["trainer=cpu"], 2: ["trainer=zero3_cpu", "trainer.zero3.persistent_below=0"]}
+BY = {
+    "zero3": ["trainer=zero3_cpu", "trainer.zero3.persistent_below=0"],
+    "ddp": ["trainer=cpu", "trainer.devices=2"],
+}
+ON = {1: ["trainer=cpu"], 2: BY["zero3"]}
 MOMENTS = ("any time", "training", "writing")
 
 
@@ -186,7 +191,7 @@ def unbroken_run(run: Run) -> tuple[Learned, float, float]:
 def same(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Each model on one process and on two."""
     found = {}
-    for model in MODELS:
+    for model in MODELS[: args.models]:
         name = "-".join(one.partition("=")[2] for one in model)
         runs = []
         for n_processes in ON:
@@ -238,10 +243,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="50 for same, 25 for kills")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, nargs="+", default=[2], choices=sorted(ON))
+    parser.add_argument("--by", default="zero3", choices=list(BY), help="how two work together")
+    parser.add_argument("--models", type=int, default=len(MODELS), help="how many, for same")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--settings", nargs="*", default=[], help="further settings of train.py")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    ON[2] = BY[args.by]
     if args.steps is None:
         args.steps = 50 if args.what == "same" else 25
     with tempfile.TemporaryDirectory() as folder:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,15 +83,16 @@ def load_model(
                     config, dtype=DTYPES[dtype], attn_implementation=attention, **options
                 )
             return fill_shards(model, path)
-        return keep_stored_weights(
-            kind.from_pretrained(
-                path,
-                dtype=DTYPES[dtype],
-                attn_implementation=attention,
-                **options,
-                **quantized,
-            )
+        model, found = kind.from_pretrained(
+            path,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            output_loading_info=True,
+            **options,
+            **quantized,
         )
+        _check_all_there(path, found["missing_keys"])
+        return keep_stored_weights(model)
     except BadValue:
         raise
     except UNREADABLE as error:
@@ -101,6 +102,18 @@ def load_model(
             "a model's directory or a hub name that can be reached",
             f"Check it ({' '.join(str(error).split())[:120]})",
         ) from error
+
+
+def _check_all_there(path: str, missing: Iterable[str]) -> None:
+    """Raise if a model was read without some of its weights, which would then be random."""
+    missing = sorted(name for name in missing if "pooler" not in name)  # which nothing here reads
+    if len(missing) > 0:
+        raise bad_value(
+            "backbone.path",
+            path,
+            f"a model with all its weights (lacking {missing[0]})",
+            "Save the model anew with save_pretrained",
+        )
 
 
 def _check_attention(attention: str, model: Any) -> None:
