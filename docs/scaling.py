@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from plrhf.cli.main import CONF
 from plrhf.cli.planning import plan_run
 from plrhf.data.features import FeatureSchema
-from plrhf.training.plan import GB, Plan
+from plrhf.training.plan import GB, HEADROOM, Plan
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend has been chosen)
@@ -69,6 +69,17 @@ def models() -> None:
             print(f"| {name} | {label} | {' | '.join(cells)} |", flush=True)
 
 
+def small_gpus() -> None:
+    """A table of Llama 3 8B in fewer bits on one GPU, and how many pairs a step fit in 24 GB."""
+    for quantization in ("null", "int8", "nf4"):
+        plan = planned(*MODELS["Llama 3 8B"], f"backbone.quantization={quantization}")
+        kept = plan.total - max(plan.training, plan.evaluation)
+        a_pair = plan.training / PAIRS
+        n_pairs = max(0, int(((1 - HEADROOM) * 24 * GB - kept) / a_pair))
+        cells = [f"{part / GB:.1f}" for part in (plan.weights, kept, a_pair, plan.evaluation)]
+        print(f"| {quantization} | {' | '.join(cells)} | {n_pairs} |", flush=True)
+
+
 def by_gpus(axes: Any) -> None:
     counts = [1, 4, 16, 64]
     plans = [planned(*GPTJ, gpus=count) for count in counts]
@@ -120,6 +131,7 @@ def by_length(axes: Any) -> None:
 def main() -> None:
     warnings.filterwarnings("ignore")
     models()
+    small_gpus()
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     by_gpus(axes[0])
     by_users(axes[1])
