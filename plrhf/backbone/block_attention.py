@@ -34,10 +34,10 @@ def attend_in_blocks(
     query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, *, training: bool
 ) -> Tensor:
     """Compute softmax(Q K^T / sqrt(w) + mask) V of [R, H, M, w] over [R, H, L, w], compiled."""
-    found: Tensor = compile_friendly_flex_attention(
+    heads: Any = compile_friendly_flex_attention(
         query, key, value, training=training, block_mask=mask
     )
-    return found
+    return heads
 
 
 @cache
@@ -76,10 +76,11 @@ def difference(device: torch.device, dtype: torch.dtype, width: int) -> float:
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         for in_blocks in (True, False):
             states = given.clone().requires_grad_()
+            query, key, value = states.unbind()
             heads = (
-                attend_in_blocks(*states, mask, training=True)
+                attend_in_blocks(query, key, value, mask, training=True)
                 if in_blocks
-                else scaled_dot_product_attention(*states, attn_mask=dense)
+                else scaled_dot_product_attention(query, key, value, attn_mask=dense)
             )
             heads.square().sum().backward()
             assert states.grad is not None

@@ -83,7 +83,7 @@ def load_model(
                     config, dtype=DTYPES[dtype], attn_implementation=attention, **options
                 )
             return fill_shards(model, path)
-        model, found = kind.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             path,
             dtype=DTYPES[dtype],
             attn_implementation=attention,
@@ -91,6 +91,7 @@ def load_model(
             **options,
             **quantized,
         )
+        model, found = loaded
         _check_all_there(path, found["missing_keys"])
         return keep_stored_weights(model)
     except BadValue:
