@@ -103,7 +103,12 @@ def save_whole(
     """Write a plain Hugging Face model with LoRA merged into its weights.
 
     Sharded weights are gathered a few at a time. Rank 0 writes files of about `shard_bytes` each.
+    Weights that the directory has from an earlier save are removed first: transformers would read
+    ``model.safetensors`` before the files of an index.
     """
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        for old in directory.glob("model*.safetensors*"):
+            old.unlink()
     if not any(is_sharded(one) for one in model.parameters()):
         merged(model).save_pretrained(directory)
         return

@@ -249,8 +249,13 @@ def test_merged_is_the_plain_model_that_says_the_same() -> None:
 
 @torch.no_grad()
 def test_full_model_saved_and_loaded(tmp_path: Path) -> None:
+    """Also where an earlier save left its weights, in one file or in several."""
     backbone = make_backbone(trainable="full")
+    (tmp_path / "backbone").mkdir()
+    for name in ("model.safetensors", "model-00001.safetensors", "model.safetensors.index.json"):
+        (tmp_path / "backbone" / name).write_text("of an earlier save")
     backbone.save(tmp_path)
+    assert [one.name for one in (tmp_path / "backbone").glob("model*")] == ["model.safetensors"]
     again = load_backbone(path=str(tmp_path / "backbone"), trainable="full", dtype="float32")
     assert again.vocabulary().equal(backbone.vocabulary())
 

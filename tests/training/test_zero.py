@@ -165,7 +165,7 @@ def assert_same_runs(one: Path, two: Path) -> None:
 
 @pytest.mark.slow
 def test_a_supervised_model_learns_what_one_process_learns(tmp_path: Path, cache_dir: Path) -> None:
-    """On one process first, and by ZeRO to the end."""
+    """On one process first, and by ZeRO to the end, whose export replaces the first one."""
     one, two = tmp_path / "one", tmp_path / "two"
     settings = [*SETTINGS, "model=sft", "data.batch_size=15", "optim.lr=1e-3"]
     settings += [f"backbone.path={save_model(tmp_path / 'model')}", "trainer.max_steps=7"]
