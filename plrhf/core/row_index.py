@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from plrhf.core.types import CHOSEN, PADDING, PROMPT, REJECTED
+from plrhf.core.types import CHOSEN, PADDING, PROMPT, REJECTED, Pinnable
 
 
 class Extent(NamedTuple):
@@ -71,7 +71,7 @@ def predecessors(segment: Tensor) -> Tensor:
 
 
 @dataclass
-class RowIndex:
+class RowIndex(Pinnable):
     """Where the response tokens of R rows of text are, and which positions need no mask.
 
     Attributes:

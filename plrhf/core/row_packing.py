@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from plrhf.core.row_index import Extent, extent_of
-from plrhf.core.types import PADDING, PROMPT
+from plrhf.core.types import PADDING, PROMPT, Pinnable
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ NO_USER = UserSlots()
 
 
 @dataclass
-class RowPacking:
+class RowPacking(Pinnable):
     """Where the positions of R rows of length L are in N packed rows of length M.
 
     It is made with the batches on the CPU, since a GPU would have to wait for the lengths of rows. Each

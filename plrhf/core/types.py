@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -29,7 +29,17 @@ def is_fake(tensor: Tensor) -> bool:
 
 
 @dataclass
-class UserContext:
+class Pinnable:
+    """What tensors it has, a loader can copy to memory that a GPU reads without stopping the program."""
+
+    def pin_memory(self) -> Self:
+        """Return the same with all tensors in pinned memory; `DataLoader` calls it."""
+        parts = {name: one for name, one in vars(self).items() if hasattr(one, "pin_memory")}
+        return replace(self, **{name: one.pin_memory() for name, one in parts.items()})
+
+
+@dataclass
+class UserContext(Pinnable):
     """Earlier pairs of the users, which some encoders read instead of an id.
 
     Texts are given as pooled outputs of the untrained trunk, without gradient.
@@ -56,7 +66,7 @@ class UserBatch:
 
 
 @dataclass
-class PreferenceBatch:
+class PreferenceBatch(Pinnable):
     """B preference pairs in R rows of L tokens.
 
     Packed layout (R = B): ``prompt | chosen | rejected | padding``, where positions of the rejected

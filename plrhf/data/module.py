@@ -405,6 +405,7 @@ class PreferenceData(LightningDataModule):
             sampler=batches,
             batch_size=None,
             generator=torch.Generator(),
+            pin_memory=torch.cuda.is_available(),
         )
 
     def values_per_pair(self, split: str, compute: Callable[[PreferenceBatch], Tensor]) -> Tensor:

@@ -7,6 +7,9 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
+METRICS_EVERY = 10
+"""Batches between two updates of the metrics beside the bar."""
+
 
 class RunProgressBar(RichProgressBar):
     """Shows one bar for the whole training, with the remaining time.
@@ -37,6 +40,11 @@ class RunProgressBar(RichProgressBar):
     ) -> None:
         done = trainer.fit_loop.total_batch_idx  # batches of all epochs, this one the last
         super().on_train_batch_end(trainer, pl_module, outputs, batch, done)
+
+    def _update_metrics(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # To read one off a GPU is to wait for it.
+        if not trainer.training or trainer.fit_loop.total_batch_idx % METRICS_EVERY == 0:
+            super()._update_metrics(trainer, pl_module)
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training".ljust(len(self.validation_description))

@@ -260,6 +260,19 @@ def test_backbones_that_do_not_fit(tmp_path: Path, capsys: Any) -> None:
     for model in ("dpo", "sft"):
         line = error_line(capsys, "train", *rows, f"backbone.path={encoder}", f"model={model}")
         assert_matches(line, "backbone.path='bert' is not allowed: expected a causal language mod*")
+    late = ["aggregator=soft_prompt", "aggregator.position=after_prompt", "encoder.init=normal"]
+    line = error_line(capsys, "train", *rows, f"backbone.path={encoder}", "model=reward", *late)
+    assert_matches(
+        line, "aggregator.position='after_prompt' is not allowed: expected before with *"
+    )
+    chats = [
+        {**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows_of_world()
+    ]
+    rows[0] = f"data.path={write_rows(tmp_path / 'chats.jsonl', chats)}"
+    line = error_line(capsys, "train", *rows, path, "backbone.pad_token='<|endoftext|>'")
+    assert_matches(
+        line, "prompt='messages' is not allowed: expected text, as this tokenizer has no *"
+    )
 
 
 EVAL: dict[str, tuple[list[str], str]] = {

@@ -29,6 +29,8 @@ from runs import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import plrhf
+from plrhf.backbone.quantization import is_quantized
 from plrhf.reporting.runs import role
 
 KINDS: dict[str, list[str]] = {
@@ -117,6 +119,23 @@ def hf(path: Path) -> list[str]:
         "data.max_tokens=99",
         "data.max_prompt_tokens=32",
     ]
+
+
+@pytest.mark.slow
+def test_a_policy_on_weights_of_four_bits(tmp_path: Path) -> None:
+    run, rows = tmp_path / "run", write_rows(tmp_path / "rows.jsonl", rows_of_world())
+    given = [*ROWS, *hf(save_model(tmp_path / "gptj")), f"data.path={rows}", f"run_dir={run}"]
+    given += ["backbone.quantization=nf4", "model=dpo", "trainer.max_epochs=4"]
+    given += ["optim.lr=1e-2", "optim.user_lr=1e-1", "trainer.log_every_n_steps=1"]
+    launch("train", *given, "samples.users=1", "samples.prompts=1", "samples.max_new_tokens=3")
+    check_run(run, oracle=False, generations=True)
+    losses = pd.read_csv(run / "metrics.csv")["train/loss"].dropna()
+    assert len(losses) == 20 and losses.iloc[-4:].mean() < 0.9 * losses.iloc[:4].mean()
+    policy = plrhf.load(run / "export")
+    layers = [one for one in policy.modules() if is_quantized(one)]
+    assert len(layers) == 3 * 6
+    [text] = policy.write([{"prompt": "Write.", "user_id": "ada-000"}], max_new_tokens=3)
+    assert isinstance(text, str)
 
 
 @pytest.mark.slow

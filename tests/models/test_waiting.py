@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from plrhf.backbone import gptj
+from plrhf.core.row_packing import UserSlots
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.packing import TokenPair
 from plrhf.models.policy import PersonalDPOPolicy
@@ -99,6 +100,15 @@ def test_a_step_waits_for_nothing(kind: Any, aggregator: str, family: str) -> No
 
 def test_weights_of_users_wait_for_nothing() -> None:
     step(make_model(PersonalRewardModel, reduce="tail"), make_batch(PAIRS))
+
+
+def test_a_batch_goes_to_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that a step needs, which would else stop the program on its way to the GPU."""
+    monkeypatch.setattr(Tensor, "pin_memory", lambda one: one.to(GPU))
+    devices: list[torch.device] = []
+    batch = make_batch(PAIRS, slots=UserSlots(2, 2)).pin_memory()
+    apply_to_collection(batch, Tensor, lambda one: devices.append(one.device))
+    assert len(devices) > 10 and set(devices) == {GPU}
 
 
 def test_waiting_is_found() -> None:
