@@ -27,6 +27,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
@@ -35,7 +36,6 @@ from typing import Any
 
 import torch
 from gpu_workload import (
-    MODELS,
     SMALL,
     TOY_SHAPE,
     Setting,
@@ -57,6 +57,7 @@ from torch import Tensor
 from trl_workload import METHODS, word_tokenizer, write_backbone, write_pairs
 from turns import Worker, matmul_peak
 
+from plrhf.backbone.model import Backbone
 from plrhf.core.types import UserBatch
 from plrhf.models.generation import generate
 from plrhf.models.policy import PersonalDPOPolicy
@@ -70,9 +71,10 @@ ATTENTION: dict[str, tuple[str | None, ...]] = {
     "llama": (None, "sdpa", "flex_attention"),
 }
 """Ways of attention of each family; None: the one that a run has by default."""
-MEASURED = ("film_last", "late_soft_prompt", "soft_prompt")
+MEASURED = ("late_soft_prompt", "film_last", "soft_prompt")
 """Aggregators whose speed is measured."""
-SHARES = {"correctness": 0.2, "throughput": 0.4, "beside_trl": 0.3, "profile": 0.1}
+SHARES = {"correctness": 0.15, "llama_8b": 0.3, "gptj_6b": 0.2, "beside_trl": 0.25, "profile": 0.1}
+"""Of the time, for each section in its turn; what one leaves goes to the later ones."""
 
 
 class TimeIsUp(Exception):
@@ -172,8 +174,9 @@ def correctness(setting: Setting, report: Report) -> None:
                     if attention == "flex_attention" and setting.device.type != "cuda":
                         continue  # which torch can't train by there
                     policy = copy.deepcopy(twin)
-                    if attention is not None:
-                        policy.backbone.bare.set_attn_implementation(attention)
+                    if family == "llama":
+                        policy.backbone.bare.set_attn_implementation(attention or "sdpa")
+                    policy.backbone.block_masks = attention is None
                     found = _losses_and_gradients(policy, pairs, setting.device, dtype, rows=1)
                     apart = {name: _relative(found[name], expected[name]) for name in expected}
                     what = f"{family}, {aggregator}, {attention or 'default'}, {dtype}"
@@ -221,78 +224,92 @@ def pairs_that_fit(
     setting: Setting, name: str, aggregator: str, shape: Any, memory: float
 ) -> tuple[int, float, bool]:
     """The most pairs a step in a GPU's memory by the plan, its bytes, and whether blocks are recomputed."""
-    architecture = setting.architecture(name)
-    if setting.toy:
-        return 2, planned(architecture, aggregator, shape, 2, recompute=False).total, False
+    n_planned = 2 if setting.toy else 4
     for recompute in (False, True):
-        one, two = (
-            planned(architecture, aggregator, shape, n, recompute=recompute) for n in (1, 2)
+        plan = planned(
+            setting.architecture(name), aggregator, shape, n_planned, recompute=recompute
         )
-        a_pair = two.training - one.training
-        fixed = one.total - max(one.training, one.evaluation) + one.training - a_pair
-        n_pairs = min(64, int(((1 - HEADROOM) * memory - fixed) / a_pair))
-        if n_pairs >= 4 or recompute:
-            return max(1, n_pairs), fixed + max(1, n_pairs) * a_pair, recompute
-    raise AssertionError
+        kept = plan.total - max(plan.training, plan.evaluation)
+        a_pair = plan.training / n_planned
+        n_pairs = min(64, int(((1 - HEADROOM) * memory - kept) / a_pair))
+        if n_pairs >= n_planned or recompute:
+            break
+    n_pairs = n_planned if setting.toy else max(1, n_pairs)
+    return n_pairs, kept + n_pairs * a_pair, recompute
 
 
-def throughput(setting: Setting, report: Report, facts: dict[str, Any]) -> None:
-    """Steps of large models: speed, memory, waits."""
+def throughput(setting: Setting, report: Report, facts: dict[str, Any], name: str) -> None:
+    """Steps of a large model: speed, memory, waits."""
     peak = facts.get("datasheet_peak") or facts["matmul_peak"]
-    for name, (shape_name, shape), aggregator in product(
-        MODELS, setting.shapes.items(), MEASURED[1:2] if setting.toy else MEASURED
-    ):
-        what = f"{name}, {shape_name}, {aggregator}"
-        memory = facts.get("memory_gb", 2.0) * GB
+    memory = facts.get("memory_gb", 2.0) * GB
+    backbone = random_backbone(setting, name)
+    aggregators = MEASURED[:1] if setting.toy else MEASURED
+    for (shape_name, shape), aggregator in product(setting.shapes.items(), aggregators):
         n_pairs, plan, recompute = pairs_that_fit(setting, name, aggregator, shape, memory)
         one: dict[str, Any] = {"pairs": n_pairs, "recompute": recompute, "planned_gb": plan / GB}
+        backbone.bare.gradient_checkpointing_disable()
+        if recompute:
+            backbone.bare.gradient_checkpointing_enable({"use_reentrant": False})
         try:
-            one |= measured(
-                made_step(setting, name, aggregator, shape, n_pairs, recompute), setting
-            )
+            one |= measured(made_step(setting, backbone, aggregator, shape, n_pairs), setting)
         except torch.OutOfMemoryError as error:
-            report.add("throughput", what, **one, failed=str(error)[:200])
-            continue
-        finally:
-            _free()
-        one["pairs_a_second"] = n_pairs / one["seconds"]
-        operations = step_operations(setting.architecture(name), aggregator, shape, n_pairs)
-        one["utilisation"] = operations / one["seconds"] / peak
-        report.add("throughput", what, **one)
+            one["failed"] = str(error)[:200]
+        _free()
+        if "seconds" in one:
+            one["pairs_a_second"] = n_pairs / one["seconds"]
+            operations = step_operations(setting.architecture(name), aggregator, shape, n_pairs)
+            one["utilisation"] = operations / one["seconds"] / peak
+        report.add("throughput", f"{name}, {shape_name}, {aggregator}", **one)
 
 
-def made_step(
-    setting: Setting, name: str, aggregator: str, shape: Any, n_pairs: int, recompute: bool
-) -> Step:
-    """A step of a model of random weights in bfloat16, made on the device."""
+def random_backbone(setting: Setting, name: str) -> Backbone:
+    """A model of random weights in bfloat16, made on the device, with LoRA."""
     torch.manual_seed(0)
     with setting.device:
         model = language_model(setting.architecture(name), dtype=torch.bfloat16)
-    policy = make_policy(make_backbone(model, recompute=recompute), aggregator)
-    pairs = make_pairs(shape, n_pairs, model.config.vocab_size, unequal=False)
-    return Step(policy, pairs, setting.device)
+    return make_backbone(model)
+
+
+def made_step(
+    setting: Setting, backbone: Backbone, aggregator: str, shape: Any, n_pairs: int
+) -> Step:
+    """A step of a policy on a backbone."""
+    pairs = make_pairs(shape, n_pairs, backbone.vocabulary_size, unequal=False)
+    return Step(make_policy(backbone, aggregator), pairs, setting.device)
 
 
 def measured(step: Step, setting: Setting) -> dict[str, Any]:
-    """Median seconds of some steps, peak of memory, and waits for the device in a step."""
-    n_steps = 1 if setting.toy else 5
-    for _ in range(1 if setting.toy else 2):  # to warm up
+    """Seconds of a step, by masks too where it is by blocks, peak of memory, and waits for the device."""
+    found: dict[str, Any] = {"seconds": median_seconds(step, setting)}
+    if setting.device.type == "cuda":
+        found["peak_gb"] = torch.cuda.max_memory_allocated() / GB
+    with waits_counted(setting) as waits:
+        step()
+    found["waits"] = dict(waits)
+    backbone = step.model.backbone
+    with step.autocast():
+        in_blocks = backbone._attends_in_blocks(setting.device)
+    if in_blocks:
+        backbone.block_masks = False
+        found["seconds_by_masks"] = median_seconds(step, setting)
+        backbone.block_masks = True
+    return found
+
+
+def median_seconds(step: Step, setting: Setting) -> float:
+    """Median seconds of some steps, after some to warm up."""
+    for _ in range(1 if setting.toy else 2):
         step()
     setting.synchronize()
     if setting.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = []
-    for _ in range(n_steps):
+    for _ in range(1 if setting.toy else 5):
         began = time.perf_counter()
         step()
         setting.synchronize()
         seconds.append(time.perf_counter() - began)
-    found: dict[str, Any] = {"seconds": statistics.median(seconds)}
-    if setting.device.type == "cuda":
-        found["peak_gb"] = torch.cuda.max_memory_allocated() / GB
-    with waits_counted(setting) as waits:
-        step()
-    return {**found, "waits": dict(waits)}
+    return statistics.median(seconds)
 
 
 def beside_trl(setting: Setting, report: Report) -> None:
@@ -335,7 +352,8 @@ def profile(setting: Setting, report: Report) -> None:
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if setting.device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    step = made_step(setting, "llama_8b", "late_soft_prompt", shape, 2 if setting.toy else 4, False)
+    backbone = random_backbone(setting, "llama_8b")
+    step = made_step(setting, backbone, "late_soft_prompt", shape, 2 if setting.toy else 4)
     step()
     with torch.profiler.profile(activities=kinds) as taken:
         step()
@@ -394,7 +412,8 @@ def main() -> None:
     facts = device_facts(setting)
     report.set("device", facts)
     report.section("correctness", lambda: correctness(setting, report))
-    report.section("throughput", lambda: throughput(setting, report, facts))
+    for name in ("llama_8b", "gptj_6b"):
+        report.section(name, partial(throughput, setting, report, facts, name))
     report.section("beside_trl", lambda: beside_trl(setting, report))
     report.section("profile", lambda: profile(setting, report))
     show(report.found)

@@ -73,12 +73,12 @@ def test_what_does_not_fit_the_time_is_named(tmp_path: Path) -> None:
         report.add("throughput", "the first", seconds=1.0)
         time.sleep(5)
 
-    report.section("throughput", measure)  # a fifth of a minute's 0.02 is left to it
+    report.section("llama_8b", measure)  # it has a part of 1.2 seconds
     report.end = 0.0
     report.section("profile", measure)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["throughput"] == [{"what": "the first", "seconds": 1.0}]
-    assert [one["what"] for one in found["left_out"]] == ["the rest of throughput", "profile"]
+    assert [one["what"] for one in found["left_out"]] == ["the rest of llama_8b", "profile"]
 
 
 def test_operations_of_a_step_are_those_that_are_counted() -> None:
