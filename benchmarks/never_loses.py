@@ -7,7 +7,7 @@ DIR is a sentence encoder. The worlds have something personal (polis, llmfao, pe
 (ukpconvarg1, shuffled users, a coin of 65% for the longer answer). Where there is something, the defaults
 also stand beside a grid of shrinkage=fixed, of which the best on val is taken. A line a world and seed:
 accuracies in % (val loss, step of the best checkpoint), differences in points with 95% intervals over
-users, and the seconds of training the defaults as a multiple of those of a trial with shrinkage=fixed.
+users, and CPU seconds of training the defaults as a multiple of those of a trial with shrinkage=fixed.
 """
 
 from __future__ import annotations
@@ -145,14 +145,14 @@ class Bench:
         return build_run_model(config, self.data, self.backbone, self.path)
 
     def train(self, trials: Sequence[Sequence[str]]) -> tuple[Best, float]:
-        """Train trials side by side; return the one with the best val loss, and the seconds taken."""
-        started = time.perf_counter()
+        """Train trials side by side; return the one with the best val loss, and the CPU seconds taken."""
+        started = time.process_time()
         configs = [self.config(changes) for changes in trials]
         models = [self.model(config) for config in configs]
         names = Training.__dataclass_fields__
         limits = {name: getattr(configs[0].trainer, name) for name in names}
         found = train_side_by_side(models, self.data, Training(**limits))
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         score, place = min((one.score, place) for place, one in enumerate(found))
         dataset = self.data.datasets[self.split]
         return Best(score, found[place].step, *outcomes(models[place], dataset)), seconds

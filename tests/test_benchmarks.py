@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib
 import json
 import runpy
 import sys
@@ -32,6 +34,27 @@ def run(name: str, out: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) 
 
 
 SMALL = ("--layers", "1", "--width", "64", "--vocabulary", "50")
+
+
+def test_a_coin_that_falls_for_the_longer_text(tmp_path: Path) -> None:
+    texts = {split: [f"{split} {'x' * n}" for n in range(9)] for split in ("train", "val", "test")}
+    rows = [
+        {"split": split, "prompt": "p", "chosen": one, "rejected": own[0]}
+        for split, own in texts.items()
+        for one in own[1:]
+    ]
+    with gzip.open(tmp_path / "rows.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    never_loses = importlib.import_module("never_loses")
+    never_loses.write_coin(tmp_path / "rows.gz", tmp_path / "coin.gz", n_users=40)
+    with gzip.open(tmp_path / "coin.gz", "rt") as file:
+        coins = [json.loads(line) for line in file]
+    assert len(coins) == 40 * (40 + 10 + 20) and {row["user_id"] for row in coins} == {
+        f"u{user}" for user in range(40)
+    }
+    longer = [len(row["chosen"]) > len(row["rejected"]) for row in coins]
+    assert np.mean(longer) == pytest.approx(0.65, abs=0.03)  # of 2,800, a deviation of 0.009
+    assert all(row["chosen"].startswith(row["split"]) for row in coins)
 
 
 @pytest.mark.slow
