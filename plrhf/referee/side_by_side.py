@@ -120,8 +120,8 @@ class Stack:
         return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
 
     def train(self, mode: bool) -> None:
-        """Switch dropout and the like on or off."""
-        for model in self.models:
+        """Switch dropout and the like on or off, also in the template whose trial may have stopped."""
+        for model in (self.template, *self.models):
             model.train(mode)
 
     def finish_users(self, train: PairDataset) -> None:

@@ -155,8 +155,8 @@ def test_another_file_of_texts_is_another_world(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"data\.path='.*' is not allowed: expected a file of texts\. Make it: python -m"),
-        ("", r"data\.path='.*' is not allowed: expected .* prompts of 3 topics \(has 0\)"),
+        (None, r"data\.path='.* is not allowed: expected a file of texts\. Make it: python -m"),
+        ("", r"data\.path='.* is not allowed: expected .* prompts of 3 topics \(has 0\)"),
         ('{"prompt_id": "a"', r".*jsonl:1='json_invalid' is not allowed"),
         ('\n{"prompt_id": "a"}', r".*jsonl:2\.topic='missing' is not allowed"),
     ],

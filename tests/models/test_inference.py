@@ -62,7 +62,7 @@ def test_texts_are_those_of_the_run(policy_run: Path) -> None:
 
 def test_the_example(reward_run: Path, policy_run: Path) -> None:
     assert serve.__doc__ is not None
-    start, end = serve.__doc__.index("    import plrhf"), serve.__doc__.index("\nWhat is asked")
+    start, end = serve.__doc__.index("    import plrhf"), serve.__doc__.index("\nRequests are")
     code = textwrap.dedent(serve.__doc__[start:end])
     for name, run in (("REWARD_DIR", reward_run), ("POLICY_DIR", policy_run)):
         code = code.replace(name, str(run))
