@@ -263,6 +263,7 @@ def test_bad_settings(settings: Any, message: str) -> None:
     assert str(caught.value) == message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["reward_run", "policy_run"])
 def test_a_run_is_asked_about_people_it_has_not_met(
     which: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: Any

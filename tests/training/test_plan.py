@@ -178,6 +178,7 @@ SHARDED = [
 TABLE = (N_USERS + 1) * 4  # numbers
 
 
+@pytest.mark.slow
 def test_shares_of_zero_3() -> None:
     plan = forecast_of(*SHARDED)
     every, learned = plan.parameters, plan.trainable
@@ -195,6 +196,7 @@ def test_shares_of_zero_3() -> None:
     assert alone.training > plan.training  # autocast keeps float32 weights cast; ZeRO-3 has none
 
 
+@pytest.mark.slow
 def test_ddp_moves_what_is_learned_alone() -> None:
     of_ddp = [*SHARDED, "trainer=ddp", "trainer.devices=2", "trainer.num_nodes=2"]
     plan = forecast_of(*of_ddp)
@@ -230,6 +232,7 @@ def test_what_a_gpu_gathers_and_offloads() -> None:
     assert everything.nvme == 2 * every / 4 and everything.host == on_host.host
 
 
+@pytest.mark.slow
 def test_a_hundred_million_users() -> None:
     rank = forecast_of("encoder.rank=4", n_users=10**8)
     table = 4 * 4 * (10**8 + 1)  # bytes
@@ -242,6 +245,7 @@ def test_a_hundred_million_users() -> None:
     assert sharded.gathered == 2 * (2 * (10**8 + 1) * 12 + 50_000_000)
 
 
+@pytest.mark.slow
 def test_flex_attention_is_planned_with_a_mask() -> None:
     flex, masked = (
         forecast_of("trainer=gpu", SOFT[0], LLAMA, f"backbone.attention={name}")
@@ -263,6 +267,7 @@ def test_what_fits() -> None:
     assert not plan.fits(plan.total / 0.9 / GB * 0.999)
 
 
+@pytest.mark.slow
 def test_a_config_is_all_it_reads(tmp_path: Path, capsys: Any) -> None:
     AutoConfig.for_model(
         "gptj",
