@@ -116,8 +116,6 @@ def run_sweep_job(config: DictConfig, config_name: str, task: str) -> float | No
 
 def run_task(task: str, settings: Settings) -> float | None:
     """Import the function with this dotted path and call it with the settings."""
-    # While PEFT imports it, it warns of a kernel that it does without.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     function = hydra.utils.get_method(task)
     silence_libraries()
     return function(settings)
