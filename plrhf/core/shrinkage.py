@@ -44,18 +44,15 @@ def divergence(mean: Tensor, variance: Tensor, prior_variance: Tensor) -> Tensor
     return 0.5 * (mean.square() / prior_variance + ratio - 1.0 - ratio.log())
 
 
-def hashed(*numbers: Tensor) -> Tensor:
-    """Hash whole numbers to whole numbers from 0 to 2^32 - 1, alike on every device; they broadcast.
+def hashed(state: Tensor, number: Tensor | int) -> Tensor:
+    """Mix a whole number into a hash from 0 to 2^32 - 1, alike on every device; the two broadcast.
 
     The steps are those of lowbias32 (https://github.com/skeeto/hash-prospector).
     """
-    state = torch.zeros_like(numbers[0])
-    for number in numbers:
-        state = (state + 0x9E3779B9 ^ number) & BITS
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-            state = (state ^ (state >> shift)) * factor & BITS
-        state = state ^ (state >> 16)
-    return state
+    state = (state + 0x9E3779B9 ^ number) & BITS
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        state = (state ^ (state >> shift)) * factor & BITS
+    return state ^ (state >> 16)
 
 
 def hashed_normal(*numbers: Tensor) -> Tensor:
@@ -63,10 +60,10 @@ def hashed_normal(*numbers: Tensor) -> Tensor:
 
     By Box and Muller from two uniform numbers, which are hashes.
     """
-    last = numbers[-1]
-    first, second = (
-        (hashed(*numbers, torch.full_like(last, one)).double() + 0.5) / 2**32 for one in (1, 2)
-    )
+    state = torch.zeros_like(numbers[0])
+    for number in numbers:
+        state = hashed(state, number)
+    first, second = ((hashed(state, one).double() + 0.5) / 2**32 for one in (1, 2))
     return ((-2.0 * first.log()).sqrt() * (2.0 * math.pi * second).cos()).float()
 
 

@@ -113,18 +113,20 @@ class ShrunkEncoder(UserEncoder):
         self.pairs_per_user = pairs_per_user.to(self.device, torch.float32).clamp(min=1.0)
 
     def forward(self, users: UserBatch) -> Tensor:
-        numbers = self.numbers(users)
-        if self.training and self.shrinkage is not None:
-            numbers = self.shrinkage.sample(numbers, self._n_pairs(users), users.row)
-        return self.vectors(numbers)
+        return self.vectors(self._drawn(self.numbers(users), users))
 
     def encode(self, users: UserBatch) -> tuple[Tensor, Tensor | None]:
-        vectors = self(users)
         if not self.training or self.shrinkage is None:
-            return vectors, None
-        return vectors, self.shrinkage(
-            self.numbers(users) - self.prior_mean(), self._n_pairs(users)
-        )
+            return self(users), None
+        numbers = self.numbers(users)
+        penalty = self.shrinkage(numbers - self.prior_mean(), self._n_pairs(users))
+        return self.vectors(self._drawn(numbers, users)), penalty
+
+    def _drawn(self, numbers: Tensor, users: UserBatch) -> Tensor:
+        """Draw numbers [B, r] from their posterior in training with learned shrinkage."""
+        if not self.training or self.shrinkage is None:
+            return numbers
+        return self.shrinkage.sample(numbers, self._n_pairs(users), users.row)
 
     def _n_pairs(self, users: UserBatch) -> Tensor:
         """Return the number of train pairs of each user."""
