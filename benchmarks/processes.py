@@ -103,14 +103,18 @@ class Run:
             time.sleep(0.0005)
         return self.process.poll() is None
 
-    def kill(self, draw: random.Random) -> tuple[int, float]:
-        """Kill one of its processes; its rank, and after how many seconds none was left."""
+    def kill(self, draw: random.Random) -> tuple[int, float] | None:
+        """Kill one of its processes; its rank, and after how many seconds none was left.
+
+        None: the process had done its part, and the run came to its end.
+        """
         ranks = self.ranks()
         rank = draw.randrange(len(ranks))
         os.kill(ranks[rank], signal.SIGKILL)
         began = time.monotonic()
         status = self.process.wait(timeout=100)
-        assert status != 0, "the run went on without one of its processes"
+        if status == 0:
+            return None  # what it left is compared with the unbroken run
         while any(_runs(process) for process in ranks[1:]):
             assert time.monotonic() < began + 100, "a process is left"
             time.sleep(0.01)
@@ -221,8 +225,11 @@ def broken_runs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         while True:
             run = Run(run_dir, cache_dir, draw.choice(args.processes), settings)
             moment = MOMENTS[len(kills) % len(MOMENTS)]
+            killed = None
             if len(kills) < args.kills and run.wait_for(moment, draw, whole, training / 3):
-                rank, seconds = run.kill(draw)
+                killed = run.kill(draw)
+            if killed is not None:
+                rank, seconds = killed
                 kill = {"moment": moment, "processes": run.n_processes, "rank": rank}
                 cut = [one.name for one in run_dir.glob("checkpoints/*.part")]
                 kills.append({**kill, "step": step_of(run_dir), "cut": cut, "ended_after": seconds})
