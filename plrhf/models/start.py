@@ -7,11 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from pydantic import Field
 from safetensors.torch import load_file
+from scipy.sparse.linalg import svds
 from torch import Tensor
 
 from plrhf.core.checks import Fraction, NonNegativeFloat, check_arguments
@@ -28,6 +31,11 @@ if TYPE_CHECKING:
 
 IMPUTING_ROUNDS = 10
 """Number of rounds in which gaps of the matrix of judgments are imputed, as in PReF's code."""
+
+Factors = tuple[Tensor, Tensor]
+
+_FACTORS: WeakKeyDictionary[PairDataset, dict[tuple[Any, ...], Factors]] = WeakKeyDictionary()
+"""Factors of train pairs, since trials that differ in learning rates start alike."""
 
 
 class Start(ABC):
@@ -104,18 +112,24 @@ class SvdStart(Start):
             )
         if head.weights != "raw":
             raise _no_start("svd", "raw weights", "model.head.weights=raw")
-        differences = text_differences(model, pairs)
-        ridge = self.ridge * float(differences.square().sum(1).mean())
-        n_users = len(encoder.offsets.weight) - 1
-        factorise = (
-            factors_of_judgments if are_judged_by_several_users(pairs) else factors_of_coefficients
-        )
-        users, basis = factorise(
-            pairs, differences, n_users=n_users, rank=head.basis.weight.shape[0], ridge=ridge
-        )
+        n_users, rank = len(encoder.offsets.weight) - 1, head.basis.weight.shape[0]
+        known, key = _FACTORS.setdefault(pairs, {}), (id(pairs.hidden), n_users, rank, self.ridge)
+        if key not in known:
+            known[key] = self._factors(model, pairs, n_users=n_users, rank=rank)
+        users, basis = known[key]
         _set(head.basis.weight, basis / head.scale)
         _set(encoder.generic_vector, users.mean(0))
         _set(encoder.offsets.weight[1:], users - users.mean(0))
+
+    def _factors(
+        self, model: PersonalRewardModel, pairs: PairDataset, *, n_users: int, rank: int
+    ) -> Factors:
+        """Compute users [n_users, rank] and directions [rank, d] from the train pairs."""
+        differences = text_differences(model, pairs)
+        ridge = self.ridge * float(differences.square().sum(1).mean())
+        shared = are_judged_by_several_users(pairs)
+        factorise = factors_of_judgments if shared else factors_of_coefficients
+        return factorise(pairs, differences, n_users=n_users, rank=rank, ridge=ridge)
 
 
 @check_arguments("model.start")
@@ -292,7 +306,7 @@ def factors_of_judgments(
     known[at] = True
     filled = given.clamp(-1, 1)
     for _ in range(IMPUTING_ROUNDS):
-        users, sizes, items = _truncated_svd(filled, rank)
+        users, sizes, items = truncated_svd(filled, rank)
         filled = torch.where(known, given.clamp(-1, 1), (users * sizes) @ items)
     of_item = torch.zeros(n_items, differences.shape[1], dtype=torch.float64)
     of_item[which] = sign[:, None] * differences
@@ -319,17 +333,23 @@ def factors_of_coefficients(
             gram = own @ own.T + ridge * torch.eye(len(own), dtype=torch.float64)
             weights = torch.linalg.solve(gram, torch.ones(len(own), dtype=torch.float64))
             coefficients[user - 1] = own.T @ weights
-    users, sizes, directions = _truncated_svd(coefficients, rank)
+    users, sizes, directions = truncated_svd(coefficients, rank)
     return users * sizes.sqrt(), sizes.sqrt()[:, None] * directions
 
 
-def _truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the first `rank` left vectors, singular values and right vectors of a matrix."""
     if rank > min(matrix.shape):
         allowed = f"at most {min(matrix.shape)}, the smaller side of a matrix {tuple(matrix.shape)}"
         raise bad_value("aggregator.user_dim", rank, allowed, "Set a smaller aggregator.user_dim")
-    left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left[:, :rank], sizes[:rank], right[:rank]
+    if rank >= min(matrix.shape) // 4:
+        left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
+        return left[:, :rank], sizes[:rank], right[:rank]
+    # Of a thousand users by tens of thousands of pairs, a few vectors cost a small part of all.
+    first = np.random.default_rng(0).standard_normal(min(matrix.shape))
+    found = svds(matrix.numpy(), k=rank, v0=first)  # the smallest singular value first
+    left, sizes, right = (torch.from_numpy(part.copy()) for part in found)
+    return left.flip(1), sizes.flip(0), right.flip(0)
 
 
 def _basis_head(model: PersonalRewardModel) -> BasisHead:

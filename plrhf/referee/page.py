@@ -170,8 +170,12 @@ def new_users_table(made: Sequence[Line]) -> Table | None:
         last = wrong.get(shots[-1])
         cells = [percent(_at(curves[line.entry.method], k)) for k in shots]
         body.append([Cell(line.entry.method), *cells, percent(last or NONE)])
-    columns = ["method", *(f"{k} pairs" for k in shots), f"wrong user, {shots[-1]} pairs"]
-    return Table(columns, [("", body)])
+    columns = ["method", *(f"{k} given" for k in shots), f"wrong user, {shots[-1]} given"]
+    asked = made[0].entry.outcomes("unseen", "generic")
+    title = (
+        f"{len(set(asked.user_id)):,} unseen users, {len(asked):,} pairs asked over seeds and draws"
+    )
+    return Table(columns, [(title, body)])
 
 
 def _at(found: dict[int, Estimate], k: int) -> Estimate:

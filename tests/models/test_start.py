@@ -26,6 +26,7 @@ from plrhf.models.start import (
     principal_directions,
     train_loss,
     train_plainly,
+    truncated_svd,
 )
 
 N_USERS, D = 5, 6
@@ -175,3 +176,12 @@ def test_the_start_of_lowest_train_loss_goes_on(monkeypatch: pytest.MonkeyPatch)
     assert min(losses) < losses[0]
     assert train_loss(model, data) == pytest.approx(min(losses))
     assert torch.equal(model.head.basis.weight, weights[losses.index(min(losses))])
+
+
+def test_few_vectors_of_a_large_matrix_are_those_of_its_whole_decomposition() -> None:
+    matrix = torch.randn(41, 67, dtype=torch.float64)
+    left, sizes, right = truncated_svd(matrix, 3)
+    every_left, every_size, every_right = torch.linalg.svd(matrix, full_matrices=False)
+    torch.testing.assert_close(sizes, every_size[:3])
+    expected = (every_left[:, :3] * every_size[:3]) @ every_right[:3]
+    torch.testing.assert_close((left * sizes) @ right, expected)

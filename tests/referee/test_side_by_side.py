@@ -25,6 +25,7 @@ from plrhf.referee.side_by_side import (
     Training,
     clip,
     train_side_by_side,
+    validate,
 )
 from plrhf.training.trainer import build_trainer, fit
 
@@ -101,6 +102,16 @@ def test_a_stack_learns_what_single_runs_learn(
         best = trainer.checkpoint_callback.best_model_score  # type: ignore[union-attr]
         assert result.score == pytest.approx(float(best), abs=1e-5)
         assert result.step % 2 == 0
+
+
+def test_trials_that_go_on_are_validated_without_dropout(data: PreferenceData) -> None:
+    models = [make(data, optim) for optim in OPTIMS[:2]]
+    val = list(data.val_dataloader())
+    alone = validate(Stack(models[1:]), val)
+    stack = Stack(models)
+    stack.train(True)
+    stack.keep(torch.tensor([False, True]))  # the first one has stopped
+    torch.testing.assert_close(validate(stack, val), alone)
 
 
 def test_what_vmap_cannot_take_is_trained_one_after_the_other(data: PreferenceData) -> None:
