@@ -382,4 +382,5 @@ def _own_state(model: PersonalRewardModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _set(parameter: Tensor, value: Tensor) -> None:
+    """Copy a value into a parameter in place."""
     parameter.copy_(value)
