@@ -21,7 +21,7 @@ from plrhf.data.rows import content_hash
 TokenText = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt and of a response."""
 
-COMPUTATION = 2
+COMPUTATION = 3
 """Version of the computation. Increase it when a code change gives other values; old files are then
 ignored."""
 
