@@ -226,6 +226,8 @@ class Backbone(nn.Module):
             extent: of the rows of text without packing, if the loader has computed it.
         """
         n_vectors = 0 if user_vectors is None else user_vectors.shape[1]
+        if packing is not None and packing.n_contexts is None and self.layout == "two_rows":
+            packing = None  # each text would be read with the others of its row
         embeddings = None
         if user_vectors is not None and n_vectors > 0:
             embeddings = torch.cat([user_vectors, self.embed(input_ids)], dim=1)

@@ -87,7 +87,6 @@ class PairDataset:
     ) -> None:
         self.rows, self.pairs, self.layout = rows, pairs, layout
         self.user_slots = user_slots
-        self.texts_share_rows = layout is packed
         people: Sequence[Row | Person] = rows
         person = np.arange(len(rows))
         if isinstance(rows, Rows):
@@ -131,7 +130,7 @@ class PairDataset:
         input_ids, segment, positions = self.layout(pairs)
         packing = None
         if self.hidden is None:
-            packing = RowPacking.of(segment, self.user_slots, together=self.texts_share_rows)
+            packing = RowPacking.of(segment, self.user_slots, together=self.layout is packed)
         batch = PreferenceBatch(
             user_id=self.user_id[at],
             features=self.features[at],
@@ -166,18 +165,12 @@ class PairDataset:
         return replace(batch, weight=torch.full((len(batch),), weight))
 
     @classmethod
-    def from_tokens(cls, pairs: Sequence[TokenPair], *, texts_share_rows: bool = True) -> Self:
-        """Make a dataset of packed pairs of the generic user, to compute values of their texts.
-
-        Args:
-            texts_share_rows: whether pairs may share a row, which bidirectional models do not allow.
-        """
+    def from_tokens(cls, pairs: Sequence[TokenPair], *, layout: Layout = packed) -> Self:
+        """Make a dataset of pairs of the generic user, to compute values of their texts."""
         row = Row(prompt="", chosen="", rejected="", user_id="", prompt_id="", pair_id="")
         rows = Rows.from_rows([row]).select(np.zeros(len(pairs), dtype=np.int64))
         schema = FeatureSchema.fit(())
-        made = cls(rows, pairs, layout=packed, user_index={}, schema=schema)
-        made.texts_share_rows = texts_share_rows
-        return made
+        return cls(rows, pairs, layout=layout, user_index={}, schema=schema)
 
 
 def longest_first(dataset: PairDataset) -> Indices:

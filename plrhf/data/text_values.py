@@ -153,7 +153,7 @@ def _own_values(
 ) -> Tensor:
     """Compute the values [N, ...] of this rank's share of the texts; those of other ranks are 0."""
     pairs, indices = texts_as_pairs(texts, share_prompts=share_prompts)
-    dataset = PairDataset.from_tokens(pairs, texts_share_rows=share_prompts)
+    dataset = PairDataset.from_tokens(pairs)
     order = longest_first(dataset).tolist()
     values: Tensor | None = None
     for start in range(0, len(order), batch_size):

@@ -17,6 +17,7 @@ from plrhf.core.errors import bad_value
 from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
 from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
+from plrhf.data.packing import LAYOUTS
 from plrhf.data.rows import Features, Message, Row
 from plrhf.data.text_values import compute_text_values
 from plrhf.evaluation.people import evenly, features_of, first_people, first_prompts
@@ -205,7 +206,7 @@ def reference_logps(
         replace(tokenizer.pair(replace(row, chosen=text, rejected="")), rejected=())
         for row, text in zip(rows, responses, strict=True)
     ]
-    dataset = PairDataset.from_tokens(pairs)
+    dataset = PairDataset.from_tokens(pairs, layout=LAYOUTS[model.backbone.layout])
     device = next(model.parameters()).device
 
     def compute(batch: PreferenceBatch) -> Tensor:

@@ -20,7 +20,7 @@ from plrhf.core.types import CHOSEN, PROMPT, REJECTED, PreferenceBatch
 from plrhf.data import text_value_cache
 from plrhf.data.dataset import SINGLE_PROCESS, PairDataset, RankShard
 from plrhf.data.module import PreferenceData
-from plrhf.data.packing import TokenPair, packed, two_rows
+from plrhf.data.packing import TokenPair
 from plrhf.data.text_value_cache import TextValueCache, text_values_key
 from plrhf.data.text_values import compute_text_values
 from plrhf.evaluation.predictions import prepare
@@ -249,19 +249,3 @@ def test_processes_agree_on_what_is_known(n: int, tmp_path: Path) -> None:
         found, n_computed = Together(again).values(MORE, tmp_path)
         assert all(one.equal(expected) for one in found) and sum(n_computed) == 0
     assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_texts_share_rows_only_where_the_layout_lets_them() -> None:
-    """A bidirectional model, which has two rows a pair, would read its neighbours' texts too."""
-    for layout, shares in ((packed, True), (two_rows, False)):
-        dataset = PairDataset.from_tokens(MORE)
-        dataset.layout = layout
-        packings = []
-
-        def compute(batch: Any, found: list[Any] = packings) -> torch.Tensor:
-            found.append(batch.packing)
-            return torch.zeros(len(batch), 2)
-
-        compute_text_values(dataset, compute, 64)
-        assert len(packings) > 0
-        assert any(one is not None for one in packings) == shares

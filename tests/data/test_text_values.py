@@ -198,10 +198,19 @@ def test_a_bidirectional_reward_model_learns(word_tokenizer: Any, aggregator: st
 
 @torch.no_grad()
 def test_hidden_states_of_a_bidirectional_encoder_beforehand(word_tokenizer: Any) -> None:
+    """Also where the loader would have short texts share a row."""
     data = make_data(word_tokenizer, causal=False)
     model = bert_reward_model(aggregator="film_last").eval()
     online = margins(model, data, "train")["user"]
-    data.precompute_hidden(model.pooled_trunk)
+    data.eval_batch_size = 64
+    shared: list[bool] = []
+
+    def pool(batch: Any) -> Tensor:
+        shared.append(batch.packing is not None)
+        return model.pooled_trunk(batch)
+
+    data.precompute_hidden(pool)
+    assert shared[0]
     torch.testing.assert_close(margins(model, data, "train")["user"], online, atol=1e-5, rtol=0)
 
 
