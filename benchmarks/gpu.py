@@ -61,9 +61,8 @@ from plrhf.backbone.model import Backbone
 from plrhf.core.types import UserBatch
 from plrhf.models.generation import generate
 from plrhf.models.policy import PersonalDPOPolicy
-from plrhf.training.plan import HEADROOM
+from plrhf.training.plan import GB, HEADROOM
 
-GB = 1e9
 BOUNDS = {"float32": 1e-3, "bfloat16": 5e-2}
 """Largest |found - expected| / |expected| allowed of all gradients, and of all losses."""
 ATTENTION: dict[str, tuple[str | None, ...]] = {

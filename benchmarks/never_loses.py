@@ -74,7 +74,8 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="changes of the defaults")
     given = parser.parse_args()
     given.cache.mkdir(parents=True, exist_ok=True)
-    write_coin(given.data / "ukpconvarg1.jsonl.gz", given.cache / "coin.jsonl.gz")
+    if "coin" in given.worlds:
+        write_coin(given.data / "ukpconvarg1.jsonl.gz", given.cache / "coin.jsonl.gz")
     print("| world | seed | vanilla | defaults | over vanilla | tuned | over tuned | times |")
     print("|---|---|---:|---:|---:|---:|---:|---:|")
     for world, seed in itertools.product(given.worlds, given.seeds):
@@ -149,13 +150,11 @@ class Bench:
         started = time.process_time()
         configs = [self.config(changes) for changes in trials]
         models = [self.model(config) for config in configs]
-        names = Training.__dataclass_fields__
-        limits = {name: getattr(configs[0].trainer, name) for name in names}
-        found = train_side_by_side(models, self.data, Training(**limits))
+        found = train_side_by_side(models, self.data, Training.of(configs[0].trainer))
         seconds = time.process_time() - started
         score, place = min((one.score, place) for place, one in enumerate(found))
         dataset = self.data.datasets[self.split]
-        return Best(score, found[place].step, *outcomes(models[place], dataset)), seconds
+        return Best(score, found[place].step, outcomes(models[place], dataset)), seconds
 
 
 @dataclass(frozen=True)
@@ -165,18 +164,16 @@ class Best:
     score: float
     step: int
     user: Outcomes
-    generic: Outcomes
 
 
-def outcomes(model: PersonalRewardModel, dataset: PairDataset) -> tuple[Outcomes, Outcomes]:
-    """Ask a model the pairs of seen users, for these users and for the generic one."""
+def outcomes(model: PersonalRewardModel, dataset: PairDataset) -> Outcomes:
+    """Ask a model the pairs of seen users, for these users."""
     seen = (dataset.user_id > 0).numpy()
     margins = margins_on(model, dataset, batch_size=8192)[seen]
     rows = [row for row, counts in zip(dataset.rows, seen, strict=True) if counts]
     names = ("pair_id", "user_id")
     ids = [np.array([getattr(row, name) for row in rows]) for name in names]
-    user, generic = (Outcomes(ids[0], ids[1], one, correctness(one)) for one in margins.T)
-    return user, generic
+    return Outcomes(ids[0], ids[1], margins[:, 0], correctness(margins[:, 0]))
 
 
 def percent(one: Best) -> str:
@@ -202,9 +199,11 @@ def write_coin(source: Path, target: Path, *, n_users: int = 80) -> None:
             of_prompt.update((row["chosen"], row["rejected"]))
     with gzip.open(target, "wt", encoding="utf-8") as file:
         for split, n_pairs in (("train", 40), ("val", 10), ("test", 20)):
+            prompts = sorted(texts[split])
+            sides = {prompt: sorted(texts[split][prompt]) for prompt in prompts}
             for user in range(n_users * n_pairs):
-                prompt = draw.choice(sorted(texts[split]))
-                pair = draw.sample(sorted(texts[split][prompt]), 2)
+                prompt = draw.choice(prompts)
+                pair = draw.sample(sides[prompt], 2)
                 chosen, rejected = sorted(pair, key=len, reverse=draw.random() < 0.65)
                 row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "split": split}
                 file.write(json.dumps({**row, "user_id": f"u{user % n_users}"}) + "\n")

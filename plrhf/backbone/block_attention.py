@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
@@ -56,10 +57,12 @@ def works_on(device: torch.device, dtype: torch.dtype, width: int) -> bool:
         found, why = float("inf"), f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     if found <= TOLERANCE:
         return True
-    print(f"FlexAttention does not work here ({why}); masks of all positions are used")
+    say = rank_zero_only(print)
+    say(f"FlexAttention does not work here ({why}); masks of all positions are used")
     return False
 
 
+@torch.inference_mode(False)  # which validation may have turned on; gradients are compared too
 def difference(device: torch.device, dtype: torch.dtype, width: int) -> float:
     """Compare outputs and gradients of FlexAttention with its twin's, relative to the largest number."""
 

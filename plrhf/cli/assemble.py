@@ -20,6 +20,7 @@ from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj
 from plrhf.cli.config import BackboneConfig, DataConfig, RunConfig
 from plrhf.core.components import build, parameter_types
+from plrhf.core.errors import bad_value
 from plrhf.data.features import FeatureSchema
 from plrhf.data.module import PreferenceData
 from plrhf.data.sources.base import Source
@@ -63,6 +64,17 @@ def build_run_trainer(config: RunConfig, run_dir: Path, *, has_val: bool) -> Tra
     loggers = build_loggers(run_dir=run_dir, tensorboard=logger.tensorboard, wandb=logger.wandb)
     options = {name: one for name, one in config.trainer if name != "name"}
     return build_trainer(**options, run_dir=run_dir, loggers=loggers, has_val=has_val)
+
+
+def path_of(config: BackboneConfig) -> str:
+    """Return the directory or hub name of a backbone that must be there already.
+
+    Raises:
+        ValueError: none is given.
+    """
+    if config.path is None:
+        raise bad_value("backbone.path", None, "a directory", "Set backbone.path=DIR")
+    return config.path
 
 
 def open_backbone(

@@ -19,7 +19,7 @@ from rich.progress import Progress
 
 from plrhf.backbone.decoding import write_tokens
 from plrhf.backbone.model import Backbone
-from plrhf.cli.assemble import open_backbone
+from plrhf.cli.assemble import open_backbone, path_of
 from plrhf.cli.config import BackboneConfig, Section, Seed, check_writable
 from plrhf.cli.main import main
 from plrhf.core.checks import PositiveInt
@@ -60,11 +60,10 @@ def make_styles(settings: Settings) -> None:
     known = read_texts(path, cut_short=True) if path.is_file() else []
     todo = _tasks(config, {(text.prompt_id, text.style) for text in known})
     if len(todo) > 0:
-        assert config.backbone.path is not None
         frozen = config.backbone.model_copy(update={"trainable": "frozen", "lora": None})
-        tokenizer, backbone = open_backbone(frozen, config.backbone.path)
+        tokenizer, backbone = open_backbone(frozen, path_of(config.backbone))
         _write_all(path, known, todo, tokenizer, backbone.eval(), config, how)
-    print(_summary(read_texts(path)))
+    print(_summary(known))
 
 
 def _tasks(config: MakeStylesConfig, done: set[tuple[str, str]]) -> list[Task]:
@@ -114,7 +113,8 @@ def _write_all(
                 )
                 dropped = dropped or fault_of(made, seen)
                 texts.append(made.model_copy(update={"dropped": dropped}))
-                seen.add(made.key)
+                if dropped is None:
+                    seen.add(made.key)
             append_texts(path, texts)
             known += texts
             progress.advance(bar, len(tasks))

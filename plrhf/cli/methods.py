@@ -148,9 +148,7 @@ class Method:
     @property
     def training(self) -> Training:
         """How long the method's trials are trained."""
-        trainer = self.config.trainer
-        names = Training.__dataclass_fields__
-        return Training(**{name: getattr(trainer, name) for name in names})
+        return Training.of(self.config.trainer)
 
     def groups(self) -> list[list[Trial]]:
         """Return the trials in groups that can be trained side by side."""

@@ -12,10 +12,10 @@ import pandas as pd
 from lightning import Trainer
 
 from plrhf.backbone.model import Backbone
-from plrhf.cli.assemble import build_data, open_backbone
+from plrhf.cli.assemble import build_data, open_backbone, path_of
 from plrhf.cli.config import RunConfig
 from plrhf.cli.methods import Method, Trial, build_trial, started_trial
-from plrhf.core.errors import BadValue, bad_value
+from plrhf.core.errors import BadValue
 from plrhf.data.dataset import TextValues
 from plrhf.data.module import PreferenceData
 from plrhf.data.own_pairs import draw_context
@@ -138,9 +138,7 @@ class Bench:
         settings = config.data.model_dump(mode="json", exclude=set(LOADING))
         key = content_hash(settings, config.backbone.model_dump(mode="json"))
         if key not in self._data:
-            path = config.backbone.path
-            if path is None:
-                raise bad_value("backbone.path", None, "a directory", "Set backbone.path=DIR")
+            path = path_of(config.backbone)
             data = build_data(config.data)
             tokenizer, backbone = open_backbone(config.backbone, path)
             data.tokenize(

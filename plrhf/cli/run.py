@@ -52,7 +52,7 @@ from plrhf.evaluation.results import (
 from plrhf.evaluation.users import write_users
 from plrhf.models.base import PersonalModule
 from plrhf.models.context import store_vectors
-from plrhf.models.export import add_note, save_export
+from plrhf.models.export import README, add_note, save_export
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.reporting import report, tables
 from plrhf.training.loggers import log_settings, log_test_results
@@ -174,7 +174,7 @@ def evaluate_run(
     predictions = predict(model, data, trainer)
     fingerprint = fingerprint_of(config, model, data)
     write_results(config, data, trainer, predictions, probes, fingerprint)
-    with outputs.writing(run_dir / "export"):
+    with outputs.writing(run_dir / "export" / README):
         note_without_gain(run_dir / "export", predictions, alpha=model.alpha)
     ask = runner_with_weights(model, trainer)
     with outputs.writing(run_dir / "users.json"):
@@ -207,7 +207,8 @@ def note_without_gain(export: Path, predictions: pd.DataFrame, *, alpha: float) 
         "asked without user_id it answers as the generic one."
     )
     print(f"warning: {note}")
-    add_note(export, note)
+    if (export / README).is_file():  # else the export has failed, and was reported
+        add_note(export, note)
 
 
 @rank_zero_only

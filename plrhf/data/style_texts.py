@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Container, Iterable
 from pathlib import Path
@@ -91,7 +92,7 @@ def read_texts(path: Path, *, cut_short: bool = False) -> list[StyleText]:
     whole = path.read_bytes()
     if cut_short and not whole.endswith(b"\n"):
         whole = whole[: whole.rfind(b"\n") + 1]
-        path.write_bytes(whole)
+        os.truncate(path, len(whole))
     texts = []
     for number, line in enumerate(whole.split(b"\n"), start=1):
         if line.strip() == b"":

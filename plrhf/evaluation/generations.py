@@ -216,7 +216,7 @@ def reference_logps(
         sums = compute_text_values(dataset, compute, data.eval_batch_size)
     assert sums is not None
     n_tokens = torch.tensor([len(pair.chosen) for pair in pairs])
-    return (sums[torch.arange(len(pairs))][:, 0] / n_tokens).tolist()
+    return (sums.values[sums.of_pair[:, 0]] / n_tokens).tolist()
 
 
 def _responses(

@@ -34,7 +34,7 @@ from plrhf.models.inner import InnerLoop, fit_train_users, task_vectors
 from plrhf.models.loading import load_checkpoint, load_export, reload_users
 from plrhf.models.metrics import ExactMean, UserAccuracy
 from plrhf.models.optim import Optim, RowAdamW, clip_gradients
-from plrhf.models.parts import count_pairs, divide_parameters, priors_of, user_maps, weigh_priors
+from plrhf.models.parts import count_pairs, divide_parameters, user_maps, weigh_priors
 from plrhf.models.reduction import Reduce, Reduction
 
 T = TypeVar("T")
@@ -368,8 +368,7 @@ class PersonalModule(LightningModule):
         """Set start values that depend on the train pairs, once `values_without_user` are computed."""
 
     def on_fit_start(self) -> None:
-        if len(priors_of(self)) > 0:
-            count_pairs(self, self.trainer.datamodule)  # type: ignore[attr-defined]
+        count_pairs(self, self.trainer.datamodule)  # type: ignore[attr-defined]
         if self.reduction.kind != "pairs":
             self.reduction.count(self._train_pairs().user_id)
 

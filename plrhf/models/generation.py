@@ -98,8 +98,13 @@ def check_options(
         ("top_p", top_p, 0 < top_p <= 1, "a number above 0, at most 1"),
     ):
         if not good:
-            dotted = f"{field}.{name}" if field else name
+            dotted = _dotted(field, name)
             raise bad_value(dotted, value, allowed, f"Set {dotted}=1")
+
+
+def _dotted(field: str, name: str) -> str:
+    """Return the full name of a setting in a section, which may be empty."""
+    return f"{field}.{name}" if field else name
 
 
 def check_room(
@@ -117,7 +122,7 @@ def check_room(
     room = model.max_positions
     longest = max((len(prompt) for prompt in prompts), default=0)
     if room is not None and longest + max_new_tokens > room:
-        dotted = f"{field}.max_new_tokens" if field else "max_new_tokens"
+        dotted = _dotted(field, "max_new_tokens")
         raise bad_value(
             dotted,
             max_new_tokens,

@@ -41,7 +41,9 @@ def divide_parameters(model: PersonalModule) -> dict[str, list[nn.Parameter]]:
 
 
 def count_pairs(model: PersonalModule, data: PreferenceData) -> None:
-    """Tell the learned priors how many independent train pairs each user has."""
+    """Tell the learned priors, if there are any, how many independent train pairs each user has."""
+    if len(priors_of(model)) == 0:
+        return
     counts = independent_pairs(data.datasets["train"], model.val_accuracy.n_users)
     model.encoder.count_pairs(counts)
     model.aggregator.count_pairs(int(counts.sum()))

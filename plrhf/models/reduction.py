@@ -71,6 +71,8 @@ class Reduction:
 
     def step(self) -> None:
         """Update the L_u by the losses recorded since the last optimiser step."""
+        if self.kind != "tail":
+            return
         met = self._counts > 0
         self.losses = torch.where(met, self._sums / self._counts.clamp(min=1), self.losses)
         self._sums.zero_()

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,11 @@ class Training:
     patience: int | None = None
     gradient_clip_val: float | None = None
     monitor: Literal["val/loss", "val/accuracy_micro"] = "val/loss"
+
+    @classmethod
+    def of(cls, trainer: Any) -> Self:
+        """Take over the settings of a trainer that have these names."""
+        return cls(**{one.name: getattr(trainer, one.name) for one in fields(cls)})
 
     def total_steps(self, n_batches: int) -> int:
         """Return the steps after which training ends."""
@@ -93,6 +98,8 @@ class Stack:
         ]
         for name in self.learned:
             self.weights[name].requires_grad_()
+        modules = self.template.named_modules()
+        self.priors = [name for name, part in modules if isinstance(part, Shrinkage)]
         # This reduction keeps what it saw of the users, each trial its own.
         self.vmapped = self.template.reduction.kind != "tail"
 
@@ -245,10 +252,9 @@ def stacked_optimizer(
 def weigh_priors(stack: Stack, step: int) -> None:
     """Give learned shrinkage the weight that it has in the loss of a step, each trial its own."""
     factors = [model.optim.shrinkage_factor(step) for model in stack.models]
-    for name, part in stack.template.named_modules():
-        if isinstance(part, Shrinkage):
-            stack.weights[f"{name}.weight"] = torch.tensor(factors)
-            stack.weights[f"{name}.step"] = torch.full((len(stack),), step)
+    for name in stack.priors:
+        stack.weights[f"{name}.weight"] = torch.tensor(factors)
+        stack.weights[f"{name}.step"] = torch.full((len(stack),), step)
 
 
 def clip(gradients: Named, max_norm: float) -> None:

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from runs import TINY, launch
 
+import plrhf
 from plrhf.cli.outputs import FilesMissing, Outputs, is_disk_full, one_line
 from plrhf.core.errors import bad_value
 
@@ -100,6 +101,26 @@ def test_a_failure_while_texts_are_written_leaves_the_evaluation(
     of_seen = (table["split"] == "test") & (table["user_kind"] == "seen")
     assert n_pairs == (of_seen & (table["context"] == "user")).sum() > 0
     assert (run / "export/plrhf.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_note_that_cannot_be_written_leaves_the_export(
+    tmp_path: Path, cache_dir: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise torch_like_error()
+
+    no_gain = {"value": 0.0, "ci95": (-0.1, 0.1)}
+    monkeypatch.setattr("plrhf.cli.run.personal_gain", lambda _: no_gain)
+    monkeypatch.setattr("plrhf.cli.run.add_note", fail)
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        launch("train", *TINY, f"cache_dir={cache_dir}", f"run_dir={run}")
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.endswith(
+        "error: README.md could not be written; all else is there\n"
+    )
+    assert plrhf.load(str(run / "export")).card.users != []
 
 
 def test_a_full_disk_ends_a_run_in_one_line(

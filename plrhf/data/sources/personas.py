@@ -24,7 +24,7 @@ from plrhf.data.sources.persona_texts import (
     measure,
     write,
 )
-from plrhf.data.sources.simulated import TOPIC_STREAM, SimulatedSource, choose
+from plrhf.data.sources.simulated import TOPIC_STREAM, SimulatedSource, choose, divide
 
 POPULATION_MEAN = (0.0, 0.28, 0.11, -0.26)
 """Mean of the preference vectors, in units of `scale`. Users deviate from it by about 1."""
@@ -72,8 +72,7 @@ class PersonasSource(SimulatedSource):
             thing, place = TOPICS[index]
             text = PROMPTS[rng.integers(len(PROMPTS))].format(thing, place)
             prompts.append(_Prompt(f"{thing}-{place.lower()}", text, (thing, place)))
-        n_val, n_test = max(1, n_prompts // 10), max(1, n_prompts // 5)
-        return prompts[n_val + n_test :], prompts[:n_val], prompts[n_val : n_val + n_test]
+        return divide(prompts)
 
     def draw_pairs(
         self, rng: np.random.Generator, user_id: str, split: int, n: int

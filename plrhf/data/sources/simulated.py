@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 from pydantic import Field
@@ -21,6 +21,8 @@ from plrhf.core.checks import NonNegativeInt, PositiveFloat, PositiveInt, check_
 from plrhf.core.errors import bad_value
 from plrhf.data.rows import SPLITS, content_hash
 from plrhf.data.sources.base import Source
+
+T = TypeVar("T")
 
 Kind = Literal["individual", "clusters", "features"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -234,6 +236,12 @@ class SimulatedSource(Source):
             if index < self.n_users or SPLITS[split] == "test"
             for pair in self.draw_pairs(self.rng(_PAIR_STREAM, index, split), user_id, split, n)
         ]
+
+
+def divide(items: Sequence[T]) -> tuple[list[T], list[T], list[T]]:
+    """Divide items 7 : 1 : 2 into those of train, val and test; val and test have at least one."""
+    n_val, n_test = max(1, len(items) // 10), max(1, len(items) // 5)
+    return [*items[n_val + n_test :]], [*items[:n_val]], [*items[n_val : n_val + n_test]]
 
 
 def choose(rng: np.random.Generator, margins: np.ndarray) -> np.ndarray:

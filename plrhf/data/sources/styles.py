@@ -17,7 +17,7 @@ import numpy as np
 from plrhf.core.checks import check_arguments
 from plrhf.core.errors import bad_value
 from plrhf.data.rows import content_hash
-from plrhf.data.sources.simulated import TOPIC_STREAM, SimulatedSource, choose
+from plrhf.data.sources.simulated import TOPIC_STREAM, SimulatedSource, choose, divide
 from plrhf.data.style_attributes import ATTRIBUTES, POLES, measure
 from plrhf.data.style_texts import StyleText, read_texts
 
@@ -68,14 +68,18 @@ class StylesSource(SimulatedSource):
         if len(texts) > 0:
             self._mean, spread = measured.mean(axis=0), measured.std(axis=0)
             self._spread = np.where(spread > 0, spread, 1.0)
-        self._splits = self._divide(path, texts)
+        self._splits = self._divide(path, [*zip(texts, self._standardised(measured), strict=True)])
 
     def world(self) -> str:
         return content_hash(super().world(), self._mean.tolist(), self._spread.tolist())
 
     def style(self, text: str) -> np.ndarray:
         """Measure a(y) [A]: in standard deviations of the world's texts, at most `FARTHEST` from 0."""
-        standard = (np.array(measure(text)) - self._mean) / self._spread
+        return self._standardised(np.array(measure(text)))
+
+    def _standardised(self, measured: np.ndarray) -> np.ndarray:
+        """Standardise what was measured on texts, [..., A]."""
+        standard: np.ndarray = (measured - self._mean) / self._spread
         return standard.clip(-FARTHEST, FARTHEST)
 
     def draw_pairs(
@@ -108,13 +112,15 @@ class StylesSource(SimulatedSource):
                 ]
             yield row, float(margins[number]) * (1 if first_wins else -1)
 
-    def _divide(self, path: str, texts: Sequence[StyleText]) -> tuple[list[_Answers], ...]:
+    def _divide(
+        self, path: str, texts: Sequence[tuple[StyleText, np.ndarray]]
+    ) -> tuple[list[_Answers], ...]:
         """Divide the prompts that have two texts or more by topic into those of train, val and test."""
-        by_prompt: dict[str, list[StyleText]] = {}
-        for text in sorted(texts, key=lambda text: (text.prompt_id, text.style)):
-            by_prompt.setdefault(text.prompt_id, []).append(text)
+        by_prompt: dict[str, list[tuple[StyleText, np.ndarray]]] = {}
+        for text, style in sorted(texts, key=lambda one: (one[0].prompt_id, one[0].style)):
+            by_prompt.setdefault(text.prompt_id, []).append((text, style))
         usable = [given for given in by_prompt.values() if len(given) > 1]
-        topics = sorted({given[0].topic for given in usable})
+        topics = sorted({given[0][0].topic for given in usable})
         if len(topics) < 3:
             raise bad_value(
                 "data.path",
@@ -123,14 +129,14 @@ class StylesSource(SimulatedSource):
                 "Make more: python -m plrhf.cli.make_styles backbone.path=DIR out=FILE",
             )
         order = [topics[place] for place in self.rng(TOPIC_STREAM).permutation(len(topics))]
-        n_val, n_test = max(1, len(topics) // 10), max(1, len(topics) // 5)
-        parts = (order[n_val + n_test :], order[:n_val], order[n_val : n_val + n_test])
         return tuple(
-            [self._answers(given) for given in usable if given[0].topic in part] for part in parts
+            [_answers(given) for given in usable if given[0][0].topic in part]
+            for part in divide(order)
         )
 
-    def _answers(self, given: Sequence[StyleText]) -> _Answers:
-        """Measure the styles of a prompt's texts."""
-        responses = tuple(text.response for text in given)
-        styles = np.stack([self.style(response) for response in responses])
-        return _Answers(given[0].prompt_id, given[0].prompt, responses, styles)
+
+def _answers(given: Sequence[tuple[StyleText, np.ndarray]]) -> _Answers:
+    """Put a prompt's texts and their styles together."""
+    texts, styles = zip(*given, strict=True)
+    responses = tuple(text.response for text in texts)
+    return _Answers(texts[0].prompt_id, texts[0].prompt, responses, np.stack(styles))
