@@ -36,6 +36,7 @@ from plrhf.core.components import (
 )
 from plrhf.core.errors import bad_value
 from plrhf.core.shrinkage import ShrinkageKind
+from plrhf.data.split_by import SplitBy
 from plrhf.evaluation.generations import GenerationOptions
 from plrhf.models.optim import Optim
 from plrhf.training.plan import Machine
@@ -210,6 +211,7 @@ class DataConfig(Section):
     val_fraction: FractionBelowOne | None
     test_fraction: FractionBelowOne | None
     seen_prompt_test_fraction: FractionBelowOne
+    split_by: SplitBy
     unseen_fraction: FractionBelowOne
     min_pairs_per_user: PositiveInt
     max_users: PositiveInt | None

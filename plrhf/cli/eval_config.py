@@ -25,6 +25,7 @@ TEXT_OPTIONS = (
 OF_TRAINING = (
     *("val_fraction", "test_fraction", "seen_prompt_test_fraction", "unseen_fraction"),
     *("min_pairs_per_user", "max_users", "shuffle_users", "batch_size", "batch_tokens"),
+    "split_by",
 )
 """Settings of data that have no effect if all rows are test rows."""
 

@@ -173,6 +173,16 @@ class PairDataset:
         return cls(rows, pairs, layout=layout, user_index={}, schema=schema)
 
 
+class RestrictedDatasets(dict[str, PairDataset]):
+    """Datasets of some splits; asking for another split raises a `LookupError` that says why."""
+
+    def __missing__(self, split: str) -> PairDataset:
+        raise LookupError(
+            f"{split} pairs are closed here: only {', '.join(self)} may be looked at while a model "
+            "is trained and its best checkpoint chosen"
+        )
+
+
 def longest_first(dataset: PairDataset) -> Indices:
     """Return the indices [N] of all pairs, sorted by the length of their longest row, longest first."""
     return np.argsort(-dataset.row_lengths().max(axis=1), kind="stable")

@@ -18,7 +18,13 @@ from torch.utils.data import DataLoader
 from plrhf.core.errors import bad_value
 from plrhf.core.row_packing import NO_USER, UserSlots
 from plrhf.core.types import PreferenceBatch
-from plrhf.data.dataset import SINGLE_PROCESS, PairDataset, RankShard, longest_first
+from plrhf.data.dataset import (
+    SINGLE_PROCESS,
+    PairDataset,
+    RankShard,
+    RestrictedDatasets,
+    longest_first,
+)
 from plrhf.data.features import FeatureSchema
 from plrhf.data.packing import LAYOUTS, Layout, LayoutName
 from plrhf.data.reading import read_rows
@@ -32,6 +38,7 @@ from plrhf.data.samplers import (
     make_sampler,
 )
 from plrhf.data.sources.base import Source
+from plrhf.data.split_by import SplitBy
 from plrhf.data.splits import all_as_test, split_rows, with_shuffled_users
 from plrhf.data.text_value_cache import TextValueCache
 from plrhf.data.text_values import compute_text_values
@@ -40,16 +47,6 @@ from plrhf.data.tokens import TokenFile, load_or_tokenize
 
 FRACTIONS = ("val_fraction", "test_fraction")
 """Fractions by which either the source or `split_rows` divides the rows."""
-
-
-class RestrictedDatasets(dict[str, PairDataset]):
-    """Datasets of some splits; asking for another split raises a `LookupError` that says why."""
-
-    def __missing__(self, split: str) -> PairDataset:
-        raise LookupError(
-            f"{split} pairs are closed here: only {', '.join(self)} may be looked at while a model "
-            "is trained and its best checkpoint chosen"
-        )
 
 
 class PreferenceData(LightningDataModule):
@@ -87,6 +84,7 @@ class PreferenceData(LightningDataModule):
         val_fraction: float | None = None,
         test_fraction: float | None = None,
         seen_prompt_test_fraction: float = 0.0,
+        split_by: SplitBy = "prompt",
         unseen_fraction: float = 0.0,
         min_pairs_per_user: int = 1,
         max_users: int | None = None,
@@ -124,6 +122,7 @@ class PreferenceData(LightningDataModule):
             "val_fraction": val_fraction,
             "test_fraction": test_fraction,
             "seen_prompt_test_fraction": seen_prompt_test_fraction,
+            "split_by": split_by,
             "unseen_fraction": unseen_fraction,
             "min_pairs_per_user": min_pairs_per_user,
             "max_users": max_users,

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
 
 from plrhf.core.errors import bad_value
 from plrhf.data.rows import SPLITS, Row, Rows
+from plrhf.data.split_by import TEST, TRAIN, Codes, SplitBy, draw_splits, uniform_hash
 from plrhf.data.store import Indices
 
 TOO_FEW_PAIRS = "user below data.min_pairs_per_user"
 BEYOND_MAX_USERS = "user beyond data.max_users"
 UNSEEN_OUTSIDE_TEST = "unseen user outside test"
 
-TRAIN, VAL, TEST = range(len(SPLITS))
-Codes = NDArray[np.int8]
-"""Index in `SPLITS` of each row's split."""
-
-
+FEW_PROMPTS = 10  # too few to divide them
 VAL_FRACTION, TEST_FRACTION = 0.1, 0.2
 """Fractions of prompts for val and test, unless others are given."""
 
@@ -62,18 +56,6 @@ class Splits:
         return (rows if isinstance(rows, Rows) else Rows.from_rows(rows)).content_hash()
 
 
-def uniform_hash(key: str, *, salt: str, seed: int) -> float:
-    """Hash a key to a uniformly distributed number in [0, 1), the same in every process.
-
-    Unlike a draw from a random generator, it does not change when other keys are added or removed.
-
-    Args:
-        salt: purpose of the number. Numbers with different salts are independent.
-    """
-    digest = blake2b(json.dumps([salt, seed, key]).encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: more could round up to 1.0
-
-
 def is_unseen_user(user_id: str, *, seed: int, unseen_fraction: float) -> bool:
     """Whether a user is among the fraction of users that are drawn to be unseen.
 
@@ -92,14 +74,15 @@ def split_rows(
     min_pairs_per_user: int,
     max_users: int | None = None,
     seen_prompt_test_fraction: float = 0.0,
+    split_by: SplitBy = "prompt",
     fits: NDArray[np.bool_] | None = None,
     applied_by_source: Collection[str] = (),
 ) -> Splits:
     """Divide rows into train, val and test by prompt, and hold back unseen users.
 
-    1. If rows carry a split, they keep it. Otherwise a salted hash of its ``prompt_id`` draws the
-       split of each row, so that no prompt is in two splits; `seen_prompt_test_fraction` of the train
-       rows then go to test by a hash of their own, as the test pairs on seen prompts.
+    1. If rows carry a split, they keep it. Otherwise it is drawn by hashes (`split_by.draw_splits`), as
+       a rule so that no prompt is in two splits; `seen_prompt_test_fraction` of the train rows then go
+       to test by a hash of their own, as the test pairs on seen prompts.
     2. Rows that do not fit are left out, before anything is counted.
     3. Users with fewer than `min_pairs_per_user` train rows are dropped with all their rows. Users
        without any train row are unseen, and are held to the same minimum on their test rows, so that
@@ -111,7 +94,8 @@ def split_rows(
     Every row that goes nowhere is counted in `Splits.dropped`, except those that do not fit.
 
     Args:
-        val_fraction, test_fraction: of prompts; None: 0.1 and 0.2.
+        val_fraction, test_fraction: of prompts, or of what `split_by` divides; None: 0.1 and 0.2.
+        split_by: what no two splits have in common, see `split_by.draw_splits`.
         fits: whether each row is short enough, [N]; None: all are.
         applied_by_source: names of fractions by which the source has divided rows that carry a split.
 
@@ -133,6 +117,7 @@ def split_rows(
         val_fraction=val_fraction,
         test_fraction=test_fraction,
         seen_prompt_test_fraction=seen_prompt_test_fraction,
+        split_by=split_by,
         applied_by_source=applied_by_source,
     )
     fits = np.ones(len(rows), dtype=np.bool_) if fits is None else fits
@@ -159,7 +144,7 @@ def split_rows(
         **parts,
         users=tuple(names[place] for place in np.flatnonzero(seen)),
         dropped=dropped,
-        shared_prompts=seen_prompt_test_fraction > 0,
+        shared_prompts=seen_prompt_test_fraction > 0 or split_by != "prompt",
         indices=indices,
         counted=np.flatnonzero(fits & enough[user]),
     )
@@ -263,21 +248,32 @@ def _split_codes(
     val_fraction: float | None,
     test_fraction: float | None,
     seen_prompt_test_fraction: float,
+    split_by: SplitBy,
     applied_by_source: Collection[str],
 ) -> Codes:
-    """Return each row's split: the one it carries, or else one drawn by a hash of its prompt."""
+    """Return each row's split: the one it carries, or else one that is drawn, see `draw_splits`."""
     own: dict[str | None, int] = {None: -1}
     own.update({name: place for place, name in enumerate(SPLITS)})
-    codes = _codes(len(rows), (own[name] for name in rows.texts("split")))
+    codes = np.fromiter((own[name] for name in rows.texts("split")), np.int8, len(rows))
     n_own = int((codes >= 0).sum())
     if n_own == len(rows):
         given = {"val_fraction": val_fraction, "test_fraction": test_fraction}
         idle = {name: given[name] for name in given if name not in applied_by_source}
         _check_no_fractions(idle, seen_prompt_test_fraction)
+        if split_by != "prompt":
+            cure = "Set data.keep_split=false to draw splits anew, or data.split_by=prompt"
+            raise bad_value("data.split_by", split_by, "prompt where rows carry a split", cure)
         return codes
     if n_own > 0:
         shown = f"{n_own} of {len(rows)} rows"
         raise bad_value("split", shown, "a split in all rows or in none", "Add or remove the rest")
+    if split_by != "prompt" and seen_prompt_test_fraction > 0:
+        raise bad_value(
+            "data.seen_prompt_test_fraction",
+            seen_prompt_test_fraction,
+            f"0 where data.split_by={split_by} shares prompts already",
+            "Set data.seen_prompt_test_fraction=0",
+        )
     for_val = VAL_FRACTION if val_fraction is None else val_fraction
     for_test = TEST_FRACTION if test_fraction is None else test_fraction
     if not for_val + for_test < 1:
@@ -285,14 +281,7 @@ def _split_codes(
         allowed = f"less than 1 - data.test_fraction = {1 - for_test:g}"
         raise bad_value("data.val_fraction", for_val, allowed, cure)
 
-    @lru_cache(maxsize=2**16)
-    def of_prompt(prompt_id: str | None) -> int:
-        place = uniform_hash(str(prompt_id), salt="prompt", seed=seed)
-        if place < for_test:
-            return TEST
-        return VAL if place < for_test + for_val else TRAIN
-
-    codes = _codes(len(rows), map(of_prompt, rows.texts("prompt_id")))
+    codes = draw_splits(rows, split_by, seed=seed, val_fraction=for_val, test_fraction=for_test)
     if seen_prompt_test_fraction > 0:
         train = np.flatnonzero(codes == TRAIN)
         drawn = [
@@ -301,11 +290,6 @@ def _split_codes(
         ]
         codes[train[drawn]] = TEST
     return codes
-
-
-def _codes(n_rows: int, codes: Iterator[int]) -> Codes:
-    """Make an array of split codes."""
-    return np.fromiter(codes, np.int8, n_rows)
 
 
 def _check_settings(
@@ -346,9 +330,11 @@ def _check_not_empty(
         if len(parts[name]) == 0:
             prompts = len(set(rows.texts("prompt_id")))
             longer = f", longer than data.max_tokens: {n_too_long}" if n_too_long > 0 else ""
+            drawn = prompts < FEW_PROMPTS and None in rows.texts("split")
+            few = "set data.split_by=pair or user, " if drawn else ""
             cure = (
                 f"{'Raise data.max_tokens, lower' if n_too_long > 0 else 'Lower'} "
-                "data.min_pairs_per_user or data.unseen_fraction, change "
+                f"data.min_pairs_per_user or data.unseen_fraction, {few}change "
                 f"data.test_fraction or give more prompts ({len(rows)} rows on {prompts} prompts "
                 f"were read, dropped: {dropped}{longer})"
             )

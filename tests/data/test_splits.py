@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 from plrhf.data.rows import Row, Rows
-from plrhf.data.splits import Splits, prompt_kinds, shuffle_users, split_rows, uniform_hash
+from plrhf.data.split_by import uniform_hash
+from plrhf.data.splits import Splits, prompt_kinds, shuffle_users, split_rows
 
 SETTINGS: dict[str, Any] = {
     "seed": 1,
@@ -49,7 +51,7 @@ def split(rows: Iterable[Row], **changes: Any) -> Splits:
 
 def test_the_uniform_hash_is_fixed_and_even() -> None:
     code = (
-        "from plrhf.data.splits import uniform_hash; print(uniform_hash('key', salt='s', seed=3))"
+        "from plrhf.data.split_by import uniform_hash; print(uniform_hash('key', salt='s', seed=3))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(out.stdout) == uniform_hash("key", salt="s", seed=3)
@@ -290,3 +292,57 @@ def test_shuffle_users_breaks_the_link_and_nothing_else() -> None:
     same = [old.user_id == new.user_id for old, new in zip(rows, shuffled, strict=True)]
     assert abs(sum(same) / len(rows) - by_chance) < 0.08
     assert shuffle_users(kept, seed=5) == shuffled != shuffle_users(kept, seed=6)
+
+
+def judged(n_users: int = 40, n_texts: int = 500) -> list[Row]:
+    """Rows on one prompt: each user compares neighbouring texts of an order of their own, one twice."""
+    rows = []
+    for user in range(n_users):
+        order = random.Random(user).sample(range(n_texts), 30)
+        pairs = [*zip(order[::2], order[1::2], strict=True), (order[0], order[1])]
+        rows += [
+            replace(
+                rows_of(f"u{user}", {None: 1})[0],
+                prompt="Which is better?",
+                prompt_id="only",
+                chosen=f"text {one}",
+                rejected=f"text {other}",
+                pair_id=f"{user}-{place}",
+            )
+            for place, (one, other) in enumerate(pairs)
+        ]
+    return rows
+
+
+@pytest.mark.parametrize("by", ["response", "pair", "user"])
+def test_rows_on_one_prompt_can_be_divided(by: Any) -> None:
+    rows = judged()
+    with pytest.raises(ValueError, match=r"set data\.split_by=pair or user"):
+        split(rows)
+    parts = split(rows, split_by=by, val_fraction=0.15, test_fraction=0.25)
+    assert parts.shared_prompts and parts.dropped == {}
+    sizes = [len(part) / len(rows) for part in (parts.train, parts.val, parts.test)]
+    assert sizes == pytest.approx([0.6, 0.15, 0.25], abs=0.08)
+    keys: Any = {
+        "pair": lambda row: frozenset((row.chosen, row.rejected)),
+        "user": lambda row: (row.user_id, frozenset((row.chosen, row.rejected))),
+    }
+    if by == "response":
+        known: set[str] = set()
+        for part in (parts.train, parts.val, parts.test):
+            assert len(known) == 0 or all({row.chosen, row.rejected} - known for row in part)
+            known |= {text for row in part for text in (row.chosen, row.rejected)}
+    else:
+        found = [set(map(keys[by], part)) for part in (parts.train, parts.val, parts.test)]
+        assert len(set.union(*found)) == sum(map(len, found))
+    if by == "user":  # 15 distinct pairs each: places 0.5 / 15 and so on, below 0.25 and 0.4
+        tests = Counter({(row.user_id, row.chosen, row.rejected) for row in parts.test})
+        of_users = Counter(user for user, *_ in tests)
+        assert set(of_users.values()) == {4} and len(of_users) == 40
+
+
+def test_ways_to_split_that_have_no_effect_are_refused() -> None:
+    with pytest.raises(ValueError, match="^data.split_by='pair' .* where rows carry a split"):
+        split(rows_of("a", {"train": 2, "test": 2}), split_by="pair")
+    with pytest.raises(ValueError, match="^data.seen_prompt_test_fraction=0.1 .*shares prompts"):
+        split(judged(2), split_by="user", seen_prompt_test_fraction=0.1)

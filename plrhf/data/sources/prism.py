@@ -17,7 +17,8 @@ from plrhf.data.rows import Features, content_hash
 from plrhf.data.sources.base import Source, refuse_shared_prompts
 from plrhf.data.sources.files import HubFiles, data_files, files_by_stem, read_files
 from plrhf.data.sources.formats import Record
-from plrhf.data.splits import is_unseen_user, uniform_hash
+from plrhf.data.split_by import uniform_hash
+from plrhf.data.splits import is_unseen_user
 
 HUB = HubFiles("HannahRoseKirk/prism-alignment", ("survey.jsonl", "conversations.jsonl"))
 BLANK = "EMPTY STRING"

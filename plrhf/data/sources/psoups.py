@@ -16,7 +16,7 @@ from plrhf.data.rows import content_hash
 from plrhf.data.sources.base import Source
 from plrhf.data.sources.files import data_files, files_by_stem, read_files
 from plrhf.data.sources.formats import Record
-from plrhf.data.splits import uniform_hash
+from plrhf.data.split_by import uniform_hash
 
 PREFERENCES = {
     "P1A": "Generate a response that can be easily understood by an elementary school student.",

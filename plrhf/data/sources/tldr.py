@@ -21,7 +21,7 @@ from plrhf.data.rows import content_hash
 from plrhf.data.sources.base import Source, refuse_shared_prompts
 from plrhf.data.sources.files import HubFiles, data_files, read_files
 from plrhf.data.sources.formats import Record
-from plrhf.data.splits import uniform_hash
+from plrhf.data.split_by import uniform_hash
 
 # The main branch holds a loading script, which `datasets` no longer runs. This revision holds the
 # hub's own conversion to parquet.

@@ -1,0 +1,114 @@
+"""Draws the split of rows that carry none: by prompt, response, pair, or within each user's judgments."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from plrhf.data.rows import SPLITS, Rows
+
+TRAIN, VAL, TEST = range(len(SPLITS))
+Codes = NDArray[np.int8]
+"""Index in `SPLITS` of each row's split."""
+
+SplitBy = Literal["prompt", "response", "pair", "user"]
+
+
+def uniform_hash(key: str, *, salt: str, seed: int) -> float:
+    """Hash a key to a uniformly distributed number in [0, 1), the same in every process.
+
+    Unlike a draw from a random generator, it does not change when other keys are added or removed.
+
+    Args:
+        salt: purpose of the number. Numbers with different salts are independent.
+    """
+    digest = blake2b(json.dumps([salt, seed, key]).encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: more could round up to 1.0
+
+
+def draw_splits(
+    rows: Rows, by: SplitBy, *, seed: int, val_fraction: float, test_fraction: float
+) -> Codes:
+    """Draw the split of each row, [N] int8, so that the stated share of rows is expected in each.
+
+    Args:
+        by: what no two splits have in common.
+            ``prompt``: no prompt is in two splits.
+            ``response``: each test pair has a response that is in no train or val pair, and each val
+            pair one that is in no train pair. Prompts are shared.
+            ``pair``: no two responses that were compared in one split are compared in another, also
+            not by another user. Prompts and responses are shared.
+            ``user``: the pairs of each user are divided, so that every user with some of them has
+            train, val and test pairs. Only a user's own repeated judgment stays in one split.
+    """
+    draw = {"prompt": _by_prompt, "response": _by_response, "pair": _by_pair, "user": _by_user}[by]
+    return draw(rows, seed, val_fraction, test_fraction)
+
+
+def _by_prompt(rows: Rows, seed: int, val_fraction: float, test_fraction: float) -> Codes:
+    of_prompt = _drawn("prompt", seed, val_fraction, test_fraction)
+    return _codes(of_prompt(str(one)) for one in rows.texts("prompt_id"))
+
+
+def _by_pair(rows: Rows, seed: int, val_fraction: float, test_fraction: float) -> Codes:
+    of_pair = _drawn("compared pair", seed, val_fraction, test_fraction)
+    return _codes(map(of_pair, _pair_keys(rows)))
+
+
+def _by_response(rows: Rows, seed: int, val_fraction: float, test_fraction: float) -> Codes:
+    """Draw responses, and give a pair the later of its responses' splits.
+
+    A pair is outside test if both its responses are, hence the square roots.
+    """
+    seen_in_test = (1 - test_fraction) ** 0.5
+    seen_in_train = (1 - test_fraction - val_fraction) ** 0.5
+    of_text = _drawn("response", seed, seen_in_test - seen_in_train, 1 - seen_in_test)
+    pairs = zip(rows.texts("chosen"), rows.texts("rejected"), strict=True)
+    return _codes(max(of_text(str(one)), of_text(str(other))) for one, other in pairs)
+
+
+def _by_user(rows: Rows, seed: int, val_fraction: float, test_fraction: float) -> Codes:
+    """Order the distinct pairs of each user by a hash, and cut the order at the fractions."""
+    own: dict[str, dict[str, float]] = {}  # user -> pair -> its place, at first its hash
+    users = (rows.people[number].user_id for number in rows.person)
+    keys = list(zip(users, _pair_keys(rows), strict=True))
+    for user, pair in keys:
+        own.setdefault(user, {})[pair] = uniform_hash(f"{user} {pair}", salt="own pair", seed=seed)
+    for pairs in own.values():
+        for rank, pair in enumerate(sorted(pairs, key=pairs.__getitem__)):
+            pairs[pair] = (rank + 0.5) / len(pairs)
+    return _codes(_code(own[user][pair], val_fraction, test_fraction) for user, pair in keys)
+
+
+def _pair_keys(rows: Rows) -> Iterable[str]:
+    """Yield a key of each row's prompt and its two responses, whichever of them was chosen."""
+    texts = (rows.texts(name) for name in ("prompt_id", "chosen", "rejected"))
+    for prompt, chosen, rejected in zip(*texts, strict=True):
+        yield json.dumps([prompt, *sorted([str(chosen), str(rejected)])])
+
+
+def _drawn(salt: str, seed: int, val_fraction: float, test_fraction: float) -> Callable[[str], int]:
+    """Return a function that draws the split of a key by its hash."""
+
+    @lru_cache(maxsize=2**16)
+    def draw(key: str) -> int:
+        return _code(uniform_hash(key, salt=salt, seed=seed), val_fraction, test_fraction)
+
+    return draw
+
+
+def _code(place: float, val_fraction: float, test_fraction: float) -> int:
+    """Return the split at a place in [0, 1): first test, then val, then train."""
+    if place < test_fraction:
+        return TEST
+    return VAL if place < test_fraction + val_fraction else TRAIN
+
+
+def _codes(codes: Iterable[int]) -> Codes:
+    return np.fromiter(codes, np.int8)
