@@ -114,6 +114,7 @@ class PreferenceData(LightningDataModule):
         self.batch_tokens, self.users_per_batch = batch_tokens, users_per_batch
         kinds = None if schema is None else schema.kinds()
         rows, self.report = read_rows(source.records(), on_bad_row=on_bad_row, feature_kinds=kinds)
+        self.report.form = source.form
         self.report.check_some_left()
         self.on_bad_row = on_bad_row
         self._rows = rows

@@ -30,6 +30,7 @@ class ReadReport:
         refused: number of refused records by reason. examples: the first message of each reason.
         unread: number of records with a field that no row field is made from, by field.
         implicit: number of rows whose prompt is what chosen and rejected begin with.
+        form: name of the form that the source converted its records from; None: they were rows.
     """
 
     read: int = 0
@@ -37,6 +38,7 @@ class ReadReport:
     examples: dict[str, str] = field(default_factory=dict)
     unread: Counter[str] = field(default_factory=Counter)
     implicit: int = 0
+    form: str | None = None
 
     def refuse(self, reason: Reason, message: str, n_rows: int = 1) -> None:
         """Count refused rows and keep the first message of their reason."""
@@ -45,7 +47,7 @@ class ReadReport:
 
     def lines(self) -> list[str]:
         """Return the lines that the terminal shows after reading; none if every row is used."""
-        said = []
+        said = [] if self.form is None else [f"read as {self.form.replace('_', ' ')}"]
         n_refused = sum(self.refused.values())
         if n_refused > 0:
             said.append(f"refused: {n_refused:,} of {self.read:,} records")

@@ -30,6 +30,7 @@ class Reason(StrEnum):
     BAD_SHAPE = "record unlike the dataset's"
     TOO_LARGE = "row too large"
     TIE = "no response preferred"
+    NO_OTHER_RATING = "rating in no pair"
     # Found when rows are turned into tokens.
     CHAT_TEMPLATE = "prompt that the chat template refuses"
     # Left out by a source's protocol: nothing is wrong with these records.
@@ -49,6 +50,7 @@ BY_PROTOCOL = frozenset(
         Reason.REPEATED,
         Reason.NO_PAIR,
         Reason.NO_CONVERSATION,
+        Reason.NO_OTHER_RATING,
     }
 )
 """Reasons for records that a dataset's protocol leaves out. They are counted even with

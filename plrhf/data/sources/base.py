@@ -15,7 +15,13 @@ _WHOLE = re.compile(r"(0|-?[1-9]\d*)\.0+")
 
 
 class Source(ABC):
-    """A dataset. It yields unchecked records, which `reading.read_rows` checks."""
+    """A dataset. It yields unchecked records, which `reading.read_rows` checks.
+
+    Attributes:
+        form: name of the form that records were converted from; None: they were rows.
+    """
+
+    form: str | None = None
 
     @abstractmethod
     def records(self) -> Iterator[tuple[str, Mapping[str, Any] | Refusal]]:

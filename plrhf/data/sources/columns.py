@@ -42,6 +42,7 @@ class ColumnMap:
                 cure = "Name the column of the file that holds this field"
                 raise bad_value(f"data.columns.{name}", column, "a column name", cure)
         self.mapped = frozenset(mapping.values())
+        self.renamed = frozenset(mapping)
         self.column_of = {name: mapping.get(name, name) for name in ROW_FIELDS}
         self.required = self.mapped | {self.column_of[name] for name in REQUIRED_FIELDS}
         self._used = frozenset(self.column_of.values())

@@ -1,8 +1,12 @@
-"""Rows from one file: .jsonl, .jsonl.gz, .json, .parquet or .csv, by the file's ending."""
+"""Rows from one file: .jsonl, .jsonl.gz, .json, .parquet or .csv, by the file's ending.
+
+Records need not be rows: see `forms` for comparisons, ratings and exports of annotation tools.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from plrhf.core.errors import bad_value
@@ -18,6 +22,7 @@ from plrhf.data.sources.formats import (
     parquet_rows,
     undamaged,
 )
+from plrhf.data.sources.forms import form_of
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
 
@@ -53,37 +58,68 @@ class JsonlSource(Source):
             cure = "Check the spelling and the directory you start from"
             raise bad_value("data.path", self.path, "an existing file", cure)
         ending = self.path.lower()
-        read = self._json
-        if ending.endswith(".parquet"):
-            read = self._parquet
-        elif ending.endswith(".csv"):
-            read = self._csv
         with undamaged(self.path):
-            for number, record in read():
-                row = record if isinstance(record, Refusal) else self.columns.row(record)
-                if not (self.keep_split or isinstance(row, Refusal)):
-                    row.pop("split", None)
+            if ending.endswith(".parquet"):
+                names = parquet_names(self.path)
+            elif ending.endswith(".csv"):
+                names = csv_header(self.path)
+            else:
+                names, records = _peek(json_records(self.path))
+            form = form_of({*self.columns.row(dict.fromkeys(names)), *self.columns.renamed})
+            self.form = None if form is None else form.name
+            if ending.endswith(".parquet"):
+                records = self._parquet(names)
+            elif ending.endswith(".csv"):
+                records = self._csv(names)
+            else:
+                records = self._json(records)
+            found = self._renamed(records)
+            for number, row in found if form is None else form.rows(found):
                 yield f"{self.path}:{number}", row
 
-    def _json(self) -> Iterator[tuple[int, Record]]:
-        """Yield the records of a JSON file; at its end, check that the mapped columns were there."""
+    def _renamed(self, records: Iterator[tuple[int, Record]]) -> Iterator[tuple[int, Record]]:
+        """Yield the records with the names of row fields for mapped columns."""
+        for number, record in records:
+            row = record if isinstance(record, Refusal) else self.columns.row(record)
+            if not (self.keep_split or isinstance(row, Refusal)):
+                row.pop("split", None)
+            yield number, row
+
+    def _json(self, records: Iterator[tuple[int, Record]]) -> Iterator[tuple[int, Record]]:
+        """Yield the records; at their end, check that the mapped columns were there."""
         seen: set[str] = set()
-        for number, record in json_records(self.path):
+        for number, record in records:
             if not isinstance(record, Refusal):
                 seen.update(record)
             yield number, record
         if len(seen) > 0:  # any line may lack a column, so only now
             self.columns.check(self.columns.mapped, seen)
 
-    def _parquet(self) -> Iterator[tuple[int, Record]]:
-        names = parquet_names(self.path)
+    def _parquet(self, names: Sequence[str]) -> Iterator[tuple[int, Record]]:
+        if self.form is not None:
+            return parquet_rows(self.path, list(names))
         self.columns.check(self.columns.required, names)
         used = self.columns.used(names)
-        # Their values are not needed, only that rows have them.
+        # The others' values are not needed, only that rows have them.
         unread = dict.fromkeys(name for name in names if name not in used)
-        for number, record in parquet_rows(self.path, used):
-            yield number, record if isinstance(record, Refusal) else {**record, **unread}
+        return (
+            (number, record if isinstance(record, Refusal) else {**record, **unread})
+            for number, record in parquet_rows(self.path, used)
+        )
 
-    def _csv(self) -> Iterator[tuple[int, Record]]:
-        self.columns.check(self.columns.required, csv_header(self.path))
+    def _csv(self, names: Sequence[str]) -> Iterator[tuple[int, Record]]:
+        wanted = self.columns.required if self.form is None else self.columns.mapped
+        self.columns.check(wanted, names)
         return csv_rows(self.path)
+
+
+def _peek(
+    records: Iterator[tuple[int, Record]],
+) -> tuple[list[str], Iterator[tuple[int, Record]]]:
+    """Return the keys of the first record that is not refused, and all records."""
+    before = []
+    for number, record in records:
+        before.append((number, record))
+        if not isinstance(record, Refusal):
+            return list(record), chain(before, records)
+    return [], iter(before)
