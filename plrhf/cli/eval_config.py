@@ -12,6 +12,7 @@ from plrhf.cli.config import DataConfig, Section, Seed, check_writable
 from plrhf.core.checks import NonNegativeInt, PositiveInt
 from plrhf.core.components import build, construct, locate, parameters
 from plrhf.core.errors import bad_value
+from plrhf.evaluation.best_of import BestOf
 from plrhf.evaluation.few_shot import FewShotOptions
 from plrhf.evaluation.generations import GenerationOptions
 from plrhf.models.adaptation import Adaptation
@@ -47,7 +48,7 @@ class WinrateTask(Section):
     """Settings of eval=winrate."""
 
     name: Literal["winrate"]
-    writer: Literal["policy", "generic"]
+    writer: Literal["policy", "generic", "reference", "best_of_policy", "best_of_reference"]
     against: str
     judge: dict[str, Any]  # ``_target_`` and arguments
 
@@ -195,7 +196,11 @@ def _read_task(node: Mapping[str, Any]) -> Task:
     if node["name"] in sections:
         return sections[node["name"]].read(node, "eval")  # type: ignore[return-value]
     if node["name"] == "generate":
-        return construct(GenerationOptions, node, "eval", origin="eval")
+        rest = dict(node)
+        settings, best_of = rest.pop("best_of"), None
+        if (settings["n"], settings["reward"]) != (None, None):
+            best_of = construct(BestOf, settings, "eval.best_of")
+        return construct(GenerationOptions, rest, "eval", origin="eval", best_of=best_of)
     return AdaptTask.read(node)
 
 

@@ -20,6 +20,7 @@ from plrhf.data.module import PreferenceData
 from plrhf.data.packing import LAYOUTS
 from plrhf.data.rows import Features, Message, Row
 from plrhf.data.text_values import compute_text_values
+from plrhf.evaluation.best_of import BestOf, best_texts
 from plrhf.evaluation.people import evenly, features_of, first_people, first_prompts
 from plrhf.evaluation.records import Record, read_lines, write_text
 from plrhf.models.base import PersonalModule
@@ -38,6 +39,7 @@ class GenerationOptions:
         max_new_tokens, temperature, top_p: see `generate`.
         generic: generate a text for the generic user too, one for each prompt, which every user scores.
         reference: the same with the reference.
+        best_of: write the best of several texts too; None: do not.
         origin: the setting that these options come from, for messages.
     """
 
@@ -48,6 +50,7 @@ class GenerationOptions:
     top_p: float = 1.0
     generic: bool = False
     reference: bool = False
+    best_of: BestOf | None = None
     origin: str = "eval"
 
     def __post_init__(self) -> None:
@@ -73,7 +76,8 @@ class GeneratedText(Record):
 
     Attributes:
         profile: a description of the user for people to read: the source's or else the user text.
-        writer: "policy", "generic" (the policy for nobody in particular) or "reference".
+        writer: "policy", "generic" (the policy for nobody in particular), "reference", or
+            "best_of_policy" or "best_of_reference", the best of several sampled texts.
         score: how much the user likes the text, in log odds; None if unknown.
         style: what is measured on the text, by attribute, in standard deviations; None if nothing is.
         taste: how much the user likes more of each attribute; None if unknown.
@@ -251,4 +255,17 @@ def _responses(
             found = generate(model, tokenizer, distinct, user, **how)
             once = dict(zip(distinct, found, strict=True))
             written[writer] = [once[prompt] for prompt in prompts]
+    if texts.best_of is not None:
+        reward = texts.best_of.load_reward(ids)
+        how["temperature"], n = texts.best_of.temperature, texts.best_of.n
+        for writer in texts.best_of.writers:
+            if writer == "reference":
+                found = generate(model, tokenizer, [*distinct] * n, None, **how)
+                sampled = {one: found[place :: len(distinct)] for place, one in enumerate(distinct)}
+                candidates = [sampled[prompt] for prompt in prompts]
+            else:
+                everybody = UserBatch(index.repeat(n), users.features.repeat(n, 1))
+                found = generate(model, tokenizer, [*prompts] * n, everybody, **how)
+                candidates = [found[place :: len(prompts)] for place in range(len(prompts))]
+            written[f"best_of_{writer}"] = best_texts(reward, asked, candidates)
     return written

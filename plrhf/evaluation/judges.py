@@ -78,7 +78,7 @@ class JudgedRun(WinRates):
     Attributes:
         fingerprint: fingerprint of the run's model.
         run, against: directories of the two runs; `against` may be "reference".
-        writer: whose texts of the run were judged, "policy" or "generic".
+        writer: whose texts of the run were judged, see `GeneratedText`.
         judge: settings of the judge.
     """
 

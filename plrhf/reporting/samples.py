@@ -15,6 +15,13 @@ N_SHOWN = 3  # users and prompts
 FOR_ALL = {"generic": "nobody in particular", "reference": "the untouched model"}
 """Writers whose text is the same for all users, with the title shown above it."""
 
+TITLES = {
+    "policy": "the policy",
+    **FOR_ALL,
+    "best_of_policy": "the best of several of the policy's",
+    "best_of_reference": "the best of several of the untouched model's",
+}
+
 MATTERS = 0.4
 """An attribute matters to a user if the preference for it is at least this fraction of the user's
 strongest."""
@@ -48,7 +55,7 @@ def generations_section(run: Run) -> Section | None:
 
 def cards(texts: Sequence[GeneratedText]) -> list[dict[str, Any]]:
     """Return what the page shows of texts for one prompt: a card for each user, then for shared texts."""
-    own = {text.user_id: text for text in texts if text.writer not in FOR_ALL}
+    own = {text.user_id: text for text in texts if text.writer == "policy"}
     shown = [_card(text) for text in own.values()]
     for writer, title in FOR_ALL.items():
         same = {text.user_id: text for text in texts if text.writer == writer}
@@ -95,7 +102,7 @@ def quality_table(texts: Sequence[GeneratedText]) -> Table | None:
     columns = ["written by", "texts", "words", "score", "log-probability a token"]
     rows = [
         [
-            Cell("the policy" if one.writer == "policy" else FOR_ALL.get(one.writer, one.writer)),
+            Cell(TITLES.get(one.writer, one.writer)),
             Cell(f"{one.n_texts:,}"),
             Cell(f"{one.words:.1f}"),
             Cell(_number(one.score)),

@@ -319,7 +319,11 @@ def winrate_table(judged: Sequence[tuple[str, JudgedRun]]) -> Table:
         )
         rows.append(
             [
-                Cell(name if result.writer == "policy" else f"{name}, {result.writer} user"),
+                Cell(
+                    name
+                    if result.writer == "policy"
+                    else f"{name}, {result.writer.replace('_', ' ')}"
+                ),
                 Cell(result.against),
                 Cell(who),
                 percent(result.win_rate),

@@ -29,7 +29,9 @@ from tiny import LORA, language_model, make_model
 
 from plrhf.backbone.model import Backbone
 from plrhf.data.module import PreferenceData
+from plrhf.data.rows import Row
 from plrhf.data.sources.jsonl import JsonlSource
+from plrhf.evaluation.best_of import BestOf, best_texts
 from plrhf.evaluation.generations import (
     GeneratedText,
     GenerationOptions,
@@ -110,15 +112,18 @@ def test_other_rows(reward_run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_texts_for_many_users(policy: Path) -> None:
+def test_texts_for_many_users(policy: Path, reward_run: Path) -> None:
     asked = ["eval.users=3", "eval.prompts=2", "eval.max_new_tokens=5"]
+    best = ["eval.best_of.n=2", f"eval.best_of.reward={reward_run}"]
+    asked += [*best, "eval.best_of.writers=[reference,policy]"]
     launch("eval", f"run={policy}", "eval=generate", *asked)
     texts = pd.read_json(policy / "generations.jsonl", lines=True)
     columns = ["prompt", "prompt_id", "user_id", "profile", "user_features", "writer", "response"]
     known = ["score", "style", "taste", "reference_logp", "fingerprint"]
     assert list(texts.columns) == [*columns, *known]
     counts = texts["writer"].value_counts().to_dict()
-    assert counts == {"policy": 6, "generic": 6, "reference": 6}
+    own = ("policy", "best_of_policy", "best_of_reference")
+    assert counts == dict.fromkeys((*own, "generic", "reference"), 6)
     users = [world().user_ids[place] for place in (0, 1, 3)]  # 3 of 5, evenly
     assert set(texts["user_id"]) == set(users)
     assert texts["prompt_id"].nunique() == 2
@@ -129,7 +134,7 @@ def test_texts_for_many_users(policy: Path) -> None:
             text.score
         )
         assert text.reference_logp < 0
-    for_all = texts[texts["writer"] != "policy"]
+    for_all = texts[~texts["writer"].isin(own)]
     assert (for_all.groupby(["writer", "prompt_id"])["response"].nunique() == 1).all()
     page = (policy / "report.html").read_text()
     assert texts["profile"][0] in page
@@ -137,6 +142,28 @@ def test_texts_for_many_users(policy: Path) -> None:
     launch("eval", f"run={policy}", "eval=generate", "eval.users=[dan-003]", "eval.prompts=1")
     again = pd.read_json(policy / "generations.jsonl", lines=True)
     assert set(again["user_id"]) == {"dan-003"}
+
+
+class LikesLength:
+    """Rewards words for ada, and their absence for everybody else."""
+
+    def score(self, asked: Any) -> torch.Tensor:
+        assert all(one["response"].strip() for one in asked)
+        words = [len(one["response"].split()) for one in asked]
+        signs = [1 if one["user_id"] == "ada" else -1 for one in asked]
+        return torch.tensor([n * sign for n, sign in zip(words, signs, strict=True)])
+
+
+def test_each_user_gets_the_best_text() -> None:
+    ada, ben = (
+        Row(prompt="p", chosen="", rejected="", user_id=user, prompt_id="", pair_id="")
+        for user in ("ada", "ben")
+    )
+    texts = ["two words", "one", " ", "now three words", "one"]
+    given = [texts, texts, ["", " "], ["a b", "c d"]]
+    chosen = best_texts(LikesLength(), [ada, ben, ada, ben], given)  # type: ignore[arg-type]
+    # All blank leaves nothing; of equals the first wins.
+    assert chosen == ["now three words", "one", "", "a b"]
 
 
 @pytest.mark.parametrize("speaking", [True, False])
@@ -170,20 +197,23 @@ def test_users_speak_for_themselves(
         return tokenizer.batch_decode(prompts, skip_special_tokens=True)
 
     monkeypatch.setattr("plrhf.evaluation.generations.generate", echo)
-    options = GenerationOptions(users=3, prompts=2, max_new_tokens=4, generic=True, reference=True)
+    monkeypatch.setattr(BestOf, "load_reward", lambda *_: LikesLength())
+    best_of = BestOf(n=2, reward="", writers=["reference", "policy"], temperature=1.0)
+    shared = {"users": 3, "prompts": 2, "max_new_tokens": 4, "generic": True, "reference": True}
+    options = GenerationOptions(**shared, best_of=best_of)
     write_generations(tmp_path / "texts.jsonl", policy, data, options)
     texts = read_generations(tmp_path / "texts.jsonl")
-    assert len(texts) == 18 and len({text.user_id for text in texts}) == 3
+    assert len(texts) == 30 and len({text.user_id for text in texts}) == 3
     for text in texts:
         said = f"I am {text.user_id}."
         assert text.profile == said
         assert text.response == (f"{said}\n" if speaking else "") + f"{text.prompt}\n"
     # Reference and generic user know people by what they say alone.
     once = 6 if speaking else 2
-    assert asked == [6, once, once]
+    assert asked == [6, once, once, 2 * once, 2 * 6]
     by_plain_softmax(policy, data, texts[0])
     policy.encoder.personal, asked[:] = False, []
-    write_generations(tmp_path / "texts.jsonl", policy, data, options)
+    write_generations(tmp_path / "texts.jsonl", policy, data, GenerationOptions(**shared))
     assert asked == [once, once]  # one text for all, which is the generic user's
 
 
