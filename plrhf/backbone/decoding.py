@@ -21,8 +21,9 @@ def write_tokens(
     ends: Sequence[int],
     padding: int,
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    of_rows: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Generate tokens after left-padded prompts, [N, up to max_new_tokens] int64.
 
@@ -31,6 +32,7 @@ def write_tokens(
         cache: keys and values of prompts computed before; None: the model makes its own cache.
         ends: ids of tokens that end a text. padding: id of the token after them.
         temperature: 0 is greedy decoding; above 0 samples. top_p: mass of nucleus sampling.
+        of_rows: instead of these two, options of each row, see `row_options`.
     """
     how: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
@@ -39,6 +41,7 @@ def write_tokens(
         output = writing.generate(
             **inputs,
             **how,
+            **({} if of_rows is None else of_rows),
             **({} if cache is None else {"past_key_values": cache}),
             use_cache=backbone.writes_with_cache,
             max_new_tokens=max_new_tokens,

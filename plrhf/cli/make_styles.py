@@ -19,9 +19,9 @@ from rich.progress import Progress
 
 from plrhf.backbone.decoding import write_tokens
 from plrhf.backbone.model import Backbone
+from plrhf.cli import main
 from plrhf.cli.assemble import open_backbone, path_of
 from plrhf.cli.config import BackboneConfig, Section, Seed, check_writable
-from plrhf.cli.main import main
 from plrhf.core.checks import PositiveInt
 from plrhf.core.components import Settings
 from plrhf.core.errors import bad_value
@@ -184,10 +184,5 @@ def _summary(texts: list[StyleText]) -> str:
     return f"{kept} texts; dropped: {reasons or 'none'}"
 
 
-def command() -> None:
-    """Run the command line of ``python -m plrhf.cli.make_styles``, installed as ``plrhf-make-styles``."""
-    main("make_styles", "plrhf.cli.make_styles.make_styles")
-
-
 if __name__ == "__main__":
-    command()
+    main.make_styles()

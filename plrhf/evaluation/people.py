@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
 from plrhf.data.module import PreferenceData, people_in
 from plrhf.data.rows import Person, Row
 
+T = TypeVar("T")
 
-def evenly(items: Sequence[str], count: int) -> list[str]:
+
+def evenly(items: Sequence[T], count: int) -> list[T]:
     """Choose `count` of the items at even distances; all of them if there are fewer."""
     count = min(count, len(items))
     return [items[place * len(items) // count] for place in range(count)]

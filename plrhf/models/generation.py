@@ -151,15 +151,40 @@ def _generate_batch(
         with torch.autocast(input_ids.device.type, enabled=False):
             user, _ = model.encode(move_data_to_device(users, input_ids.device))
         user = user.to(input_ids.device)
+    with writer:
+        return write_batch(
+            model,
+            tokenizer,
+            input_ids,
+            mask,
+            user,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+        )
+
+
+def write_batch(
+    model: PersonalModule,
+    tokenizer: Tokenizer,
+    input_ids: Tensor,
+    mask: Tensor,
+    user: Tensor,
+    *,
+    max_new_tokens: int,
+    **how: Any,
+) -> Tensor:
+    """Generate one batch for given user vectors, [N, up to max_new_tokens], padded after the end token.
+
+    Args:
+        input_ids, mask: [N, L] int64, left-padded prompts on the model's device.
+        user: [N, user_dim], or [N, 0] for no user model. how: further options of `write_tokens`.
+    """
     n_read = model.aggregator.n_positions + input_ids.shape[1]
     cache = model.backbone.cache(n_read + max_new_tokens)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(writer)
-        if model.aggregator.shares_prompts and cache is not None:
-            model.backbone.prefill(cache, input_ids, mask)
-        inputs = stack.enter_context(
-            model.aggregator.decoding(model.backbone, input_ids, mask, user)
-        )
+    if model.aggregator.shares_prompts and cache is not None:
+        model.backbone.prefill(cache, input_ids, mask)
+    with model.aggregator.decoding(model.backbone, input_ids, mask, user) as inputs:
         return write_tokens(
             model.backbone,
             inputs,
@@ -167,8 +192,7 @@ def _generate_batch(
             ends=text_ends(model.backbone, tokenizer),
             padding=tokenizer.pad_token_id,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
+            **how,
         )
 
 

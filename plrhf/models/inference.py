@@ -15,7 +15,7 @@ without `user_id` is for the generic user. It may have `user_features`, for enco
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from plrhf.core.errors import bad_value
 from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
+from plrhf.data.dataset import PairDataset
 from plrhf.data.parsing import parse_row
 from plrhf.data.rows import Row
 from plrhf.data.tokenizer import RowTokenizer
@@ -71,6 +72,38 @@ def score(model: PersonalRewardModel, asked: Asked, *, batch_size: int = 32) -> 
     Raises:
         ValueError: a response or prompt that cannot be read or is too long, or an unknown user.
     """
+    rows, dataset = _texts_to_score(model, asked, batch_size=batch_size)
+    users = _user_ids(model.card, asked, rows)
+    return _rewards(
+        model, dataset, users, lambda batch: model.rewards(batch)[:, 0], batch_size=batch_size
+    )
+
+
+@torch.no_grad()
+def score_for(
+    model: PersonalRewardModel, asked: Asked, vectors: Tensor, *, batch_size: int = 32
+) -> Tensor:
+    """Compute the rewards of N responses for given user vectors [N, user_dim], [N] float32.
+
+    Args:
+        model: from an export. asked: requests with prompt and response.
+
+    Raises:
+        ValueError: a response or prompt that cannot be read or is too long.
+    """
+    rows, dataset = _texts_to_score(model, asked, batch_size=batch_size)
+    vectors = vectors.to(model.device)
+
+    def rewards(batch: PreferenceBatch) -> Tensor:
+        return model.margins_for(batch, vectors[batch.user_id])[1][0, :, 0]
+
+    return _rewards(model, dataset, list(range(len(rows))), rewards, batch_size=batch_size)
+
+
+def _texts_to_score(
+    model: PersonalRewardModel, asked: Asked, *, batch_size: int
+) -> tuple[list[Row], PairDataset]:
+    """Return requests as rows and as tokenised pairs, in which the second response is empty."""
     row_tokenizer = RowTokenizer(model.tokenizer, **model.card.text)
     rows = [
         replace(row, chosen=_response(one, place), rejected="")
@@ -78,20 +111,30 @@ def score(model: PersonalRewardModel, asked: Asked, *, batch_size: int = 32) -> 
     ]
     with model.autocast():
         dataset = dataset_of(model, row_tokenizer, rows, batch_size=batch_size)
-        if len(dataset) < len(rows):
-            raise bad_value(
-                "asked",
-                f"{len(rows) - len(dataset)} too long",
-                f"prompt and response of at most {row_tokenizer.max_tokens} tokens",
-                "Leave out what is longer, or train with a larger data.max_tokens",
-            )
-        users = _user_ids(model.card, asked, rows)
-        batches = batches_of(dataset, range(len(rows)), users, batch_size=batch_size)
+    if len(dataset) < len(rows):
+        raise bad_value(
+            "asked",
+            f"{len(rows) - len(dataset)} too long",
+            f"prompt and response of at most {row_tokenizer.max_tokens} tokens",
+            "Leave out what is longer, or train with a larger data.max_tokens",
+        )
+    return rows, dataset
 
-        def rewards(batch: PreferenceBatch) -> Tensor:
-            return model.rewards(batch)[:, 0]
 
-        return compute_per_pair(rewards, batches, model.device) if rows else torch.empty(0)
+def _rewards(
+    model: PersonalRewardModel,
+    dataset: PairDataset,
+    owners: Sequence[int],
+    rewards: Callable[[PreferenceBatch], Tensor],
+    *,
+    batch_size: int,
+) -> Tensor:
+    """Compute the rewards [N] of the first responses of all pairs, each for its owner."""
+    if len(dataset) == 0:
+        return torch.empty(0)
+    batches = batches_of(dataset, range(len(dataset)), owners, batch_size=batch_size)
+    with model.autocast():
+        return compute_per_pair(rewards, batches, model.device)
 
 
 def write(model: PersonalDPOPolicy, asked: Asked, **how: Any) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from plrhf.core.errors import bad_value
 from plrhf.data.parsing import parse_row
 from plrhf.data.tokenizer import RowTokenizer
-from plrhf.models.adaptation.base import Adaptation
+from plrhf.models.adaptation.base import Adaptation, AdaptedUsers
 from plrhf.models.adaptation.encode import Encode
 from plrhf.models.adaptation.posterior import Posterior
 from plrhf.models.pair_batches import batches_of, dataset_of
@@ -40,6 +40,24 @@ class NewUser:
     n_too_long: int = 0
 
 
+@dataclass(frozen=True)
+class FittedPairs:
+    """One new user as a rule fitted them, and how many of their pairs were used.
+
+    Attributes:
+        users: N = 1, on the model's device. n_pairs, n_too_long: see `NewUser`.
+    """
+
+    users: AdaptedUsers
+    n_pairs: int
+    n_too_long: int
+
+
+def default_rule(model: PersonalModule, *, laplace: bool = False) -> Adaptation:
+    """Return the rule for a model's new users: `Encode` if its encoder reads pairs, else `Posterior`."""
+    return Encode() if model.encoder.reads_context else Posterior(laplace=laplace)
+
+
 def adapt(
     model: PersonalModule, pairs: Sequence[Mapping[str, Any]], rule: Adaptation | None = None
 ) -> NewUser:
@@ -49,14 +67,26 @@ def adapt(
         model: loaded from an export, so that it has a tokenizer.
         pairs: rows of one user in the row format; `user_id` may be missing. Without any pairs the
             result is what the rule gives an unknown user, usually the generic user.
-        rule: None: `Encode` if the encoder reads pairs, else `Posterior`.
+        rule: None: `default_rule`.
 
     Raises:
         ValueError: a pair that cannot be used, only pairs that are too long, or a model that the rule
             cannot adapt.
     """
-    if rule is None:
-        rule = Encode() if model.encoder.reads_context else Posterior()
+    found = fit_pairs(model, pairs, default_rule(model) if rule is None else rule)
+    rows = found.users.rows
+    return NewUser(
+        vector=found.users.vectors[0].cpu(),
+        rows=None if rows is None else {k: v[0].cpu() for k, v in rows.items()},
+        n_pairs=found.n_pairs,
+        n_too_long=found.n_too_long,
+    )
+
+
+def fit_pairs(
+    model: PersonalModule, pairs: Sequence[Mapping[str, Any]], rule: Adaptation
+) -> FittedPairs:
+    """Fit a new user as `adapt` does, and return all that the rule found."""
     row_tokenizer = RowTokenizer(model.tokenizer, **model.card.text)
     rows = [
         parse_row({"user_id": "new", **pair}, f"pair {number}")
@@ -75,12 +105,6 @@ def adapt(
             )
         owners = [0] * len(dataset)
         batches = batches_of(dataset, range(len(dataset)), owners, batch_size=BATCH_SIZE)
-        found = rule.fit(model, batches, n_users=1)
+        users = rule.fit(model, batches, n_users=1)
     model.train(was_training)
-    rows_of_user = found.rows
-    return NewUser(
-        vector=found.vectors[0].cpu(),
-        rows=None if rows_of_user is None else {k: v[0].cpu() for k, v in rows_of_user.items()},
-        n_pairs=len(dataset),
-        n_too_long=len(rows) - len(dataset),
-    )
+    return FittedPairs(users, n_pairs=len(dataset), n_too_long=len(rows) - len(dataset))

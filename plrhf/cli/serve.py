@@ -1,0 +1,158 @@
+"""``plrhf serve run=DIR``: loads models of runs and serves them to people over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import uvicorn
+from pydantic import Field, StringConstraints
+
+from plrhf.cli.assemble import build_data
+from plrhf.cli.config import RunConfig, Section
+from plrhf.core.checks import NonNegativeFloat, NonNegativeInt, PositiveInt
+from plrhf.core.components import Settings
+from plrhf.core.errors import bad_value
+from plrhf.evaluation.people import evenly
+from plrhf.models.base import PersonalModule
+from plrhf.models.inference import load
+from plrhf.models.policy import PersonalDPOPolicy
+from plrhf.models.reward import PersonalRewardModel
+from plrhf.serving.app import build_app
+from plrhf.serving.engine import Engine
+from plrhf.serving.served import ServedModel
+from plrhf.serving.service import Options, Service
+from plrhf.serving.store import People
+from plrhf.serving.user_model import UserModel
+
+GRACE_SECONDS = 60  # that running answers have to end when the server is stopped
+
+
+class ServeConfig(Section):
+    """All settings of ``plrhf serve``; conf/serve.yaml says what each is."""
+
+    run: str
+    reward: str | None
+    database: str
+    host: str
+    port: Annotated[int, Field(ge=0, le=65535)]
+    device: str
+    keys: list[Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]]
+    rate_limit: PositiveInt | None
+    max_body: PositiveInt
+    max_tokens: PositiveInt
+    batch_size: PositiveInt
+    max_wait: NonNegativeFloat
+    max_waiting: PositiveInt
+    pool: NonNegativeInt
+    ask: Literal["random", "uncertainty", "information", "variety"]
+    trust_components: bool
+    debug: bool
+
+
+def serve(settings: Settings) -> None:
+    """Serve until the process is asked to end; running answers are then finished."""
+    config = ServeConfig.read(settings, "")
+    service = build_service(config)
+    app = build_app(
+        service, keys=config.keys, rate_limit=config.rate_limit, max_body=config.max_body
+    )
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=config.host,
+            port=config.port,
+            log_level="warning",
+            access_log=False,  # it would name people
+            server_header=False,
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+    )
+    socket = server.config.bind_socket()
+    names = " and ".join(model.name for model in service.models)
+    print(f"serving {names} on http://{config.host}:{socket.getsockname()[1]}", flush=True)
+    server.run(sockets=[socket])
+
+
+def build_service(config: ServeConfig) -> Service:
+    """Load the models of the settings and open the database.
+
+    Raises:
+        ValueError: a run is of the wrong kind, or something cannot be loaded or opened.
+    """
+    models = [_load(config.run, config)]
+    if config.reward is not None:
+        models.append(_load(config.reward, config))
+        wanted = (("run", PersonalDPOPolicy, "dpo"), ("reward", PersonalRewardModel, "reward"))
+        for model, (name, kind, word) in zip(models, wanted, strict=True):
+            if not isinstance(model, kind):
+                raise bad_value(
+                    name, getattr(config, name), f"a run of model={word}", f"Set {name} to one"
+                )
+    people = People(config.database)
+    asker = config.run if config.reward is None else config.reward
+    pool = _pool(Path(asker), config) if config.pool > 0 else []
+    names = [_name(Path(directory)) for directory in (config.run, config.reward or config.run)]
+    if config.reward is not None and names[0] == names[1]:
+        names[1] += "-reward"
+    served = [
+        ServedModel(
+            name,
+            UserModel(model, pool if model is models[-1] else ()),
+            Engine(
+                model,
+                batch_size=config.batch_size,
+                max_wait=config.max_wait,
+                max_waiting=config.max_waiting,
+            ),
+            people,
+        )
+        for model, name in zip(models, names, strict=False)
+    ]
+    policy = served[0] if isinstance(models[0], PersonalDPOPolicy) else None
+    reward = served[-1] if isinstance(models[-1], PersonalRewardModel) else None
+    return Service(people, policy, reward, Options(max_tokens=config.max_tokens, ask=config.ask))
+
+
+def _load(directory: str, config: ServeConfig) -> PersonalModule:
+    """Load the model of a run on the device of the settings."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    trust = config.trust_components
+    model = load(directory, trust_components=trust, trust_remote_code=trust)
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise bad_value("device", device, "a device of this machine", "Set device=cpu") from error
+
+
+def _pool(run: Path, config: ServeConfig) -> list[dict[str, Any]]:
+    """Return distinct pairs of a run's training rows, chosen evenly."""
+    if not (run / "config.yaml").is_file():
+        raise bad_value(
+            "pool",
+            config.pool,
+            f"0, as {run} is an export without the run's config.yaml",
+            "Set pool=0, or give the directory of the run",
+        )
+    trained = RunConfig.of_run(run, trust_components=config.trust_components)
+    rows = build_data(trained.data).splits.train
+    distinct = {(str(row.prompt), frozenset((row.chosen, row.rejected))): row for row in rows}
+    chosen = evenly(list(distinct.values()), config.pool)
+    return [
+        {"prompt": _plain(row.prompt), "chosen": row.chosen, "rejected": row.rejected}
+        for row in chosen
+    ]
+
+
+def _plain(prompt: Any) -> Any:
+    """Return a row's prompt with messages as a list of dicts."""
+    return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+
+
+def _name(directory: Path) -> str:
+    """Return what clients call a model by: the name of the run's directory."""
+    found = directory.resolve()
+    return found.parent.name if found.name == "export" else found.name

@@ -1,0 +1,79 @@
+"""A model that is served: its engine, what it knows about people, and the vectors it keeps of them."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from plrhf.serving.engine import Engine
+from plrhf.serving.store import Known, People
+from plrhf.serving.user_model import Fit, UserModel, fingerprint_of
+
+MOST_FITS = 1000  # kept in memory
+
+
+class ServedModel:
+    """A model, its engine, and the people it was fitted to.
+
+    Args:
+        name: that clients call it by. people: the store that vectors are kept in.
+    """
+
+    def __init__(self, name: str, users: UserModel, engine: Engine, people: People) -> None:
+        self.name, self.users, self.engine, self.people = name, users, engine, people
+        self.lock = threading.Lock()
+        self.fits: OrderedDict[str, tuple[int, Fit]] = OrderedDict()
+
+    def fit(self, user_id: str, known: Known) -> Fit:
+        """Fit a person to their judgments, and store the vector; a fit is made once for each change."""
+        with self.lock:
+            revision, fit = self.fits.get(user_id, (-1, None))
+            if fit is not None and revision == known.revision:
+                self.fits.move_to_end(user_id)
+                return fit
+        fit = self.engine.compute(self.users.fit, known.pairs())
+        self._remember(user_id, known.revision, fit)
+        return fit
+
+    def vector(self, user_id: str | None) -> Tensor:
+        """Return the vector [user_dim] to serve a person with: fitted, of training, or the generic one."""
+        if user_id is None:
+            return self.engine.compute(self.users.generic)
+        known = self.people.get(user_id)
+        if known is not None and len(known.pairs()) > 0:
+            stored = self.people.vector(user_id, self.users.fingerprint)
+            if stored is not None:
+                return torch.from_numpy(np.frombuffer(stored, dtype="<f4").copy())
+            return self.fit(user_id, known).users.vectors[0]
+        found = self.engine.compute(self.users.train_user, user_id)
+        return self.engine.compute(self.users.generic) if found is None else found
+
+    def is_train_user(self, user_id: str) -> bool:
+        """Whether the model was trained on this person."""
+        return user_id in self.users.model.card.places
+
+    def forget(self, user_id: str) -> None:
+        """Remove a person from memory, and a train user from the export too.
+
+        Raises:
+            OSError: the export cannot be written.
+        """
+        with self.lock:
+            self.fits.pop(user_id, None)
+        if self.is_train_user(user_id):
+            self.engine.compute(self.users.model.forget, user_id)
+            self.users.fingerprint = fingerprint_of(self.users.model)
+            with self.lock:
+                self.fits.clear()  # the prior has changed
+
+    def _remember(self, user_id: str, revision: int, fit: Fit) -> None:
+        vector = fit.users.vectors[0].float().cpu().numpy().astype("<f4").tobytes()
+        if self.people.save_vector(user_id, self.users.fingerprint, revision, vector):
+            with self.lock:
+                self.fits[user_id] = (revision, fit)
+                while len(self.fits) > MOST_FITS:
+                    self.fits.popitem(last=False)

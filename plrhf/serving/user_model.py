@@ -1,0 +1,176 @@
+"""What one model knows about people: it fits them, and says how sure it is and what to ask next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+
+from plrhf.core.errors import bad_value
+from plrhf.core.types import UserBatch
+from plrhf.data.parsing import parse_row
+from plrhf.data.rows import Row, content_hash
+from plrhf.data.tokenizer import RowTokenizer
+from plrhf.evaluation.elicitation import Candidates, Rule, candidates_of, choose
+from plrhf.evaluation.few_shot import judgment_key
+from plrhf.models.adaptation import Adaptation, AdaptedUsers
+from plrhf.models.adaptation.base import with_precomputed
+from plrhf.models.adaptation.fitting import user_tables
+from plrhf.models.adaptation.new_user import default_rule, fit_pairs
+from plrhf.models.base import PersonalModule
+from plrhf.models.pair_batches import batches_of, dataset_of
+
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A person as a model knows them after their judgments.
+
+    Attributes:
+        users: the person, N = 1. n_pairs: number of judgments used.
+    """
+
+    users: AdaptedUsers
+    n_pairs: int
+
+    @property
+    def certainty(self) -> float | None:
+        """Share of the prior's variance that the judgments have removed, 0 to 1; None if unknown."""
+        covariance = self.users.covariance
+        if covariance is None or covariance.shape[1] == 0:
+            return None
+        mean = float(covariance[0].diagonal().double().mean())
+        return min(1.0, max(0.0, 1 - mean))
+
+
+class UserModel:
+    """A model, and how it learns people.
+
+    Its methods must run in the thread that owns the model.
+
+    Args:
+        model: loaded from an export. pool: pairs that people may be asked, as rows of preference data.
+
+    Attributes:
+        fingerprint: of all that fitted vectors depend on.
+        rule: how people are fitted; None if the model has no parameters of single users.
+    """
+
+    def __init__(self, model: PersonalModule, pool: Sequence[Mapping[str, Any]] = ()) -> None:
+        self.model = model
+        can_fit = len(user_tables(model.encoder)) > 0 or model.encoder.reads_context
+        self.rule: Adaptation | None = default_rule(model, laplace=True) if can_fit else None
+        self.fingerprint = fingerprint_of(model)
+        rows = [parse_row({"user_id": "pool", **row}, f"pool[{n}]") for n, row in enumerate(pool)]
+        self.pool: list[Row] = []
+        with model.autocast():
+            if len(rows) > 0:
+                dataset = dataset_of(model, self.row_tokenizer(), rows, batch_size=BATCH_SIZE)
+                self.pool = list(dataset.rows)
+                places = range(len(dataset))
+                batches = batches_of(dataset, places, [0] * len(dataset), batch_size=BATCH_SIZE)
+                self.batches = with_precomputed(model, batches)
+
+    @torch.no_grad()
+    def generic(self) -> Tensor:
+        """Return the generic user's vector, [user_dim]."""
+        return self.model.encoder.generic(1)[0].detach()
+
+    @torch.no_grad()
+    def train_user(self, user_id: str) -> Tensor | None:
+        """Return the vector [user_dim] that training learned for a user; None for others."""
+        index = self.model.card.places.get(user_id)
+        if index is None:
+            return None
+        features = self.model.card.feature_schema().table([None])
+        users = UserBatch(user_id=torch.tensor([index]), features=features)
+        return self.model.encode(move_data_to_device(users, self.model.device))[0][0].detach()
+
+    def check(self, pair: Mapping[str, Any]) -> None:
+        """Raise a ValueError if a pair cannot be used, e.g. as it is too long."""
+        tokenizer = self.row_tokenizer()
+        kept, _ = tokenizer([parse_row({"user_id": "new", **pair}, "pair")])
+        if len(kept) == 0:
+            raise bad_value(
+                "pair",
+                "too long",
+                f"prompt and response of at most {tokenizer.max_tokens} tokens",
+                "Give shorter texts",
+            )
+
+    def prompt(self, prompt: Any) -> tuple[int, ...]:
+        """Return the tokens of a prompt, text or messages.
+
+        Raises:
+            ValueError: the prompt cannot be read or is too long, or it is a conversation and the model
+                has no chat template.
+        """
+        if not isinstance(prompt, str) and not self.has_template:
+            if [one["role"] for one in prompt] != ["user"]:
+                raise bad_value(
+                    "messages",
+                    f"{len(prompt)} messages",
+                    "one message of role user, as this model has no chat template",
+                    "Send the text in one message",
+                )
+            prompt = prompt[0]["content"]
+        nobody = {"user_id": "nobody", "chosen": "A", "rejected": "B"}
+        tokenizer = self.row_tokenizer()
+        tokens = tokenizer.prompt(parse_row({**nobody, "prompt": prompt}, "messages"))
+        if tokenizer.counts["prompt truncated"] > 0:
+            allowed = f"at most {tokenizer.max_prompt_tokens} tokens"
+            raise bad_value("messages", "too long", allowed, "Send a shorter prompt")
+        return tuple(tokens)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the model's tokenizer can write conversations."""
+        return getattr(self.model.tokenizer, "chat_template", None) is not None
+
+    def row_tokenizer(self) -> RowTokenizer:
+        """Return a new tokenizer of rows, as one that is kept would remember people's texts."""
+        return RowTokenizer(self.model.tokenizer, **self.model.card.text)
+
+    def fit(self, pairs: Sequence[Mapping[str, Any]]) -> Fit:
+        """Fit a person to their pairs. Without any, or without a rule, it is the generic user."""
+        if self.rule is None:
+            return Fit(AdaptedUsers(vectors=self.generic()[None]), n_pairs=0)
+        found = fit_pairs(self.model, pairs, self.rule)
+        return Fit(found.users, n_pairs=found.n_pairs)
+
+    def next_pair(
+        self,
+        fit: Fit,
+        judged: Sequence[Mapping[str, Any]],
+        rule: Rule,
+        generator: np.random.Generator,
+    ) -> Row | None:
+        """Return the pair of the pool to ask next; None if all were judged.
+
+        Args:
+            judged: the pairs that the person has judged or skipped. rule: see `choose`; `random` is
+                used for models that do not say how sure they are.
+        """
+        before = {judgment_key(parse_row({"user_id": "pool", **pair}, "judged")) for pair in judged}
+        is_new = [judgment_key(row) not in before for row in self.pool]
+        left = np.flatnonzero(is_new)
+        if len(left) == 0:
+            return None
+        if fit.users.covariance is None:
+            return self.pool[left[generator.integers(len(left))]]
+        with self.model.autocast():
+            found = candidates_of(self.model, self.batches, fit.users)
+        some = Candidates(found.margins[left], found.slopes[left], found.variances[left])
+        asked = found.slopes[~np.array(is_new)]
+        return self.pool[left[choose(rule, some, generator, asked=asked)]]
+
+
+def fingerprint_of(model: PersonalModule) -> str:
+    """Return a hash of an export's card, which has hashes of all its files."""
+    return content_hash(asdict(model.card))

@@ -1,0 +1,93 @@
+"""People in a database: what is stored, what is refused, and that nothing of the deleted is left."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from plrhf.serving.store import Judgment, NoConsent, People
+
+SEA = Judgment(prompt="Write about the sea.", chosen="Blue, says Zoë.", rejected="Wide.")
+
+
+@pytest.fixture
+def people(tmp_path: Path) -> People:
+    return People(f"sqlite:///{tmp_path}/people.db")
+
+
+def test_judgments_are_kept_of_those_who_agreed(people: People) -> None:
+    with pytest.raises(NoConsent):
+        people.add("zoe", [SEA])
+    people.put("zoe", consent=False)
+    with pytest.raises(NoConsent):
+        people.add("zoe", [SEA])
+    people.put("zoe", consent=True)
+    talk = [{"role": "user", "content": "And?"}]
+    tie = Judgment(prompt=talk, chosen="A", rejected="B", verdict="tie")
+    first, second = people.add("zoe", [SEA, tie])
+    known = people.get("zoe")
+    assert known is not None and known.consent and known.revision == 1
+    assert [one.id for one in known.judgments] == [first, second]
+    assert known.judgments[1].prompt == talk
+    assert known.pairs() == [SEA.pair()]  # a tie is no pair to fit
+    assert people.get("ada") is None
+
+
+def test_a_vector_is_of_a_model_and_of_all_judgments(people: People) -> None:
+    people.put("zoe", consent=True)
+    (number,) = people.add("zoe", [SEA])
+    assert people.vector("zoe", "f1") is None
+    assert people.save_vector("zoe", "f1", 1, b"1234")
+    assert people.vector("zoe", "f1") == b"1234" and people.vector("zoe", "f2") is None
+    assert not people.remove("ada", number)  # of somebody else
+    assert people.remove("zoe", number) and not people.remove("zoe", number)
+    assert people.vector("zoe", "f1") is None
+    assert not people.save_vector("zoe", "f1", 1, b"old!")  # of judgments as they were
+    assert people.save_vector("zoe", "f1", 2, b"5678") and people.vector("zoe", "f1") == b"5678"
+
+
+def test_nothing_of_a_deleted_person_is_left(people: People, tmp_path: Path) -> None:
+    for name in ("zoe", "ada"):
+        people.put(name, consent=True)
+        people.add(name, [SEA, SEA])
+        people.save_vector(name, "f", 1, name.encode() * 9)
+    assert people.delete("zoe") == {"judgments": 2, "vectors": 1}
+    assert people.delete("zoe") is None and people.get("zoe") is None
+    assert not people.save_vector("zoe", "f", 1, b"late")
+    ada = people.get("ada")
+    assert ada is not None and len(ada.judgments) == 2
+    people.put("ada", consent=False)  # takes back what they agreed to
+    ada = people.get("ada")
+    assert ada is not None and ada.judgments == [] and people.vector("ada", "f") is None
+    people.close()
+    content = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert b"zoe" not in content and "Zoë".encode() not in content and b"ada" in content
+
+
+def test_many_write_at_once(people: People) -> None:
+    names = [f"p{n}" for n in range(6)]
+    for name in names:
+        people.put(name, consent=True)
+
+    def write(name: str) -> None:
+        for _ in range(5):
+            people.add(name, [SEA])
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = [people.get(name) for name in names]
+    assert [one.revision for one in found if one is not None] == [5] * 6
+    ids = [judgment.id for one in found if one is not None for judgment in one.judgments]
+    assert len(set(ids)) == 30
+
+
+def test_a_database_that_cannot_be_opened(tmp_path: Path) -> None:
+    for url in (f"sqlite:///{tmp_path}/no/such/people.db", "nothing", "postgresql://u:secret@h/d"):
+        with pytest.raises(ValueError, match=r"^database=.* is not allowed: expected") as caught:
+            People(url)
+        assert "secret" not in str(caught.value)
