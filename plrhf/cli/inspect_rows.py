@@ -1,0 +1,149 @@
+"""Says what is in a file of judgments, how it is read, and what training would leave out.
+
+    python -m plrhf.cli.inspect_rows data.path=FILE [backbone.path=DIR]
+
+Nothing is trained or written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from plrhf.backbone.loading import check_path, load_tokenizer
+from plrhf.cli.assemble import build_data, print_lines
+from plrhf.cli.config import DataConfig, Section, Seed
+from plrhf.cli.main import main
+from plrhf.core.components import Settings
+from plrhf.data.module import PreferenceData
+from plrhf.data.rows import SPLITS, Row, Rows
+from plrhf.evaluation.probes import probe
+
+SHOWN = 300  # characters of a text
+FEW_PAIRS = 10  # a user
+
+
+class Tokens(Section):
+    """Settings ``backbone``: the model in whose tokens lengths are counted."""
+
+    path: str | None
+
+
+class InspectConfig(Section):
+    """All settings of the command; conf/inspect.yaml explains them."""
+
+    data: DataConfig
+    backbone: Tokens
+    seed: Seed
+    debug: bool
+
+
+def inspect_rows(settings: Settings) -> None:
+    """Read and split the rows, and print what they are."""
+    config = InspectConfig.read(settings, "")
+    data = build_data(config.data)
+    print_lines([f"records: {data.report.read:,}, rows: {len(data.rows):,}"])
+    print_lines(data.report.lines())
+    print_lines(row_lines(data.rows[0]))
+    print_lines(people_lines(data.rows))
+    print_lines(length_lines(data.rows))
+    if config.backbone.path is not None:
+        check_path(config.backbone.path)
+        data.tokenize(load_tokenizer(config.backbone.path), layout="packed")
+        print_lines(token_lines(data))
+    print_lines(split_lines(data, config.data))
+    print_lines(probe(data.splits).get("warnings", []))
+    print_lines(["next: " + next_command(config.data)])
+
+
+def row_lines(row: Row) -> Iterator[str]:
+    """Yield the first row as it is read."""
+    yield "first row:"
+    for name in ("prompt", "chosen", "rejected", "user_id", "user_text", "user_features", "split"):
+        value = getattr(row, name)
+        if value is not None:
+            text = json.dumps(value, ensure_ascii=True, default=dict)
+            yield f"  {name}: {text if len(text) <= SHOWN else text[:SHOWN] + '...'}"
+
+
+def people_lines(rows: Rows) -> Iterator[str]:
+    """Yield how many users, pairs a user, prompts and texts there are."""
+    users = Counter(rows.people[number].user_id for number in rows.person)
+    yield f"users: {len(users):,}; pairs a user: {_spread(users.values())}"
+    few = sum(count < FEW_PAIRS for count in users.values())
+    if few > 0:
+        yield f"  {few:,} of them have fewer than {FEW_PAIRS} pairs"
+    if len(users) == 1:
+        yield "  one user alone: nothing personal can be learned from others"
+    prompts = Counter(rows.texts("prompt_id"))
+    yield f"prompts: {len(prompts):,}; pairs a prompt: {_spread(list(prompts.values()))}"
+    texts = {hash(text) for name in ("chosen", "rejected") for text in rows.texts(name)}
+    yield f"distinct responses: {len(texts):,} in {2 * len(rows):,}"
+    features = {name for one in rows.people for name in one.user_features or {}}
+    if len(features) > 0:
+        yield f"user features: {', '.join(sorted(features))}"
+
+
+def length_lines(rows: Rows) -> Iterator[str]:
+    """Yield the lengths of responses in characters, and how often the longer one is chosen."""
+    chosen, rejected = (
+        np.array([len(str(text)) for text in rows.texts(name)]) for name in ("chosen", "rejected")
+    )
+    yield f"characters a response: {_spread([*chosen, *rejected])}"
+    differ = chosen != rejected
+    if differ.any():
+        longer = float((chosen > rejected)[differ].mean())
+        yield f"the longer response is chosen in {longer:.0%} of pairs"
+
+
+def token_lines(data: PreferenceData) -> Iterator[str]:
+    """Yield the lengths in tokens, and which rows are too long for the settings."""
+    lengths = np.concatenate([one.pairs.lengths for one in data.datasets.values()])  # type: ignore[attr-defined]
+    for name, column in zip(("prompt", "chosen", "rejected"), lengths.T, strict=True):
+        yield f"tokens, {name}: {_spread(column)}"
+    yield from data.tokenizing_notes()
+
+
+def split_lines(data: PreferenceData, config: DataConfig) -> Iterator[str]:
+    """Yield how the rows are divided and why, and what is left out."""
+    how = "those that the rows carry"
+    if None in data.rows.texts("split"):
+        shared = "in common" if config.split_by != "user" else "of one user in common"
+        what = "pair" if config.split_by == "user" else config.split_by
+        how = f"drawn by data.split_by={config.split_by}: no two have a {what} {shared}"
+    yield f"splits: {how}"
+    for name in SPLITS:
+        rows: Sequence[Row] = getattr(data.splits, name)
+        users = {row.user_id for row in rows}
+        prompts = {row.prompt_id for row in rows}
+        yield f"  {name}: {len(rows):,} pairs, {len(users):,} users, {len(prompts):,} prompts"
+    unseen = data.unseen_users()
+    if len(unseen) > 0:
+        yield f"  {len(unseen):,} test users are in no train pair"
+    for reason, count in data.splits.dropped.items():
+        yield f"  left out: {count:,} pairs, {reason}"
+
+
+def next_command(config: DataConfig) -> str:
+    """Return the command that trains on these rows."""
+    path = config.source.get("path")
+    split = "" if config.split_by == "prompt" else f" data.split_by={config.split_by}"
+    return f"python train.py data=jsonl data.path={path}{split} backbone=hf backbone.path=DIR"
+
+
+def _spread(values: Iterable[int]) -> str:
+    """Return smallest, median and largest of some whole numbers."""
+    least, middle, most = np.quantile(np.array(list(values)), [0, 0.5, 1])
+    return f"{least:,.0f} to {most:,.0f}, median {middle:,.0f}"
+
+
+def command() -> None:
+    """Run the command line of ``python -m plrhf.cli.inspect_rows``."""
+    main("inspect", "plrhf.cli.inspect_rows.inspect_rows")
+
+
+if __name__ == "__main__":
+    command()

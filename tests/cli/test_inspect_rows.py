@@ -1,0 +1,111 @@
+"""What is said about a file of judgments before any training: right, or one clear line."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import composed, world_tokenizer
+
+from plrhf.cli.inspect_rows import inspect_rows
+
+HEADER = ["prompt", "response_a", "response_b", "winner", "judge"]
+ARENA = [
+    [f"prompt {n % 20}", f"good {n}", f"bad {n}", "ab"[n % 2] if n % 5 else "tie", f"u{n % 3}"]
+    for n in range(100)
+]
+
+
+def table(path: Path, lines: list[list[Any]], *, encoding: str = "utf-8") -> Path:
+    with path.open("w", newline="", encoding=encoding) as file:
+        csv.writer(file).writerows(lines)
+    return path
+
+
+def said(capsys: pytest.CaptureFixture[str], path: Path, *more: str) -> list[str]:
+    inspect_rows(composed(f"data.path={path}", *more, config="inspect"))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_an_arena(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = said(capsys, table(tmp_path / "arena.csv", [HEADER, *ARENA], encoding="utf-8-sig"))
+    assert lines[:4] == [
+        "records: 100, rows: 80",
+        "read as comparisons",
+        "refused: 20 of 100 records",
+        f"  20 no response preferred, first {tmp_path}/arena.csv:2: winner='tie' is not allowed: "
+        "expected one of the two. Nothing: ties hold no choice.",
+    ]
+    assert '  chosen: "bad 1"' in lines and '  user_id: "u1"' in lines
+    assert "users: 3; pairs a user: 26 to 27, median 27" in lines
+    assert "prompts: 16; pairs a prompt: 5 to 5, median 5" in lines
+    # "good 1" is longer by one character than "bad 1"; a wins where n is even, n = 5, 10, ... are ties
+    assert "the longer response is chosen in 50% of pairs" in lines
+    assert "splits: drawn by data.split_by=prompt: no two have a prompt in common" in lines
+    sizes = [line.split() for line in lines if line.startswith(("  train:", "  val:", "  test:"))]
+    assert sum(int(words[1]) for words in sizes) == 80
+    assert sum(int(words[5]) for words in sizes) == 16
+    assert lines[-1].startswith(f"next: python train.py data=jsonl data.path={tmp_path}/arena.csv ")
+
+
+def test_lengths_in_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tmp_path / "model"
+    world_tokenizer().save_pretrained(directory)
+    (directory / "config.json").write_text("{}")
+    long = [["prompt 1", "x " * 400, "y", "a", "u1"]]
+    path = table(tmp_path / "arena.csv", [HEADER, *ARENA, *long])
+    lines = said(capsys, path, f"backbone.path={directory}", "data.max_tokens=100")
+    assert any(line.startswith("tokens, chosen: ") for line in lines)
+    assert any(line.startswith("response too long: 1 of 81 rows (1%)") for line in lines)
+
+
+def test_one_prompt_and_one_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jokes = [["user", "joke", "rating"], *(["ann", f"joke {n}", n % 4] for n in range(12))]
+    path = table(tmp_path / "jokes.csv", jokes)
+    with pytest.raises(ValueError, match=r"set data\.split_by=pair or user"):
+        said(capsys, path)
+    lines = said(capsys, path, "data.split_by=user")
+    assert "  one user alone: nothing personal can be learned from others" in lines
+    assert "splits: drawn by data.split_by=user: no two have a pair of one user in common" in lines
+    assert "data.split_by=user" in lines[-1]
+
+
+def test_rows_that_carry_splits_and_features(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {
+            "prompt": f"p{n}",
+            "chosen": "a",
+            "rejected": "b",
+            "user_id": n % 4,
+            "user_features": {"age": n % 4},
+            "split": ["train", "val", "test"][n % 3],
+        }
+        for n in range(12)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = said(capsys, path)
+    assert "splits: those that the rows carry" in lines and "user features: age" in lines
+    assert "  train: 4 pairs, 4 users, 4 prompts" in lines
+
+
+def test_latin_1_is_refused_row_by_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [["prompt", "chosen", "rejected", "user_id"]]
+    lines += [[f"p{n}", "caf\xe9" if n == 3 else "tea", "no", f"u{n % 2}"] for n in range(30)]
+    found = said(capsys, table(tmp_path / "rows.csv", lines, encoding="latin-1"))
+    assert found[0] == "records: 30, rows: 29" and "  1 bad UTF-8, first" in found[2]
+
+
+def test_no_user_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = table(tmp_path / "t.csv", [["prompt", "chosen", "rejected"], ["p", "a", "b"]])
+    with pytest.raises(ValueError, match=r"data.columns.user_id=COLUMN; the file has chosen, pr"):
+        said(capsys, path)
+    path = table(tmp_path / "a.csv", [HEADER[:4], ["p", "a", "b", "a"]])
+    with pytest.raises(ValueError, match=r"user_id") as caught:
+        said(capsys, path)
+    assert "\n" not in str(caught.value)
