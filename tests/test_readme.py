@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -46,10 +47,10 @@ def sections() -> dict[str, str]:
 
 
 def commands(section: str) -> list[str]:
-    """Commands of train.py and eval.py that a section shows."""
+    """Commands of train.py, eval.py and modules of plrhf that a section shows."""
     shown = [text for kind, text in FENCE.findall(sections()[section]) if kind == "bash"]
     lines = [line.split("  #")[0].strip() for block in shown for line in block.splitlines()]
-    return [line for line in lines if "train.py" in line or "eval.py" in line]
+    return [line for line in lines if re.search(r"train\.py|eval\.py|-m plrhf\.", line)]
 
 
 def rows(path: Path, n_users: int = 4) -> None:
@@ -116,11 +117,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run train.py or eval.py as its command line would, in this process."""
+    """Run train.py, eval.py or a module as its command line would, in this process."""
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     try:
         if script == "train.py":
             main("train", "plrhf.cli.run.train")
+        elif script != "eval.py":
+            import_module(script).command()
         else:
             main("eval", "plrhf.cli.tasks.evaluate")
     except SystemExit as stop:
@@ -145,12 +148,12 @@ def test_commands_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     run_dir = "runs/given"
-    if "train.py" not in commands(section)[0]:
+    if "eval.py" in commands(section)[0]:
         run("train.py", [*small([]), f"run_dir={run_dir}"], monkeypatch)
     for command in commands(section):
         words = [word for word in shlex.split(command) if not word.startswith("PYTHONPATH")]
-        script = words[1]
-        arguments = [stand_in(word, command, run_dir) for word in words[2:]]
+        script, *others = words[2:] if words[1] == "-m" else words[1:]
+        arguments = [stand_in(word, command, run_dir) for word in others]
         if script == "train.py":
             arguments += small(arguments)
             if not any(word.startswith("run_dir=") for word in arguments):
