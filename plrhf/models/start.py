@@ -113,7 +113,9 @@ class SvdStart(Start):
         if head.weights != "raw":
             raise _no_start("svd", "raw weights", "model.head.weights=raw")
         n_users, rank = len(encoder.offsets.weight) - 1, head.basis.weight.shape[0]
-        known, key = _FACTORS.setdefault(pairs, {}), (id(pairs.hidden), n_users, rank, self.ridge)
+        layer = [float(one.detach().sum()) for one in model.aggregator.text_parameters()]
+        key = (id(pairs.hidden), n_users, rank, self.ridge, *layer)
+        known = _FACTORS.setdefault(pairs, {})
         if key not in known:
             known[key] = self._factors(model, pairs, n_users=n_users, rank=rank)
         users, basis = known[key]
@@ -254,15 +256,22 @@ def train_loss(model: PersonalRewardModel, pairs: PairDataset) -> float:
     return total / len(pairs)
 
 
+@torch.no_grad()
 def text_differences(model: PersonalRewardModel, pairs: PairDataset) -> Tensor:
-    """Return h_chosen - h_rejected of train pairs, as the head sees them, [N, d] float64."""
+    """Return h_chosen - h_rejected of train pairs, as the head sees them, [N, d] float64.
+
+    A layer in front of the head transforms the texts with its initial weights.
+    """
     _check_pooled(model, pairs)
-    if len(model.aggregator.text_parameters()) > 0:
-        raise _no_start("pca or svd", "no layer", "aggregator.layer_width=null")
     assert pairs.hidden is not None
-    both = pairs.hidden[torch.arange(len(pairs))].double()  # [N, 2, d], prompts behind them if read
-    width = model.aggregator.output_size
-    return both[:, 0, :width] - both[:, 1, :width]
+    was_training = model.training
+    model.eval()  # without dropout
+    texts = model.aggregator.transform_texts(pairs.hidden.values.to(model.device))
+    model.train(was_training)
+    assert texts is not None
+    values = texts[:, : model.aggregator.output_size].double().cpu()  # prompts behind them if read
+    chosen, rejected = pairs.hidden.of_pair.T
+    return values[chosen] - values[rejected]
 
 
 def principal_directions(differences: Tensor, n: int) -> Tensor:

@@ -24,7 +24,7 @@ class JobRecord(Record):
         world: what people of other seeds must share to be the same people.
         trials: each with ``point``, ``val_loss``, ``val_accuracy``, ``step``. best: the one chosen.
         vmapped: whether trials were trained in one call.
-        seconds: of training all trials. seconds_per_user: of a new user's fit.
+        seconds: CPU time of training all trials. seconds_per_user: of a new user's fit.
         numbers_per_user: learned numbers that belong to one user alone.
         facts: of the rows, the same for all methods.
     """

@@ -90,12 +90,9 @@ def test_principal_directions_give_margins_of_variance_one() -> None:
 
 
 def basis_model(**settings: Any) -> Any:
-    return make_model(
-        PersonalRewardModel,
-        backbone=make_backbone(trainable="frozen"),
-        aggregator=NoAggregator(hidden_size=WIDTH, user_dim=WIDTH),
-        **{"head": "basis", **settings},
-    )
+    plain = {"aggregator": NoAggregator(hidden_size=WIDTH, user_dim=WIDTH), "head": "basis"}
+    backbone = make_backbone(trainable="frozen")
+    return make_model(PersonalRewardModel, backbone=backbone, **{**plain, **settings})
 
 
 class Data:
@@ -133,6 +130,21 @@ def test_pca_fills_the_directions_and_their_reverses() -> None:
             build_start(start).apply(other, data, total_steps=1)
     with pytest.raises(ValueError, match=r"^model\.start='svd' .* rank null"):
         build_start("svd").apply(model, data, total_steps=1)
+
+
+def test_pca_is_of_what_a_layer_makes_of_the_texts() -> None:
+    layer: Any = {"layer_width": 36, "layer_dropout": 0.5}
+    reads: Any = {"aggregator": NoAggregator(hidden_size=WIDTH, user_dim=WIDTH, **layer)}
+    model = basis_model(**reads, head={"name": "basis", "weights": "raw"})
+    data: Any = Data(model)
+    PcaStart().apply(model, data, total_steps=1)
+    weight, bias = (one.detach().double().numpy() for one in model.aggregator.text_parameters())
+    texts = data.hidden.values.double().numpy()
+    spread = np.sqrt(texts.var(axis=1, keepdims=True) + 1e-5)
+    values = np.tanh((texts - texts.mean(axis=1, keepdims=True)) / spread @ weight.T + bias)
+    chosen, rejected = data.hidden.of_pair.T.numpy()
+    expected = principal_directions(torch.from_numpy(values[chosen] - values[rejected]), 3)
+    torch.testing.assert_close(model.head.basis.weight[:3], expected.float())
 
 
 def test_a_published_head_is_where_everybody_starts(tmp_path: Any) -> None:
