@@ -18,6 +18,7 @@ quickstart: $(ENV)
 	$(BIN)/python train.py experiment=quickstart run_dir=$(QUICK)/personalised overwrite=true
 	$(BIN)/python train.py experiment=quickstart_policy run_dir=$(QUICK)/policy overwrite=true
 	$(BIN)/python eval.py eval=compare runs='$(QUICK)/*' out=$(QUICK)/report
+	@echo "next: $(BIN)/plrhf adapt run=$(QUICK)/personalised    # new users, from a few pairs of theirs"
 
 test: $(ENV)
 	$(BIN)/python -m pytest -n 2 --dist worksteal

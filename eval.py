@@ -9,7 +9,7 @@ python eval.py eval=compare runs='runs/*' out=DIR   # one table, one report
 python eval.py eval=referee data=jsonl data.path=F backbone.path=DIR  # every method, by one protocol
 """
 
-from plrhf.cli.main import evaluate
+from plrhf.cli.commands import evaluate
 
 if __name__ == "__main__":
     evaluate()

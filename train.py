@@ -6,7 +6,7 @@ python train.py data=jsonl data.path=rows.jsonl backbone=hf backbone.path=DIR
 python train.py -m encoder=none,lookup seed=1,2,3   # a sweep
 """
 
-from plrhf.cli.main import train
+from plrhf.cli.commands import train
 
 if __name__ == "__main__":
     train()

@@ -7,7 +7,6 @@ import json
 import re
 import shlex
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from tiny import language_model
 from transformers import PreTrainedTokenizerFast
 
 from plrhf.backbone.tiny import tiny_gptj, train_tokenizer
-from plrhf.cli.main import main
+from plrhf.cli import commands
 
 README = Path(__file__).parent.parent / "README.md"
 FENCE = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
@@ -46,11 +45,11 @@ def sections() -> dict[str, str]:
     return found
 
 
-def commands(section: str) -> list[str]:
-    """Commands of train.py, eval.py and modules of plrhf that a section shows."""
+def commands_of(section: str) -> list[str]:
+    """Commands of train.py, eval.py and plrhf that a section shows."""
     shown = [text for kind, text in FENCE.findall(sections()[section]) if kind == "bash"]
     lines = [line.split("  #")[0].strip() for block in shown for line in block.splitlines()]
-    return [line for line in lines if re.search(r"train\.py|eval\.py|-m plrhf\.", line)]
+    return [line for line in lines if re.search(r"train\.py|eval\.py|^plrhf ", line)]
 
 
 def rows(path: Path, n_users: int = 4) -> None:
@@ -117,25 +116,22 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run train.py, eval.py or a module as its command line would, in this process."""
+    """Run train.py, eval.py or plrhf as its command line would, in this process."""
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     try:
-        if script == "train.py":
-            main("train", "plrhf.cli.run.train")
-        elif script != "eval.py":
-            import_module(script).command()
-        else:
-            main("eval", "plrhf.cli.tasks.evaluate")
+        {"train.py": commands.train, "eval.py": commands.evaluate, "plrhf": commands.plrhf}[
+            script
+        ]()
     except SystemExit as stop:
         pytest.fail(f"{script} ended with {stop.code} as {arguments}")
 
 
-WITH_COMMANDS = [section for section in sections() if commands(section)]
+WITH_COMMANDS = [section for section in sections() if commands_of(section)]
 
 
 def test_commands_stand_in_several_sections() -> None:
     assert len(WITH_COMMANDS) > 5
-    assert sum(len(commands(section)) for section in WITH_COMMANDS) > 30
+    assert sum(len(commands_of(section)) for section in WITH_COMMANDS) > 30
 
 
 @pytest.mark.slow
@@ -148,11 +144,11 @@ def test_commands_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     run_dir = "runs/given"
-    if "eval.py" in commands(section)[0]:
+    if "eval.py" in commands_of(section)[0]:
         run("train.py", [*small([]), f"run_dir={run_dir}"], monkeypatch)
-    for command in commands(section):
+    for command in commands_of(section):
         words = [word for word in shlex.split(command) if not word.startswith("PYTHONPATH")]
-        script, *others = words[2:] if words[1] == "-m" else words[1:]
+        script, *others = words[1:] if words[0] == "python" else words
         arguments = [stand_in(word, command, run_dir) for word in others]
         if script == "train.py":
             arguments += small(arguments)

@@ -55,7 +55,7 @@ def test_its_commands_find_their_settings(wheel: Path, tmp_path: Path) -> None:
     assert commands.keys() == {"plrhf"}
     for name, value in commands.items():
         assert callable(EntryPoint(name, value, "console_scripts").load())
-    asked = "from plrhf.cli.main import CONF, command; print(CONF); command()"
+    asked = "from plrhf.cli.commands import CONF, plrhf; print(CONF); plrhf()"
     done = subprocess.run(
         [sys.executable, "-c", asked, "train", "encoder=nobody"],
         cwd=tmp_path,

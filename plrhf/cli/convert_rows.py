@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 from plrhf.cli.config import Section, check_writable
-from plrhf.cli.main import main
 from plrhf.core.components import Settings
 from plrhf.core.errors import bad_value
 from plrhf.data.sources.published import PUBLISHED
@@ -49,12 +48,3 @@ def convert_rows(settings: Settings) -> None:
     os.replace(part, out)
     parts = ", ".join(f"{splits[name]:,} {name}" for name in ("train", "val", "test"))
     print(f"{sum(splits.values()):,} rows of {len(users):,} users ({parts}): {out}")
-
-
-def command() -> None:
-    """Run the command line of ``python -m plrhf.cli.convert_rows``."""
-    main("convert", "plrhf.cli.convert_rows.convert_rows")
-
-
-if __name__ == "__main__":
-    command()

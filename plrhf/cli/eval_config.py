@@ -185,23 +185,27 @@ class EvalConfig(Section):
                 raise bad_value(f"data.{name}", value, reason, f"Leave data.{name} out")
 
 
+TASKS: dict[str, Any] = {
+    "score": ScoreTask,
+    "compare": CompareTask,
+    "winrate": WinrateTask,
+    "referee": RefereeTask,
+    "adapt": AdaptTask,
+    "generate": GenerationOptions,
+}
+"""Class of the settings of each task."""
+
+
 def _read_task(node: Mapping[str, Any]) -> Task:
     """Check the settings ``eval`` and return the task they choose."""
-    sections: dict[str, type[Section]] = {
-        "score": ScoreTask,
-        "compare": CompareTask,
-        "winrate": WinrateTask,
-        "referee": RefereeTask,
-    }
-    if node["name"] in sections:
-        return sections[node["name"]].read(node, "eval")  # type: ignore[return-value]
-    if node["name"] == "generate":
+    kind = TASKS[node["name"]]
+    if kind is GenerationOptions:
         rest = dict(node)
         settings, best_of = rest.pop("best_of"), None
         if (settings["n"], settings["reward"]) != (None, None):
             best_of = construct(BestOf, settings, "eval.best_of")
         return construct(GenerationOptions, rest, "eval", origin="eval", best_of=best_of)
-    return AdaptTask.read(node)
+    return AdaptTask.read(node) if kind is AdaptTask else kind.read(node, "eval")
 
 
 def overrides_of(*sections: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Says what is in a file of judgments, how it is read, and what training would leave out.
 
-    python -m plrhf.cli.inspect_rows data.path=FILE [backbone.path=DIR]
+    plrhf data inspect FILE [backbone.path=DIR]
 
 Nothing is trained or written.
 """
@@ -16,7 +16,6 @@ import numpy as np
 from plrhf.backbone.loading import check_path, load_tokenizer
 from plrhf.cli.assemble import build_data, print_lines
 from plrhf.cli.config import DataConfig, Section, Seed
-from plrhf.cli.main import main
 from plrhf.core.components import Settings
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import SPLITS, Row, Rows
@@ -138,12 +137,3 @@ def _spread(values: Iterable[int]) -> str:
     """Return smallest, median and largest of some whole numbers."""
     least, middle, most = np.quantile(np.array(list(values)), [0, 0.5, 1])
     return f"{least:,.0f} to {most:,.0f}, median {middle:,.0f}"
-
-
-def command() -> None:
-    """Run the command line of ``python -m plrhf.cli.inspect_rows``."""
-    main("inspect", "plrhf.cli.inspect_rows.inspect_rows")
-
-
-if __name__ == "__main__":
-    command()

@@ -10,7 +10,6 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,47 +48,6 @@ NOT_FOR_THE_USER = (
     r"Checkpoint directory .* exists and is not empty",
     r"You have overridden `on_before_batch_transfer` in `LightningModule`",
 )
-
-
-def train() -> None:
-    """Run the command line of train.py, ``plrhf train``."""
-    main("train", "plrhf.cli.run.train")
-
-
-def evaluate() -> None:
-    """Run the command line of eval.py, ``plrhf eval``."""
-    main("eval", "plrhf.cli.tasks.evaluate")
-
-
-def serve() -> None:
-    """Run the command line of ``python -m plrhf.serving``, ``plrhf serve``."""
-    with exit_on_errors("serve"):
-        for library in ("fastapi", "uvicorn", "sqlalchemy", "prometheus_client"):
-            if find_spec(library) is None:
-                cure = "Install the extra: pip install -c constraints.txt '.[serve]'"
-                raise bad_value("plrhf serve", library, "a library that is installed", cure)
-    main("serve", "plrhf.cli.serve.serve")
-
-
-def make_styles() -> None:
-    """Run the command line of ``python -m plrhf.cli.make_styles``, ``plrhf make-styles``."""
-    main("make_styles", "plrhf.cli.make_styles.make_styles")
-
-
-COMMANDS = {"train": train, "eval": evaluate, "serve": serve, "make-styles": make_styles}
-
-
-def command() -> None:
-    """Run ``plrhf NAME SETTING=VALUE ...``, the installed command."""
-    name = sys.argv[1] if len(sys.argv) > 1 else None
-    if name not in COMMANDS:
-        wrong = bad_value(
-            "plrhf", name, f"one of the commands {', '.join(COMMANDS)}", "Write plrhf train"
-        )
-        print(f"error: {wrong}", file=sys.stderr)
-        sys.exit(USAGE_ERROR)
-    sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
-    COMMANDS[name]()
 
 
 def main(config_name: str, task: str) -> None:

@@ -8,6 +8,7 @@ If it is started again with the same FILE it continues where it stopped.
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from os.path import commonprefix
@@ -19,8 +20,8 @@ from rich.progress import Progress
 
 from plrhf.backbone.decoding import write_tokens
 from plrhf.backbone.model import Backbone
-from plrhf.cli import main
 from plrhf.cli.assemble import open_backbone, path_of
+from plrhf.cli.commands import run
 from plrhf.cli.config import BackboneConfig, Section, Seed, check_writable
 from plrhf.core.checks import PositiveInt
 from plrhf.core.components import Settings
@@ -185,4 +186,4 @@ def _summary(texts: list[StyleText]) -> str:
 
 
 if __name__ == "__main__":
-    main.make_styles()
+    run("data styles", sys.argv[1:], shown="python -m plrhf.cli.make_styles")

@@ -1,6 +1,8 @@
 """``python -m plrhf.serving run=DIR``: the same as ``plrhf serve run=DIR``."""
 
-from plrhf.cli.main import serve
+import sys
+
+from plrhf.cli.commands import run
 
 if __name__ == "__main__":
-    serve()
+    run("serve", sys.argv[1:], shown="python -m plrhf.serving")

@@ -1,0 +1,159 @@
+"""The commands: `plrhf NAME`, train.py, eval.py and the modules that can be run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+
+from plrhf.cli.main import CONF, USAGE_ERROR, exit_on_errors, main
+from plrhf.core.errors import bad_value
+
+SERVING = ("fastapi", "uvicorn", "sqlalchemy", "prometheus_client")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command runs.
+
+    Attributes:
+        about: one sentence for the list of commands.
+        config: name of its settings in conf/. task: dotted path of a function of settings.
+        given: overrides that it begins with.
+        positional: names of settings whose values may be given without their names, in this order.
+        needs: libraries of an extra. extra: its name.
+    """
+
+    about: str
+    config: str
+    task: str
+    given: tuple[str, ...] = ()
+    positional: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    extra: str = ""
+
+
+def _evaluation(name: str, about: str) -> Command:
+    return Command(about, "eval", "plrhf.cli.tasks.evaluate", (f"eval={name}",))
+
+
+COMMANDS = {
+    "train": Command("Train a reward model or a policy.", "train", "plrhf.cli.run.train"),
+    "plan": Command(
+        "Say what a training would need.", "train", "plrhf.cli.run.train", ("plan=true",)
+    ),
+    "eval": Command("Evaluate finished runs (eval=NAME).", "eval", "plrhf.cli.tasks.evaluate"),
+    "score": _evaluation("score", "Test a run again, also on other rows."),
+    "compare": _evaluation("compare", "Put runs into one table and one report."),
+    "adapt": _evaluation("adapt", "Fit new users to a few pairs of theirs, and test them."),
+    "generate": _evaluation("generate", "Write texts for many users."),
+    "winrate": _evaluation("winrate", "Judge two runs' texts side by side."),
+    "referee": _evaluation("referee", "Compare all methods by one protocol."),
+    "data inspect": Command(
+        "Say what is in a file of judgments: data inspect FILE",
+        "inspect",
+        "plrhf.cli.inspect_rows.inspect_rows",
+        positional=("data.path",),
+    ),
+    "data convert": Command(
+        "Make rows of a public source: data convert polis|llmfao|ukpconvarg1 DIR OUT",
+        "convert",
+        "plrhf.cli.convert_rows.convert_rows",
+        positional=("source", "path", "out"),
+    ),
+    "data styles": Command(
+        "Let a language model write the texts of data=styles.",
+        "make_styles",
+        "plrhf.cli.make_styles.make_styles",
+    ),
+    "serve": Command(
+        "Serve an export over HTTP to many people.",
+        "serve",
+        "plrhf.cli.serve.serve",
+        positional=("run",),
+        needs=SERVING,
+        extra="serve",
+    ),
+}
+
+
+def run(name: str, arguments: Sequence[str], *, shown: str | None = None) -> None:
+    """Run a command, or print its help.
+
+    Args:
+        name: in `COMMANDS`. arguments: what follows it on the command line.
+        shown: how the command was called, for its help; None: ``plrhf name``.
+    """
+    command, shown = COMMANDS[name], f"plrhf {name}" if shown is None else shown
+    with exit_on_errors(command.config):
+        for library in command.needs:
+            if find_spec(library) is None:
+                cure = f"Install the extra: pip install -c constraints.txt '.[{command.extra}]'"
+                raise bad_value(shown, library, "a library that is installed", cure)
+        given = _named(command, arguments)
+        if any(one in ("-h", "--help") for one in given):
+            from plrhf.cli.settings_help import help_text  # it loads all components
+
+            overrides = [one for one in given if "=" in one and not one.startswith("-")]
+            print(help_text(shown, command.config, [*command.given, *overrides], CONF))
+            return
+    sys.argv = [shown, *command.given, *given]
+    main(command.config, command.task)
+
+
+def _named(command: Command, arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with the names of those that were given by position."""
+    names = list(command.positional)
+    given = []
+    for one in arguments:
+        if len(names) > 0 and "=" not in one and not one.startswith(("-", "~", "+")):
+            one = f"{names.pop(0)}='{one}'"
+        given.append(one)
+    return given
+
+
+def plrhf() -> None:
+    """Run ``plrhf NAME SETTING=VALUE ...``, the installed command."""
+    words = sys.argv[1:]
+    if words[:1] in (["--version"], ["version"]):
+        print(f"plrhf {version('plrhf')}")
+    elif words[:1] in ([], ["-h"], ["--help"], ["help"]):
+        print(_overview())
+    elif (name := " ".join(words[:2])) in COMMANDS:
+        run(name, words[2:])
+    elif words[0] in COMMANDS:
+        run(words[0], words[1:])
+    else:
+        wrong = bad_value(
+            "plrhf", name, f"one of the commands {', '.join(COMMANDS)}", "Write plrhf --help"
+        )
+        print(f"error: {wrong}", file=sys.stderr)
+        sys.exit(USAGE_ERROR)
+
+
+def _overview() -> str:
+    """Return the list of commands."""
+    lines = [f"  {name:14} {command.about}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "plrhf COMMAND SETTING=VALUE ...",
+            "",
+            "Personalised RLHF: user models learned with reward models and policies.",
+            "",
+            *lines,
+            "",
+            "plrhf COMMAND --help shows its settings; plrhf --version the version.",
+        ]
+    )
+
+
+def train() -> None:
+    """Run the command line of train.py."""
+    run("train", sys.argv[1:], shown="python train.py")
+
+
+def evaluate() -> None:
+    """Run the command line of eval.py."""
+    run("eval", sys.argv[1:], shown="python eval.py")
