@@ -110,7 +110,9 @@ def build_run_model(
         path: where the backbone was loaded from, for the model's card.
     """
     card = make_card(config, data, backbone, path)
-    return build_model(backbone, card, optim=config.optim)
+    model: PersonalModule = build_model(backbone, card, optim=config.optim)
+    model.own_pairs = data.own_pairs
+    return model
 
 
 def make_card(config: RunConfig, data: PreferenceData, backbone: Backbone, path: str) -> Card:

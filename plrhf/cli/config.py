@@ -222,6 +222,8 @@ class DataConfig(Section):
     on_long_response: Literal["drop", "truncate"]
     separator: str
     use_user_text: bool
+    context_pairs: NonNegativeInt
+    min_context_pairs: NonNegativeInt
 
     @classmethod
     def read(cls, settings: Mapping[str, Any], field: str) -> Self:

@@ -165,7 +165,7 @@ def read_method(
     """Compose a method with its grid for some rows.
 
     Raises:
-        ValueError: the method has no grid, or is not a reward model on frozen features.
+        ValueError: the method has no grid, or is not a reward model on frozen features of texts alone.
     """
     settings = compose_method(name, rows, [*overrides, f"seed={seed}"])
     config = RunConfig.parse(settings)
@@ -176,6 +176,10 @@ def read_method(
         raise bad_value(
             f"method/{name}", shown, "model=reward, backbone.trainable=frozen", "Set both"
         )
+    if config.data.context_pairs > 0:
+        allowed = "0, as features are those of texts alone"
+        cure = "Measure it with eval=adapt eval/adaptation=encode, which has the same controls"
+        raise bad_value("data.context_pairs", config.data.context_pairs, allowed, cure)
     points = grid_points(config.referee.grid, n_trials)
     trials = [
         Trial(point, RunConfig.parse(with_settings(settings, point)) if point else config)

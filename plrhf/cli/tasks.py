@@ -242,6 +242,8 @@ def load_run(
         trust_remote_code=trained.backbone.trust_remote_code,
         trust_components=config.trust_components,
     )
+    if config.data is not None:
+        data.own_pairs = model.own_pairs
     data.tokenize(
         load_tokenizer(str(export)),
         layout=model.backbone.layout,

@@ -26,10 +26,11 @@ from plrhf.data.dataset import (
     longest_first,
 )
 from plrhf.data.features import FeatureSchema
+from plrhf.data.in_context import InContextTokenizer, OwnPairs, put_in_context, row_tokenizer
 from plrhf.data.packing import LAYOUTS, Layout, LayoutName
 from plrhf.data.reading import read_rows
 from plrhf.data.reasons import Reason, RefusedRow
-from plrhf.data.rows import SPLITS, Person, Row, Rows
+from plrhf.data.rows import SPLITS, Rows, people_in
 from plrhf.data.samplers import (
     BatchIndices,
     ResumableBatchSampler,
@@ -42,8 +43,9 @@ from plrhf.data.split_by import SplitBy
 from plrhf.data.splits import all_as_test, split_rows, with_shuffled_users
 from plrhf.data.text_value_cache import TextValueCache
 from plrhf.data.text_values import compute_text_values
-from plrhf.data.tokenizer import RowTokenizer, Tokenizer
+from plrhf.data.tokenizer import Tokenizer
 from plrhf.data.tokens import TokenFile, load_or_tokenize
+from plrhf.data.usable_rows import check_some_fit, tokenizing_notes
 
 FRACTIONS = ("val_fraction", "test_fraction")
 """Fractions by which either the source or `split_rows` divides the rows."""
@@ -64,10 +66,13 @@ class PreferenceData(LightningDataModule):
         shuffle_users: permute users over the train rows and over the val rows, as a control.
         users, schema: of a trained model that is evaluated on these rows. All rows (of split "test", if
             rows have a split) are then test rows. None: both come from the train rows.
+        context_pairs, min_context_pairs: `most` and `least` of `in_context.put_in_context`.
         others: see `reading.read_rows`, `splits.split_rows`, `tokenizer.RowTokenizer`.
 
     Attributes:
         datasets: tokenised pairs by split.
+        own_pairs: pairs that are put in front of users' prompts; set before `tokenize` if not drawn from
+            these rows. None without `context_pairs`.
         shard: this process's part of each batch.
     """
 
@@ -95,6 +100,8 @@ class PreferenceData(LightningDataModule):
         on_long_response: str = "drop",
         separator: str = "\n",
         use_user_text: bool = False,
+        context_pairs: int = 0,
+        min_context_pairs: int = 1,
         users: Sequence[str] | None = None,
         schema: FeatureSchema | None = None,
     ) -> None:
@@ -140,8 +147,11 @@ class PreferenceData(LightningDataModule):
             "on_long_response": on_long_response,
             "separator": separator,
             "use_user_text": use_user_text,
+            **({"context_pairs": context_pairs} if context_pairs > 0 else {}),
         }
+        self.context_pairs = {"least": min_context_pairs, "most": context_pairs, "seed": seed}
         self.max_tokens = max_tokens
+        self.own_pairs: OwnPairs | None = None
         self.datasets: dict[str, PairDataset] = {}
         self.truncated: dict[str, int] = {}
         self.shard = SINGLE_PROCESS
@@ -195,7 +205,7 @@ class PreferenceData(LightningDataModule):
                 none fits.
         """
         self.fit_to_model(max_positions=max_positions, user_slots=user_slots)
-        self.row_tokenizer = RowTokenizer(tokenizer, **self.tokenizer_options)  # type: ignore[arg-type]
+        self.row_tokenizer = row_tokenizer(tokenizer, self.tokenizer_options)
         tokens = load_or_tokenize(
             self._rows.select(self._counted), self.row_tokenizer, cache_dir=cache_dir
         )
@@ -204,7 +214,8 @@ class PreferenceData(LightningDataModule):
         fits = np.ones(len(self._rows), dtype=np.bool_)
         fits[self._counted] = self._fitting(tokens)
         n_too_long = int((~fits).sum()) - len(tokens.refused)
-        self._check_some_fit(fits, n_too_long=n_too_long)
+        limits = {"n_too_long": n_too_long, "max_tokens": self.max_tokens}
+        check_some_fit(self.splits, fits, self.report, **limits)
         if not fits.all():
             self._split(fits)
         self.truncated = dict.fromkeys(("prompt truncated", "response truncated"), 0)
@@ -217,6 +228,10 @@ class PreferenceData(LightningDataModule):
             else:
                 pairs = tokens.select(np.searchsorted(self._counted, self.splits.indices[split]))
             self._keep(split, rows, pairs, LAYOUTS[layout])
+        if isinstance(self.row_tokenizer, InContextTokenizer):
+            self.row_tokenizer.own_pairs = self.own_pairs or {}
+            put_in_context(self.datasets, self.row_tokenizer, cache_dir, **self.context_pairs)
+            self.own_pairs = self.row_tokenizer.own_pairs
 
     def _keep(self, split: str, rows: Rows, pairs: TokenFile, layout: Layout) -> None:
         """Make the dataset of a split, and count the rows that were truncated."""
@@ -275,25 +290,6 @@ class PreferenceData(LightningDataModule):
                 f"Set data.max_tokens={max_positions}",
             )
 
-    def _check_some_fit(self, fits: NDArray[np.bool_], *, n_too_long: int) -> None:
-        """Raise a ValueError if a split has rows but none of them fits."""
-        n_refused = self.report.refused[Reason.CHAT_TEMPLATE.value]
-        for split in SPLITS:
-            n_rows = len(self.splits.indices[split])
-            if n_rows == 0 or fits[self.splits.indices[split]].any():
-                continue
-            if n_refused > 0 and n_too_long == 0:
-                shown = f"0 of {n_rows:,} {split} rows usable"
-                allowed = f"prompts that the chat template writes ({n_refused:,} rows refused)"
-                first = self.report.examples[Reason.CHAT_TEMPLATE.value].removesuffix(".")
-                raise bad_value("rows", shown, allowed, f"Mend what the first one names: {first}")
-            raise bad_value(
-                "data.max_tokens",
-                self.max_tokens,
-                f"room for some of the {n_rows} {split} rows, and none fits",
-                "Raise data.max_tokens",
-            )
-
     def _count_refused(self, refused: Sequence[str]) -> None:
         """Count rows that the chat template refuses; with on_bad_row=error raise the first one's error."""
         if len(refused) == 0:
@@ -304,26 +300,7 @@ class PreferenceData(LightningDataModule):
 
     def tokenizing_notes(self) -> list[str]:
         """Return lines for the terminal on rows that were truncated or left out in tokenising."""
-        total = len(self._counted)
-        notes = []
-        reason = Reason.CHAT_TEMPLATE.value
-        if self.report.refused[reason] > 0:
-            notes.append(
-                f"refused: {self.report.refused[reason]:,} of {total:,} rows, {reason}, first "
-                f"{self.report.examples[reason]}"
-            )
-        for what, cure in (
-            (
-                "response too long",
-                "dropped; raise data.max_tokens or set data.on_long_response=truncate",
-            ),
-            ("response truncated", "raise data.max_tokens to keep them whole"),
-            ("prompt truncated", "raise data.max_prompt_tokens to keep them whole"),
-        ):
-            n_rows = self.truncated[what]
-            if n_rows > 0:
-                notes.append(f"{what}: {n_rows:,} of {total:,} rows ({n_rows / total:.0%}); {cure}")
-        return notes
+        return tokenizing_notes(self.report, self.truncated, len(self._counted))
 
     def content_hash(self) -> str:
         """Hash every field and the order of all rows read, including rows that are dropped later.
@@ -443,8 +420,3 @@ class PreferenceData(LightningDataModule):
             dataset.hidden = compute_text_values(
                 dataset, pool, self.eval_batch_size, cache, shard=self.shard
             )
-
-
-def people_in(rows: Sequence[Row]) -> Sequence[Row | Person]:
-    """Return the users of rows, by first appearance; of a plain list, a user may appear repeatedly."""
-    return rows.distinct_people() if isinstance(rows, Rows) else rows

@@ -158,6 +158,11 @@ class Rows(LazySequence[Row]):
         return Rows.from_rows, (list(self),)  # its own rows, not the file's others
 
 
+def people_in(rows: Sequence[Row]) -> Sequence[Row | Person]:
+    """Return the users of rows, by first appearance; of a plain list, a user may appear repeatedly."""
+    return rows.distinct_people() if isinstance(rows, Rows) else rows
+
+
 TEXT_COLUMNS = (
     *("prompt", "messages", "chosen", "rejected", "prompt_id", "pair_id"),
     *("split", "chosen_id", "rejected_id"),

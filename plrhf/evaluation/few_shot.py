@@ -6,7 +6,7 @@ The given pairs (shots) are those that a user is fitted to. The asked pairs are 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -26,8 +26,10 @@ from plrhf.core.stats import (
 )
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.dataset import PairDataset
+from plrhf.data.in_context import InContextTokenizer, row_tokenizer
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Row
+from plrhf.data.tokenizer import RowTokenizer
 from plrhf.evaluation.records import Record
 from plrhf.models.adaptation.base import (
     Adaptation,
@@ -153,12 +155,12 @@ def learning_curve(
     """
     model.eval()
     given, asked = rows_of_users(data, options.users)
-    dataset = dataset_of(
-        model, data.row_tokenizer, [*given, *asked], batch_size=data.eval_batch_size
-    )
+    tokenizer = row_tokenizer(data.row_tokenizer.tokenizer, data.tokenizer_options)
+    dataset = dataset_of(model, tokenizer, [*given, *asked], batch_size=data.eval_batch_size)
     given_ids = {row.pair_id for row in given}
     trials, left_out = draw_trials(dataset.rows, given_ids, options, seed=seed)
-    curve = FewShotTrials(model, dataset, trials, batch_size=data.eval_batch_size)
+    size = data.eval_batch_size
+    curve = FewShotTrials(model, dataset, trials, batch_size=size, row_tokenizer=tokenizer)
     margins: dict[str, list[np.ndarray]] = {name: [] for name in (*FITTED, "generic")}
     nobody = AdaptedUsers(vectors=model.encoder.generic(curve.n_trials).detach().to(model.device))
     generic = curve.margins(nobody, curve.own)
@@ -276,6 +278,9 @@ def _too_few(rooms: Sequence[int], options: FewShotOptions) -> Exception:
 class FewShotTrials:
     """Fits the user of every trial and computes their margins; trials are numbered by draw, then user.
 
+    Args:
+        row_tokenizer: if it puts pairs in front of prompts, these are exactly the pairs given.
+
     Raises:
         ValueError: a pair is both given and asked.
     """
@@ -287,9 +292,13 @@ class FewShotTrials:
         trials: Sequence[Sequence[Trial]],
         *,
         batch_size: int,
+        row_tokenizer: RowTokenizer | None = None,
     ) -> None:
         check_trials(trials, dataset.rows)
         self.model, self.dataset, self.batch_size = model, dataset, batch_size
+        self.in_context: InContextTokenizer | None = None
+        if isinstance(row_tokenizer, InContextTokenizer):
+            self.in_context = row_tokenizer
         self.trials = [trial for of_draw in trials for trial in of_draw]
         self.n_trials = len(self.trials)
         self.asked = [place for trial in self.trials for place in trial.asked]
@@ -322,7 +331,13 @@ class FewShotTrials:
         given = [(place, n) for n in range(self.n_trials) for place in pairs_of(n, k)]
         places, owners = [place for place, _ in given], [owner for _, owner in given]
         batches = batches_of(self.dataset, places, owners, batch_size=self.batch_size)
-        return rule.fit(self.model, batches, n_users=self.n_trials)
+        users = rule.fit(self.model, batches, n_users=self.n_trials)
+        if self.in_context is None:
+            return users
+        pairs = [
+            [self.dataset.rows[place] for place in pairs_of(n, k)] for n in range(self.n_trials)
+        ]
+        return replace(users, own_pairs=pairs)
 
     def margins(
         self, users: AdaptedUsers, owners: Sequence[int], *, attenuated: bool = False
@@ -338,10 +353,27 @@ class FewShotTrials:
                 return attenuated_margins(self.model, batch, users)
             return score_pairs(self.model, batch, users.vectors)[0]
 
-        batches = batches_of(self.dataset, self.asked, owners, batch_size=self.batch_size)
+        dataset, places = self._asked_of(users, owners)
+        batches = batches_of(dataset, places, owners, batch_size=self.batch_size)
         with torch.no_grad():
             found = compute_per_pair(of_batch, batches, users.vectors.device)
         return found.double().numpy()
+
+    def _asked_of(
+        self, users: AdaptedUsers, owners: Sequence[int]
+    ) -> tuple[PairDataset, Sequence[int]]:
+        """Return a dataset with the pairs asked, and their indices in it.
+
+        Own pairs of the users in `owners` are put in front of the prompts, if there are any.
+        """
+        if self.in_context is None or users.own_pairs is None:
+            return self.dataset, self.asked
+        rows = [
+            self.in_context.with_pairs(self.dataset.rows[place], users.own_pairs[owner])
+            for place, owner in zip(self.asked, owners, strict=True)
+        ]
+        whole = self.in_context.whole
+        return dataset_of(self.model, whole, rows, batch_size=self.batch_size), range(len(rows))
 
     def outcomes(self, margins: np.ndarray) -> Outcomes:
         """Return margins [N] of the pairs asked as `Outcomes`; a pair asked in two draws counts twice."""

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from plrhf.data.module import PreferenceData, people_in
-from plrhf.data.rows import Person, Row
+from plrhf.data.module import PreferenceData
+from plrhf.data.rows import Person, Row, people_in
 
 T = TypeVar("T")
 

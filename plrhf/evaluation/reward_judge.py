@@ -60,11 +60,11 @@ class RewardJudge(Judge):
             export, trust_remote_code=trust_remote_code, trust_components=trust_components
         )
         text = self.model.card.text
-        if text["use_user_text"]:
+        if text["use_user_text"] or "context_pairs" in text:
             raise bad_value(
                 "eval.judge.export",
                 str(export),
-                "a reward model trained with data.use_user_text=false",
+                "a reward model trained with data.use_user_text=false and data.context_pairs=0",
                 "Train one, as generated texts come without their users' own",
             )
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")

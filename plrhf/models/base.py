@@ -23,6 +23,7 @@ from plrhf.core.errors import bad_value
 from plrhf.core.row_packing import NO_USER
 from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
 from plrhf.data.dataset import PairDataset
+from plrhf.data.in_context import OwnPairs
 from plrhf.data.module import PreferenceData
 from plrhf.data.tokenizer import Tokenizer
 from plrhf.encoders import UserEncoder
@@ -65,12 +66,14 @@ class PersonalModule(LightningModule):
         card: settings that the model was built from; missing if it was built from its parts.
         enrolled: vectors [n, user_dim] of the last n users of the card, who have no rows in the
             encoder.
+        own_pairs: pairs of users that are put in front of their prompts; None: not known.
         tokenizer, directory: of the export that the model was loaded from; missing otherwise.
     """
 
     pooling: str = "mean"
     card: Card
     enrolled: Tensor
+    own_pairs: OwnPairs | None = None
     tokenizer: Tokenizer
     directory: Path
 

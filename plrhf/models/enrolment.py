@@ -11,7 +11,7 @@ from torch import Tensor
 
 from plrhf.core.errors import bad_value
 from plrhf.models.card import Card, read_card
-from plrhf.models.export import USER_MODEL, enrolled_vectors, replace_users
+from plrhf.models.export import USER_MODEL, enrolled_vectors, read_own_pairs, replace_users
 
 if TYPE_CHECKING:
     from plrhf.models.adaptation import NewUser
@@ -38,9 +38,12 @@ def enrol(directory: str | Path, user_id: str, user: NewUser) -> None:
         if not bool(value.isfinite().all()):
             raise bad_value("user", name, "finite numbers", "Adapt the user to this export")
     tables, vectors = _tables(directory), enrolled_vectors(Path(directory))
+    own_pairs = read_own_pairs(Path(directory))
+    if own_pairs is not None:
+        own_pairs[user_id] = list(user.pairs)
     if user.rows is None:
         vectors = _with_vector(card, vectors, user.vector)
-        replace_users(directory, [*card.users, user_id], tables, vectors)
+        replace_users(directory, [*card.users, user_id], tables, vectors, own_pairs)
         return
     shapes = {name: tuple(table.shape[1:]) for name, table in tables.items()}
     given = {name: tuple(row.shape) for name, row in user.rows.items()}
@@ -50,7 +53,7 @@ def enrol(directory: str | Path, user_id: str, user: NewUser) -> None:
         name: torch.cat([table, user.rows[name][None].to(table)]) for name, table in tables.items()
     }
     in_tables, others = card.users[: card.n_in_tables], card.users[card.n_in_tables :]
-    replace_users(directory, [*in_tables, user_id, *others], grown, vectors)
+    replace_users(directory, [*in_tables, user_id, *others], grown, vectors, own_pairs)
 
 
 def forget(directory: str | Path, user_id: str) -> None:
@@ -73,7 +76,10 @@ def forget(directory: str | Path, user_id: str) -> None:
         vectors = _without(vectors, place - 1 - card.n_in_tables)
     else:
         tables = {name: _without(table, place) for name, table in tables.items()}
-    replace_users(directory, users, tables, vectors)
+    own_pairs = read_own_pairs(Path(directory))
+    if own_pairs is not None:
+        own_pairs.pop(user_id, None)
+    replace_users(directory, users, tables, vectors, own_pairs)
 
 
 def _with_vector(card: Card, vectors: Tensor | None, vector: Tensor) -> Tensor:

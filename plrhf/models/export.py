@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,12 +18,16 @@ from torch import Tensor
 
 from plrhf.backbone.sharding import gathered
 from plrhf.core.errors import bad_value
+from plrhf.data.in_context import OwnPairs
+from plrhf.data.parsing import parse_row
+from plrhf.data.rows import Row
 from plrhf.encoders import PairReader
 from plrhf.models.adaptation.fitting import user_tables
 from plrhf.models.card import CARD, Card, card_text, read_card
 
 USER_MODEL = "user_encoder.safetensors"
 ENROLLED = "enrolled.safetensors"
+OWN_PAIRS = "own_pairs.json"
 BACKBONE = "backbone"
 README = "README.md"
 
@@ -52,6 +57,8 @@ def save_export(directory: Path, model: Any, card: Card, tokenizer: Any) -> None
         save_file(user_model_state(model), part / USER_MODEL)
     if len(model.enrolled) > 0:
         save_file({"vectors": model.enrolled.cpu()}, part / ENROLLED)
+    if model.own_pairs is not None:
+        (part / OWN_PAIRS).write_text(pairs_text(model.own_pairs))
     if card.ships_backbone and model.backbone.trainable != "full":
         _copy_backbone(Path(card.backbone["path"]), part / BACKBONE)
         card = replace(card, backbone={**card.backbone, "path": BACKBONE})
@@ -91,6 +98,28 @@ def check_files(directory: Path, card: Card) -> None:
             )
 
 
+def read_own_pairs(directory: Path) -> dict[str, list[Row]] | None:
+    """Return the pairs that an export puts in front of its users' prompts; None if it has none."""
+    path = directory / OWN_PAIRS
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text())
+    return {
+        user: [parse_row({"user_id": user, **one}, OWN_PAIRS) for one in pairs]
+        for user, pairs in found.items()
+    }
+
+
+def pairs_text(own_pairs: OwnPairs) -> str:
+    """Return pairs of users as JSON, which `read_own_pairs` reads."""
+    fields = ("prompt", "chosen", "rejected", "prompt_id")
+    plain = {
+        user: [{name: getattr(one, name) for name in fields} for one in pairs]
+        for user, pairs in own_pairs.items()
+    }
+    return json.dumps(plain, indent=1) + "\n"
+
+
 def enrolled_vectors(directory: Path) -> Tensor | None:
     """Return the vectors [n, user_dim] of an export's n users without rows; None if there are none."""
     path = directory / ENROLLED
@@ -102,6 +131,7 @@ def replace_users(
     users: Sequence[str],
     tables: Mapping[str, Tensor],
     vectors: Tensor | None = None,
+    own_pairs: OwnPairs | None = None,
 ) -> None:
     """Replace the users of an export: their ids, and the encoder's tables with one row for each user.
 
@@ -111,6 +141,7 @@ def replace_users(
     Args:
         tables: by name in the encoder, [1 + users with rows, ...]; other weights stay as they are.
         vectors: of the last users, who have no rows, [n, user_dim]; None: there are none.
+        own_pairs: pairs that are put in front of users' prompts; None: the model reads none.
 
     Raises:
         ValueError: a table has another number of rows.
@@ -144,6 +175,9 @@ def replace_users(
             save_file(state, part / name)
             (part / name).chmod(0o644)
             files[name] = _digest(part / name)
+    if own_pairs is not None:
+        (part / OWN_PAIRS).write_text(pairs_text(own_pairs))
+        files[OWN_PAIRS] = _digest(part / OWN_PAIRS)
     (part / CARD).write_text(card_text(replace(card, files=files)))
     _replace_directory(part, directory)
 

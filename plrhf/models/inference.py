@@ -29,11 +29,15 @@ from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
 from plrhf.data.dataset import PairDataset
 from plrhf.data.parsing import parse_row
 from plrhf.data.rows import Row
-from plrhf.data.tokenizer import RowTokenizer
 from plrhf.models.card import CARD, Card
 from plrhf.models.generation import generate
 from plrhf.models.loading import load_export
-from plrhf.models.pair_batches import batches_of, compute_per_pair, dataset_of
+from plrhf.models.pair_batches import (
+    batches_of,
+    compute_per_pair,
+    dataset_of,
+    row_tokenizer_of,
+)
 
 if TYPE_CHECKING:
     from plrhf.models.base import PersonalModule
@@ -73,7 +77,7 @@ def score(model: PersonalRewardModel, asked: Asked, *, batch_size: int = 32) -> 
         ValueError: a response or prompt that cannot be read or is too long, or an unknown user.
     """
     rows, dataset = _texts_to_score(model, asked, batch_size=batch_size)
-    users = _user_ids(model.card, asked, rows)
+    users = _user_ids(model.card, rows)
     return _rewards(
         model, dataset, users, lambda batch: model.rewards(batch)[:, 0], batch_size=batch_size
     )
@@ -104,7 +108,7 @@ def _texts_to_score(
     model: PersonalRewardModel, asked: Asked, *, batch_size: int
 ) -> tuple[list[Row], PairDataset]:
     """Return requests as rows and as tokenised pairs, in which the second response is empty."""
-    row_tokenizer = RowTokenizer(model.tokenizer, **model.card.text)
+    row_tokenizer = row_tokenizer_of(model)
     rows = [
         replace(row, chosen=_response(one, place), rejected="")
         for place, (one, row) in enumerate(zip(asked, _checked_rows(asked), strict=True))
@@ -148,9 +152,9 @@ def write(model: PersonalDPOPolicy, asked: Asked, **how: Any) -> list[str]:
         ValueError: a prompt that cannot be read, no room for the new tokens, or an unknown user.
     """
     rows = _checked_rows(asked)
-    row_tokenizer = RowTokenizer(model.tokenizer, **model.card.text)
+    row_tokenizer = row_tokenizer_of(model)
     users = UserBatch(
-        user_id=torch.tensor(_user_ids(model.card, asked, rows), dtype=torch.int64),
+        user_id=torch.tensor(_user_ids(model.card, rows), dtype=torch.int64),
         features=model.card.feature_schema().table([row.user_features for row in rows]),
     )
     return generate(
@@ -159,10 +163,17 @@ def write(model: PersonalDPOPolicy, asked: Asked, **how: Any) -> list[str]:
 
 
 def _checked_rows(asked: Asked) -> list[Row]:
-    """Check requests as rows of training are checked. The rows get placeholder responses."""
-    return [
+    """Check requests as rows of training are checked. The rows get placeholder responses.
+
+    The user id of a request for the generic user is blank, which no user's is.
+    """
+    rows = [
         parse_row({"user_id": "nobody", **one, "chosen": "A", "rejected": "B"}, f"asked[{place}]")
         for place, one in enumerate(asked)
+    ]
+    return [
+        row if one.get("user_id") is not None else replace(row, user_id="")
+        for one, row in zip(asked, rows, strict=True)
     ]
 
 
@@ -179,11 +190,8 @@ def _response(one: Mapping[str, Any], place: int) -> str:
     return response
 
 
-def _user_ids(card: Card, asked: Asked, rows: Sequence[Row]) -> list[int]:
-    """Return the user index of each request; the generic user's without a `user_id`."""
-    named = [
-        row.user_id if one.get("user_id") is not None else None
-        for one, row in zip(asked, rows, strict=True)
-    ]
-    index = {user: GENERIC_USER if user is None else card.user_index(user) for user in set(named)}
+def _user_ids(card: Card, rows: Sequence[Row]) -> list[int]:
+    """Return the user index of each request, the generic user's for a blank id."""
+    named = [row.user_id for row in rows]
+    index = {user: card.user_index(user) if user else GENERIC_USER for user in set(named)}
     return [index[user] for user in named]

@@ -24,6 +24,7 @@ from plrhf.models.export import (
     USER_MODEL,
     check_files,
     enrolled_vectors,
+    read_own_pairs,
     restore,
     user_model_state,
 )
@@ -238,9 +239,10 @@ def _load_user_model(model: Any, path: Path) -> None:
 
 
 def _load_enrolled(model: Any, directory: Path) -> None:
-    """Load the vectors of users who were enrolled without rows into a model."""
+    """Load the vectors of users who were enrolled without rows, and users' own pairs, into a model."""
     wanted = torch.empty(model.card.enrolled, model.aggregator.user_dim)
     found = enrolled_vectors(directory)
     state = {} if found is None else {ENROLLED: found}
     check_tensors(state, {ENROLLED: wanted} if len(wanted) > 0 else {}, "export")
     model.enrolled = (wanted if found is None else found).to(model.device)
+    model.own_pairs = read_own_pairs(directory)

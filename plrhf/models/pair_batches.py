@@ -10,8 +10,10 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
+from plrhf.core.errors import bad_value
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.dataset import PairDataset, TextValues
+from plrhf.data.in_context import row_tokenizer
 from plrhf.data.packing import LAYOUTS
 from plrhf.data.rows import Row
 from plrhf.data.text_values import compute_text_values
@@ -22,6 +24,18 @@ if TYPE_CHECKING:
 
 POOLED_AT_ONCE = 4096
 """Number of pairs in a batch that has only pooled trunk outputs, which are small."""
+
+
+def row_tokenizer_of(model: PersonalModule) -> RowTokenizer:
+    """Return the row tokenizer of a loaded model, which knows its users' own pairs if they are read.
+
+    Raises:
+        ValueError: the model reads own pairs and does not have them.
+    """
+    if "context_pairs" in model.card.text and model.own_pairs is None:
+        allowed = "pairs of the users, which the model puts in front of their prompts"
+        raise bad_value("own_pairs", None, allowed, "Load the run's export, not a checkpoint")
+    return row_tokenizer(model.tokenizer, model.card.text, model.own_pairs)
 
 
 def dataset_of(

@@ -188,6 +188,8 @@ def role(config: Mapping[str, Any]) -> str:
     """
     if config["data"].get("shuffle_users") is True:
         return SHUFFLED
+    if config["data"].get("context_pairs", 0) > 0:  # the person is in the text
+        return PERSONAL
     return ROLES.get(config["encoder"]["_target_"], PERSONAL)
 
 

@@ -20,6 +20,7 @@ from plrhf.evaluation.elicitation import Candidates, Rule, candidates_of, choose
 from plrhf.evaluation.few_shot import judgment_key
 from plrhf.models.adaptation import Adaptation, AdaptedUsers
 from plrhf.models.adaptation.base import with_precomputed
+from plrhf.models.adaptation.encode import reads_own_text
 from plrhf.models.adaptation.fitting import user_tables
 from plrhf.models.adaptation.new_user import default_rule, fit_pairs
 from plrhf.models.base import PersonalModule
@@ -64,6 +65,10 @@ class UserModel:
 
     def __init__(self, model: PersonalModule, pool: Sequence[Mapping[str, Any]] = ()) -> None:
         self.model = model
+        if reads_own_text(model):
+            allowed = "a model that knows people by vectors, which the server keeps, and no texts of theirs"
+            cure = "Serve one that was trained with data.context_pairs=0"
+            raise bad_value("export", "one with data.context_pairs", allowed, cure)
         can_fit = len(user_tables(model.encoder)) > 0 or model.encoder.reads_context
         self.rule: Adaptation | None = default_rule(model, laplace=True) if can_fit else None
         self.fingerprint = fingerprint_of(model)

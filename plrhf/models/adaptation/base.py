@@ -12,6 +12,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from plrhf.core.types import PreferenceBatch
+from plrhf.data.rows import Row
 
 if TYPE_CHECKING:
     from plrhf.models.base import PersonalModule
@@ -30,6 +31,7 @@ class AdaptedUsers:
             gives vectors only.
         covariance: posterior covariance of the r fitted numbers t of each user, [N, r, r]; None: the
             rule gives point estimates only.
+        own_pairs: pairs of each user that are put in front of the prompts; None: the model reads none.
         directions: derivative of e_u with respect to t, [N, r, user_dim]; None without a covariance.
     """
 
@@ -37,6 +39,7 @@ class AdaptedUsers:
     rows: dict[str, Tensor] | None = None
     covariance: Tensor | None = None
     directions: Tensor | None = None
+    own_pairs: list[list[Row]] | None = None
 
 
 class Adaptation(ABC):

@@ -16,21 +16,37 @@ if TYPE_CHECKING:
     from plrhf.models.base import PersonalModule
 
 
+def reads_own_text(model: PersonalModule) -> bool:
+    """Return whether pairs of the user are put in front of the model's prompts as text."""
+    return "context_pairs" in model.card.text
+
+
+def reads_pairs(model: PersonalModule) -> bool:
+    """Return whether a new user of the model needs no fitting, as it reads the user's pairs."""
+    return model.encoder.reads_context or (reads_own_text(model) and not model.encoder.personal)
+
+
 class Encode(Adaptation):
-    """Runs the model's encoder on the new user's pairs, as on those of train users; nothing is fitted."""
+    """Runs the model's encoder on the new user's pairs, as on those of train users; nothing is fitted.
+
+    If the model reads the pairs in front of prompts instead (`data.context_pairs`), the user's vector is
+    the generic one.
+    """
 
     def fit(
         self, model: PersonalModule, batches: Sequence[PreferenceBatch], *, n_users: int
     ) -> AdaptedUsers:
         encoder = model.encoder
-        if not encoder.reads_context:
+        if not reads_pairs(model):
             raise bad_value(
                 "eval.adaptation",
                 "encode",
                 f"a rule that fits, as {type(encoder).__name__} reads no pairs",
-                "Set eval/adaptation=posterior, or train with encoder=odd",
+                "Set eval/adaptation=posterior, or train with encoder=odd or data.context_pairs=4",
             )
         with torch.no_grad():
+            if not encoder.reads_context:
+                return AdaptedUsers(vectors=encoder.generic(n_users).to(model.device), rows={})
             if len(batches) == 0:
                 return AdaptedUsers(vectors=encoder.generic(n_users).clone())
             context = context_of_batches(model, batches, n_users=n_users)

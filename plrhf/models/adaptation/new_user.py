@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from plrhf.core.errors import bad_value
+from plrhf.data.in_context import row_tokenizer
 from plrhf.data.parsing import parse_row
-from plrhf.data.tokenizer import RowTokenizer
+from plrhf.data.rows import Row
 from plrhf.models.adaptation.base import Adaptation, AdaptedUsers
-from plrhf.models.adaptation.encode import Encode
+from plrhf.models.adaptation.encode import Encode, reads_own_text, reads_pairs
 from plrhf.models.adaptation.posterior import Posterior
 from plrhf.models.pair_batches import batches_of, dataset_of
 
@@ -30,12 +31,14 @@ class NewUser:
         vector: e_u, [user_dim], on the CPU.
         rows: the user's row of each of the encoder's tables by name, on the CPU; None: the rule gives a
             vector only. See `enrol`.
+        pairs: what is put in front of the user's prompts, if the model reads that.
         n_pairs: number of pairs used. n_too_long: number of pairs left out because the model cannot
             read texts of that length.
     """
 
     vector: Tensor
     rows: dict[str, Tensor] | None = None
+    pairs: tuple[Row, ...] = ()
     n_pairs: int = 0
     n_too_long: int = 0
 
@@ -45,17 +48,22 @@ class FittedPairs:
     """One new user as a rule fitted them, and how many of their pairs were used.
 
     Attributes:
-        users: N = 1, on the model's device. n_pairs, n_too_long: see `NewUser`.
+        users: N = 1, on the model's device. pairs: those used. n_too_long: see `NewUser`.
     """
 
     users: AdaptedUsers
-    n_pairs: int
+    pairs: tuple[Row, ...]
     n_too_long: int
+
+    @property
+    def n_pairs(self) -> int:
+        """Number of pairs used."""
+        return len(self.pairs)
 
 
 def default_rule(model: PersonalModule, *, laplace: bool = False) -> Adaptation:
-    """Return the rule for a model's new users: `Encode` if its encoder reads pairs, else `Posterior`."""
-    return Encode() if model.encoder.reads_context else Posterior(laplace=laplace)
+    """Return the rule for a model's new users: `Encode` if it reads pairs, else `Posterior`."""
+    return Encode() if reads_pairs(model) else Posterior(laplace=laplace)
 
 
 def adapt(
@@ -78,6 +86,7 @@ def adapt(
     return NewUser(
         vector=found.users.vectors[0].cpu(),
         rows=None if rows is None else {k: v[0].cpu() for k, v in rows.items()},
+        pairs=found.pairs if reads_own_text(model) else (),
         n_pairs=found.n_pairs,
         n_too_long=found.n_too_long,
     )
@@ -87,7 +96,7 @@ def fit_pairs(
     model: PersonalModule, pairs: Sequence[Mapping[str, Any]], rule: Adaptation
 ) -> FittedPairs:
     """Fit a new user as `adapt` does, and return all that the rule found."""
-    row_tokenizer = RowTokenizer(model.tokenizer, **model.card.text)
+    tokenizer = row_tokenizer(model.tokenizer, model.card.text)
     rows = [
         parse_row({"user_id": "new", **pair}, f"pair {number}")
         for number, pair in enumerate(pairs, 1)
@@ -95,16 +104,16 @@ def fit_pairs(
     was_training = model.training
     model.eval()
     with model.autocast():
-        dataset = dataset_of(model, row_tokenizer, rows, batch_size=BATCH_SIZE)
+        dataset = dataset_of(model, tokenizer, rows, batch_size=BATCH_SIZE)
         if len(dataset) == 0 and len(rows) > 0:
             raise bad_value(
                 "pairs",
                 f"{len(rows)} too long",
-                f"prompt and response of at most {row_tokenizer.max_tokens} tokens",
+                f"prompt and response of at most {tokenizer.max_tokens} tokens",
                 "Give shorter pairs, or train with a larger data.max_tokens",
             )
         owners = [0] * len(dataset)
         batches = batches_of(dataset, range(len(dataset)), owners, batch_size=BATCH_SIZE)
         users = rule.fit(model, batches, n_users=1)
     model.train(was_training)
-    return FittedPairs(users, n_pairs=len(dataset), n_too_long=len(rows) - len(dataset))
+    return FittedPairs(users, tuple(dataset.rows), n_too_long=len(rows) - len(dataset))
