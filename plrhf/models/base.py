@@ -31,12 +31,13 @@ from plrhf.models.adaptation import Adaptation, NewUser, adapt
 from plrhf.models.card import Card
 from plrhf.models.context import check_context
 from plrhf.models.enrolment import enrol, forget
-from plrhf.models.inner import InnerLoop, fit_train_users, task_vectors
+from plrhf.models.inner import InnerLoop, task_vectors
 from plrhf.models.loading import load_checkpoint, load_export, reload_users
 from plrhf.models.metrics import ExactMean, UserAccuracy
 from plrhf.models.optim import Optim, RowAdamW, clip_gradients
 from plrhf.models.parts import count_pairs, divide_parameters, user_maps, weigh_priors
 from plrhf.models.reduction import Reduce, Reduction
+from plrhf.models.train_users import find_train_users, has_found_users
 
 T = TypeVar("T")
 
@@ -396,13 +397,9 @@ class PersonalModule(LightningModule):
         self.finish_users(self._train_pairs)
 
     def finish_users(self, train: Callable[[], PairDataset]) -> None:
-        """Fit the rows of all train users to their train pairs, if users are learned in an inner loop.
-
-        Args:
-            train: returns the train pairs; called only if they are needed.
-        """
-        if self.inner is not None:
-            fit_train_users(self, train(), self.inner)
+        """Set rows of train users that the optimiser does not learn; `train` returns the train pairs."""
+        if has_found_users(self):
+            find_train_users(self, train())
 
     def _apply_delayed_decay(self, rows: Tensor | None = None) -> None:
         """Apply the weight decay that sparse tables still owe: to all rows, or to those of a batch."""

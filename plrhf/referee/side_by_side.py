@@ -23,6 +23,7 @@ from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
 from plrhf.models.parts import count_pairs
 from plrhf.models.reward import PersonalRewardModel
+from plrhf.models.train_users import has_found_users
 
 NOT_STACKED = ("backbone.", "val_accuracy.", "val_loss.")
 """Parts of a model that trials share, or that training side by side has no use for."""
@@ -133,7 +134,7 @@ class Stack:
 
     def finish_users(self, train: PairDataset) -> None:
         """Bring rows of train users to where the steps taken leave them, where models ask for that."""
-        if self.template.inner is None:
+        if not has_found_users(self.template):
             return
         load_weights(self.models, self.weights)
         for trial, model in enumerate(self.models):

@@ -144,6 +144,8 @@ def test_encoders_and_aggregators(encoder: str, aggregator: str, model_of: Any) 
     overrides = [f"encoder={encoder}", f"aggregator={aggregator}"]
     if aggregator == "none" and encoder != "none":  # so that users act somewhere
         overrides.append("model.head=basis")
+    if encoder == "pair_tokens":  # whose width depends on the pairs
+        overrides.append("encoder.max_pairs=2")
     config = RunConfig.from_settings(composed(*overrides))
     model = model_of(config)
     assert isinstance(model, PersonalRewardModel)

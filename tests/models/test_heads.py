@@ -257,7 +257,8 @@ def encoders(user_dim: int, vocabulary: Tensor) -> dict[str, UserEncoder]:
 
 
 VARIANTS: dict[str, Any] = {
-    **{name: name for name in HEADS if name not in ("linear", "mean_variance")},
+    **{name: name for name in HEADS if name not in ("linear", "mean_variance", "attend")},
+    "attend": {"name": "attend", "pairs": 1, "width": 1, "attention_heads": 1},
     "film": {"name": "decoder", "film": True, "width": 6},
     "probabilities": {"name": "basis", "mixes": "probabilities", "routed": True},
     "losses": {"name": "basis", "mixes": "losses"},
