@@ -76,6 +76,8 @@ class PreferenceData(LightningDataModule):
         shard: this process's part of each batch.
     """
 
+    own_pairs: OwnPairs | None = None
+
     def __init__(
         self,
         *,
@@ -151,7 +153,6 @@ class PreferenceData(LightningDataModule):
         }
         self.context_pairs = {"least": min_context_pairs, "most": context_pairs, "seed": seed}
         self.max_tokens = max_tokens
-        self.own_pairs: OwnPairs | None = None
         self.datasets: dict[str, PairDataset] = {}
         self.truncated: dict[str, int] = {}
         self.shard = SINGLE_PROCESS
