@@ -42,6 +42,8 @@ class FiLM(Aggregator):
         user_dim: width of e_u; None: d, but at most the site's `DEFAULT_USER_DIM`.
         layer_width, layer_dropout: of `base.text_layer` before FiLM (reward models with site=last
             only).
+        shift: whether there is a beta. A reward model never has one, as it would change no margin; a
+            policy without one can become a plain model whose last normalisation has no bias.
         shrinkage: ``learned`` shrinks the map from e_u, see `core.shrinkage`. Use it with a small e_u
             (user_dim=4, and the same rank in the encoder).
     """
@@ -58,6 +60,7 @@ class FiLM(Aggregator):
         user_dim: PositiveInt | None = None,
         layer_width: PositiveInt | None = None,
         layer_dropout: FractionBelowOne = 0.0,
+        shift: bool = True,
         shrinkage: ShrinkageKind = "fixed",
     ) -> None:
         super().__init__()
@@ -68,6 +71,9 @@ class FiLM(Aggregator):
                 f"null with site={site}",
                 "Set aggregator.layer_width=null, or aggregator.site=last",
             )
+        if not shift and site != "last":
+            cure = "Set aggregator.shift=true, or aggregator.site=last"
+            raise bad_value("aggregator.shift", shift, f"true with site={site}", cure)
         self.after_trunk = self.shares_prompts = site == "last"
         self.user_dim = min(hidden_size, DEFAULT_USER_DIM[site]) if user_dim is None else user_dim
         self.n_sites = 1 if self.after_trunk else n_blocks
@@ -85,6 +91,8 @@ class FiLM(Aggregator):
             else nn.Linear(self.user_dim, n_outputs, bias=False)
         )
         nn.init.zeros_(self.to_film.weight)
+        if not shift:
+            self.drop_shift()
 
     def text_parameters(self) -> list[nn.Parameter]:
         return list(self.layer.parameters())

@@ -68,6 +68,12 @@ COMMANDS = {
         "make_styles",
         "plrhf.cli.make_styles.make_styles",
     ),
+    "export": Command(
+        "Make a plain Hugging Face model of a policy for one user.",
+        "export",
+        "plrhf.cli.export.export",
+        positional=("run",),
+    ),
     "serve": Command(
         "Serve an export over HTTP to many people.",
         "serve",

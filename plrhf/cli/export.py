@@ -1,0 +1,44 @@
+"""Makes a plain Hugging Face model of a trained policy for one of its users."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import plrhf
+from plrhf.cli.config import Section, check_writable
+from plrhf.core.components import Settings
+from plrhf.core.errors import bad_value
+from plrhf.models.merging import save_merged
+from plrhf.models.policy import PersonalDPOPolicy
+
+
+class ExportConfig(Section):
+    """All settings of the command; conf/export.yaml explains them."""
+
+    run: str
+    to: Literal["merged"]
+    user: str | None
+    features: dict[str, Any] | None
+    out: str
+    trust_components: bool
+    debug: bool
+
+
+def export(settings: Settings) -> None:
+    """Write the model, and print how it is loaded."""
+    config = ExportConfig.read(settings, "")
+    out = Path(config.out)
+    check_writable("out", str(out))
+    if (out / "config.json").exists():
+        raise bad_value("out", config.out, "a folder without a model", "Set out to another folder")
+    model = plrhf.load(
+        config.run,
+        trust_components=config.trust_components,
+        trust_remote_code=config.trust_components,
+    )
+    if not isinstance(model, PersonalDPOPolicy):
+        cure = "Give the run of a policy (model=dpo)"
+        raise bad_value("run", config.run, "a policy, as only texts can be written plainly", cure)
+    save_merged(model, out, user=config.user, features=config.features)
+    print(f"plain model: {out} (AutoModelForCausalLM.from_pretrained and AutoTokenizer load it)")
