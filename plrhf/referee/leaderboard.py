@@ -252,6 +252,16 @@ def curve(entry: Entry, who: str = "own") -> list[tuple[int, Estimate]]:
     return found
 
 
+def new_users_gain(entry: Entry, vanilla: Entry | None, shots: int) -> Estimate | None:
+    """Return the share of the oracle's gain over vanilla on unseen users; None without an oracle."""
+    oracle = entry.outcomes("unseen", "oracle")
+    own = entry.outcomes("unseen", shots=shots)
+    if vanilla is None or entry.method == VANILLA or len(oracle) == 0 or len(own) == 0:
+        return None
+    nobody = vanilla.outcomes("unseen", shots=0)
+    return gain_recovered(own, nobody, oracle, n_resamples=N_RESAMPLES)
+
+
 def warnings(found: Sequence[Entry]) -> list[str]:
     """Name what makes a table doubtful: a leak by format, or a method that one call could not train."""
     said = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,11 +95,11 @@ def new_user_margins(
     return pd.concat(frames, ignore_index=True), seconds
 
 
-def unfitted_margins(shots: FewShots, margins: np.ndarray) -> pd.DataFrame:
-    """Return margins on the same pairs asked, of a model that takes nothing from the pairs given.
+def unfitted_margins(shots: FewShots, margins: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """Return margins on the same pairs asked, where nothing is taken from the pairs given.
 
     Args:
-        margins: of all pairs of `FewShots.dataset`, for their users and for the generic one, [N, 2].
+        margins: of all pairs of `FewShots.dataset` [N], by `who`.
     """
     places = [place for of_draw in shots.trials for trial in of_draw for place in trial.asked]
     draws = [
@@ -107,10 +107,7 @@ def unfitted_margins(shots: FewShots, margins: np.ndarray) -> pd.DataFrame:
     ]
     rows = [shots.dataset.rows[place] for place in places]
     return pd.concat(
-        [
-            _margins_frame(rows, draws, who, 0, margins[places, column])
-            for column, who in enumerate(("own", "generic"))
-        ],
+        [_margins_frame(rows, draws, who, 0, found[places]) for who, found in margins.items()],
         ignore_index=True,
     )
 

@@ -23,6 +23,7 @@ from plrhf.referee.leaderboard import (
     curve,
     entries,
     lines,
+    new_users_gain,
     restricted,
     stability,
     warnings,
@@ -159,7 +160,10 @@ def leaderboard_table(rows: str, made: Sequence[Line]) -> Table:
 
 
 def new_users_table(made: Sequence[Line]) -> Table | None:
-    """Return accuracy on unseen users by pairs given, and fitted to somebody else's; None without any."""
+    """Return accuracy on unseen users by pairs given, and fitted to somebody else's; None without any.
+
+    Where people are simulated, the shares of the oracle's gain over vanilla follow.
+    """
     curves = {line.entry.method: dict(curve(line.entry)) for line in made}
     shots = sorted({k for one in curves.values() for k in one})
     if len(shots) == 0:
@@ -175,7 +179,19 @@ def new_users_table(made: Sequence[Line]) -> Table | None:
     title = (
         f"{len(set(asked.user_id)):,} unseen users, {len(asked):,} pairs asked over seeds and draws"
     )
-    return Table(columns, [(title, body)])
+    groups = [(title, body)]
+    entries_of = {line.entry.method: line.entry for line in made}
+    gains = [
+        [new_users_gain(line.entry, entries_of.get(VANILLA), k) for k in shots] for line in made
+    ]
+    shares = [
+        [Cell(line.entry.method), *(estimate_cell(one or NONE, "z.2f") for one in found), Cell("–")]
+        for line, found in zip(made, gains, strict=True)
+        if any(one is not None for one in found)
+    ]
+    if len(shares) > 0:
+        groups.append(("share of the oracle's gain over vanilla", shares))
+    return Table(columns, groups)
 
 
 def _at(found: dict[int, Estimate], k: int) -> Estimate:

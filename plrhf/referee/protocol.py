@@ -83,15 +83,16 @@ def referee_job(
     fits = encoder.reads_context or len(user_tables(encoder)) > 0
     if shots is not None:
         margins[0] = margins[0][margins[0]["user_kind"] == "seen"]
+        size = data.eval_batch_size
         if rule is not None and fits:
-            of_new, seconds = new_user_margins(
-                tuned.model, shots, rule, batch_size=data.eval_batch_size
-            )
+            of_new, seconds = new_user_margins(tuned.model, shots, rule, batch_size=size)
         else:
-            of_new = unfitted_margins(
-                shots, margins_on(tuned.model, shots.dataset, batch_size=data.eval_batch_size)
-            )
+            own, generic = margins_on(tuned.model, shots.dataset, batch_size=size).T
+            of_new = unfitted_margins(shots, {"own": own, "generic": generic})
         margins.append(of_new)
+        true = true_margins(data, shots.dataset)
+        if true is not None:
+            margins.append(unfitted_margins(shots, {"oracle": true}))
     whole = pd.concat(margins, ignore_index=True)
     whole["agreed"] = whole["pair_id"].isin(facts.agreed)
     record = {
@@ -158,6 +159,12 @@ def margins_on(model: PersonalRewardModel, dataset: PairDataset, *, batch_size: 
     return np.concatenate(found)
 
 
+def true_margins(data: PreferenceData, dataset: PairDataset) -> np.ndarray | None:
+    """Return the margins of pairs by the users' true preferences, [N]; None unless they are simulated."""
+    true = data.source.oracle_margins()
+    return None if true is None else np.array([true[row.pair_id] for row in dataset.rows])
+
+
 def as_other_users(test: PairDataset, train: PairDataset, *, seed: int) -> PairDataset:
     """Return a copy of the test pairs in which seen users are taken for another train user each.
 
@@ -192,10 +199,10 @@ def seen_margins(
     if model.encoder.personal and data.n_users > 1:
         others = as_other_users(test, train, seed=seed)
         found["wrong"] = margins_on(model, others, batch_size=batch_size)[:, 0]
-    true = data.source.oracle_margins()
+    true = true_margins(data, test)
     pairs = [(row.pair_id, row.user_id) for row in test.rows]
     if true is not None:
-        found["oracle"] = np.array([true[pair_id] for pair_id, _ in pairs])
+        found["oracle"] = true
     seen_users = set(data.splits.users)
     kinds = ["seen" if user in seen_users else "unseen" for _, user in pairs]
     frames = [

@@ -14,6 +14,7 @@ from plrhf.referee.leaderboard import (
     Entry,
     entries,
     lines,
+    new_users_gain,
     rank_intervals,
     stability,
 )
@@ -92,6 +93,34 @@ def test_lines_are_ordered_by_accuracy_over_all_seeds() -> None:
     assert (first.p_value or 1) < 0.01 and third.p_value is None
     assert first.wrong is not None and first.agreed is not None and first.gain is None
     assert stability(found, "seen") == pytest.approx(1.0)
+
+
+def test_the_share_of_the_oracles_gain_on_new_users_is_over_vanilla() -> None:
+    right = {"vanilla": (0.6, 0.6), "good": (0.5, 0.8)}  # after 0 and 4 pairs
+    made = []
+    for method, (before, after) in right.items():
+        record, _ = job(method, 0, 0.7)
+        base = {"user_kind": "unseen", "draw": 0, "agreed": False}
+        base |= {"pair_id": [f"p{n}" for n in range(40)], "user_id": ["a", "b"] * 20}
+        asked = (("own", 0, before), ("own", 4, after), ("oracle", 0, 0.9))
+        margins = [
+            pd.DataFrame(
+                {
+                    **base,
+                    "who": who,
+                    "shots": k,
+                    "margin": np.where(np.arange(40) < 40 * p, 1.0, -1.0),
+                }
+            )
+            for who, k, p in asked
+        ]
+        made.append((record, pd.concat(margins, ignore_index=True)))
+    (found,) = entries(made).values()
+    vanilla, good = found
+    assert new_users_gain(vanilla, vanilla, 0) is None and new_users_gain(good, None, 4) is None
+    for k, share in ((0, (0.5 - 0.6) / 0.3), (4, (0.8 - 0.6) / 0.3)):
+        gain = new_users_gain(good, vanilla, k)
+        assert gain is not None and gain["value"] == pytest.approx(share)
 
 
 def test_people_of_two_worlds_are_not_the_same() -> None:

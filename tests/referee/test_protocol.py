@@ -88,6 +88,7 @@ def test_a_job_asks_everybody_and_everybodys_controls(data: PreferenceData) -> N
     assert counts["seen", "generic", -1] == counts["seen", "oracle", -1] == 5 * 20
     asked = 2 * 2 * (20 - 2)  # draws, unseen users, pairs that are not given
     assert counts["unseen", "own", 1] == counts["unseen", "wrong", 2] == asked
+    assert counts["unseen", "oracle", 0] == asked
     assert result.record["numbers_per_user"] == 2 and len(result.tuned.trials) == 3
     losses = [one.val_loss for one in result.tuned.results]
     assert result.tuned.best == int(np.argmin(losses))
