@@ -74,6 +74,12 @@ COMMANDS = {
         "plrhf.cli.export.export",
         positional=("run",),
     ),
+    "forget": Command(
+        "Remove a person from a run and its export.",
+        "forget",
+        "plrhf.cli.forget.forget",
+        positional=("run",),
+    ),
     "serve": Command(
         "Serve an export over HTTP to many people.",
         "serve",

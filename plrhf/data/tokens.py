@@ -86,17 +86,24 @@ def load_or_tokenize(
     written anew. Two processes that miss the same file both write it. Without a `cache_dir`, or if
     the tokenizer has no digest, the tokens are kept in memory.
     """
-    tokenizer = None if cache_dir is None else row_tokenizer.digest()
-    if cache_dir is None or tokenizer is None:
+    stem = None if cache_dir is None else token_stem(rows, row_tokenizer)
+    if cache_dir is None or stem is None:
         memory = arrow.BufferOutputStream()
         write_tokens(memory, rows, row_tokenizer)
         return TokenFile(arrow.BufferReader(memory.getvalue()))
-    key = content_hash(rows.digest(with_user_text=row_tokenizer.use_user_text), tokenizer)
-    stem = f"tokens-{key}"
     if not intact_files(cache_dir, stem, ".arrow"):
         with cache_file(cache_dir, stem, ".arrow") as part, arrow.OSFile(str(part), "wb") as file:
             write_tokens(file, rows, row_tokenizer)
     return TokenFile(arrow.memory_map(str(intact_files(cache_dir, stem, ".arrow")[0])))
+
+
+def token_stem(rows: Rows, row_tokenizer: RowTokenizer) -> str | None:
+    """Return how the name of the file with these rows' tokens begins; None without a tokenizer's digest."""
+    tokenizer = row_tokenizer.digest()
+    if tokenizer is None:
+        return None
+    key = content_hash(rows.digest(with_user_text=row_tokenizer.use_user_text), tokenizer)
+    return f"tokens-{key}"
 
 
 def write_tokens(file: arrow.NativeFile, rows: Rows, row_tokenizer: RowTokenizer) -> None:

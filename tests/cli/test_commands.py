@@ -112,7 +112,8 @@ def test_help_says_default_comment_and_what_is_allowed(
 ) -> None:
     text = said(capsys, monkeypatch, "train", "encoder=cluster", "data=jsonl", "--help")
     flat = " ".join(text.split())
-    assert "encoder=cluster of cluster, context, features," in flat
+    encoders = sorted(path.stem for path in (CONF / "encoder").glob("*.yaml"))
+    assert f"encoder=cluster of {', '.join(encoders)} " in flat
     assert "experiment=null of frozen_features," in flat and "method/*" in flat
     assert "optim.user_lr=0.0005 user encoder and aggregator; a number above 0" in flat
     assert "data.path=??? " in flat

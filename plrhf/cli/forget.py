@@ -1,0 +1,181 @@
+"""Removes a person from a run: vector, pairs, texts and id, in every file; says what cannot be removed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from plrhf.backbone.loading import load_tokenizer
+from plrhf.cli.assemble import build_data, print_lines
+from plrhf.cli.config import RunConfig, Section
+from plrhf.core.components import Settings
+from plrhf.core.errors import BadValue, bad_value
+from plrhf.data.tokenizer import RowTokenizer
+from plrhf.data.tokens import token_stem
+from plrhf.evaluation.records import write_text
+from plrhf.evaluation.results import PREDICTIONS, RESULTS
+from plrhf.models.card import CARD, read_card
+from plrhf.models.enrolment import forget as forget_in_export
+from plrhf.reporting.report import write_report
+
+CANNOT_BE_REMOVED = (
+    "weights that all users share were learned from their pairs too: train again without them",
+    "aggregate results (results.json, metrics.csv) still count them",
+    "copies elsewhere: the rows that were trained on, loggers, other runs and exports, backups",
+)
+"""What remains after a person has been forgotten."""
+
+
+class ForgetConfig(Section):
+    """All settings of the command; conf/forget.yaml explains them."""
+
+    run: str
+    user: str
+    cache_dir: str | None
+    trust_components: bool
+    debug: bool
+
+
+def forget(settings: Settings) -> None:
+    """Remove the person, and print a receipt."""
+    config = ForgetConfig.read(settings, "")
+    run = Path(config.run)
+    if not (run / "export" / CARD).is_file():
+        raise bad_value(
+            "run", config.run, "the directory of a run with an export", "Check its name"
+        )
+    removed = []
+    if config.cache_dir is not None:  # first, as the run says which rows it read
+        removed += list(_forget_tokens(run, Path(config.cache_dir), config))
+    removed += list(forget_in_run(run, config.user))
+    if len(removed) == 0:
+        raise bad_value("user", config.user, f"a user of {config.run}", "Check the id")
+    print_lines(f"removed: {one}" for one in removed)
+    print_lines(f"cannot be removed: {one}" for one in CANNOT_BE_REMOVED)
+    if config.cache_dir is None:
+        print_lines(["not looked at: caches, whose tokens can be read as text; give cache_dir=DIR"])
+    print_lines(
+        f"WARNING: {path} still holds {config.user!r}" for path in files_with(run, config.user)
+    )
+
+
+def forget_in_run(run: Path, user: str) -> Iterator[str]:
+    """Remove a person from every file of a run; yield a line for each removal.
+
+    Reports are written anew. Checkpoints are deleted, as they hold vectors of all users; the export
+    stays usable, but the run can no longer be resumed.
+    """
+    is_known = user in read_card(run / "export").places
+    if is_known:
+        forget_in_export(run / "export", user)
+        yield "id and vector in export/"
+    changed: set[Path] = set()
+    for path in sorted(run.rglob("*.json*")):
+        if (run / "export") in path.parents or path.is_symlink():
+            continue
+        n_removed = _without_records(path, user)
+        if n_removed > 0:
+            changed.add(path.parent)
+            yield f"{n_removed:,} records in {path.relative_to(run)}"
+    for path in sorted(run.rglob(PREDICTIONS)):
+        table = pd.read_parquet(path)
+        kept = table[table["user_id"] != user]
+        if len(kept) < len(table):
+            part = path.with_name(f"{path.name}.part")
+            kept.to_parquet(part, index=False)
+            part.replace(path)
+            changed.add(path.parent)
+            yield f"{len(table) - len(kept):,} rows in {path.relative_to(run)}"
+    for path in sorted(run.rglob("config.yaml")):
+        settings, n_removed = _pruned(yaml.safe_load(path.read_text(encoding="utf-8")), user)
+        if n_removed > 0:
+            write_text(path, yaml.safe_dump(settings, sort_keys=False))
+            changed.add(path.parent)
+            yield f"the id in {path.relative_to(run)}"
+    for path in sorted(run.rglob("*.ckpt")) if is_known or len(changed) > 0 else ():
+        path.unlink()
+        yield f"{path.relative_to(run)}, the whole checkpoint"
+    for folder in sorted(changed):
+        if (folder / "report.html").is_file() and (folder / RESULTS).is_file():
+            write_report(folder)
+            yield f"what {(folder / 'report.html').relative_to(run)} showed of them: it is written anew"
+
+
+def _without_records(path: Path, user: str) -> int:
+    """Remove the records of a user from a JSON file, or from one with a record a line; count them."""
+    texts = (
+        path.read_text(encoding="utf-8").split("\n")
+        if path.suffix == ".jsonl"
+        else [path.read_text()]
+    )
+    kept, n_removed = [], 0
+    for text in texts:
+        if not text.strip():
+            continue
+        value = json.loads(text)
+        if _is_of(value, user):
+            n_removed += 1
+            continue
+        value, n_below = _pruned(value, user)
+        n_removed += n_below
+        indent = None if path.suffix == ".jsonl" else 2
+        kept.append(json.dumps(value, ensure_ascii=False, indent=indent) if n_below > 0 else text)
+    if n_removed > 0:
+        write_text(path, "".join(f"{text.rstrip()}\n" for text in kept))
+    return n_removed
+
+
+def _is_of(value: Any, user: str) -> bool:
+    """Whether a JSON object is about a user."""
+    return isinstance(value, dict) and value.get("user_id") == user
+
+
+def _pruned(value: Any, user: str, key: str = "") -> tuple[Any, int]:
+    """Return a value without the objects of a user, and without the id in lists called ``users``.
+
+    Returns:
+        The value, and how many objects and ids were removed.
+    """
+    if isinstance(value, list):
+        kept = [one for one in value if not (_is_of(one, user) or (key == "users" and one == user))]
+        below = [_pruned(one, user) for one in kept]
+        return [one for one, _ in below], len(value) - len(kept) + sum(n for _, n in below)
+    if isinstance(value, dict):
+        found = {name: _pruned(one, user, name) for name, one in value.items()}
+        return {name: one for name, (one, _) in found.items()}, sum(n for _, n in found.values())
+    return value, 0
+
+
+def _forget_tokens(run: Path, cache_dir: Path, config: ForgetConfig) -> Iterator[str]:
+    """Remove the tokens of the run's rows from a cache, if its rows can still be read."""
+    try:
+        trained = RunConfig.of_run(run, trust_components=config.trust_components)
+        data = build_data(trained.data)
+        rows = data.rows.select(data.splits.counted)
+        options: Any = data.tokenizer_options
+        tokenizer = RowTokenizer(load_tokenizer(str(run / "export")), **options)
+        stem = token_stem(rows, tokenizer)
+    except BadValue as error:
+        print_lines(
+            [
+                f"not removed: tokens in {cache_dir}, as the run's rows cannot be read ({error}); "
+                f"remove {cache_dir}/tokens-*.arrow, which are made anew when needed"
+            ]
+        )
+        return
+    for path in cache_dir.glob(f"{stem}-*.arrow") if stem is not None else ():
+        path.unlink()
+        yield f"tokens of all {len(rows):,} rows of the run in {path}: they are made anew when needed"
+
+
+def files_with(run: Path, user: str) -> list[Path]:
+    """Return the files of a run whose bytes contain an id; for texts and uncompressed files only."""
+    wanted = user.encode()
+    return [
+        path for path in sorted(run.rglob("*")) if path.is_file() and wanted in path.read_bytes()
+    ]
