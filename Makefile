@@ -4,7 +4,7 @@ BIN := .venv/bin
 ENV := .venv/.installed
 QUICK := runs/quickstart
 
-.PHONY: quickstart test check lint benchmark referee ablation
+.PHONY: quickstart test check lint docs benchmark referee ablation
 
 $(ENV): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -31,6 +31,10 @@ lint: $(ENV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The documentation as a site, build/site/index.html; a dead link fails.
+docs: $(ENV)
+	$(BIN)/mkdocs build --strict -q
 
 # Methods on frozen features of DIR, by one protocol, with controls, JOBS at a time: one report. Begun again
 # it goes on.

@@ -40,11 +40,23 @@ class Explained:
     allowed: str
 
 
+def described(
+    config_name: str, overrides: Sequence[str], conf: Path
+) -> tuple[list[tuple[str, str, list[str]]], list[Explained]]:
+    """Describe a command for the choices made on its command line.
+
+    Returns:
+        For each group its name, its choice and its options; and every setting.
+    """
+    config, choices = _composed(config_name, overrides, conf)
+    groups = [(group, choice, _options(conf / group)) for group, choice in choices.items()]
+    return groups, list(explained(config, config_name, choices, conf))
+
+
 def help_text(command: str, config_name: str, overrides: Sequence[str], conf: Path) -> str:
     """Return the help of a command, for the choices made on its command line."""
-    config, choices = _composed(config_name, overrides, conf)
+    groups, settings = described(config_name, overrides, conf)
     lines = [f"{command} SETTING=VALUE ...", "", _purpose(conf / f"{config_name}.yaml"), ""]
-    groups = [(group, choice, _options(conf / group)) for group, choice in choices.items()]
     if len(groups) > 0:
         lines += ["Parts, chosen by NAME=CHOICE; each has settings of its own below:", ""]
         for group, choice, options in groups:
@@ -52,7 +64,7 @@ def help_text(command: str, config_name: str, overrides: Sequence[str], conf: Pa
             lines += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent=" " * 30)
         lines.append("")
     lines += ["Settings and their defaults:", ""]
-    for one in explained(config, config_name, choices, conf):
+    for one in settings:
         lines.append(f"  {one.name}={one.default}")
         said = "; ".join(filter(None, [one.comment, one.allowed]))
         lines += textwrap.wrap(said, WIDTH, initial_indent="      ", subsequent_indent="      ")
@@ -124,7 +136,7 @@ def _composed(
     defaults = yaml.safe_load((conf / f"{config_name}.yaml").read_text(encoding="utf-8"))[
         "defaults"
     ]
-    optional = {name for one in defaults if isinstance(one, dict) for name in one}
+    optional = [name for one in defaults if isinstance(one, dict) for name in one]
     chosen: dict[str, Any] = {**dict.fromkeys(optional), **whole.hydra.runtime.choices}
     choices = {
         str(group): "null" if choice is None else str(choice)
