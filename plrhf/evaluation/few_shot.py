@@ -30,6 +30,8 @@ from plrhf.data.in_context import InContextTokenizer, row_tokenizer
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Row
 from plrhf.data.tokenizer import RowTokenizer
+from plrhf.evaluation.ask_in_turn import ask_in_turn
+from plrhf.evaluation.elicitation import Rule
 from plrhf.evaluation.records import Record
 from plrhf.models.adaptation.base import (
     Adaptation,
@@ -40,8 +42,9 @@ from plrhf.models.adaptation.base import (
 from plrhf.models.base import PersonalModule
 from plrhf.models.pair_batches import batches_of, compute_per_pair, dataset_of
 
-FITTED = ("adapted", "other_user", "pooled")
-"""Whose pairs a user is fitted to: their own, another user's, or those of many other users."""
+FITTED = ("adapted", "random", "other_user", "pooled")
+"""Which pairs a user is fitted to: their own, random ones of their own where those were not, another
+user's, or those of many other users."""
 
 CALIBRATED = ("adapted", "attenuated", "generic")
 """Curves whose likelihood and calibration error are shown in tables."""
@@ -57,11 +60,15 @@ class FewShotOptions:
         draws: number of random draws of the given pairs for each user, at least 1.
         users: ``unseen``; or ``seen``, which treats train users as new, gives their train pairs and
             asks their val pairs. Choose settings with the latter.
+        elicitation: how the pairs given are chosen: at ``random``, or one after the other by what the
+            user said before, see `elicitation.choose`. Without pairs that may be given only, half of
+            a user's pairs are candidates then, and the others are asked.
     """
 
     shots: list[int]
     draws: PositiveInt = 5
     users: Literal["unseen", "seen"] = "unseen"
+    elicitation: Rule = "random"
 
     def __post_init__(self) -> None:
         increasing = sorted({one for one in self.shots if one >= 0})
@@ -86,7 +93,8 @@ class FewShotCurve(Record):
             with margins shrunk by `attenuated_margins`, for rules with a covariance.
         over_generic: paired difference from the generic user.
         gain_recovered: share of the oracle's gain over the generic user; None without an oracle.
-        users: of the options. left_out: number of users with too few pairs.
+        users, elicitation: of the options. If pairs were not chosen at random, ``random`` is fitted to
+            as many random ones of the same candidates. left_out: number of users with too few pairs.
     """
 
     version: Literal[1] = Field(default=1, alias="schema")
@@ -99,6 +107,7 @@ class FewShotCurve(Record):
     over_generic: dict[str, list[Estimate]] = {}
     gain_recovered: dict[str, list[Estimate]] | None
     users: str = "unseen"
+    elicitation: str = "random"
     n_users: int
     n_draws: int
     left_out: int = 0
@@ -159,9 +168,13 @@ def learning_curve(
     dataset = dataset_of(model, tokenizer, [*given, *asked], batch_size=data.eval_batch_size)
     given_ids = {row.pair_id for row in given}
     trials, left_out = draw_trials(dataset.rows, given_ids, options, seed=seed)
-    size = data.eval_batch_size
-    curve = FewShotTrials(model, dataset, trials, batch_size=size, row_tokenizer=tokenizer)
-    margins: dict[str, list[np.ndarray]] = {name: [] for name in (*FITTED, "generic")}
+    how: Any = {"batch_size": data.eval_batch_size, "row_tokenizer": tokenizer}
+    curve = at_random = FewShotTrials(model, dataset, trials, **how)
+    if options.elicitation != "random":
+        in_turn = ask_in_turn(curve, rule, options.elicitation, options.shots[-1], seed=seed)
+        curve = FewShotTrials(model, dataset, in_turn, **how)
+    names = ("adapted", "other_user", "pooled", "generic")
+    margins: dict[str, list[np.ndarray]] = {name: [] for name in names}
     nobody = AdaptedUsers(vectors=model.encoder.generic(curve.n_trials).detach().to(model.device))
     generic = curve.margins(nobody, curve.own)
     for k in options.shots:
@@ -171,6 +184,9 @@ def learning_curve(
         if users.covariance is not None:
             attenuated = curve.margins(users, curve.own, attenuated=True)
             margins.setdefault("attenuated", []).append(attenuated)
+        if at_random is not curve:
+            of_random = at_random.margins(at_random.fit(rule, k), curve.own)
+            margins.setdefault("random", []).append(of_random)
         margins["pooled"].append(curve.margins(curve.fit(rule, k, pooled=True), curve.own))
         margins["generic"].append(generic)
     true = data.source.oracle_margins()
@@ -183,6 +199,7 @@ def learning_curve(
         shots=options.shots,
         **summarised(outcomes),
         users=options.users,
+        elicitation=options.elicitation,
         n_users=len(trials[0]),
         n_draws=options.draws,
         left_out=left_out,
@@ -230,8 +247,9 @@ def draw_trials(
     if len(enough) < 2:
         raise _too_few(sorted(rooms.values()), options)
     generator = np.random.default_rng(seed)
+    all_given = options.elicitation != "random"
     trials = [
-        [_draw_trial(given, asked, most, generator) for given, asked in enough]
+        [_draw_trial(given, asked, most, generator, all_given=all_given) for given, asked in enough]
         for _ in range(options.draws)
     ]
     return trials, len(places) - len(enough)
@@ -243,13 +261,23 @@ def max_shots(given: Sequence[int], asked: Sequence[int]) -> int:
 
 
 def _draw_trial(
-    given: list[int], asked: list[int], most: int, generator: np.random.Generator
+    given: list[int],
+    asked: list[int],
+    most: int,
+    generator: np.random.Generator,
+    *,
+    all_given: bool = False,
 ) -> Trial:
-    """Draw at most `most` pairs to give; without a separate set they are taken from the asked ones."""
+    """Draw at most `most` pairs to give; without a separate set they are taken from the asked ones.
+
+    Args:
+        all_given: give all that may be given, or half of the asked ones, for a rule to choose from.
+    """
     if len(given) > 0:
-        return Trial(generator.permutation(given)[:most].tolist(), asked)
+        return Trial(generator.permutation(given)[: None if all_given else most].tolist(), asked)
     order = generator.permutation(asked).tolist()
-    return Trial(order[:most], order[most:])
+    n_given = max(most, len(order) // 2) if all_given else most
+    return Trial(order[:n_given], order[n_given:])
 
 
 def _too_few(rooms: Sequence[int], options: FewShotOptions) -> Exception:
@@ -328,15 +356,17 @@ class FewShotTrials:
     def fit(self, rule: Adaptation, k: int, *, pooled: bool = False) -> AdaptedUsers:
         """Fit the user of every trial to k pairs: their own, or with `pooled` those of other users."""
         pairs_of = self.pooled if pooled else self.given
-        given = [(place, n) for n in range(self.n_trials) for place in pairs_of(n, k)]
-        places, owners = [place for place, _ in given], [owner for _, owner in given]
+        return self.fit_to(rule, [pairs_of(number, k) for number in range(self.n_trials)])
+
+    def fit_to(self, rule: Adaptation, given: Sequence[Sequence[int]]) -> AdaptedUsers:
+        """Fit the user of every trial to the pairs with these indices."""
+        places = [place for of_trial in given for place in of_trial]
+        owners = [number for number, of_trial in enumerate(given) for _ in of_trial]
         batches = batches_of(self.dataset, places, owners, batch_size=self.batch_size)
         users = rule.fit(self.model, batches, n_users=self.n_trials)
         if self.in_context is None:
             return users
-        pairs = [
-            [self.dataset.rows[place] for place in pairs_of(n, k)] for n in range(self.n_trials)
-        ]
+        pairs = [[self.dataset.rows[place] for place in of_trial] for of_trial in given]
         return replace(users, own_pairs=pairs)
 
     def margins(

@@ -221,6 +221,7 @@ def comparison_bars(frame: pd.DataFrame) -> Drawing:
 
 CURVES: dict[str, tuple[str, Any]] = {
     "adapted": (ACCENT, "-"),
+    "random": (ACCENT, (0, (4, 2))),
     "pooled": (WARM, "--"),
     "other_user": (SERIES[2], (0, (1, 1))),
     "generic": (MUTED, "-."),

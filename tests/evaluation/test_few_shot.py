@@ -21,6 +21,7 @@ from plrhf.data.module import PreferenceData
 from plrhf.data.packing import packed
 from plrhf.data.rows import Row
 from plrhf.data.sources.jsonl import JsonlSource
+from plrhf.evaluation.ask_in_turn import ask_in_turn
 from plrhf.evaluation.few_shot import (
     FewShotOptions,
     FewShotTrials,
@@ -154,8 +155,8 @@ def test_pooled_pairs_are_of_as_many_other_people() -> None:
     assert curve.given(6, 2) == [20, 21]
 
 
-def test_a_model_that_knows_how_people_differ_learns_who_this_is() -> None:
-    """Simulated people within the model's reach: their own pairs tell, other people's do not."""
+def people_within_reach(options: FewShotOptions) -> FewShotTrials:
+    """Trials of simulated people whom a model can describe: only the person decides."""
     model = make_model(PersonalRewardModel, aggregator="film_last").eval()
     n_users, n_pairs = 8, 48
     with torch.no_grad():
@@ -164,7 +165,6 @@ def test_a_model_that_knows_how_people_differ_learns_who_this_is() -> None:
         rows = torch.randn(n_users, 2)
         hidden = torch.randn(n_users * n_pairs, 2, WIDTH)
         to_gamma = model.aggregator.to_film.weight[:WIDTH]
-        # GenerationOptions without what everybody sees alike, so that only the person decides.
         weights = model.head.weight[0] * (rows @ model.encoder.basis @ to_gamma.T)  # [N, d]
         common = model.head.weight[0]
         hidden -= (hidden @ common)[..., None] * common / common.square().sum()
@@ -176,8 +176,13 @@ def test_a_model_that_knows_how_people_differ_learns_who_this_is() -> None:
     schema = FeatureSchema.fit(())
     dataset = PairDataset(people, pairs, layout=packed, user_index={}, schema=schema)
     dataset.hidden = TextValues(hidden.flatten(0, 1), torch.arange(2 * len(people)).view(-1, 2))
-    trials, _ = draw_trials(people, set(), FewShotOptions(shots=[24], draws=3), seed=0)
-    curve = FewShotTrials(model, dataset, trials, batch_size=50)
+    trials, _ = draw_trials(people, set(), options, seed=0)
+    return FewShotTrials(model, dataset, trials, batch_size=50)
+
+
+def test_a_model_that_knows_how_people_differ_learns_who_this_is() -> None:
+    """Simulated people within the model's reach: their own pairs tell, other people's do not."""
+    curve = people_within_reach(FewShotOptions(shots=[24], draws=3))
     found = curve.fit(Posterior(laplace=True), 24)
     accuracy = {
         name: correctness(curve.margins(found, owners)).mean()
@@ -185,11 +190,33 @@ def test_a_model_that_knows_how_people_differ_learns_who_this_is() -> None:
     }
     assert accuracy["own"] > 0.85
     assert accuracy["others"] < 0.65
-    nobody = AdaptedUsers(vectors=model.encoder.generic(curve.n_trials))
+    nobody = AdaptedUsers(vectors=curve.model.encoder.generic(curve.n_trials))
     assert curve.margins(nobody, curve.own) == pytest.approx(0, abs=1e-4)
     # What is not known of the person shrinks margins and turns none.
     plain, shrunk = (curve.margins(found, curve.own, attenuated=yes) for yes in (False, True))
     assert (np.sign(plain) == np.sign(shrunk)).all() and (np.abs(shrunk) < np.abs(plain)).all()
+
+
+@pytest.mark.parametrize("rule", ["information", "uncertainty", "variety", "random"])
+def test_pairs_are_asked_in_turn(rule: Any) -> None:
+    curve = people_within_reach(FewShotOptions(shots=[3], draws=1, elicitation="information"))
+    assert [len(trial.given) for trial in curve.trials] == [24] * 8  # to choose from
+    (trials,) = ask_in_turn(curve, Posterior(laplace=True), rule, 3, seed=0)
+    for before, after in zip(curve.trials, trials, strict=True):
+        assert len(set(after.given)) == 3 and set(after.given) <= set(before.given)
+        assert after.asked == before.asked
+    chosen = FewShotTrials(curve.model, curve.dataset, [trials], batch_size=50)
+
+    def learned(trials: FewShotTrials) -> float:
+        """Variance that the answers have removed of what is to be learned of a person."""
+        covariance = trials.fit(Posterior(laplace=True), 3).covariance
+        assert covariance is not None
+        return 1 - float(covariance.diagonal(dim1=1, dim2=2).mean())
+
+    if rule == "information":  # three random pairs tell less
+        assert learned(chosen) > 1.5 * learned(curve)
+    with pytest.raises(ValueError, match=r"^eval.elicitation='Posterior' is not allowed: expected"):
+        ask_in_turn(curve, Posterior(), rule, 3, seed=0)
 
 
 def outcomes(*margins: float) -> Outcomes:
