@@ -30,6 +30,7 @@ from plrhf.data.in_context import InContextTokenizer, row_tokenizer
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Row
 from plrhf.data.tokenizer import RowTokenizer
+from plrhf.evaluation.abstention import abstention_curve
 from plrhf.evaluation.ask_in_turn import ask_in_turn
 from plrhf.evaluation.elicitation import Rule
 from plrhf.evaluation.records import Record
@@ -91,6 +92,8 @@ class FewShotCurve(Record):
             for ``generic`` (no pairs) and ``oracle`` (None if unknown).
         nll, ece: likelihood in nats and calibration error, as `curves`. ``attenuated`` is ``adapted``
             with margins shrunk by `attenuated_margins`, for rules with a covariance.
+        abstention: for each number of shots, accuracy on the surest shares of the pairs asked, see
+            `abstention.SHARES`; of ``attenuated`` margins where there are any.
         over_generic: paired difference from the generic user.
         gain_recovered: share of the oracle's gain over the generic user; None without an oracle.
         users, elicitation: of the options. If pairs were not chosen at random, ``random`` is fitted to
@@ -104,6 +107,7 @@ class FewShotCurve(Record):
     curves: dict[str, list[Estimate] | None]
     nll: dict[str, list[Estimate]] = {}
     ece: dict[str, list[Estimate]] = {}
+    abstention: list[list[Estimate]] = []
     over_generic: dict[str, list[Estimate]] = {}
     gain_recovered: dict[str, list[Estimate]] | None
     users: str = "unseen"
@@ -198,6 +202,9 @@ def learning_curve(
         fingerprint=fingerprint,
         shots=options.shots,
         **summarised(outcomes),
+        abstention=[
+            abstention_curve(one) for one in outcomes.get("attenuated", outcomes["adapted"])
+        ],
         users=options.users,
         elicitation=options.elicitation,
         n_users=len(trials[0]),

@@ -14,6 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from plrhf.core.bootstrap import Estimate
+from plrhf.evaluation.abstention import SHARES
 from plrhf.evaluation.few_shot import CALIBRATED, FewShotCurve
 from plrhf.evaluation.judges import JudgedRun
 from plrhf.evaluation.metrics import PROMPT_KINDS, USER_KINDS, UserKind
@@ -286,6 +287,7 @@ def few_shot_table(adapted: FewShotCurve) -> Table:
             *(points(curve[place]) for curve in over.values()),
             *(estimate_cell(curve[place], "z.2f") for curve in recovered.values()),
             *(estimate_cell(curve[place], ".3f") for curve in sizes.values()),
+            *(percent(one[SHARES.index(0.5)]) for one in adapted.abstention[place : place + 1]),
         ]
         for place, shots in enumerate(adapted.shots)
     ]
@@ -294,6 +296,7 @@ def few_shot_table(adapted: FewShotCurve) -> Table:
         *(f"{name} over generic, points" for name in over),
         *(f"gain, {name}" for name in recovered),
         *sizes,
+        *(["surest half, %"] if adapted.abstention else []),
     ]
     return Table(["pairs given", *heads], [("", rows)])
 

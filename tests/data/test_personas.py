@@ -18,7 +18,8 @@ from sklearn.linear_model import LogisticRegression
 from plrhf.data.parsing import parse_row
 from plrhf.data.sources.persona_texts import DRAWS, LONG, TOPICS, write
 from plrhf.data.sources.personas import ATTRIBUTES, PersonasSource, measure
-from plrhf.data.sources.simulated import KINDS
+
+KINDS = ("individual", "clusters", "features")
 
 SMALL: dict[str, Any] = {"n_users": 7, "n_unseen_users": 3, "pairs_per_user": 11, "n_prompts": 23}
 
@@ -366,3 +367,12 @@ def test_worlds_share_an_id_only_where_they_share_the_pair() -> None:
         shared = ours.keys() & theirs.keys()
         assert len(shared) < len(ours)
         assert all(ours[one] == theirs[one] for one in shared)
+
+
+def test_strangers_differ_where_no_seen_user_does() -> None:
+    source = PersonasSource(kind="strangers", n_users=9, n_unseen_users=7, seed=3)
+    mean = source.scale * np.array(source.population_mean)
+    apart = np.array([source.true_vector(user) for user in source.user_ids]) - mean
+    np.testing.assert_allclose(np.linalg.norm(apart, axis=1), source.scale)
+    np.testing.assert_allclose(apart[:9] @ apart[9:].T, 0, atol=1e-12)
+    assert np.linalg.matrix_rank(apart[:9]) == np.linalg.matrix_rank(apart[9:]) == 2

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from plrhf.data.parsing import parse_row
-from plrhf.data.sources.simulated import KINDS
 from plrhf.data.sources.styles import FARTHEST, StylesSource
 from plrhf.data.style_attributes import ATTRIBUTES, measure
 from plrhf.data.style_prompts import STYLES, all_prompts
@@ -22,6 +21,8 @@ from plrhf.data.style_texts import (
     finished_part,
     read_texts,
 )
+
+KINDS = ("individual", "clusters", "features")
 
 SAMPLE = Path(__file__).parent / "cases/styles.jsonl"
 SMALL: dict[str, Any] = {"n_users": 7, "n_unseen_users": 3, "pairs_per_user": 11}

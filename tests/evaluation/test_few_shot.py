@@ -21,6 +21,7 @@ from plrhf.data.module import PreferenceData
 from plrhf.data.packing import packed
 from plrhf.data.rows import Row
 from plrhf.data.sources.jsonl import JsonlSource
+from plrhf.evaluation.abstention import abstention_curve
 from plrhf.evaluation.ask_in_turn import ask_in_turn
 from plrhf.evaluation.few_shot import (
     FewShotOptions,
@@ -263,6 +264,12 @@ def test_likelihood_and_calibration_by_hand() -> None:
     confident = 1 / (1 + np.exp(-np.array([1, 2, 3])))
     gaps = [abs(1 - 2 * confident[0]), abs(1 - confident[1]), confident[2]]
     assert result["ece"]["adapted"][0]["value"] == pytest.approx(sum(gaps) / 4)
+
+
+def test_the_surest_are_answered_first() -> None:
+    """Sure by size: 3 (right), -2 (wrong), 1 (right), 0.5 (right)."""
+    values = [one["value"] for one in abstention_curve(outcomes(1, 3, -2, 0.5))]
+    assert values == [0.75, pytest.approx(2 / 3), 0.5, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import plrhf
 from plrhf.core.components import build
 from plrhf.core.types import UserBatch
 from plrhf.encoders import ClusterMixtureEncoder, LookupEncoder, NoneEncoder, UserEncoder
-from plrhf.models.adaptation import Adaptation, Basis, Gradient, Posterior, Reweight
+from plrhf.models.adaptation import Adaptation, Basis, Gradient, Mixture, Posterior, Reweight
 from plrhf.models.adaptation.base import AdaptedUsers, attenuated_margins, score_pairs
 from plrhf.models.adaptation.fitting import (
     PairLosses,
@@ -27,6 +27,7 @@ from plrhf.models.adaptation.fitting import (
     most_likely,
     user_tables,
 )
+from plrhf.models.adaptation.mixture import moments
 from plrhf.models.adaptation.posterior import learned_prior
 from plrhf.models.adaptation.reweight import margins_by_particle
 from plrhf.models.policy import PersonalDPOPolicy
@@ -280,6 +281,52 @@ def test_the_laplace_covariance_against_autograd(
     step = 1e-2 * torch.eye(t.shape[1])[1].expand_as(t)
     moved = (losses.vectors(t + step) - losses.vectors(t - step)) / 2e-2
     torch.testing.assert_close(found.directions[:, 1], moved.detach(), atol=2e-3, rtol=2e-2)
+
+
+def test_the_mixture_against_a_grid() -> None:
+    """Shares, mean and covariance are those of the posterior on a fine grid, up to Laplace's error."""
+    model = strong_model()
+    n_pairs = 9
+    batch = make_batch(make_pairs(n_pairs, seed=3), users=[0] * 5 + [2] * (n_pairs - 5))
+    rule = Mixture(scales=[0, 1, 3], weights=[0.3, 0.5, 0.2])
+    found = rule.fit(model, [batch], n_users=3)
+    assert found.shares is not None and found.covariance is not None
+    assert rule.prior_variance() == pytest.approx(0.5 + 0.2 * 9)
+    losses = PairLosses(model, [batch], learned_prior(model.encoder), n_users=3)
+    axis = torch.linspace(-14, 14, 113, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis)  # of the two numbers of each user
+    points = losses.coordinates.points(grid.float())
+    vectors = losses.coordinates.space.vectors(points, torch.zeros(len(grid), 0)).detach()
+    constant, slope = design(model, batch)  # margins are linear in vectors
+    margins = torch.from_numpy(constant + array(vectors) @ slope.T)  # [G, B]
+    fit = torch.nn.functional.logsigmoid(margins)
+    of_points = [-fit[:, batch.user_id == user].sum(dim=1) for user in range(3)]
+    step = float(axis[1] - axis[0]) ** 2
+    for user in (0, 1, 2):
+        fits = (-of_points[user]).exp()
+        at_zero = float((-losses.by_user(losses.start()))[user].exp())
+        normal = [
+            step / (2 * math.pi * s**2) * (-grid.square().sum(dim=1) / (2 * s**2)).exp() * fits
+            for s in (1, 3)
+        ]
+        mass = tensor([0.3 * at_zero, 0.5 * normal[0].sum(), 0.2 * normal[1].sum()]).double()
+        torch.testing.assert_close(found.shares[user], mass / mass.sum(), atol=0.04, rtol=0)
+        density = (0.5 * normal[0] + 0.2 * normal[1]) / mass.sum()
+        mean = (density[:, None] * grid).sum(dim=0).float()
+        points = learned_prior(model.encoder).points(mean[None])
+        expected = losses.coordinates.space.vectors(points, torch.zeros(1, 0))[0]
+        away = (found.vectors[user] - expected).norm() / (1 + expected.norm())
+        assert away < 0.12
+        second = torch.einsum("g,gi,gj->ij", density, grid, grid).float() - mean.outer(mean)
+        assert (found.covariance[user] - second).norm() < 0.25 * second.norm()
+    assert found.shares[1].tolist() == pytest.approx([0.3, 0.5, 0.2])  # who gave no pairs
+
+
+def test_moments_by_hand() -> None:
+    """Halves of N(0, 1) and N(2, 3): mean 1, variance 2 + 1."""
+    shares, means = torch.full((2, 1), 0.5), tensor([[[0.0]], [[2.0]]])
+    mean, variance = moments(shares, means, tensor([[[[1.0]]], [[[3.0]]]]))
+    assert (mean.item(), variance.item()) == (1.0, 3.0)
 
 
 def test_attenuated_margins_against_numerical_integration() -> None:

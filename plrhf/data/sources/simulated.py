@@ -24,7 +24,7 @@ from plrhf.data.sources.base import Source
 
 T = TypeVar("T")
 
-Kind = Literal["individual", "clusters", "features"]
+Kind = Literal["individual", "clusters", "features", "strangers"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 REGIONS = ("coast", "hills", "plains", "city")
@@ -56,7 +56,8 @@ class SimulatedSource(Source):
 
     Args:
         kind: ``individual`` (each user has their own preference vector), ``clusters`` (all users of a
-            type share a vector) or ``features`` (the vector is a function of `user_features`).
+            type share a vector), ``features`` (the vector is a function of `user_features`) or
+            ``strangers`` (unseen users differ from the mean in directions in which no seen user does).
         n_users: number of users with train, val and test pairs.
         n_unseen_users: number of additional users, with test pairs only.
         pairs_per_user, val_pairs_per_user, test_pairs_per_user: train, val and test pairs of a user.
@@ -222,7 +223,9 @@ class SimulatedSource(Source):
 
     def _draw_persona(self, index: int) -> Persona:
         """Draw the user with this index."""
-        deviation, type_, features = self._population.draw(self.rng(_USER_STREAM, index))
+        deviation, type_, features = self._population.draw(
+            self.rng(_USER_STREAM, index), is_seen=index < self.n_users
+        )
         vector = self.scale * (np.array(self.population_mean) + deviation)
         return Persona(vector=vector, type=type_, features=features)
 
@@ -267,9 +270,11 @@ class Population:
         self.regions = _spread_directions(rng, len(REGIONS), n_attributes)
         self.professions = _spread_directions(rng, len(PROFESSIONS), n_attributes)
         self.age_by_profession = _spread_directions(rng, len(PROFESSIONS), n_attributes)
+        # Orthonormal rows; of strangers, the first half is for seen users, the others for unseen ones.
+        self.directions = np.linalg.qr(rng.standard_normal((n_attributes, n_attributes)))[0]
 
     def draw(
-        self, rng: np.random.Generator
+        self, rng: np.random.Generator, *, is_seen: bool = True
     ) -> tuple[np.ndarray, int | None, dict[str, Any] | None]:
         """Draw a user: deviation [A] from the mean, type (or None) and features (or None)."""
         if self.kind == "clusters":
@@ -283,6 +288,10 @@ class Population:
                 "profession": PROFESSIONS[rng.integers(len(PROFESSIONS))],
             }
             return self.from_features(**features), None, features
+        if self.kind == "strangers":
+            half = self.n_attributes // 2
+            own = self.directions[:half] if is_seen else self.directions[half:]
+            return _normalise(rng.standard_normal(len(own)) @ own), None, None
         return _normalise(rng.standard_normal(self.n_attributes)), None, None
 
     def from_features(

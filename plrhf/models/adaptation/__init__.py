@@ -4,6 +4,7 @@ from plrhf.models.adaptation.base import Adaptation, AdaptedUsers
 from plrhf.models.adaptation.basis import Basis
 from plrhf.models.adaptation.encode import Encode
 from plrhf.models.adaptation.gradient import Gradient
+from plrhf.models.adaptation.mixture import Mixture
 from plrhf.models.adaptation.new_user import NewUser, adapt
 from plrhf.models.adaptation.posterior import Posterior
 from plrhf.models.adaptation.reweight import Reweight
@@ -14,6 +15,7 @@ __all__ = [
     "Basis",
     "Encode",
     "Gradient",
+    "Mixture",
     "NewUser",
     "Posterior",
     "Reweight",

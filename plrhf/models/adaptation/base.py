@@ -33,6 +33,7 @@ class AdaptedUsers:
             rule gives point estimates only.
         own_pairs: pairs of each user that are put in front of the prompts; None: the model reads none.
         directions: derivative of e_u with respect to t, [N, r, user_dim]; None without a covariance.
+        shares: probability of each of K priors given the user's pairs, [N, K]; None: the rule has one.
     """
 
     vectors: Tensor
@@ -40,6 +41,7 @@ class AdaptedUsers:
     covariance: Tensor | None = None
     directions: Tensor | None = None
     own_pairs: list[list[Row]] | None = None
+    shares: Tensor | None = None
 
 
 class Adaptation(ABC):

@@ -188,6 +188,16 @@ class PairLosses:
             total += loss.item()
         return total, torch.autograd.grad(vectors, t, slope)[0]
 
+    @torch.no_grad()
+    def by_user(self, t: Tensor) -> Tensor:
+        """Compute the sum of the losses of each user's pairs, [N] float64."""
+        vectors = self.vectors(t)
+        found = torch.zeros(self.n_users, dtype=torch.float64, device=t.device)
+        for batch in self.batches:
+            losses = score_pairs(self.model, batch, vectors)[1]
+            found.index_add_(0, batch.user_id, losses.double())
+        return found
+
     def hessian(self, t: Tensor) -> Tensor:
         """Compute the Hessian of each user's summed loss, [N, r, r]."""
         t = t.detach().requires_grad_()
