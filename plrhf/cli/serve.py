@@ -122,6 +122,13 @@ def _load(directory: str, config: ServeConfig) -> PersonalModule:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     trust = config.trust_components
     model = load(directory, trust_components=trust, trust_remote_code=trust)
+    if "context_pairs" in model.card.text:
+        raise bad_value(
+            "run",
+            directory,
+            "a model that knows people by vectors, not by pairs in front of their prompts",
+            "Train with another encoder",
+        )
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:

@@ -24,7 +24,7 @@ from plrhf.models.adaptation.encode import reads_own_text
 from plrhf.models.adaptation.fitting import user_tables
 from plrhf.models.adaptation.new_user import default_rule, fit_pairs
 from plrhf.models.base import PersonalModule
-from plrhf.models.pair_batches import batches_of, dataset_of
+from plrhf.models.pair_batches import batches_of, dataset_of, row_tokenizer_of
 
 BATCH_SIZE = 64
 
@@ -140,7 +140,7 @@ class UserModel:
 
     def row_tokenizer(self) -> RowTokenizer:
         """Return a new tokenizer of rows, as one that is kept would remember people's texts."""
-        return RowTokenizer(self.model.tokenizer, **self.model.card.text)
+        return row_tokenizer_of(self.model)
 
     def fit(self, pairs: Sequence[Mapping[str, Any]]) -> Fit:
         """Fit a person to their pairs. Without any, or without a rule, it is the generic user."""
