@@ -13,8 +13,8 @@ from plrhf.core.checks import NonNegativeInt, PositiveInt
 from plrhf.core.components import build, construct, locate, parameters
 from plrhf.core.errors import bad_value
 from plrhf.evaluation.best_of import BestOf
-from plrhf.evaluation.few_shot import FewShotOptions
 from plrhf.evaluation.generations import GenerationOptions
+from plrhf.evaluation.trials import FewShotOptions
 from plrhf.models.adaptation import Adaptation
 
 TEXT_OPTIONS = (

@@ -20,8 +20,8 @@ from plrhf.data.dataset import TextValues
 from plrhf.data.module import PreferenceData
 from plrhf.data.own_pairs import draw_context
 from plrhf.data.rows import SPLITS, content_hash
-from plrhf.evaluation.few_shot import FewShotOptions
 from plrhf.evaluation.predictions import prepare
+from plrhf.evaluation.trials import FewShotOptions
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.referee.facts import Facts, agreed_pairs, span
 from plrhf.referee.features import FixedFeatures, with_features

@@ -9,11 +9,12 @@ import numpy as np
 
 from plrhf.core.errors import bad_value
 from plrhf.evaluation.elicitation import Candidates, Rule, candidates_of, choose
+from plrhf.evaluation.trials import Trial
 from plrhf.models.adaptation.base import Adaptation, AdaptedUsers
 from plrhf.models.pair_batches import batches_of
 
 if TYPE_CHECKING:
-    from plrhf.evaluation.few_shot import FewShotTrials, Trial
+    from plrhf.evaluation.few_shot import FewShotTrials
 
 
 def ask_in_turn(

@@ -14,13 +14,8 @@ from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
 from plrhf.data.packing import LAYOUTS, LayoutName
 from plrhf.data.rows import Row
-from plrhf.evaluation.few_shot import (
-    FewShotOptions,
-    FewShotTrials,
-    Trial,
-    draw_trials,
-    rows_of_users,
-)
+from plrhf.evaluation.few_shot import FewShotTrials
+from plrhf.evaluation.trials import FewShotOptions, Trial, draw_trials, rows_of_users
 from plrhf.models.adaptation import Adaptation, AdaptedUsers
 from plrhf.models.reward import PersonalRewardModel
 

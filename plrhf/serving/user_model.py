@@ -17,7 +17,7 @@ from plrhf.data.parsing import parse_row
 from plrhf.data.rows import Row, content_hash
 from plrhf.data.tokenizer import RowTokenizer
 from plrhf.evaluation.elicitation import Candidates, Rule, candidates_of, choose
-from plrhf.evaluation.few_shot import judgment_key
+from plrhf.evaluation.trials import judgment_key
 from plrhf.models.adaptation import Adaptation, AdaptedUsers
 from plrhf.models.adaptation.base import with_precomputed
 from plrhf.models.adaptation.encode import reads_own_text

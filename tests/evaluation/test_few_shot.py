@@ -23,15 +23,8 @@ from plrhf.data.rows import Row
 from plrhf.data.sources.jsonl import JsonlSource
 from plrhf.evaluation.abstention import abstention_curve
 from plrhf.evaluation.ask_in_turn import ask_in_turn
-from plrhf.evaluation.few_shot import (
-    FewShotOptions,
-    FewShotTrials,
-    Trial,
-    check_trials,
-    draw_trials,
-    rows_of_users,
-    summarised,
-)
+from plrhf.evaluation.few_shot import FewShotTrials, summarised
+from plrhf.evaluation.trials import FewShotOptions, Trial, check_trials, draw_trials, rows_of_users
 from plrhf.models.adaptation import AdaptedUsers, Posterior
 from plrhf.models.reward import PersonalRewardModel
 

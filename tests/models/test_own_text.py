@@ -15,7 +15,8 @@ import plrhf
 from plrhf.data.in_context import row_tokenizer, show_pairs
 from plrhf.data.parsing import parse_row
 from plrhf.data.rows import Row
-from plrhf.evaluation.few_shot import FewShotTrials, Trial
+from plrhf.evaluation.few_shot import FewShotTrials
+from plrhf.evaluation.trials import Trial
 from plrhf.models.adaptation import Encode
 from plrhf.models.adaptation.base import AdaptedUsers
 from plrhf.models.export import OWN_PAIRS, _digest, pairs_text

@@ -17,7 +17,7 @@ from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Row
 from plrhf.data.sources.jsonl import JsonlSource
 from plrhf.encoders import LookupEncoder, NoneEncoder
-from plrhf.evaluation.few_shot import FewShotOptions, Trial
+from plrhf.evaluation.trials import FewShotOptions, Trial
 from plrhf.models.adaptation import Posterior
 from plrhf.models.optim import Optim
 from plrhf.models.reward import PersonalRewardModel
