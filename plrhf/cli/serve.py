@@ -15,6 +15,8 @@ from plrhf.core.checks import NonNegativeFloat, NonNegativeInt, PositiveInt
 from plrhf.core.components import Settings
 from plrhf.core.errors import bad_value
 from plrhf.evaluation.people import evenly
+from plrhf.evaluation.records import read_record
+from plrhf.evaluation.users import LearnedUsers
 from plrhf.models.base import PersonalModule
 from plrhf.models.inference import load
 from plrhf.models.policy import PersonalDPOPolicy
@@ -93,13 +95,14 @@ def build_service(config: ServeConfig) -> Service:
     people = People(config.database)
     asker = config.run if config.reward is None else config.reward
     pool = _pool(Path(asker), config) if config.pool > 0 else []
+    words = _words(Path(asker))
     names = [_name(Path(directory)) for directory in (config.run, config.reward or config.run)]
     if config.reward is not None and names[0] == names[1]:
         names[1] += "-reward"
     served = [
         ServedModel(
             name,
-            UserModel(model, pool if model is models[-1] else ()),
+            UserModel(model, pool, words) if model is models[-1] else UserModel(model),
             Engine(
                 model,
                 batch_size=config.batch_size,
@@ -122,13 +125,6 @@ def _load(directory: str, config: ServeConfig) -> PersonalModule:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     trust = config.trust_components
     model = load(directory, trust_components=trust, trust_remote_code=trust)
-    if "context_pairs" in model.card.text:
-        raise bad_value(
-            "run",
-            directory,
-            "a model that knows people by vectors, not by pairs in front of their prompts",
-            "Train with another encoder",
-        )
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -152,6 +148,15 @@ def _pool(run: Path, config: ServeConfig) -> list[dict[str, Any]]:
         {"prompt": _plain(row.prompt), "chosen": row.chosen, "rejected": row.rejected}
         for row in chosen
     ]
+
+
+def _words(run: Path) -> dict[str, str]:
+    """Return what a run's users.json says about its train users, where it says anything."""
+    path = run / "users.json"
+    if not path.is_file():
+        return {}
+    users = read_record(path, LearnedUsers).users
+    return {one["user_id"]: one["group"] for one in users if one["group"] is not None}
 
 
 def _plain(prompt: Any) -> Any:

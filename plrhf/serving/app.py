@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Path, Request
+from fastapi import FastAPI, Request
+from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from plrhf.core.errors import BadValue
@@ -28,8 +30,11 @@ from plrhf.serving.schemas import (
 from plrhf.serving.service import Service
 from plrhf.serving.store import Judgment, Known
 
-UserId = Annotated[Name, Path()]
-JudgmentId = Annotated[int, Path(ge=0, le=MOST_SEED)]
+PAGE = Path(__file__).parent / "page"
+MEDIA = {".css": "text/css", ".js": "text/javascript"}
+
+UserId = Annotated[Name, PathParameter()]
+JudgmentId = Annotated[int, PathParameter(ge=0, le=MOST_SEED)]
 
 
 def build_app(
@@ -49,6 +54,7 @@ def build_app(
     # No pages of FastAPI's own: they load scripts from another host.
     app = FastAPI(title="plrhf", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     add_errors(app)
+    add_page(app)
     add_status(app, service)
     add_people(app, service)
     add_chat(app, service)
@@ -104,10 +110,20 @@ def add_status(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
         found = [
-            {"id": model.name, "object": "model", "created": 0, "owned_by": "plrhf"}
+            {
+                "id": model.name,
+                "object": "model",
+                "created": 0,
+                "owned_by": "plrhf",
+                "writes": model is service.policy,
+            }
             for model in service.models
         ]
         return {"object": "list", "data": found}
+
+    @app.get("/v1/map")
+    def people_map() -> dict[str, Any]:
+        return service.map()
 
     @app.post("/v1/score")
     def score(body: ScoreRequest) -> dict[str, Any]:
@@ -121,6 +137,21 @@ def add_status(app: FastAPI, service: Service) -> None:
             for n, (one, value) in enumerate(zip(inputs, found, strict=True))
         ]
         return {"object": "list", "model": service.models[-1].name, "data": data}
+
+
+def add_page(app: FastAPI) -> None:
+    """Add the web page."""
+    files = {path.name: path for path in PAGE.iterdir() if path.suffix in MEDIA}
+
+    @app.get("/")
+    def index() -> Response:
+        return FileResponse(PAGE / "index.html")
+
+    @app.get("/page/{name}")
+    def part(name: str) -> Response:
+        if name not in files:
+            raise ApiError(404, "The page has no such part.")
+        return FileResponse(files[name], media_type=MEDIA[files[name].suffix])
 
 
 def add_people(app: FastAPI, service: Service) -> None:

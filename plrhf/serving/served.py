@@ -11,7 +11,7 @@ from torch import Tensor
 
 from plrhf.serving.engine import Engine
 from plrhf.serving.store import Known, People
-from plrhf.serving.user_model import Fit, UserModel, fingerprint_of
+from plrhf.serving.user_model import Fit, UserModel
 
 MOST_FITS = 1000  # kept in memory
 
@@ -66,7 +66,7 @@ class ServedModel:
             self.fits.pop(user_id, None)
         if self.is_train_user(user_id):
             self.engine.compute(self.users.model.forget, user_id)
-            self.users.fingerprint = fingerprint_of(self.users.model)
+            self.engine.compute(self.users.refresh)
             with self.lock:
                 self.fits.clear()  # the prior has changed
 

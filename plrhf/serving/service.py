@@ -98,12 +98,23 @@ class Service:
         """Return how sure the model is about a person."""
         known = self.person(user_id)
         fit = self.asker.fit(user_id, known)
+        vector, people = fit.users.vectors[0], self.asker.users.map
         return {
             "model": self.asker.name,
             "judgments": len(known.judgments),
             "used": fit.n_pairs,
             "certainty": fit.certainty,
+            "priors": fit.priors,
+            "stranger": fit.is_stranger,
+            "place": None if people is None else people.place(vector),
+            "traits": [] if people is None or fit.n_pairs == 0 else people.traits(vector),
         }
+
+    def map(self) -> dict[str, Any]:
+        """Return the map of the train users, without their names."""
+        people = self.asker.users.map
+        nobody = {"people": [], "generic": [0.0, 0.0], "size": 1.0}
+        return nobody if people is None else people.shown()
 
     def next_pair(self, user_id: str) -> dict[str, Any]:
         """Return the pair to ask a person next, its responses in random order."""

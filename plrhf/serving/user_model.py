@@ -17,16 +17,21 @@ from plrhf.data.parsing import parse_row
 from plrhf.data.rows import Row, content_hash
 from plrhf.data.tokenizer import RowTokenizer
 from plrhf.evaluation.elicitation import Candidates, Rule, candidates_of, choose
+from plrhf.evaluation.people import evenly
 from plrhf.evaluation.trials import judgment_key
-from plrhf.models.adaptation import Adaptation, AdaptedUsers
+from plrhf.models.adaptation import Adaptation, AdaptedUsers, Encode, Mixture
 from plrhf.models.adaptation.base import with_precomputed
 from plrhf.models.adaptation.encode import reads_own_text
 from plrhf.models.adaptation.fitting import user_tables
-from plrhf.models.adaptation.new_user import default_rule, fit_pairs
+from plrhf.models.adaptation.new_user import fit_pairs
 from plrhf.models.base import PersonalModule
 from plrhf.models.pair_batches import batches_of, dataset_of, row_tokenizer_of
+from plrhf.serving.people_map import PeopleMap
 
 BATCH_SIZE = 64
+MOST_ON_MAP = 1000
+PRIORS = ("generic", "people", "wide")
+"""Names of the priors of `Mixture` with its default scales 0, 1 and 2."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,12 @@ class Fit:
 
     Attributes:
         users: the person, N = 1. n_pairs: number of judgments used.
+        prior_variance: variance of each fitted number before any judgment.
     """
 
     users: AdaptedUsers
     n_pairs: int
+    prior_variance: float = 1.0
 
     @property
     def certainty(self) -> float | None:
@@ -47,7 +54,20 @@ class Fit:
         if covariance is None or covariance.shape[1] == 0:
             return None
         mean = float(covariance[0].diagonal().double().mean())
-        return min(1.0, max(0.0, 1 - mean))
+        return min(1.0, max(0.0, 1 - mean / self.prior_variance))
+
+    @property
+    def priors(self) -> dict[str, float] | None:
+        """Probability of each prior of `Mixture` by its scale; None if the rule has one prior."""
+        shares = self.users.shares
+        if shares is None:
+            return None
+        return dict(zip(PRIORS, (round(one, 4) for one in shares[0].tolist()), strict=True))
+
+    @property
+    def is_stranger(self) -> bool:
+        """Whether the person is probably unlike those of training."""
+        return self.priors is not None and self.priors["people"] < 0.5
 
 
 class UserModel:
@@ -57,21 +77,30 @@ class UserModel:
 
     Args:
         model: loaded from an export. pool: pairs that people may be asked, as rows of preference data.
+        words: about train users, by id, which people like them are told.
 
     Attributes:
-        fingerprint: of all that fitted vectors depend on.
         rule: how people are fitted; None if the model has no parameters of single users.
+        fingerprint: of all that fitted vectors depend on. map: of the train users; None without any.
     """
 
-    def __init__(self, model: PersonalModule, pool: Sequence[Mapping[str, Any]] = ()) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: PersonalModule,
+        pool: Sequence[Mapping[str, Any]] = (),
+        words: Mapping[str, str] | None = None,
+    ) -> None:
+        self.model, self.words = model, {} if words is None else words
         if reads_own_text(model):
             allowed = "a model that knows people by vectors, which the server keeps, and no texts of theirs"
             cure = "Serve one that was trained with data.context_pairs=0"
             raise bad_value("export", "one with data.context_pairs", allowed, cure)
-        can_fit = len(user_tables(model.encoder)) > 0 or model.encoder.reads_context
-        self.rule: Adaptation | None = default_rule(model, laplace=True) if can_fit else None
-        self.fingerprint = fingerprint_of(model)
+        self.rule: Adaptation | None = None
+        if model.encoder.reads_context:
+            self.rule = Encode()
+        elif len(user_tables(model.encoder)) > 0:
+            self.rule = Mixture()
+        self.refresh()
         rows = [parse_row({"user_id": "pool", **row}, f"pool[{n}]") for n, row in enumerate(pool)]
         self.pool: list[Row] = []
         with model.autocast():
@@ -81,6 +110,16 @@ class UserModel:
                 places = range(len(dataset))
                 batches = batches_of(dataset, places, [0] * len(dataset), batch_size=BATCH_SIZE)
                 self.batches = with_precomputed(model, batches)
+
+    def refresh(self) -> None:
+        """Compute anew what depends on the train users, as after one was forgotten."""
+        self.fingerprint = content_hash(asdict(self.model.card))  # it has hashes of all files
+        self.map: PeopleMap | None = None
+        shown = evenly(self.model.card.users, MOST_ON_MAP)
+        vectors = [vector for user in shown if (vector := self.train_user(user)) is not None]
+        if len(vectors) > 0 and self.model.has_user_vectors and self.model.encoder.personal:
+            words = [self.words.get(user) for user in shown]
+            self.map = PeopleMap(torch.stack(vectors), self.generic(), words)
 
     @torch.no_grad()
     def generic(self) -> Tensor:
@@ -147,7 +186,8 @@ class UserModel:
         if self.rule is None:
             return Fit(AdaptedUsers(vectors=self.generic()[None]), n_pairs=0)
         found = fit_pairs(self.model, pairs, self.rule)
-        return Fit(found.users, n_pairs=found.n_pairs)
+        variance = self.rule.prior_variance() if isinstance(self.rule, Mixture) else 1.0
+        return Fit(found.users, found.n_pairs, variance)
 
     def next_pair(
         self,
@@ -174,8 +214,3 @@ class UserModel:
         some = Candidates(found.margins[left], found.slopes[left], found.variances[left])
         asked = found.slopes[~np.array(is_new)]
         return self.pool[left[choose(rule, some, generator, asked=asked)]]
-
-
-def fingerprint_of(model: PersonalModule) -> str:
-    """Return a hash of an export's card, which has hashes of all its files."""
-    return content_hash(asdict(model.card))

@@ -16,6 +16,7 @@ import pytest
 from served import Running, mark, save_runs, serving
 
 import plrhf
+from plrhf.models.adaptation import Mixture
 from plrhf.serving.guard import RateLimit, key_hash
 
 ASKED: list[Any] = [{"role": "user", "content": "Write a note."}]
@@ -150,7 +151,7 @@ def test_a_person_is_learned_and_forgotten(
     policy, known = server.service.policy, server.service.person("zoe")
     assert policy is not None
     stored = server.service.people.vector("zoe", policy.users.fingerprint)
-    expected = plrhf.adapt(policy.users.model, known.pairs()).vector
+    expected = plrhf.adapt(policy.users.model, known.pairs(), Mixture()).vector
     assert stored == expected.numpy().tobytes() and expected.abs().max() > 0.1
     gone = http.delete("/v1/users/zoe").json()
     assert gone == {

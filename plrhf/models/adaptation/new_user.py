@@ -75,13 +75,15 @@ def adapt(
         model: loaded from an export, so that it has a tokenizer.
         pairs: rows of one user in the row format; `user_id` may be missing. Without any pairs the
             result is what the rule gives an unknown user, usually the generic user.
-        rule: None: `default_rule`.
+        rule: None: `Encode` if the encoder reads pairs, else `Posterior`.
 
     Raises:
         ValueError: a pair that cannot be used, only pairs that are too long, or a model that the rule
             cannot adapt.
     """
-    found = fit_pairs(model, pairs, default_rule(model) if rule is None else rule)
+    if rule is None:
+        rule = Encode() if model.encoder.reads_context else Posterior()
+    found = fit_pairs(model, pairs, rule)
     rows = found.users.rows
     return NewUser(
         vector=found.users.vectors[0].cpu(),
