@@ -40,21 +40,16 @@ class Fit:
 
     Attributes:
         users: the person, N = 1. n_pairs: number of judgments used.
-        prior_variance: variance of each fitted number before any judgment.
     """
 
     users: AdaptedUsers
     n_pairs: int
-    prior_variance: float = 1.0
 
     @property
     def certainty(self) -> float | None:
         """Share of the prior's variance that the judgments have removed, 0 to 1; None if unknown."""
-        covariance = self.users.covariance
-        if covariance is None or covariance.shape[1] == 0:
-            return None
-        mean = float(covariance[0].diagonal().double().mean())
-        return min(1.0, max(0.0, 1 - mean / self.prior_variance))
+        resolved = self.users.resolved
+        return None if resolved is None else min(1.0, max(0.0, float(resolved[0])))
 
     @property
     def priors(self) -> dict[str, float] | None:
@@ -186,8 +181,7 @@ class UserModel:
         if self.rule is None:
             return Fit(AdaptedUsers(vectors=self.generic()[None]), n_pairs=0)
         found = fit_pairs(self.model, pairs, self.rule)
-        variance = self.rule.prior_variance() if isinstance(self.rule, Mixture) else 1.0
-        return Fit(found.users, found.n_pairs, variance)
+        return Fit(found.users, found.n_pairs)
 
     def next_pair(
         self,

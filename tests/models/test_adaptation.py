@@ -291,7 +291,8 @@ def test_the_mixture_against_a_grid() -> None:
     rule = Mixture(scales=[0, 1, 3], weights=[0.3, 0.5, 0.2])
     found = rule.fit(model, [batch], n_users=3)
     assert found.shares is not None and found.covariance is not None
-    assert rule.prior_variance() == pytest.approx(0.5 + 0.2 * 9)
+    assert found.resolved is not None
+    assert found.resolved[1] == pytest.approx(0, abs=1e-6) and 0 < found.resolved[0] < 1
     losses = PairLosses(model, [batch], learned_prior(model.encoder), n_users=3)
     axis = torch.linspace(-14, 14, 113, dtype=torch.float64)
     grid = torch.cartesian_prod(axis, axis)  # of the two numbers of each user

@@ -102,7 +102,7 @@ def check_visit(seen: dict[str, Any]) -> None:
     begun = seen["begun"]
     assert begun["start"] and not begun["questions"] and not begun["write"]
     assert begun["focused"] == "questions-head" and begun["people"] == 5 + 2
-    assert len({tuple(one) for one in seen["prompts"]}) >= 7
+    assert len({tuple(one) for one in seen["prompts"][:5]}) == 5
     assert seen["after"]["count"] == 6 and seen["after"]["status"] == "You chose the left answer."
     assert 0 < seen["after"]["certainty"] < 1 and len(seen["after"]["place"]) == 2
     own, generic = seen["written"]

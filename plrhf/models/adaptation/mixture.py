@@ -64,12 +64,16 @@ class Mixture(Adaptation):
         evidence = torch.stack([one for _, _, one in found], dim=1)  # [N, K]
         shares = (prior + evidence).softmax(dim=1)
         mean, covariance = moments(shares.T.to(modes.dtype), modes, spread)
-        return replace(losses.users_at(mean, covariance), shares=shares)
+        users = losses.users_at(mean, covariance)
+        return replace(users, shares=shares, resolved=self._resolved(shares, spread))
 
-    def prior_variance(self) -> float:
-        """Return the variance of each of the numbers t before any pair."""
-        squares = [w * s**2 for w, s in zip(self.weights, self.scales, strict=True)]
-        return sum(squares) / sum(self.weights)
+    def _resolved(self, shares: Tensor, spread: Tensor) -> Tensor:
+        """Compute how much of the variance of t is gone, [N]: the mean over the priors that have some."""
+        own = [n for n, scale in enumerate(self.scales) if scale > 0]
+        squares = torch.tensor([self.scales[n] ** 2 for n in own], device=spread.device)
+        left = spread[own].diagonal(dim1=2, dim2=3).mean(dim=2) / squares[:, None]  # [K, N]
+        weights = shares[:, own].T / shares[:, own].sum(dim=1)
+        return (weights * (1 - left)).sum(dim=0)
 
     def _under(self, losses: PairLosses, scale: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return mode [N, r], covariance [N, r, r] and log evidence [N] under one prior."""
