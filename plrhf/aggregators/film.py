@@ -40,6 +40,7 @@ class FiLM(Aggregator):
         site: ``last``: the last hidden states, so that the trunk does not depend on the user;
             ``every_block``: the output of each block.
         user_dim: width of e_u; None: d, but at most the site's `DEFAULT_USER_DIM`.
+        scale: whether to scale, too; without it a policy's users only make tokens likelier or rarer.
         layer_width, layer_dropout: of `base.text_layer` before FiLM (reward models with site=last
             only).
         shift: whether there is a beta. A reward model never has one, as it would change no margin; a
@@ -58,6 +59,7 @@ class FiLM(Aggregator):
         block_size: int | None = None,
         site: Literal["last", "every_block"] = "last",
         user_dim: PositiveInt | None = None,
+        scale: bool = True,
         layer_width: PositiveInt | None = None,
         layer_dropout: FractionBelowOne = 0.0,
         shift: bool = True,
@@ -78,13 +80,13 @@ class FiLM(Aggregator):
         self.user_dim = min(hidden_size, DEFAULT_USER_DIM[site]) if user_dim is None else user_dim
         self.n_sites = 1 if self.after_trunk else n_blocks
         self.output_size = hidden_size if layer_width is None else layer_width
-        self.has_shift = True
+        self.has_scale, self.has_shift = scale, True
         self.unembeddable = layer_width is None
         self.layer = text_layer(hidden_size, layer_width, layer_dropout)
         self.width = self.output_size  # of gamma and of beta
         if site == "every_block" and block_size is not None:
             self.width = block_size
-        n_outputs = self.n_sites * 2 * self.width
+        n_outputs = self.n_sites * self.n_maps * self.width
         self.to_film: nn.Linear = (
             ShrunkLinear(self.user_dim, n_outputs)
             if shrinkage == "learned"
@@ -94,10 +96,22 @@ class FiLM(Aggregator):
         if not shift:
             self.drop_shift()
 
+    @property
+    def n_maps(self) -> int:
+        """Number of vectors at a site: scale and shift, or one of them."""
+        return int(self.has_scale) + int(self.has_shift)
+
     def text_parameters(self) -> list[nn.Parameter]:
         return list(self.layer.parameters())
 
     def drop_shift(self) -> None:
+        if not self.has_scale and self.after_trunk:
+            raise bad_value(
+                "aggregator.scale",
+                False,
+                "true without a shift, and for a reward model, in which a shift cancels",
+                "Set aggregator.scale=true",
+            )
         if self.after_trunk and self.has_shift:
             self.has_shift = False
             self.to_film.out_features = self.width
@@ -136,10 +150,17 @@ class FiLM(Aggregator):
 
         Without a shift the axis of size 2 has gamma only.
         """
-        n_maps = 2 if self.has_shift else 1
         with torch.autocast(user.device.type, enabled=False):
             maps = self.to_film(user.to(self.to_film.weight.dtype)).float()
-        return maps.unflatten(-1, (self.n_sites, n_maps, self.width))
+        maps = maps.unflatten(-1, (self.n_sites, self.n_maps, self.width))
+        return maps if self.has_scale else torch.cat([torch.zeros_like(maps), maps], dim=-2)
+
+    def first_order(self, gradients: Tensor, user: Tensor) -> Tensor | None:
+        if not self.after_trunk:
+            return None
+        change = self.film(user.view(-1, len(gradients), user.shape[-1])).flatten(-3)
+        of_film = gradients[..., : change.shape[-1]]  # without a shift those by scale
+        return torch.einsum("bsd,cbd->cbs", of_film, change)  # [C, B, 2]
 
     def forward(self, backbone: Backbone, batch: PreferenceBatch, user: Tensor) -> Tensor:
         if user.shape[-1] == 0:  # no user model

@@ -68,11 +68,13 @@ def prepare(
 
     with evaluating(model, trainer):
         train = data.datasets.get("train")
-        if isinstance(model, PersonalDPOPolicy):
+        pooled = isinstance(model, PersonalRewardModel) or train is not None  # test pairs: exactly
+        if model.needs_only_pooled and pooled:
+            assert isinstance(model, PersonalRewardModel | PersonalDPOPolicy)
+            data.precompute_hidden(ask(model.pooled_trunk), cache("pooled", model.pooled_name))
+        elif isinstance(model, PersonalDPOPolicy):
             head = "head in float32" if model.head_in_float32 else "head as the model"
             data.precompute_reference(ask(model.reference_logps), cache("reference", head))
-        elif isinstance(model, PersonalRewardModel) and model.needs_only_pooled:
-            data.precompute_hidden(ask(model.pooled_trunk), cache("pooled", model.pooled_name))
         if model.encoder.reads_context and train is not None:
             train.context_hidden = reusable_context_features(model, train)
             if train.context_hidden is None:

@@ -31,6 +31,10 @@ class PersonalDPOPolicy(PersonalModule):
     Args:
         beta: how strongly the policy is tied to the reference. loss: see `losses.dpo`.
         label_smoothing: probability that a choice is flipped, for ``cdpo`` only.
+        first_order: learn from log-ratios to first order in the users' scale and shift, around the
+            reference. They need no text but the gradients of each response's log-probability, which
+            are computed once, so an epoch takes as long as a reward model's on frozen features. With
+            backbone.trainable=frozen and aggregator=film, aggregator.site=last only.
         parts: see `PersonalModule`.
 
     Raises:
@@ -44,9 +48,11 @@ class PersonalDPOPolicy(PersonalModule):
         beta: PositiveFloat = 0.1,
         loss: Literal["sigmoid", "ipo", "hinge", "cdpo"] = "sigmoid",
         label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0,
+        first_order: bool = False,
         **parts: Any,
     ) -> None:
         super().__init__(**parts)
+        self.first_order = first_order
         self._check_parts()
         if label_smoothing > 0 and loss != "cdpo":
             raise bad_value(
@@ -87,6 +93,14 @@ class PersonalDPOPolicy(PersonalModule):
                 "lora or frozen, as the reference is the model without its adapters",
                 "Set backbone.trainable=lora",
             )
+        if self.first_order and not self._is_first_order_possible():
+            raise bad_value(
+                "model.first_order",
+                True,
+                "false, unless users alone are learned and act on the last hidden states",
+                "Set backbone.trainable=frozen aggregator=film aggregator.site=last, and an encoder "
+                "that reads no pairs",
+            )
         if not any(one.requires_grad for one in self.parameters()):
             raise bad_value(
                 "backbone.trainable",
@@ -94,6 +108,11 @@ class PersonalDPOPolicy(PersonalModule):
                 "lora, as with encoder=none a frozen policy has nothing to learn",
                 "Set backbone.trainable=lora, or encoder=lookup",
             )
+
+    def _is_first_order_possible(self) -> bool:
+        """Return whether log-ratios depend on scale and shift of the last hidden states alone."""
+        is_film = self.aggregator.after_trunk and self.aggregator.user_acts
+        return is_film and self.backbone.trainable == "frozen" and not self.encoder.reads_context
 
     def write(self, asked: Asked, **how: Any) -> list[str]:
         """Generate texts for users; see `inference.write`."""
@@ -132,6 +151,42 @@ class PersonalDPOPolicy(PersonalModule):
             constant=self.backbone.unembedding_is_constant,
             index=batch.index,
         )
+
+    @property
+    def needs_only_pooled(self) -> bool:
+        return self.first_order
+
+    @property
+    def pooled_name(self) -> str:
+        """Short description of what `pooled_trunk` returns, for the key of its cache."""
+        return "gradients, head in float32" if self.head_in_float32 else "gradients"
+
+    def pooled_trunk(self, batch: PreferenceBatch) -> Tensor:
+        """Compute the gradients of response log-probabilities by scale and shift, [B, 2, 2 d] float32.
+
+        For log p(y) = sum_t log p(y_t | h_t) these are sum_t h_t * g_t and sum_t g_t, where g_t is the
+        gradient by h_t: the output embedding of y_t minus the expected one.
+        """
+        hidden, found = self.trunk(batch).detach().float(), []
+        with torch.enable_grad():
+            logps = self.logps(hidden.requires_grad_(), batch)
+            for response in (0, 1):  # the last prompt position belongs to both
+                of_response = logps[:, response].sum()
+                (by_hidden,) = torch.autograd.grad(of_response, hidden, retain_graph=True)
+                both = torch.cat([hidden.detach() * by_hidden, by_hidden], dim=-1)
+                found.append(both.sum(dim=1).view(-1, len(batch), both.shape[-1]).sum(dim=0))
+        return torch.stack(found, dim=1)
+
+    def margins_for(self, batch: PreferenceBatch, user: Tensor) -> tuple[Tensor, Tensor]:
+        if batch.hidden is None:
+            return super().margins_for(batch, user)
+        assert batch.texts is not None
+        with torch.autocast(user.device.type, enabled=False):
+            gradients = torch.nn.functional.embedding(batch.texts, batch.hidden)  # [B, 2, 2 d]
+            ratios = self.aggregator.first_order(gradients, user)  # [C, B, 2]
+        assert ratios is not None
+        logits = ratios[..., 0] - ratios[..., 1]
+        return self.beta * logits, logits
 
     def reference_logps(self, batch: PreferenceBatch) -> Tensor:
         """Compute response log-probabilities [B, 2] of the reference, in nats, without gradient."""
