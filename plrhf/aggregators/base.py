@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from plrhf.aggregators.text_residual import TextResidual
 from plrhf.backbone.model import Backbone
 from plrhf.core.row_packing import UserSlots
 from plrhf.core.types import PreferenceBatch
@@ -17,7 +19,8 @@ class Aggregator(nn.Module, ABC):
     """Runs the backbone on a batch, given user vectors.
 
     A subclass is built by keyword. Its constructor gets its own settings, and those of `hidden_size`,
-    `block_size`, `embedding_size` and `n_blocks` that it has as parameters.
+    `block_size`, `embedding_size`, `n_blocks` and `n_texts` (train texts that repeat) that it has as
+    parameters.
 
     Attributes:
         user_dim: width of the user vectors; the encoder is built to it.
@@ -30,6 +33,7 @@ class Aggregator(nn.Module, ABC):
         needs_causal: whether the backbone must be causal.
         shares_prompts: whether prompts do not depend on the user, so that all users can share them.
         penalty_weight: factor of `penalty` in the training loss.
+        residual: adds to the pooled outputs of texts that repeat, or None.
         user_acts: whether user vectors change the hidden states; otherwise they act in the head only.
     """
 
@@ -42,6 +46,10 @@ class Aggregator(nn.Module, ABC):
     shares_prompts: bool = False
     penalty_weight: float = 0.0
     user_acts: bool = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.residual: TextResidual | None = None
 
     @abstractmethod
     def forward(self, backbone: Backbone, batch: PreferenceBatch, user: Tensor) -> Tensor:
@@ -76,6 +84,12 @@ class Aggregator(nn.Module, ABC):
     def text_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that act on text alone, which are optimised like the head's."""
         return []
+
+    def with_residuals(self, batch: PreferenceBatch) -> PreferenceBatch:
+        """Add the residuals of texts to the pooled outputs of a batch, if there are any."""
+        if self.residual is None or batch.hidden is None or batch.text_keys is None:
+            return batch
+        return replace(batch, hidden=self.residual(batch.hidden, batch.text_keys), text_keys=None)
 
     def transform_texts(self, hidden: Tensor) -> Tensor | None:
         """Transform the pooled trunk outputs of texts, [M, d] -> [M, output_size], if no user acts on them.

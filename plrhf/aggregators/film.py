@@ -15,8 +15,9 @@ from plrhf.aggregators.base import (
     spread_over_rows,
     text_layer,
 )
+from plrhf.aggregators.text_residual import TextResidual
 from plrhf.backbone.model import Backbone
-from plrhf.core.checks import FractionBelowOne, PositiveInt, check_arguments
+from plrhf.core.checks import FractionBelowOne, NonNegativeInt, PositiveInt, check_arguments
 from plrhf.core.errors import bad_value
 from plrhf.core.shrinkage import ShrinkageKind, ShrunkLinear
 from plrhf.core.types import PreferenceBatch
@@ -47,6 +48,8 @@ class FiLM(Aggregator):
             policy without one can become a plain model whose last normalisation has no bias.
         shrinkage: ``learned`` shrinks the map from e_u, see `core.shrinkage`. Use it with a small e_u
             (user_dim=4, and the same rank in the encoder).
+        text_residual: add a residual for each of `n_texts` train texts that repeat, see `TextResidual`
+            (frozen backbones with site=last only).
     """
 
     penalty_weight = 1.0
@@ -64,8 +67,11 @@ class FiLM(Aggregator):
         layer_dropout: FractionBelowOne = 0.0,
         shift: bool = True,
         shrinkage: ShrinkageKind = "fixed",
+        text_residual: bool = False,
+        n_texts: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
+        self.residual = TextResidual(hidden_size, n_texts) if text_residual else None
         if layer_width is not None and site != "last":
             raise bad_value(
                 "aggregator.layer_width",
@@ -102,7 +108,8 @@ class FiLM(Aggregator):
         return int(self.has_scale) + int(self.has_shift)
 
     def text_parameters(self) -> list[nn.Parameter]:
-        return list(self.layer.parameters())
+        own = () if self.residual is None else self.residual.parameters()
+        return [*self.layer.parameters(), *own]
 
     def drop_shift(self) -> None:
         if not self.has_scale and self.after_trunk:
@@ -124,10 +131,12 @@ class FiLM(Aggregator):
             self.to_film.n_pairs.fill_(n_pairs)
 
     def penalty(self) -> Tensor | None:
-        if not isinstance(self.to_film, ShrunkLinear):
-            return None
-        penalty, self.to_film.penalty = self.to_film.penalty, None
-        return penalty
+        found = [] if self.residual is None else [self.residual.penalty()]
+        if isinstance(self.to_film, ShrunkLinear):
+            found.append(self.to_film.penalty)
+            self.to_film.penalty = None
+        charged = [one for one in found if one is not None]
+        return torch.stack(charged).sum() if len(charged) > 0 else None
 
     def reward_terms(
         self, hidden: Tensor, direction: Tensor, user_dim: int

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from plrhf.aggregators.base import Aggregator, read_without_user, text_layer
+from plrhf.aggregators.text_residual import TextResidual
 from plrhf.backbone.model import Backbone
-from plrhf.core.checks import FractionBelowOne, PositiveInt, check_arguments
+from plrhf.core.checks import FractionBelowOne, NonNegativeInt, PositiveInt, check_arguments
 from plrhf.core.types import PreferenceBatch
 
 
@@ -21,10 +22,12 @@ class NoAggregator(Aggregator):
     Args:
         user_dim: width of the user vectors that the head reads.
         layer_width, layer_dropout: of `base.text_layer` before the head.
+        text_residual: add a residual for each of `n_texts` train texts that repeat, see `TextResidual`.
     """
 
     after_trunk = shares_prompts = True
     user_acts = False
+    penalty_weight = 1.0
 
     def __init__(
         self,
@@ -33,15 +36,22 @@ class NoAggregator(Aggregator):
         user_dim: PositiveInt = 8,
         layer_width: PositiveInt | None = None,
         layer_dropout: FractionBelowOne = 0.0,
+        text_residual: bool = False,
+        n_texts: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
+        self.residual = TextResidual(hidden_size, n_texts) if text_residual else None
         self.user_dim = user_dim
         self.output_size = hidden_size if layer_width is None else layer_width
         self.unembeddable = layer_width is None
         self.layer = text_layer(hidden_size, layer_width, layer_dropout)
 
     def text_parameters(self) -> list[Any]:
-        return list(self.layer.parameters())
+        own = () if self.residual is None else self.residual.parameters()
+        return [*self.layer.parameters(), *own]
+
+    def penalty(self) -> Tensor | None:
+        return None if self.residual is None else self.residual.penalty()
 
     def transform_texts(self, hidden: Tensor) -> Tensor:
         found: Tensor = self.layer(hidden)

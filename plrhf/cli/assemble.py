@@ -24,6 +24,7 @@ from plrhf.core.errors import bad_value
 from plrhf.data.features import FeatureSchema
 from plrhf.data.module import PreferenceData
 from plrhf.data.sources.base import Source
+from plrhf.data.text_values import repeated_texts
 from plrhf.data.tokenizer import Tokenizer
 from plrhf.evaluation.generations import requested_users
 from plrhf.models.base import PersonalModule
@@ -118,6 +119,9 @@ def build_run_model(
 def make_card(config: RunConfig, data: PreferenceData, backbone: Backbone, path: str) -> Card:
     """Make the card of the run's model, with which it can be built again."""
     local = Path(path)
+    n_texts = 0
+    if config.aggregator.get("text_residual") is True and "train" in data.datasets:
+        n_texts = len(repeated_texts(data.datasets["train"])[0])
     return Card(
         model=config.model,
         encoder=config.encoder,
@@ -132,6 +136,7 @@ def make_card(config: RunConfig, data: PreferenceData, backbone: Backbone, path:
         fingerprint=backbone.fingerprint(),
         precision=config.trainer.precision,
         ships_backbone=config.backbone.path is None,
+        n_texts=n_texts,
     )
 
 

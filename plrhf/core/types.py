@@ -84,6 +84,7 @@ class PreferenceBatch(Pinnable):
     ref_logps: Tensor | None = None  # [B, 2] float32, reference log-probability of chosen, rejected
     hidden: Tensor | None = None  # [M, d] pooled trunk outputs of the batch's distinct texts
     texts: Tensor | None = None  # [B, 2] int64, which of them are chosen and rejected
+    text_keys: Tensor | None = None  # [M] int64, hashes of these texts, alike in all splits
     trunk: Tensor | None = (
         None  # [R, L, d] last hidden states without any user, where they are kept
     )
@@ -104,11 +105,14 @@ class PreferenceBatch(Pinnable):
         """The rows' extent, if the loader has computed it."""
         return None if self.index is None else self.index.extent
 
-    def pooled(self, hidden: Tensor, texts: Tensor) -> PreferenceBatch:
+    def pooled(
+        self, hidden: Tensor, texts: Tensor, text_keys: Tensor | None = None
+    ) -> PreferenceBatch:
         """Return the same pairs with pooled trunk outputs [M, d] instead of text.
 
         Args:
             texts: index of each pair's chosen and rejected text in `hidden`, [B, 2].
+            text_keys: hashes of the texts, [M].
         """
         both = torch.arange(CHOSEN, REJECTED + 1, device=hidden.device)
         segment = both.expand(len(self), 2)
@@ -120,6 +124,7 @@ class PreferenceBatch(Pinnable):
             position_ids=blank,
             hidden=hidden,
             texts=texts,
+            text_keys=text_keys,
             packing=None,
             index=None,
         )

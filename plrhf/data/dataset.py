@@ -55,6 +55,7 @@ class TextValues:
 
     values: Tensor  # [M, ...] float32
     of_pair: Tensor  # [N, 2] int64: index of the chosen and of the rejected text
+    keys: Tensor | None = None  # [M] int64, hashes of the texts; None: not known
 
     def __getitem__(self, pairs: Tensor) -> Tensor:
         """Return the values [B, 2, ...] of the pairs at indices [B]."""
@@ -148,7 +149,8 @@ class PairDataset:
         if self.hidden is None:
             return batch
         distinct, texts = self.hidden.of_pair[at].unique(return_inverse=True)
-        return batch.pooled(self.hidden.values[distinct], texts)
+        keys = None if self.hidden.keys is None else self.hidden.keys[distinct]
+        return batch.pooled(self.hidden.values[distinct], texts, keys)
 
     def shard(self, indices: Sequence[int], shard: RankShard, *, epoch: int = 0) -> PreferenceBatch:
         """Return one rank's part of the batch at these indices.

@@ -60,6 +60,28 @@ def distinct_texts(pairs: Sequence[TokenPair]) -> tuple[ResponseTexts, Tensor]:
     return ResponseTexts(pairs, np.sort(first)), torch.from_numpy(rank[which]).view(-1, 2)
 
 
+def _keys(texts: ResponseTexts) -> Tensor:
+    return torch.from_numpy(text_keys(texts))
+
+
+def repeated_texts(dataset: PairDataset) -> tuple[Tensor, Tensor]:
+    """Find the texts that are in two or more pairs of a dataset.
+
+    Returns:
+        Their keys, ascending, and the number of pairs of each, both [n] int64.
+    """
+    known = dataset.hidden
+    if known is not None and known.keys is not None:
+        keys, of_pair = known.keys, known.of_pair
+    else:
+        texts, of_pair = distinct_texts(dataset.pairs)
+        keys = _keys(texts)
+    counts = of_pair.flatten().bincount(minlength=len(keys))
+    keys, order = keys.sort()
+    counts = counts[order]
+    return keys[counts > 1], counts[counts > 1]
+
+
 def independent_pairs(dataset: PairDataset, n_users: int) -> Tensor:
     """Count how many choices of each user do not follow from their others, [n_users] int64.
 
@@ -140,7 +162,7 @@ def compute_text_values(
             cache.add(new, found)
         values = torch.zeros(len(texts), *found.shape[1:]) if values is None else values
         values[wanted] = found
-    return None if values is None else TextValues(values, of_pair)
+    return None if values is None else TextValues(values, of_pair, _keys(texts))
 
 
 def _own_values(

@@ -17,7 +17,7 @@ from plrhf.data.rows import content_hash
 
 CARD = "plrhf.json"
 SCHEMA = 1
-ADDED = {"enrolled": 0, "user_dim": 0}
+ADDED = {"enrolled": 0, "user_dim": 0, "n_texts": 0}
 """Defaults of fields that older exports and checkpoints of schema 1 lack."""
 
 
@@ -36,6 +36,7 @@ class Card:
         enrolled: number of users (the last ones) who have no rows in the tables but a vector of their
             own in ``enrolled.safetensors``.
         user_dim: width of user vectors; 0 in old exports that do not say it.
+        n_texts: number of train texts that repeat, for `aggregator.text_residual`.
         files: BLAKE2b digests of the export's other files by name; empty for a checkpoint.
     """
 
@@ -52,6 +53,7 @@ class Card:
     user_tables: list[str] = field(default_factory=list)
     enrolled: int = 0
     user_dim: int = 0
+    n_texts: int = 0
     files: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 

@@ -48,6 +48,7 @@ def build_model(backbone: Backbone, card: Card, **provided: Any) -> Any:
         block_size=backbone.block_size,
         embedding_size=backbone.embedding_size,
         n_blocks=backbone.config.num_hidden_layers,
+        n_texts=card.n_texts,
     )
     # With learned shrinkage all else starts as with encoder=none: what differs is due to the users.
     is_apart = card.encoder.get("shrinkage") == "learned"

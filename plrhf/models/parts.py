@@ -9,7 +9,7 @@ from torch import nn
 from plrhf.aggregators import Aggregator
 from plrhf.core.shrinkage import Shrinkage
 from plrhf.data.module import PreferenceData
-from plrhf.data.text_values import independent_pairs
+from plrhf.data.text_values import independent_pairs, repeated_texts
 
 if TYPE_CHECKING:
     from plrhf.models.base import PersonalModule
@@ -32,11 +32,12 @@ def divide_parameters(model: PersonalModule) -> dict[str, list[nn.Parameter]]:
     variances = [one for prior in priors_of(model) for one in prior.parameters()]
     apart = {id(one) for one in variances}
     of_users = [*model.encoder.parameters(), *user_maps(model.aggregator)]
+    of_text = [one for one in model.aggregator.text_parameters() if id(one) not in apart]
     return {
         "backbone": [*model.backbone.parameters()],
         "user": [one for one in of_users if id(one) not in apart],
         "shrinkage": variances,
-        "head": [*model.head_parameters(), *model.aggregator.text_parameters()],
+        "head": [*model.head_parameters(), *of_text],
     }
 
 
@@ -44,9 +45,13 @@ def count_pairs(model: PersonalModule, data: PreferenceData) -> None:
     """Tell the learned priors, if there are any, how many independent train pairs each user has."""
     if len(priors_of(model)) == 0:
         return
-    counts = independent_pairs(data.datasets["train"], model.val_accuracy.n_users)
+    train = data.datasets["train"]
+    counts = independent_pairs(train, model.val_accuracy.n_users)
+    n_pairs = int(counts.sum())
     model.encoder.count_pairs(counts)
-    model.aggregator.count_pairs(int(counts.sum()))
+    model.aggregator.count_pairs(n_pairs)
+    if model.aggregator.residual is not None:
+        model.aggregator.residual.know(*repeated_texts(train), n_pairs)
 
 
 def weigh_priors(model: PersonalModule, step: int) -> None:

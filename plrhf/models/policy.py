@@ -72,6 +72,10 @@ class PersonalDPOPolicy(PersonalModule):
                 "a causal language model",
                 "Use a causal backbone, or model=reward",
             )
+        if self.aggregator.residual is not None:
+            allowed = "false for a policy, which writes texts that nobody has judged"
+            cure = "Set aggregator.text_residual=false"
+            raise bad_value("aggregator.text_residual", True, allowed, cure)
         if not self.aggregator.unembeddable:
             raise bad_value(
                 "aggregator.layer_width",

@@ -106,6 +106,13 @@ class PersonalRewardModel(PersonalModule):
                 "none without a layer, with a reward head that reads the prompt",
                 "Set aggregator=none aggregator.layer_width=null",
             )
+        if self.aggregator.residual is not None and not self.needs_only_pooled:
+            raise bad_value(
+                "aggregator.text_residual",
+                True,
+                "false unless the backbone is frozen and users act behind it",
+                "Set backbone.trainable=frozen aggregator.site=last",
+            )
 
     def head_parameters(self) -> list[nn.Parameter]:
         return list(self.head.parameters())
@@ -155,6 +162,8 @@ class PersonalRewardModel(PersonalModule):
     def margins_for(self, batch: PreferenceBatch, user: Tensor) -> tuple[Tensor, Tensor]:
         if batch.hidden is None:
             return super().margins_for(batch, user)
+        batch = self.aggregator.with_residuals(batch)
+        assert batch.hidden is not None
         texts = self.aggregator.transform_texts(batch.hidden)
         if texts is not None:
             return self._margins_of_texts(texts, batch, user)

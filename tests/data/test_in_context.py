@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pair_data import make_data
 from test_chat import CHATML, USER, a_row, tagged  # noqa: F401
-from test_data_module import make_data
 from test_own_pairs import records
 
 from plrhf.data.in_context import InContextTokenizer, row_tokenizer, shares_text, show_pairs
