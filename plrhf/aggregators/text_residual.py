@@ -34,7 +34,10 @@ class TextResidual(nn.Module):
         self.shrinkage = Shrinkage(RANK)
         self.to_hidden = ShrunkLinear(RANK, hidden_size)
         nn.init.zeros_(self.to_hidden.weight)
-        for prior in (self.shrinkage, self.to_hidden.shrinkage):  # one draw a text and step: little noise
+        for prior in (
+            self.shrinkage,
+            self.to_hidden.shrinkage,
+        ):  # one draw a text and step: little noise
             nn.init.zeros_(prior.log_information)
         self.register_buffer("keys", torch.arange(n_texts))
         self.register_buffer("n_pairs", torch.ones(n_texts + 1, 1), persistent=False)

@@ -116,6 +116,16 @@ class Trial:
         return {name: resolved[name] for name in ("encoder", "aggregator", "model", "trainer")}
 
 
+def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a rule's settings in ``conf/eval/adaptation``, replaced by the given ones."""
+    path = CONF / "eval" / "adaptation" / f"{settings.get('name')}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(one.stem for one in path.parent.glob("*.yaml")))
+        cure = "Name one, or write {_target_: my_parts.MyRule}"
+        raise bad_value("referee.adaptation", settings.get("name"), f"one of {names}", cure)
+    return {**yaml.safe_load(path.read_text(encoding="utf-8")), **settings}
+
+
 @dataclass(frozen=True)
 class Method:
     """A method with its trials, for some rows and one seed."""
@@ -137,11 +147,7 @@ class Method:
         if given is None:
             return None
         own = {"name": given} if isinstance(given, str) else given
-        path = CONF / "eval" / "adaptation" / f"{own['name']}.yaml"
-        if not path.is_file():
-            names = ", ".join(sorted(one.stem for one in path.parent.glob("*.yaml")))
-            raise bad_value("referee.adaptation", own["name"], f"one of {names}", "Name one")
-        settings = {**yaml.safe_load(path.read_text(encoding="utf-8")), **own}
+        settings = own if "_target_" in own else _with_defaults(own)
         rule: Adaptation = build(settings, "referee.adaptation", kind=Adaptation)
         return rule
 
