@@ -17,6 +17,7 @@ OURS = (
         "aggregator.layer_width=null",
         f"aggregator.user_dim={K}",
         "optim.weight_decay=0.0",
+        "optim.user_lr=0.25",  # a person is e_0 + o_u, and both move
         "trainer.max_steps=1000",
     ],
 )

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,13 +28,22 @@ from plrhf.backbone.loading import load_backbone
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj
 from plrhf.cli.assemble import build_data, build_run_model, build_run_trainer, open_backbone
-from plrhf.cli.config import BackboneConfig, DataConfig, RunConfig, Section, TrainerConfig
+from plrhf.cli.config import (
+    BackboneConfig,
+    DataConfig,
+    RefereeConfig,
+    RunConfig,
+    Section,
+    TrainerConfig,
+)
 from plrhf.cli.eval_config import AdaptTask, EvalConfig, WinrateTask
 from plrhf.cli.main import CONF
+from plrhf.cli.methods import Method
 from plrhf.core.components import build, checked_settings, locate, parameter_types
 from plrhf.data.module import PreferenceData
 from plrhf.evaluation.generations import GenerationOptions
 from plrhf.evaluation.judges import Judge
+from plrhf.models.adaptation import Encode, Posterior
 from plrhf.models.optim import Optim
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
@@ -348,3 +358,16 @@ def test_sweeps_of_make_ablation() -> None:
         ("features", "film"): (0.01, 1.0),
         **{(name, "soft_prompt"): (0.1, 0.0) for name in ("lookup", "cluster", "features")},
     }
+
+
+def test_a_methods_rule_is_a_name_with_settings_or_anybodys_class() -> None:
+    def rule(adaptation: Any) -> Any:
+        referee = RefereeConfig.model_construct(adaptation=adaptation)
+        config: Any = SimpleNamespace(referee=referee)
+        return Method(name="mine", config=config, trials=[]).rule
+
+    assert rule(None) is None and rule("posterior").prior_scale == Posterior().prior_scale
+    assert rule({"name": "basis", "l2": 0.25}).l2 == 0.25
+    assert isinstance(rule({"_target_": "plrhf.models.adaptation.Encode"}), Encode)
+    with pytest.raises(ValueError, match=r"^referee\.adaptation='prior' .* expected one of basis"):
+        rule("prior")
