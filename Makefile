@@ -4,7 +4,7 @@ BIN := .venv/bin
 ENV := .venv/.installed
 QUICK := runs/quickstart
 
-.PHONY: quickstart test check lint docs benchmark referee ablation
+.PHONY: quickstart test check lint docs benchmark referee ablation demo
 
 $(ENV): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -19,6 +19,16 @@ quickstart: $(ENV)
 	$(BIN)/python train.py experiment=quickstart_policy run_dir=$(QUICK)/policy overwrite=true
 	$(BIN)/python eval.py eval=compare runs='$(QUICK)/*' out=$(QUICK)/report
 	@echo "next: $(BIN)/plrhf adapt run=$(QUICK)/personalised    # new users, from a few pairs of theirs"
+
+# The server with its web page on the embedded world: trains what is not there yet, then serves on PORT.
+PORT ?= 8000
+DEMO := runs/demo
+$(DEMO)/reward/results.json: | $(ENV)
+	$(BIN)/python train.py experiment=quickstart run_dir=$(@D) overwrite=true
+$(DEMO)/policy/results.json: | $(ENV)
+	$(BIN)/python train.py experiment=quickstart_policy run_dir=$(@D) overwrite=true
+demo: $(DEMO)/reward/results.json $(DEMO)/policy/results.json
+	$(BIN)/python -m plrhf.serving run=$(DEMO)/policy reward=$(DEMO)/reward database=sqlite:///$(DEMO)/people.db port=$(PORT)
 
 test: $(ENV)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
