@@ -163,8 +163,7 @@ def add_people(app: FastAPI, service: Service) -> None:
 
     @app.put("/v1/users/{user_id}")
     def put_person(user_id: UserId, body: PersonRequest) -> dict[str, Any]:
-        service.people.put(user_id, consent=body.consent)
-        return _shown(user_id, service.person(user_id))
+        return _shown(user_id, service.put(user_id, consent=body.consent))
 
     @app.delete("/v1/users/{user_id}")
     def delete_person(user_id: UserId) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from plrhf.serving.text_stream import TextStream
 
 T = TypeVar("T")
 
+MOST_WAITS = 5
+
 
 class Busy(Exception):
     """So many answers wait that no further one is taken."""
@@ -83,13 +85,14 @@ class _Writing:
 class Engine:
     """Runs all computations with one model in one thread.
 
-    Answers that arrive within `max_wait` are written in one batch, each with its person's vector and its
-    own sampling options. An answer ends on its own; the next batch begins when all of a batch have
-    ended. Other computations run between batches.
+    A batch waits for further answers until none has come for `max_wait`, but not more than `MOST_WAITS`
+    times as long. It is written together, each answer with its person's vector and sampling options. An
+    answer ends on its own; the next batch begins when all of a batch have ended. Other computations run
+    between batches.
 
     Args:
         model: in eval mode, with its tokenizer. batch_size: answers written at once.
-        max_wait: how long the first answer of a batch waits for others, in seconds.
+        max_wait: how long a batch waits for one more answer, in seconds.
         max_waiting: answers that may wait before `Busy` is raised.
 
     Attributes:
@@ -156,10 +159,10 @@ class Engine:
 
     def _gather(self, first: Answer) -> list[Answer]:
         """Return the answers of the next batch, and run other jobs that come in between."""
-        found, deadline = [first], time.monotonic() + self.max_wait
+        found, last = [first], time.monotonic() + MOST_WAITS * self.max_wait
         while len(found) < self.batch_size:
             try:
-                job = self.jobs.get(timeout=max(0.0, deadline - time.monotonic()))
+                job = self.jobs.get(timeout=max(0.0, min(self.max_wait, last - time.monotonic())))
             except queue.Empty:
                 break
             if job is None:

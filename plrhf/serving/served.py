@@ -56,14 +56,18 @@ class ServedModel:
         """Whether the model was trained on this person."""
         return user_id in self.users.model.card.places
 
+    def drop(self, user_id: str) -> None:
+        """Remove a person from memory."""
+        with self.lock:
+            self.fits.pop(user_id, None)
+
     def forget(self, user_id: str) -> None:
         """Remove a person from memory, and a train user from the export too.
 
         Raises:
             OSError: the export cannot be written.
         """
-        with self.lock:
-            self.fits.pop(user_id, None)
+        self.drop(user_id)
         if self.is_train_user(user_id):
             self.engine.compute(self.users.model.forget, user_id)
             self.engine.compute(self.users.refresh)

@@ -77,6 +77,14 @@ class Service:
             raise _unknown()
         return known
 
+    def put(self, user_id: str, *, consent: bool) -> Known:
+        """Add a person or change their consent; return what is known about them."""
+        self.people.put(user_id, consent=consent)
+        if not consent:
+            for model in self.models:
+                model.drop(user_id)
+        return self.person(user_id)
+
     def add_judgments(self, user_id: str, judgments: Sequence[Judgment]) -> dict[str, Any]:
         """Store judgments and fit the person anew; return their ids and the certainty.
 
