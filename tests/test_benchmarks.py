@@ -195,3 +195,28 @@ def test_the_ideal_observer_by_hand(monkeypatch: pytest.MonkeyPatch, capsys: Any
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[1] for line in lines] == ["pairs", "0", "4"]
     assert lines[1][2] == lines[1][3] and lines[1][5] == "0.000"
+
+
+def test_a_method_and_its_authors_code_are_asked_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
+    world, compare = (importlib.import_module(name) for name in ("world", "compare"))
+    sizes = {"N_USERS": 5, "N_NEW": 3, "N_PAIRS": 30, "N_TRAIN": 9, "N_TEST": 4, "N_GIVEN": 6}
+    for name, size in sizes.items():
+        monkeypatch.setattr(world, name, size)
+        if hasattr(compare, name):
+            monkeypatch.setattr(compare, name, size)
+    few = ["trainer.max_steps=2", "referee.adaptation.steps=2"]
+    found, ours = compare.our_run("lore", few, seed=1, folder=tmp_path)
+    shapes = {"train": (5, 9), "test": (5, 4), "given": (3, 6), "asked": (3, 4)}
+    for name, (n_users, n_pairs) in shapes.items():
+        pairs = getattr(found, name)
+        assert [one.shape for one in pairs] == [(n_pairs, 2, world.WIDTH)] * n_users
+    rows, features = world.make_rows(1)
+    own = [row for row in rows if row["user_id"] == "user 2" and row["split"] == "test"]
+    texts = torch.tensor([[int(row["chosen"]), int(row["rejected"])] for row in own])
+    assert any(torch.equal(features[texts], one) for one in found.test)
+    for given, asked in zip(found.given, found.asked, strict=True):
+        assert not {*given.flatten().tolist()} & {*asked.flatten().tolist()}
+    assert 0 < ours.seen < 1 and 0 < ours.new < 1

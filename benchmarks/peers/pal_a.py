@@ -24,6 +24,7 @@ OURS = (
         f"model.head.width={DIM}",
         "optim.head_lr=1e-3",
         "encoder.weight_scale=1.0",
+        "encoder.init=uniform",  # prototypes about as long as theirs
     ],
 )
 
