@@ -65,6 +65,7 @@ PATHS = (
         "/etc/passwd",
     ),
     *("/v1/users/nobody/next-pair", "/v1/users/'%20OR%201=1--", "/docs", "/openapi.json", "/.env"),
+    *("/v1/models/", "/v1/users/a/"),
 )
 VALID: dict[str, tuple[str, Any]] = {
     "/v1/chat/completions": (

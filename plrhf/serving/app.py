@@ -52,7 +52,14 @@ def build_app(
         service.close()
 
     # No pages of FastAPI's own: they load scripts from another host.
-    app = FastAPI(title="plrhf", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="plrhf",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
     add_errors(app)
     add_page(app)
     add_status(app, service)
