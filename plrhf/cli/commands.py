@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 
 from plrhf.cli.main import CONF, USAGE_ERROR, exit_on_errors, main
 from plrhf.core.errors import bad_value
+
+STARTED = "PLRHF_COMMAND"
+"""Environment variable by which `plrhf` tells the processes that it starts which command it runs: Lightning
+starts them by the script's path and the settings alone."""
 
 SERVING = ("fastapi", "uvicorn", "sqlalchemy", "prometheus_client")
 
@@ -111,8 +117,17 @@ def run(name: str, arguments: Sequence[str], *, shown: str | None = None) -> Non
             overrides = [one for one in given if "=" in one and not one.startswith("-")]
             print(help_text(shown, command.config, [*command.given, *overrides], CONF))
             return
-    sys.argv = [shown, *command.given, *given]
+    # Other processes of a training are started by the script's path, with these arguments.
+    sys.argv = [sys.argv[0], *command.given, *given]
     main(command.config, command.task)
+
+
+def command_line() -> str:
+    """Return the command line of this process as it was typed."""
+    script, *given = sys.argv
+    if Path(script).name == "plrhf" and STARTED in os.environ:
+        return " ".join(["plrhf", os.environ[STARTED], *given])
+    return " ".join(["python", script, *given])
 
 
 def _named(command: Command, arguments: Sequence[str]) -> list[str]:
@@ -129,17 +144,19 @@ def _named(command: Command, arguments: Sequence[str]) -> list[str]:
 def plrhf() -> None:
     """Run ``plrhf NAME SETTING=VALUE ...``, the installed command."""
     words = sys.argv[1:]
+    if STARTED in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+        words = [*os.environ[STARTED].split(), *words]
+    names = (" ".join(words[:2]), " ".join(words[:1]))
     if words[:1] in (["--version"], ["version"]):
         print(f"plrhf {version('plrhf')}")
     elif words[:1] in ([], ["-h"], ["--help"], ["help"]):
         print(_overview())
-    elif (name := " ".join(words[:2])) in COMMANDS:
-        run(name, words[2:])
-    elif words[0] in COMMANDS:
-        run(words[0], words[1:])
+    elif (name := next((one for one in names if one in COMMANDS), None)) is not None:
+        os.environ[STARTED] = name
+        run(name, words[len(name.split()) :])
     else:
         wrong = bad_value(
-            "plrhf", name, f"one of the commands {', '.join(COMMANDS)}", "Write plrhf --help"
+            "plrhf", names[0], f"one of the commands {', '.join(COMMANDS)}", "Write plrhf --help"
         )
         print(f"error: {wrong}", file=sys.stderr)
         sys.exit(USAGE_ERROR)

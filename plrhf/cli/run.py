@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from plrhf.cli.assemble import (
     open_backbone,
     print_lines,
 )
+from plrhf.cli.commands import command_line
 from plrhf.cli.config import RunConfig
 from plrhf.cli.jobs import best_value
 from plrhf.cli.outputs import Outputs
@@ -247,7 +247,7 @@ def _print_notes(warnings: list[str], padding: float | None) -> None:
 
 def this_command() -> Command:
     """Return the command line and the library versions."""
-    return Command(command=" ".join(["python", *sys.argv]), versions=versions())
+    return Command(command=command_line(), versions=versions())
 
 
 def fingerprint_of(config: RunConfig, model: PersonalModule, data: PreferenceData) -> str:

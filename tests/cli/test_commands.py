@@ -36,11 +36,7 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *w
         (("train", "seed=3", "-m"), "train", ["seed=3", "-m"]),
         (("plan", "backbone=gptj_6b"), "train", ["plan=true", "backbone=gptj_6b"]),
         (("compare", "runs=x"), "eval", ["eval=compare", "runs=x"]),
-        (
-            ("--config-dir", "my", "train")[2:] + ("--config-dir", "my"),
-            "train",
-            ["--config-dir", "my"],
-        ),
+        (("train", "--config-dir", "my"), "train", ["--config-dir", "my"]),
         (("data", "inspect", "my rows.csv"), "inspect", ["data.path='my rows.csv'"]),
         (
             ("data", "convert", "polis", "out=b.jsonl", "a"),
@@ -54,6 +50,19 @@ def test_commands(
 ) -> None:
     found = called(monkeypatch, *words)
     assert (found[0], found[2]) == (config, handed_on)
+
+
+def test_processes_started_by_a_training_run_the_same_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Lightning starts them as `SCRIPT SETTING=VALUE ...`, with their number in LOCAL_RANK."""
+    monkeypatch.setenv(commands.STARTED, "unset")
+    called(monkeypatch, "train", "trainer.devices=2")
+    assert sys.argv[0] == "plrhf"
+    assert commands.command_line() == "plrhf train trainer.devices=2"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    found = called(monkeypatch, "trainer.devices=2")
+    assert (found[0], found[2]) == ("train", ["trainer.devices=2"])
 
 
 def test_every_command_has_settings_and_a_task() -> None:

@@ -299,8 +299,10 @@ def test_a_method_has_a_grid_of_settings_that_there_are(method: str) -> None:
     last = {name: values[-1] for name, values in referee.grid.items()}
     settings = composed(f"experiment={method}", *(f"{k}={v}" for k, v in last.items()))
     for name, value in last.items():
-        part, _, key = name.rpartition(".")
-        assert settings[part][key] == value
+        found: Any = settings
+        for part in name.split("."):
+            found = found[part]
+        assert found == value
     check_job(settings)
 
 

@@ -19,7 +19,7 @@ TRAIN: dict[str, tuple[list[str], str]] = {
     "unknown key among others that need a group": (
         ["model=dpo", "model.beta=1", "model.betta=2"],
         "model.betta='2' is not allowed: expected one of the keys _target_, alpha, beta, "
-        "inner, label_smoothing, loss, name, reduce. Write model.beta.",
+        "first_order, inner, label_smoothing, loss, name, reduce. Write model.beta.",
     ),
     "unknown section": (
         ["modl.alpha=1"],
@@ -33,8 +33,8 @@ TRAIN: dict[str, tuple[list[str], str]] = {
     ),
     "unknown choice": (
         ["encoder=lockup"],
-        "encoder='lockup' is not allowed: expected one of cluster, context, features, "
-        "hybrid, lookup, none, odd, uniform. Choose with encoder=NAME.",
+        "encoder='lockup' is not allowed: expected one of cluster, context, ensemble, "
+        "features, hybrid, lookup, none, odd, pair_tokens, uniform. Choose with encoder=NAME.",
     ),
     "group without its source": (["data=base"], "data._target_=None is not allowed: *"),
     "no value": (

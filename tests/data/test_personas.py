@@ -302,8 +302,8 @@ def test_default_world_is_made_in_about_a_second() -> None:
     [
         (
             {"kind": "types"},
-            "data.kind='types' is not allowed: expected individual, clusters or features. "
-            "Set data.kind=individual.",
+            "data.kind='types' is not allowed: expected individual, clusters, features or "
+            "strangers. Set data.kind=individual.",
         ),
         (
             {"n_users": 0},

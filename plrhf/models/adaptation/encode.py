@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def reads_own_text(model: PersonalModule) -> bool:
     """Return whether pairs of the user are put in front of the model's prompts as text."""
-    return "context_pairs" in model.card.text
+    card = getattr(model, "card", None)  # a model that was put together by hand has none
+    return card is not None and "context_pairs" in card.text
 
 
 def reads_pairs(model: PersonalModule) -> bool:
