@@ -4,7 +4,7 @@ BIN := .venv/bin
 ENV := .venv/.installed
 QUICK := runs/quickstart
 
-.PHONY: quickstart test check lint docs benchmark referee ablation demo
+.PHONY: quickstart test test-long check lint docs benchmark referee ablation demo
 
 $(ENV): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -31,11 +31,15 @@ demo: $(DEMO)/reward/results.json $(DEMO)/policy/results.json
 	$(BIN)/python -m plrhf.serving run=$(DEMO)/policy reward=$(DEMO)/reward database=sqlite:///$(DEMO)/people.db port=$(PORT)
 
 test: $(ENV)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
+
+# What takes longest: compilers, notebooks, the site, TRL beside us, other launchers.
+test-long: $(ENV)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m long
 
 # What every commit must pass, in two minutes: style, types, the tests that are not slow.
 check: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long"
 
 lint: $(ENV)
 	$(BIN)/ruff format --check .

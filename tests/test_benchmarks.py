@@ -57,6 +57,7 @@ def test_a_coin_that_falls_for_the_longer_text(tmp_path: Path) -> None:
     assert all(row["chosen"].startswith(row["split"]) for row in coins)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_steps_beside_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     methods = ["dpo ours", "dpo TRL, authors' recipe"]
@@ -76,6 +77,7 @@ def test_steps_beside_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert flops["dpo TRL, authors' recipe"] > 2 * flops["dpo ours"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_what_a_gpu_is_asked_at_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +165,7 @@ def test_operations_are_those_of_the_plain_products() -> None:
     assert found.get_total_flops() == 2 * 5 * 11 * 7
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("nothing_compiled")
 def test_compiled_beside_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

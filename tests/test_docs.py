@@ -14,6 +14,7 @@ from runs import ENVIRONMENT
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_site_is_whole(tmp_path: Path) -> None:
     done = subprocess.run(

@@ -42,6 +42,7 @@ SHOWN = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_executed_from_small_runs(policy_run: Path, reward_run: Path, tmp_path: Path) -> None:
     """All by one process, for its start takes longer than they do; each without the others' names."""

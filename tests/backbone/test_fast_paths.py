@@ -307,6 +307,7 @@ def test_flex_attention_is_tried_before_it_is_used(
 
 @pytest.mark.slow
 @torch.no_grad()
+@pytest.mark.long
 def test_compiled_flex_attention_is_that_of_a_mask() -> None:
     batch = make_batch(make_pairs(11), padding=2)
     backbone = make_backbone("llama")
@@ -316,6 +317,7 @@ def test_compiled_flex_attention_is_that_of_a_mask() -> None:
     torch.testing.assert_close(found * read, expected * read, atol=1e-5, rtol=0)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize(

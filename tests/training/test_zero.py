@@ -182,6 +182,7 @@ def test_a_supervised_model_learns_what_one_process_learns(tmp_path: Path, cache
         torch.testing.assert_close(states[1][key], value, atol=1e-4, rtol=0, msg=key)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_reading_into_shards_takes_little_more_memory_than_they(tmp_path: Path) -> None:
     out = tmp_path / "found.json"

@@ -218,6 +218,7 @@ def outputs_of(*started: tuple[list[str], dict[str, str]]) -> list[str]:
     return [out for out, _ in said]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_torchrun_starts_a_run(tmp_path: Path) -> None:
     """Also: what is exported is gathered, and no weight of the language model beside it."""
@@ -279,6 +280,7 @@ def test_what_is_offloaded_learns_and_goes_on_all_the_same(tmp_path: Path) -> No
     assert list(curves[1]) == pytest.approx(list(curves[0]), abs=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_slurm_starts_a_run_offloading_in_half_precision_and_recomputing(tmp_path: Path) -> None:
     """SLURM's variables stand in for SLURM: Lightning knows no more of it."""
