@@ -15,7 +15,7 @@ from plrhf.cli.assemble import build_data, print_lines
 from plrhf.cli.config import RunConfig, Section
 from plrhf.core.components import Settings
 from plrhf.core.errors import BadValue, bad_value
-from plrhf.data.tokenizer import RowTokenizer
+from plrhf.data.in_context import row_tokenizer
 from plrhf.data.tokens import token_stem
 from plrhf.evaluation.records import write_text
 from plrhf.evaluation.results import PREDICTIONS, RESULTS
@@ -157,13 +157,16 @@ def _forget_tokens(run: Path, cache_dir: Path, config: ForgetConfig) -> Iterator
         trained = RunConfig.of_run(run, trust_components=config.trust_components)
         data = build_data(trained.data)
         rows = data.rows.select(data.splits.counted)
-        options: Any = data.tokenizer_options
-        tokenizer = RowTokenizer(load_tokenizer(str(run / "export")), **options)
+        options = data.tokenizer_options
+        if "context_pairs" in options:
+            cure = "The tokens of such runs also hold pairs in front of prompts"
+            raise bad_value("data.context_pairs", options["context_pairs"], "none", cure)
+        tokenizer = row_tokenizer(load_tokenizer(str(run / "export")), options)
         stem = token_stem(rows, tokenizer)
     except BadValue as error:
         print_lines(
             [
-                f"not removed: tokens in {cache_dir}, as the run's rows cannot be read ({error}); "
+                f"not removed: tokens in {cache_dir}, as those of the run are not found ({error}); "
                 f"remove {cache_dir}/tokens-*.arrow, which are made anew when needed"
             ]
         )
