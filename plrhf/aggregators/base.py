@@ -73,6 +73,19 @@ class Aggregator(nn.Module, ABC):
             input_ids, attention_mask: [N, L] int64, left-padded prompts. user: [N, user_dim].
         """
 
+    def continuing(self, backbone: Backbone, user: Tensor) -> AbstractContextManager[Any] | None:
+        """Return a context in which the trunk computes further tokens of texts begun in `decoding`.
+
+        Texts can then be written in a batch that others join and leave.
+
+        Args:
+            user: [N, user_dim], or [N, 0] for no user model.
+
+        Returns:
+            None if texts can only be written from beginning to end.
+        """
+        return None
+
     def without_user(self, backbone: Backbone, batch: PreferenceBatch) -> PreferenceBatch:
         """Add all that does not depend on the user to a batch, for calls with many user vectors."""
         return batch

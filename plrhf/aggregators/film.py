@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -194,13 +195,14 @@ class FiLM(Aggregator):
     def decoding(
         self, backbone: Backbone, input_ids: Tensor, attention_mask: Tensor, user: Tensor
     ) -> Iterator[dict[str, Any]]:
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        with self.continuing(backbone, user):
+            yield {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def continuing(self, backbone: Backbone, user: Tensor) -> AbstractContextManager[Any]:
         if user.shape[-1] == 0:  # no user model
-            yield inputs
-            return
+            return contextlib.nullcontext()
         sites = modulated_trunk if self.after_trunk else modulated_blocks
-        with sites(backbone, self.film(user)):  # [N, n_sites, 2, d]
-            yield inputs
+        return sites(backbone, self.film(user))  # [N, n_sites, 2, d]
 
 
 def keep_rows(module: nn.Module, name: str, n_rows: int) -> None:

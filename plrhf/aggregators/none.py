@@ -65,3 +65,6 @@ class NoAggregator(Aggregator):
         self, backbone: Backbone, input_ids: Tensor, attention_mask: Tensor, user: Tensor
     ) -> AbstractContextManager[dict[str, Any]]:
         return contextlib.nullcontext({"input_ids": input_ids, "attention_mask": attention_mask})
+
+    def continuing(self, backbone: Backbone, user: Tensor) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext()

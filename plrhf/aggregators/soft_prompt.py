@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -114,3 +115,6 @@ class ConcatSoftPrompt(Aggregator):
         mask = (columns >= n_padded).to(attention_mask.dtype)
         with backbone.replaced_first_embeddings(whole, n_last=1 + n_tokens):
             yield {"input_ids": ids, "attention_mask": mask}
+
+    def continuing(self, backbone: Backbone, user: Tensor) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext()  # all that users do is in the cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from random import Random
 
 import torch
 from torch import Tensor
@@ -33,32 +34,40 @@ class Sampling:
 
 
 class RowSampler(LogitsProcessor):
-    """Samples each row with its own temperature, top_p and seed.
+    """Samples each row with its own temperature, top_p and random numbers.
 
-    It adds Gumbel noise to log p and masks tokens outside the nucleus. The largest sum is then a sample
-    of p (Gumbel 1954; Maddison et al. 2014, arXiv 1411.0030), so `generate` chooses greedily. A row's
-    tokens do not depend on the other rows of its batch.
+    A token is the first at which the summed probabilities exceed a uniform random number (inverse
+    transform sampling), one number a token. A row's tokens do not depend on the other rows of its batch.
 
     Args:
-        rows: options of N rows, in order.
+        rows: options of N rows, in order. numbers: sources of random numbers of the rows; they are on the
+            CPU, so that a seed gives the same text on every device.
     """
 
-    def __init__(self, rows: Sequence[Sampling], device: torch.device) -> None:
-        self.temperature = torch.tensor([row.temperature for row in rows], device=device)
-        self.top_p = torch.tensor([row.top_p for row in rows], device=device)
-        self.sampled = [n for n, row in enumerate(rows) if row.temperature > 0]
-        # On the CPU, so that a seed gives the same text on every device.
-        self.generators = [torch.Generator().manual_seed(rows[n].seed) for n in self.sampled]
+    def __init__(
+        self, rows: Sequence[Sampling], numbers: Sequence[Random], device: torch.device
+    ) -> None:
+        sampled = [n for n, row in enumerate(rows) if row.temperature > 0]
+        self.numbers = [numbers[n] for n in sampled]
+        self.sampled = torch.tensor(sampled, dtype=torch.int64, device=device)
+        self.temperature = torch.tensor([rows[n].temperature for n in sampled], device=device)
+        self.top_p = torch.tensor([rows[n].top_p for n in sampled], device=device)
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Choose a token for each row from its logits, [N, V] -> [N] int64."""
+        tokens = scores.argmax(dim=-1)
+        if len(self.numbers) == 0:
+            return tokens
+        logps = (scores[self.sampled].float() / self.temperature[:, None]).log_softmax(dim=-1)
+        mass = within_nucleus(logps, self.top_p).double().exp().cumsum(dim=-1)
+        drawn = [[one.random()] for one in self.numbers]  # below 1
+        level = torch.tensor(drawn, dtype=mass.dtype, device=mass.device) * mass[:, -1:]
+        found = torch.searchsorted(mass, level, right=True)[:, 0]
+        return tokens.index_copy(0, self.sampled, found)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if len(self.sampled) == 0:
-            return scores
-        own = torch.tensor(self.sampled, device=scores.device)
-        logps = (scores[own].float() / self.temperature[own, None]).log_softmax(dim=-1)
-        logps = within_nucleus(logps, self.top_p[own])
-        draws = [torch.empty(scores.shape[1]).exponential_(generator=g) for g in self.generators]
-        noise = -torch.stack(draws).log()  # -log Exp(1) is Gumbel
-        return scores.float().index_copy(0, own, logps + noise.to(scores.device))
+        chosen = self.choose(scores)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
 
 
 def within_nucleus(logps: Tensor, top_p: Tensor) -> Tensor:
@@ -95,7 +104,8 @@ def row_options(
     rows: Sequence[Sampling], hear: Hear, device: torch.device
 ) -> dict[str, LogitsProcessorList | StoppingCriteriaList]:
     """Return arguments of transformers' `generate` for rows with their own options."""
+    numbers = [Random(row.seed) for row in rows]
     return {
-        "logits_processor": LogitsProcessorList([RowSampler(rows, device)]),
+        "logits_processor": LogitsProcessorList([RowSampler(rows, numbers, device)]),
         "stopping_criteria": StoppingCriteriaList([RowListener(hear)]),
     }

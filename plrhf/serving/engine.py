@@ -5,22 +5,23 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from plrhf.backbone.row_options import Sampling, row_options
+from plrhf.backbone.row_options import RowSampler, Sampling, row_options
 from plrhf.models.base import PersonalModule
 from plrhf.models.generation import batches_by_length, left_padded, text_ends, write_batch
+from plrhf.models.live_batch import LiveBatch, can_join
 from plrhf.serving.text_stream import TextStream
 
 T = TypeVar("T")
-
-MOST_WAITS = 5
 
 
 class Busy(Exception):
@@ -36,6 +37,7 @@ class Answer:
         stop: sequences that end the text. tell: gets each piece of text in the engine's thread.
         done: gets "stop" or "length" when the text has ended.
         cancelled: set it from any thread to end the text early.
+        asked: when it was asked for, by the monotonic clock.
     """
 
     prompt: Sequence[int]
@@ -46,21 +48,28 @@ class Answer:
     tell: Callable[[str], None] = lambda piece: None
     done: Future[str] = field(default_factory=Future)
     cancelled: bool = False
+    asked: float = field(default_factory=time.monotonic)
     text: str = ""
     n_tokens: int = 0
 
 
 class _Writing:
-    """An answer while it is written: hears its tokens until it ends."""
+    """An answer while it is written: hears its tokens until it ends.
+
+    Attributes:
+        numbers: random numbers for sampling. token: the newest one.
+    """
 
     def __init__(self, answer: Answer, stream: TextStream, ends: set[int]) -> None:
         self.answer, self.stream, self.ends = answer, stream, ends
+        self.numbers, self.token = Random(answer.sampling.seed), 0
 
     def hear(self, token: int) -> bool:
         """Add a token; return whether the answer has ended."""
         answer = self.answer
         if answer.done.done():
             return True
+        self.token = token
         answer.n_tokens += 1
         reason = None
         if token in self.ends or answer.cancelled:
@@ -85,18 +94,18 @@ class _Writing:
 class Engine:
     """Runs all computations with one model in one thread.
 
-    A batch waits for further answers until none has come for `max_wait`, but not more than `MOST_WAITS`
-    times as long. It is written together, each answer with its person's vector and sampling options. An
-    answer ends on its own; the next batch begins when all of a batch have ended. Other computations run
-    between batches.
+    Answers join the batch that is being written, and leave it, between two tokens. An answer joins when it
+    has waited for `max_wait`, or earlier if nothing is being written or the batch is then full, as reading
+    several prompts at once costs little more than one. Other computations run between two tokens, too. Of
+    models that cannot let texts join (see `can_join`), a batch is written from beginning to end.
 
     Args:
         model: in eval mode, with its tokenizer. batch_size: answers written at once.
-        max_wait: how long a batch waits for one more answer, in seconds.
+        max_wait: how long an answer waits for others before it joins, in seconds.
         max_waiting: answers that may wait before `Busy` is raised.
 
     Attributes:
-        n_waiting: answers that wait. n_written: tokens written so far, those after an end included.
+        n_waiting: answers that wait. n_written: tokens written so far.
     """
 
     def __init__(
@@ -105,7 +114,9 @@ class Engine:
         self.model, self.batch_size, self.max_wait = model, batch_size, max_wait
         self.max_waiting, self.n_waiting, self.n_written = max_waiting, 0, 0
         self.ends: set[int] = set(text_ends(model.backbone, model.tokenizer))
+        self.batch: LiveBatch[_Writing] | None = LiveBatch(model) if can_join(model) else None
         self.jobs: queue.SimpleQueue[Answer | Callable[[], None] | None] = queue.SimpleQueue()
+        self.waiting: deque[Answer] = deque()
         self.lock = threading.Lock()
         self.closed = False
         self.thread = threading.Thread(target=self._run, name="plrhf engine", daemon=True)
@@ -150,69 +161,130 @@ class Engine:
             for job in jobs:
                 self.jobs.put(job)
 
+    @property
+    def n_live(self) -> int:
+        """Number of answers that are being written."""
+        return 0 if self.batch is None else len(self.batch)
+
     def _run(self) -> None:
-        while (job := self.jobs.get()) is not None:
+        ending = False
+        while not ending or self.n_live + len(self.waiting) > 0:
+            ending = self._take_jobs() or ending
+            if self._should_join():
+                self._begin()
+            if self.batch is not None and len(self.batch) > 0:
+                self._guarded(self._step, self.batch)
+
+    def _take_jobs(self) -> bool:
+        """Run other computations and collect answers; wait if there is nothing else to do.
+
+        Returns:
+            whether no job comes after these.
+        """
+        idle = self.n_live + len(self.waiting) == 0
+        while True:
+            try:
+                job = self.jobs.get(block=idle)
+            except queue.Empty:
+                return False
+            idle = False
+            if job is None:
+                return True
             if isinstance(job, Answer):
-                self._write(self._gather(job))
+                self.waiting.append(job)
             else:
                 job()
 
-    def _gather(self, first: Answer) -> list[Answer]:
-        """Return the answers of the next batch, and run other jobs that come in between."""
-        found, last = [first], time.monotonic() + MOST_WAITS * self.max_wait
-        while len(found) < self.batch_size:
-            try:
-                job = self.jobs.get(timeout=max(0.0, min(self.max_wait, last - time.monotonic())))
-            except queue.Empty:
-                break
-            if job is None:
-                self.jobs.put(None)  # it was the last one
-                break
-            if isinstance(job, Answer):
-                found.append(job)
-            else:
-                job()
+    def _should_join(self) -> bool:
+        if len(self.waiting) == 0 or self.n_live == self.batch_size:
+            return False
+        is_enough = self.n_live == 0 or self.n_live + len(self.waiting) >= self.batch_size
+        return is_enough or time.monotonic() - self.waiting[0].asked >= self.max_wait
+
+    def _begin(self) -> None:
+        """Begin to write answers that wait, as many as the batch has room for."""
+        n = min(len(self.waiting), self.batch_size - self.n_live)
+        answers = [self.waiting.popleft() for _ in range(n)]
         with self.lock:
-            self.n_waiting -= len(found)
-        return [answer for answer in found if not self._is_cancelled(answer)]
+            self.n_waiting -= n
+        rows = [
+            _Writing(one, TextStream(self.model.tokenizer, one.stop), self.ends)
+            for one in answers
+            if not self._is_cancelled(one)
+        ]
+        if len(rows) == 0:
+            return
+        if self.batch is not None:
+            self._guarded(self._join, self.batch, rows, learn=rows)
+            return
+        prompts = [row.answer.prompt for row in rows]
+        unpadded = self.model.backbone.layout == "two_rows"  # a state would see padding
+        for places in batches_by_length(prompts, batch_size=len(rows), unpadded=unpadded):
+            own = [rows[place] for place in places]
+            self._guarded(self._write_whole, own, learn=own)
 
     def _is_cancelled(self, answer: Answer) -> bool:
         if answer.cancelled:
             answer.done.set_result("stop")
         return answer.cancelled
 
-    def _write(self, answers: list[Answer]) -> None:
-        """Write answers, in one batch if the backbone can pad prompts."""
-        unpadded = self.model.backbone.layout == "two_rows"
-        prompts = [answer.prompt for answer in answers]
-        size = self.batch_size
-        for places in batches_by_length(prompts, batch_size=size, unpadded=unpadded):
-            batch = [answers[place] for place in places]
-            try:
-                self._write_batch(batch)
-            except BaseException as error:  # each of the batch learns of it
-                for answer in batch:
-                    if not answer.done.done():
-                        answer.done.set_exception(error)
+    def _guarded(
+        self, function: Callable[..., None], *arguments: Any, learn: Sequence[_Writing] = ()
+    ) -> None:
+        """Call a function that writes. If it fails, all answers being written fail, and those of `learn`."""
+        try:
+            with torch.no_grad(), self.model.autocast():
+                function(*arguments)
+        except BaseException as error:
+            live = [] if self.batch is None else self.batch.rows
+            for row in (*learn, *live):
+                if row is not None and not row.answer.done.done():
+                    row.answer.done.set_exception(error)
+            if self.batch is not None:
+                self.batch.clear()
 
-    @torch.no_grad()
-    def _write_batch(self, batch: list[Answer]) -> None:
-        model, device = self.model, self.model.device
-        rows = [_Writing(one, TextStream(model.tokenizer, one.stop), self.ends) for one in batch]
+    def _join(self, batch: LiveBatch[_Writing], rows: list[_Writing]) -> None:
+        """Let answers join the batch, and write their first tokens."""
+        prompts = [row.answer.prompt for row in rows]
+        logits = batch.join(rows, prompts, self._vectors(rows))
+        self._hear(batch, rows, logits)
+
+    def _step(self, batch: LiveBatch[_Writing]) -> None:
+        """Write one token of each answer."""
+        batch.make_room()
+        tokens = torch.tensor([0 if row is None else row.token for row in batch.rows])
+        logits = batch.step(tokens.to(self.model.device))
+        live = [slot for slot, row in enumerate(batch.rows) if row is not None]
+        rows = [row for row in batch.rows if row is not None]
+        self._hear(batch, rows, logits[live] if len(live) < len(logits) else logits)
+
+    def _hear(self, batch: LiveBatch[_Writing], rows: list[_Writing], logits: Tensor) -> None:
+        """Choose the next token of each row from its logits; rows that have ended leave."""
+        samplings, numbers = [row.answer.sampling for row in rows], [row.numbers for row in rows]
+        tokens = RowSampler(samplings, numbers, logits.device).choose(logits).tolist()
+        self.n_written += len(tokens)
+        ended = [row for row, token in zip(rows, tokens, strict=True) if row.hear(token)]
+        batch.leave(ended)
+
+    def _write_whole(self, rows: list[_Writing]) -> None:
+        """Write answers in a batch of their own from beginning to end."""
+        model = self.model
 
         def hear(tokens: list[int]) -> list[bool]:
             self.n_written += len(tokens)
             return [row.hear(token) for row, token in zip(rows, tokens, strict=True)]
 
-        input_ids, mask = left_padded([one.prompt for one in batch])
-        user = torch.stack([one.vector for one in batch]).to(device)
-        with model.autocast():
-            write_batch(
-                model,
-                model.tokenizer,
-                input_ids.to(device),
-                mask.to(device),
-                user,
-                max_new_tokens=max(one.max_tokens for one in batch),
-                of_rows=row_options([one.sampling for one in batch], hear, device),
-            )
+        answers = [row.answer for row in rows]
+        input_ids, mask = left_padded([one.prompt for one in answers])
+        write_batch(
+            model,
+            model.tokenizer,
+            input_ids.to(model.device),
+            mask.to(model.device),
+            self._vectors(rows),
+            max_new_tokens=max(one.max_tokens for one in answers),
+            of_rows=row_options([one.sampling for one in answers], hear, model.device),
+        )
+
+    def _vectors(self, rows: Sequence[_Writing]) -> Tensor:
+        return torch.stack([row.answer.vector for row in rows]).to(self.model.device)

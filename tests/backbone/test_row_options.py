@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from random import Random
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ def test_samples_have_the_distribution_that_was_asked() -> None:
     warped = TopPLogitsWarper(0.8)(None, TemperatureLogitsWarper(0.7)(None, logits))
     expected = warped.softmax(dim=-1)[0]
     n = 4000
-    sampler = RowSampler([sampling(0.7, 0.8, seed) for seed in range(n)], CPU)
-    drawn = sampler(torch.empty(0), logits.expand(n, -1)).argmax(dim=1)
+    numbers = [Random(seed) for seed in range(n)]
+    drawn = RowSampler([sampling(0.7, 0.8)] * n, numbers, CPU).choose(logits.expand(n, -1))
     shares = torch.bincount(drawn, minlength=7) / n
     assert ((shares - expected).abs() < 4 * (expected * (1 - expected) / n).sqrt() + 1e-6).all()
 
@@ -44,13 +45,23 @@ def test_samples_have_the_distribution_that_was_asked() -> None:
 def test_a_row_does_not_depend_on_the_others() -> None:
     logits = torch.randn(3, 50)
     own = sampling(1.3, 0.9, seed=7)
-    alone = RowSampler([own], CPU)
-    among = RowSampler([sampling(0.0), own, sampling(0.2, 1.0, 7)], CPU)
+    alone = RowSampler([own], [Random(7)], CPU)
+    numbers = [Random(0), Random(7), Random(7)]
+    among = RowSampler([sampling(0.0), own, sampling(0.2, 1.0)], numbers, CPU)
     for _ in range(5):
-        one = alone(torch.empty(0), logits[1:2])
-        three = among(torch.empty(0), logits)
-        assert one[0].equal(three[1])
-        assert three[0].equal(logits[0])  # greedy
+        three = among.choose(logits)
+        assert alone.choose(logits[1:2]) == three[1]
+        assert three[0] == logits[0].argmax()  # greedy
+
+
+def test_a_token_outside_the_nucleus_is_never_drawn() -> None:
+    class Most(Random):
+        def random(self) -> float:
+            return 1 - 2**-53  # the largest there is
+
+    logits = torch.tensor([[1.0, 4.0, 2.0, -torch.inf]])
+    assert RowSampler([sampling(1.0, 0.5)], [Most()], CPU).choose(logits) == 1
+    assert RowSampler([sampling(1.0)], [Most()], CPU).choose(logits) == 2
 
 
 def test_a_batch_is_written_as_its_rows_alone() -> None:

@@ -15,7 +15,7 @@ from runs import ROOT
 from served import Running, save_runs, serving
 
 GUIDE = (ROOT / "docs/serving.md").read_text()
-N_FUZZED = 250
+N_FUZZED = 90
 
 
 @pytest.fixture(scope="module")
