@@ -49,13 +49,17 @@ class Visit:
 
     def watch(self) -> None:
         """Note errors of the console and requests to other hosts from now on."""
-        self.page.on("console", lambda one: one.type == "error" and self.fault(one.text))
+        self.page.on("console", self.hear)
         self.page.on("pageerror", lambda error: self.fault(f"script: {error}"))
-        self.page.on("request", lambda one: self.ask(one.url))
+        self.page.on("request", self.see)
 
-    def ask(self, url: str) -> None:
-        if not url.startswith((self.url, "data:", f"blob:{self.url}")):
-            self.fault(f"request to {url}")
+    def hear(self, message: Any) -> None:
+        if message.type == "error":
+            self.fault(message.text)
+
+    def see(self, request: Any) -> None:
+        if not request.url.startswith((self.url, "data:", f"blob:{self.url}")):
+            self.fault(f"request to {request.url}")
 
     def fault(self, words: str) -> None:
         self.faults.append(f"{self.name}: {words}")

@@ -70,8 +70,9 @@ def mark(folder: Path, users: UserModel, names: Sequence[str]) -> torch.Tensor:
     for name, vector in zip(names, vectors, strict=True):
         people.put(name, consent=True)
         people.add(name, [Judgment(prompt="Write.", chosen="Yes.", rejected="No.")])
-        stored = vector.numpy().astype("<f4").tobytes()
-        people.save_vector(name, users.fingerprint, 1, stored)
+        known, stored = people.get(name), vector.numpy().astype("<f4").tobytes()
+        assert known is not None
+        people.save_vector(name, users.fingerprint, known.revision, stored)
     people.close()
     return vectors
 

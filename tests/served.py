@@ -61,9 +61,10 @@ def mark(service: Service, name: str, seed: int) -> None:
     assert policy is not None
     service.people.put(name, consent=True)
     service.people.add(name, [Judgment(prompt="Write.", chosen="Yes.", rejected="No.")])
+    known = service.person(name)
     vector = torch.randn(policy.users.model.aggregator.user_dim, generator=torch.manual_seed(seed))
     stored = vector.numpy().astype("<f4").tobytes()
-    assert service.people.save_vector(name, policy.users.fingerprint, 1, stored)
+    assert service.people.save_vector(name, policy.users.fingerprint, known.revision, stored)
 
 
 @dataclass

@@ -30,7 +30,7 @@ class SlotLayer(DynamicLayer):
 
     def __init__(self, states: Sequence[Tensor], columns: Columns) -> None:
         super().__init__()
-        self.keys, self.values = states
+        self.room = tuple(states)
         self.columns, self.is_initialized = columns, True
 
     def update(
@@ -38,9 +38,10 @@ class SlotLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         first, end = self.columns.first, self.columns.end
         after = end + key_states.shape[2]
-        for room, new in ((self.keys, key_states), (self.values, value_states)):
+        for room, new in zip(self.room, (key_states, value_states), strict=True):
             room[:, :, end:after] = new
-        return self.keys[:, :, first:after], self.values[:, :, first:after]
+        keys, values = (room[:, :, first:after] for room in self.room)
+        return keys, values
 
     def get_seq_length(self) -> int:
         return self.columns.end - self.columns.first
@@ -50,17 +51,15 @@ class SlotCache(DynamicCache):
     """The cache of all blocks.
 
     Args:
-        like: a cache of some rows, whose shapes it takes. n_slots: S. room: number of columns.
+        like: a cache of some rows, of `Backbone.cache` or of this class, whose shapes it takes.
+        n_slots: S. room: number of columns.
     """
 
     def __init__(self, like: Any, columns: Columns, *, n_slots: int, room: int) -> None:
         super().__init__()
         self.layers = [
             SlotLayer(
-                [
-                    one.new_zeros(n_slots, one.shape[1], room, one.shape[3])
-                    for one in (layer.keys, layer.values)
-                ],
+                [one.new_zeros(n_slots, one.shape[1], room, one.shape[3]) for one in layer.room],
                 columns,
             )
             for layer in like.layers
@@ -68,6 +67,7 @@ class SlotCache(DynamicCache):
 
     def place(self, rows: Any, like: Any, at: Any, columns: slice, taken: slice) -> None:
         """Copy columns `taken` of the rows `at` of another cache to rows and columns of this one."""
+        own: Any
         for own, other in zip(self.layers, like.layers, strict=True):
-            for room, new in ((own.keys, other.keys), (own.values, other.values)):
+            for room, new in zip(own.room, other.room, strict=True):
                 room[rows, :, columns] = new[at][:, :, taken]

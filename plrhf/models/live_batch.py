@@ -175,5 +175,5 @@ class LiveBatch(Generic[Row]):
     def _see_first(self) -> None:
         """Note the first column that a text uses."""
         kept = [slot for slot, row in enumerate(self.rows) if row is not None]
-        used = self.mask[kept].any(dim=0).nonzero() if len(kept) > 0 else []
+        used = self.mask[kept].any(dim=0).nonzero()
         self.columns.first = int(used[0]) if len(used) > 0 else self.columns.end

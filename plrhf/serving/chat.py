@@ -6,7 +6,8 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,8 +15,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
 from plrhf.backbone.row_options import Sampling
-from plrhf.serving.engine import Answer
-from plrhf.serving.errors import ApiError
+from plrhf.serving.engine import Answer, Busy
+from plrhf.serving.errors import ApiError, error_body, failed, log_without_values
 from plrhf.serving.schemas import MOST_SEED, MOST_STOPS, ChatRequest
 from plrhf.serving.served import ServedModel
 from plrhf.serving.service import Service
@@ -168,8 +169,49 @@ async def _stream(
     body: ChatRequest,
     answers: list[Answer],
     head: dict[str, Any],
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str]:
     """Yield server-sent events: first that the answers are taken, then their pieces, then the end."""
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+
+    def event(choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> str:
+        chunk = {**head, "object": "chat.completion.chunk", "choices": choices}
+        return _event(chunk | ({"usage": usage} if with_usage else {}))
+
+    def choice(n: int, delta: dict[str, str], reason: str | None = None) -> dict[str, Any]:
+        return {"index": n, "delta": delta, "finish_reason": reason, "logprobs": None}
+
+    pieces = _pieces(answers)
+    try:
+        policy.engine.write(answers)
+        yield event([choice(n, {"role": "assistant", "content": ""}) for n in range(len(answers))])
+        left = len(answers)
+        while left > 0:
+            n, piece = await pieces.get()
+            if piece is None:
+                left -= 1
+                yield event([choice(n, {}, answers[n].done.result())])
+            else:
+                yield event([choice(n, {"content": piece})])
+        if with_usage:
+            yield event([], _usage(answers))
+        yield "data: [DONE]\n\n"
+    except Busy:
+        raise  # nothing was sent yet
+    except Exception as error:
+        log_without_values(error)
+        yield _event(error_body(failed()))
+    finally:  # also if the client leaves
+        for answer in answers:
+            answer.cancelled = True
+        service.metrics.tokens.inc(sum(one.n_tokens for one in answers))
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"
+
+
+def _pieces(answers: list[Answer]) -> asyncio.Queue[tuple[int, str | None]]:
+    """Return a queue that gets the number of an answer with each piece of it, and None at its end."""
     loop, pieces = asyncio.get_running_loop(), asyncio.Queue[tuple[int, str | None]]()
 
     def tell(n: int, piece: str | None) -> None:
@@ -180,42 +222,12 @@ async def _stream(
     for n, answer in enumerate(answers):
         answer.tell = lambda piece, n=n: tell(n, piece)  # type: ignore[misc]
         answer.done.add_done_callback(lambda _, n=n: tell(n, None))  # type: ignore[misc]
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
-
-    def event(n: int, delta: dict[str, str], reason: str | None = None) -> str:
-        choice = {"index": n, "delta": delta, "finish_reason": reason, "logprobs": None}
-        usage: dict[str, Any] = {"usage": None} if with_usage else {}
-        chunk = {**head, "object": "chat.completion.chunk", "choices": [choice], **usage}
-        return f"data: {json.dumps(chunk)}\n\n"
-
-    try:
-        policy.engine.write(answers)
-        yield "".join(event(n, {"role": "assistant", "content": ""}) for n in range(len(answers)))
-        left = len(answers)
-        while left > 0:
-            n, piece = await pieces.get()
-            if piece is None:
-                left -= 1
-                yield event(n, {}, answers[n].done.result())
-            else:
-                yield event(n, {"content": piece})
-        if with_usage:
-            chunk = {
-                **head,
-                "object": "chat.completion.chunk",
-                "choices": [],
-                "usage": _usage(answers),
-            }
-            yield f"data: {json.dumps(chunk)}\n\n"
-        yield "data: [DONE]\n\n"
-    finally:  # also if the client leaves
-        for answer in answers:
-            answer.cancelled = True
-        service.metrics.tokens.inc(sum(one.n_tokens for one in answers))
+    return pieces
 
 
-async def _with_first(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
-    """Yield an event that was taken already, and then the others."""
-    yield first
-    async for one in rest:
-        yield one
+async def _with_first(first: str, rest: AsyncGenerator[str]) -> AsyncIterator[str]:
+    """Yield an event that was taken already, and then the others; end them when this ends."""
+    async with aclosing(rest):
+        yield first
+        async for one in rest:
+            yield one

@@ -231,7 +231,7 @@ class Engine:
     def _guarded(
         self, function: Callable[..., None], *arguments: Any, learn: Sequence[_Writing] = ()
     ) -> None:
-        """Call a function that writes. If it fails, all answers being written fail, and those of `learn`."""
+        """Call a function that writes. If it fails, so do answers being written, and those of `learn`."""
         try:
             with torch.no_grad(), self.model.autocast():
                 function(*arguments)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import traceback
 from collections.abc import Mapping
+from typing import Any
 
 from starlette.responses import JSONResponse
 
@@ -20,6 +23,7 @@ CODES = {
     500: "internal_error",
     503: "overloaded",
 }
+log = logging.getLogger("plrhf.serving")
 
 
 class ApiError(Exception):
@@ -45,8 +49,13 @@ class ApiError(Exception):
         self.headers = headers
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    """Return the response that tells a client of an error."""
+def failed() -> ApiError:
+    """Return what a client is told where the server itself is at fault."""
+    return ApiError(500, "The server failed. Its log says where.")
+
+
+def error_body(error: ApiError) -> dict[str, Any]:
+    """Return an error as OpenAI's API writes it."""
     kind = TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     content = {
         "message": error.message,
@@ -54,4 +63,15 @@ def error_response(error: ApiError) -> JSONResponse:
         "param": error.param,
         "code": error.code,
     }
-    return JSONResponse({"error": content}, error.status, headers=error.headers)
+    return {"error": content}
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """Return the response that tells a client of an error."""
+    return JSONResponse(error_body(error), error.status, headers=error.headers)
+
+
+def log_without_values(error: BaseException) -> None:
+    """Log where an error arose, but not its message, which may quote a prompt."""
+    places = "".join(traceback.format_tb(error.__traceback__))
+    log.error("%s\n%s", type(error).__name__, places)

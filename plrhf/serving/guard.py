@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import time
-import traceback
 from collections import OrderedDict
 from collections.abc import Mapping
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from plrhf.serving.errors import ApiError, error_response
+from plrhf.serving.errors import ApiError, error_response, failed, log_without_values
 from plrhf.serving.metrics import Metrics
 
 OPEN = ("/", "/healthz")
@@ -29,7 +27,6 @@ HEADERS = {
         b"connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
 }
-log = logging.getLogger("plrhf.serving")
 
 
 def key_hash(key: str) -> str:
@@ -103,10 +100,9 @@ class Guard:
             except ApiError as error:
                 await error_response(error)(scope, receive, noting)
             except Exception as error:
-                _log_without_values(error)
+                log_without_values(error)
                 if status == 0:
-                    failed = ApiError(500, "The server failed. Its log says where.")
-                    await error_response(failed)(scope, receive, noting)
+                    await error_response(failed())(scope, receive, noting)
         finally:
             self.metrics.count(scope, status, time.monotonic() - start)
 
@@ -167,9 +163,3 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return pending.pop() if len(pending) > 0 else await receive()
 
     return again
-
-
-def _log_without_values(error: Exception) -> None:
-    """Log where an error arose, but not its message, which may quote a prompt."""
-    places = "".join(traceback.format_tb(error.__traceback__))
-    log.error("%s\n%s", type(error).__name__, places)

@@ -34,10 +34,11 @@ class PeopleMap:
         return [round(float(one), 5) for one in found]
 
     def shown(self) -> dict[str, object]:
-        """Return the map without names: places of people and of the generic user, and its size."""
+        """Return the map without names: places of people, what is said of them, and its size."""
         places = (self.vectors - self.centre) @ self.axes.T  # [n, 2]
         size = float(np.abs([*places.tolist(), self.generic]).max()) or 1.0
-        return {"people": places.round(5).tolist(), "generic": self.generic, "size": size}
+        people = places.round(5).tolist()
+        return {"people": people, "words": self.words, "generic": self.generic, "size": size}
 
     def traits(self, vector: Tensor) -> list[str]:
         """Return the words that several of the train users nearest to a vector share."""

@@ -19,15 +19,16 @@ def _storable(text: str) -> str:
     return text
 
 
-def _printable(text: str) -> str:
-    if not text.isprintable() or "/" in text or not text.strip():
-        raise ValueError("must be printable, without a slash and not blank")
+def _addressable(text: str) -> str:
+    """Refuse ids that no URL can hold, as clients resolve "." and ".." in a path."""
+    if not text.isprintable() or "/" in text or not text.strip() or text in (".", ".."):
+        raise ValueError("must be printable, without a slash, not blank and not a dot or two")
     return text
 
 
 Text = Annotated[str, AfterValidator(_storable)]
 Name = Annotated[
-    str, StringConstraints(min_length=1, max_length=MOST_ID), AfterValidator(_printable)
+    str, StringConstraints(min_length=1, max_length=MOST_ID), AfterValidator(_addressable)
 ]
 """A person's id."""
 

@@ -36,21 +36,22 @@ class ServedModel:
                 self.fits.move_to_end(user_id)
                 return fit
         fit = self.engine.compute(self.users.fit, known.pairs())
-        self._remember(user_id, known.revision, fit)
+        if fit.n_pairs > 0:  # otherwise it is the generic user
+            self._remember(user_id, known.revision, fit)
         return fit
 
     def vector(self, user_id: str | None) -> Tensor:
         """Return the vector [user_dim] to serve a person with: fitted, of training, or the generic one."""
         if user_id is None:
-            return self.engine.compute(self.users.generic)
+            return self.users.generic
+        stored = self.people.vector(user_id, self.users.fingerprint)
+        if stored is not None:
+            return torch.from_numpy(np.frombuffer(stored, dtype="<f4").copy())
         known = self.people.get(user_id)
         if known is not None and len(known.pairs()) > 0:
-            stored = self.people.vector(user_id, self.users.fingerprint)
-            if stored is not None:
-                return torch.from_numpy(np.frombuffer(stored, dtype="<f4").copy())
             return self.fit(user_id, known).users.vectors[0]
         found = self.engine.compute(self.users.train_user, user_id)
-        return self.engine.compute(self.users.generic) if found is None else found
+        return self.users.generic if found is None else found
 
     def is_train_user(self, user_id: str) -> bool:
         """Whether the model was trained on this person."""
@@ -75,9 +76,12 @@ class ServedModel:
                 self.fits.clear()  # the prior has changed
 
     def _remember(self, user_id: str, revision: int, fit: Fit) -> None:
+        """Keep a fit in memory and in the store, unless the person is gone or has judged anew."""
+        with self.lock:
+            self.fits[user_id] = (revision, fit)
+            while len(self.fits) > MOST_FITS:
+                self.fits.popitem(last=False)
+        # Only now: whoever deletes the person meanwhile drops both.
         vector = fit.users.vectors[0].float().cpu().numpy().astype("<f4").tobytes()
-        if self.people.save_vector(user_id, self.users.fingerprint, revision, vector):
-            with self.lock:
-                self.fits[user_id] = (revision, fit)
-                while len(self.fits) > MOST_FITS:
-                    self.fits.popitem(last=False)
+        if not self.people.save_vector(user_id, self.users.fingerprint, revision, vector):
+            self.drop(user_id)

@@ -121,7 +121,7 @@ class Service:
     def map(self) -> dict[str, Any]:
         """Return the map of the train users, without their names."""
         people = self.asker.users.map
-        nobody = {"people": [], "generic": [0.0, 0.0], "size": 1.0}
+        nobody = {"people": [], "words": [], "generic": [0.0, 0.0], "size": 1.0}
         return nobody if people is None else people.shown()
 
     def next_pair(self, user_id: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,12 +25,16 @@ class Base(DeclarativeBase):
 
 
 class Person(Base):
-    """A person. `revision` grows with each change of the person's judgments."""
+    """A person.
+
+    `revision` grows with each change of the person's judgments. It begins anywhere, so that what belongs to
+    a person who was deleted never fits the next one of that name.
+    """
 
     __tablename__ = "people"
     id: Mapped[str] = mapped_column(sql.String(MOST_ID), primary_key=True)
     consent: Mapped[bool]
-    revision: Mapped[int] = mapped_column(default=0)
+    revision: Mapped[int] = mapped_column(sql.BigInteger, default=lambda: secrets.randbits(48))
     created: Mapped[datetime]
 
 
@@ -57,7 +62,7 @@ class VectorRow(Base):
         sql.ForeignKey("people.id", ondelete="CASCADE"), primary_key=True
     )
     fingerprint: Mapped[str] = mapped_column(sql.String(64), primary_key=True)
-    revision: Mapped[int]
+    revision: Mapped[int] = mapped_column(sql.BigInteger)
     vector: Mapped[bytes]  # float32, little-endian
 
 

@@ -76,6 +76,7 @@ class UserModel:
 
     Attributes:
         rule: how people are fitted; None if the model has no parameters of single users.
+        generic: vector of the generic user, [user_dim].
         fingerprint: of all that fitted vectors depend on. map: of the train users; None without any.
     """
 
@@ -106,20 +107,17 @@ class UserModel:
                 batches = batches_of(dataset, places, [0] * len(dataset), batch_size=BATCH_SIZE)
                 self.batches = with_precomputed(model, batches)
 
+    @torch.no_grad()
     def refresh(self) -> None:
         """Compute anew what depends on the train users, as after one was forgotten."""
+        self.generic = self.model.encoder.generic(1)[0].detach()
         self.fingerprint = content_hash(asdict(self.model.card))  # it has hashes of all files
         self.map: PeopleMap | None = None
         shown = evenly(self.model.card.users, MOST_ON_MAP)
         vectors = [vector for user in shown if (vector := self.train_user(user)) is not None]
         if len(vectors) > 0 and self.model.has_user_vectors and self.model.encoder.personal:
             words = [self.words.get(user) for user in shown]
-            self.map = PeopleMap(torch.stack(vectors), self.generic(), words)
-
-    @torch.no_grad()
-    def generic(self) -> Tensor:
-        """Return the generic user's vector, [user_dim]."""
-        return self.model.encoder.generic(1)[0].detach()
+            self.map = PeopleMap(torch.stack(vectors), self.generic, words)
 
     @torch.no_grad()
     def train_user(self, user_id: str) -> Tensor | None:
@@ -179,7 +177,7 @@ class UserModel:
     def fit(self, pairs: Sequence[Mapping[str, Any]]) -> Fit:
         """Fit a person to their pairs. Without any, or without a rule, it is the generic user."""
         if self.rule is None:
-            return Fit(AdaptedUsers(vectors=self.generic()[None]), n_pairs=0)
+            return Fit(AdaptedUsers(vectors=self.generic[None]), n_pairs=0)
         found = fit_pairs(self.model, pairs, self.rule)
         return Fit(found.users, found.n_pairs)
 

@@ -7,11 +7,11 @@ const html = readFileSync(`${folder}/index.html`, "utf8");
 const elements = new Map();
 
 class Element {
-  constructor(id = "") { Object.assign(this, { id, hidden: false, disabled: false, value: "", textContent: "", attributes: {}, listeners: {}, parts: {} }); }
+  constructor(id = "") { Object.assign(this, { id, hidden: false, disabled: false, value: "", textContent: "", attributes: {}, listeners: {}, parts: {}, classList: { add() {}, remove() {} } }); }
   addEventListener(kind, listener) { (this.listeners[kind] ??= []).push(listener); }
   async send(kind, event = {}) { for (const listener of this.listeners[kind] ?? []) listener({ preventDefault() {}, target: this, ...event }); await settled(); }
   querySelector(selector) { return (this.parts[selector] ??= new Element()); }
-  closest() { return null; }
+  closest(selector) { return selector === "#questions" ? this : null; }
   setAttribute(name, value) { this.attributes[name] = String(value); if (name === "id") elements.set(value, this); }
   removeAttribute(name) { delete this.attributes[name]; }
   append(child) { this.children = [...(this.children ?? []), child]; }

@@ -11,20 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import save_runs, serving
+from served import Running
 
 from plrhf.serving.app import PAGE
 
 HTML, CSS, SCRIPT = ((PAGE / name).read_text() for name in ("index.html", "page.css", "page.js"))
 TEXT_ON = (
     *(("--ink", "--page"), ("--ink", "--card"), ("--quiet", "--page"), ("--quiet", "--card")),
-    *(("--on-accent", "--accent"), ("--danger", "--card")),
+    *(
+        ("--on-accent", "--accent"),
+        ("--danger", "--card"),
+        ("--ink", "--tint"),
+        ("--quiet", "--tint"),
+    ),
 )
 SHAPES_ON = (
     ("--line", "--card"),
     ("--accent", "--page"),
     ("--accent", "--card"),
-    ("--dot", "--card"),
+    ("--dot", "--page"),
+    ("--line", "--page"),
 )
 
 
@@ -44,7 +50,10 @@ def test_parts_fit_together() -> None:
     tags = Page().tags
     ids = [one["id"] for _, one in tags if "id" in one]
     assert len(set(ids)) == len(ids)
-    asked = set(re.findall(r'element\("([\w-]+)"\)', SCRIPT)) - {"you"}  # which it draws itself
+    asked = set(re.findall(r'element\("([\w-]+)"\)', SCRIPT)) - {
+        "you",
+        "trail",
+    }  # which it draws itself
     assert asked <= set(ids)
     labelled = {one.get("for") for tag, one in tags if tag == "label"} | {"consent"}
     for tag, one in tags:
@@ -75,25 +84,20 @@ def test_contrast(theme: int) -> None:
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's script")
-def test_a_visit(tmp_path: Path) -> None:
+def test_a_visit(server: Running) -> None:
     """Choices by keyboard, one taken back, a text written and judged, data downloaded, all deleted."""
-    policy, reward = save_runs(tmp_path)
-    with serving(policy, tmp_path, "pool=20", "max_tokens=6", reward=reward) as running:
-        with running.client() as http:
-            page = http.get("/")
-            policy_line = page.headers["content-security-policy"]
-            assert page.text == HTML and "default-src 'none'" in policy_line
-            assert "unsafe" not in policy_line
-            assert http.get("/page/page.js").text == SCRIPT
-            for path in ("/page/nothing", "/page/..%2Fapp.py", "/page/index.html"):
-                assert http.get(path).status_code == 404
-        driver = Path(__file__).with_name("page_driver.mjs")
-        done = subprocess.run(
-            ["node", str(driver), running.url, str(PAGE)],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+    with server.client() as http:
+        page = http.get("/")
+        policy_line = page.headers["content-security-policy"]
+        assert page.text == HTML and "default-src 'none'" in policy_line
+        assert "unsafe" not in policy_line
+        assert http.get("/page/page.js").text == SCRIPT
+        for path in ("/page/nothing", "/page/..%2Fapp.py", "/page/index.html"):
+            assert http.get(path).status_code == 404
+    driver = Path(__file__).with_name("page_driver.mjs")
+    done = subprocess.run(
+        ["node", str(driver), server.url, str(PAGE)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     check_visit(json.loads(done.stdout))
 
@@ -101,7 +105,7 @@ def test_a_visit(tmp_path: Path) -> None:
 def check_visit(seen: dict[str, Any]) -> None:
     begun = seen["begun"]
     assert begun["start"] and not begun["questions"] and not begun["write"]
-    assert begun["focused"] == "questions-head" and begun["people"] == 5 + 2
+    assert begun["focused"] == "questions" and begun["people"] == 5 + 3
     assert len({tuple(one) for one in seen["prompts"][:5]}) == 5
     assert seen["after"]["count"] == 6 and seen["after"]["status"] == "You chose the left answer."
     assert 0 < seen["after"]["certainty"] < 1 and len(seen["after"]["place"]) == 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,29 +20,6 @@ from plrhf.serving.guard import RateLimit, key_hash
 
 ASKED: list[Any] = [{"role": "user", "content": "Write a note."}]
 GREEDY: dict[str, Any] = {"model": "policy", "messages": ASKED, "temperature": 0, "max_tokens": 6}
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return save_runs(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def server(runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("people")
-    with serving(runs[0], folder, "pool=7", "max_body=5000", reward=runs[1]) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def http(server: Running) -> Iterator[httpx2.Client]:
-    with server.client() as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def asked(server: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
 def agree(http: httpx2.Client, name: str) -> None:
@@ -90,11 +66,15 @@ def test_sampling_options(asked: openai.OpenAI) -> None:
     again = asked.chat.completions.create(**how, seed=3, n=2, top_p=1.0).choices
     texts = [one.message.content for one in two]
     assert texts == [one.message.content for one in again] and texts[0] != texts[1]
-    whole = asked.chat.completions.create(**{**GREEDY, "max_tokens": 12}).choices[0].message.content
-    assert whole is not None
+    whole = texts[0] or ""
     stop = whole[len(whole) // 2 :][:3]
-    cut = asked.chat.completions.create(**{**GREEDY, "max_tokens": 12}, stop=[stop]).choices[0]
-    assert cut.message.content == whole[: whole.index(stop)] and cut.finish_reason == "stop"
+    stopped = {**how, "seed": 3, "n": 2, "stop": [stop]}
+    cut = asked.chat.completions.create(**stopped).choices
+    assert cut[0].message.content == whole[: whole.index(stop)] and cut[0].finish_reason == "stop"
+    streamed = ["", ""]
+    for chunk in asked.chat.completions.create(**stopped, stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == [one.message.content for one in cut]
 
 
 def test_the_best_of_many_is_what_the_person_likes_most(
@@ -167,13 +147,13 @@ def test_a_person_is_learned_and_forgotten(
 def test_no_pair_is_asked_twice(http: httpx2.Client) -> None:
     agree(http, "max")
     seen = set()
-    for _ in range(7):
+    for _ in range(9):
         pair = http.get("/v1/users/max/next-pair").json()
         seen.add((pair["prompt"], frozenset(pair["responses"])))
         judged = {"prompt": pair["prompt"], "chosen": pair["responses"][1]}
         judged |= {"rejected": pair["responses"][0], "verdict": "tie"}
         http.post("/v1/users/max/pairs", json={"pairs": [judged]})
-    assert len(seen) == 7
+    assert len(seen) == 9
     over = http.get("/v1/users/max/next-pair")
     assert over.status_code == 404 and over.json()["error"]["code"] == "no_pair_left"
 

@@ -7,23 +7,14 @@ import re
 import runpy
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from runs import ROOT
-from served import Running, save_runs, serving
+from served import Running
 
 GUIDE = (ROOT / "docs/serving.md").read_text()
 N_FUZZED = 90
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    folder = tmp_path_factory.mktemp("served")
-    policy, reward = save_runs(folder)
-    with serving(policy, folder, "pool=5", reward=reward) as running:
-        yield running
 
 
 def test_the_guide(server: Running, capsys: pytest.CaptureFixture[str]) -> None:

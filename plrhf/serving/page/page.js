@@ -3,22 +3,20 @@
 
 const N_CHOICES = 10;
 const element = (id) => document.getElementById(id);
-const state = { name: "", key: "", pair: null, chosen: [], busy: false, model: null, map: null, answers: null };
+const state = { name: "", key: "", pair: null, chosen: [], busy: false, model: null, map: null, trail: [], answers: null };
 
-// Ask the server; an error of its own is thrown with its message.
-async function ask(method, path, body) {
+// Send a request; return the response, or throw what the server says is wrong.
+async function send(method, path, body) {
   const headers = {};
   if (body !== undefined) headers["Content-Type"] = "application/json";
   if (state.key !== "") headers.Authorization = `Bearer ${state.key}`;
-  const answer = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body) });
-  const content = await answer.json();
-  if (!answer.ok) {
-    const error = new Error(content.error.message);
-    error.code = content.error.code;
-    throw error;
-  }
-  return content;
+  const options = { method, headers, body: body === undefined ? undefined : JSON.stringify(body) };
+  const response = await fetch(path, options).catch(() => { throw new Error("The server does not answer. Try again."); });
+  if (!response.ok) throw Object.assign(new Error(), (await response.json()).error);
+  return response;
 }
+
+const ask = async (method, path, body) => (await send(method, path, body)).json();
 
 const mine = (rest = "") => `/v1/users/${encodeURIComponent(state.name)}${rest}`;
 const say = (words) => { element("status").textContent = words; };
@@ -53,7 +51,9 @@ async function begin() {
   drawMap();
   showIdea(await ask("GET", mine("/certainty")));
   await nextPair();
-  element("questions-head").focus();
+  if (state.pair !== null) element("question").value = inWords(state.pair.prompt);
+  say("");
+  element("questions").focus();
 }
 
 async function nextPair() {
@@ -61,6 +61,7 @@ async function nextPair() {
   element("count").textContent = count;
   element("progress").value = Math.min(count, N_CHOICES);
   element("undo").disabled = count === 0;
+  element("onwards").hidden = count < N_CHOICES || state.model === null;
   try {
     state.pair = await ask("GET", mine("/next-pair"));
   } catch (error) {
@@ -81,10 +82,15 @@ async function choose(side) {
   const { prompt, responses: [left, right] } = state.pair;
   const [chosen, rejected] = side === "right" ? [right, left] : [left, right];
   const verdict = side === "left" || side === "right" ? "prefer" : side;
-  await addPair({ prompt, chosen, rejected, verdict });
-  await nextPair();
+  element(side).classList.add("chosen");
+  try {
+    await addPair({ prompt, chosen, rejected, verdict });
+    await nextPair();
+  } finally {
+    element(side).classList.remove("chosen");
+  }
   const said = { left: "You chose the left answer.", right: "You chose the right answer.", tie: "Both alike.", skip: "Skipped." };
-  say(state.chosen.length === N_CHOICES ? `${said[side]} That is ten: write something below, or go on.` : said[side]);
+  say(state.chosen.length === N_CHOICES ? `${said[side]} That is ten: read an answer for you, or go on.` : said[side]);
 }
 
 async function addPair(pair) {
@@ -96,8 +102,10 @@ async function addPair(pair) {
 async function undo() {
   const last = state.chosen.at(-1);
   if (last === undefined) return;
-  showIdea(await ask("DELETE", mine(`/pairs/${last}`)));
+  const idea = await ask("DELETE", mine(`/pairs/${last}`));
   state.chosen.pop();
+  state.trail.length = Math.max(0, state.trail.length - 2);  // the last step goes, the one before is drawn anew
+  showIdea(idea);
   await nextPair();
   say("Taken back.");
 }
@@ -106,15 +114,18 @@ async function undo() {
 function showIdea(idea) {
   const certainty = idea.certainty ?? 0;
   element("certainty").value = certainty;
-  element("certainty-words").textContent = idea.certainty === null ? "it cannot say" : `${Math.round(100 * certainty)} %`;
-  element("traits").textContent = idea.traits.length === 0 ? "" : `People with your taste: ${idea.traits.join("; ")}.`;
+  element("certainty-words").textContent = idea.certainty === null ? "it cannot say" : `${Math.round(100 * certainty)}%`;
+  element("traits").textContent = idea.traits.length === 0 ? "" : `Those most like you: ${idea.traits.join("; ")}.`;
   element("stranger").hidden = !idea.stranger;
-  const you = element("you");
-  if (you !== null && idea.place !== null) {
-    const [x, y] = onMap(idea.place);
-    you.setAttribute("cx", x);
-    you.setAttribute("cy", y);
-  }
+  if (idea.place === null) return;
+  state.trail.push(onMap(idea.place));
+  const [x, y] = state.trail.at(-1);
+  element("you").setAttribute("cx", x);
+  element("you").setAttribute("cy", y);
+  element("trail").setAttribute("points", state.trail.map((place) => place.join(",")).join(" "));
+  state.map.words.forEach((words, n) => {
+    element(`person-${n}`).setAttribute("class", idea.traits.includes(words) ? "person alike" : "person");
+  });
 }
 
 const onMap = ([x, y]) => [Math.max(-1.1, Math.min(1.1, x / state.map.size)), Math.max(-1.1, Math.min(1.1, -y / state.map.size))];
@@ -122,17 +133,19 @@ const onMap = ([x, y]) => [Math.max(-1.1, Math.min(1.1, x / state.map.size)), Ma
 function drawMap() {
   const map = element("map");
   map.replaceChildren();
+  state.trail = [];
   const add = (name, attributes) => {
     const shape = document.createElementNS("http://www.w3.org/2000/svg", name);
     for (const [key, value] of Object.entries(attributes)) shape.setAttribute(key, value);
     map.append(shape);
   };
-  for (const place of state.map.people) {
+  state.map.people.forEach((place, n) => {
     const [cx, cy] = onMap(place);
-    add("circle", { cx, cy, r: 0.022, class: "person" });
-  }
+    add("circle", { id: `person-${n}`, cx, cy, r: 0.024, class: "person" });
+  });
   const [x, y] = onMap(state.map.generic);
   add("path", { d: `M${x - 0.05} ${y}h0.1M${x} ${y - 0.05}v0.1`, class: "middle" });
+  add("polyline", { id: "trail", points: "", class: "trail" });
   add("circle", { id: "you", cx: x, cy: y, r: 0.06, class: "you" });
 }
 
@@ -154,10 +167,7 @@ async function write() {
 async function writeFor(user, prompt, seed, id) {
   const body = { model: state.model.id, messages: [{ role: "user", content: prompt }], seed, temperature: 0.7, stream: true };
   if (user !== null) body.user = user;
-  const headers = { "Content-Type": "application/json" };
-  if (state.key !== "") headers.Authorization = `Bearer ${state.key}`;
-  const answer = await fetch("/v1/chat/completions", { method: "POST", headers, body: JSON.stringify(body) });
-  if (!answer.ok) throw new Error((await answer.json()).error.message);
+  const answer = await send("POST", "/v1/chat/completions", body);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let waiting = "", text = "";
   for (;;) {
@@ -167,7 +177,10 @@ async function writeFor(user, prompt, seed, id) {
     waiting = events.pop();
     for (const event of events) {
       const data = event.slice("data: ".length);
-      if (data !== "[DONE]") text += JSON.parse(data).choices[0]?.delta.content ?? "";
+      if (data === "[DONE]") continue;
+      const chunk = JSON.parse(data);
+      if (chunk.error !== undefined) throw Object.assign(new Error(), chunk.error);
+      text += chunk.choices[0]?.delta.content ?? "";
     }
     element(id).textContent = text;
   }
@@ -215,6 +228,8 @@ const KEYS = { ArrowLeft: "left", ArrowRight: "right", t: "tie", s: "skip" };
 document.addEventListener("keydown", (event) => {
   const typing = event.target.closest("input, textarea, dialog") !== null;
   if (typing || event.ctrlKey || event.metaKey || event.altKey || element("questions").hidden) return;
+  // Letters count only where the focus is in the questions, as people who speak to their computer need it.
+  if (event.key.length === 1 && event.target.closest("#questions") === null) return;
   if (event.key in KEYS) { event.preventDefault(); once(() => choose(KEYS[event.key])); }
   if (event.key === "u") once(undo);
 });
