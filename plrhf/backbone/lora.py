@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
@@ -11,44 +13,46 @@ from torch import Tensor, nn
 from plrhf.backbone import devices
 from plrhf.backbone.devices import product_dtype
 
-DRAW_BITS = 16
-"""Number of random bits that decide whether dropout keeps a number; torch uses 64."""
+class SparseDropout(nn.Dropout):
+    """Dropout that draws only where the dropped numbers are on CPUs; elsewhere it is `nn.Dropout`.
 
-
-class SixteenBitDropout(nn.Dropout):
-    """Dropout that uses 16 random bits for each number on CPUs; elsewhere it is `nn.Dropout`.
-
-    On CPUs, torch draws random numbers on one core, which takes as long as the matrix product of a
-    layer of width 256; 16 bits are a quarter of what `nn.Dropout` draws. The rate is rounded to a
-    multiple of 2^-16. Kept numbers are scaled by the rounded rate, so the mean is exact.
+    On CPUs, torch draws a random number for each number of the input on one core, which takes longer
+    than the matrix product of a layer of width 256. The distance from one dropped number to the next
+    is geometric, so as many draws as there are dropped numbers give the same distribution.
     """
 
-    @property
-    def n_dropped(self) -> int:
-        """How many of the 2^16 possible random values mean that a number is dropped."""
-        return min(round(self.p * 2**DRAW_BITS), 2**DRAW_BITS - 1)
+    def dropped(self, count: int) -> Tensor:
+        """Draw which of `count` numbers are dropped, each with probability p independently.
 
-    @property
-    def kept_rate(self) -> float:
-        """Probability that a number is kept."""
-        return 1 - self.n_dropped / 2**DRAW_BITS
-
-    def drawn_mask(self, shape: torch.Size) -> Tensor:
-        """Draw which numbers are kept, with torch's default CPU generator.
+        NumPy's SFC64 generator draws, with a seed from torch's default CPU generator. Devroye 1986,
+        Non-Uniform Random Variate Generation, chapter X.2, has the geometric numbers.
 
         Returns:
-            uint8 of `shape`, 1 for kept and 0 for dropped.
+            int64 positions, ascending.
         """
-        n_draws = shape.numel()
-        words = torch.empty(-(-n_draws // 4), dtype=torch.int64).random_(-(2**63), None)
-        draws = words.view(torch.int16)[:n_draws]  # from -2^15
-        kept = draws >= self.n_dropped - 2 ** (DRAW_BITS - 1)
-        return kept.view(torch.uint8).view(shape)
+        seed = int(torch.randint(2**63 - 1, ()))
+        generator = np.random.Generator(np.random.SFC64(seed))
+        expected = count * self.p
+        n_draws = int(expected + 6 * expected**0.5) + 8  # nearly always enough
+        found, last = [np.empty(0, dtype=np.int64)], -1
+        while last < count:
+            gaps = generator.standard_exponential(n_draws)
+            gaps *= -1 / math.log1p(-self.p)
+            positions = np.minimum(gaps, count).astype(np.int64)  # a gap of more is past the end
+            positions += 1
+            np.cumsum(positions, out=positions)
+            positions += last
+            found.append(positions)
+            last = int(positions[-1])
+        joined = np.concatenate(found)
+        return torch.from_numpy(joined[: joined.searchsorted(count)])
 
     def forward(self, values: Tensor) -> Tensor:
         if not self.training or self.p == 0 or not devices.computes_on_cpu(values):
             return super().forward(values)
-        return values * self.drawn_mask(values.shape) / self.kept_rate
+        dropped = self.dropped(values.numel())
+        kept = values.reshape(-1).index_fill(0, dropped, 0).view(values.shape)
+        return kept / (1 - self.p)
 
 
 class FusedLoraLinear(LoraLinear):
@@ -63,11 +67,11 @@ class FusedLoraLinear(LoraLinear):
         (name,) = self.active_adapters
         base, dropout = self.base_layer, self.lora_dropout[name]
         a, b, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        kept = None
-        if isinstance(dropout, SixteenBitDropout) and dropout.training and dropout.p > 0:
-            kept = dropout.drawn_mask(x.shape)
-            scaling = scaling / dropout.kept_rate
-        return _FusedLora.apply(x, base.weight, base.bias, a, b, scaling, kept)
+        dropped = None
+        if isinstance(dropout, SparseDropout) and dropout.training and dropout.p > 0:
+            dropped = dropout.dropped(x.numel())
+            scaling = scaling / (1 - dropout.p)
+        return _FusedLora.apply(x, base.weight, base.bias, a, b, scaling, dropped)
 
 
 class _FusedLora(torch.autograd.Function):
@@ -75,7 +79,7 @@ class _FusedLora(torch.autograd.Function):
 
     Hu et al. 2021, arXiv 2106.09685, eq. 3. The low-rank term is added to the output in place. Products
     with a narrow result are computed transposed, as [r, N] instead of [N, r], which takes up to nine
-    times less time on CPUs. Of dropout only the mask is kept, one byte a number.
+    times less time on CPUs. Of dropout only the positions of the dropped numbers are kept.
     """
 
     @staticmethod
@@ -87,13 +91,12 @@ class _FusedLora(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         scaling: float,
-        kept: Tensor | None,
+        dropped: Tensor | None,
     ) -> Tensor:
         dtype = product_dtype(x.device, weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, in)
-            kept = None if kept is None else kept.view(flat.shape)
-            low = a.to(dtype) @ _masked(flat, kept).t()  # (r, N)
+            low = a.to(dtype) @ _masked(flat, dropped).t()  # (r, N)
             used = weight.to(dtype).t()
             # Not a view of it is returned: models may change it in place.
             y = flat.new_empty(*x.shape[:-1], weight.shape[0])
@@ -103,37 +106,42 @@ class _FusedLora(torch.autograd.Function):
             else:
                 torch.addmm(bias.to(dtype), flat, used, out=rows)
             rows.addmm_(low.t(), b.to(dtype).t(), alpha=scaling)
-        ctx.save_for_backward(flat, weight, a, b, low, kept)
+        ctx.save_for_backward(flat, weight, a, b, low, dropped)
         ctx.scaling, ctx.shape, ctx.dtype = scaling, x.shape, x.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        flat, weight, a, b, low, kept = ctx.saved_tensors
+        flat, weight, a, b, low, dropped = ctx.saved_tensors
         dy = grads[0].reshape(-1, weight.shape[0]).to(flat.dtype)  # (N, out)
         d_low = (b.to(dy.dtype).t() @ dy.t()).mul_(ctx.scaling)  # (r, N)
-        da = (d_low @ _masked(flat, kept)).to(a.dtype)
+        da = (d_low @ _masked(flat, dropped)).to(a.dtype)
         db = (low @ dy).mul_(ctx.scaling).t().to(b.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = dy @ weight.to(dy.dtype)  # (N, in)
-            if kept is None:
+            if dropped is None:
                 dx.addmm_(d_low.t(), a.to(dy.dtype))
             else:
-                dx.add_((d_low.t() @ a.to(dy.dtype)).mul_(kept))
+                through_low = d_low.t() @ a.to(dy.dtype)
+                through_low.view(-1).index_fill_(0, dropped, 0)
+                dx.add_(through_low)
             dx = dx.to(ctx.dtype).view(ctx.shape)
         return dx, None, None, da, db, None, None
 
 
-def _masked(values: Tensor, kept: Tensor | None) -> Tensor:
-    return values if kept is None else values * kept
+def _masked(values: Tensor, dropped: Tensor | None) -> Tensor:
+    """Return a matrix with zeros at the dropped positions."""
+    if dropped is None:
+        return values
+    return values.reshape(-1).index_fill(0, dropped, 0).view(values.shape)
 
 
 def can_fuse(layer: Any) -> bool:
     """Return whether a LoRA layer is in a state that `_FusedLora` can compute.
 
     It is not if adapters are off, merged or of another kind, if the weight is trained, quantised or
-    sharded, or if dropout is not `SixteenBitDropout`.
+    sharded, or if dropout is not `SparseDropout`.
     """
     names = layer.active_adapters
     if layer.disable_adapters or layer.merged or len(names) != 1 or names[0] in layer.lora_variant:
@@ -147,7 +155,7 @@ def can_fuse(layer: Any) -> bool:
         b.out_features,
         a.in_features,
     )
-    known_dropout = keeps_all or isinstance(dropout, SixteenBitDropout)
+    known_dropout = keeps_all or isinstance(dropout, SparseDropout)
     return known_dropout and floating and b.bias is None and not hasattr(base.weight, "ds_id")
 
 
@@ -158,5 +166,5 @@ def fuse_lora(model: nn.Module) -> None:
             layer.__class__ = FusedLoraLinear
             for name, dropout in layer.lora_dropout.items():
                 if type(dropout) is nn.Dropout:
-                    replaced = SixteenBitDropout(dropout.p).train(dropout.training)
+                    replaced = SparseDropout(dropout.p).train(dropout.training)
                     layer.lora_dropout[name] = replaced

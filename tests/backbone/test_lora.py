@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plrhf.backbone import devices, lora
-from plrhf.backbone.lora import FusedLoraLinear, SixteenBitDropout
+from plrhf.backbone.lora import FusedLoraLinear, SparseDropout
 
 
 def lora_layer(
@@ -144,38 +146,70 @@ def test_fused_lora_in_mixed_precision(dropout: float, weights: torch.dtype) -> 
 
 
 def test_dropout_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    dropout = SixteenBitDropout(0.25)
-    assert dropout.n_dropped == 2**14 and dropout.kept_rate == 0.75
-    # A word has four draws, the lowest bits first: the first quarter of their values drops.
-    draws = [-(2**15), -(2**15) + 2**14 - 1, -(2**15) + 2**14, 2**15 - 1, 0, -1]
-    words = torch.tensor([*draws, 9, 9], dtype=torch.int16).view(torch.int64)
-    monkeypatch.setattr(Tensor, "random_", lambda self, *_: self.copy_(words))
-    assert dropout.drawn_mask(torch.Size([2, 3])).tolist() == [[0, 0, 1], [1, 1, 1]]
-    assert dropout(torch.full((2, 3), 3.0)).tolist() == [[0, 0, 4], [4, 4, 4]]
+    """Each step of log(4 / 3) in the exponential numbers is one more that is kept."""
+    step = math.log(4 / 3)
+    draws = iter([0.5 * step, 1.5 * step, 0.1 * step, 2.5 * step, 9 * step])
+
+    class Scripted:
+        def __init__(self, _: Any) -> None: ...
+
+        def standard_exponential(self, count: int) -> Any:
+            return np.array([next(draws), next(draws)] + [1e9] * (count - 2))
+
+    monkeypatch.setattr(np.random, "Generator", Scripted)
+    dropout = SparseDropout(0.25)
+    assert dropout.dropped(9).tolist() == [0, 2]  # gaps of 1, 2 and far past the end
+    assert dropout(torch.full((2, 3), 3.0)).tolist() == [[0, 4, 4], [0, 4, 4]]  # gaps of 1 and 3
+
+
+def test_dropout_draws_on_where_the_gaps_were_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Short:
+        def __init__(self, _: Any) -> None: ...
+
+        def standard_exponential(self, count: int) -> Any:
+            return np.zeros(count)
+
+    monkeypatch.setattr(np.random, "Generator", Short)
+    assert SparseDropout(0.01).dropped(1000).tolist() == list(range(1000))
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.7])
 def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate: float) -> None:
     torch.manual_seed(0)
-    dropout, n = SixteenBitDropout(rate), 2**20
-    kept = dropout.drawn_mask(torch.Size([n])).double()
+    dropout, n = SparseDropout(rate), 2**20
+    kept = torch.ones(n, dtype=torch.float64)
+    kept[dropout.dropped(n)] = 0
     within = 5 * (rate * (1 - rate) / n) ** 0.5
-    assert abs(float(kept.mean()) - (1 - rate)) < within + 2**-17
-    # Neighbouring draws, which share a word of the generator, do not go together.
+    assert abs(float(kept.mean()) - (1 - rate)) < within
     centred = kept - kept.mean()
-    for step in (1, 2, 3, 4):
+    for step in (1, 2, 3, 4):  # neighbours are dropped independently
         assert (
             abs(float((centred[step:] * centred[:-step]).mean())) < 5 * rate * (1 - rate) / n**0.5
         )
     assert abs(float(dropout(torch.ones(n)).mean()) - 1) < within / (1 - rate)
+    # The first and the last number are dropped as often as the others.
+    ends = torch.zeros(3)
+    for _ in range(4000):
+        found = torch.ones(3).index_fill(0, dropout.dropped(3), 0)
+        ends += (1 - found) / 4000
+    assert (ends - rate).abs().max() < 5 * (rate * (1 - rate) / 4000) ** 0.5
 
 
 def test_dropout_near_one_is_finite() -> None:
-    assert torch.isfinite(SixteenBitDropout(1 - 1e-9)(torch.ones(1000))).all()
-    assert torch.equal(SixteenBitDropout(0.0)(torch.ones(9)), torch.ones(9))
+    assert torch.isfinite(SparseDropout(1 - 1e-9)(torch.ones(1000))).all()
+    assert torch.isfinite(SparseDropout(1e-12)(torch.ones(1000))).all()
+    assert torch.equal(SparseDropout(0.0)(torch.ones(9)), torch.ones(9))
 
 
-def test_a_mask_takes_a_byte_a_number() -> None:
+def test_dropout_follows_torchs_seed() -> None:
+    dropout, found = SparseDropout(0.3), []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        found.append(dropout.dropped(200).tolist())
+    assert found[0] == found[1] != found[2]
+
+
+def test_of_dropout_the_positions_of_the_dropped_are_kept() -> None:
     layer, held = lora_layer(dropout=0.3), {}
 
     def keep(value: Tensor) -> Tensor:
@@ -183,11 +217,14 @@ def test_a_mask_takes_a_byte_a_number() -> None:
         return value
 
     x = torch.randn(64, 5, requires_grad=True)
+    torch.manual_seed(4)
+    n_dropped = layer.lora_dropout["default"].dropped(x.numel()).numel()
+    torch.manual_seed(4)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
         layer(x)
     weights = sum(one.nbytes for one in layer.parameters() if one.dim() == 2)
     low = 64 * 2 * 4
-    assert sum(held.values()) == x.nbytes + x.numel() + weights + low
+    assert sum(held.values()) == x.nbytes + 8 * n_dropped + weights + low
 
 
 def test_peft_computes_what_is_not_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +242,7 @@ def test_peft_computes_what_is_not_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_dropout_elsewhere_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "computes_on_cpu", lambda _: False)
-    dropout, values = SixteenBitDropout(0.3), torch.randn(50)
+    dropout, values = SparseDropout(0.3), torch.randn(50)
     torch.manual_seed(2)
     found = dropout(values)
     torch.manual_seed(2)
@@ -216,7 +253,7 @@ def test_dropout_elsewhere_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_trunk_with_dropout_is_that_of_pefts_layers(
     checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Recomputed blocks draw their masks again."""
+    """Recomputed blocks draw the same numbers again."""
     found = []
     batch = make_batch(make_pairs())
     for kind in (FusedLoraLinear, LoraLinear):
