@@ -60,7 +60,15 @@ def _copy_with(module: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
 
 def head_parameters(language_model: nn.Module, trunk: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that turn hidden states into logits, including tied embeddings."""
-    of_trunk = {id(one) for one in trunk.parameters()}
-    behind = [one for one in language_model.parameters() if id(one) not in of_trunk]
     head: Any = language_model.get_output_embeddings()  # type: ignore[operator]
-    return behind + ([] if head is None else list(head.parameters()))
+    found = _parameters_outside(language_model, trunk)
+    found += [] if head is None else list(head.parameters())
+    return list({id(one): one for one in found}.values())
+
+
+def _parameters_outside(module: nn.Module, trunk: nn.Module) -> list[nn.Parameter]:
+    """Return a module's parameters without walking through the trunk, since every step asks for them."""
+    if module is trunk:
+        return []
+    own = list(module.parameters(recurse=False))
+    return own + [one for child in module.children() for one in _parameters_outside(child, trunk)]

@@ -120,12 +120,10 @@ class _FusedLora(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = dy @ weight.to(dy.dtype)  # (N, in)
-            if dropped is None:
-                dx.addmm_(d_low.t(), a.to(dy.dtype))
-            else:
-                through_low = d_low.t() @ a.to(dy.dtype)
-                through_low.view(-1).index_fill_(0, dropped, 0)
-                dx.add_(through_low)
+            before = None if dropped is None else dx.take(dropped)
+            dx.addmm_(d_low.t(), a.to(dy.dtype))
+            if dropped is not None:  # what was dropped has the gradient of the frozen weight alone
+                dx.put_(dropped, before)
             dx = dx.to(ctx.dtype).view(ctx.shape)
         return dx, None, None, da, db, None, None
 
