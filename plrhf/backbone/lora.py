@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from plrhf.backbone import devices
 from plrhf.backbone.devices import product_dtype
+
 
 class SparseDropout(nn.Dropout):
     """Dropout that draws only where the dropped numbers are on CPUs; elsewhere it is `nn.Dropout`.
@@ -95,17 +98,21 @@ class _FusedLora(torch.autograd.Function):
     ) -> Tensor:
         dtype = product_dtype(x.device, weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            flat = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, in)
-            low = a.to(dtype) @ _masked(flat, dropped).t()  # (r, N)
-            used = weight.to(dtype).t()
+            flat = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()  # (N, in)
+            # A row of ones lets the narrow product add the bias too, in place of a pass of its own.
+            n_low = len(a)
+            low = flat.new_ones(n_low + (bias is not None), len(flat))
+            with _zeroed(flat, dropped):
+                torch.mm(a.to(dtype), flat.t(), out=low[:n_low])  # (r, N)
+            up = b.to(dtype).t() * scaling  # (r, out)
+            if bias is not None:
+                up = torch.cat([up, bias.to(dtype)[None]])
             # Not a view of it is returned: models may change it in place.
             y = flat.new_empty(*x.shape[:-1], weight.shape[0])
             rows = y.view(-1, weight.shape[0])
-            if bias is None:
-                torch.mm(flat, used, out=rows)
-            else:
-                torch.addmm(bias.to(dtype), flat, used, out=rows)
-            rows.addmm_(low.t(), b.to(dtype).t(), alpha=scaling)
+            torch.mm(flat, weight.to(dtype).t(), out=rows)
+            rows.addmm_(low.t(), up)
+            low = low[:n_low]
         ctx.save_for_backward(flat, weight, a, b, low, dropped)
         ctx.scaling, ctx.shape, ctx.dtype = scaling, x.shape, x.dtype
         return y
@@ -115,7 +122,8 @@ class _FusedLora(torch.autograd.Function):
         flat, weight, a, b, low, dropped = ctx.saved_tensors
         dy = grads[0].reshape(-1, weight.shape[0]).to(flat.dtype)  # (N, out)
         d_low = (b.to(dy.dtype).t() @ dy.t()).mul_(ctx.scaling)  # (r, N)
-        da = (d_low @ _masked(flat, dropped)).to(a.dtype)
+        with _zeroed(flat, dropped):
+            da = (d_low @ flat).to(a.dtype)
         db = (low @ dy).mul_(ctx.scaling).t().to(b.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
@@ -128,11 +136,22 @@ class _FusedLora(torch.autograd.Function):
         return dx, None, None, da, db, None, None
 
 
-def _masked(values: Tensor, dropped: Tensor | None) -> Tensor:
-    """Return a matrix with zeros at the dropped positions."""
-    if dropped is None:
-        return values
-    return values.reshape(-1).index_fill(0, dropped, 0).view(values.shape)
+@contextlib.contextmanager
+def _zeroed(values: Tensor, at: Tensor | None) -> Iterator[None]:
+    """Set the numbers at some positions to zero while a product is computed, which saves a copy.
+
+    Autograd does not see the change, which is undone.
+    """
+    if at is None:
+        yield
+        return
+    plain = values.data
+    before = plain.take(at)
+    plain.put_(at, torch.zeros_like(before))
+    try:
+        yield
+    finally:
+        plain.put_(at, before)
 
 
 def can_fuse(layer: Any) -> bool:
