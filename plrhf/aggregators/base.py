@@ -160,20 +160,35 @@ class Aggregator(nn.Module, ABC):
         return None
 
 
-def text_layer(hidden_size: int, width: int | None, dropout: float) -> nn.Module:
-    """Build tanh(W dropout(LayerNorm(h))), which gives features that are not linear in the trunk's.
+class TextLayer(nn.Sequential):
+    """Computes tanh(W dropout(LayerNorm(h))), which gives features that are not linear in the trunk's.
+
+    Where the prompt's hidden state stands behind the response's, [..., 2 d], each of the two goes
+    through the same layer.
 
     Args:
-        width: of W's output; None: no layer, hidden states as they are.
+        hidden_size: d. width: of W's output.
     """
-    if width is None:
-        return nn.Identity()
-    return nn.Sequential(
-        nn.LayerNorm(hidden_size, elementwise_affine=False),
-        nn.Dropout(dropout),
-        nn.Linear(hidden_size, width),
-        nn.Tanh(),
-    )
+
+    def __init__(self, hidden_size: int, width: int, dropout: float) -> None:
+        super().__init__(
+            nn.LayerNorm(hidden_size, elementwise_affine=False),
+            nn.Dropout(dropout),
+            nn.Linear(hidden_size, width),
+            nn.Tanh(),
+        )
+        self.hidden_size = hidden_size
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if hidden.shape[-1] == self.hidden_size:
+            return super().forward(hidden)
+        each: Tensor = super().forward(hidden.unflatten(-1, (-1, self.hidden_size)))
+        return each.flatten(-2)
+
+
+def text_layer(hidden_size: int, width: int | None, dropout: float) -> nn.Module:
+    """Build a `TextLayer`; with `width` None there is no layer, and hidden states stay as they are."""
+    return nn.Identity() if width is None else TextLayer(hidden_size, width, dropout)
 
 
 def read_without_user(backbone: Backbone, batch: PreferenceBatch, layer: nn.Module) -> Tensor:

@@ -252,14 +252,14 @@ class RefereeConfig(Section):
         adaptation: rule by which users that training has not seen are inferred from their pairs: a name
             in ``conf/eval/adaptation``, or a mapping with ``name`` and settings; None: they stay generic.
         features: what stands for a text: ``text``, the frozen backbone's pooled output, or, for
-            controls, ``length``, ``shape`` or ``item`` (see `referee.features`).
+            controls, ``length``, ``shape``, ``style`` or ``item`` (see `referee.features`).
         shots: pairs given of users that training has not seen, where rows allow others than
             ``eval.shots``.
     """
 
     grid: dict[str, list[Any]] = {}
     adaptation: str | dict[str, Any] | None = "posterior"
-    features: Literal["text", "length", "shape", "item"] = "text"
+    features: Literal["text", "length", "shape", "style", "item"] = "text"
     shots: list[NonNegativeInt] | None = None
 
 

@@ -58,13 +58,13 @@ def hashed(state: Tensor, number: Tensor | int) -> Tensor:
 def hashed_normal(*numbers: Tensor) -> Tensor:
     """Return a standard normal number, float32, for each combination of whole numbers, which broadcast.
 
-    By Box and Muller from two uniform numbers, which are hashes.
+    By Box and Muller from two uniform numbers, the halves of a hash.
     """
     state = torch.zeros_like(numbers[0])
     for number in numbers:
         state = hashed(state, number)
-    first, second = ((hashed(state, one).double() + 0.5) / 2**32 for one in (1, 2))
-    return ((-2.0 * first.log()).sqrt() * (2.0 * math.pi * second).cos()).float()
+    first, second = ((half.float() + 0.5) / 2**16 for half in (state >> 16, state & 2**16 - 1))
+    return (-2.0 * first.log()).sqrt() * (2.0 * math.pi * second).cos()
 
 
 class Shrinkage(nn.Module):

@@ -98,13 +98,13 @@ class PersonalRewardModel(PersonalModule):
                 "Set encoder=uniform, or model.head=linear",
             )
         if self.head.reads_prompt and (
-            self.aggregator.user_acts or len(self.aggregator.text_parameters()) > 0
+            self.aggregator.user_acts or self.aggregator.residual is not None
         ):
             raise bad_value(
                 "aggregator",
                 type(self.aggregator).__name__,
-                "none without a layer, with a reward head that reads the prompt",
-                "Set aggregator=none aggregator.layer_width=null",
+                "none without residuals of texts, with a reward head that reads the prompt",
+                "Set aggregator=none aggregator.text_residual=false",
             )
         if self.aggregator.residual is not None and not self.needs_only_pooled:
             raise bad_value(

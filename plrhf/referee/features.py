@@ -1,4 +1,4 @@
-"""What stands for a text in a control: its length, shape or id in the place of the trunk's output."""
+"""What stands for a text in a control: its length, shape, style or id, and not the trunk's output."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from plrhf.core.errors import bad_value
 from plrhf.data.dataset import PairDataset, TextValues
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Row
+from plrhf.data.sources.simulated import SimulatedSource
 
-FeatureKind = Literal["text", "length", "shape", "item"]
+FeatureKind = Literal["text", "length", "shape", "style", "item"]
 
 REPEATED = 5.0
 """How often an item must be compared on average for its id to say anything of it."""
@@ -55,12 +56,13 @@ def uses_per_item(rows: Sequence[Row]) -> float:
 def with_features(data: PreferenceData, kind: FeatureKind) -> PreferenceData:
     """Return a copy of tokenised data whose texts are vectors of another kind than the backbone's.
 
-    ``length`` and ``shape`` are standardised over the train texts. ``item`` is one column a response
-    that train rows have, so that a user model on it is a matrix factorisation on ids; a response that
-    train has not seen is the zero vector.
+    ``length`` and ``shape`` are standardised over the train texts, and so is ``style``, which is what
+    simulated people judge texts by. ``item`` is one column a response that train rows have, so that a
+    user model on it is a matrix factorisation on ids; a response that train has not seen is the zero
+    vector.
 
     Raises:
-        ValueError: ids of responses that hardly ever repeat.
+        ValueError: ids of responses that hardly ever repeat, or style where people are not simulated.
     """
     if kind == "text":
         return data
@@ -77,14 +79,25 @@ def with_features(data: PreferenceData, kind: FeatureKind) -> PreferenceData:
             )
         encode = _one_hot(sorted({name for row in train for name in items(row)}))
     else:
-        encode = _standardised(
-            length_features if kind == "length" else shape_features,
-            sorted({text for row in train for text in (row.chosen, row.rejected)}),
-        )
+        texts = sorted({text for row in train for text in (row.chosen, row.rejected)})
+        encode = _standardised(_measure(kind, data), texts)
     changed.datasets = {}
     for split, dataset in data.datasets.items():
         changed.datasets[split] = dataset_with(dataset, kind, encode)
     return changed
+
+
+def _measure(kind: FeatureKind, data: PreferenceData) -> Callable[[str], list[float]]:
+    """Return the function that computes the features of a text, of a kind that is standardised."""
+    if kind == "style":
+        source = data.source
+        if not isinstance(source, SimulatedSource):
+            allowed = "length or shape for rows of real people"
+            raise bad_value(
+                "referee.features", kind, allowed, "Leave the method out for these rows"
+            )
+        return lambda text: source.style(text).tolist()
+    return length_features if kind == "length" else shape_features
 
 
 def dataset_with(

@@ -130,6 +130,17 @@ def test_distance_affine_and_cosine_by_hand() -> None:
         build_head("affine", hidden_size=D, user_dim=2)
 
 
+def test_points_lie_behind_as_many_layers_as_asked() -> None:
+    head: Any = build_head({"name": "distance", "width": 5, "layers": 2}, hidden_size=D, user_dim=2)
+    hidden = torch.randn(4, D)
+    first, second, last = (one for one in head.project if isinstance(one, torch.nn.Linear))
+    gelu = torch.nn.functional.gelu
+    torch.testing.assert_close(head.read(hidden), last(gelu(second(gelu(first(hidden))))))
+    deep = {"name": "cosine", "width": 5, "prompt_width": 4, "layers": 3, "dim": 2}
+    cosine: Any = build_head(deep, hidden_size=D, user_dim=2)
+    assert [len(one) for one in (cosine.project, *cosine.points)] == [7, 7, 7]
+
+
 def sigma(x: float) -> float:
     return 1 / (1 + exp(-x))
 
@@ -215,13 +226,15 @@ def test_prompts_are_pooled_in_both_layouts() -> None:
             assert torch.equal(found[:, :, 0], found[:, :, 1])
 
 
+@pytest.mark.parametrize("layer_width", [None, 9])
 @pytest.mark.parametrize(
     "head", [{"name": "basis", "routed": True}, {"name": "cosine", "prompt_width": 5, "dim": 4}]
 )
-def test_a_head_that_reads_prompts_is_given_them(head: dict[str, Any]) -> None:
-    model = make_model(
-        PersonalRewardModel, aggregator=NoAggregator(hidden_size=WIDTH, user_dim=WIDTH), head=head
-    ).eval()
+def test_a_head_that_reads_prompts_is_given_them(
+    head: dict[str, Any], layer_width: int | None
+) -> None:
+    users_in_head = NoAggregator(hidden_size=WIDTH, user_dim=WIDTH, layer_width=layer_width)
+    model = make_model(PersonalRewardModel, aggregator=users_in_head, head=head).eval()
     pairs = make_pairs()
     with torch.no_grad():
         margins = model(make_batch(pairs))
@@ -232,6 +245,9 @@ def test_a_head_that_reads_prompts_is_given_them(head: dict[str, Any]) -> None:
         pooled = model.without_user(make_batch(other)).hidden
         swapped = torch.cat([batch.hidden[:, :WIDTH], pooled[:, WIDTH:]], dim=1)
         assert not torch.allclose(model(replace(batch, hidden=swapped)), margins, atol=1e-4)
+        parts = users_in_head.transform_texts(batch.hidden).chunk(2, dim=1)
+        for found, text in zip(parts, batch.hidden.chunk(2, dim=1), strict=True):
+            torch.testing.assert_close(found, users_in_head.transform_texts(text))
 
 
 def replace_prompt(pair: Any) -> Any:

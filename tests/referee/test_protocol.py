@@ -16,6 +16,7 @@ from plrhf.aggregators import FiLM
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Row
 from plrhf.data.sources.jsonl import JsonlSource
+from plrhf.data.sources.simulated import SimulatedSource
 from plrhf.encoders import LookupEncoder, NoneEncoder
 from plrhf.evaluation.trials import FewShotOptions, Trial
 from plrhf.models.adaptation import Posterior
@@ -183,6 +184,19 @@ def test_another_user_is_never_oneself(data: PreferenceData) -> None:
 def test_an_id_that_hardly_repeats_is_refused(data: PreferenceData) -> None:
     with pytest.raises(ValueError, match="compared 5 times each"):
         with_features(data, "item")
+
+
+def test_style_is_known_where_people_are_simulated(data: PreferenceData, tmp_path: Path) -> None:
+    train = with_features(data, "style").datasets["train"]
+    assert train.hidden is not None and isinstance(data.source, SimulatedSource)
+    found = train.hidden[torch.arange(len(train))]
+    for which, name in enumerate(("chosen", "rejected")):
+        styles = np.array([data.source.style(getattr(row, name)) for row in train.rows])
+        for style, feature in zip(styles.T, found[:, which].T, strict=True):
+            assert np.corrcoef(style, feature)[0, 1] == pytest.approx(1.0)
+    people = read(JsonlSource(path=str(write_rows(tmp_path / "rows.jsonl", rows_of_world()))))
+    with pytest.raises(ValueError, match=r"^referee\.features='style' .* real people"):
+        with_features(people, "style")
 
 
 def test_features_of_texts() -> None:

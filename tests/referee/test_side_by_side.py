@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +106,45 @@ def test_a_stack_learns_what_single_runs_learn(
         best = trainer.checkpoint_callback.best_model_score  # type: ignore[union-attr]
         assert result.score == pytest.approx(float(best), abs=1e-5)
         assert result.step % 2 == 0
+
+
+@contextmanager
+def floats_of(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compute in `dtype` wherever the code says float32."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "float", lambda one: one.to(dtype))
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_what_single_runs_have_otherwise_is_rounding(
+    data: PreferenceData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64 nothing is left of the difference, which in float32 grows step by step."""
+    optim = Optim(user_lr=0.03, head_lr=0.01, user_weight_decay=1.0, warmup_steps=3)
+    limits: dict[str, Any] = {"val_every_n_steps": 40, "max_steps": 120}
+    apart = {}
+    for dtype in (torch.float32, torch.float64):
+        seen = copy(data)
+        seen.datasets = {name: copy(one) for name, one in data.datasets.items()}
+        for one in seen.datasets.values():
+            assert one.hidden is not None
+            one.hidden = replace(one.hidden, values=one.hidden.values.to(dtype))
+        with floats_of(dtype, monkeypatch):
+            ours = make(data, optim).to(dtype)
+            train_side_by_side([ours], seen, Training(**limits))
+            how: dict[str, Any] = {"loggers": [], "has_val": True, "accelerator": "cpu", **limits}
+            trainer = build_trainer(run_dir=tmp_path / str(dtype), patience=None, **how)
+            theirs = make(data, optim).to(dtype)
+            fit(theirs, seen, trainer, resume_from=None)
+            test = seen.datasets["test"]
+            margins = [margins_on(one.eval(), test, batch_size=60) for one in (ours, theirs)]
+        apart[dtype] = np.abs(margins[0] - margins[1]).max()
+    assert apart[torch.float64] < 1e-11
+    assert apart[torch.float32] > 1e3 * apart[torch.float64]
 
 
 def test_trials_that_go_on_are_validated_without_dropout(data: PreferenceData) -> None:

@@ -75,8 +75,11 @@ def broadcast_user(user: Tensor, features: Tensor) -> Tensor:
     return user.view(*features.shape[:2], 1, -1)
 
 
-def projector(hidden_size: int, out: int, width: int | None) -> nn.Module:
-    """Build a linear map from hidden states; with `width`, a GELU layer of that width comes first."""
+def projector(hidden_size: int, out: int, width: int | None, layers: int = 1) -> nn.Module:
+    """Build a linear map from hidden states; with `width`, GELU layers of that width come first."""
     if width is None:
         return nn.Linear(hidden_size, out)
-    return nn.Sequential(nn.Linear(hidden_size, width), nn.GELU(), nn.Linear(width, out))
+    parts: list[nn.Module] = []
+    for n in range(layers):
+        parts += [nn.Linear(hidden_size if n == 0 else width, width), nn.GELU()]
+    return nn.Sequential(*parts, nn.Linear(width, out))

@@ -20,16 +20,21 @@ class DistanceHead(RewardHead):
     (``encoder=cluster``) and the loss is the hinge (``model.loss=hinge``).
 
     Args:
-        width: of the layer in f; None: f is linear.
+        width: of the layers in f; None: f is linear. layers: their number; the authors have two.
     """
 
     reads_user = True
 
     def __init__(
-        self, *, hidden_size: int, user_dim: int, width: PositiveInt | None = None
+        self,
+        *,
+        hidden_size: int,
+        user_dim: int,
+        width: PositiveInt | None = None,
+        layers: PositiveInt = 1,
     ) -> None:
         super().__init__()
-        self.project = projector(hidden_size, user_dim, width)
+        self.project = projector(hidden_size, user_dim, width, layers)
 
     def read(self, pooled: Tensor) -> Tensor:
         found: Tensor = self.project(pooled)
@@ -50,8 +55,9 @@ class CosineHead(RewardHead):
     arXiv 2406.08469.
 
     Args:
-        width: of the layer in f; None: f is linear.
-        prompt_width: of the layer in the g_k; None: u is the user's vector.
+        width: of the layers in f; None: f is linear.
+        prompt_width: of the layers in the g_k; None: u is the user's vector.
+        layers: number of layers in f and in each g_k.
         dim: width of f(h) and u(x); without `prompt_width` it is the user vector's.
         temperature: initial exp(-s).
     """
@@ -66,16 +72,17 @@ class CosineHead(RewardHead):
         user_dim: int,
         width: PositiveInt | None = None,
         prompt_width: PositiveInt | None = None,
+        layers: PositiveInt = 1,
         dim: PositiveInt = 64,
         temperature: PositiveFloat = 0.07,
     ) -> None:
         super().__init__()
         self.reads_prompt = prompt_width is not None
         dim = dim if self.reads_prompt else user_dim
-        self.project = projector(hidden_size, dim, width)
+        self.project = projector(hidden_size, dim, width, layers)
         n_points = user_dim if self.reads_prompt else 0
         self.points = nn.ModuleList(
-            projector(hidden_size, dim, prompt_width) for _ in range(n_points)
+            projector(hidden_size, dim, prompt_width, layers) for _ in range(n_points)
         )
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
 
