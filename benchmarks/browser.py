@@ -145,8 +145,12 @@ def visit_page(
     browser: Browser, url: str, width: int, theme: Any, axe: str | None, out: Path
 ) -> Visit:
     """Make one visit from beginning to end; what went wrong is in its faults."""
+    phone = width < 500
     context = browser.new_context(
-        viewport={"width": width, "height": 844}, color_scheme=theme, has_touch=width < 500
+        viewport={"width": width, "height": 844},
+        color_scheme=theme,
+        is_mobile=phone,
+        has_touch=phone,
     )
     context.set_default_timeout(1000 * SECONDS)
     visit = Visit(context.new_page(), url, f"visit-{width}-{theme}", axe, out)
