@@ -1,4 +1,4 @@
-"""Makes a plain Hugging Face model of a trained policy for one of its users."""
+"""Makes a plain Hugging Face model of a trained policy for one of its users, or files for vLLM."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from plrhf.core.components import Settings
 from plrhf.core.errors import bad_value
 from plrhf.models.merging import save_merged
 from plrhf.models.policy import PersonalDPOPolicy
+from plrhf.models.vllm import save_for_vllm
 
 
 class ExportConfig(Section):
     """All settings of the command; conf/export.yaml explains them."""
 
     run: str
-    to: Literal["merged"]
+    to: Literal["merged", "vllm"]
     user: str | None
     features: dict[str, Any] | None
     out: str
@@ -30,7 +31,7 @@ def export(settings: Settings) -> None:
     config = ExportConfig.read(settings, "")
     out = Path(config.out)
     check_writable("out", str(out))
-    if (out / "config.json").exists():
+    if any((out / name).exists() for name in ("config.json", "people.json")):
         raise bad_value("out", config.out, "a folder without a model", "Set out to another folder")
     model = plrhf.load(
         config.run,
@@ -40,5 +41,12 @@ def export(settings: Settings) -> None:
     if not isinstance(model, PersonalDPOPolicy):
         cure = "Give the run of a policy (model=dpo)"
         raise bad_value("run", config.run, "a policy, as only texts can be written plainly", cure)
+    if config.to == "vllm":
+        if config.user is not None:
+            cure = "Leave user out, or set to=merged"
+            raise bad_value("user", config.user, "null with to=vllm, which writes all users", cure)
+        save_for_vllm(model, out)
+        print(f"files for vLLM: {out} ({out / 'README.md'} has the commands)")
+        return
     save_merged(model, out, user=config.user, features=config.features)
     print(f"plain model: {out} (AutoModelForCausalLM.from_pretrained and AutoTokenizer load it)")

@@ -44,7 +44,9 @@ def add_chat(app: FastAPI, service: Service) -> None:
         policy.engine.write(answers)
         await _until_done(answers, request)
         service.metrics.tokens.inc(sum(one.n_tokens for one in answers))
-        chosen = await run_in_threadpool(_best, service, body, answers)
+        chosen = answers
+        if body.best_of is not None:
+            chosen = await run_in_threadpool(_best, service, body, answers)
         choices = [
             {
                 "index": n,
@@ -140,8 +142,6 @@ async def _until_done(answers: list[Answer], request: Request) -> None:
 
 def _best(service: Service, body: ChatRequest, answers: list[Answer]) -> list[Answer]:
     """Return the n answers that the reward model scores highest for the person, the best one first."""
-    if body.best_of is None:
-        return answers
     prompt: Any = [message.plain() for message in body.messages]
     if service.policy is not None and not service.policy.users.has_template:
         prompt = prompt[0]["content"]

@@ -23,6 +23,9 @@ from plrhf.serving.text_stream import TextStream
 
 T = TypeVar("T")
 
+JOINING_SHARE = 0.25
+"""Answers that wait join at once if they are so large a share of those being written."""
+
 
 class Busy(Exception):
     """So many answers wait that no further one is taken."""
@@ -94,10 +97,10 @@ class _Writing:
 class Engine:
     """Runs all computations with one model in one thread.
 
-    Answers join the batch that is being written, and leave it, between two tokens. An answer joins when it
-    has waited for `max_wait`, or earlier if nothing is being written or the batch is then full, as reading
-    several prompts at once costs little more than one. Other computations run between two tokens, too. Of
-    models that cannot let texts join (see `can_join`), a batch is written from beginning to end.
+    Answers join the batch that is being written, and leave it, between two tokens. While few wait, they
+    wait for others up to `max_wait`, as reading several prompts at once costs little more than one. Other
+    computations run between two tokens, too. Of models that cannot let texts join (see `can_join`), a batch
+    is written from beginning to end.
 
     Args:
         model: in eval mode, with its tokenizer. batch_size: answers written at once.
@@ -196,9 +199,10 @@ class Engine:
                 job()
 
     def _should_join(self) -> bool:
-        if len(self.waiting) == 0 or self.n_live == self.batch_size:
+        n_live, n_waiting = self.n_live, len(self.waiting)
+        if n_waiting == 0 or n_live == self.batch_size:
             return False
-        is_enough = self.n_live == 0 or self.n_live + len(self.waiting) >= self.batch_size
+        is_enough = n_waiting >= n_live * JOINING_SHARE or n_live + n_waiting >= self.batch_size
         return is_enough or time.monotonic() - self.waiting[0].asked >= self.max_wait
 
     def _begin(self) -> None:
