@@ -56,7 +56,7 @@ def save_for_vllm(model: PersonalDPOPolicy, directory: Path) -> None:
     tokens = backbone.embed(torch.arange(backbone.vocabulary_size)).detach()
     _check_embeddings(model, tokens)
     directory.mkdir(parents=True, exist_ok=True)
-    base, lora, name = backbone.bare.name_or_path, "", "base"
+    base, lora, name = str(backbone.bare.name_or_path), "", "base"
     if backbone.trainable == "lora":
         rank = _save_adapter(model, directory / "adapter")
         lora = f" --enable-lora --max-lora-rank {rank} --lora-modules policy=adapter"
