@@ -1,17 +1,22 @@
-"""Measures a server of two runs: throughput and wrong answers under load, and what kills lose.
+"""Measures a server of two runs: throughput and wrong answers under load, latency, and what kills lose.
 
     python benchmarks/serving.py load POLICY_RUN REWARD_RUN --people 64 --minutes 10
-    python benchmarks/serving.py kills POLICY_RUN REWARD_RUN --kills 20
+    python benchmarks/serving.py latency POLICY_RUN REWARD_RUN --people 8
+    python benchmarks/serving.py kills POLICY_RUN REWARD_RUN --kills 200
 
 `load`: each person has a vector of their own, far from all others, so that the text written for them is
-theirs alone. Each answer is compared with that text, which is computed beforehand by the model itself.
-`kills`: people judge pairs while the server is killed at random moments and started again. Every judgment
-that was acknowledged must be in the database at the end.
+theirs alone. Each answer is compared with that text, which the model itself writes beforehand, in batches
+as large as the server's; the ratio of both rates is printed, and the CPU time of an answer, which depends
+less on what else the machine does. `latency`: people answer ten pairs each, from an answer to the next
+pair. `kills`: people judge pairs while the server is killed at random moments and started again. Every
+judgment that was acknowledged must be in the database at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import os
 import random
 import signal
@@ -20,10 +25,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import httpx2
 import numpy as np
 import torch
 
@@ -34,7 +41,22 @@ from plrhf.serving.store import Judgment, People
 from plrhf.serving.user_model import UserModel
 
 PROMPTS = ("Write a note about the harbour.", "Tell me about the garden.", "Describe the old mill.")
-N_TOKENS = 32
+N_TOKENS = 64  # as eval=generate has it
+BATCH_SIZE = 64
+
+
+class Asked(NamedTuple):
+    """A prompt of a person, by their number."""
+
+    person: int
+    prompt: str
+
+
+class Reply(NamedTuple):
+    """What the server answers."""
+
+    status: int
+    body: Any
 
 
 class Server:
@@ -43,7 +65,7 @@ class Server:
     def __init__(self, policy: str, reward: str, folder: Path) -> None:
         self.log = folder / "server.log"
         words = [f"run={policy}", f"reward={reward}", f"database=sqlite:///{folder}/people.db"]
-        words += ["port=0", "device=cpu", "batch_size=64"]
+        words += ["port=0", "device=cpu", f"batch_size={BATCH_SIZE}"]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "plrhf.serving", *words],
             stdout=subprocess.PIPE,
@@ -56,6 +78,11 @@ class Server:
         if "http://" not in line:
             raise SystemExit(f"the server did not start:\n{self.log.read_text()}")
         self.url = line.split()[-1]
+
+    def cpu_seconds(self) -> float:
+        """CPU time of all threads so far, as Linux counts it."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def end(self, how: int) -> None:
         self.process.send_signal(how)
@@ -78,100 +105,143 @@ def mark(folder: Path, users: UserModel, names: Sequence[str]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def offline(model: PersonalModule, ids: Sequence[int], vectors: torch.Tensor) -> list[str]:
-    """Write one greedy text for each vector, in one batch."""
-    input_ids, mask = left_padded([ids] * len(vectors))
+def offline(model: PersonalModule, asked: Sequence[Asked], vectors: torch.Tensor) -> list[str]:
+    """Write one greedy text for each prompt and its person, in one batch as eval=generate does."""
+    users = UserModel(model)
+    input_ids, mask = left_padded([users.prompt(one.prompt) for one in asked])
+    user = torch.stack([vectors[one.person] for one in asked])
     tokens = write_batch(
-        model, model.tokenizer, input_ids, mask, vectors, max_new_tokens=N_TOKENS, temperature=0.0
+        model, model.tokenizer, input_ids, mask, user, max_new_tokens=N_TOKENS, temperature=0.0
     )
     return [str(text) for text in model.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
+def ask(connection: HTTPConnection, method: str, path: str, body: object = None) -> Reply:
+    """Send a request on an open connection."""
+    headers = {"Content-Type": "application/json"}
+    connection.request(method, path, None if body is None else json.dumps(body), headers)
+    answer = connection.getresponse()
+    return Reply(answer.status, json.loads(answer.read()))
+
+
 def load_test(given: argparse.Namespace, folder: Path) -> None:
     model = load(given.policy)
-    users = UserModel(model)
     names = [f"person-{n}" for n in range(given.people)]
-    vectors = mark(folder, users, names)
-    expected, started = {}, time.perf_counter()
-    for prompt in PROMPTS:
-        for name, text in zip(names, offline(model, users.prompt(prompt), vectors), strict=True):
-            expected[name, prompt] = text
-    alone = len(expected) / (time.perf_counter() - started)
+    vectors = mark(folder, UserModel(model), names)
+    every = [Asked(n, prompt) for prompt in PROMPTS for n in range(given.people)]
+    random.Random(0).shuffle(every)
+    expected, cpu, wall = {}, time.process_time(), time.perf_counter()
+    for start in range(0, len(every), BATCH_SIZE):
+        batch = every[start : start + BATCH_SIZE]
+        expected.update(zip(batch, offline(model, batch, vectors), strict=True))
+    alone_cpu, alone = time.process_time() - cpu, len(every) / (time.perf_counter() - wall)
     server = Server(given.policy, given.reward, folder)
-    seconds: list[float] = []
-    wrong, errors = [], []
-    end = time.monotonic() + 60 * given.minutes
+    visits = Visits(server.url, Path(given.policy).name, expected)
+    before, began = server.cpu_seconds(), time.monotonic()
+    end = began + 60 * given.minutes
+    run_all([partial(visits.visit, n, names[n], end) for n in range(given.people)])
+    seconds, rate = visits.seconds, len(visits.seconds) / (time.monotonic() - began)
+    used = 1000 * (server.cpu_seconds() - before) / len(seconds)
+    server.end(signal.SIGTERM)
+    distinct = len({expected[Asked(n, PROMPTS[0])] for n in range(given.people)})
+    print(f"{len(seconds)} answers for {given.people} people ({distinct} distinct texts)")
+    print(f"errors {len(visits.errors)}, answers of another person {len(visits.wrong)}")
+    print(f"answers a second {rate:.1f}, offline {alone:.1f}, ratio {rate / alone:.2f}")
+    print(f"CPU ms an answer {used:.1f}, offline {1000 * alone_cpu / len(every):.1f}")
+    half, most = np.quantile(seconds, [0.5, 0.95])
+    print(f"seconds to answer: median {half:.2f}, p95 {most:.2f}")
 
-    def visit(name: str) -> None:
-        draw = random.Random(name)
-        with httpx2.Client(base_url=server.url, timeout=300) as client:
-            while time.monotonic() < end:
-                prompt, start = draw.choice(PROMPTS), time.perf_counter()
-                body = {
-                    "model": Path(given.policy).name,
-                    "messages": [{"role": "user", "content": prompt}],
-                    "user": name,
-                    "temperature": 0,
-                    "max_tokens": N_TOKENS,
-                }
-                answer = client.post("/v1/chat/completions", json=body)
-                seconds.append(time.perf_counter() - start)
-                if answer.status_code != 200:
-                    errors.append(answer.text)
-                elif answer.json()["choices"][0]["message"]["content"] != expected[name, prompt]:
-                    wrong.append(name)
 
-    threads = [threading.Thread(target=visit, args=(name,)) for name in names]
-    began = time.monotonic()
+class Visits:
+    """What people who ask all the time are answered.
+
+    Attributes:
+        seconds: to each answer. wrong: people who got another text than theirs. errors: bodies.
+    """
+
+    def __init__(self, url: str, model: str, expected: Mapping[Asked, str]) -> None:
+        self.address, self.model, self.expected = url.partition("//")[2], model, expected
+        self.seconds: list[float] = []
+        self.wrong: list[str] = []
+        self.errors: list[object] = []
+
+    def visit(self, person: int, name: str, end: float) -> None:
+        """Ask until a time of the monotonic clock."""
+        draw, connection = random.Random(name), HTTPConnection(self.address, timeout=300)
+        while time.monotonic() < end:
+            prompt, start = draw.choice(PROMPTS), time.perf_counter()
+            body = {
+                "model": self.model,
+                "messages": [{"role": "user", "content": prompt}],
+                "user": name,
+                "temperature": 0,
+                "max_tokens": N_TOKENS,
+            }
+            reply = ask(connection, "POST", "/v1/chat/completions", body)
+            self.seconds.append(time.perf_counter() - start)
+            if reply.status != 200:
+                self.errors.append(reply.body)
+            elif (
+                reply.body["choices"][0]["message"]["content"]
+                != self.expected[Asked(person, prompt)]
+            ):
+                self.wrong.append(name)
+
+
+def latency_test(given: argparse.Namespace, folder: Path) -> None:
+    """One person answers what they are asked; from each answer to the next pair."""
+    server = Server(given.policy, given.reward, folder)
+    connection, seconds = HTTPConnection(server.url.partition("//")[2], timeout=60), []
+    for person in range(given.people):
+        path = f"/v1/users/person-{person}"
+        ask(connection, "PUT", path, {"consent": True})
+        pair = ask(connection, "GET", f"{path}/next-pair").body
+        for _ in range(10):
+            first, second = pair["responses"]
+            judged = {"prompt": pair["prompt"], "chosen": first, "rejected": second}
+            start = time.perf_counter()
+            ask(connection, "POST", f"{path}/pairs", {"pairs": [judged]})
+            pair = ask(connection, "GET", f"{path}/next-pair").body
+            seconds.append(time.perf_counter() - start)
+    server.end(signal.SIGTERM)
+    half, most = np.quantile(seconds, [0.5, 0.95])
+    print(f"{len(seconds)} answers; seconds to the next pair: median {half:.3f}, p95 {most:.3f}")
+
+
+def run_all(functions: Sequence[Callable[[], None]]) -> None:
+    """Run functions at once and wait for all."""
+    threads = [threading.Thread(target=function) for function in functions]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    rate = len(seconds) / (time.monotonic() - began)
-    server.end(signal.SIGTERM)
-    distinct = len({expected[name, PROMPTS[0]] for name in names})
-    print(f"{len(seconds)} answers for {given.people} people ({distinct} distinct texts)")
-    print(f"errors {len(errors)}, answers of another person {len(wrong)}")
-    print(f"answers a second {rate:.1f}, offline {alone:.1f}, ratio {rate / alone:.2f}")
-    half, most = np.quantile(seconds, [0.5, 0.95])
-    print(f"seconds to answer: median {half:.2f}, p95 {most:.2f}")
+
+
+def judge(name: str, url: str, kill: int, acknowledged: list[tuple[str, int, str]]) -> None:
+    """Add judgments until the server is gone, and note those that it acknowledged."""
+    connection = HTTPConnection(url.partition("//")[2], timeout=30)
+    try:
+        ask(connection, "PUT", f"/v1/users/{name}", {"consent": True})
+        for count in itertools.count():
+            text = f"{name} {kill} {count}"
+            pair = {"prompt": "Write.", "chosen": text, "rejected": "No."}
+            reply = ask(connection, "POST", f"/v1/users/{name}/pairs", {"pairs": [pair]})
+            if reply.status == 200:
+                acknowledged.append((name, reply.body["ids"][0], text))
+    except (OSError, HTTPException):
+        return
 
 
 def kill_test(given: argparse.Namespace, folder: Path) -> None:
     names = [f"person-{n}" for n in range(8)]
     acknowledged: list[tuple[str, int, str]] = []
-    lock = threading.Lock()
     draw = random.Random(given.seed)
     for kill in range(given.kills):
         server = Server(given.policy, given.reward, folder)
-        stop = threading.Event()
-
-        def judge(
-            name: str, url: str = server.url, stop: threading.Event = stop, n: int = kill
-        ) -> None:
-            with httpx2.Client(base_url=url, timeout=30) as client:
-                count = 0
-                while not stop.is_set():
-                    count += 1
-                    text = f"{name} {n} {count}"
-                    pair = {"prompt": "Write.", "chosen": text, "rejected": "No."}
-                    try:
-                        client.put(f"/v1/users/{name}", json={"consent": True})
-                        answer = client.post(f"/v1/users/{name}/pairs", json={"pairs": [pair]})
-                    except httpx2.TransportError:
-                        return
-                    if answer.status_code == 200:
-                        with lock:
-                            acknowledged.append((name, answer.json()["ids"][0], text))
-
-        threads = [threading.Thread(target=judge, args=(name,)) for name in names]
-        for thread in threads:
-            thread.start()
-        time.sleep(draw.uniform(0.2, 4.0))
-        server.end(signal.SIGKILL)
-        stop.set()
-        for thread in threads:
-            thread.join()
+        timer = threading.Timer(draw.uniform(0.1, 2.0), server.end, [signal.SIGKILL])
+        timer.start()
+        run_all([partial(judge, name, server.url, kill, acknowledged) for name in names])
+        timer.join()
     people = People(f"sqlite:///{folder}/people.db")
     stored = {}
     for name in names:
@@ -184,18 +254,19 @@ def kill_test(given: argparse.Namespace, folder: Path) -> None:
 
 
 def main() -> None:
+    tests = {"load": load_test, "latency": latency_test, "kills": kill_test}
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("load", "kills"))
+    parser.add_argument("what", choices=tests)
     parser.add_argument("policy")
     parser.add_argument("reward")
     parser.add_argument("--people", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.manual_seed(given.seed)
     with tempfile.TemporaryDirectory() as folder:
-        (load_test if given.what == "load" else kill_test)(given, Path(folder))
+        tests[given.what](given, Path(folder))
 
 
 if __name__ == "__main__":

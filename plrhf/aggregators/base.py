@@ -76,7 +76,8 @@ class Aggregator(nn.Module, ABC):
     def continuing(self, backbone: Backbone, user: Tensor) -> AbstractContextManager[Any] | None:
         """Return a context in which the trunk computes further tokens of texts begun in `decoding`.
 
-        Texts can then be written in a batch that others join and leave.
+        Texts can then be written in a batch that others join and leave. A subclass that changes `decoding`
+        changes this, too, or its texts are written in batches from beginning to end.
 
         Args:
             user: [N, user_dim], or [N, 0] for no user model.

@@ -76,6 +76,7 @@ def serve(settings: Settings) -> None:
     # The engine's thread waits less for those that read requests; Python's default is 5 ms.
     sys.setswitchinterval(SWITCH_SECONDS)
     socket = server.config.bind_socket()
+    socket.listen()  # who reads the next line may connect at once
     names = " and ".join(model.name for model in service.models)
     print(f"serving {names} on http://{config.host}:{socket.getsockname()[1]}", flush=True)
     server.run(sockets=[socket])

@@ -22,14 +22,24 @@ MORE_COLUMNS = 64
 
 
 def can_join(model: PersonalModule) -> bool:
-    """Return whether texts of a model can join and leave a batch: each row's cache must be plain."""
-    backbone = model.backbone
+    """Return whether texts of a model can join and leave a batch.
+
+    Each row's cache must be plain, and the aggregator must say how users act on later tokens: a subclass
+    that changes `decoding` alone does not.
+    """
+    backbone, aggregator = model.backbone, model.aggregator
     cache = backbone.cache(1)
     if cache is None or not backbone.writes_with_cache:
         return False
     no_user = torch.empty(0, 0, device=model.device)
-    acts = model.aggregator.continuing(backbone, no_user) is not None
-    return acts and all(isinstance(layer, RoomyLayer) for layer in cache.layers)
+    if aggregator.continuing(backbone, no_user) is None:
+        return False
+    begins, continues = (
+        next(one for one in type(aggregator).__mro__ if name in vars(one))
+        for name in ("decoding", "continuing")
+    )
+    is_plain = all(isinstance(layer, RoomyLayer) for layer in cache.layers)
+    return is_plain and issubclass(continues, begins)
 
 
 class LiveBatch(Generic[Row]):

@@ -10,7 +10,7 @@ from test_families import CAUSAL, lora_backbone
 from tiny import AGGREGATORS, make_backbone, make_model
 from torch import Tensor
 
-from plrhf.aggregators import ConcatSoftPrompt
+from plrhf.aggregators import ConcatSoftPrompt, FiLM
 from plrhf.models import live_batch
 from plrhf.models.generation import left_padded, write_batch
 from plrhf.models.live_batch import LiveBatch, can_join
@@ -88,8 +88,20 @@ def test_texts_are_those_written_alone(
     assert together(policy, users) == expected
 
 
+class Tanh(FiLM):
+    """An aggregator from outside that changes how texts begin, and not how they go on."""
+
+    def decoding(
+        self, backbone: Any, input_ids: Tensor, attention_mask: Tensor, user: Tensor
+    ) -> Any:
+        return super().decoding(backbone, input_ids, attention_mask, user.tanh())
+
+
 def test_models_whose_texts_cannot_join() -> None:
     assert not can_join(make_policy("mamba2", "soft_prompt"))  # a state, which would see padding
     policy = make_policy("llama", "film_last")
-    policy.aggregator.continuing = lambda *_: None  # of an aggregator from outside
+    assert can_join(policy)
+    policy.aggregator = Tanh(hidden_size=32, n_blocks=3)
+    assert not can_join(policy)
+    policy.aggregator.continuing = lambda *_: None
     assert not can_join(policy)
