@@ -96,7 +96,7 @@ def serving(
     service = build_service(config)
     limits: Any = {name: getattr(config, name) for name in ("keys", "rate_limit", "max_body")}
     made = uvicorn.Config(
-        build_app(service, **limits), port=0, log_level="warning", access_log=False
+        build_app(service, **limits, local=True), port=0, log_level="warning", access_log=False
     )
     socket = made.bind_socket()
     server = uvicorn.Server(made)

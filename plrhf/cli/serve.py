@@ -24,6 +24,7 @@ from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.serving.app import build_app
 from plrhf.serving.engine import Engine
+from plrhf.serving.guard import LOCAL
 from plrhf.serving.served import ServedModel
 from plrhf.serving.service import Options, Service
 from plrhf.serving.store import People
@@ -60,7 +61,11 @@ def serve(settings: Settings) -> None:
     config = ServeConfig.read(settings, "")
     service = build_service(config)
     app = build_app(
-        service, keys=config.keys, rate_limit=config.rate_limit, max_body=config.max_body
+        service,
+        keys=config.keys,
+        rate_limit=config.rate_limit,
+        max_body=config.max_body,
+        local=config.host in LOCAL and len(config.keys) == 0,
     )
     server = uvicorn.Server(
         uvicorn.Config(

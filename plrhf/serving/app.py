@@ -38,12 +38,17 @@ JudgmentId = Annotated[int, PathParameter(ge=0, le=MOST_SEED)]
 
 
 def build_app(
-    service: Service, *, keys: Sequence[str], rate_limit: int | None, max_body: int
+    service: Service,
+    *,
+    keys: Sequence[str],
+    rate_limit: int | None,
+    max_body: int,
+    local: bool,
 ) -> ASGIApp:
     """Build the application of a service, behind its guard.
 
     Args:
-        keys, rate_limit, max_body: see `Guard`.
+        keys, rate_limit, max_body, local: see `Guard`.
     """
 
     @asynccontextmanager
@@ -70,6 +75,7 @@ def build_app(
         keys=frozenset(keys),
         rate_limit=rate_limit,
         max_body=max_body,
+        local=local,
         metrics=service.metrics,
     )
 

@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,6 +16,7 @@ from plrhf.serving.errors import ApiError, error_response, failed, log_without_v
 from plrhf.serving.metrics import Metrics
 
 OPEN = ("/", "/healthz")
+LOCAL = ("127.0.0.1", "localhost", "::1")
 OPEN_FOLDER = "/page/"
 BODY_SECONDS = 30.0  # that a client may take to send a body
 MOST_CLIENTS = 10_000  # whose rates are remembered
@@ -64,6 +66,8 @@ class Guard:
     Args:
         keys: SHA-256 of the API keys; none: everybody may use the server. rate_limit: requests a minute
             for each key, or each address without keys. max_body: bytes of a request.
+        local: answer only requests to a name of this machine. Otherwise a web page could give its own name
+            this machine's address, and so read what the server answers (DNS rebinding).
     """
 
     def __init__(
@@ -73,9 +77,11 @@ class Guard:
         keys: frozenset[str],
         rate_limit: int | None,
         max_body: int,
+        local: bool,
         metrics: Metrics,
     ) -> None:
         self.app, self.keys, self.max_body, self.metrics = app, keys, max_body, metrics
+        self.local = local
         self.rate = RateLimit(rate_limit)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -109,6 +115,10 @@ class Guard:
     async def _admitted(self, scope: Scope, receive: Receive) -> bytes:
         """Return the body of a request that may pass, or raise an `ApiError`."""
         headers, path = Headers(scope=scope), scope["path"]
+        if self.local and not _is_local(headers.get("host", "")):
+            raise ApiError(
+                403, "This server answers only this machine. Start it with host=0.0.0.0."
+            )
         if path not in OPEN and not path.startswith(OPEN_FOLDER):
             client = self._client(scope, headers)
             wait = self.rate.wait(client, time.monotonic())
@@ -135,6 +145,14 @@ class Guard:
             message = "No such API key. Send Authorization: Bearer KEY."
             raise ApiError(401, message, headers={"WWW-Authenticate": "Bearer"})
         return hashed
+
+
+def _is_local(host: str) -> bool:
+    """Whether a Host header names this machine."""
+    try:
+        return urlsplit(f"//{host}").hostname in LOCAL
+    except ValueError:
+        return False
 
 
 async def _read(receive: Receive, most: int, headers: Mapping[str, str]) -> bytes:

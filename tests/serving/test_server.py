@@ -274,3 +274,10 @@ def test_bodies_that_are_no_json(http: httpx2.Client) -> None:
         "/v1/users/ada", content=b'{"consent": true}', headers={"content-type": "text/plain"}
     )
     assert plain.status_code == 415
+
+
+def test_a_foreign_name_of_this_machine_is_refused(http: httpx2.Client) -> None:
+    for host in ("evil.example", "evil.example:8000", "", "[::1", "127.0.0.1.evil.example"):
+        assert http.get("/v1/models", headers={"host": host}).status_code in (400, 403)
+    for host in ("localhost:8000", "[::1]:8000", "127.0.0.1"):
+        assert http.get("/v1/models", headers={"host": host}).status_code == 200
