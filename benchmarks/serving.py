@@ -130,7 +130,8 @@ def load_test(given: argparse.Namespace, folder: Path) -> None:
     vectors = mark(folder, UserModel(model), names)
     every = [Asked(n, prompt) for prompt in PROMPTS for n in range(given.people)]
     random.Random(0).shuffle(every)
-    expected, cpu, wall = {}, time.process_time(), time.perf_counter()
+    expected: dict[Asked, str] = {}
+    cpu, wall = time.process_time(), time.perf_counter()
     for start in range(0, len(every), BATCH_SIZE):
         batch = every[start : start + BATCH_SIZE]
         expected.update(zip(batch, offline(model, batch, vectors), strict=True))
