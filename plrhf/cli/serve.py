@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import uvicorn
@@ -15,6 +15,7 @@ from plrhf.cli.config import RunConfig, Section
 from plrhf.core.checks import NonNegativeFloat, NonNegativeInt, PositiveInt
 from plrhf.core.components import Settings
 from plrhf.core.errors import bad_value
+from plrhf.evaluation.elicitation import Rule
 from plrhf.evaluation.people import evenly
 from plrhf.evaluation.records import read_record
 from plrhf.evaluation.users import LearnedUsers
@@ -51,7 +52,7 @@ class ServeConfig(Section):
     max_wait: NonNegativeFloat
     max_waiting: PositiveInt
     pool: NonNegativeInt
-    ask: Literal["random", "uncertainty", "information", "variety"]
+    ask: Rule
     trust_components: bool
     debug: bool
 

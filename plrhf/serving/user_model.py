@@ -16,7 +16,7 @@ from plrhf.core.types import UserBatch
 from plrhf.data.parsing import parse_row
 from plrhf.data.rows import Row, content_hash
 from plrhf.data.tokenizer import RowTokenizer
-from plrhf.evaluation.elicitation import Candidates, Rule, candidates_of, choose
+from plrhf.evaluation.elicitation import Rule, candidates_of, choose
 from plrhf.evaluation.people import evenly
 from plrhf.evaluation.trials import judgment_key
 from plrhf.models.adaptation import Adaptation, AdaptedUsers, Encode, Mixture
@@ -203,6 +203,5 @@ class UserModel:
             return self.pool[left[generator.integers(len(left))]]
         with self.model.autocast():
             found = candidates_of(self.model, self.batches, fit.users)
-        some = Candidates(found.margins[left], found.slopes[left], found.variances[left])
         asked = found.slopes[~np.array(is_new)]
-        return self.pool[left[choose(rule, some, generator, asked=asked)]]
+        return self.pool[left[choose(rule, found.at(left), generator, asked=asked)]]
