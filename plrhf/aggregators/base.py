@@ -131,18 +131,6 @@ class Aggregator(nn.Module, ABC):
         """
         return None
 
-    def first_order(self, gradients: Tensor, user: Tensor) -> Tensor | None:
-        """Compute how users change log-probabilities of responses, to first order in scale and shift.
-
-        Args:
-            gradients: of the log-probabilities by scale and shift of the last hidden states, [B, 2, 2 d].
-            user: [C * B, user_dim].
-
-        Returns:
-            [C, B, 2] in nats; None if users act elsewhere.
-        """
-        return None
-
     def drop_shift(self) -> None:
         """Remove parameters that add the same value to both responses of a pair.
 

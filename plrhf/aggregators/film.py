@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -162,21 +162,58 @@ class FiLM(Aggregator):
         """
         with torch.autocast(user.device.type, enabled=False):
             maps = self.to_film(user.to(self.to_film.weight.dtype)).float()
+        return self._padded(maps)
+
+    def _padded(self, maps: Tensor) -> Tensor:
+        """Shape what `to_film` returns, [..., n_outputs], as `film` does; a missing gamma is zero."""
         maps = maps.unflatten(-1, (self.n_sites, self.n_maps, self.width))
         return maps if self.has_scale else torch.cat([torch.zeros_like(maps), maps], dim=-2)
 
-    def first_order(self, gradients: Tensor, user: Tensor) -> Tensor | None:
-        if not self.after_trunk:
-            return None
-        change = self.film(user.view(-1, len(gradients), user.shape[-1])).flatten(-3)
-        of_film = gradients[..., : change.shape[-1]]  # without a shift those by scale
-        return torch.einsum("bsd,cbd->cbs", of_film, change)  # [C, B, 2]
+    def gradients(
+        self, backbone: Backbone, batch: PreferenceBatch, logps: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Compute the gradients of log-probabilities by `to_film`'s outputs, where these are zero.
+
+        Args:
+            logps: computes log-probabilities [B, 2] of responses from hidden states [R, L, d].
+
+        Returns:
+            [B, 2, n_outputs] float32.
+        """
+        n_pairs, n_rows = len(batch), batch.segment.shape[0]
+        size = (1, n_rows, self.to_film.out_features)
+        with torch.enable_grad():
+            maps = torch.zeros(size, device=batch.segment.device, requires_grad=True)
+            found = logps(self.modulated(backbone, batch, self._padded(maps))[0])
+            of_responses = [
+                torch.autograd.grad(found[:, response].sum(), maps, retain_graph=response == 0)[0]
+                for response in (0, 1)  # apart, since both have the prompt's positions in common
+            ]
+        by_row = torch.stack(of_responses, dim=-2)  # [1, R, 2, n_outputs]
+        return by_row.view(n_rows // n_pairs, n_pairs, *by_row.shape[2:]).sum(dim=0)
+
+    def first_order(self, gradients: Tensor, texts: Tensor, user: Tensor) -> Tensor:
+        """Compute how users change log-probabilities of responses, to first order in scale and shift.
+
+        Args:
+            gradients: of M texts, [M, n_outputs], see `gradients`. texts: [B, 2] int64, places of
+                the responses of pairs among them. user: [C * B, user_dim].
+
+        Returns:
+            [C, B, 2] in nats.
+        """
+        slopes = nn.functional.embedding(texts, gradients @ self._map())  # [B, 2, user_dim]
+        of_contexts = user.view(-1, len(texts), user.shape[-1]).to(slopes.dtype)
+        return torch.einsum("bsk,cbk->cbs", slopes, of_contexts)
 
     def forward(self, backbone: Backbone, batch: PreferenceBatch, user: Tensor) -> Tensor:
         if user.shape[-1] == 0:  # no user model
             text = read_without_user(backbone, batch, self.layer)
             return text.expand(len(user) // len(batch), -1, -1, -1)
-        film = self.film(spread_over_rows(user, batch))  # [C, R, n_sites, 2, d]
+        return self.modulated(backbone, batch, self.film(spread_over_rows(user, batch)))
+
+    def modulated(self, backbone: Backbone, batch: PreferenceBatch, film: Tensor) -> Tensor:
+        """Compute the hidden states of the text under scale and shift [C, R, n_sites, 2, d]."""
         if self.after_trunk:
             # In float32 up to the head: a small change would vanish in hidden states of fewer bits.
             text = read_without_user(backbone, batch, self.layer)

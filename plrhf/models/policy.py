@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from plrhf.aggregators import FiLM
 from plrhf.backbone.precision import unembed_in_float32
 from plrhf.core import losses
 from plrhf.core.checks import PositiveFloat, check_arguments
@@ -34,7 +35,7 @@ class PersonalDPOPolicy(PersonalModule):
         first_order: learn from log-ratios to first order in the users' scale and shift, around the
             reference. They need no text but the gradients of each response's log-probability, which
             are computed once, so an epoch takes as long as a reward model's on frozen features. With
-            backbone.trainable=frozen and aggregator=film, aggregator.site=last only.
+            backbone.trainable=frozen and aggregator=film only.
         parts: see `PersonalModule`.
 
     Raises:
@@ -101,9 +102,8 @@ class PersonalDPOPolicy(PersonalModule):
             raise bad_value(
                 "model.first_order",
                 True,
-                "false, unless users alone are learned and act on the last hidden states",
-                "Set backbone.trainable=frozen aggregator=film aggregator.site=last, and an encoder "
-                "that reads no pairs",
+                "false, unless users alone are learned and act by FiLM",
+                "Set backbone.trainable=frozen aggregator=film, and an encoder that reads no pairs",
             )
         if not any(one.requires_grad for one in self.parameters()):
             raise bad_value(
@@ -114,9 +114,9 @@ class PersonalDPOPolicy(PersonalModule):
             )
 
     def _is_first_order_possible(self) -> bool:
-        """Return whether log-ratios depend on scale and shift of the last hidden states alone."""
-        is_film = self.aggregator.after_trunk and self.aggregator.user_acts
-        return is_film and self.backbone.trainable == "frozen" and not self.encoder.reads_context
+        """Return whether log-ratios depend on what FiLM is given alone, and not on learned weights."""
+        is_frozen = self.backbone.trainable == "frozen" and not self.encoder.reads_context
+        return is_frozen and isinstance(self.aggregator, FiLM)
 
     def write(self, asked: Asked, **how: Any) -> list[str]:
         """Generate texts for users; see `inference.write`."""
@@ -163,32 +163,27 @@ class PersonalDPOPolicy(PersonalModule):
     @property
     def pooled_name(self) -> str:
         """Short description of what `pooled_trunk` returns, for the key of its cache."""
-        return "gradients, head in float32" if self.head_in_float32 else "gradients"
+        film = self._film()
+        maps = f"gradients by scale {film.has_scale}, shift {film.has_shift}, {film.n_sites} sites"
+        return maps + (", head in float32" if self.head_in_float32 else "")
 
     def pooled_trunk(self, batch: PreferenceBatch) -> Tensor:
-        """Compute the gradients of response log-probabilities by scale and shift, [B, 2, 2 d] float32.
+        """Compute the gradients of response log-probabilities by scale and shift, see `FiLM.gradients`."""
+        return self._film().gradients(
+            self.backbone, batch, lambda hidden: self.logps(hidden, batch)
+        )
 
-        For log p(y) = sum_t log p(y_t | h_t) these are sum_t h_t * g_t and sum_t g_t, where g_t is the
-        gradient by h_t: the output embedding of y_t minus the expected one.
-        """
-        hidden, found = self.trunk(batch).detach().float(), []
-        with torch.enable_grad():
-            logps = self.logps(hidden.requires_grad_(), batch)
-            for response in (0, 1):  # the last prompt position belongs to both
-                of_response = logps[:, response].sum()
-                (by_hidden,) = torch.autograd.grad(of_response, hidden, retain_graph=True)
-                both = torch.cat([hidden.detach() * by_hidden, by_hidden], dim=-1)
-                found.append(both.sum(dim=1).view(-1, len(batch), both.shape[-1]).sum(dim=0))
-        return torch.stack(found, dim=1)
+    def _film(self) -> FiLM:
+        """Return the aggregator of a policy that learns to first order."""
+        assert isinstance(self.aggregator, FiLM)
+        return self.aggregator
 
     def margins_for(self, batch: PreferenceBatch, user: Tensor) -> tuple[Tensor, Tensor]:
         if batch.hidden is None:
             return super().margins_for(batch, user)
         assert batch.texts is not None
         with torch.autocast(user.device.type, enabled=False):
-            gradients = torch.nn.functional.embedding(batch.texts, batch.hidden)  # [B, 2, 2 d]
-            ratios = self.aggregator.first_order(gradients, user)  # [C, B, 2]
-        assert ratios is not None
+            ratios = self._film().first_order(batch.hidden, batch.texts, user)  # [C, B, 2]
         logits = ratios[..., 0] - ratios[..., 1]
         return self.beta * logits, logits
 
