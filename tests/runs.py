@@ -115,9 +115,9 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def evaluation_of(directory: Path) -> dict[str, Any]:
-    """results.json without the command that evaluated the run."""
+    """results.json without the command that evaluated the run, and without its digest."""
     results = json.loads((directory / "results.json").read_text())
-    del results["provenance"]["command"]
+    del results["provenance"]["command"], results["digest"]
     return dict(results)
 
 
@@ -157,7 +157,7 @@ def check_evaluation(directory: Path, *, oracle: bool = True) -> dict[str, Any]:
 
     results = json.loads((directory / "results.json").read_text())
     keys = {"schema", "config", "test", "cells", "oracle", "controls", "data", "probes", "run"}
-    assert set(results) == {*keys, "provenance"} and results["schema"] == 1
+    assert set(results) == {*keys, "provenance", "files", "digest"} and results["schema"] == 1
     assert set(results["run"]) == {"command", "versions"}
     counts = {"read", "refused", "dropped", "truncated", "rows", "users", "padding"}
     assert set(results["data"]) == counts

@@ -99,20 +99,17 @@ class _FusedLora(torch.autograd.Function):
         dtype = product_dtype(x.device, weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()  # (N, in)
-            # A row of ones lets the narrow product add the bias too, in place of a pass of its own.
-            n_low = len(a)
-            low = flat.new_ones(n_low + (bias is not None), len(flat))
             with _zeroed(flat, dropped):
-                torch.mm(a.to(dtype), flat.t(), out=low[:n_low])  # (r, N)
-            up = b.to(dtype).t() * scaling  # (r, out)
-            if bias is not None:
-                up = torch.cat([up, bias.to(dtype)[None]])
+                low = a.to(dtype) @ flat.t()  # (r, N)
+            used = weight.to(dtype).t()
             # Not a view of it is returned: models may change it in place.
             y = flat.new_empty(*x.shape[:-1], weight.shape[0])
             rows = y.view(-1, weight.shape[0])
-            torch.mm(flat, weight.to(dtype).t(), out=rows)
-            rows.addmm_(low.t(), up)
-            low = low[:n_low]
+            if bias is None:
+                torch.mm(flat, used, out=rows)
+            else:
+                torch.addmm(bias.to(dtype), flat, used, out=rows)
+            rows.addmm_(low.t(), b.to(dtype).t(), alpha=scaling)
         ctx.save_for_backward(flat, weight, a, b, low, dropped)
         ctx.scaling, ctx.shape, ctx.dtype = scaling, x.shape, x.dtype
         return y

@@ -10,7 +10,6 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from plrhf.backbone.adapters import add_lora
@@ -38,6 +37,7 @@ from plrhf.core.errors import bad_value
 from plrhf.core.shrinkage import ShrinkageKind
 from plrhf.data.split_by import SplitBy
 from plrhf.evaluation.generations import GenerationOptions
+from plrhf.evaluation.records import read_settings
 from plrhf.models.optim import Optim
 from plrhf.training.plan import Machine
 from plrhf.training.trainer import MaxSteps, Monitor
@@ -313,7 +313,7 @@ class RunConfig(Section):
         Raises:
             ValueError: a wrong setting, or code from outside plrhf that is not trusted.
         """
-        settings = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        settings = read_settings(run_dir / "config.yaml")
         if not trust_components:
             check_only_own_code(settings, "")
         return cls.parse(settings)

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from plrhf.backbone.loading import load_tokenizer
 from plrhf.cli.assemble import build_data, print_lines
 from plrhf.cli.config import RunConfig, Section
 from plrhf.core.components import Settings
 from plrhf.core.errors import BadValue, bad_value
+from plrhf.data.digests import json_text
 from plrhf.data.in_context import row_tokenizer
 from plrhf.data.tokens import token_stem
-from plrhf.evaluation.records import write_text
-from plrhf.evaluation.results import PREDICTIONS, RESULTS
+from plrhf.evaluation.records import read_settings, write_settings, write_text
+from plrhf.evaluation.results import PREDICTIONS, RESULTS, read_results, write_evaluation
 from plrhf.models.card import CARD, read_card
 from plrhf.models.enrolment import forget as forget_in_export
 from plrhf.reporting.report import write_report
@@ -86,15 +86,13 @@ def forget_in_run(run: Path, user: str) -> Iterator[str]:
         table = pd.read_parquet(path)
         kept = table[table["user_id"] != user]
         if len(kept) < len(table):
-            part = path.with_name(f"{path.name}.part")
-            kept.to_parquet(part, index=False)
-            part.replace(path)
+            write_evaluation(path.parent, read_results(path.parent), kept)
             changed.add(path.parent)
             yield f"{len(table) - len(kept):,} rows in {path.relative_to(run)}"
     for path in sorted(run.rglob("config.yaml")):
-        settings, n_removed = _pruned(yaml.safe_load(path.read_text(encoding="utf-8")), user)
+        settings, n_removed = _pruned(read_settings(path), user)
         if n_removed > 0:
-            write_text(path, yaml.safe_dump(settings, sort_keys=False))
+            write_settings(path, settings)
             changed.add(path.parent)
             yield f"the id in {path.relative_to(run)}"
     for path in sorted(run.rglob("*.ckpt")) if is_known or len(changed) > 0 else ():
@@ -124,7 +122,9 @@ def _without_records(path: Path, user: str) -> int:
         value, n_below = _pruned(value, user)
         n_removed += n_below
         indent = None if path.suffix == ".jsonl" else 2
-        kept.append(json.dumps(value, ensure_ascii=False, indent=indent) if n_below > 0 else text)
+        if n_below > 0:
+            text = json_text(value, indent=indent)
+        kept.append(text)
     if n_removed > 0:
         write_text(path, "".join(f"{text.rstrip()}\n" for text in kept))
     return n_removed

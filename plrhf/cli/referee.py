@@ -21,7 +21,7 @@ from plrhf.cli.main import silence_libraries
 from plrhf.cli.methods import Method, method_names, read_method
 from plrhf.cli.referee_job import Job, do_job
 from plrhf.core.errors import bad_value
-from plrhf.data.rows import content_hash
+from plrhf.data.digests import content_hash
 from plrhf.referee.page import WIDE, write_leaderboard
 from plrhf.referee.store import Store
 from plrhf.reporting import tables

@@ -17,9 +17,10 @@ from plrhf.cli.config import RunConfig
 from plrhf.cli.methods import Method, Trial, build_trial, started_trial
 from plrhf.core.errors import BadValue
 from plrhf.data.dataset import TextValues
+from plrhf.data.digests import content_hash
 from plrhf.data.module import PreferenceData
 from plrhf.data.own_pairs import draw_context
-from plrhf.data.rows import SPLITS, content_hash
+from plrhf.data.rows import SPLITS
 from plrhf.evaluation.predictions import prepare
 from plrhf.evaluation.trials import FewShotOptions
 from plrhf.models.reward import PersonalRewardModel

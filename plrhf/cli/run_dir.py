@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -17,7 +15,7 @@ from plrhf.cli.config import RunConfig
 from plrhf.cli.jobs import FAILED
 from plrhf.core.components import first_difference
 from plrhf.core.errors import bad_value
-from plrhf.evaluation.records import write_text
+from plrhf.evaluation.records import read_settings, write_settings
 from plrhf.training.checkpoints import read_checkpoint
 
 LEFT_BY_RUNS = (
@@ -89,7 +87,7 @@ def begin_run(config: RunConfig, *, resume: Resume | None) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-    write_text(run_dir / "config.yaml", yaml.safe_dump(config.resolved, sort_keys=False))
+    write_settings(run_dir / "config.yaml", config.resolved)
 
 
 def find_resume(config: RunConfig) -> Resume | None:
@@ -104,7 +102,7 @@ def find_resume(config: RunConfig) -> Resume | None:
     path = run_dir / "checkpoints" / "last.ckpt"
     if not path.is_file():
         raise bad_value("ckpt", "last", f"a run that left {path}", "Set run_dir to that run's")
-    before: Mapping[str, Any] = yaml.safe_load((run_dir / "config.yaml").read_text())
+    before = read_settings(run_dir / "config.yaml")
     now, then = (
         {name: one.get(name) for name in RESUMED_SETTINGS} for one in (config.resolved, before)
     )

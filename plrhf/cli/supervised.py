@@ -22,8 +22,9 @@ from plrhf.cli.config import LoggerConfig, RunConfig, TinyShape
 from plrhf.cli.run_dir import Resume, begin_run
 from plrhf.core.components import build
 from plrhf.core.errors import bad_value
+from plrhf.data.digests import content_hash
 from plrhf.data.module import PreferenceData
-from plrhf.data.rows import Row, content_hash
+from plrhf.data.rows import Row
 from plrhf.data.tokenizer import Tokenizer
 from plrhf.models.sft import SupervisedPolicy
 from plrhf.training.loggers import log_settings

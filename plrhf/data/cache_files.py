@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import re
 import time
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from plrhf.core.errors import bad_value
+from plrhf.data.digests import file_digest
 
 PART = re.compile(r"\.[0-9a-f]{32}\.part$")
 """Ending of the names of half-written files."""
@@ -43,7 +43,7 @@ def cache_file(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
         with explain_full_disk("cache_dir", str(folder), cure), part.open("wb") as file:
             fcntl.flock(file, fcntl.LOCK_SH)  # tells others that the writer is alive
             yield part
-            os.replace(part, folder / f"{stem}-{_digest(part)}{suffix}")
+            os.replace(part, folder / f"{stem}-{file_digest(part)}{suffix}")
     finally:
         part.unlink(missing_ok=True)
 
@@ -53,7 +53,7 @@ def intact_files(folder: Path, stem: str, suffix: str) -> list[Path]:
     intact = []
     for path in sorted(folder.glob(f"{stem}-*{suffix}")):
         try:
-            if path.name == f"{stem}-{_digest(path)}{suffix}":
+            if path.name == f"{stem}-{file_digest(path)}{suffix}":
                 intact.append(path)
             else:
                 path.unlink(missing_ok=True)
@@ -94,8 +94,3 @@ def _says_full(error: BaseException | None) -> bool:
     if any(os.strerror(number) in str(error) for number in FULL):
         return True
     return _says_full(error.__cause__ or error.__context__)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()

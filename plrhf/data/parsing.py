@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
+from plrhf.data.digests import content_hash
 from plrhf.data.messages import (
     has_content,
     is_message_list,
@@ -14,7 +15,7 @@ from plrhf.data.messages import (
     split_conversations,
 )
 from plrhf.data.reasons import Reason, refuse
-from plrhf.data.rows import SPLITS, Message, Row, content_hash
+from plrhf.data.rows import SPLITS, Message, Row
 
 LONGEST_ROW = 500_000
 """Largest number of bytes of text in a row. A block of 4,096 rows must stay below Arrow's limit of 2

@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from plrhf.data.digests import content_hash
 from plrhf.data.store import Indices, LazySequence, TextTable, in_blocks
 
 Message = dict[str, Any]
@@ -197,10 +198,3 @@ def _row(person: Person, prompt: Any, messages: Any, chosen: Any, rejected: Any,
         chosen_id,
         rejected_id,
     )
-
-
-def content_hash(*content: object) -> str:
-    """Hash JSON-able content to 16 hexadecimal digits, the same in every process."""
-    text = json.dumps(content, ensure_ascii=False, sort_keys=True)
-    # Sources hash text before it is checked, lone surrogates included.
-    return blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save
 from torch import Tensor
 
 from plrhf.data.cache_files import cache_file, intact_files
-from plrhf.data.rows import content_hash
+from plrhf.data.digests import content_hash
 
 TokenText = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt and of a response."""

@@ -15,9 +15,10 @@ from plrhf.data.chat import (
     chat_template,
     exchanges,
 )
+from plrhf.data.digests import content_hash
 from plrhf.data.packing import TokenPair
 from plrhf.data.reasons import Reason, RefusedRow
-from plrhf.data.rows import Message, Row, content_hash
+from plrhf.data.rows import Message, Row
 from plrhf.data.store import in_blocks
 from plrhf.data.text_encoder import (
     Ids,

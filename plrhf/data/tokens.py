@@ -11,8 +11,9 @@ import pyarrow as arrow
 from numpy.typing import NDArray
 
 from plrhf.data.cache_files import cache_file, intact_files
+from plrhf.data.digests import content_hash
 from plrhf.data.packing import TokenPair
-from plrhf.data.rows import Rows, content_hash
+from plrhf.data.rows import Rows
 from plrhf.data.store import BLOCK, Indices, LazySequence, in_blocks
 from plrhf.data.tokenizer import RowTokenizer
 

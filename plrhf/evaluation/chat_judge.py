@@ -13,7 +13,7 @@ import numpy as np
 from rich.progress import track
 
 from plrhf.core.errors import bad_value
-from plrhf.data.rows import content_hash
+from plrhf.data.digests import content_hash
 from plrhf.evaluation.chat_endpoint import ChatEndpoint, Reply, ReplyStore
 from plrhf.evaluation.generations import GeneratedText
 from plrhf.evaluation.judges import Contest, Judge, Verdicts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from plrhf.core.errors import bad_value
 from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
 from plrhf.data.dataset import PairDataset
+from plrhf.data.digests import json_text
 from plrhf.data.module import PreferenceData
 from plrhf.data.packing import LAYOUTS
 from plrhf.data.rows import Features, Message, Row
@@ -193,7 +193,7 @@ def write_generations(
                 reference_logp=None if of_tokens is None else of_tokens[place],
                 fingerprint=fingerprint,
             )
-            lines.append(json.dumps(one.to_json(), ensure_ascii=False) + "\n")
+            lines.append(json_text(one.to_json()))
     write_text(path, "".join(lines))
 
 

@@ -1,16 +1,20 @@
-"""The JSON files of a run directory as typed records, one class for each file."""
+"""The JSON files of a run directory as typed records, one class for each file.
+
+Each file holds a digest of its content, so that a damaged one is not taken for another result.
+"""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from plrhf.core.errors import bad_value
+from plrhf.data.digests import DIGEST, check_digest, content_hash, json_text
 
 R = TypeVar("R", bound="Record")
 
@@ -31,8 +35,34 @@ def write_record(path: Path, record: Record) -> None:
     Raises:
         ValueError: a number is nan or infinite, which JSON does not allow.
     """
-    text = json.dumps(record.to_json(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    write_text(path, text)
+    write_text(path, json_text(record.to_json(), indent=2))
+
+
+def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write settings as YAML, with a digest in the first line."""
+    text = yaml.safe_dump(dict(settings), sort_keys=False)
+    write_text(path, f"# {DIGEST} {content_hash(text)}\n{text}")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read settings that `write_settings` wrote, or YAML written by hand, which has no digest.
+
+    Raises:
+        ValueError: the file is damaged or altered.
+    """
+    cure = "Copy it anew, or remove its first line if you altered it yourself"
+    try:
+        text = path.read_text(encoding="utf-8")
+        first, _, rest = text.partition("\n")
+        if first.startswith(f"# {DIGEST} ") and first.split()[-1] != content_hash(rest):
+            raise bad_value(str(path), first, "the digest of the lines below", cure)
+        found = yaml.safe_load(text)
+    except (UnicodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise bad_value(str(path), reason, "a YAML file", "Copy it anew") from error
+    if not isinstance(found, dict):
+        raise bad_value(str(path), found, "settings by name", "Copy it anew")
+    return found
 
 
 def write_text(path: Path, text: str) -> None:
@@ -51,10 +81,13 @@ def read_record(path: Path, kind: type[R]) -> R:
     Raises:
         ValueError: the file is damaged or of another version; the message names file and key.
     """
+    text = path.read_bytes()
     try:
-        return kind.model_validate_json(path.read_bytes())
+        record = kind.model_validate_json(text)
     except ValidationError as error:
         raise damaged(path, error) from error
+    check_digest(str(path), text, f"Write {path.name} anew")
+    return record
 
 
 def read_lines(path: Path, kind: type[R]) -> Iterator[R]:
@@ -70,9 +103,11 @@ def read_lines(path: Path, kind: type[R]) -> Iterator[R]:
             if line.strip() == b"":
                 continue
             try:
-                yield kind.model_validate_json(line)
+                record = kind.model_validate_json(line)
             except ValidationError as error:
                 raise damaged(path, error, line=number) from error
+            check_digest(f"{path}:{number}", line, f"Write {path.name} anew")
+            yield record
 
 
 def damaged(path: Path, error: ValidationError, *, line: int | None = None) -> Exception:

@@ -11,9 +11,11 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from plrhf.core.bootstrap import Estimate
+from plrhf.core.errors import bad_value
 from plrhf.core.stats import STATISTICS
+from plrhf.data.digests import content_hash, file_digest
 from plrhf.data.module import PreferenceData
-from plrhf.data.rows import Row, content_hash
+from plrhf.data.rows import Row
 from plrhf.evaluation.metrics import UserKind, choose_length_rule, summarise
 from plrhf.evaluation.records import Record, read_record, write_record
 
@@ -91,6 +93,7 @@ class Results(Record):
         test: by kind of user. cells: by kind of user and of prompt, None without pairs.
         oracle: results of the true preferences; None for real data.
         data: counts of rows. probes: see `plrhf.evaluation.probes`.
+        files: digests of the files that belong to it, by name; empty in a file made by hand.
         run: command of the training; None in a file made by hand.
         provenance: of this evaluation; None in a file made by hand.
     """
@@ -103,6 +106,7 @@ class Results(Record):
     controls: Controls
     data: dict[str, Any] = {}
     probes: dict[str, Any] = {}
+    files: dict[str, str] = {}
     run: Command | None = None
     provenance: Provenance | None = None
 
@@ -196,10 +200,33 @@ def summarise_run(
 
 
 def write_evaluation(directory: Path, results: Results, predictions: pd.DataFrame) -> None:
-    """Write predictions.parquet and results.json."""
+    """Write predictions.parquet, and results.json with its digest."""
     directory.mkdir(parents=True, exist_ok=True)
-    predictions.to_parquet(directory / PREDICTIONS, index=False)
-    write_record(directory / RESULTS, results)
+    part = directory / f"{PREDICTIONS}.part"
+    predictions.to_parquet(part, index=False)
+    part.replace(directory / PREDICTIONS)
+    files = {PREDICTIONS: file_digest(directory / PREDICTIONS)}
+    write_record(directory / RESULTS, results.model_copy(update={"files": files}))
+
+
+def read_predictions(directory: Path, results: Results) -> pd.DataFrame:
+    """Read predictions.parquet of a directory.
+
+    Raises:
+        ValueError: it is damaged, or is not the one that results.json was computed from.
+    """
+    path = directory / PREDICTIONS
+    cure = "Evaluate the run anew"
+    digest = results.files.get(PREDICTIONS)
+    if digest is not None and digest != file_digest(path):
+        raise bad_value(
+            str(path), "altered or damaged", f"the file that {RESULTS} was made of", cure
+        )
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise bad_value(str(path), reason, "a whole Parquet file", cure) from error
 
 
 def read_results(directory: Path) -> Results:

@@ -12,8 +12,8 @@ from typing import Any
 
 from plrhf.core.components import checked_settings, parameter_types
 from plrhf.core.errors import bad_value
+from plrhf.data.digests import DIGEST, check_digest, content_hash, json_text
 from plrhf.data.features import FeatureSchema
-from plrhf.data.rows import content_hash
 
 CARD = "plrhf.json"
 SCHEMA = 1
@@ -101,7 +101,7 @@ class Card:
 
 def card_text(card: Card) -> str:
     """Return the text of a card's file."""
-    return json.dumps(asdict(card), indent=2) + "\n"
+    return json_text(asdict(card), indent=2)
 
 
 def read_card(directory: str | Path) -> Card:
@@ -113,12 +113,15 @@ def read_card(directory: str | Path) -> Card:
     path = Path(directory, CARD)
     if not path.is_file():
         raise bad_value("export", str(directory), f"a directory with {CARD}", "Give RUN_DIR/export")
+    text = path.read_bytes()
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(text)
     except ValueError as error:
         raise _no_object(path, error) from error
     if not isinstance(content, dict) or "schema" not in content:
         raise _no_object(path, "no schema")
+    check_digest(CARD, text, "Export the model anew")
+    content.pop(DIGEST, None)
     return card_of(content, CARD)
 
 

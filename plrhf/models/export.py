@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from plrhf.backbone.sharding import gathered
 from plrhf.core.errors import bad_value
+from plrhf.data.digests import file_digest
 from plrhf.data.in_context import OwnPairs
 from plrhf.data.parsing import parse_row
 from plrhf.data.rows import Row
@@ -89,7 +89,7 @@ def check_files(directory: Path, card: Card) -> None:
     """Raise a ValueError if a file of an export is missing or was changed."""
     for name, digest in card.files.items():
         path = directory / name
-        if not path.is_file() or _digest(path) != digest:
+        if not path.is_file() or file_digest(path) != digest:
             raise bad_value(
                 f"export {name}",
                 "missing" if not path.is_file() else "altered or damaged",
@@ -174,10 +174,10 @@ def replace_users(
         if len(state) > 0:
             save_file(state, part / name)
             (part / name).chmod(0o644)
-            files[name] = _digest(part / name)
+            files[name] = file_digest(part / name)
     if own_pairs is not None:
         (part / OWN_PAIRS).write_text(pairs_text(own_pairs))
-        files[OWN_PAIRS] = _digest(part / OWN_PAIRS)
+        files[OWN_PAIRS] = file_digest(part / OWN_PAIRS)
     (part / CARD).write_text(card_text(replace(card, files=files)))
     _replace_directory(part, directory)
 
@@ -225,15 +225,7 @@ def _digests(directory: Path) -> dict[str, str]:
     """Return the digests of an export's files by name, without the README, which people may edit."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     named = {path.relative_to(directory).as_posix(): path for path in files}
-    return {name: _digest(path) for name, path in named.items() if name not in (README, CARD)}
-
-
-def _digest(path: Path) -> str:
-    digest = blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while piece := file.read(2**22):
-            digest.update(piece)
-    return digest.hexdigest()
+    return {name: file_digest(path) for name, path in named.items() if name not in (README, CARD)}
 
 
 def _model_card(card: Card) -> ModelCard:

@@ -12,13 +12,13 @@ import pandas as pd
 
 from plrhf.core.errors import bad_value
 from plrhf.core.stats import Outcomes, as_text
-from plrhf.data.rows import content_hash
+from plrhf.data.digests import content_hash
 from plrhf.evaluation.few_shot import FewShotCurve
 from plrhf.evaluation.generations import GeneratedText, read_generations
 from plrhf.evaluation.judges import JudgedRun
 from plrhf.evaluation.metrics import USER_KINDS, outcomes
 from plrhf.evaluation.records import read_record
-from plrhf.evaluation.results import PREDICTIONS, RESULTS, Results, read_results
+from plrhf.evaluation.results import PREDICTIONS, RESULTS, Results, read_predictions, read_results
 from plrhf.evaluation.users import LearnedUsers
 
 ROLES = {
@@ -165,18 +165,12 @@ def read_run(run_dir: Path | str, *, name: str | None = None) -> Run:
             raise bad_value(
                 "run", str(path), f"a directory that holds {file}", "Evaluate the run first"
             )
-    try:
-        predictions = pd.read_parquet(path / PREDICTIONS)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise bad_value(
-            str(path / PREDICTIONS), reason, "a whole Parquet file", "Evaluate the run anew"
-        ) from error
+    results = read_results(path)
     return Run(
         path=path,
         name=path.resolve().name if name is None else name,
-        results=read_results(path),
-        predictions=predictions,
+        results=results,
+        predictions=read_predictions(path, results),
     )
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from plrhf.core.errors import bad_value
 from plrhf.core.types import UserBatch
+from plrhf.data.digests import content_hash
 from plrhf.data.parsing import parse_row
-from plrhf.data.rows import Row, content_hash
+from plrhf.data.rows import Row
 from plrhf.data.tokenizer import RowTokenizer
 from plrhf.evaluation.elicitation import Rule, candidates_of, choose
 from plrhf.evaluation.people import evenly

@@ -14,6 +14,7 @@ from runs import TINY, launch, rows_of_world, world, write_rows
 
 from plrhf.cli.config import RunConfig
 from plrhf.core.errors import BadValue
+from plrhf.data.digests import json_text
 from plrhf.models.adaptation import adapt
 from plrhf.models.enrolment import enrol, forget
 from plrhf.models.reward import PersonalRewardModel
@@ -182,7 +183,7 @@ def test_other_rows_are_judged_by_the_runs_own_length_rule(
     found = {}
     for rule in ("shorter", "longer"):
         results["controls"]["length_only"]["rule"] = f"the {rule} response wins"
-        (run / "results.json").write_text(json.dumps(results))
+        (run / "results.json").write_text(json_text(results))
         out = tmp_path / rule
         launch("eval", f"run={run}", "data=jsonl", f"data.path={path}", f"out={out}")
         other = json.loads((out / "results.json").read_text())

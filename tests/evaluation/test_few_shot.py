@@ -302,7 +302,7 @@ def test_a_run_is_asked_about_people_it_has_not_met(
     assert set(result) == {
         *("schema", "fingerprint", "shots", "curves", "over_generic", "gain_recovered"),
         *("users", "n_users", "n_draws", "left_out", "adaptation", "nll", "ece"),
-        *("elicitation", "abstention"),
+        *("elicitation", "abstention", "digest"),
     }
     assert result["adaptation"]["name"] == "posterior" and result["adaptation"]["steps"] == 4
     assert set(result["nll"]) == set(result["ece"]) == set(result["curves"])

@@ -16,6 +16,7 @@ from tiny import language_model, make_model
 from torch import Tensor
 
 from plrhf.backbone.model import Backbone
+from plrhf.data.digests import json_text
 from plrhf.data.module import PreferenceData
 from plrhf.data.sources.base import Source
 from plrhf.evaluation.probes import probe
@@ -148,7 +149,7 @@ def test_vectors_that_belong_to_other_users(
     run = Path(shutil.copytree(reward_run, tmp_path / "run"))
     card = json.loads((run / "export/plrhf.json").read_text())
     card["users"] = card["users"][::-1]
-    (run / "export/plrhf.json").write_text(json.dumps(card))
+    (run / "export/plrhf.json").write_text(json_text(card))
     with pytest.raises(SystemExit):
         launch("eval", f"run={run}")
     assert "expected the 5 users of training" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from torch import Tensor, tensor
 
 import plrhf
 from plrhf.core.types import UserBatch
+from plrhf.data.digests import json_text
 from plrhf.models.adaptation import Basis, NewUser, Posterior, adapt
 from plrhf.models.adaptation.fitting import user_tables
 from plrhf.models.base import PersonalModule
@@ -198,7 +199,7 @@ def test_a_vector_of_another_width_is_refused_before_a_file_changes(export: Path
 def test_an_export_from_before_there_were_vectors_without_rows(export: Path) -> None:
     card = json.loads((export / "plrhf.json").read_text())
     del card["enrolled"], card["user_dim"]
-    (export / "plrhf.json").write_text(json.dumps(card))
+    (export / "plrhf.json").write_text(json_text(card))
     model = plrhf.load(export)
     vector = torch.randn(model.aggregator.user_dim)
     model.enrol("eve", NewUser(vector=vector))

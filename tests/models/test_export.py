@@ -23,6 +23,7 @@ from plrhf.cli.assemble import build_data
 from plrhf.cli.config import RunConfig
 from plrhf.cli.run import train
 from plrhf.core.types import PreferenceBatch
+from plrhf.data.digests import json_text
 from plrhf.data.module import PreferenceData
 from plrhf.models.base import PersonalModule
 from plrhf.models.card import read_card
@@ -111,7 +112,7 @@ def test_a_moved_backbone(export: Path, tmp_path: Path) -> None:
     moved = (export / "backbone").rename(tmp_path / "moved")
     card["backbone"]["path"], card["ships_backbone"] = "/nowhere/any/more", False
     card["files"] = {}
-    (export / "plrhf.json").write_text(json.dumps(card))
+    (export / "plrhf.json").write_text(json_text(card))
     with pytest.raises(ValueError, match=r"^backbone\.path='/nowhere/any/more' is not allowed"):
         PersonalRewardModel.from_pretrained(export)
     model = PersonalRewardModel.from_pretrained(export, backbone_path=str(moved))
@@ -148,7 +149,7 @@ def test_another_class_is_refused(export: Path) -> None:
 def without_digests(export: Path) -> None:
     """Let the card say nothing of the other files, as one who forges an export would."""
     card = json.loads((export / "plrhf.json").read_text())
-    (export / "plrhf.json").write_text(json.dumps({**card, "files": {}}))
+    (export / "plrhf.json").write_text(json_text({**card, "files": {}}))
 
 
 @pytest.mark.parametrize(
@@ -273,7 +274,7 @@ def test_a_broken_card_is_refused(name: str, export: Path) -> None:
     change, message = BROKEN[name]
     card = json.loads((export / "plrhf.json").read_text())
     change(card)
-    (export / "plrhf.json").write_text(json.dumps(card))
+    (export / "plrhf.json").write_text(json_text(card))
     with pytest.raises(ValueError) as error:
         PersonalRewardModel.from_pretrained(export)
     assert str(error.value).startswith(message)
@@ -304,7 +305,7 @@ def test_code_of_a_repository_is_not_for_an_export_to_ask_for(
 ) -> None:
     card = json.loads((export / "plrhf.json").read_text())
     card["backbone"]["trust_remote_code"] = True
-    (export / "plrhf.json").write_text(json.dumps(card))
+    (export / "plrhf.json").write_text(json_text(card))
     asked: list[bool] = []
     really = AutoConfig.from_pretrained
 

@@ -12,6 +12,7 @@ import torch
 from runs import rows_of_world, world
 
 import plrhf
+from plrhf.data.digests import file_digest, json_text
 from plrhf.data.in_context import row_tokenizer, show_pairs
 from plrhf.data.parsing import parse_row
 from plrhf.data.rows import Row
@@ -19,7 +20,7 @@ from plrhf.evaluation.few_shot import FewShotTrials
 from plrhf.evaluation.trials import Trial
 from plrhf.models.adaptation import Encode
 from plrhf.models.adaptation.base import AdaptedUsers
-from plrhf.models.export import OWN_PAIRS, _digest, pairs_text
+from plrhf.models.export import OWN_PAIRS, pairs_text
 from plrhf.models.pair_batches import dataset_of
 
 ROWS = [parse_row(row, f"row {number}") for number, row in enumerate(rows_of_world())]
@@ -37,8 +38,8 @@ def with_text(export: Path, own_pairs: Any = None, **text: Any) -> Any:
     card["text"] |= {"max_prompt_tokens": 500, "max_tokens": 600, **text}
     if own_pairs is not None:
         (export / OWN_PAIRS).write_text(pairs_text(own_pairs))
-        card["files"][OWN_PAIRS] = _digest(export / OWN_PAIRS)
-    (export / "plrhf.json").write_text(json.dumps(card))
+        card["files"][OWN_PAIRS] = file_digest(export / OWN_PAIRS)
+    (export / "plrhf.json").write_text(json_text(card))
     return plrhf.load(export)
 
 

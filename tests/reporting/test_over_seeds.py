@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from test_report import ORACLE, PERSONAL, VANILLA, make_run, predictions, read_page
 
+from plrhf.data.digests import json_text
 from plrhf.reporting import curves as sweeps
 from plrhf.reporting.comparison_page import compare
 from plrhf.reporting.over_seeds import (
@@ -48,7 +49,7 @@ def made(
     for key, value in settings.items():
         part, _, setting = key.partition("_")
         results["config"][part][setting] = value
-    (run_dir / "results.json").write_text(json.dumps(results))
+    (run_dir / "results.json").write_text(json_text(results))
     return read_run(run_dir)
 
 
@@ -138,7 +139,7 @@ def test_length_goes_by_each_seed_s_own_rule(tmp_path: Path) -> None:
     one, other = (made(tmp_path, PERSONAL, seed, "none") for seed in (1, 2))
     results = json.loads((other.path / "results.json").read_text())
     results["controls"]["length_only"]["rule"] = "the shorter response wins"
-    (other.path / "results.json").write_text(json.dumps(results))
+    (other.path / "results.json").write_text(json_text(results))
     (pooled,) = over_seeds([one, read_run(other.path)])
     control = pooled.results.controls["length_only"]
     # Chosen responses are the longer ones: right by the rule of seed 1, wrong by that of seed 2.

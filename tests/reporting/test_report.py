@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from plrhf.data.digests import json_text
 from plrhf.evaluation.metrics import summarise
 from plrhf.evaluation.results import Results
 from plrhf.reporting import comparison, report, tables
@@ -329,8 +330,8 @@ def test_what_another_model_left_is_named_and_not_shown(tmp_path: Path) -> None:
     assert "Generations" not in reader.text
     assert "Files of another model" in reader.text
     lines = (run_dir / "generations.jsonl").read_text().split("\n")
-    own = [json.dumps({**json.loads(line), "fingerprint": "f"}) for line in lines]
-    (run_dir / "generations.jsonl").write_text("\n".join(own))
+    own = [json_text({**json.loads(line), "fingerprint": "f"}) for line in lines]
+    (run_dir / "generations.jsonl").write_text("".join(own))
     _, reader = read_page(report.write_report(run_dir))
     assert "Generations" in reader.text and "Files of another model" not in reader.text
 
@@ -359,13 +360,13 @@ def test_the_nearest_vanilla_run_is_the_baseline(runs: Path, tmp_path: Path) -> 
             results["config"]["aggregator"]["site"] = "every_block"
         if name == "lookup":
             results["config"]["encoder"] = {"name": "lookup", "_target_": TARGETS["lookup"]}
-        (make / "results.json").write_text(json.dumps(results))
+        (make / "results.json").write_text(json_text(results))
     paths = [tmp_path / name for name in ("a-vanilla", "lookup", "z-vanilla")]
     frame = compare(paths, tmp_path / "out").frame.set_index("run")
     assert frame.loc["lookup", "baseline"] == "z-vanilla"
     other_data = json.loads((paths[2] / "results.json").read_text())
     other_data["config"]["data"]["pairs_per_user"] = 7
-    (paths[2] / "results.json").write_text(json.dumps(other_data))
+    (paths[2] / "results.json").write_text(json_text(other_data))
     frame = compare(paths, tmp_path / "out").frame.set_index("run")
     assert frame.loc["lookup", "baseline"] == "a-vanilla"
 
@@ -375,7 +376,7 @@ def test_rows_say_by_which_setting_they_differ(tmp_path: Path) -> None:
         run_dir = make_run(tmp_path / f"runs/{rank}", predictions(PERSONAL), encoder="lookup")
         results = json.loads((run_dir / "results.json").read_text())
         results["config"]["encoder"]["rank"] = rank
-        (run_dir / "results.json").write_text(json.dumps(results))
+        (run_dir / "results.json").write_text(json_text(results))
     made = compare(str(tmp_path / "runs" / "**"), tmp_path / "out")
     assert made.frame["others"].tolist()[:2] == ["encoder.rank=2", "encoder.rank=4"]
     words = (tmp_path / "out/comparison.md").read_text()
@@ -391,7 +392,7 @@ def test_another_model_is_not_told_apart_by_all_its_settings(tmp_path: Path) -> 
         run_dir = make_run(tmp_path / f"runs/{name}", predictions(PERSONAL), encoder="lookup")
         results = json.loads((run_dir / "results.json").read_text())
         results["config"]["model"] = {"name": name, alone: 1}
-        (run_dir / "results.json").write_text(json.dumps(results))
+        (run_dir / "results.json").write_text(json_text(results))
     frame = compare(str(tmp_path / "runs/*"), tmp_path / "out").frame
     shown = frame.set_index("run").loc[["reward", "dpo"], ["model", "others"]]
     assert shown.to_numpy().tolist() == [["reward", ""], ["dpo", ""]]

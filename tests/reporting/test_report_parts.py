@@ -28,6 +28,7 @@ from test_report import (
 )
 
 from plrhf.core.stats import Outcomes
+from plrhf.data.digests import json_text
 from plrhf.evaluation.few_shot import FewShotCurve
 from plrhf.evaluation.judges import JudgedRun
 from plrhf.evaluation.users import LearnedUsers
@@ -131,7 +132,7 @@ def whole(tmp_path: Path) -> Path:
         "probes": PROBES,
         "run": {"command": "python train.py a=<1>", "versions": {"x": "2.0"}},
     }
-    (run_dir / "results.json").write_text(json.dumps(results))
+    (run_dir / "results.json").write_text(json_text(results))
     return run_dir
 
 
@@ -265,7 +266,7 @@ def sweep_run(folder: Path, *, alpha: float, seed: int, encoder: str = "lookup")
     results["config"]["model"]["alpha"] = alpha
     results["config"]["data"]["seed"] = seed  # follows the run's, and is no axis
     results["config"]["run_dir"] = str(run_dir)
-    (run_dir / "results.json").write_text(json.dumps(results))
+    (run_dir / "results.json").write_text(json_text(results))
     return read_run(run_dir)
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeGuard
 
 from plrhf.core.errors import bad_value
+from plrhf.data.digests import content_hash
 from plrhf.data.reasons import Reason, Refusal, refusal
-from plrhf.data.rows import Features, content_hash
+from plrhf.data.rows import Features
 from plrhf.data.sources.base import Source, refuse_shared_prompts
 from plrhf.data.sources.files import HubFiles, data_files, files_by_stem, read_files
 from plrhf.data.sources.formats import Record

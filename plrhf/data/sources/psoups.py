@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plrhf.core.errors import bad_value
+from plrhf.data.digests import content_hash
 from plrhf.data.reasons import Reason, Refusal, refusal
-from plrhf.data.rows import content_hash
 from plrhf.data.sources.base import Source
 from plrhf.data.sources.files import data_files, files_by_stem, read_files
 from plrhf.data.sources.formats import Record

@@ -19,7 +19,8 @@ from pydantic import Field
 
 from plrhf.core.checks import NonNegativeInt, PositiveFloat, PositiveInt, check_arguments
 from plrhf.core.errors import bad_value
-from plrhf.data.rows import SPLITS, content_hash
+from plrhf.data.digests import content_hash
+from plrhf.data.rows import SPLITS
 from plrhf.data.sources.base import Source
 
 T = TypeVar("T")

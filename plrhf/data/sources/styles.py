@@ -16,7 +16,7 @@ import numpy as np
 
 from plrhf.core.checks import check_arguments
 from plrhf.core.errors import bad_value
-from plrhf.data.rows import content_hash
+from plrhf.data.digests import content_hash
 from plrhf.data.sources.simulated import TOPIC_STREAM, SimulatedSource, choose, divide
 from plrhf.data.style_attributes import ATTRIBUTES, POLES, measure
 from plrhf.data.style_texts import StyleText, read_texts

@@ -15,9 +15,9 @@ from typing import Any, Literal, TypeGuard
 import numpy as np
 
 from plrhf.core.errors import bad_value
+from plrhf.data.digests import content_hash
 from plrhf.data.reading import read_rows
 from plrhf.data.reasons import Reason, Refusal, refusal
-from plrhf.data.rows import content_hash
 from plrhf.data.sources.base import Source, refuse_shared_prompts
 from plrhf.data.sources.files import HubFiles, data_files, read_files
 from plrhf.data.sources.formats import Record

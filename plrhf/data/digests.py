@@ -1,0 +1,51 @@
+"""Digests by which a damaged or altered file is recognised: of whole files, and inside JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from plrhf.core.errors import bad_value
+
+DIGEST = "digest"
+"""Key of the digest of the other keys. JSON without it, as written by hand, is read unchecked."""
+
+
+def content_hash(*content: object) -> str:
+    """Hash JSON-able content to 16 hexadecimal digits, the same in every process."""
+    text = json.dumps(content, ensure_ascii=False, sort_keys=True)
+    # Sources hash text before it is checked, lone surrogates included.
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the BLAKE2b hash of a file's content, as 32 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def json_text(content: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """Return content as JSON with its digest (anew if it has one), and an end of line."""
+    plain = {name: value for name, value in content.items() if name != DIGEST}
+    sealed = {**plain, DIGEST: content_hash(plain)}
+    return json.dumps(sealed, indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def check_digest(place: str, text: bytes, cure: str) -> None:
+    """Raise a ValueError if JSON has a digest that is not that of its content.
+
+    Args:
+        place: the file, and the line in it. cure: how to get a whole one.
+    """
+    content = json.loads(text)
+    digest = content.pop(DIGEST, None)
+    if digest is not None and digest != content_hash(content):
+        raise bad_value(
+            f"{place} {DIGEST}",
+            digest,
+            "the digest of the content, which was damaged or altered",
+            f"{cure}, or remove the key {DIGEST} if you altered it yourself",
+        )

@@ -1,0 +1,332 @@
+"""Files of rows with many kinds of damage, and what reading them must do.
+
+    python tests/faults/fuzz_rows.py --files 3000
+
+Every file is read, or refused in one line. Of the rows that were not damaged none is lost: each is used,
+whatever stands in the rows around it. Prints the counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import io
+import json
+import random
+import resource
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plrhf.core.errors import BadValue
+from plrhf.data.reading import read_rows
+from plrhf.data.sources.jsonl import JsonlSource
+
+FORMATS = ("jsonl", "jsonl.gz", "json", "csv", "parquet")
+FIELDS = ("prompt", "chosen", "rejected", "user_id")
+
+VALUES: tuple[Any, ...] = (
+    *(
+        None,
+        "",
+        " \t",
+        0,
+        -1,
+        1.5,
+        float("nan"),
+        float("inf"),
+        10**400,
+        True,
+        [],
+        {},
+        ["a"],
+        {"a": 1},
+    ),
+    *(
+        "\x00",
+        "\x1b[2J",
+        "a\rb",
+        "a\nb",
+        "\n" * 5_000,
+        '"',
+        '""',
+        ",",
+        "'; DROP TABLE rows; --",
+        "=1+1",
+    ),
+    *(
+        "\ud800",
+        "\u2028",
+        "\u202eabc",
+        "\ufeff",
+        "é" * 3_000,
+        "x" * 10_000,
+        "<|endoftext|>",
+        "NaN",
+        "null",
+    ),
+    *({"role": "user"}, [{"role": "user", "content": None}], [{"role": 7, "content": "a"}]),
+    [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
+)
+"""What a field of a row may hold by mistake."""
+
+
+@dataclass
+class Found:
+    """Counts over all files, and what went wrong."""
+
+    files: int = 0
+    refused_files: int = 0
+    read: int = 0
+    used: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+
+
+def good_rows(draw: random.Random, count: int) -> list[dict[str, Any]]:
+    """Rows that can all be used, some with quotes, commas, line breaks and other alphabets."""
+    words = ["tea", "été", "日本", 'say "hi"', "a,b", "two\nlines", "🙂", "x;y", "'", "C:\\new"]
+
+    def text() -> str:
+        return " ".join(draw.choices(words, k=draw.randint(1, 6)))
+
+    rows = []
+    for number in range(count):
+        row = {
+            "prompt": text(),
+            "chosen": f"{text()} {number}",
+            "rejected": f"{text()} other {number}",
+        }
+        rows.append({**row, "user_id": f"u{draw.randint(0, 4)}"})
+    return rows
+
+
+def encoded(row: dict[str, Any], kind: str) -> bytes:
+    """One record as a line (or lines) of JSON or CSV."""
+    if kind == "csv":
+        line = io.StringIO(newline="")
+        csv.writer(line).writerow([row.get(name, "") for name in FIELDS])
+        return line.getvalue().encode(errors="surrogatepass")
+    return json.dumps(row, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
+
+
+def damaged_row(draw: random.Random, row: dict[str, Any], kind: str) -> bytes:
+    """One record with a mistake in it that ends where the record ends."""
+    way = draw.randrange(6)
+    if way == 0:
+        row = {**row, draw.choice(FIELDS): draw.choice(VALUES)}
+    elif way == 1:
+        row = {name: value for name, value in row.items() if name != draw.choice(FIELDS)}
+    elif way == 2:
+        row = {
+            **row,
+            draw.choice(["tie", "weight", "id\n", "", "\x1b[31m", "user_features"]): draw.choice(
+                VALUES
+            ),
+        }
+    line = encoded(row, kind)
+    body, end = line.rstrip(b"\r\n"), b"\r\n" if kind == "csv" else b"\n"
+    if way == 3:
+        cut = body[: draw.randint(0, len(body))]
+        # Within a quoted field of a CSV a cut leaves the quote open, see `stray_quote`.
+        body = cut if kind != "csv" or cut.count(b'"') % 2 == 0 else cut + b'"'
+    elif way == 4:
+        place = draw.randint(0, len(body))
+        body = body[:place] + bytes([draw.randint(128, 255)]) + body[place + 1 :]
+        if kind == "csv" and body.count(b'"') % 2 == 1:
+            body += b'"'
+    elif way == 5:
+        body = body + b',"more"' if kind == "csv" else b'{"prompt": ' * 3_000 + body
+    return body + end
+
+
+def text_file(draw: random.Random, kind: str) -> tuple[bytes, list[dict[str, Any]]]:
+    """A JSON lines or CSV file with some damaged records, and the rows that must survive."""
+    rows = good_rows(draw, draw.randint(6, 25))
+    kept, lines = [], []
+    for row in rows:
+        if draw.random() < 0.15:
+            lines.append(damaged_row(draw, row, kind))
+        else:
+            lines.append(encoded(row, kind))
+            kept.append(row)
+    header = ",".join(FIELDS).encode() + b"\r\n" if kind == "csv" else b""
+    mark = b"\xef\xbb\xbf" if draw.random() < 0.1 else b""
+    blank = b"\n" if draw.random() < 0.1 else b""
+    return mark + header + b"".join(lines) + blank, kept
+
+
+def stray_quote(draw: random.Random) -> tuple[bytes, list[dict[str, Any]]]:
+    """A CSV file in one of whose rows a quote opens and never closes, and the other rows."""
+    rows = [
+        {name: value.replace("\n", " ").replace('"', "") for name, value in row.items()}
+        for row in good_rows(draw, 40)
+    ]
+    bad = draw.randrange(len(rows))
+    lines = [encoded(row, "csv") for row in rows]
+    lines[bad] = b'"' + lines[bad]
+    return ",".join(FIELDS).encode() + b"\r\n" + b"".join(lines), rows[:bad] + rows[bad + 1 :]
+
+
+def parquet_file(draw: random.Random, path: Path) -> list[dict[str, Any]]:
+    """Write a parquet file whose columns may have odd types; returns the rows that must survive."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = good_rows(draw, draw.randint(6, 25))
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in FIELDS}
+    kept = rows
+    if draw.random() < 0.6:
+        bad = draw.randrange(len(rows))
+        columns[draw.choice(FIELDS)][bad] = None
+        kept = rows[:bad] + rows[bad + 1 :]
+    if draw.random() < 0.3:
+        values = [draw.randint(-(2**52), 2**52) for _ in rows]
+        columns["when"] = pyarrow.array(values, type=pyarrow.timestamp("s"))
+    if draw.random() < 0.3:
+        columns["user_id"] = [None if one is None else one.encode() for one in columns["user_id"]]
+    table = pyarrow.table(columns)
+    pyarrow.parquet.write_table(table, path)
+    return kept
+
+
+def broken(draw: random.Random, content: bytes) -> bytes:
+    """A whole file that was cut, has flipped bytes, or is in another encoding."""
+    way = draw.randrange(5)
+    if way == 0:
+        return content[: draw.randint(0, len(content))]
+    if way == 1:
+        changed = bytearray(content)
+        for _ in range(draw.randint(1, 8)):
+            changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
+        return bytes(changed)
+    if way == 2:
+        start = draw.randint(0, len(content))
+        return content[:start] + draw.randbytes(draw.randint(1, 200)) + content[start:]
+    if way == 3:
+        return content.decode(errors="replace").encode(
+            draw.choice(["utf-16", "utf-32", "latin-1"]), "replace"
+        )
+    return content + content
+
+
+def read_one(path: Path, kept: list[dict[str, Any]] | None, found: Found) -> None:
+    """Read a file and count; note a fault where a rule is broken.
+
+    Args:
+        kept: rows that must be used; None: the file as a whole is broken, and any may be lost.
+    """
+    found.files += 1
+    try:
+        rows, report = read_rows(JsonlSource(path=str(path)).records())
+        said = report.lines()
+        found.read += report.read
+        found.used += len(rows)
+        found.refused.update(report.refused)
+        if report.read != len(rows) + sum(report.refused.values()):
+            found.faults.append(
+                f"{path.name}: {report.read} read, {len(rows)} used, {report.refused}"
+            )
+        if not all(line.isprintable() for line in said):
+            found.faults.append(f"{path.name}: control characters on the terminal")
+        if kept is not None:
+            used = Counter((row.chosen, row.rejected, row.user_id) for row in rows)
+            lost = [
+                one for one in kept if used[one["chosen"], one["rejected"], one["user_id"]] == 0
+            ]
+            if len(lost) > 0:
+                found.faults.append(
+                    f"{path.name}: {len(lost)} of {len(kept)} good rows lost: {said}"
+                )
+    except BadValue as error:
+        found.refused_files += 1
+        if "\n" in str(error):
+            found.faults.append(f"{path.name}: refused in more than one line")
+        if kept is not None and len(kept) > 0:
+            found.faults.append(f"{path.name}: refused whole: {error}")
+    except Exception as error:
+        found.faults.append(f"{path.name}: {type(error).__name__}: {error}")
+
+
+def fuzz(folder: Path, n_files: int, seed: int) -> Found:
+    """Write and read files of all formats in turn; faulty ones stay in the folder."""
+    draw, found = random.Random(seed), Found()
+    for number in range(n_files):
+        kind = FORMATS[number % len(FORMATS)]
+        path, before = folder / f"{number}.{kind}", len(found.faults)
+        whole = draw.random() < 0.3
+        if kind == "parquet":
+            kept: Any = parquet_file(draw, path)
+            content = path.read_bytes()
+        elif kind == "json":
+            rows = good_rows(draw, draw.randint(6, 25))
+            bad = draw.randrange(len(rows))
+            kept = rows[:bad] + rows[bad + 1 :]
+            rows[bad] = draw.choice(VALUES)
+            content = json.dumps(rows).encode()
+        elif kind == "csv" and draw.random() < 0.3:
+            content, kept = stray_quote(draw)
+        else:
+            content, kept = text_file(draw, kind.split(".")[0])
+        if whole:
+            content, kept = broken(draw, content), None
+        write: Callable[[bytes], bytes] = gzip.compress if kind.endswith("gz") else bytes
+        packed = write(content)
+        if kind.endswith("gz") and whole and draw.random() < 0.5:
+            packed = broken(draw, packed)
+        path.write_bytes(packed)
+        read_one(path, kept, found)
+        if len(found.faults) == before:
+            path.unlink()
+    return found
+
+
+def bombs(folder: Path) -> Found:
+    """Read files that unpack to one line of 2 GB, or to ten million empty lines."""
+    found = Found()
+    good = encoded(good_rows(random.Random(0), 1)[0], "jsonl")
+    for name, filler, n_blocks in (
+        ("zeros", b"0", 2_000),
+        ("open", b'{"prompt": "', 2_000),
+        ("lines", b"\n", 10),
+    ):
+        path = folder / f"{name}.jsonl.gz"
+        with gzip.open(path, "wb", compresslevel=1) as file:
+            block = (filler * (2**20 // len(filler) + 1))[: 2**20]
+            for _ in range(n_blocks):
+                file.write(block)
+            file.write(b"\n" + good)
+        read_one(path, None, found)
+    return found
+
+
+def main() -> None:
+    """Fuzz as many files as the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--files", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bombs", action="store_true", help="read gzip bombs of 2 GB too")
+    args = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="fuzz"))
+    found = fuzz(folder, args.files, args.seed)
+    print(f"{found.files:,} files, {found.refused_files:,} refused in one line")
+    print(
+        f"{found.read:,} rows read, {found.used:,} used, {sum(found.refused.values()):,} refused:"
+    )
+    for reason, count in found.refused.most_common():
+        print(f"  {count:,} {reason}")
+    if args.bombs:
+        found.faults += bombs(folder).faults
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"peak memory {peak:,.0f} MiB; faults: {len(found.faults)}")
+    for fault in found.faults[:40]:
+        print(f"  {fault[:300]}")
+    print(f"faulty files are in {folder}")
+
+
+if __name__ == "__main__":
+    main()

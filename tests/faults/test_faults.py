@@ -1,0 +1,108 @@
+"""Damaged files: fuzzed rows, and single flipped bits in every kind of file that is read."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fuzz_rows import fuzz
+from torch import Tensor
+
+from plrhf.core.errors import BadValue
+from plrhf.data.cache_files import cache_file, intact_files
+from plrhf.evaluation.generations import read_generations
+from plrhf.evaluation.records import read_record, read_settings
+from plrhf.evaluation.results import read_results
+from plrhf.evaluation.users import LearnedUsers
+from plrhf.models.card import read_card
+from plrhf.models.export import check_files
+from plrhf.reporting.runs import read_run
+from plrhf.training.checkpoints import read_checkpoint
+
+FLIPS = 25
+"""Bits that are flipped in each file."""
+
+
+def test_no_row_is_lost_and_no_file_crashes(tmp_path: Path) -> None:
+    """3,000 files: python tests/faults/fuzz_rows.py"""
+    found = fuzz(tmp_path, 300, seed=7)
+    assert found.faults == []
+    assert found.used > 2_000 and sum(found.refused.values()) > 200  # it does damage rows
+    assert found.read == found.used + sum(found.refused.values())
+
+
+def files_read(run: Path) -> Iterator[tuple[Path, Callable[[], Any]]]:
+    """Each file of a run, and what reads it; of an export, what compares it with its digest."""
+    export = run / "export"
+    yield run / "config.yaml", lambda: read_settings(run / "config.yaml")
+    yield run / "results.json", lambda: read_results(run).model_dump()
+    yield run / "predictions.parquet", lambda: read_run(run).predictions.to_dict()
+    yield run / "users.json", lambda: read_record(run / "users.json", LearnedUsers).model_dump()
+    yield run / "checkpoints/last.ckpt", lambda: read_checkpoint(run / "checkpoints/last.ckpt")
+    texts = run / "generations.jsonl"
+    if texts.is_file():
+        yield texts, lambda: [one.model_dump() for one in read_generations(texts)]
+    yield export / "plrhf.json", lambda: vars(read_card(export))
+    for path in sorted(export.rglob("*")):
+        if path.is_file() and path.name not in ("plrhf.json", "README.md"):
+            yield path, lambda: check_files(export, read_card(export))
+
+
+def plain(value: Any) -> Any:
+    """The value with lists for tensors."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def outcome(read: Callable[[], Any]) -> str | None:
+    """What was read, as text; None if it was refused in one line."""
+    try:
+        return repr(plain(read()))
+    except BadValue as error:
+        assert "\n" not in str(error)
+        return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["reward_run", "policy_run"])
+def test_no_flipped_bit_is_used_silently(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    run, draw = tmp_path / "run", random.Random(3)
+    shutil.copytree(request.getfixturevalue(which), run)
+    silent, n_refused = [], 0
+    for path, read in files_read(run):
+        whole, before = path.read_bytes(), outcome(read)
+        assert before is not None, path
+        for _ in range(FLIPS):
+            place, bit = draw.randrange(len(whole)), draw.randrange(8)
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << bit
+            path.write_bytes(flipped)
+            after = outcome(read)
+            n_refused += after is None
+            by_digest = path.parent.name in ("export", "backbone") and path.name != "plrhf.json"
+            if after is not None and (by_digest or after != before):
+                silent.append(f"{path.name}, bit {bit} of byte {place}")
+        path.write_bytes(whole)
+    assert silent == []
+    assert n_refused > 200
+
+
+def test_a_flipped_bit_in_a_cache_is_found(tmp_path: Path) -> None:
+    draw = random.Random(5)
+    for _ in range(FLIPS):
+        with cache_file(tmp_path, "tokens", ".arrow") as part:
+            part.write_bytes(draw.randbytes(2_000))
+        (path,) = intact_files(tmp_path, "tokens", ".arrow")
+        flipped = bytearray(path.read_bytes())
+        flipped[draw.randrange(2_000)] ^= 1 << draw.randrange(8)
+        path.write_bytes(flipped)
+        assert intact_files(tmp_path, "tokens", ".arrow") == []
