@@ -72,6 +72,8 @@ API = """# API
 
 ::: plrhf.models.policy.PersonalDPOPolicy
 
+::: plrhf.models.grpo.PersonalGRPOPolicy
+
 ::: plrhf.models.base.PersonalModule
 
 ::: plrhf.models.inference

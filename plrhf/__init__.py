@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from plrhf.encoders import UserEncoder
     from plrhf.models.adaptation import adapt
     from plrhf.models.enrolment import enrol, forget
+    from plrhf.models.grpo import PersonalGRPOPolicy
     from plrhf.models.inference import load
     from plrhf.models.policy import PersonalDPOPolicy
     from plrhf.models.reward import PersonalRewardModel
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Aggregator",
     "PersonalDPOPolicy",
+    "PersonalGRPOPolicy",
     "PersonalRewardModel",
     "UserEncoder",
     "adapt",
@@ -29,6 +31,7 @@ __all__ = [
 MODULES = {
     "Aggregator": "plrhf.aggregators",
     "PersonalDPOPolicy": "plrhf.models.policy",
+    "PersonalGRPOPolicy": "plrhf.models.grpo",
     "PersonalRewardModel": "plrhf.models.reward",
     "UserEncoder": "plrhf.encoders",
     "adapt": "plrhf.models.adaptation",

@@ -29,6 +29,7 @@ from plrhf.data.tokenizer import Tokenizer
 from plrhf.evaluation.generations import requested_users
 from plrhf.models.base import PersonalModule
 from plrhf.models.card import Card
+from plrhf.models.grpo import PersonalGRPOPolicy
 from plrhf.models.loading import build_model
 from plrhf.training.loggers import build_loggers
 from plrhf.training.trainer import build_trainer
@@ -151,3 +152,24 @@ def check_model(config: RunConfig, data: PreferenceData) -> None:
     )
     model = build_run_model(config, data, backbone, "")
     requested_users(model.card, config.samples)
+    open_reward(model, data)
+
+
+def open_reward(model: PersonalModule, data: PreferenceData) -> None:
+    """Load the reward model of a policy that learns from one, and say by what its texts are judged.
+
+    Raises:
+        ValueError: there is none, or it was trained on other users.
+    """
+    if not isinstance(model, PersonalGRPOPolicy):
+        return
+    model.open_reward()
+    model.true_score = data.source.true_score
+    run = Path(str(model.reward))
+    if (run / "config.yaml").is_file():
+        world = build(RunConfig.of_run(run).data.source, "data", kind=Source).world()
+        if world != data.source.world():  # where the same ids are of other people
+            allowed = "a reward model trained on the same world, as its users are other people"
+            raise bad_value(
+                "model.reward", str(run), allowed, "Train one on the same data and seed"
+            )

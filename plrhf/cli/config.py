@@ -360,6 +360,12 @@ def _check_processes(config: RunConfig) -> None:
         )
     if zero3 is None:
         return
+    if model.get("name") == "grpo":
+        allowed, cure = (
+            "another under trainer.zero3, which shards weights",
+            "Set trainer.zero3=null",
+        )
+        raise bad_value("model", "grpo", allowed, cure)
     if config.backbone.compiled:
         raise bad_value(
             "backbone.compiled",

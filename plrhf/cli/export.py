@@ -10,7 +10,7 @@ from plrhf.cli.config import Section, check_writable
 from plrhf.core.components import Settings
 from plrhf.core.errors import bad_value
 from plrhf.models.merging import save_merged
-from plrhf.models.policy import PersonalDPOPolicy
+from plrhf.models.policy import PersonalPolicy
 from plrhf.models.vllm import save_for_vllm
 
 
@@ -38,8 +38,8 @@ def export(settings: Settings) -> None:
         trust_components=config.trust_components,
         trust_remote_code=config.trust_components,
     )
-    if not isinstance(model, PersonalDPOPolicy):
-        cure = "Give the run of a policy (model=dpo)"
+    if not isinstance(model, PersonalPolicy):
+        cure = "Give the run of a policy (model=dpo or grpo)"
         raise bad_value("run", config.run, "a policy, as only texts can be written plainly", cure)
     if config.to == "vllm":
         if config.user is not None:

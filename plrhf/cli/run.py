@@ -17,6 +17,7 @@ from plrhf.cli.assemble import (
     build_run_trainer,
     check_model,
     open_backbone,
+    open_reward,
     print_lines,
 )
 from plrhf.cli.commands import command_line
@@ -40,6 +41,7 @@ from plrhf.data.module import PreferenceData
 from plrhf.data.own_pairs import draw_context
 from plrhf.evaluation.generations import requested_rows, write_generations
 from plrhf.evaluation.metrics import personal_gain
+from plrhf.evaluation.overoptimisation import overoptimised
 from plrhf.evaluation.predictions import PrepareData, predict, prepare, runner_with_weights
 from plrhf.evaluation.probes import probe
 from plrhf.evaluation.results import (
@@ -53,7 +55,7 @@ from plrhf.evaluation.users import write_users
 from plrhf.models.base import PersonalModule
 from plrhf.models.context import store_vectors
 from plrhf.models.export import README, add_note, save_export
-from plrhf.models.policy import PersonalDPOPolicy
+from plrhf.models.policy import PersonalPolicy
 from plrhf.reporting import report, tables
 from plrhf.training.loggers import log_settings, log_test_results
 from plrhf.training.processes import launched_processes, rank_shard_of, sharding_context
@@ -93,8 +95,9 @@ def train(settings: Settings) -> float | None:
 
 def print_plan(config: RunConfig) -> None:
     """Print the plan of a run. Weights are not read, and data only if users must be counted."""
-    if config.is_supervised:
-        raise bad_value("plan", True, "false for model=sft", "Plan model=reward or model=dpo")
+    if config.model.get("name") in ("sft", "grpo"):
+        allowed = f"false for model={config.model['name']}"
+        raise bad_value("plan", True, allowed, "Plan model=reward or model=dpo")
     machine = config.plan_for
     if machine.users is None:
         data = build_data(config.data)
@@ -136,8 +139,9 @@ def train_personal(
                 most=model.encoder.max_pairs,
                 seed=config.data.seed,
             )
-        if isinstance(model, PersonalDPOPolicy):
+        if isinstance(model, PersonalPolicy):
             requested_rows(model, data, config.samples)
+        open_reward(model, data)
         probes = probe(data.splits)
         print_lines(data.tokenizing_notes())
         _print_notes(probes["warnings"], data.padding())
@@ -147,6 +151,7 @@ def train_personal(
         trainer.callbacks.append(before)  # type: ignore[attr-defined]
         fit(model, data, trainer, resume_from=None if resume is None else resume.path)
         model.check_finite()
+        warn_if_overoptimised(Path(config.run_dir), probes)
         if model.encoder.reads_context:
             runner_with_weights(model, trainer)(store_vectors, model, data)
         outputs = Outputs(debug=config.debug)
@@ -179,7 +184,7 @@ def evaluate_run(
     ask = runner_with_weights(model, trainer)
     with outputs.writing(run_dir / "users.json"):
         ask(write_users, run_dir / "users.json", model, data, fingerprint)
-    if isinstance(model, PersonalDPOPolicy):
+    if isinstance(model, PersonalPolicy):
         lightning.seed_everything(config.seed, verbose=False)  # all processes draw alike
         texts = run_dir / "generations.jsonl"
         with outputs.writing(texts):
@@ -188,6 +193,15 @@ def evaluate_run(
         with outputs.writing(run_dir / "report.html"):
             report.write_report(run_dir)
             print(f"report: {run_dir / 'report.html'}")
+
+
+@rank_zero_only
+def warn_if_overoptimised(run_dir: Path, probes: dict[str, Any]) -> None:
+    """Add a warning to `probes` if a policy has come to exploit its reward model, and print it."""
+    found = overoptimised(pd.read_csv(run_dir / "metrics.csv"))
+    if found is not None:
+        probes["warnings"].append(found)
+        print(f"warning: {found}")
 
 
 @rank_zero_only

@@ -21,7 +21,7 @@ from plrhf.evaluation.records import read_record
 from plrhf.evaluation.users import LearnedUsers
 from plrhf.models.base import PersonalModule
 from plrhf.models.inference import load
-from plrhf.models.policy import PersonalDPOPolicy
+from plrhf.models.policy import PersonalPolicy
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.serving.app import build_app
 from plrhf.serving.engine import Engine
@@ -97,7 +97,7 @@ def build_service(config: ServeConfig) -> Service:
     models = [_load(config.run, config)]
     if config.reward is not None:
         models.append(_load(config.reward, config))
-        wanted = (("run", PersonalDPOPolicy, "dpo"), ("reward", PersonalRewardModel, "reward"))
+        wanted = (("run", PersonalPolicy, "dpo"), ("reward", PersonalRewardModel, "reward"))
         for model, (name, kind, word) in zip(models, wanted, strict=True):
             if not isinstance(model, kind):
                 raise bad_value(
@@ -124,7 +124,7 @@ def build_service(config: ServeConfig) -> Service:
         )
         for model, name in zip(models, names, strict=False)
     ]
-    policy = served[0] if isinstance(models[0], PersonalDPOPolicy) else None
+    policy = served[0] if isinstance(models[0], PersonalPolicy) else None
     reward = served[-1] if isinstance(models[-1], PersonalRewardModel) else None
     return Service(people, policy, reward, Options(max_tokens=config.max_tokens, ask=config.ask))
 

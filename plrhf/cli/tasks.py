@@ -40,7 +40,7 @@ from plrhf.evaluation.results import (
 from plrhf.evaluation.users import write_users
 from plrhf.models.base import PersonalModule
 from plrhf.models.card import Card, read_card
-from plrhf.models.policy import PersonalDPOPolicy
+from plrhf.models.policy import PersonalPolicy
 from plrhf.reporting import comparison, comparison_page, report, tables
 from plrhf.reporting.over_seeds import seeds_table
 
@@ -97,8 +97,10 @@ def write(config: EvalConfig) -> None:
     texts: GenerationOptions = config.task
     run = finished_run(config)
     model, data, _, trained = load_run(run, config)
-    if not isinstance(model, PersonalDPOPolicy):
-        raise bad_value("run", str(run), "a run of model=dpo", "Give a run that trained a policy")
+    if not isinstance(model, PersonalPolicy):
+        raise bad_value(
+            "run", str(run), "a run of model=dpo or grpo", "Give a run that trained a policy"
+        )
     out = Path(config.out or run)
     out.mkdir(parents=True, exist_ok=True)
     lightning.seed_everything(trained.seed if config.seed is None else config.seed, verbose=False)

@@ -26,7 +26,7 @@ from plrhf.evaluation.records import Record, read_lines, write_text
 from plrhf.models.base import PersonalModule
 from plrhf.models.card import Card
 from plrhf.models.generation import check_options, check_room, generate
-from plrhf.models.policy import PersonalDPOPolicy
+from plrhf.models.policy import PersonalPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ def requested_rows(
 
 def write_generations(
     path: Path,
-    model: PersonalDPOPolicy,
+    model: PersonalPolicy,
     data: PreferenceData,
     texts: GenerationOptions,
     fingerprint: str | None = None,
@@ -199,7 +199,7 @@ def write_generations(
 
 @torch.no_grad()
 def reference_logps(
-    model: PersonalDPOPolicy, data: PreferenceData, rows: Sequence[Row], responses: Sequence[str]
+    model: PersonalPolicy, data: PreferenceData, rows: Sequence[Row], responses: Sequence[str]
 ) -> list[float]:
     """Return the mean log-probability of a token of each response under the reference, in nats.
 
@@ -224,7 +224,7 @@ def reference_logps(
 
 
 def _responses(
-    model: PersonalDPOPolicy, data: PreferenceData, texts: GenerationOptions, asked: Sequence[Row]
+    model: PersonalPolicy, data: PreferenceData, texts: GenerationOptions, asked: Sequence[Row]
 ) -> dict[str, list[str]]:
     """Return the responses to the rows asked, by writer."""
     how: dict[str, Any] = {

@@ -23,7 +23,7 @@ from plrhf.data.text_value_cache import TextValueCache, text_values_key
 from plrhf.data.text_values import compute_text_values
 from plrhf.models.base import PersonalModule
 from plrhf.models.context import context_features, reusable_context_features
-from plrhf.models.policy import PersonalDPOPolicy
+from plrhf.models.policy import PersonalDPOPolicy, PersonalPolicy
 from plrhf.models.reward import PersonalRewardModel
 
 
@@ -72,7 +72,7 @@ def prepare(
         if model.needs_only_pooled and pooled:
             assert isinstance(model, PersonalRewardModel | PersonalDPOPolicy)
             data.precompute_hidden(ask(model.pooled_trunk), cache("pooled", model.pooled_name))
-        elif isinstance(model, PersonalDPOPolicy):
+        elif isinstance(model, PersonalPolicy):
             head = "head in float32" if model.head_in_float32 else "head as the model"
             data.precompute_reference(ask(model.reference_logps), cache("reference", head))
         if model.encoder.reads_context and train is not None:

@@ -265,13 +265,15 @@ class PersonalModule(LightningModule):
         self.reduction.record(batch.user_id, pair_losses)
         correct = 0.5 * (margins.detach().sign() + 1)  # ties count one half, as in validation
         loss = batch.mean(pair_losses if weights is None else weights * pair_losses)
-        text_penalty = self.aggregator.penalty()
-        # Both are about users, so they have the weight of the user-specific loss.
-        if user_penalty is not None:
-            loss = loss + self.alpha * self.encoder.penalty_weight * batch.mean(user_penalty)
-        if text_penalty is not None:
-            loss = loss + self.alpha * self.aggregator.penalty_weight * text_penalty
-        return loss, batch.mean(correct)
+        return loss + self.penalties(batch, user_penalty), batch.mean(correct)
+
+    def penalties(self, batch: PreferenceBatch, of_users: Tensor | None) -> Tensor | float:
+        """Sum the penalties of encoder, [B], and aggregator, with the weight of the user-specific loss."""
+        alpha, of_texts = self.alpha, self.aggregator.penalty()
+        weight = alpha * self.encoder.penalty_weight
+        total = 0.0 if of_users is None else weight * batch.mean(of_users)
+        weight = alpha * self.aggregator.penalty_weight
+        return total if of_texts is None else total + weight * of_texts
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         loss, accuracy = self.training_loss(batch)

@@ -238,7 +238,7 @@ def _model_card(card: Card) -> ModelCard:
         tags=["personalised-rlhf", "preference-learning", str(card.model["name"])],
     )
     base = f"`{path}`" if is_on_hub else "shipped" if card.ships_backbone else "a local model"
-    method = "write" if card.model["name"] == "dpo" else "score"
+    method = "write" if card.model["name"] in ("dpo", "grpo") else "score"
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n"
         f"# A personalised {'policy' if method == 'write' else 'reward model'}\n\n"

@@ -66,7 +66,7 @@ def generate(
         of_users = None
         if users is not None:
             of_users = UserBatch(user_id=users.user_id[at], features=users.features[at])
-        with model.autocast(), _seeded(None if seed is None else seed + start, device):
+        with model.autocast(), seeded(None if seed is None else seed + start, device):
             tokens = _generate_batch(
                 model,
                 tokenizer,
@@ -204,7 +204,7 @@ def text_ends(backbone: Backbone, tokenizer: Tokenizer) -> list[int]:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     """Seed the random generators in this context, and restore them afterwards; None changes nothing."""
     if seed is None:
         yield

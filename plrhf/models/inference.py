@@ -41,7 +41,7 @@ from plrhf.models.pair_batches import (
 
 if TYPE_CHECKING:
     from plrhf.models.base import PersonalModule
-    from plrhf.models.policy import PersonalDPOPolicy
+    from plrhf.models.policy import PersonalPolicy
     from plrhf.models.reward import PersonalRewardModel
 
 Asked = Sequence[Mapping[str, Any]]
@@ -141,7 +141,7 @@ def _rewards(
         return compute_per_pair(rewards, batches, model.device)
 
 
-def write(model: PersonalDPOPolicy, asked: Asked, **how: Any) -> list[str]:
+def write(model: PersonalPolicy, asked: Asked, **how: Any) -> list[str]:
     """Generate N texts, each for its user, many users in one batch.
 
     Args:

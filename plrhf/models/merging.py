@@ -23,11 +23,11 @@ from plrhf.core.types import GENERIC_USER, UserBatch
 from plrhf.data.parsing import parse_row
 
 if TYPE_CHECKING:
-    from plrhf.models.policy import PersonalDPOPolicy
+    from plrhf.models.policy import PersonalPolicy
 
 
 def save_merged(
-    model: PersonalDPOPolicy,
+    model: PersonalPolicy,
     directory: Path,
     *,
     user: str | None,
@@ -74,7 +74,7 @@ def save_merged(
 
 
 def user_vector(
-    model: PersonalDPOPolicy, user: str | None, features: Mapping[str, float | str] | None
+    model: PersonalPolicy, user: str | None, features: Mapping[str, float | str] | None
 ) -> Tensor:
     """Compute the vector [D] of a user."""
     index = GENERIC_USER if user is None else model.card.user_index(user)

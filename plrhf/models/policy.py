@@ -1,4 +1,4 @@
-"""The personalised policy, trained by direct preference optimisation (DPO)."""
+"""The personalised policy, and its training by direct preference optimisation (DPO)."""
 
 from __future__ import annotations
 
@@ -15,54 +15,32 @@ from plrhf.backbone.precision import unembed_in_float32
 from plrhf.core import losses
 from plrhf.core.checks import PositiveFloat, check_arguments
 from plrhf.core.errors import bad_value
-from plrhf.core.logprobs import response_logps
+from plrhf.core.logprobs import sum_by_response, token_logps
 from plrhf.core.types import PreferenceBatch
 from plrhf.models.base import PersonalModule
 from plrhf.models.inference import Asked, write
 
 
 @check_arguments("model")
-class PersonalDPOPolicy(PersonalModule):
-    """Generates text for a user, pi(y | x, u), by P-DPO of arXiv 2402.05133.
+class PersonalPolicy(PersonalModule):
+    """Generates text for a user, pi(y | x, u).
 
-    The margin is beta * (log-ratio of chosen - log-ratio of rejected), in nats; the reference has no
-    users. The reference is the same backbone with its adapters off, so there is no second model in
-    memory.
+    The reference is the same backbone with its adapters off, so there is no second model in memory. It
+    has no users. The margin of a pair is its implicit reward difference, beta * (log-ratio of chosen -
+    log-ratio of rejected), in nats (Rafailov et al. 2023, arXiv 2305.18290).
 
     Args:
-        beta: how strongly the policy is tied to the reference. loss: see `losses.dpo`.
-        label_smoothing: probability that a choice is flipped, for ``cdpo`` only.
-        first_order: learn from log-ratios to first order in the users' scale and shift, around the
-            reference. They need no text but the gradients of each response's log-probability, which
-            are computed once, so an epoch takes as long as a reward model's on frozen features. With
-            backbone.trainable=frozen and aggregator=film only.
-        parts: see `PersonalModule`.
+        beta: how strongly the policy is tied to the reference. parts: see `PersonalModule`.
 
     Raises:
         ValueError: the backbone is not causal, has no frozen weights to serve as reference, or nothing
             can be learned.
     """
 
-    def __init__(
-        self,
-        *,
-        beta: PositiveFloat = 0.1,
-        loss: Literal["sigmoid", "ipo", "hinge", "cdpo"] = "sigmoid",
-        label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0,
-        first_order: bool = False,
-        **parts: Any,
-    ) -> None:
+    def __init__(self, *, beta: PositiveFloat = 0.1, **parts: Any) -> None:
         super().__init__(**parts)
-        self.first_order = first_order
+        self.beta = beta
         self._check_parts()
-        if label_smoothing > 0 and loss != "cdpo":
-            raise bad_value(
-                "model.label_smoothing",
-                label_smoothing,
-                f"0 with model.loss={loss}, which does not use it",
-                "Set model.loss=cdpo, or model.label_smoothing=0",
-            )
-        self.beta, self.dpo_loss, self.label_smoothing = beta, loss, label_smoothing
 
     def _check_parts(self) -> None:
         """Raise a ValueError if the parts do not form a policy that can learn."""
@@ -98,13 +76,6 @@ class PersonalDPOPolicy(PersonalModule):
                 "lora or frozen, as the reference is the model without its adapters",
                 "Set backbone.trainable=lora",
             )
-        if self.first_order and not self._is_first_order_possible():
-            raise bad_value(
-                "model.first_order",
-                True,
-                "false, unless users alone are learned and act by FiLM",
-                "Set backbone.trainable=frozen aggregator=film, and an encoder that reads no pairs",
-            )
         if not any(one.requires_grad for one in self.parameters()):
             raise bad_value(
                 "backbone.trainable",
@@ -112,11 +83,6 @@ class PersonalDPOPolicy(PersonalModule):
                 "lora, as with encoder=none a frozen policy has nothing to learn",
                 "Set backbone.trainable=lora, or encoder=lookup",
             )
-
-    def _is_first_order_possible(self) -> bool:
-        """Return whether log-ratios depend on what FiLM is given alone, and not on learned weights."""
-        is_frozen = self.backbone.trainable == "frozen" and not self.encoder.reads_context
-        return is_frozen and isinstance(self.aggregator, FiLM)
 
     def write(self, asked: Asked, **how: Any) -> list[str]:
         """Generate texts for users; see `inference.write`."""
@@ -145,16 +111,81 @@ class PersonalDPOPolicy(PersonalModule):
 
     def logps(self, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
         """Compute response log-probabilities [B, 2] float32, in nats, from hidden states [R, L, d]."""
+        return sum_by_response(self.token_logps(hidden, batch), batch.segment, len(batch))
+
+    def token_logps(self, hidden: Tensor, batch: PreferenceBatch) -> Tensor:
+        """Compute the log-probability of each response token, [R, L] float32 in nats, 0 elsewhere."""
         wide = self.head_in_float32
-        return response_logps(
+        return token_logps(
             hidden.float() if wide else hidden,
             batch.input_ids,
             batch.segment,
             unembed_in_float32(self.backbone) if wide else self.backbone.unembed,
-            n_pairs=len(batch),
             constant=self.backbone.unembedding_is_constant,
             index=batch.index,
         )
+
+    def reference_logps(self, batch: PreferenceBatch) -> Tensor:
+        """Compute response log-probabilities [B, 2] of the reference, in nats, without gradient."""
+        with self.backbone.reference():
+            return self.logps(self.trunk(batch), batch)
+
+    def trunk(self, batch: PreferenceBatch) -> Tensor:
+        """Compute the last hidden states of the text alone, [R, L, d]."""
+        return self.backbone.read_text(batch)
+
+    def margins(
+        self, hidden: Tensor, batch: PreferenceBatch, user: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        reference = self.reference_logps(batch) if batch.ref_logps is None else batch.ref_logps
+        logits = torch.stack(
+            [losses.dpo_logits(self.logps(of_context, batch), reference) for of_context in hidden]
+        )  # [C, B]
+        return self.beta * logits, logits
+
+
+@check_arguments("model")
+class PersonalDPOPolicy(PersonalPolicy):
+    """Learns a policy from pairs by P-DPO of arXiv 2402.05133.
+
+    Args:
+        loss: see `losses.dpo`. label_smoothing: probability that a choice is flipped, for ``cdpo`` only.
+        first_order: learn from log-ratios to first order in the users' scale and shift, around the
+            reference. They need no text but the gradients of each response's log-probability, which
+            are computed once, so an epoch takes as long as a reward model's on frozen features. With
+            backbone.trainable=frozen and aggregator=film only.
+        policy: see `PersonalPolicy`.
+    """
+
+    def __init__(
+        self,
+        *,
+        loss: Literal["sigmoid", "ipo", "hinge", "cdpo"] = "sigmoid",
+        label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0,
+        first_order: bool = False,
+        **policy: Any,
+    ) -> None:
+        super().__init__(**policy)
+        if label_smoothing > 0 and loss != "cdpo":
+            raise bad_value(
+                "model.label_smoothing",
+                label_smoothing,
+                f"0 with model.loss={loss}, which does not use it",
+                "Set model.loss=cdpo, or model.label_smoothing=0",
+            )
+        self.dpo_loss, self.label_smoothing, self.first_order = loss, label_smoothing, first_order
+        if self.first_order and not self._is_first_order_possible():
+            raise bad_value(
+                "model.first_order",
+                True,
+                "false, unless users alone are learned and act by FiLM",
+                "Set backbone.trainable=frozen aggregator=film, and an encoder that reads no pairs",
+            )
+
+    def _is_first_order_possible(self) -> bool:
+        """Return whether log-ratios depend on what FiLM is given alone, and not on learned weights."""
+        is_frozen = self.backbone.trainable == "frozen" and not self.encoder.reads_context
+        return is_frozen and isinstance(self.aggregator, FiLM)
 
     @property
     def needs_only_pooled(self) -> bool:
@@ -185,24 +216,6 @@ class PersonalDPOPolicy(PersonalModule):
         with torch.autocast(user.device.type, enabled=False):
             ratios = self._film().first_order(batch.hidden, batch.texts, user)  # [C, B, 2]
         logits = ratios[..., 0] - ratios[..., 1]
-        return self.beta * logits, logits
-
-    def reference_logps(self, batch: PreferenceBatch) -> Tensor:
-        """Compute response log-probabilities [B, 2] of the reference, in nats, without gradient."""
-        with self.backbone.reference():
-            return self.logps(self.trunk(batch), batch)
-
-    def trunk(self, batch: PreferenceBatch) -> Tensor:
-        """Compute the last hidden states of the text alone, [R, L, d]."""
-        return self.backbone.read_text(batch)
-
-    def margins(
-        self, hidden: Tensor, batch: PreferenceBatch, user: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        reference = self.reference_logps(batch) if batch.ref_logps is None else batch.ref_logps
-        logits = torch.stack(
-            [losses.dpo_logits(self.logps(of_context, batch), reference) for of_context in hidden]
-        )  # [C, B]
         return self.beta * logits, logits
 
     def pair_loss(self, margins: Tensor, extra: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from plrhf.core.errors import bad_value
 from plrhf.core.types import UserBatch
 
 if TYPE_CHECKING:
-    from plrhf.models.policy import PersonalDPOPolicy
+    from plrhf.models.policy import PersonalPolicy
 
 CLIENT = Path(saving.__file__).with_name("vllm_client.py")
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -41,7 +41,7 @@ Anybody who may read this folder may read the people's vectors.
 """
 
 
-def save_for_vllm(model: PersonalDPOPolicy, directory: Path) -> None:
+def save_for_vllm(model: PersonalPolicy, directory: Path) -> None:
     """Write adapter, token embeddings, people's vectors, tokenizer, an example client and a README.
 
     Args:
@@ -81,7 +81,7 @@ def save_for_vllm(model: PersonalDPOPolicy, directory: Path) -> None:
     shutil.copyfile(CLIENT, directory / "client.py")
 
 
-def _save_adapter(model: PersonalDPOPolicy, directory: Path) -> int:
+def _save_adapter(model: PersonalPolicy, directory: Path) -> int:
     """Write the LoRA adapter with the last names of its layers as targets; return ``--max-lora-rank``."""
     model.backbone.save(directory)
     path = directory / "adapter_config.json"
@@ -94,7 +94,7 @@ def _save_adapter(model: PersonalDPOPolicy, directory: Path) -> int:
 
 
 @torch.no_grad()
-def people_vectors(model: PersonalDPOPolicy) -> Tensor:
+def people_vectors(model: PersonalPolicy) -> Tensor:
     """Compute the soft prompts of the generic user and of all n train users, [1 + n, T, e].
 
     T is 0 for a policy without a user model.
@@ -123,7 +123,7 @@ def people_vectors(model: PersonalDPOPolicy) -> Tensor:
 
 
 @torch.no_grad()
-def _check_embeddings(model: PersonalDPOPolicy, tokens: Tensor) -> None:
+def _check_embeddings(model: PersonalPolicy, tokens: Tensor) -> None:
     """Raise a ValueError unless the plain model reads token embeddings as it reads the tokens."""
     bare: Any = model.backbone.bare
     ids = torch.arange(2, 9)[None] % len(tokens)

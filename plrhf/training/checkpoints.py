@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from plrhf.core.errors import bad_value
 from plrhf.training.loggers import MetricsFile
 from plrhf.training.processes import gather_objects
-from plrhf.training.steps import is_accumulating, validation_is_due
+from plrhf.training.steps import can_resume, validation_is_due
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -108,7 +108,7 @@ class LastCheckpoint(Checkpoint):
 
     Such a moment is after an optimiser step and its validation. Before a validation that is due,
     Lightning would skip it on resuming. Between batches whose gradients are accumulated, the gradients
-    would be lost.
+    would be lost, and between steps that learn from the same sampled responses, the responses.
 
     Args:
         path: the file.
@@ -132,11 +132,11 @@ class LastCheckpoint(Checkpoint):
         steps = trainer.global_step - self.saved_at
         if self.every_n_steps is None or steps < self.every_n_steps or trainer.is_last_batch:
             return
-        if not is_accumulating(trainer) and not validation_is_due(trainer):
+        if can_resume(trainer) and not validation_is_due(trainer):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not is_accumulating(trainer):
+        if can_resume(trainer):
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

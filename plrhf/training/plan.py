@@ -24,7 +24,7 @@ from plrhf.core.row_index import Extent, RowIndex
 from plrhf.core.row_packing import RowPacking, UserSlots
 from plrhf.core.types import PreferenceBatch, UserContext
 from plrhf.models.base import PersonalModule
-from plrhf.models.policy import PersonalDPOPolicy
+from plrhf.models.policy import PersonalPolicy
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.training.zero import Offload, Zero3
 
@@ -213,7 +213,7 @@ def trace(model: PersonalModule, work: Workload, *, half: torch.dtype | None) ->
     if pooled:
         texts = torch.arange(2 * len(batch)).view(-1, 2)
         batch = batch.pooled(torch.zeros(2 * len(batch), model.backbone.hidden_size), texts)
-    elif isinstance(model, PersonalDPOPolicy):
+    elif isinstance(model, PersonalPolicy):
         batch.ref_logps = torch.zeros(len(batch), 2)
     with MemoryTracker() as tracker:
         with cast:

@@ -11,6 +11,12 @@ def is_accumulating(trainer: Trainer) -> bool:
     return n_summed != 0 and not trainer.is_last_batch
 
 
+def can_resume(trainer: Trainer) -> bool:
+    """Return whether training resumed now needs nothing of the last batches: no gradients, no rollouts."""
+    reuses_rollouts = getattr(trainer.lightning_module, "reuses_rollouts", False)
+    return not is_accumulating(trainer) and not reuses_rollouts
+
+
 def validation_is_due(trainer: Trainer) -> bool:
     """Return whether a validation within the epoch follows the last batch."""
     every = trainer.val_check_batch

@@ -44,6 +44,7 @@ from plrhf.data.module import PreferenceData
 from plrhf.evaluation.generations import GenerationOptions
 from plrhf.evaluation.judges import Judge
 from plrhf.models.adaptation import Encode, Posterior
+from plrhf.models.grpo import PersonalGRPOPolicy
 from plrhf.models.optim import Optim
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
@@ -173,7 +174,8 @@ def test_models(model: str, model_of: Any) -> None:
         assert config.is_supervised and built.responses == sft.responses
         assert (config.optim.lr, config.trainer.max_steps) == (sft.lr, sft.max_steps)
     else:
-        kind = {"reward": PersonalRewardModel, "dpo": PersonalDPOPolicy}[model]
+        kinds = (PersonalRewardModel, PersonalDPOPolicy, PersonalGRPOPolicy)
+        kind = dict(zip(("reward", "dpo", "grpo"), kinds, strict=True))[model]
         assert isinstance(model_of(config), kind)
 
 

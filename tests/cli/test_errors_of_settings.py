@@ -57,6 +57,15 @@ TRAIN: dict[str, tuple[list[str], str]] = {
         "backbone.compiled=True is not allowed: expected false under trainer.zero3, which gathers "
         "weights layer by layer. Set backbone.compiled=false.",
     ),
+    "sampled responses under ZeRO": (
+        ["trainer=zero3_cpu", "model=grpo"],
+        "model='grpo' is not allowed: expected another under trainer.zero3, which shards weights. "
+        "Set trainer.zero3=null.",
+    ),
+    "a plan of sampled responses": (
+        ["model=grpo", "plan=true"],
+        "plan=True is not allowed: expected false for model=grpo. Plan model=reward or model=dpo.",
+    ),
     "FlexAttention on a CPU": (
         ["backbone.attention=flex_attention"],
         "backbone.attention='flex_attention' is not allowed: expected null, eager or sdpa with "
@@ -349,7 +358,7 @@ def test_eval_of_a_run(case: str, policy_run: Path, capsys: Any) -> None:
 
 def test_texts_are_of_policies(reward_run: Path, capsys: Any) -> None:
     line = error_line(capsys, "eval", f"run={reward_run}", "eval=generate")
-    assert_matches(line, "run='*' is not allowed: expected a run of model=dpo. *")
+    assert_matches(line, "run='*' is not allowed: expected a run of model=dpo or grpo. *")
 
 
 def test_debug_gives_a_traceback(capsys: Any) -> None:

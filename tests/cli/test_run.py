@@ -303,3 +303,23 @@ print(*(unasked & sys.modules.keys()))
     asked = [sys.executable, "-c", code]
     out = subprocess.run(asked, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert out.stdout.split() == []
+
+
+def test_a_policy_learns_from_a_reward_model(
+    reward_run: Path, tmp_path: Path, cache_dir: Path, capsys: Any
+) -> None:
+    own = ["model=grpo", f"model.reward={reward_run}", "model.group_size=2", "data.batch_size=4"]
+    own += ["model.max_new_tokens=4", "trainer.max_steps=2", "trainer.max_epochs=null"]
+    own += ["trainer.val_every_n_steps=2", f"cache_dir={cache_dir}"]
+    run_dir = tmp_path / "run"
+    launch("train", *TINY, *own, f"run_dir={run_dir}")
+    check_run(run_dir, generations=True)
+    metrics = pd.read_csv(run_dir / "metrics.csv")
+    judged = ["val/reward", "val/kl", "val/length", "val/true_preference"]
+    assert metrics[judged].notna().all(axis=1).sum() == 1
+    [text] = plrhf.load(run_dir).write([{"prompt": "Write a note."}], max_new_tokens=3)
+    assert isinstance(text, str)
+    for wrong, said in (("seed=1", "the same world"), ("model.reward=null", "model.reward=None")):
+        with pytest.raises(SystemExit):
+            launch("train", *TINY, *own, f"run_dir={tmp_path / 'wrong'}", wrong)
+        assert said in capsys.readouterr().err
