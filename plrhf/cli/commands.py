@@ -45,6 +45,10 @@ def _evaluation(name: str, about: str) -> Command:
     return Command(about, "eval", "plrhf.cli.tasks.evaluate", (f"eval={name}",))
 
 
+def _cache(action: str, about: str) -> Command:
+    return Command(about, "cache", "plrhf.cli.cache.cache", (f"action={action}",))
+
+
 COMMANDS = {
     "train": Command("Train a reward model or a policy.", "train", "plrhf.cli.run.train"),
     "plan": Command(
@@ -86,6 +90,9 @@ COMMANDS = {
         "plrhf.cli.forget.forget",
         positional=("run",),
     ),
+    "cache list": _cache("list", "Say what the cache of runs holds."),
+    "cache verify": _cache("verify", "Remove what is damaged from the cache."),
+    "cache prune": _cache("prune", "Make the cache smaller: cache prune max_gb=20"),
     "serve": Command(
         "Serve an export over HTTP to many people.",
         "serve",

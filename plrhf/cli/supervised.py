@@ -22,7 +22,7 @@ from plrhf.cli.config import LoggerConfig, RunConfig, TinyShape
 from plrhf.cli.run_dir import Resume, begin_run
 from plrhf.core.components import build
 from plrhf.core.errors import bad_value
-from plrhf.data.digests import content_hash
+from plrhf.data.digests import content_hash, is_intact, seal_folder
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Row
 from plrhf.data.tokenizer import Tokenizer
@@ -102,8 +102,11 @@ def cached_tiny_backbone(config: RunConfig, data: PreferenceData) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         supervised = supervised_config(config, run_dir=scratch)
         folder = cache_folder(supervised, data)
+        say = rank_zero_only(print)  # torchrun starts all processes before there is a backbone
+        if folder.is_dir() and not is_intact(folder):
+            say(f"damaged, and made anew: {folder}")
+            shutil.rmtree(folder, ignore_errors=True)
         if not folder.is_dir():
-            say = rank_zero_only(print)  # torchrun starts all processes before there is a backbone
             steps = config.backbone.sft.max_steps
             say(f"training the backbone first ({steps} steps), kept in {folder}")
             lightning.seed_everything(config.seed, verbose=False)
@@ -201,6 +204,7 @@ def _copy_into_cache(export: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         whole = shutil.copytree(export, Path(scratch, folder.name))
+        seal_folder(whole)
         try:
             os.rename(whole, folder)
         except OSError:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from plrhf.core.errors import bad_value
+
+DIGESTS = "digests.json"
+"""File in a folder with the digests of the folder's other files."""
 
 DIGEST = "digest"
 """Key of the digest of the other keys. JSON without it, as written by hand, is read unchecked."""
@@ -25,6 +28,32 @@ def file_digest(path: Path) -> str:
     """Return the BLAKE2b hash of a file's content, as 32 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def folder_digests(folder: Path, *, without: Sequence[str] = ()) -> dict[str, str]:
+    """Return the digests of all files in a folder by name, without those in `without`."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    return {
+        name: file_digest(path)
+        for name, path in sorted(files.items())
+        if path.is_file() and name not in without
+    }
+
+
+def seal_folder(folder: Path) -> None:
+    """Write the digests of a folder's files into it."""
+    digests = folder_digests(folder, without=[DIGESTS])
+    (folder / DIGESTS).write_text(json_text(digests, indent=1))
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether the files of a folder are those that `seal_folder` has seen."""
+    try:
+        written = json.loads((folder / DIGESTS).read_bytes())
+    except (OSError, ValueError):
+        return False
+    found = folder_digests(folder, without=[DIGESTS])
+    return isinstance(written, dict) and {**found, DIGEST: content_hash(found)} == written
 
 
 def json_text(content: Mapping[str, Any], *, indent: int | None = None) -> str:

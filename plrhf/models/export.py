@@ -17,7 +17,7 @@ from torch import Tensor
 
 from plrhf.backbone.sharding import gathered
 from plrhf.core.errors import bad_value
-from plrhf.data.digests import file_digest
+from plrhf.data.digests import file_digest, folder_digests
 from plrhf.data.in_context import OwnPairs
 from plrhf.data.parsing import parse_row
 from plrhf.data.rows import Row
@@ -71,7 +71,7 @@ def save_export(directory: Path, model: Any, card: Card, tokenizer: Any) -> None
         card,
         user_tables=sorted(tables),
         user_dim=model.aggregator.user_dim,
-        files=_digests(part),
+        files=folder_digests(part, without=[README, CARD]),  # people may edit the README
     )
     (part / CARD).write_text(card_text(card))
     for path in (part, *part.rglob("*")):
@@ -219,13 +219,6 @@ def _copy_backbone(source: Path, target: Path) -> None:
         for path in source.glob(pattern):
             if path.name != "tokenizer_config.json":
                 shutil.copyfile(path, target / path.name)
-
-
-def _digests(directory: Path) -> dict[str, str]:
-    """Return the digests of an export's files by name, without the README, which people may edit."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    named = {path.relative_to(directory).as_posix(): path for path in files}
-    return {name: file_digest(path) for name, path in named.items() if name not in (README, CARD)}
 
 
 def _model_card(card: Card) -> ModelCard:

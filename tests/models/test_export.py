@@ -320,12 +320,23 @@ def test_code_of_a_repository_is_not_for_an_export_to_ask_for(
 
 
 @pytest.mark.slow
-def test_a_run_is_the_same_from_a_backbone_made_anew(reward_run: Path, tmp_path: Path) -> None:
+def test_a_run_is_the_same_from_a_backbone_made_anew(
+    reward_run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """With an empty cache, and with a backbone in it one of whose bits was flipped."""
     settings = yaml.safe_load((reward_run / "config.yaml").read_text())
-    train({**settings, "cache_dir": str(tmp_path / "cache"), "run_dir": str(tmp_path / "run")})
-    for name in ("adapter_model.safetensors", "user_encoder.safetensors"):
-        expected = (reward_run / "export" / name).read_bytes()
-        assert (tmp_path / "run/export" / name).read_bytes() == expected
+    for number in range(2):
+        run, cache = tmp_path / f"run{number}", tmp_path / "cache"
+        capsys.readouterr()
+        train({**settings, "cache_dir": str(cache), "run_dir": str(run)})
+        assert ("damaged, and made anew: " in capsys.readouterr().out) == (number == 1)
+        for name in ("adapter_model.safetensors", "user_encoder.safetensors"):
+            expected = (reward_run / "export" / name).read_bytes()
+            assert (run / "export" / name).read_bytes() == expected
+        (weights,) = cache.glob("tiny_gptj-*/model.safetensors")
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 64
+        weights.write_bytes(content)
 
 
 def test_with_learned_shrinkage_all_else_starts_as_without_users(reward_run: Path) -> None:
