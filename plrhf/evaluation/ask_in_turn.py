@@ -69,5 +69,5 @@ def _candidates(
     batches = batches_of(curve.dataset, places, owners, batch_size=curve.batch_size)
     found = candidates_of(curve.model, batches, users)
     ends = np.cumsum([len(one) for one in left])[:-1]
-    parts = (np.split(values, ends) for values in (found.margins, found.slopes, found.spreads))
+    parts = (np.split(values, ends) for values in (found.margins, found.slopes, found.variances))
     return [Candidates(*three) for three in zip(*parts, strict=True)]

@@ -16,7 +16,7 @@ from plrhf.models.adaptation.base import AdaptedUsers, margin_gradients
 from plrhf.models.base import PersonalModule
 from plrhf.models.pair_batches import compute_per_pair
 
-Rule = Literal["random", "uncertainty", "information", "prediction", "variety"]
+Rule = Literal["random", "uncertainty", "information", "variety"]
 RULES: tuple[Rule, ...] = get_args(Rule)
 N_NODES = 24
 """Number of nodes of the Gauss-Hermite quadrature."""
@@ -28,27 +28,13 @@ class Candidates:
 
     Attributes:
         margins: m_i at the user's most likely vector, [N] float64.
-        slopes: derivative x_i of m_i with respect to the fitted numbers t, [N, r] float64.
-        spreads: S x_i with the posterior covariance S of t, [N, r] float64.
+        slopes: derivative of m_i with respect to the fitted numbers t, [N, r] float64.
+        variances: variance of m_i under the posterior of t, [N] float64.
     """
 
     margins: np.ndarray
     slopes: np.ndarray
-    spreads: np.ndarray
-
-    @property
-    def variances(self) -> np.ndarray:
-        """Variance of m_i under the posterior of t, [N]."""
-        return np.asarray((self.slopes * self.spreads).sum(axis=1).clip(min=0))
-
-    @property
-    def attenuated(self) -> np.ndarray:
-        """Margins whose sigmoid is the mean probability under the posterior, [N] (MacKay 1992, eq. 10)."""
-        return np.asarray(self.margins / np.sqrt(1 + np.pi / 8 * self.variances))
-
-    def at(self, places: np.ndarray) -> Candidates:
-        """Return the candidates at these places."""
-        return Candidates(self.margins[places], self.slopes[places], self.spreads[places])
+    variances: np.ndarray
 
 
 def candidates_of(
@@ -65,12 +51,11 @@ def candidates_of(
     def of_batch(batch: PreferenceBatch) -> Tensor:
         margins, slopes = margin_gradients(model, batch, users.vectors)
         of_t = torch.einsum("bru,bu->br", directions[batch.user_id], slopes)
-        spread = torch.einsum("brs,bs->br", covariance[batch.user_id], of_t)
-        return torch.cat([margins[:, None], of_t, spread], dim=1)
+        variance = torch.einsum("br,brs,bs->b", of_t, covariance[batch.user_id], of_t)
+        return torch.cat([margins[:, None], variance.clamp(min=0)[:, None], of_t], dim=1)
 
     found = compute_per_pair(of_batch, batches, users.vectors.device).double().numpy()
-    slopes, spreads = np.split(found[:, 1:], 2, axis=1)
-    return Candidates(found[:, 0], slopes, spreads)
+    return Candidates(margins=found[:, 0], slopes=found[:, 2:], variances=found[:, 1])
 
 
 def information_gain(margins: np.ndarray, variances: np.ndarray) -> np.ndarray:
@@ -92,22 +77,6 @@ def _entropy(p: np.ndarray) -> np.ndarray:
     """Compute the entropy of a yes-no answer in nats."""
     q = np.clip(p, 1e-12, 1 - 1e-12)
     return np.asarray(-q * np.log(q) - (1 - q) * np.log(1 - q))
-
-
-def brier_reduction(candidates: Candidates) -> np.ndarray:
-    """Compute how much an answer is expected to take from the variance of all predictions, [N].
-
-    With p = sigma(m) and w = p (1 - p), the answer to pair i changes S to S' = S - w_i S x_i x_i' S /
-    (1 + w_i x_i' S x_i), the Laplace posterior of a logistic model, and the variance of p_j is w_j^2 x_j' S
-    x_j. The sum over j is what the Brier score of the candidates is expected to lose (an I-optimal design;
-    Cohn, Ghahramani and Jordan 1996, arXiv cs/9603104). Unlike information, it does not count what matters
-    for few pairs.
-    """
-    p = 1 / (1 + np.exp(-candidates.attenuated))
-    w = p * (1 - p)
-    covariances = candidates.slopes @ candidates.spreads.T  # of m_j and m_i
-    together = ((w[:, None] * covariances) ** 2).sum(axis=0)
-    return np.asarray(together * w / (1 + w * candidates.variances))
 
 
 def most_different(slopes: np.ndarray, asked: np.ndarray) -> int:
@@ -139,17 +108,15 @@ def choose(
 
     Args:
         rule: ``random``; ``uncertainty``, the pair whose answer is hardest to predict; ``information``,
-            see `information_gain`; ``prediction``, see `brier_reduction`; or ``variety``, see
-            `most_different`.
+            see `information_gain`; or ``variety``, see `most_different`.
         generator: for ``random``. asked: slopes of the pairs asked before, for ``variety``; None: none.
     """
     if rule == "random":
         return int(generator.integers(len(candidates.margins)))
     if rule == "information":
         return int(information_gain(candidates.margins, candidates.variances).argmax())
-    if rule == "prediction":
-        return int(brier_reduction(candidates).argmax())
     if rule == "variety":
         before = candidates.slopes[:0] if asked is None else asked
         return most_different(candidates.slopes, before)
-    return int(np.abs(candidates.attenuated).argmin())
+    attenuated = candidates.margins / np.sqrt(1 + np.pi / 8 * candidates.variances)
+    return int(np.abs(attenuated).argmin())

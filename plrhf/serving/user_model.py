@@ -17,7 +17,7 @@ from plrhf.data.digests import content_hash
 from plrhf.data.parsing import parse_row
 from plrhf.data.rows import Row
 from plrhf.data.tokenizer import RowTokenizer
-from plrhf.evaluation.elicitation import Rule, candidates_of, choose
+from plrhf.evaluation.elicitation import Candidates, Rule, candidates_of, choose
 from plrhf.evaluation.people import evenly
 from plrhf.evaluation.trials import judgment_key
 from plrhf.models.adaptation import Adaptation, AdaptedUsers, Encode, Mixture
@@ -204,5 +204,6 @@ class UserModel:
             return self.pool[left[generator.integers(len(left))]]
         with self.model.autocast():
             found = candidates_of(self.model, self.batches, fit.users)
+        some = Candidates(found.margins[left], found.slopes[left], found.variances[left])
         asked = found.slopes[~np.array(is_new)]
-        return self.pool[left[choose(rule, found.at(left), generator, asked=asked)]]
+        return self.pool[left[choose(rule, some, generator, asked=asked)]]

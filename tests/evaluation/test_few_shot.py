@@ -191,7 +191,7 @@ def test_a_model_that_knows_how_people_differ_learns_who_this_is() -> None:
     assert (np.sign(plain) == np.sign(shrunk)).all() and (np.abs(shrunk) < np.abs(plain)).all()
 
 
-@pytest.mark.parametrize("rule", ["information", "uncertainty", "prediction", "variety", "random"])
+@pytest.mark.parametrize("rule", ["information", "uncertainty", "variety", "random"])
 def test_pairs_are_asked_in_turn(rule: Any) -> None:
     curve = people_within_reach(FewShotOptions(shots=[3], draws=1, elicitation="information"))
     assert [len(trial.given) for trial in curve.trials] == [24] * 8  # to choose from

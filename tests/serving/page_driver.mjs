@@ -42,7 +42,7 @@ const get = async (path, options) => {
 // Until the page is no longer busy.
 async function settled() { do await new Promise((go) => setTimeout(go, 5)); while (open > 0 || "aria-busy" in document.body.attributes); }
 class Address extends URL { static createObjectURL() { return "blob:x"; } static revokeObjectURL() {} }
-const context = vm.createContext({ document, fetch: get, URL: Address, Blob, TextDecoderStream, console, Math, JSON });
+const context = vm.createContext({ document, fetch: get, setTimeout() {}, URL: Address, Blob, TextDecoderStream, console, Math, JSON });
 vm.runInContext(readFileSync(`${folder}/page.js`, "utf8"), context);
 
 const at = (id) => elements.get(id);

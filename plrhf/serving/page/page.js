@@ -20,6 +20,11 @@ const ask = async (method, path, body) => (await send(method, path, body)).json(
 
 const mine = (rest = "") => `/v1/users/${encodeURIComponent(state.name)}${rest}`;
 const say = (words) => { element("status").textContent = words; };
+// Say what can be seen anyway, and take it away after a while.
+function note(words) {
+  say(words);
+  setTimeout(() => { if (element("status").textContent === words) say(""); }, 4000);
+}
 
 // Do one thing at a time, and say what went wrong.
 async function once(action) {
@@ -90,7 +95,7 @@ async function choose(side) {
     element(side).classList.remove("chosen");
   }
   const said = { left: "You chose the left answer.", right: "You chose the right answer.", tie: "Both alike.", skip: "Skipped." };
-  say(state.chosen.length === N_CHOICES ? `${said[side]} That is ten: read an answer for you, or go on.` : said[side]);
+  note(state.chosen.length === N_CHOICES ? `${said[side]} That is ten: read an answer for you, or go on.` : said[side]);
 }
 
 async function addPair(pair) {
@@ -107,7 +112,7 @@ async function undo() {
   state.trail.length = Math.max(0, state.trail.length - 2);  // the last step goes, the one before is drawn anew
   showIdea(idea);
   await nextPair();
-  say("Taken back.");
+  note("Taken back.");
 }
 
 // What the model thinks of the person: certainty, place on the map, words.
@@ -160,7 +165,7 @@ async function write() {
   state.answers = { prompt, own, generic };
   const usable = own !== generic && own.trim() !== "" && generic.trim() !== "";
   for (const id of ["own-better", "generic-better"]) element(id).disabled = !usable;
-  say(usable ? "Both answers are there. Which is better?" : "Both answers are there, and alike.");
+  note(usable ? "Both answers are there. Which is better?" : "Both answers are there, and alike.");
 }
 
 // Stream an answer into an element; return the whole text.
@@ -191,7 +196,7 @@ async function better(own) {
   await addPair({ prompt, chosen: own ? mineText : generic, rejected: own ? generic : mineText });
   for (const id of ["own-better", "generic-better"]) element(id).disabled = true;
   element("count").textContent = state.chosen.length;
-  say("Thank you. That was one more choice.");
+  note("Thank you. That was one more choice.");
 }
 
 async function download() {
@@ -201,7 +206,7 @@ async function download() {
   link.download = "my-choices.json";
   link.click();
   URL.revokeObjectURL(link.href);
-  say("Downloaded.");
+  note("Downloaded.");
 }
 
 async function remove() {
