@@ -20,6 +20,9 @@ ShrinkageKind = Literal["learned", "fixed"]
 
 BITS = 2**32 - 1
 
+STEP_FACTOR = 0x85EBCA6B
+"""Odd, so that the noise of different steps begins at different hashes."""
+
 FIRST_INFORMATION = 0.05
 """Information of a pair on a number of unit prior variance at the start; it is learned from there."""
 
@@ -55,12 +58,11 @@ def hashed(state: Tensor, number: Tensor | int) -> Tensor:
     return state ^ (state >> 16)
 
 
-def hashed_normal(*numbers: Tensor) -> Tensor:
+def hashed_normal(state: Tensor, *numbers: Tensor) -> Tensor:
     """Return a standard normal number, float32, for each combination of whole numbers, which broadcast.
 
     By Box and Muller from two uniform numbers, the halves of a hash.
     """
-    state = torch.zeros_like(numbers[0])
     for number in numbers:
         state = hashed(state, number)
     first, second = ((half.float() + 0.5) / 2**16 for half in (state >> 16, state & 2**16 - 1))
@@ -109,7 +111,10 @@ class Shrinkage(nn.Module):
         """
         own = torch.arange(len(rows), device=rows.device) if places is None else places
         columns = torch.arange(rows.shape[-1], device=rows.device)
-        noise = hashed_normal(self.seed, self.step, own[:, None], columns)
+        first = (
+            self.seed + self.step * STEP_FACTOR
+        )  # every operation counts: they are small and many
+        noise = hashed_normal(first, own[:, None], columns)
         return rows + noise.to(rows.dtype) * self.variance(n_pairs).sqrt()
 
     def forward(self, rows: Tensor, n_pairs: Tensor) -> Tensor:

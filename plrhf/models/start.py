@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from scipy.sparse.linalg import svds
 from torch import Tensor
 
-from plrhf.core.checks import Fraction, NonNegativeFloat, check_arguments
+from plrhf.core.checks import Fraction, NonNegativeFloat, PositiveFloat, check_arguments
 from plrhf.core.components import build, named_settings
 from plrhf.core.errors import BadValue, bad_value
+from plrhf.core.mixed_logit import fit_mixed_logit
 from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
 from plrhf.encoders import LookupEncoder
@@ -88,6 +89,39 @@ class PcaStart(Start):
         if reverses:
             found = torch.stack([found, -found], dim=1).flatten(0, 1)[:rank]
         _set(head.basis.weight, found / head.scale)
+
+
+class MixedLogitStart(Start):
+    """Initialises all of a model linear in h as a mixed logit, whose variances are learned too.
+
+    The directions of the `BasisHead` become the first principal components of h_chosen - h_rejected, the
+    shared direction and the users' numbers what `core.mixed_logit` finds. Nothing is left for training,
+    whose learning rates should be small.
+
+    Args:
+        spread: factor of the variances, which val pairs may choose.
+    """
+
+    def __init__(self, *, spread: PositiveFloat = 1.0) -> None:
+        self.spread = spread
+
+    def apply(self, model: PersonalRewardModel, data: PreferenceData, *, total_steps: int) -> None:
+        head, encoder, pairs = _basis_head(model), model.encoder, data.datasets["train"]
+        if head.shared is None:
+            raise _no_start("mixed_logit", "a shared direction", "model.head.shared=true")
+        if not isinstance(encoder, LookupEncoder) or encoder.basis is not None:
+            cure = "encoder=lookup encoder.rank=null"
+            raise _no_start("mixed_logit", "encoder=lookup with rank null", cure)
+        differences = text_differences(model, pairs)
+        rank, n_users = head.basis.weight.shape[0], len(encoder.offsets.weight) - 1
+        _, _, directions = truncated_svd(differences, rank)
+        own = differences @ directions.T
+        user, spread = pairs.user_id - 1, self.spread
+        fit = fit_mixed_logit(differences, own, user, n_users=n_users, spread=spread)
+        _set(head.basis.weight, directions / head.scale)
+        _set(head.shared.weight, fit.shared[None] / head.scale)
+        _set(encoder.generic_vector, torch.zeros(rank))
+        _set(encoder.offsets.weight[1:], fit.own)
 
 
 class SvdStart(Start):
@@ -207,6 +241,7 @@ STARTS: dict[str, type[Start]] = {
     "random": RandomStart,
     "pca": PcaStart,
     "svd": SvdStart,
+    "mixed_logit": MixedLogitStart,
     "head": HeadStart,
     "several": SeveralStarts,
 }

@@ -150,6 +150,11 @@ def test_basis_by_hand() -> None:
     # Rewards of the directions: chosen (1, 1.5), rejected (0, 2.5), so margins (1, -1).
     _, rewards, _ = by_hand({"name": "basis", "weights": "raw", "scale": 2.0}, **basis)
     assert rewards.tolist() == pytest.approx([2 * (0.5 - 1.5), 2 * -2.5])
+    shared = {"shared.weight": [[1.0, -1.0, 2.0]], **basis}
+    _, rewards, _ = by_hand({"name": "basis", "weights": "raw", "shared": True}, **shared)
+    assert rewards.tolist() == pytest.approx([0.5 - 1.5 - 3.0, -2.5 + 5.0])
+    with pytest.raises(ValueError, match=r"^model\.head\.shared=True .* raw weights"):
+        build_head({"name": "basis", "shared": True}, hidden_size=D, user_dim=K)
     share = sigma(1.5)  # softmax of (0.5, -1)
     _, rewards, margin = by_hand("basis", **basis)
     assert rewards.tolist() == pytest.approx(
@@ -278,6 +283,7 @@ VARIANTS: dict[str, Any] = {
     "film": {"name": "decoder", "film": True, "width": 6},
     "probabilities": {"name": "basis", "mixes": "probabilities", "routed": True},
     "losses": {"name": "basis", "mixes": "losses"},
+    "shared": {"name": "basis", "weights": "raw", "shared": True},
     "prompt": {"name": "cosine", "prompt_width": 5, "dim": 4},
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,9 @@ from tiny import WIDTH, make_backbone, make_batch, make_model, make_pairs
 from torch import Tensor, tensor
 
 from plrhf.aggregators import NoAggregator
+from plrhf.core.mixed_logit import fit_mixed_logit
 from plrhf.data.dataset import TextValues
+from plrhf.encoders import LookupEncoder
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.models.start import (
     HeadStart,
@@ -98,8 +101,8 @@ def basis_model(**settings: Any) -> Any:
 class Data:
     """A data module of one train batch."""
 
-    def __init__(self, model: Any) -> None:
-        self.whole = model.without_user(make_batch(make_pairs(9)))
+    def __init__(self, model: Any, n_pairs: int = 9) -> None:
+        self.whole = model.without_user(make_batch(make_pairs(n_pairs)))
         self.user_id = self.whole.user_id
         self.hidden = TextValues(self.whole.hidden, self.whole.texts)
         self.datasets = {"train": self}
@@ -130,6 +133,30 @@ def test_pca_fills_the_directions_and_their_reverses() -> None:
             build_start(start).apply(other, data, total_steps=1)
     with pytest.raises(ValueError, match=r"^model\.start='svd' .* rank null"):
         build_start("svd").apply(model, data, total_steps=1)
+
+
+def test_a_model_starts_as_the_mixed_logit_of_its_train_pairs() -> None:
+    head = {"name": "basis", "weights": "raw", "shared": True, "scale": 2.0}
+    model = basis_model(head=head)
+    model.encoder = LookupEncoder(
+        n_users=N_USERS, user_dim=WIDTH, vocabulary=torch.zeros(1, 1), init="normal"
+    )
+    data: Any = Data(model.eval(), n_pairs=3 * WIDTH)
+    data.user_id = 1 + torch.arange(3 * WIDTH) % N_USERS
+    data.whole = replace(data.whole, user_id=data.user_id)
+    build_start({"name": "mixed_logit", "spread": 3.0}).apply(model, data, total_steps=1)
+    found = differences(data)
+    own = found @ model.head.basis.weight.detach().double().T * 2.0
+    user = data.user_id - 1
+    fit = fit_mixed_logit(found, own, user, n_users=N_USERS, spread=3.0)
+    expected = fit.margins(found, own, user).float()
+    assert expected.abs().max() > 0.1
+    margins = model.context_margins(data.whole)
+    torch.testing.assert_close(margins["user"].detach(), expected, atol=1e-4, rtol=0)
+    shared = (found @ fit.shared).float()
+    torch.testing.assert_close(margins["generic"].detach(), shared, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match=r"^model\.start='mixed_logit' .*head\.shared=true"):
+        build_start("mixed_logit").apply(basis_model(), data, total_steps=1)
 
 
 def test_pca_is_of_what_a_layer_makes_of_the_texts() -> None:

@@ -30,6 +30,8 @@ class BasisHead(RewardHead):
             sum to 1.
         scale: factor of all rewards. std: of the initial V; None: 1 / sqrt(d).
         routed: add a linear map of the prompt's hidden state to the user's vector (MiCRo's router).
+        shared: add a direction of everybody's, V_0 . h, that starts at zero, so that users' numbers are
+            what they differ by (raw weights and mixed rewards only).
         frozen: keep the initial V, see ``model.start``.
     """
 
@@ -46,6 +48,7 @@ class BasisHead(RewardHead):
         scale: PositiveFloat = 1.0,
         std: PositiveFloat | None = None,
         routed: bool = False,
+        shared: bool = False,
         frozen: bool = False,
     ) -> None:
         super().__init__()
@@ -55,6 +58,12 @@ class BasisHead(RewardHead):
         self.basis.requires_grad_(not frozen)
         self.reads_prompt = routed
         self.router = nn.Linear(hidden_size, user_dim, bias=False) if routed else None
+        self.shared = nn.Linear(hidden_size, 1, bias=False) if shared else None
+        if self.shared is not None:
+            nn.init.zeros_(self.shared.weight)
+            if (weights, mixes, routed) != ("raw", "rewards", False):
+                allowed = "false unless raw weights mix rewards and no prompt is read"
+                raise bad_value("model.head.shared", shared, allowed, "Set model.head.weights=raw")
         if mixes == "probabilities" and weights == "raw":
             raise bad_value(
                 "model.head.weights",
@@ -64,6 +73,8 @@ class BasisHead(RewardHead):
             )
 
     def read(self, pooled: Tensor) -> Tensor:
+        if self.shared is not None:
+            return self.scale * torch.cat([self.basis(pooled), self.shared(pooled)], dim=-1)
         if self.router is None:
             return self.scale * self.basis(pooled)
         response, prompt = pooled.chunk(2, dim=-1)
@@ -75,6 +86,8 @@ class BasisHead(RewardHead):
         if self.router is not None:
             members, route = features.chunk(2, dim=-1)
             weights = weights + route
+        if self.shared is not None:
+            weights = nn.functional.pad(weights, (0, 1), value=1.0)
         return members.float(), (
             weights.softmax(-1) if self.weights == "softmax" else weights
         ).float()

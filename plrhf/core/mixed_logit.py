@@ -1,0 +1,145 @@
+"""Mixed logit: a choice model whose coefficients are normal over people, found by empirical Bayes.
+
+The probability that person u chooses the first response of a pair is sigma(x . w + z . b_u), with
+differences of features x and z, and priors w ~ N(0, s^2 I) and b_u ~ N(0, diag(v_j)) (random coefficients:
+Train 2009, "Discrete choice methods with simulation", chapters 6 and 11). For given variances the most
+likely w and b_u are the optimum of a concave function, found by Newton's method. The variances are those
+that make the choices most likely, with the posterior as normal around the optimum (MacKay 1992, "Bayesian
+interpolation", Neural Computation 4, section 4.4): v_j is the sum over people of b_uj^2, divided by that
+of the share of b_uj that the choices determine, which is 1 - its posterior variance / v_j.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+ROUNDS = 20
+"""How often variances are set anew, each time after one step of Newton's method."""
+
+LAST_STEPS = 5
+"""Steps of Newton's method for the variances found."""
+
+LEAST_VARIANCE = 1e-9
+
+HALVINGS = 20
+
+
+@dataclass
+class MixedLogit:
+    """What choices say: the weights of all people, how each person differs, and the variances of both.
+
+    Attributes:
+        shared: w, [d]. own: b_u, [U, K].
+        shared_variance: s^2, []. own_variance: v, [K].
+    """
+
+    shared: Tensor
+    own: Tensor
+    shared_variance: Tensor
+    own_variance: Tensor
+
+    def margins(self, x: Tensor, z: Tensor, user: Tensor) -> Tensor:
+        """Return x . w + z . b_u of pairs [N], with z [N, K] and user [N] from 0."""
+        return x @ self.shared + (z * self.own[user]).sum(dim=1)
+
+    def objective(self, x: Tensor, z: Tensor, user: Tensor) -> Tensor:
+        """Return log-likelihood plus log-density of w and all b_u, but for a constant."""
+        prior = self.shared.square().sum() / self.shared_variance
+        prior = prior + (self.own.square() / self.own_variance).sum()
+        return logsigmoid(self.margins(x, z, user)).sum() - 0.5 * prior
+
+
+def fit_mixed_logit(
+    x: Tensor, z: Tensor, user: Tensor, *, n_users: int, spread: float = 1.0
+) -> MixedLogit:
+    """Fit a mixed logit to choices.
+
+    Args:
+        x: features of the chosen response less those of the rejected one, [N, d]. z: the same in the
+            directions in which people may differ, [N, K]. user: who chose, [N] int64 from 0.
+        spread: factor of the variances v_j found. They tend to be too small where people have few pairs.
+
+    Returns:
+        The fit in float64; a person without choices has zeros.
+    """
+    x, z = x.double(), z.double()
+    fit = MixedLogit(
+        shared=torch.zeros(x.shape[1]).double(),
+        own=torch.zeros(n_users, z.shape[1]).double(),
+        shared_variance=1.0 / x.square().sum(dim=1).mean(),
+        own_variance=torch.ones(z.shape[1]).double() / z.square().sum(dim=1).mean(),
+    )
+    pairs = Pairs(x, z, user, n_users)
+    for _ in range(ROUNDS):
+        shared_spread, own_spread = pairs.newton_step(fit)
+        sure = (1.0 - own_spread / fit.own_variance).sum(dim=0)
+        fit.own_variance = mean_square(fit.own.square().sum(dim=0), sure)
+        sure = (1.0 - shared_spread / fit.shared_variance).sum()
+        fit.shared_variance = mean_square(fit.shared.square().sum(), sure)
+    fit.own_variance = spread * fit.own_variance
+    for _ in range(LAST_STEPS):
+        pairs.newton_step(fit)
+    return fit
+
+
+def mean_square(total: Tensor, sure: Tensor) -> Tensor:
+    """Return the variance of numbers whose squares sum to `total`, of which `sure` are determined."""
+    return (total / sure.clamp(min=LEAST_VARIANCE)).clamp(min=LEAST_VARIANCE)
+
+
+class Pairs:
+    """Choices in the order of who chose.
+
+    Args:
+        x, z, user, n_users: of `fit_mixed_logit`.
+    """
+
+    def __init__(self, x: Tensor, z: Tensor, user: Tensor, n_users: int) -> None:
+        order = user.argsort(stable=True)
+        self.x, self.z, self.user = x[order], z[order], user[order]
+        self.counts = user.bincount(minlength=n_users)
+
+    def newton_step(self, fit: MixedLogit) -> tuple[Tensor, Tensor]:
+        """Move a fit towards the optimum for its variances, in place.
+
+        The Hessian is a block for w, one for each b_u, and one for w and each b_u: w is solved for first
+        (Schur complement).
+
+        Returns:
+            Posterior variances of w, [d], and of each b_u for the w found, [U, K].
+        """
+        chance = fit.margins(self.x, self.z, self.user).sigmoid()
+        curvature = (chance * (1 - chance))[:, None]
+        slope = (1 - chance)[:, None]
+        hessian = (self.x * curvature).T @ self.x
+        hessian += torch.eye(len(hessian), dtype=hessian.dtype) / fit.shared_variance
+        gradient = (self.x * slope).sum(dim=0) - fit.shared / fit.shared_variance
+        sizes = self.counts.tolist()
+        parts = (one.split(sizes) for one in (self.x, self.z, curvature, slope))
+        blocks = []
+        for own, (x, z, curve, slopes) in zip(fit.own, zip(*parts, strict=True), strict=True):
+            block = torch.linalg.inv((z * curve).T @ z + torch.diag(1 / fit.own_variance))
+            cross = (x * curve).T @ z
+            pull = (z * slopes).sum(dim=0) - own / fit.own_variance
+            hessian -= cross @ block @ cross.T
+            gradient -= cross @ (block @ pull)
+            blocks.append((block, cross, pull))
+        spread = torch.linalg.inv(hessian)
+        step = spread @ gradient
+        steps = torch.stack([block @ (pull - cross.T @ step) for block, cross, pull in blocks])
+        self._move(fit, step, steps)
+        return spread.diagonal(), torch.stack([block.diagonal() for block, _, _ in blocks])
+
+    def _move(self, fit: MixedLogit, step: Tensor, steps: Tensor) -> None:
+        """Take a step, halved until it does not lead down."""
+        before, shared, own = fit.objective(self.x, self.z, self.user), fit.shared, fit.own
+        for halving in range(HALVINGS):
+            size = 0.5**halving
+            fit.shared, fit.own = shared + size * step, own + size * steps
+            if fit.objective(self.x, self.z, self.user) >= before:
+                return
+        fit.shared, fit.own = shared, own
