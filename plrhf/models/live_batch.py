@@ -100,10 +100,12 @@ class LiveBatch(Generic[Row]):
         return logits
 
     def leave(self, rows: Sequence[Row]) -> None:
-        """Remove texts."""
+        """Remove texts. When the last one has left, nothing of any is kept in memory."""
         for row in rows:
             self.rows[self.rows.index(row)] = None
-        if len(rows) > 0:
+        if len(self) == 0:
+            self.clear()
+        elif len(rows) > 0:
             self._see_first()
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from plrhf.core.errors import BadValue
 from plrhf.serving.chat import add_chat
 from plrhf.serving.engine import Busy
-from plrhf.serving.errors import ApiError, error_response
+from plrhf.serving.errors import ApiError, error_response, failed
 from plrhf.serving.guard import Guard
 from plrhf.serving.schemas import (
     MOST_SEED,
@@ -102,6 +102,10 @@ def add_errors(app: FastAPI) -> None:
         place = ".".join(str(one) for one in first["loc"][1:])
         message = f"{place or 'body'}: {first['msg']}."
         return error_response(ApiError(400, _encodable(message), param=_encodable(place) or None))
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        return error_response(failed())  # the guard logs it
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:

@@ -65,7 +65,7 @@ def together(policy: Any, users: Tensor) -> list[list[int]]:
             )
             live = [slot for slot, row in enumerate(batch.rows) if row is not None]
             hear([row for row in batch.rows if row is not None], logits[live])
-    assert len(batch) == 0
+    assert len(batch) == 0 and batch.cache is None
     return texts
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import torch
 from served import Running
@@ -96,9 +97,10 @@ def test_an_answer_ends_when_its_client_leaves(server: Running, engine: Engine) 
 
 
 def test_an_error_reaches_who_asked_and_no_one_else(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, asked: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert engine.batch is not None
+    body: Any = {"model": "policy", "messages": [{"role": "user", "content": "Write."}]}
 
     def fails(tokens: torch.Tensor) -> None:
         raise RuntimeError("out of memory")
@@ -109,6 +111,10 @@ def test_an_error_reaches_who_asked_and_no_one_else(
         engine.write([lost])
         with pytest.raises(RuntimeError, match="out of memory"):
             lost.done.result(timeout=5)
+        with pytest.raises(openai.InternalServerError, match="The server failed"):
+            asked.chat.completions.create(**body)
+        with pytest.raises(openai.APIError, match="The server failed"):  # after its first words
+            list(asked.chat.completions.create(**body, stream=True))
     again = answer(engine, 0, 9, 0.0)
     engine.write([again])
     assert again.done.result(timeout=5) in ("stop", "length")
