@@ -19,7 +19,6 @@ from plrhf.core.components import WITHOUT_EFFECT, first_difference
 from plrhf.core.errors import BadValue, bad_value
 from plrhf.data.digests import check_digest
 from plrhf.evaluation.records import read_settings
-from plrhf.evaluation.results import RESULTS
 
 FAILED, LOG = "error.txt", "log.txt"
 SOME_FAILED = 1
@@ -94,9 +93,9 @@ def is_finished(settings: Mapping[str, Any]) -> bool:
 
 def _config_of_finished(run_dir: Path) -> dict[str, Any] | None:
     """Return the settings of the finished run in a directory; None if there is none."""
-    if (run_dir / RESULTS).is_file():
-        text = (run_dir / RESULTS).read_bytes()
-        check_digest(str(run_dir / RESULTS), text, "Remove it to train again")
+    if (run_dir / "results.json").is_file():
+        text = (run_dir / "results.json").read_bytes()
+        check_digest(str(run_dir / "results.json"), text, "Remove it to train again")
         return json.loads(text)["config"]
     if (run_dir / "config.yaml").is_file() and (run_dir / "export/config.json").is_file():
         return read_settings(run_dir / "config.yaml")  # model=sft

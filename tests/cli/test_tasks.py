@@ -119,7 +119,7 @@ def test_texts_for_many_users(policy: Path, reward_run: Path) -> None:
     launch("eval", f"run={policy}", "eval=generate", *asked)
     texts = pd.read_json(policy / "generations.jsonl", lines=True)
     columns = ["prompt", "prompt_id", "user_id", "profile", "user_features", "writer", "response"]
-    known = ["score", "style", "taste", "reference_logp", "fingerprint"]
+    known = ["score", "style", "taste", "reference_logp", "fingerprint", "digest"]
     assert list(texts.columns) == [*columns, *known]
     counts = texts["writer"].value_counts().to_dict()
     own = ("policy", "best_of_policy", "best_of_reference")
