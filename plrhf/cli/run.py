@@ -198,7 +198,8 @@ def evaluate_run(
 @rank_zero_only
 def warn_if_overoptimised(run_dir: Path, probes: dict[str, Any]) -> None:
     """Add a warning to `probes` if a policy has come to exploit its reward model, and print it."""
-    found = overoptimised(pd.read_csv(run_dir / "metrics.csv"))
+    metrics = run_dir / "metrics.csv"  # which a run of no step does not leave
+    found = overoptimised(pd.read_csv(metrics)) if metrics.is_file() else None
     if found is not None:
         probes["warnings"].append(found)
         print(f"warning: {found}")
