@@ -74,7 +74,8 @@ def prepare(
             data.precompute_hidden(ask(model.pooled_trunk), cache("pooled", model.pooled_name))
         elif isinstance(model, PersonalPolicy):
             head = "head in float32" if model.head_in_float32 else "head as the model"
-            data.precompute_reference(ask(model.reference_logps), cache("reference", head))
+            read = data if model.learns_from_pairs or train is None else data.restrict_to("val")
+            read.precompute_reference(ask(model.reference_logps), cache("reference", head))
         if model.encoder.reads_context and train is not None:
             train.context_hidden = reusable_context_features(model, train)
             if train.context_hidden is None:

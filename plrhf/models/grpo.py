@@ -77,6 +77,7 @@ class PersonalGRPOPolicy(PersonalPolicy):
         ValueError: an argument that does not go with sampled responses.
     """
 
+    learns_from_pairs = False
     true_score: Callable[[str, str], float | None] | None = None
     text_tokenizer: Tokenizer
 

@@ -32,10 +32,15 @@ class PersonalPolicy(PersonalModule):
     Args:
         beta: how strongly the policy is tied to the reference. parts: see `PersonalModule`.
 
+    Attributes:
+        learns_from_pairs: whether training reads the log-probabilities of the train pairs' responses.
+
     Raises:
         ValueError: the backbone is not causal, has no frozen weights to serve as reference, or nothing
             can be learned.
     """
+
+    learns_from_pairs = True
 
     def __init__(self, *, beta: PositiveFloat = 0.1, **parts: Any) -> None:
         super().__init__(**parts)

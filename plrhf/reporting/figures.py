@@ -34,17 +34,25 @@ from plrhf.reporting.tables import headline_rows
 
 N_LOWEST = 5  # users named under the bars
 CURVE_POINTS = 300
+CURVES = {
+    "Loss and nll, nats": r"loss|nll",
+    "Accuracy": r"accuracy",
+    "Reward and true preference": r"reward|true_preference",
+    "KL to the reference, nats a response": r"kl",
+    "Tokens a response": r"length",
+}
+"""Patterns of the metrics that are drawn together, by title."""
 
 
 @rc_context(STYLE)
 def learning_curves(metrics: pd.DataFrame) -> list[Drawing]:
-    """Draw loss and accuracy of train and val by step.
+    """Draw loss and accuracy of train and val by step, and what is logged of a policy's own responses.
 
     Args:
         metrics: the table of metrics.csv, in which most rows have only some of the metrics.
     """
     drawings = []
-    for title, pattern in (("Loss and nll, nats", r"loss|nll"), ("Accuracy", r"accuracy")):
+    for title, pattern in CURVES.items():
         columns = [
             column
             for column in metrics.columns

@@ -33,6 +33,7 @@ from plrhf.core.types import PreferenceBatch, UserBatch
 from plrhf.data.module import PreferenceData
 from plrhf.data.packing import LAYOUTS
 from plrhf.data.rows import Row
+from plrhf.evaluation.predictions import PrepareData
 from plrhf.models.grpo import PersonalGRPOPolicy
 from plrhf.models.optim import Optim
 from plrhf.models.rollouts import Rollouts, group_rewards, prompts_of, requests, sample_responses
@@ -293,10 +294,14 @@ def fit_once(run_dir: Path, *, killed_at: int | None = None) -> Any:
         log_every_n_steps=1,
         progress=False,
     )
+    before = PrepareData(data.restrict_to("train", "val"), cache_dir=run_dir / "cache")
+    trainer.callbacks.append(before)  # type: ignore[attr-defined]
     if killed_at is not None:
         trainer.callbacks.append(KillAt(killed_at))
     last = run_dir / "checkpoints/last.ckpt"
     fit(policy, data, trainer, resume_from=last if last.is_file() else None)
+    known = {split: data.datasets[split].ref_logps is not None for split in ("train", "val")}
+    assert known == {"train": False, "val": True}  # choices of train pairs are not read
     return policy
 
 
