@@ -186,6 +186,19 @@ def test_writing_for_many_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert found["FiLM, last layer"]["times_unshared"] > 0
 
 
+@pytest.mark.slow
+def test_policies_beside_best_of_n(
+    policy_run: Path, reward_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    given = ["--reward", str(reward_run), "--pairs", "3", "--best-of", "2"]
+    monkeypatch.setattr(sys, "argv", ["online.py", str(policy_run), *given])
+    runpy.run_path(str(BENCHMARKS / "online.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    writers = ["reference", "best of 2", str(policy_run)]
+    assert [line.partition(":")[0] for line in lines] == writers
+    assert "gain +0.00" in lines[0] and "better in 50% of 3 pairs" in lines[0]
+
+
 def test_the_ideal_observer_by_hand(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Two possible people, one choice given: Bayes' rule, and lines that begin at nobody's."""
     found = runpy.run_path(str(BENCHMARKS / "ideal_observer.py"))

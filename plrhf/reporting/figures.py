@@ -34,7 +34,7 @@ from plrhf.reporting.tables import headline_rows
 
 N_LOWEST = 5  # users named under the bars
 CURVE_POINTS = 300
-CURVES = {
+LEARNED = {
     "Loss and nll, nats": r"loss|nll",
     "Accuracy": r"accuracy",
     "Reward and true preference": r"reward|true_preference",
@@ -52,7 +52,7 @@ def learning_curves(metrics: pd.DataFrame) -> list[Drawing]:
         metrics: the table of metrics.csv, in which most rows have only some of the metrics.
     """
     drawings = []
-    for title, pattern in CURVES.items():
+    for title, pattern in LEARNED.items():
         columns = [
             column
             for column in metrics.columns

@@ -85,8 +85,9 @@ def make_policy(
     given = {"group_size": 3, "max_new_tokens": N_NEW, "beta": 0.3, "alpha": 0.7, **settings}
     backbone = make_backbone(kind) if isinstance(kind, str) else kind
     policy = make_model(PersonalGRPOPolicy, backbone=backbone, aggregator=aggregator, **given)
-    with torch.no_grad():
-        policy.encoder.offsets.weight.mul_(strength)
+    if strength != 1.0:
+        with torch.no_grad():
+            policy.encoder.offsets.weight.mul_(strength)
     policy.text_tokenizer, policy._reward_model = Numbers(), [LikesSmallNumbers()]
     return policy
 
@@ -115,6 +116,8 @@ def written_out(policy: Any, rollouts: Rollouts, old: Any, size: int) -> Tensor:
             spread = ((rewards - rewards.mean()).square().sum() / (size - 1)).sqrt() + 1e-4
             for number in range(size):
                 row = (context * n + place) * per_group + number // 2
+                if policy.backbone.layout == "two_rows":
+                    row += len(pairs) * (number % 2)
                 segment = pairs.segment[row]
                 keep = (segment == 0) | (segment == 1 + number % 2)
                 ids = pairs.input_ids[row][keep][None]
@@ -149,9 +152,18 @@ def written_out(policy: Any, rollouts: Rollouts, old: Any, size: int) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize(("kind", "aggregator"), [("gptj", "film_last"), ("llama", "soft_prompt")])
-def test_equals_the_loss_written_out(kind: str, aggregator: str) -> None:
+WRITTEN_OUT = [
+    ("gptj", "film_last", "packed"),
+    ("gptj", "late_soft_prompt", "packed"),
+    ("llama", "soft_prompt", "packed"),
+    ("llama", "film_last", "two_rows"),
+]
+
+
+@pytest.mark.parametrize(("kind", "aggregator", "layout"), WRITTEN_OUT)
+def test_equals_the_loss_written_out(kind: str, aggregator: str, layout: str) -> None:
     policy = make_policy(kind, aggregator)
+    policy.backbone.layout = layout
     rollouts = rollouts_of(policy, 3)
     old = None
     for _ in range(2):  # at the policy that sampled, and after it has moved
@@ -183,6 +195,17 @@ def test_the_second_update_is_clipped_against_the_first() -> None:
     _, second = policy.policy_loss(rollouts)
     assert rollouts.old_logps is kept and second["clipped"] > 0
     assert second["kl"] > first["kl"] and second["reward"] == first["reward"]
+
+
+def test_a_policy_without_users_learns_from_each_users_reward() -> None:
+    policy = make_policy(personal=False)
+    rollouts = rollouts_of(policy)
+    assert rollouts.rewards.shape == (1, 4, 3)
+    reward: Any = policy._reward_model[0]
+    assert {one.get("user_id") for one in reward.asked} == {"1", "2", "3", None}
+    loss, _ = policy.policy_loss(rollouts)
+    loss.backward()
+    assert any(float(one.abs().max()) > 0 for one in gradients(policy).values())
 
 
 def test_responses_are_those_of_each_user() -> None:

@@ -1,0 +1,89 @@
+"""Policies beside best-of-n and the reference, judged by true preferences on the same val pairs.
+
+    python benchmarks/online.py RUN_OF_P_DPO RUN_OF_GRPO --reward RUN_OF_REWARD_MODEL
+
+For each val pair (a user and a prompt) each writer samples one response at temperature 1, with the same
+seed; best-of-n takes the reference's best of n by the reward model. It prints for each writer the mean true
+preference in log odds, the mean difference to the reference with its standard error, and how often the
+response is better than the reference's (ties one half).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import plrhf
+from plrhf.cli.assemble import build_data
+from plrhf.cli.config import RunConfig
+from plrhf.core.types import UserBatch
+from plrhf.data.module import PreferenceData
+from plrhf.data.rows import Row
+from plrhf.evaluation.best_of import best_texts
+from plrhf.models.generation import generate
+from plrhf.models.policy import PersonalPolicy
+from plrhf.models.reward import PersonalRewardModel
+
+SEED = 0
+
+
+def sampled(
+    policy: PersonalPolicy, rows: list[Row], data: PreferenceData, *, as_reference: bool = False
+) -> list[str]:
+    """Sample a response of a policy, or of its reference, to each row's prompt for its user."""
+    users = UserBatch(
+        user_id=torch.tensor([policy.card.user_index(row.user_id) for row in rows]),
+        features=data.schema.table([row.user_features for row in rows]),
+    )
+    prompts = [data.row_tokenizer.prompt(row) for row in rows]
+    asked = None if as_reference else users
+    return generate(policy, policy.tokenizer, prompts, asked, max_new_tokens=64, seed=SEED)
+
+
+def main() -> None:
+    """Sample and judge, and print a line for each writer."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("policies", nargs="+", help="runs of policies on one world")
+    parser.add_argument("--reward", required=True, help="run of a reward model of the same users")
+    parser.add_argument("--pairs", type=int, default=100)
+    parser.add_argument("--best-of", type=int, default=16)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    data = build_data(RunConfig.of_run(Path(args.policies[0])).data)
+    policies = {run: plrhf.load(run) for run in args.policies}
+    reward = plrhf.load(args.reward)
+    assert isinstance(reward, PersonalRewardModel)
+    first = next(iter(policies.values()))
+    assert isinstance(first, PersonalPolicy)
+    data.tokenize(first.tokenizer, layout=first.backbone.layout)
+    val = data.datasets["val"].rows
+    rows = [val[place] for place in range(0, len(val), max(1, len(val) // args.pairs))][
+        : args.pairs
+    ]
+    texts = {"reference": sampled(first, rows, data, as_reference=True)}
+    many = sampled(first, rows * args.best_of, data, as_reference=True)
+    candidates = [many[place :: len(rows)] for place in range(len(rows))]
+    texts[f"best of {args.best_of}"] = best_texts(reward, rows, candidates)
+    for run, policy in policies.items():
+        assert isinstance(policy, PersonalPolicy)
+        texts[run] = sampled(policy, rows, data)
+    scores = {
+        writer: torch.tensor(
+            [data.source.true_score(row.user_id, one) for row, one in zip(rows, own, strict=True)]
+        )
+        for writer, own in texts.items()
+    }
+    for writer, own in scores.items():
+        gain = own - scores["reference"]
+        better = float((gain > 0).float().mean() + 0.5 * (gain == 0).float().mean())
+        error = float(gain.std()) / len(gain) ** 0.5
+        print(
+            f"{writer}: true preference {float(own.mean()):+.2f}, gain {float(gain.mean()):+.2f} "
+            f"(standard error {error:.2f}), better in {100 * better:.0f}% of {len(rows)} pairs"
+        )
+
+
+if __name__ == "__main__":
+    main()
