@@ -8,8 +8,8 @@
 theirs alone. Each answer is compared with that text, which the model itself writes beforehand, in batches
 as large as the server's; the ratio of both rates is printed, and the CPU time of an answer, which depends
 less on what else the machine does. `latency`: people answer ten pairs each, from an answer to the next
-pair. `kills`: people judge pairs while the server is killed at random moments and started again. Every
-judgment that was acknowledged must be in the database at the end.
+pair. `kills`: people judge pairs; after a few judgments, at a random moment, the server is killed and
+started again. Every judgment that was acknowledged must be in the database at the end.
 """
 
 from __future__ import annotations
@@ -239,14 +239,19 @@ def kill_test(given: argparse.Namespace, folder: Path) -> None:
     draw = random.Random(given.seed)
     for kill in range(given.kills):
         server = Server(given.policy, given.reward, folder)
-        timer = threading.Timer(draw.uniform(0.1, 2.0), server.end, [signal.SIGKILL])
-        timer.start()
-        run_all([partial(judge, name, server.url, kill, acknowledged) for name in names])
-        timer.join()
-    people = People(f"sqlite:///{folder}/people.db")
+        judging = [partial(judge, name, server.url, kill, acknowledged) for name in names]
+        people = threading.Thread(target=run_all, args=[judging])
+        people.start()
+        enough = len(acknowledged) + draw.randint(1, 30)
+        while len(acknowledged) < enough and people.is_alive():
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.2))
+        server.end(signal.SIGKILL)
+        people.join()
+    store = People(f"sqlite:///{folder}/people.db")
     stored = {}
     for name in names:
-        known = people.get(name)
+        known = store.get(name)
         for one in known.judgments if known is not None else []:
             stored[name, one.id] = one.chosen
     lost = [one for one in acknowledged if stored.get(one[:2]) != one[2]]
