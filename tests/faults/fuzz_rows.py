@@ -194,6 +194,105 @@ def parquet_file(draw: random.Random, path: Path) -> list[dict[str, Any]]:
     return kept
 
 
+def turns(*contents: str) -> list[dict[str, Any]]:
+    """A chat whose turns have these contents."""
+    return [
+        {"role": ("user", "assistant")[k % 2], "content": one} for k, one in enumerate(contents)
+    ]
+
+
+LABEL_STUDIO = {
+    "data": {"prompt": "p?", "a": "one", "b": "two"},
+    "annotations": [
+        {"completed_by": 3, "result": [{"type": "pairwise", "value": {"selected": "left"}}]},
+        {"completed_by": {"id": 4}, "result": [{"type": "choices", "value": {"choices": ["b"]}}]},
+    ],
+}
+RANKING = [{"value": "response2", "rank": 1}, {"value": "response1", "rank": 2}]
+ARGILLA = {
+    "fields": {"prompt": "p?", "response1": "one", "response2": "two"},
+    "responses": {
+        "q": [{"value": "response1", "user_id": "u"}, {"value": RANKING, "user_id": "v"}]
+    },
+}
+FORMS: dict[str, dict[str, Any]] = {
+    "label studio": LABEL_STUDIO,
+    "argilla": ARGILLA,
+    "arena": {
+        "prompt": "p?",
+        "response_a": "x",
+        "response_b": "y",
+        "winner": "model_a",
+        "judge": "u",
+    },
+    "chats": {
+        "conversation_a": turns("p", "x"),
+        "conversation_b": turns("p", "y"),
+        **{"winner": "model_b", "judge": "u"},
+    },
+    "ratings": {"prompt": "p?", "response": "one", "rating": 3, "user_id": "u"},
+    "thumbs": {"prompt": "p?", "completion": "one", "label": True, "user_id": "u"},
+    "messages": {
+        **{"prompt": turns("p"), "user_id": "u"},
+        "chosen": turns("p", "x")[1:],
+        "rejected": turns("p", "y")[1:],
+    },
+    "implicit": {"chosen": turns("p", "x"), "rejected": turns("p", "y"), "user_id": "u"},
+}
+"""A record of each form that is recognised."""
+
+
+def places_in(value: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The places of all values within a record: keys and indices, from the outermost."""
+    within = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
+    found = [] if before == () else [before]
+    for key, one in within:
+        found += places_in(one, (*before, key))
+    return found
+
+
+def damaged_record(draw: random.Random, record: dict[str, Any]) -> Any:
+    """A copy of a record in which one value is another or gone."""
+    record = json.loads(json.dumps(record))
+    *outer, last = draw.choice(places_in(record))
+    within: Any = record
+    for key in outer:
+        within = within[key]
+    if draw.random() < 0.2:
+        del within[last]
+    else:
+        within[last] = draw.choice(VALUES)
+    return record
+
+
+def fuzz_forms(folder: Path, n_files: int, seed: int) -> Found:
+    """Write and read records of all forms, one in each file damaged, and never the first."""
+    draw, found = random.Random(seed), Found()
+    for number in range(n_files):
+        form = list(FORMS)[number % len(FORMS)]
+        records: list[Any] = [FORMS[form]] * 4
+        records[draw.randint(1, 3)] = damaged_record(draw, FORMS[form])
+        path = folder / f"{form} {number}.jsonl"
+        path.write_text("".join(json.dumps(one) + "\n" for one in records))
+        used, faults = found.used, len(found.faults)
+        read_one(path, [], found)
+        if (
+            found.used - used < 3
+            and form not in ("ratings", "thumbs")
+            and len(found.faults) == faults
+        ):
+            found.faults.append(f"{path.name}: fewer rows used than are whole")
+        if len(found.faults) == faults:
+            path.unlink()
+    return found
+
+
 def broken(draw: random.Random, content: bytes) -> bytes:
     """A whole file that was cut, has flipped bytes, or is in another encoding."""
     way = draw.randrange(5)
@@ -246,7 +345,7 @@ def read_one(path: Path, kept: list[dict[str, Any]] | None, found: Found) -> Non
         found.refused_files += 1
         if "\n" in str(error):
             found.faults.append(f"{path.name}: refused in more than one line")
-        if kept is not None and len(kept) > 0:
+        if kept is not None:
             found.faults.append(f"{path.name}: refused whole: {error}")
     except Exception as error:
         found.faults.append(f"{path.name}: {type(error).__name__}: {error}")
@@ -313,6 +412,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="fuzz"))
     found = fuzz(folder, args.files, args.seed)
+    found.faults += fuzz_forms(folder, args.files // 3, args.seed).faults
     print(f"{found.files:,} files, {found.refused_files:,} refused in one line")
     print(
         f"{found.read:,} rows read, {found.used:,} used, {sum(found.refused.values()):,} refused:"

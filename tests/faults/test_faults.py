@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzz_rows import fuzz
+from fuzz_rows import fuzz, fuzz_forms
 from torch import Tensor
 
 from plrhf.core.errors import BadValue
@@ -33,6 +33,12 @@ def test_no_row_is_lost_and_no_file_crashes(tmp_path: Path) -> None:
     assert found.faults == []
     assert found.used > 2_000 and sum(found.refused.values()) > 200  # it does damage rows
     assert found.read == found.used + sum(found.refused.values())
+
+
+def test_no_record_of_any_form_crashes(tmp_path: Path) -> None:
+    found = fuzz_forms(tmp_path, 400, seed=2)
+    assert found.faults == []
+    assert sum(found.refused.values()) > 100
 
 
 def files_read(run: Path) -> Iterator[tuple[Path, Callable[[], Any]]]:

@@ -7,7 +7,9 @@ https://docs.argilla.io, `records.to_json`, questions of labels, rankings and ra
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
 
 from plrhf.data.reasons import Reason, Refusal, refusal
 from plrhf.data.sources.base import id_as_text
@@ -15,6 +17,8 @@ from plrhf.data.sources.comparisons import Comparison, comparison_of, row_of, wi
 from plrhf.data.sources.formats import Record
 
 WINNER = "winner"
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def is_label_studio(names: Collection[str]) -> bool:
@@ -27,70 +31,134 @@ def is_argilla(names: Collection[str]) -> bool:
     return {"fields", "responses"} <= set(names)
 
 
+class _Region(BaseModel):
+    """One mark of a Label Studio annotation."""
+
+    type: str = ""
+    value: dict[str, Any] = {}
+
+
+class _Annotation(BaseModel):
+    """What one person did with a Label Studio task."""
+
+    result: list[_Region] | None = None
+    was_cancelled: bool = False
+    completed_by: Any = None  # a number, or a mapping with id and email
+
+    @property
+    def user_id(self) -> object:
+        """The id of who annotated."""
+        given = self.completed_by
+        if isinstance(given, Mapping):
+            given = given.get("id", given.get("email"))
+        return id_as_text(given)
+
+    @property
+    def choice(self) -> object:
+        """What was chosen: left or right, or the first of the choices; None if nothing."""
+        for region in [] if self.was_cancelled else self.result or []:
+            if region.type == "pairwise":
+                return region.value.get("selected")
+            choices = region.value.get("choices")
+            if region.type == "choices" and isinstance(choices, list) and len(choices) > 0:
+                return choices[0]
+        return None
+
+
+class _Task(BaseModel):
+    """A Label Studio task."""
+
+    data: dict[str, Any]
+    annotations: list[Any] | None
+
+    @property
+    def answers(self) -> list[Any]:
+        """The annotations, each by one person."""
+        return self.annotations or []
+
+
+class _Ranked(BaseModel):
+    """A response in an Argilla ranking, the best with rank 1."""
+
+    value: Any
+    rank: int | None = None
+
+
+class _Answer(BaseModel):
+    """One person's answer to a question of an Argilla record."""
+
+    value: str | bool | int | float | list[_Ranked] | list[str]
+    user_id: Any = None
+
+    @property
+    def choice(self) -> object:
+        """The best of a ranking, or the label."""
+        if not isinstance(self.value, list):
+            return self.value
+        best = [
+            one if isinstance(one, _Ranked) else _Ranked(value=one, rank=place)
+            for place, one in enumerate(self.value, 1)
+        ]
+        best.sort(key=lambda one: one.rank or len(best))
+        if len(best) == 0:
+            return None
+        return "tie" if len(best) > 1 and best[0].rank == best[1].rank else best[0].value
+
+
+class _ArgillaRecord(BaseModel):
+    """A record of Argilla."""
+
+    data: dict[str, Any] = Field(alias="fields")
+    responses: dict[str, list[Any] | None] | None
+
+    @property
+    def answers(self) -> list[Any]:
+        """All persons' answers to all questions."""
+        return [answer for given in (self.responses or {}).values() for answer in given or []]
+
+
 def label_studio_rows(records: Iterator[tuple[int, Record]]) -> Iterator[tuple[int, Record]]:
     """Turn each annotation of each task into a row. A cancelled or empty one is refused."""
-    for number, task in records:
-        if isinstance(task, Refusal):
-            yield number, task
-            continue
-        data = task["data"] if isinstance(task["data"], Mapping) else {}
-        annotations = task["annotations"] or []
-        if len(annotations) == 0:
-            yield number, _unanswered("annotations", annotations)
-        for one in annotations:
-            value = _label_studio_choice(one)
-            if value is None or one.get("was_cancelled"):
-                yield number, _unanswered("annotations.result", one.get("result"))
-            else:
-                yield number, _row(data, value, _annotator(one.get("completed_by")))
-
-
-def _label_studio_choice(annotation: Mapping[str, Any]) -> object:
-    """Return what an annotation chose: left or right, or the first choice; None if nothing."""
-    for region in annotation.get("result") or []:
-        value = region.get("value") or {}
-        if region.get("type") == "pairwise":
-            return value.get("selected")
-        if region.get("type") == "choices" and len(value.get("choices") or []) > 0:
-            return value["choices"][0]
-    return None
-
-
-def _annotator(given: object) -> object:
-    """Return the id of who annotated: a number, or a mapping with id and email."""
-    if isinstance(given, Mapping):
-        given = given.get("id", given.get("email"))
-    return id_as_text(given)
+    return _rows(records, _Task, _Annotation)
 
 
 def argilla_rows(records: Iterator[tuple[int, Record]]) -> Iterator[tuple[int, Record]]:
     """Turn each person's answer to each record into a row. A record without answers is refused."""
+    return _rows(records, _ArgillaRecord, _Answer)
+
+
+def _rows(
+    records: Iterator[tuple[int, Record]],
+    task_kind: type[_Task | _ArgillaRecord],
+    answer_kind: type[_Annotation | _Answer],
+) -> Iterator[tuple[int, Record]]:
+    """Yield a row for each answer to each task. A damaged answer is refused, the others are used."""
     for number, record in records:
-        if isinstance(record, Refusal):
-            yield number, record
+        task = record if isinstance(record, Refusal) else _parsed(task_kind, record)
+        if isinstance(task, Refusal):
+            yield number, task
             continue
-        fields = record["fields"] if isinstance(record["fields"], Mapping) else {}
-        answers = [
-            answer
-            for of_question in (record["responses"] or {}).values()
-            for answer in of_question or []
-        ]
-        if len(answers) == 0:
-            yield number, _unanswered("responses", record["responses"])
-        for answer in answers:
-            yield number, _row(fields, _argilla_choice(answer["value"]), answer.get("user_id"))
+        if len(task.answers) == 0:
+            yield number, _unanswered(task.answers)
+        for given in task.answers:
+            answer = _parsed(answer_kind, given)
+            if isinstance(answer, Refusal):
+                yield number, answer
+            elif answer.choice is None:
+                yield number, _unanswered(given)
+            else:
+                yield number, _row(task.data, answer.choice, answer.user_id)
 
 
-def _argilla_choice(value: Any) -> object:
-    """Return the best of a ranking, or the label."""
-    if isinstance(value, (list, tuple)) and len(value) > 0:
-        ranked = [one for one in value if isinstance(one, Mapping)]
-        if len(ranked) == len(value):  # [{"value": "response1", "rank": 1}, ...]
-            best = sorted(ranked, key=lambda one: one.get("rank") or len(ranked))
-            tied = len(best) > 1 and best[0].get("rank") == best[1].get("rank")
-            return "tie" if tied else best[0].get("value")
-        return value[0]
-    return value
+def _parsed(kind: type[M], value: object) -> M | Refusal:
+    """Check the shape of a task or an answer, or return the refusal that names what is wrong."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "record"
+        cure = "Export it again from the annotation tool"
+        return refusal(Reason.BAD_SHAPE, field, first["input"], first["msg"].lower(), cure)
 
 
 def _row(data: Mapping[str, Any], value: object, user: object) -> Record:
@@ -113,5 +181,5 @@ def _last_two_texts(data: Mapping[str, Any]) -> Comparison | None:
     return Comparison(texts[-2], texts[-1], ("1", "2"), WINNER, user=None, prompt=prompt)
 
 
-def _unanswered(field: str, value: object) -> Refusal:
-    return refusal(Reason.TIE, field, value, "an answer", "Nothing: nobody has chosen here")
+def _unanswered(value: object) -> Refusal:
+    return refusal(Reason.TIE, "answer", value, "a choice", "Nothing: nobody has chosen here")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from itertools import combinations
@@ -91,18 +92,16 @@ def _rated(number: int, record: Mapping[str, Any]) -> tuple[tuple[Any, str], Any
 
 def rating_value(value: object) -> float | None:
     """Read a rating: a number, a truth value, or a word for a thumb; None if it is none of these."""
-    if isinstance(value, (bool, int, float)):
-        return float(value) if value == value else None
     word = str(value).strip().casefold().replace(" ", "_")
     if word in HIGH or word == "👍":
         return 1.0
     if word in LOW or word == "👎":
         return 0.0
     try:
-        number = float(word)
-    except ValueError:
+        number = float(value if isinstance(value, (bool, int, float)) else word)
+    except (ValueError, OverflowError):
         return None
-    return number if number == number else None
+    return number if math.isfinite(number) else None
 
 
 def _pairs(user: Any, prompt: Any, rated: list[Rated]) -> Iterator[tuple[int, Record]]:
