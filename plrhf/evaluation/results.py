@@ -76,6 +76,7 @@ class Provenance(Command):
         data: settings of the rows that were evaluated.
         rows: hash of all rows. test_pairs: hash of the test pairs' ids, users and texts.
         world: of synthetic users: differs from another world whose users have the same ids.
+        files: digests of the files that the results were computed from, by name.
     """
 
     fingerprint: str | None
@@ -83,6 +84,7 @@ class Provenance(Command):
     rows: str
     test_pairs: str
     world: str | None
+    files: dict[str, str] = {}
 
 
 class Results(Record):
@@ -93,7 +95,6 @@ class Results(Record):
         test: by kind of user. cells: by kind of user and of prompt, None without pairs.
         oracle: results of the true preferences; None for real data.
         data: counts of rows. probes: see `plrhf.evaluation.probes`.
-        files: digests of the files that belong to it, by name; empty in a file made by hand.
         run: command of the training; None in a file made by hand.
         provenance: of this evaluation; None in a file made by hand.
     """
@@ -106,7 +107,6 @@ class Results(Record):
     controls: Controls
     data: dict[str, Any] = {}
     probes: dict[str, Any] = {}
-    files: dict[str, str] = {}
     run: Command | None = None
     provenance: Provenance | None = None
 
@@ -205,8 +205,11 @@ def write_evaluation(directory: Path, results: Results, predictions: pd.DataFram
     part = directory / f"{PREDICTIONS}.part"
     predictions.to_parquet(part, index=False)
     part.replace(directory / PREDICTIONS)
-    files = {PREDICTIONS: file_digest(directory / PREDICTIONS)}
-    write_record(directory / RESULTS, results.model_copy(update={"files": files}))
+    provenance = results.provenance
+    if provenance is not None:
+        files = {PREDICTIONS: file_digest(directory / PREDICTIONS)}
+        provenance = provenance.model_copy(update={"files": files})
+    write_record(directory / RESULTS, results.model_copy(update={"provenance": provenance}))
 
 
 def read_predictions(directory: Path, results: Results) -> pd.DataFrame:
@@ -217,7 +220,7 @@ def read_predictions(directory: Path, results: Results) -> pd.DataFrame:
     """
     path = directory / PREDICTIONS
     cure = "Evaluate the run anew"
-    digest = results.files.get(PREDICTIONS)
+    digest = None if results.provenance is None else results.provenance.files.get(PREDICTIONS)
     if digest is not None and digest != file_digest(path):
         raise bad_value(
             str(path), "altered or damaged", f"the file that {RESULTS} was made of", cure

@@ -147,7 +147,7 @@ def assert_same_runs(one: Path, two: Path) -> None:
         expected, found = (losses(run, metric)[first:] for run in (one, two))
         assert found == pytest.approx(expected, abs=1e-4), metric
     results = [json.loads((run / "results.json").read_text()) for run in (one, two)]
-    for own in ("config", "run", "provenance"):  # which say where and how it was made
+    for own in ("config", "run", "provenance", "digest"):  # which say where and how it was made
         assert results[0].pop(own) != results[1].pop(own)
     assert results[0] == results[1]
     tables = [pd.read_parquet(run / "predictions.parquet") for run in (one, two)]
