@@ -33,7 +33,7 @@ class SparseDropout(nn.Dropout):
         Returns:
             int64 positions, ascending.
         """
-        seed = int(torch.randint(2**63 - 1, ()))
+        seed = torch.randint(2**63 - 1, (1,)).numpy()  # which is no wait for a device
         generator = np.random.Generator(np.random.SFC64(seed))
         expected = count * self.p
         n_draws = int(expected + 6 * expected**0.5) + 8  # nearly always enough
