@@ -163,7 +163,7 @@ class Learned:
             if row[name] != ""
         }
         results = json.loads((run_dir / "results.json").read_text())
-        for own in ("config", "run", "provenance"):  # where and how it was made
+        for own in ("config", "run", "provenance", "digest"):  # where and how it was made
             del results[own]
         last = read_checkpoint(run_dir / "checkpoints/last.ckpt")
         table = pd.read_parquet(run_dir / "predictions.parquet")

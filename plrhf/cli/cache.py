@@ -58,16 +58,11 @@ class Entry:
     size: int
     used: float
 
-    @property
-    def files(self) -> list[Path]:
-        """Its files; the path itself if it is one."""
-        return _files(self.path)
-
     def is_whole(self) -> bool:
         """Whether all its files have the content that they were written with."""
         if self.kind == "tiny_gptj":
             return is_intact(self.path)
-        named = [(path, NAMED_BY_CONTENT.search(path.name)) for path in self.files]
+        named = [(path, NAMED_BY_CONTENT.search(path.name)) for path in _files(self.path)]
         return all(name is not None and file_digest(path) == name[1] for path, name in named)
 
     def remove(self) -> None:
@@ -91,6 +86,7 @@ def entries(cache_dir: Path) -> list[Entry]:
 
 
 def _files(path: Path) -> list[Path]:
+    """Return the files of an entry: those in its folder, or the file that it is."""
     return sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
 
 
