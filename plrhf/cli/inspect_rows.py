@@ -8,7 +8,8 @@ Nothing is trained or written.
 from __future__ import annotations
 
 import json
-from collections import Counter
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -75,6 +76,7 @@ def people_lines(rows: Rows) -> Iterator[str]:
     few = sum(count < FEW_PAIRS for count in users.values())
     if few > 0:
         yield f"  {few:,} of them have fewer than {FEW_PAIRS} pairs"
+    yield from alike_lines(users)
     if len(users) == 1:
         yield "  one user alone: nothing personal can be learned from others"
     prompts = Counter(rows.texts("prompt_id"))
@@ -84,6 +86,21 @@ def people_lines(rows: Rows) -> Iterator[str]:
     features = {name for one in rows.people for name in one.user_features or {}}
     if len(features) > 0:
         yield f"user features: {', '.join(sorted(features))}"
+
+
+def alike_lines(users: Iterable[str]) -> Iterator[str]:
+    """Yield how many ids differ in case, spaces or Unicode form alone, which may be of one person."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for one in users:
+        plain = unicodedata.normalize("NFKC", one).casefold()
+        alike["".join(char for char in plain if char.isprintable() and not char.isspace())].append(
+            one
+        )
+    groups = [sorted(ids) for ids in alike.values() if len(ids) > 1]
+    if len(groups) > 0:
+        shown = ", ".join(map(ascii, groups[0][:4]))
+        n_ids = sum(map(len, groups))
+        yield f"  {n_ids:,} ids differ in case, spaces or Unicode form alone, but count as users: {shown}"
 
 
 def length_lines(rows: Rows) -> Iterator[str]:

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from plrhf.cli.jobs import best_value, is_finished, refuse_processes, sweep_job
 from plrhf.cli.outputs import FilesMissing, is_disk_full, one_line
 from plrhf.core.components import Settings, unknown_key
-from plrhf.core.errors import BadValue, bad_value
+from plrhf.core.errors import BadValue, bad_value, printable
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # Inside the package where it was installed from a wheel, beside it in a checkout.
@@ -130,7 +130,7 @@ def exit_on_errors(config_name: str) -> Iterator[None]:
         if isinstance(error, HYDRA_ERRORS):
             line = hydra_error_line(error, config_name, overrides)
         if all(os.environ.get(name, "0") == "0" for name in RANKS):  # one of several processes
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {printable(line)}", file=sys.stderr)
         sys.exit(USAGE_ERROR if isinstance(error, (BadValue, *HYDRA_ERRORS)) else FAILED)
 
 

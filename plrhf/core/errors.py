@@ -18,3 +18,10 @@ def bad_value(field: str, value: object, allowed: str, cure: str) -> BadValue:
     if len(shown) > 80:
         shown = shown[:77] + "..."
     return BadValue(f"{field}={shown} is not allowed: expected {allowed}. {cure}.")
+
+
+def printable(text: str) -> str:
+    """Escape line ends and control characters, which a terminal would execute."""
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+    )

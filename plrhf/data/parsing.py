@@ -158,7 +158,8 @@ def _required_text(raw: Mapping[str, Any], name: str, where: str) -> str:
 def _check_present(raw: Mapping[str, Any], name: str, where: str) -> None:
     """Refuse a record without this field."""
     if _is_absent(raw.get(name)):
-        cure = f"Add {name} to the row or map it with data.columns.{name}=COLUMN"
+        names = ", ".join(sorted(map(str, raw))[:12])
+        cure = f"Add {name} or map it with data.columns.{name}=COLUMN; the row has {names}"
         allowed = "a value in every row"
         refuse(Reason.MISSING_FIELD, where, name, raw.get(name), allowed, cure)
 

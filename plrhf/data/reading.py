@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from plrhf.core.errors import bad_value
+from plrhf.core.errors import bad_value, printable
 from plrhf.data.feature_kinds import FeatureKinds, settle_features
 from plrhf.data.messages import shared_beginning
 from plrhf.data.parsing import has_pair_id, parse_row
@@ -63,7 +63,8 @@ class ReadReport:
         unknown = [name for name in self.unread if name not in NOT_USED_YET]
         if len(unknown) > 0:
             more = f" and {len(unknown) - 8} others" if len(unknown) > 8 else ""
-            said.append(f"fields not read: {', '.join(map(_printable, unknown[:8]))}{more}")
+            names = ", ".join(printable(one) or "(no name)" for one in unknown[:8])
+            said.append(f"fields not read: {names}{more}")
         return said
 
     def check_some_left(self) -> None:
@@ -82,12 +83,8 @@ class ReadReport:
 
 def _short(message: str) -> str:
     """Make a message printable, and cut it at 240 characters."""
-    message = _printable(message)
+    message = printable(message)
     return message if len(message) <= 240 else message[:237] + "..."
-
-
-def _printable(text: str) -> str:
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def read_rows(

@@ -14,6 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from plrhf.core.bootstrap import Estimate
+from plrhf.core.errors import printable
 from plrhf.evaluation.abstention import SHARES
 from plrhf.evaluation.few_shot import CALIBRATED, FewShotCurve
 from plrhf.evaluation.judges import JudgedRun
@@ -126,13 +127,6 @@ class TerminalTable:
                 lines = [[printable(row[at].value), row[at].interval] for at in columns]
                 shown.add_row(*(Text("\n".join(filter(None, one))) for one in lines))
         return shown
-
-
-def printable(text: str) -> str:
-    """Escape line ends and control characters, which a terminal would execute."""
-    return "".join(
-        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
-    )
 
 
 def csv_text(frame: pd.DataFrame) -> str:

@@ -109,3 +109,69 @@ def test_no_user_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(ValueError, match=r"user_id") as caught:
         said(capsys, path)
     assert "\n" not in str(caught.value)
+
+
+def rows_of(users: list[str], n: int = 60) -> list[dict[str, Any]]:
+    """Rows of these users in turn, three for each of 20 prompts."""
+    return [
+        {
+            "prompt": f"Q{place % 20}",
+            "chosen": f"good {place}",
+            "rejected": f"bad {place}",
+            "user_id": users[place % len(users)],
+        }
+        for place in range(n)
+    ]
+
+
+def lines_of(path: Path, rows: list[dict[str, Any]], *, end: str = "\n") -> Path:
+    path.write_bytes(b"".join(f"{json.dumps(row)}{end}".encode() for row in rows))
+    return path
+
+
+def test_ids_that_look_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    users = ["Ann", "ann", "Jos\u00e9", "Jose\u0301", "bob", "b ob", "eve"]
+    lines = said(capsys, lines_of(tmp_path / "r.jsonl", rows_of(users)))
+    assert "users: 7; pairs a user: 8 to 9, median 9" in lines
+    assert (
+        "  6 ids differ in case, spaces or Unicode form alone, but count as users: 'Ann', 'ann'"
+        in lines
+    )
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_tables_of_any_delimiter_and_line_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], delimiter: str, end: str
+) -> None:
+    path, rows = tmp_path / "rows.tsv", rows_of(["ann", "bob"])
+    rows[1]["chosen"] = "one, two; three"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter, lineterminator=end)
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = said(capsys, path)
+    assert lines[0] == "records: 60, rows: 60"
+    assert "users: 2; pairs a user: 30 to 30, median 30" in lines
+
+
+VOTES = ["timestamp", "datetime", "comment-id", "voter-id", "vote"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("votes.csv", ",".join(VOTES) + "\n1,2,3,4,1\n", r"plrhf data convert polis DIR rows"),
+        ("empty.csv", "", r"the file has none\.$"),
+        ("empty.jsonl", "\n \n", r"rows='0 records'"),
+        ("whole.json", json.dumps({"rows": [1], "n": 1}, indent=1), r"the object has rows, n\.$"),
+        ("one.jsonl", '{"text_a": 1}\n', r"data.columns.prompt=COLUMN; the row has text_a"),
+    ],
+)
+def test_what_is_no_file_of_judgments_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str, message: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        said(capsys, tmp_path / name)
+    assert "\n" not in str(caught.value)

@@ -309,7 +309,8 @@ def test_where_nothing_is_usable_the_error_says_why(tmp_path: Path) -> None:
     assert str(caught.value) == (
         "rows='0 of 3 usable' is not allowed: expected rows of the row format (refused: 3 missing "
         f"field). Mend what the first one names: {path}:1: prompt=None is not allowed: expected a "
-        "value in every row. Add prompt to the row or map it with data.columns.prompt=COLUMN."
+        "value in every row. Add prompt or map it with data.columns.prompt=COLUMN; the row has bad, "
+        "good, query."
     )
     with pytest.raises(BadValue, match="rows='0 records'"):
         read_rows([])[1].check_some_left()

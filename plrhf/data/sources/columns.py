@@ -16,6 +16,13 @@ from plrhf.data.rows import ID_FIELDS, REQUIRED_FIELDS, ROW_FIELDS
 from plrhf.data.sources.base import id_as_text
 
 MESSAGE_COLUMNS = ("prompt", "chosen", "rejected")
+POLIS_EXPORTS = (
+    {"comment-id", "voter-id", "vote"},
+    {"comment-id", "comment-body", "moderated"},
+    {"participant", "group-id", "n-votes"},
+)
+"""Columns of the files that a Polis conversation is exported to."""
+
 _LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
 
 
@@ -113,8 +120,10 @@ class ColumnMap:
             if column == "prompt" and column not in self.mapped and may_lack_prompt(present):
                 continue
             names = [name for name, at in self.column_of.items() if at == column]
-            listed = ", ".join(sorted(present))
+            listed = ", ".join(sorted(present)) if len(present) > 0 else "none"
             cure = f"Map one with data.columns.{names[0]}=COLUMN; the file has {listed}"
+            if any(export <= {*present} for export in POLIS_EXPORTS):
+                cure = "Make rows of the export's folder: plrhf data convert polis DIR rows.jsonl"
             raise bad_value(f"data.columns.{names[0]}", column, "a column of the file", cure)
 
 

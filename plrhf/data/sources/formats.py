@@ -25,6 +25,9 @@ LONGEST_LINE = 8 * LONGEST_ROW
 """Largest number of bytes in a line; JSON may write one character as six."""
 
 LONGEST_CSV_FIELD = 2**31 - 1  # the csv module's own limit, 131,072, is a long chat history
+DELIMITERS = ",\t;"
+"""What may stand between the values of a CSV file; a comma, if the header has none of the others."""
+
 MOST_CSV_LINES = 5_000
 """Largest number of lines of one CSV record, since an unclosed quote would take the rest of the
 file."""
@@ -90,12 +93,20 @@ def open_bytes(path: str | Path) -> Iterator[tuple[IO[bytes], str]]:
 
 
 def json_records(path: str | Path) -> Iterator[tuple[int, Record]]:
-    """Yield the objects of a file of JSON lines, or of one JSON list, numbered from 1."""
-    if _begins_a_list(path):
+    """Yield the objects of a file of JSON lines, or of one JSON list, numbered from 1.
+
+    Raises:
+        ValueError: the file is one JSON object over several lines.
+    """
+    start = _first_text(path)
+    if start.startswith("["):
         records = _json_list(path)
         if records is not None:
             yield from enumerate(map(_object_or_refusal, records), 1)
             return
+    if start.partition("\n")[0].strip() == "{" and (keys := _keys_of_whole(path)) is not None:
+        cure = f"Write the list of records alone; the object has {', '.join(keys)}"
+        raise bad_value("data.path", str(path), "records, not one object around them", cure)
     yield from json_lines(path)
 
 
@@ -128,11 +139,11 @@ def _byte_lines(file: IO[bytes], encoding: str) -> Iterator[bytes | None]:
         first = False
 
 
-def _begins_a_list(path: str | Path) -> bool:
-    """Whether the first character of a file is that of a JSON list."""
+def _first_text(path: str | Path) -> str:
+    """Return what a text file begins with, without white space in front."""
     with open_bytes(path) as (file, encoding):
         start = file.read(4096)
-    return start.decode(encoding, errors="ignore").lstrip("\ufeff \t\r\n").startswith("[")
+    return start.decode(encoding, errors="ignore").lstrip("\ufeff \t\r\n")
 
 
 def _json_list(path: str | Path) -> list[Any] | None:
@@ -148,6 +159,16 @@ def _json_list(path: str | Path) -> list[Any] | None:
             raise OSError(f"not a JSON list: {error}") from error
         return None
     return found if isinstance(found, list) else None
+
+
+def _keys_of_whole(path: str | Path) -> list[str] | None:
+    """Return the keys of the one JSON object that a whole file is; None if it is none."""
+    with open_bytes(path) as (file, encoding):
+        try:
+            found = json.loads(file.read().decode(encoding))
+        except (ValueError, RecursionError):
+            return None
+    return list(found) if isinstance(found, dict) else None
 
 
 def _object_or_refusal(value: Any) -> Record:
@@ -192,8 +213,11 @@ def csv_header(path: str | Path) -> list[str]:
     """Return the column names of a CSV file."""
     csv.field_size_limit(LONGEST_CSV_FIELD)
     with open_bytes(path) as (file, encoding):
-        lines = io.TextIOWrapper(file, encoding, errors="surrogateescape", newline="")
-        return next(csv.reader(lines, strict=True), [])
+        lines = _Lines(io.TextIOWrapper(file, encoding, errors="surrogateescape", newline=""))
+        header = lines.record()
+    if isinstance(header, str):
+        raise csv.Error(header)
+    return header
 
 
 def csv_rows(path: str | Path) -> Iterator[tuple[int, Record]]:
@@ -208,7 +232,7 @@ def csv_rows(path: str | Path) -> Iterator[tuple[int, Record]]:
         errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
         lines = _Lines(io.TextIOWrapper(file, encoding, errors=errors, newline=""))
         header = lines.record()
-        assert isinstance(header, list)
+        assert isinstance(header, list)  # `csv_header` has refused another
         lines.accept()
         while lines.more():
             number, values = lines.number, lines.record()
@@ -231,11 +255,14 @@ class _Lines:
 
     Attributes:
         number: number of the next line, from 1.
+        delimiter: what stands between values: of `DELIMITERS` the one that the first line has most of.
     """
 
     def __init__(self, file: Iterator[str]) -> None:
         self._file, self._ahead = file, deque[str]()
         self.number, self._taken = 1, 0
+        first = next(self._look_ahead(), "")
+        self.delimiter = max(DELIMITERS, key=first.count)
 
     def more(self) -> bool:
         """Whether there is another line."""
@@ -245,7 +272,7 @@ class _Lines:
 
     def record(self) -> list[str] | str:
         """Parse the record that begins at the next line, or return the parser's error as a text."""
-        reader = csv.reader(self._look_ahead(), strict=True)
+        reader = csv.reader(self._look_ahead(), delimiter=self.delimiter, strict=True)
         try:
             values = next(reader, [])
         except csv.Error as error:

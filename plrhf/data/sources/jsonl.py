@@ -1,4 +1,4 @@
-"""Rows from one file: .jsonl, .jsonl.gz, .json, .parquet or .csv, by the file's ending.
+"""Rows from one file of `ENDINGS`, by the file's ending.
 
 Records need not be rows: see `forms` for comparisons, ratings and exports of annotation tools.
 """
@@ -24,7 +24,8 @@ from plrhf.data.sources.formats import (
 )
 from plrhf.data.sources.forms import form_of
 
-ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
+TABLES = (".csv", ".csv.gz", ".tsv")
+ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet", *TABLES)
 
 
 class JsonlSource(Source):
@@ -61,7 +62,7 @@ class JsonlSource(Source):
         with undamaged(self.path):
             if ending.endswith(".parquet"):
                 names = parquet_names(self.path)
-            elif ending.endswith(".csv"):
+            elif ending.endswith(TABLES):
                 names = csv_header(self.path)
             else:
                 names, records = _peek(json_records(self.path))
@@ -69,7 +70,7 @@ class JsonlSource(Source):
             self.form = None if form is None else form.name
             if ending.endswith(".parquet"):
                 records = self._parquet(names)
-            elif ending.endswith(".csv"):
+            elif ending.endswith(TABLES):
                 records = self._csv(names)
             else:
                 records = self._json(records)
