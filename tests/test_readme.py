@@ -1,4 +1,4 @@
-"""Every command of the README runs, made small; files it names are stood in for by tiny ones."""
+"""Every command of the README and of the pages beside it runs, made small, on tiny files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from plrhf.backbone.tiny import tiny_gptj, train_tokenizer
 from plrhf.cli import commands
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/user_models.md", "docs/rows.md", "docs/results.md")
+BEGINNINGS = {"docs/adaptation.md": "Which pairs to ask", "docs/scaling.md": "How memory"}
 FENCE = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 SMALL = ["trainer.max_steps=2", "trainer.max_epochs=null", "trainer.progress=false"]
 SMALL_WORLD = [
@@ -33,23 +35,38 @@ SMALL_BACKBONE = [
 
 
 def blocks(language: str) -> list[str]:
-    return [text for kind, text in FENCE.findall(README.read_text()) if kind == language]
+    """The blocks of code of all pages in a language."""
+    text = "".join((ROOT / page).read_text() for page in PAGES)
+    return [code for kind, code in FENCE.findall(text) if kind == language]
 
 
 def sections() -> dict[str, str]:
-    """The README's text by heading, second or third level."""
-    parts = re.split(r"^###? (.+)$", README.read_text(), flags=re.MULTILINE)
+    """The pages' text by page and heading."""
     found: dict[str, str] = {}
-    for heading, text in zip(parts[1::2], parts[2::2], strict=True):
-        found[heading] = found.get(heading, "") + text
-    return found
+    for page in PAGES:
+        first, *parts = re.split(r"^## (.+)$", (ROOT / page).read_text(), flags=re.MULTILINE)
+        found[page] = first
+        for heading, text in zip(parts[::2], parts[1::2], strict=True):
+            found[f"{page}: {heading}"] = text
+    return {**found, **{page: beginning(page) for page in BEGINNINGS}}
+
+
+def beginning(page: str) -> str:
+    """The page's text up to the heading in BEGINNINGS."""
+    text = (ROOT / page).read_text()
+    return text[: text.index(f"\n## {BEGINNINGS[page]}")]
 
 
 def commands_of(section: str) -> list[str]:
-    """Commands of train.py, eval.py and plrhf that a section shows."""
-    shown = [text for kind, text in FENCE.findall(sections()[section]) if kind == "bash"]
-    lines = [line.split("  #")[0].strip() for block in shown for line in block.splitlines()]
-    return [line for line in lines if re.search(r"train\.py|eval\.py|^plrhf ", line)]
+    """Commands of train.py, eval.py and plrhf that a section shows and none before it."""
+    found: dict[str, str] = {}
+    for name, text in sections().items():
+        shown = [code for kind, code in FENCE.findall(text) if kind == "bash"]
+        lines = [line.split("  #")[0].strip() for block in shown for line in block.splitlines()]
+        for line in lines:
+            if re.search(r"train\.py|eval\.py|^plrhf ", line):
+                found.setdefault(line, name)
+    return [line for line, name in found.items() if name == section]
 
 
 def rows(path: Path, n_users: int = 4) -> None:
@@ -178,9 +195,7 @@ def stand_in(word: str, command: str, run_dir: str) -> str:
 
 def test_numbers_name_their_command() -> None:
     """Every table of figures stands under a block of commands or a `make` target."""
-    text = README.read_text()
-    results = text[text.index("## Results") : text.index("## Bigger")]
-    parts = re.split(r"\n(?=### )", results)[1:]
+    parts = re.split(r"\n(?=## )", (ROOT / "docs/results.md").read_text())[1:]
     assert len(parts) > 0
     for part in parts:
         assert "```bash" in part, part.splitlines()[0]
@@ -188,7 +203,7 @@ def test_numbers_name_their_command() -> None:
 
 def speed_table() -> list[str]:
     """The lines of the table of speeds, from what `make benchmark` wrote."""
-    found = json.loads((README.parent / "docs/benchmark.json").read_text())
+    found = json.loads((ROOT / "docs/benchmark.json").read_text())
     columns = {
         "dpo": ("vs_authors_recipe", "vs_precomputed_reference", "soft_prompt_vs_authors_recipe"),
         "reward": ("vs_trl",),
@@ -211,4 +226,4 @@ def test_speeds_are_those_of_the_benchmark() -> None:
     lines = speed_table()
     assert len(lines) > 0
     for line in lines:
-        assert line in README.read_text(), line
+        assert line in (ROOT / "docs/performance.md").read_text(), line
