@@ -37,9 +37,10 @@ class Export:
 
     def prompt_embeds(self, prompt: str, user: str | None) -> torch.Tensor:
         """Return a person's vectors and the embeddings of a prompt, [L, e]; user None: the generic one."""
-        known = self.people["users"]
-        vectors = self.vectors[1 + known.index(user) if user in known else 0]
-        text = self.tokens[self.token_ids(prompt)]
+        known = [None, *self.people["users"]]
+        if user not in known:
+            raise SystemExit(f"{user!r} is not among the people of people.json")
+        vectors, text = self.vectors[known.index(user)], self.tokens[self.token_ids(prompt)]
         return torch.cat([text, vectors] if self.people["after_prompt"] else [vectors, text])
 
 

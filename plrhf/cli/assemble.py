@@ -28,7 +28,7 @@ from plrhf.data.text_values import repeated_texts
 from plrhf.data.tokenizer import Tokenizer
 from plrhf.evaluation.generations import requested_users
 from plrhf.models.base import PersonalModule
-from plrhf.models.card import Card
+from plrhf.models.card import CARD, Card
 from plrhf.models.grpo import PersonalGRPOPolicy
 from plrhf.models.loading import build_model
 from plrhf.training.loggers import build_loggers
@@ -56,8 +56,15 @@ def build_data(
         options: values that replace the config's, e.g. the text options of a trained model.
     """
     given = {name: getattr(config, name) for name in DataConfig.model_fields if name != "source"}
-    source = build(config.source, "data", kind=Source)
-    return PreferenceData(**{**given, **options}, source=source, users=users, schema=schema)
+    return PreferenceData(
+        **{**given, **options}, source=build_source(config), users=users, schema=schema
+    )
+
+
+def build_source(config: DataConfig) -> Source:
+    """Build the config's source; its rows are not read yet."""
+    source: Source = build(config.source, "data", kind=Source)
+    return source
 
 
 def build_run_trainer(config: RunConfig, run_dir: Path, *, has_val: bool) -> Trainer:
@@ -165,11 +172,21 @@ def open_reward(model: PersonalModule, data: PreferenceData) -> None:
         return
     model.open_reward()
     model.true_score = data.source.true_score
-    run = Path(str(model.reward))
-    if (run / "config.yaml").is_file():
-        world = build(RunConfig.of_run(run).data.source, "data", kind=Source).world()
-        if world != data.source.world():  # where the same ids are of other people
-            allowed = "a reward model trained on the same world, as its users are other people"
-            raise bad_value(
-                "model.reward", str(run), allowed, "Train one on the same data and seed"
-            )
+    check_same_world("model.reward", str(model.reward), data.source)
+
+
+def check_same_world(field: str, reward: str, source: Source) -> None:
+    """Raise a ValueError if a reward model was trained on another synthetic world than a source's.
+
+    There the same ids are of other people. Nothing is known of an export that does not lie in its run.
+
+    Args:
+        field: the setting that names the reward model, for messages. reward: its run or export.
+    """
+    folder = Path(reward)
+    run = folder.parent if (folder / CARD).is_file() else folder
+    if not (run / "config.yaml").is_file():
+        return
+    if build_source(RunConfig.of_run(run).data).world() != source.world():
+        allowed = "a reward model trained on the same world, as its users are other people"
+        raise bad_value(field, reward, allowed, "Train one on the same data and seed")

@@ -8,8 +8,8 @@ All that is removed is made anew when a run needs it.
 
 from __future__ import annotations
 
+import contextlib
 import re
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from plrhf.cli.assemble import print_lines
 from plrhf.cli.config import Section
 from plrhf.core.components import Settings
 from plrhf.core.errors import bad_value
-from plrhf.data.cache_files import remove_abandoned_parts
+from plrhf.data.cache_files import is_part, remove_abandoned_parts
 from plrhf.data.digests import file_digest, is_intact
 
 KINDS = {
@@ -66,19 +66,23 @@ class Entry:
         return all(name is not None and file_digest(path) == name[1] for path, name in named)
 
     def remove(self) -> None:
-        """Delete it, unless another process has."""
+        """Delete it, unless another process has; what a run is just writing into its folder stays."""
+        for one in _files(self.path):
+            one.unlink(missing_ok=True)
         if self.path.is_dir():
-            shutil.rmtree(self.path, ignore_errors=True)
-        else:
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty
+                self.path.rmdir()
 
 
 def entries(cache_dir: Path) -> list[Entry]:
-    """Return what a cache holds, what was used longest ago first. Links and other files are passed over."""
+    """Return what a cache holds, what was used longest ago first.
+
+    Links, files of others, and files that a run is just writing are passed over.
+    """
     found = []
     for path in cache_dir.iterdir():
         kind = path.name.rpartition("-")[0].partition("-")[0]
-        if kind in KINDS and not path.is_symlink():
+        if kind in KINDS and not path.is_symlink() and not is_part(path):
             stats = [one.stat() for one in _files(path)]
             used = max((max(one.st_atime, one.st_mtime) for one in stats), default=0.0)
             found.append(Entry(path, kind, sum(one.st_size for one in stats), used))
@@ -86,8 +90,10 @@ def entries(cache_dir: Path) -> list[Entry]:
 
 
 def _files(path: Path) -> list[Path]:
-    """Return the files of an entry: those in its folder, or the file that it is."""
-    return sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+    """Return the files of an entry: itself, or those in its folder that are not half written."""
+    if not path.is_dir():
+        return [path]
+    return sorted(one for one in path.rglob("*") if one.is_file() and not is_part(one))
 
 
 def cache(settings: Settings) -> None:

@@ -55,6 +55,7 @@ from plrhf.evaluation.users import write_users
 from plrhf.models.base import PersonalModule
 from plrhf.models.context import store_vectors
 from plrhf.models.export import README, add_note, save_export
+from plrhf.models.grpo import PersonalGRPOPolicy
 from plrhf.models.policy import PersonalPolicy
 from plrhf.reporting import report, tables
 from plrhf.training.loggers import log_settings, log_test_results
@@ -151,7 +152,8 @@ def train_personal(
         trainer.callbacks.append(before)  # type: ignore[attr-defined]
         fit(model, data, trainer, resume_from=None if resume is None else resume.path)
         model.check_finite()
-        warn_if_overoptimised(Path(config.run_dir), probes)
+        if isinstance(model, PersonalGRPOPolicy):
+            warn_if_overoptimised(Path(config.run_dir), probes)
         if model.encoder.reads_context:
             runner_with_weights(model, trainer)(store_vectors, model, data)
         outputs = Outputs(debug=config.debug)

@@ -9,7 +9,7 @@ import lightning
 from lightning import Trainer
 
 from plrhf.backbone.loading import load_tokenizer
-from plrhf.cli.assemble import build_data, print_lines
+from plrhf.cli.assemble import build_data, build_source, check_same_world, print_lines
 from plrhf.cli.config import RunConfig
 from plrhf.cli.eval_config import AdaptTask, EvalConfig, WinrateTask
 from plrhf.cli.jobs import failure_line
@@ -101,6 +101,9 @@ def write(config: EvalConfig) -> None:
         raise bad_value(
             "run", str(run), "a run of model=dpo or grpo", "Give a run that trained a policy"
         )
+    if texts.best_of is not None:
+        reward = texts.best_of.reward
+        check_same_world("eval.best_of.reward", reward, build_source(trained.data))
     out = Path(config.out or run)
     out.mkdir(parents=True, exist_ok=True)
     lightning.seed_everything(trained.seed if config.seed is None else config.seed, verbose=False)
@@ -119,6 +122,9 @@ def winrate(config: EvalConfig) -> None:
     task: WinrateTask = config.task
     run = finished_run(config)
     contests = find_contests(run, task.against, writer=task.writer)
+    if "export" in task.judge and task.judge.get("users") == "own":
+        trained = RunConfig.of_run(run, trust_components=config.trust_components)
+        check_same_world("eval.judge.export", task.judge["export"], build_source(trained.data))
     judge: Judge = build(task.judge, "eval.judge", kind=Judge)
     result = JudgedRun(
         **win_rates(contests, judge.compare(contests)).model_dump(),
@@ -348,10 +354,9 @@ def _texts(run: Path, writer: str, *, field: str) -> dict[tuple[str, str], Gener
         if text.writer == writer
     }
     if len(texts) == 0:
-        raise bad_value(
-            field,
-            str(run),
-            f"a run with texts of the {writer}",
-            f"Write them: eval=generate eval.{writer}=true",
-        )
+        how = "eval.best_of.n=16 eval.best_of.reward=DIR eval.best_of.writers=[policy,reference]"
+        if writer in ("generic", "reference"):
+            how = f"eval.{writer}=true"
+        allowed = f"a run with texts of the writer {writer}"
+        raise bad_value(field, str(run), allowed, f"Write them: eval=generate run={run} {how}")
     return texts

@@ -62,10 +62,15 @@ def intact_files(folder: Path, stem: str, suffix: str) -> list[Path]:
     return intact
 
 
+def is_part(path: Path) -> bool:
+    """Return whether a path is that of a half-written file of `cache_file`."""
+    return PART.search(path.name) is not None
+
+
 def remove_abandoned_parts(folder: Path) -> None:
     """Delete the temporary files in a folder whose processes no longer run."""
     for part in folder.glob("*.part"):
-        if PART.search(part.name) is None:
+        if not is_part(part):
             continue
         with contextlib.suppress(OSError), part.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,6 +13,7 @@ from plrhf.core.errors import bad_value
 from plrhf.data.rows import Row
 from plrhf.models.inference import load
 from plrhf.models.reward import PersonalRewardModel
+from plrhf.models.rollouts import requests
 
 Writer = Literal["policy", "reference"]
 
@@ -67,15 +68,8 @@ def best_texts(
         for text in dict.fromkeys(texts)
         if text.strip()
     ]
-    asked = [
-        {
-            "prompt": rows[number].prompt,
-            "user_id": rows[number].user_id,
-            "user_features": rows[number].user_features,
-            "response": text,
-        }
-        for number, text in places
-    ]
+    of_rows = requests(rows, [True] * len(rows), ("user",))
+    asked = [{**of_rows[number], "response": text} for number, text in places]
     best = [float("-inf")] * len(rows)
     chosen = [""] * len(rows)
     for (number, text), value in zip(places, reward.score(asked).tolist(), strict=True):

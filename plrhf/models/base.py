@@ -335,9 +335,14 @@ class PersonalModule(LightningModule):
                 )
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the autocast context of the precision used in training, see `Card.precision`."""
-        kind = AUTOCAST.get(self.card.precision) if hasattr(self, "card") else None
-        return nullcontext() if kind is None else torch.autocast(self.device.type, dtype=kind)
+        """Return the autocast context of the precision used in training, see `Card.precision`.
+
+        In it autocast of another model's training is off, too, where this one was trained without.
+        """
+        if not hasattr(self, "card"):
+            return nullcontext()
+        kind = AUTOCAST.get(self.card.precision)
+        return torch.autocast(self.device.type, dtype=kind, enabled=kind is not None)
 
     def adapt(self, pairs: Sequence[Mapping[str, Any]], rule: Adaptation | None = None) -> NewUser:
         """Fit a new user to a few of their pairs; see `adaptation.adapt`."""

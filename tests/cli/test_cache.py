@@ -81,6 +81,19 @@ def test_what_was_used_longest_ago_goes_first(tmp_path: Path, capsys: Any) -> No
     assert sorted(one.name for one in tmp_path.iterdir()) == ["notes.txt", "tokens-link"]
 
 
+def test_what_a_run_is_writing_stays(tmp_path: Path, capsys: Any) -> None:
+    for place, stem in (("", "tokens-a"), ("texts-c", "values")):
+        cache = tmp_path / stem
+        make_cache(cache)
+        with cache_file(cache / place, stem, ".arrow") as part:
+            part.write_bytes(b"half")
+            assert run(capsys, "verify", f"cache_dir={cache}") == ["4 of 4 entries are whole"]
+            run(capsys, "prune", f"cache_dir={cache}", "max_gb=0")
+            part.write_bytes(b"whole")
+        (path,) = (cache / place).glob(f"{stem}-*.arrow")
+        assert path.read_bytes() == b"whole"
+
+
 def test_prune_needs_a_size(tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit):
         run(capsys, "prune", f"cache_dir={tmp_path}")

@@ -319,7 +319,11 @@ def test_a_policy_learns_from_a_reward_model(
     assert metrics[judged].notna().all(axis=1).sum() == 1
     [text] = plrhf.load(run_dir).write([{"prompt": "Write a note."}], max_new_tokens=3)
     assert isinstance(text, str)
-    for wrong, said in (("seed=1", "the same world"), ("model.reward=null", "model.reward=None")):
+    for wrong, said in (
+        (["seed=1"], "the same world"),
+        (["seed=1", f"model.reward={reward_run / 'export'}"], "the same world"),
+        (["model.reward=null"], "model.reward=None"),
+    ):
         with pytest.raises(SystemExit):
-            launch("train", *TINY, *own, f"run_dir={tmp_path / 'wrong'}", wrong)
+            launch("train", *TINY, *own, f"run_dir={tmp_path / 'wrong'}", *wrong)
         assert said in capsys.readouterr().err

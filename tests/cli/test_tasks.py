@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from runs import (
     TINY,
     check_evaluation,
     command,
+    composed,
     evaluation_of,
     launch,
     rows_of_world,
@@ -28,6 +30,9 @@ from runs import (
 from tiny import LORA, language_model, make_model
 
 from plrhf.backbone.model import Backbone
+from plrhf.cli.assemble import check_same_world
+from plrhf.cli.tasks import find_contests
+from plrhf.core.errors import BadValue
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Row
 from plrhf.data.sources.jsonl import JsonlSource
@@ -38,7 +43,8 @@ from plrhf.evaluation.generations import (
     read_generations,
     write_generations,
 )
-from plrhf.models.card import Card
+from plrhf.evaluation.records import write_settings
+from plrhf.models.card import CARD, Card
 from plrhf.models.policy import PersonalDPOPolicy
 
 
@@ -149,14 +155,16 @@ class LikesLength:
 
     def score(self, asked: Any) -> torch.Tensor:
         assert all(one["response"].strip() for one in asked)
+        assert all(one["user_text"] == f"I am {one['user_id']}." for one in asked)
         words = [len(one["response"].split()) for one in asked]
         signs = [1 if one["user_id"] == "ada" else -1 for one in asked]
         return torch.tensor([n * sign for n, sign in zip(words, signs, strict=True)])
 
 
 def test_each_user_gets_the_best_text() -> None:
+    empty = {"prompt": "p", "chosen": "", "rejected": "", "prompt_id": "", "pair_id": ""}
     ada, ben = (
-        Row(prompt="p", chosen="", rejected="", user_id=user, prompt_id="", pair_id="")
+        Row(**empty, user_id=user, user_text=f"I am {user}.")  # type: ignore[arg-type]
         for user in ("ada", "ben")
     )
     texts = ["two words", "one", " ", "now three words", "one"]
@@ -269,6 +277,28 @@ def test_win_rates(policy: Path, tmp_path: Path, capsys: Any) -> None:
         with pytest.raises(SystemExit):
             launch("eval", f"run={policy}", "eval=winrate", f"eval.against={other}")
         assert said in capsys.readouterr().err
+
+
+def test_a_missing_writer_is_asked_for_by_a_setting_that_there_is(policy_run: Path) -> None:
+    for writer, cure in (
+        ("reference", r"eval\.reference=true"),
+        ("best_of_policy", r"eval\.best_of\.n=16 .* eval\.best_of\.writers=\[policy,reference\]"),
+    ):
+        with pytest.raises(BadValue, match=f"run='.*' .* texts of the writer {writer}.* {cure}"):
+            find_contests(policy_run, "reference", writer=writer)
+
+
+def test_a_reward_model_of_another_world_is_refused(tmp_path: Path) -> None:
+    names = {"seed=0": None, "seed=1": r"^eval\.judge\.export='.*' .* on the same world"}
+    for seed, message in names.items():
+        export = tmp_path / seed / "export"
+        export.mkdir(parents=True)
+        (export / CARD).touch()
+        write_settings(export.parent / "config.yaml", composed(*TINY, seed))
+        for folder in (export, export.parent):
+            refused = pytest.raises(BadValue, match=message) if message else nullcontext()
+            with refused:
+                check_same_world("eval.judge.export", str(folder), world())
 
 
 @pytest.fixture

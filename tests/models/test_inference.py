@@ -143,3 +143,10 @@ def test_what_was_trained_in_bfloat16_is_asked_in_it(reward_run: Path) -> None:
         expected = model.score([NOTE])
     found = model.score([NOTE])
     assert found.equal(expected) and not found.equal(full)
+
+
+def test_rewards_in_the_training_of_another_model_are_the_same(reward_run: Path) -> None:
+    model = plrhf.load(reward_run)
+    expected = model.score([NOTE])
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # of a policy that learns from them
+        assert model.score([NOTE]).equal(expected)

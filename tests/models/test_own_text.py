@@ -16,6 +16,7 @@ from plrhf.data.digests import file_digest, json_text
 from plrhf.data.in_context import row_tokenizer, show_pairs
 from plrhf.data.parsing import parse_row
 from plrhf.data.rows import Row
+from plrhf.encoders import UniformEncoder
 from plrhf.evaluation.few_shot import FewShotTrials
 from plrhf.evaluation.trials import Trial
 from plrhf.models.adaptation import Encode
@@ -83,6 +84,19 @@ def test_a_new_user_is_enrolled_with_exactly_the_pairs_given(export: Path) -> No
     assert not torch.isclose(model.score([asked]), with_pairs, atol=1e-5).any()
     model.forget("eve")
     assert list(json.loads((export / OWN_PAIRS).read_text())) == list(model.own_pairs) == [KNOWN]
+
+
+def test_a_model_that_tells_nobody_apart_but_by_their_pairs_needs_no_fitting(export: Path) -> None:
+    model = with_text(export, {}, context_pairs=2)
+    words = model.backbone.vocabulary()
+    model.encoder = UniformEncoder(user_dim=model.aggregator.user_dim, vocabulary=words)
+    given = [
+        {name: getattr(row, name) for name in ("prompt", "chosen", "rejected")}
+        for row in pairs_of(STRANGER, 3)
+    ]
+    user = model.adapt(given)
+    assert user.vector.equal(model.encoder.generic(1)[0]) and user.rows == {}
+    assert [row.chosen for row in user.pairs] == [one["chosen"] for one in given]
 
 
 def test_a_curve_gives_exactly_the_trials_pairs(export: Path) -> None:

@@ -65,6 +65,8 @@ def test_plain_parts_compute_what_plrhf_does(written: tuple[Path, Path]) -> None
     read = client["Export"](out)
     plain = AutoModelForCausalLM.from_pretrained(model.backbone.bare.name_or_path)
     plain = PeftModel.from_pretrained(plain, out / "adapter").eval()
+    with pytest.raises(SystemExit, match="'somebody' is not among the people"):
+        read.prompt_embeds(PROMPT, "somebody")
     found = []
     for user in (None, model.card.users[0], model.card.users[-1]):
         embeds = client["encoded"](read.prompt_embeds(PROMPT, user))

@@ -61,11 +61,6 @@ class FittedPairs:
         return len(self.pairs)
 
 
-def default_rule(model: PersonalModule, *, laplace: bool = False) -> Adaptation:
-    """Return the rule for a model's new users: `Encode` if it reads pairs, else `Posterior`."""
-    return Encode() if reads_pairs(model) else Posterior(laplace=laplace)
-
-
 def adapt(
     model: PersonalModule, pairs: Sequence[Mapping[str, Any]], rule: Adaptation | None = None
 ) -> NewUser:
@@ -75,14 +70,14 @@ def adapt(
         model: loaded from an export, so that it has a tokenizer.
         pairs: rows of one user in the row format; `user_id` may be missing. Without any pairs the
             result is what the rule gives an unknown user, usually the generic user.
-        rule: None: `Encode` if the encoder reads pairs, else `Posterior`.
+        rule: None: `Encode` if the model reads pairs instead of being fitted, else `Posterior`.
 
     Raises:
         ValueError: a pair that cannot be used, only pairs that are too long, or a model that the rule
             cannot adapt.
     """
     if rule is None:
-        rule = Encode() if model.encoder.reads_context else Posterior()
+        rule = Encode() if reads_pairs(model) else Posterior()
     found = fit_pairs(model, pairs, rule)
     rows = found.users.rows
     return NewUser(
