@@ -136,7 +136,7 @@ def _is_of(value: Any, user: str) -> bool:
 
 
 def _pruned(value: Any, user: str, key: str = "") -> tuple[Any, int]:
-    """Return a value without the objects of a user, and without the id in lists called ``users``.
+    """Return a value without a user's objects, entries of ``per_user``, and id in lists called ``users``.
 
     Returns:
         The value, and how many objects and ids were removed.
@@ -146,8 +146,10 @@ def _pruned(value: Any, user: str, key: str = "") -> tuple[Any, int]:
         below = [_pruned(one, user) for one in kept]
         return [one for one, _ in below], len(value) - len(kept) + sum(n for _, n in below)
     if isinstance(value, dict):
-        found = {name: _pruned(one, user, name) for name, one in value.items()}
-        return {name: one for name, (one, _) in found.items()}, sum(n for _, n in found.values())
+        others = {n: one for n, one in value.items() if not (key == "per_user" and n == user)}
+        found = {name: _pruned(one, user, name) for name, one in others.items()}
+        n_removed = len(value) - len(others) + sum(n for _, n in found.values())
+        return {name: one for name, (one, _) in found.items()}, n_removed
     return value, 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -335,13 +335,8 @@ class PersonalModule(LightningModule):
                 )
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the autocast context of the precision used in training, see `Card.precision`.
-
-        In it autocast of another model's training is off, too, where this one was trained without.
-        """
-        if not hasattr(self, "card"):
-            return nullcontext()
-        kind = AUTOCAST.get(self.card.precision)
+        """Return the autocast context of the precision used in training, see `Card.precision`."""
+        kind = AUTOCAST.get(self.card.precision) if hasattr(self, "card") else None
         return torch.autocast(self.device.type, dtype=kind, enabled=kind is not None)
 
     def adapt(self, pairs: Sequence[Mapping[str, Any]], rule: Adaptation | None = None) -> NewUser:

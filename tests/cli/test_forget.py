@@ -11,6 +11,9 @@ from runs import composed
 
 import plrhf
 from plrhf.cli.forget import files_with, forget
+from plrhf.cli.tasks import find_contests
+from plrhf.evaluation.judges import JudgedRun, PreferenceJudge, win_rates
+from plrhf.evaluation.records import read_record, write_record
 from plrhf.evaluation.results import read_results
 from plrhf.models.card import read_card
 
@@ -37,7 +40,11 @@ def test_nothing_of_a_person_stays(
     others = pd.read_parquet(run / "predictions.parquet")
     lines = (run / "generations.jsonl").read_text().splitlines()
     user = next(one for one in before.users if any(f'"{one}"' in line for line in lines))
-    assert {path.name for path in files_with(run, user)} >= {"users.json", "generations.jsonl"}
+    won = win_rates(contests := find_contests(run, str(run)), PreferenceJudge().compare(contests))
+    judged = {"run": "", "against": "", "judge": {}}
+    write_record(run / "winrate.json", JudgedRun(**won.model_dump(), **judged))  # type: ignore[arg-type]
+    wanted = {"users.json", "generations.jsonl", "winrate.json"}
+    assert {path.name for path in files_with(run, user)} >= wanted
     n_tokens = len(list(cache.glob("tokens-*")))
     receipt = told(run, user, capsys, f"cache_dir={cache}")
     assert "removed: id and vector in export/" in receipt
@@ -52,6 +59,9 @@ def test_nothing_of_a_person_stays(
     assert (run / "generations.jsonl").read_text().splitlines() == kept and len(kept) < len(lines)
     assert read_card(run / "export").users == [one for one in before.users if one != user]
     assert read_results(run).fingerprint == read_results(policy_run).fingerprint
+    assert read_record(run / "winrate.json", JudgedRun).per_user.keys() == won.per_user.keys() - {
+        user
+    }
     model = plrhf.load(run)
     assert len(model.write([{"prompt": "Write a note."}], max_new_tokens=2, temperature=0.0)) == 1
     with pytest.raises(ValueError, match=f"^user='{user}' .* a user of"):
