@@ -35,6 +35,7 @@ from plrhf.core.components import (
 )
 from plrhf.core.errors import bad_value
 from plrhf.core.shrinkage import ShrinkageKind
+from plrhf.data.rows import Ties
 from plrhf.data.split_by import SplitBy
 from plrhf.evaluation.generations import GenerationOptions
 from plrhf.evaluation.records import read_settings
@@ -208,6 +209,7 @@ class DataConfig(Section):
     batch_tokens: PositiveInt | None
     users_per_batch: PositiveInt | None
     on_bad_row: Literal["refuse", "error"]
+    ties: Ties = "none"
     val_fraction: FractionBelowOne | None
     test_fraction: FractionBelowOne | None
     seen_prompt_test_fraction: FractionBelowOne

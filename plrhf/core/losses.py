@@ -11,7 +11,7 @@ from plrhf.core.errors import bad_value
 DPO_LOSSES = ("sigmoid", "ipo", "hinge", "cdpo")
 
 
-def bradley_terry(reward_margin: Tensor, *, target_margin: float = 0.0) -> Tensor:
+def bradley_terry(reward_margin: Tensor, *, target_margin: Tensor | float = 0.0) -> Tensor:
     """Return the negative log-likelihood of each choice under the Bradley-Terry model, in nats.
 
     -log sigma(r(x, y1, u) - r(x, y2, u) - m): arXiv 2402.05133, the P-RM loss, with the target margin
@@ -19,12 +19,13 @@ def bradley_terry(reward_margin: Tensor, *, target_margin: float = 0.0) -> Tenso
 
     Args:
         reward_margin: [B], reward of the chosen response minus that of the rejected one.
-        target_margin: m; 0 gives the plain likelihood.
+        target_margin: m, one for all or one a pair, as by how much better the chosen response is; 0
+            gives the plain likelihood.
     """
     return -logsigmoid(reward_margin - target_margin)
 
 
-def reward_hinge(reward_margin: Tensor, *, target_margin: float = 0.0) -> Tensor:
+def reward_hinge(reward_margin: Tensor, *, target_margin: Tensor | float = 0.0) -> Tensor:
     """Return the hinge loss of each choice, [B]: relu(1 + m - margin), with the target margin m.
 
     With m = 0 the loss of PAL-A (Chen et al. 2024, arXiv 2406.08469).

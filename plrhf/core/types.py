@@ -66,6 +66,21 @@ class UserBatch:
 
 
 @dataclass
+class Feedback(Pinnable):
+    """What rows say of their choices beyond which response was chosen."""
+
+    is_tie: Tensor  # [B] bool, whether neither response was preferred
+    weight: Tensor  # [B] float32, of the pair's loss; 1 on average over a split
+    strength: (
+        Tensor  # [B] float32, how much better the chosen response is: factor of a target margin
+    )
+
+    def __getitem__(self, at: Tensor) -> Feedback:
+        """Return the feedback of the pairs at indices [B]."""
+        return Feedback(self.is_tie[at], self.weight[at], self.strength[at])
+
+
+@dataclass
 class PreferenceBatch(Pinnable):
     """B preference pairs in R rows of L tokens.
 
@@ -89,6 +104,7 @@ class PreferenceBatch(Pinnable):
         None  # [R, L, d] last hidden states without any user, where they are kept
     )
     prompts: KeysAndValues | None = None  # of prompts without any user, where they are kept
+    feedback: Feedback | None = None  # None: plain choices that all count alike
     weight: Tensor | None = None  # [B] float32, see `PairDataset.shard`; None: a batch of its own
     packing: RowPacking | None = None  # how rows may be packed for the trunk; None: they stay
     index: RowIndex | None = None  # of rows as they are; None: made where it is needed

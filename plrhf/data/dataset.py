@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plrhf.core.row_index import RowIndex
 from plrhf.core.row_packing import NO_USER, RowPacking, UserSlots
-from plrhf.core.types import GENERIC_USER, PreferenceBatch
+from plrhf.core.types import GENERIC_USER, Feedback, PreferenceBatch
 from plrhf.data.features import FeatureSchema
 from plrhf.data.packing import Layout, TokenPair, packed
 from plrhf.data.rows import Person, Row, Rows
@@ -72,6 +72,7 @@ class PairDataset:
         user_id: index of each pair's user, [N] int64. features: of each pair's user, [N, F] float32.
         ref_logps: reference log-probabilities of chosen and rejected, [N, 2], or None.
         hidden: pooled trunk outputs of chosen and rejected, [N, 2, d], or None.
+        feedback: weights, strengths and ties, [N]; None: plain choices that all count alike.
         context_hidden: pooled outputs of the untrained trunk, or None.
         context: draws other pairs of each pair's user; None: the encoder reads none.
     """
@@ -96,6 +97,7 @@ class PairDataset:
         self._user_ids, self._person = [one.user_id for one in people], torch.from_numpy(person)
         self.number_users(user_index)
         self.features = schema.table([one.user_features for one in people])[self._person]
+        self.feedback = feedback_of(rows)
         self.ref_logps: TextValues | None = None
         self.hidden: TextValues | None = None
         self.context_hidden: TextValues | None = None
@@ -140,6 +142,7 @@ class PairDataset:
             position_ids=positions,
             row=at,
             ref_logps=None if self.ref_logps is None else self.ref_logps[at],
+            feedback=None if self.feedback is None else self.feedback[at],
             packing=packing,
             index=None if self.hidden is not None else RowIndex.of(segment),
             context=None
@@ -173,6 +176,27 @@ class PairDataset:
         rows = Rows.from_rows([row]).select(np.zeros(len(pairs), dtype=np.int64))
         schema = FeatureSchema.fit(())
         return cls(rows, pairs, layout=layout, user_index={}, schema=schema)
+
+
+def feedback_of(rows: Sequence[Row]) -> Feedback | None:
+    """Return the feedback of rows, [N]; None if they are plain choices that all count alike.
+
+    Weights are divided by their mean, so that the mean loss has the same size with and without them.
+    """
+
+    def column(name: str) -> list[Any]:
+        values = rows.texts(name) if isinstance(rows, Rows) else (getattr(r, name) for r in rows)
+        return list(values)
+
+    verdicts, weights, strengths = map(column, ("verdict", "weight", "strength"))
+    if all(one is None for column_of in (verdicts, weights, strengths) for one in column_of):
+        return None
+    weight, strength = (
+        torch.tensor([1.0 if one is None else float(one) for one in column_of])
+        for column_of in (weights, strengths)
+    )
+    is_tie = torch.tensor([one == "tie" for one in verdicts])
+    return Feedback(is_tie, weight / weight.mean(), strength)
 
 
 class RestrictedDatasets(dict[str, PairDataset]):

@@ -30,7 +30,7 @@ from plrhf.data.in_context import InContextTokenizer, OwnPairs, put_in_context, 
 from plrhf.data.packing import LAYOUTS, Layout, LayoutName
 from plrhf.data.reading import read_rows
 from plrhf.data.reasons import Reason, RefusedRow
-from plrhf.data.rows import SPLITS, Rows, people_in
+from plrhf.data.rows import SPLITS, Rows, Ties, people_in
 from plrhf.data.samplers import (
     BatchIndices,
     ResumableBatchSampler,
@@ -67,6 +67,7 @@ class PreferenceData(LightningDataModule):
         users, schema: of a trained model that is evaluated on these rows. All rows (of split "test", if
             rows have a split) are then test rows. None: both come from the train rows.
         context_pairs, min_context_pairs: `most` and `least` of `in_context.put_in_context`.
+        ties: the model's tie parameter; with ``none``, rows without a preferred response are left out.
         others: see `reading.read_rows`, `splits.split_rows`, `tokenizer.RowTokenizer`.
 
     Attributes:
@@ -88,6 +89,7 @@ class PreferenceData(LightningDataModule):
         batch_tokens: int | None = None,
         users_per_batch: int | None = None,
         on_bad_row: str = "refuse",
+        ties: Ties = "none",
         val_fraction: float | None = None,
         test_fraction: float | None = None,
         seen_prompt_test_fraction: float = 0.0,
@@ -108,21 +110,21 @@ class PreferenceData(LightningDataModule):
         schema: FeatureSchema | None = None,
     ) -> None:
         super().__init__()
-        for name, value, good in (
-            ("batch_size", batch_size, 32),
-            ("eval_batch_size", eval_batch_size, 32),
-            ("batch_tokens", batch_tokens, 4096),
-            ("max_tokens", max_tokens, 1024),
-        ):
-            if value is not None and value < 1:
-                raise bad_value(
-                    f"data.{name}", value, "a whole number from 1", f"Set data.{name}={good}"
-                )
+        _check_sizes(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            batch_tokens=batch_tokens,
+            max_tokens=max_tokens,
+        )
         self.source, self.seed = source, seed
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.batch_tokens, self.users_per_batch = batch_tokens, users_per_batch
         kinds = None if schema is None else schema.kinds()
-        rows, self.report = read_rows(source.records(), on_bad_row=on_bad_row, feature_kinds=kinds)
+        if ties != "none" and context_pairs > 0:
+            allowed = "none with data.context_pairs, which shows which response was chosen"
+            raise bad_value("model.ties", ties, allowed, "Set model.ties=none")
+        how: dict[str, Any] = {"on_bad_row": on_bad_row, "ties": ties != "none"}
+        rows, self.report = read_rows(source.records(), **how, feature_kinds=kinds)
         self.report.form = source.form
         self.report.check_some_left()
         self.on_bad_row = on_bad_row
@@ -421,3 +423,12 @@ class PreferenceData(LightningDataModule):
             dataset.hidden = compute_text_values(
                 dataset, pool, self.eval_batch_size, cache, shard=self.shard
             )
+
+
+def _check_sizes(**sizes: int | None) -> None:
+    """Raise a ValueError if a size is below 1."""
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            good = 1024 if name == "max_tokens" else 4096 if name == "batch_tokens" else 32
+            allowed, cure = "a whole number from 1", f"Set data.{name}={good}"
+            raise bad_value(f"data.{name}", value, allowed, cure)

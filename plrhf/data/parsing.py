@@ -63,6 +63,9 @@ def parse_row(raw: Mapping[str, Any], where: str) -> Row:
         split=_split(raw, where),
         chosen_id=_optional_id(raw, "chosen_id", where),
         rejected_id=_optional_id(raw, "rejected_id", where),
+        verdict=_verdict(raw, where),
+        weight=_number(raw, "weight", where),
+        strength=_number(raw, "strength", where),
     )
     _check_size(row, where)
     return row
@@ -76,6 +79,37 @@ def _split(raw: Mapping[str, Any], where: str) -> str | None:
         cure = "Rename it, or leave split out of every row"
         refuse(Reason.UNKNOWN_SPLIT, where, "split", given, "train, val or test", cure)
     return split
+
+
+def _verdict(raw: Mapping[str, Any], where: str) -> str | None:
+    """Return "tie" for a tie, and None for a choice."""
+    given = _optional_text(raw, "verdict", where)
+    verdict = "prefer" if given is None else given.strip().casefold()
+    if verdict not in ("prefer", "tie"):
+        cure = "Leave out rows in which nothing was judged"
+        refuse(Reason.UNKNOWN_VERDICT, where, "verdict", given, "prefer or tie", cure)
+    if verdict == "prefer":
+        return None
+    if _number(raw, "strength", where) is not None:
+        allowed, cure = "none in a tie, which prefers no response", "Leave strength or verdict out"
+        refuse(Reason.BAD_WEIGHT, where, "strength", raw["strength"], allowed, cure)
+    return "tie"
+
+
+def _number(raw: Mapping[str, Any], name: str, where: str) -> float | None:
+    """Return a weight, above 0, or a strength, from 0; None if missing. Table cells may be text."""
+    value = raw.get(name)
+    if _is_absent(value) or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not (0 <= number <= 1e6) or (name == "weight" and number == 0):
+        least = "above 0" if name == "weight" else "from 0"
+        allowed, cure = f"a number {least}, at most a million", f"Mend {name}, or leave it out"
+        refuse(Reason.BAD_WEIGHT, where, name, value, allowed, cure)
+    return number
 
 
 def _check_size(row: Row, where: str) -> None:

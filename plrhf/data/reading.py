@@ -17,8 +17,6 @@ from plrhf.data.reasons import BY_PROTOCOL, Reason, Refusal, RefusedRow, refuse
 from plrhf.data.rows import ROW_FIELDS, Row, Rows
 
 ON_BAD_ROW = ("refuse", "error")
-NOT_USED_YET = ("weight", "strength")
-"""Fields of the row format that are not used yet."""
 
 
 @dataclass
@@ -30,6 +28,7 @@ class ReadReport:
         refused: number of refused records by reason. examples: the first message of each reason.
         unread: number of records with a field that no row field is made from, by field.
         implicit: number of rows whose prompt is what chosen and rejected begin with.
+        strengths: number of rows that say how much better the chosen response is.
         form: name of the form that the source converted its records from; None: they were rows.
     """
 
@@ -38,6 +37,7 @@ class ReadReport:
     examples: dict[str, str] = field(default_factory=dict)
     unread: Counter[str] = field(default_factory=Counter)
     implicit: int = 0
+    strengths: int = 0
     form: str | None = None
 
     def refuse(self, reason: Reason, message: str, n_rows: int = 1) -> None:
@@ -57,10 +57,11 @@ class ReadReport:
             said.append(
                 f"no prompt field: of {self.implicit:,} rows it is what chosen and rejected share"
             )
-        waiting = [name for name in NOT_USED_YET if self.unread[name] > 0]
-        if len(waiting) > 0:
-            said.append(f"not used yet: {', '.join(waiting)} (all rows count alike)")
-        unknown = [name for name in self.unread if name not in NOT_USED_YET]
+        if self.strengths > 0:
+            said.append(
+                f"strength: in {self.strengths:,} rows, used where model.target_margin is above 0"
+            )
+        unknown = list(self.unread)
         if len(unknown) > 0:
             more = f" and {len(unknown) - 8} others" if len(unknown) > 8 else ""
             names = ", ".join(printable(one) or "(no name)" for one in unknown[:8])
@@ -91,6 +92,7 @@ def read_rows(
     records: Iterable[tuple[str, Mapping[str, Any] | Refusal]],
     *,
     on_bad_row: str = "refuse",
+    ties: bool = False,
     feature_kinds: FeatureKinds | None = None,
 ) -> tuple[Rows, ReadReport]:
     """Read all records, and return the good rows in their order with a report on the others.
@@ -103,6 +105,7 @@ def read_rows(
         records: pairs of place and record (or refusal), as `Source.records` yields them.
         on_bad_row: ``refuse`` counts a bad row and goes on, ``error`` raises its `RefusedRow`.
             Records that a dataset's protocol leaves out (`BY_PROTOCOL`) are counted in both cases.
+        ties: keep rows in which neither response was preferred; else they are refused.
         feature_kinds: kinds of a trained model's user features; None: decided by majority.
     """
     if on_bad_row not in ON_BAD_ROW:
@@ -111,7 +114,7 @@ def read_rows(
     report = ReadReport()
     strict = on_bad_row == "error"
     places: dict[str, str] = {}  # user -> where their first row with features stands
-    rows = Rows.from_rows(_good_rows(records, report, places, strict=strict))
+    rows = Rows.from_rows(_good_rows(records, report, places, strict=strict, ties=ties))
     people, refused = settle_features(rows.people, feature_kinds)
     if len(refused) > 0:
         bad = np.isin(rows.person, np.array(list(refused), dtype=np.int32))
@@ -132,12 +135,13 @@ def _good_rows(
     places: dict[str, str],
     *,
     strict: bool,
+    ties: bool,
 ) -> Iterator[Row]:
     """Yield the good rows, and count the others in the report.
 
     Args:
         places: user id -> place of their first row with features; filled here.
-        strict: raise the error of the first bad row.
+        strict: raise the error of the first bad row. ties: keep ties.
     """
     first: dict[int, int] = {}  # hash of a pair_id -> the record that had it
     repeats: Counter[str] = Counter()  # derived pair_id -> how often it came again
@@ -156,6 +160,9 @@ def _good_rows(
                 record = _with_prompt(record)
                 report.implicit += "prompt" in record
             row = parse_row(record, where)
+            if row.verdict == "tie" and not ties:
+                allowed, cure = "a choice", "Set model.ties=shared, to learn from ties"
+                refuse(Reason.TIE, where, "verdict", "tie", allowed, cure)
             if hash(row.pair_id) in first and not has_pair_id(record, where):
                 repeats[row.pair_id] += 1
                 row = replace(row, pair_id=f"{row.pair_id}-{repeats[row.pair_id] + 1}")
@@ -170,6 +177,7 @@ def _good_rows(
             report.refuse(refused.reason, str(refused))
         else:
             first[key] = report.read
+            report.strengths += row.strength is not None
             if row.user_features is not None:
                 places.setdefault(row.user_id, where)
             yield row

@@ -21,6 +21,7 @@ class Reason(StrEnum):
     UNKNOWN_SPLIT = "unknown split"
     BAD_USER_FEATURES = "bad user features"
     BAD_WEIGHT = "bad weight or strength"
+    UNKNOWN_VERDICT = "unknown verdict"
     BAD_MESSAGES = "bad chat messages"
     BAD_UTF8 = "bad UTF-8"
     BAD_JSON = "bad JSON"

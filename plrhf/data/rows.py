@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from hashlib import blake2b
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ Message = dict[str, Any]
 Features = Mapping[str, float | str]
 """A user's features: feature name -> number or category."""
 
+Ties = Literal["none", "shared", "own"]
+"""Whether ties are learned from, and whether all users or each user has a tie parameter."""
+
 SPLITS = ("train", "val", "test")
 REQUIRED_FIELDS = ("prompt", "chosen", "rejected", "user_id")
 ID_FIELDS = ("user_id", "prompt_id", "pair_id", "chosen_id", "rejected_id")
@@ -28,7 +31,13 @@ ID_FIELDS = ("user_id", "prompt_id", "pair_id", "chosen_id", "rejected_id")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One human choice: this user preferred `chosen` to `rejected` as the answer to `prompt`."""
+    """One human choice: this user preferred `chosen` to `rejected` as the answer to `prompt`.
+
+    Attributes:
+        verdict: "tie" if neither response was preferred, else None.
+        weight: how often, or how surely, the choice was made, above 0; None: once.
+        strength: how much better the chosen response is, from 0; None: not known.
+    """
 
     prompt: str | tuple[Message, ...]
     chosen: str
@@ -41,6 +50,9 @@ class Row:
     split: str | None = None
     chosen_id: str | None = None
     rejected_id: str | None = None
+    verdict: str | None = None
+    weight: float | None = None
+    strength: float | None = None
 
 
 ROW_FIELDS = tuple(one.name for one in fields(Row))
@@ -159,6 +171,14 @@ class Rows(LazySequence[Row]):
         return Rows.from_rows, (list(self),)  # its own rows, not the file's others
 
 
+def choices_of(rows: Sequence[Row]) -> Sequence[Row]:
+    """Return the rows in which a response was preferred, without ties."""
+    if not isinstance(rows, Rows):
+        return [row for row in rows if row.verdict is None]
+    is_choice = np.array([verdict is None for verdict in rows.texts("verdict")], dtype=np.bool_)
+    return rows if is_choice.all() else rows.select(np.flatnonzero(is_choice))
+
+
 def people_in(rows: Sequence[Row]) -> Sequence[Row | Person]:
     """Return the users of rows, by first appearance; of a plain list, a user may appear repeatedly."""
     return rows.distinct_people() if isinstance(rows, Rows) else rows
@@ -166,7 +186,7 @@ def people_in(rows: Sequence[Row]) -> Sequence[Row | Person]:
 
 TEXT_COLUMNS = (
     *("prompt", "messages", "chosen", "rejected", "prompt_id", "pair_id"),
-    *("split", "chosen_id", "rejected_id"),
+    *("split", "chosen_id", "rejected_id", "verdict", "weight", "strength"),
 )
 """Columns of the file. A prompt is in ``prompt`` if it is text, and in ``messages`` (JSON) if not."""
 
@@ -178,13 +198,14 @@ def _texts(row: Row) -> tuple[str | None, ...]:
         row.prompt if isinstance(row.prompt, str) else None,
         None if plain else json.dumps(row.prompt, ensure_ascii=False),
         *(row.chosen, row.rejected, row.prompt_id, row.pair_id),
-        *(row.split, row.chosen_id, row.rejected_id),
+        *(row.split, row.chosen_id, row.rejected_id, row.verdict),
+        *(None if one is None else repr(one) for one in (row.weight, row.strength)),
     )
 
 
 def _row(person: Person, prompt: Any, messages: Any, chosen: Any, rejected: Any, *ids: Any) -> Row:
     """Make a row of its user and its values in the order of `TEXT_COLUMNS`."""
-    prompt_id, pair_id, split, chosen_id, rejected_id = ids
+    prompt_id, pair_id, split, chosen_id, rejected_id, verdict, weight, strength = ids
     return Row(
         prompt if messages is None else tuple(json.loads(messages)),
         chosen,
@@ -197,4 +218,7 @@ def _row(person: Person, prompt: Any, messages: Any, chosen: Any, rejected: Any,
         split,
         chosen_id,
         rejected_id,
+        verdict,
+        None if weight is None else float(weight),
+        None if strength is None else float(strength),
     )

@@ -17,6 +17,7 @@ from plrhf.data.store import Indices
 TOO_FEW_PAIRS = "user below data.min_pairs_per_user"
 BEYOND_MAX_USERS = "user beyond data.max_users"
 UNSEEN_OUTSIDE_TEST = "unseen user outside test"
+TIE_OUTSIDE_TRAIN = "tie outside train"
 
 FEW_PROMPTS = 10  # too few to divide them
 VAL_FRACTION, TEST_FRACTION = 0.1, 0.2
@@ -83,7 +84,8 @@ def split_rows(
     1. If rows carry a split, they keep it. Otherwise it is drawn by hashes (`split_by.draw_splits`), as
        a rule so that no prompt is in two splits; `seen_prompt_test_fraction` of the train rows then go
        to test by a hash of their own, as the test pairs on seen prompts.
-    2. Rows that do not fit are left out, before anything is counted.
+    2. Rows that do not fit are left out, before anything is counted. So are ties outside train, as no
+       response to them is right.
     3. Users with fewer than `min_pairs_per_user` train rows are dropped with all their rows. Users
        without any train row are unseen, and are held to the same minimum on their test rows, so that
        a light user does not come back in as an unseen one.
@@ -121,6 +123,10 @@ def split_rows(
         applied_by_source=applied_by_source,
     )
     fits = np.ones(len(rows), dtype=np.bool_) if fits is None else fits
+    n_too_long = int((~fits).sum())
+    is_tie = np.array([verdict is not None for verdict in rows.texts("verdict")], dtype=np.bool_)
+    untested = fits & is_tie & (code != TRAIN)
+    fits = fits & ~untested
     names, user = _users(rows)
     pairs = np.stack(
         [np.bincount(user[fits & (code == one)], minlength=len(names)) for one in range(3)]
@@ -135,11 +141,12 @@ def split_rows(
         BEYOND_MAX_USERS: fits & beyond[user],
         UNSEEN_OUTSIDE_TEST: fits & (enough & ~beyond & ~seen)[user] & (code != TEST),
     }
-    dropped = {reason: int(where.sum()) for reason, where in left_out.items() if where.any()}
+    counted = {TIE_OUTSIDE_TRAIN: untested, **left_out}
+    dropped = {reason: int(where.sum()) for reason, where in counted.items() if where.any()}
     kept = fits & ~np.logical_or.reduce(list(left_out.values()))
     indices = {name: np.flatnonzero(kept & (code == one)) for one, name in enumerate(SPLITS)}
     parts = {name: rows.select(indices[name]) for name in SPLITS}
-    _check_not_empty(parts, dropped, rows, n_too_long=int((~fits).sum()))
+    _check_not_empty(parts, dropped, rows, n_too_long=n_too_long)
     return Splits(
         **parts,
         users=tuple(names[place] for place in np.flatnonzero(seen)),
@@ -207,7 +214,10 @@ def all_as_test(
         users: ids of the users that the model was trained on.
         fits: whether each row is short enough, [N]; other rows are left out. None: all are.
     """
-    is_test = np.array([split in (None, "test") for split in rows.texts("split")], dtype=np.bool_)
+    columns = zip(rows.texts("split"), rows.texts("verdict"), strict=True)
+    is_test = np.array(
+        [split in (None, "test") and verdict is None for split, verdict in columns], dtype=np.bool_
+    )
     if not is_test.any():
         raise bad_value("test rows", 0, "1 or more", "Give rows without split, or with split=test")
     n_others = int((~is_test).sum())

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from plrhf.core.bootstrap import Array, Estimate
 from plrhf.core.stats import Outcomes, correctness, summarise_outcomes
-from plrhf.data.rows import SPLITS, Row
+from plrhf.data.rows import SPLITS, Row, choices_of
 from plrhf.data.splits import Splits, prompt_keys
 
 MOST_PAIRS = 20_000  # of a split, spread evenly: more would cost time and change no digit
@@ -139,7 +139,7 @@ def blind_accuracy(splits: Splits, features: Callable[[str], list[float]]) -> di
     It is scored on val. An interval needs two users, so if val has fewer, every fifth train pair is
     held out and scored. If train has a single user as well, ``not_run`` says so.
     """
-    train, val = (_spread(rows) for rows in (splits.train, splits.val))
+    train, val = (_spread(choices_of(rows)) for rows in (splits.train, splits.val))
     scored_on = "val"
     if _n_users(val) < 2 and _n_users(train[::HELD_OUT]) >= 2:
         scored_on = "held-out train pairs"

@@ -11,7 +11,7 @@ import numpy as np
 from plrhf.core.checks import PositiveInt, check_arguments
 from plrhf.core.errors import bad_value
 from plrhf.data.module import PreferenceData
-from plrhf.data.rows import Row
+from plrhf.data.rows import Row, choices_of
 from plrhf.evaluation.elicitation import Rule
 
 
@@ -80,11 +80,15 @@ def rows_of_users(data: PreferenceData, users: str) -> tuple[Sequence[Row], Sequ
     a user has test rows only, `draw_trials` gives some of them and asks the others.
     """
     if users == "seen":
-        return data.splits.train, data.splits.val
+        return choices_of(data.splits.train), data.splits.val
     unseen = data.unseen_users()
     asked = [row for row in data.splits.test if row.user_id in unseen]
     asked_ids = {row.pair_id for row in asked}
-    given = [row for row in data.rows if row.user_id in unseen and row.pair_id not in asked_ids]
+    given = [
+        row
+        for row in choices_of(data.rows)
+        if row.user_id in unseen and row.pair_id not in asked_ids
+    ]
     return given, asked
 
 

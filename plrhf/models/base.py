@@ -33,7 +33,7 @@ from plrhf.models.context import check_context
 from plrhf.models.enrolment import enrol, forget
 from plrhf.models.inner import InnerLoop, task_vectors
 from plrhf.models.loading import load_checkpoint, load_export, reload_users
-from plrhf.models.metrics import ExactMean, UserAccuracy
+from plrhf.models.metrics import ExactMean, UserAccuracy, correct
 from plrhf.models.optim import Optim, RowAdamW, clip_gradients
 from plrhf.models.parts import count_pairs, divide_parameters, user_maps, weigh_priors
 from plrhf.models.reduction import Reduce, Reduction
@@ -164,8 +164,16 @@ class PersonalModule(LightningModule):
         return self.margins_for(batch, user)
 
     @abstractmethod
-    def pair_loss(self, margins: Tensor, extra: Tensor) -> Tensor:
-        """Compute the loss of each pair and context, [C, B] -> [C, B]."""
+    def pair_loss(
+        self, margins: Tensor, extra: Tensor, batch: PreferenceBatch, user: Tensor
+    ) -> Tensor:
+        """Compute the loss of each pair and context, [C, B] -> [C, B]; arguments as of `margins`."""
+
+    def pair_losses(self, batch: PreferenceBatch, user: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute margins and weighted losses [C, B] for user vectors [C * B, user_dim]."""
+        margins, extra = self.margins_for(batch, user)
+        found = self.pair_loss(margins, extra, batch, user)
+        return margins, found if batch.feedback is None else found * batch.feedback.weight
 
     @property
     def max_positions(self) -> int | None:
@@ -250,8 +258,8 @@ class PersonalModule(LightningModule):
 
     def _loss_for(self, batch: PreferenceBatch, user: Tensor) -> tuple[Tensor, Tensor]:
         """Compute `loss` for given user vectors."""
-        margins, extra = self.margins_for(batch, user)
-        return losses.mixed(self.pair_loss(margins, extra), alpha=self.alpha), margins[0]
+        margins, per_context = self.pair_losses(batch, user)
+        return losses.mixed(per_context, alpha=self.alpha), margins[0]
 
     def training_loss(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """Compute the training loss of a batch, with penalties, and its accuracy; both scalars."""
@@ -263,9 +271,8 @@ class PersonalModule(LightningModule):
             weights = asked if weights is None else weights * asked
         pair_losses, margins = self._loss_for(batch, user)
         self.reduction.record(batch.user_id, pair_losses)
-        correct = 0.5 * (margins.detach().sign() + 1)  # ties count one half, as in validation
         loss = batch.mean(pair_losses if weights is None else weights * pair_losses)
-        return loss + self.penalties(batch, user_penalty), batch.mean(correct)
+        return loss + self.penalties(batch, user_penalty), batch.mean(correct(margins, batch))
 
     def penalties(self, batch: PreferenceBatch, of_users: Tensor | None) -> Tensor | float:
         """Sum the penalties of encoder, [B], and aggregator, with the weight of the user-specific loss."""
@@ -438,12 +445,5 @@ class PersonalModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise a ValueError if the checkpoint belongs to another model, naming the difference."""
         self.reduction.losses = checkpoint.get("user_losses", self.reduction.losses)
-        before = checkpoint.get("made_for", {})
-        for name, value in (self.card.made_for() if hasattr(self, "card") else {}).items():
-            if before.get(name) != value:
-                raise bad_value(
-                    "ckpt",
-                    f"made for {name} {before.get(name)}",
-                    f"a checkpoint made for {name} {value}",
-                    "Give the rows and settings it was made with, or begin anew without ckpt=last",
-                )
+        if hasattr(self, "card"):
+            self.card.check_made_for(checkpoint.get("made_for", {}))

@@ -76,6 +76,21 @@ class Card:
             "backbone": self.fingerprint,  # not where it lies: that may change
         }
 
+    def check_made_for(self, before: Mapping[str, str]) -> None:
+        """Raise a ValueError if a checkpoint was made for another model, naming the difference.
+
+        Args:
+            before: `made_for` of the model whose checkpoint it is.
+        """
+        for name, value in self.made_for().items():
+            if before.get(name) != value:
+                raise bad_value(
+                    "ckpt",
+                    f"made for {name} {before.get(name)}",
+                    f"a checkpoint made for {name} {value}",
+                    "Give the rows and settings it was made with, or begin anew without ckpt=last",
+                )
+
     @cached_property
     def places(self) -> dict[str, int]:
         """Index of each train user, from 1, by id."""

@@ -264,7 +264,9 @@ class PersonalGRPOPolicy(PersonalPolicy):
             "clipped": (clipped & is_response).sum() / is_response.sum(),
         }
 
-    def pair_loss(self, margins: Tensor, extra: Tensor) -> Tensor:
+    def pair_loss(
+        self, margins: Tensor, extra: Tensor, batch: PreferenceBatch, user: Tensor
+    ) -> Tensor:
         """Compute the logistic loss of given pairs, by which new users are fitted."""
         return losses.dpo(extra, beta=self.beta)
 

@@ -119,8 +119,7 @@ def fitted_tables(
 
     def loss(rows: Tables, one: Support) -> Tensor:
         user = vectors_from_tables(model, one.batch, one.task, tables_of(rows))
-        margins, extra = model.margins_for(one.batch, user)
-        return (model.pair_loss(margins, extra)[0] * one.weight).sum()
+        return (model.pair_losses(one.batch, user)[1][0] * one.weight).sum()
 
     rows = {name: row.expand(n_tasks, *row.shape[1:]) for name, row in generic.items()}
     for _ in range(inner.steps):

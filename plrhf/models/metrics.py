@@ -8,6 +8,7 @@ from torch.nn.functional import softplus
 from torchmetrics import Metric
 
 from plrhf.core.errors import bad_value
+from plrhf.core.types import PreferenceBatch
 
 
 def user_counts(margins: Tensor, user_id: Tensor, n_users: int) -> Tensor:
@@ -30,6 +31,12 @@ def user_counts(margins: Tensor, user_id: Tensor, n_users: int) -> Tensor:
     correct = 0.5 * (margins.sign() + 1)
     values = torch.stack([correct, torch.ones_like(correct), softplus(-margins)])  # [3, B]
     return values.new_zeros(3, n_users).index_add_(1, user_id, values)
+
+
+def correct(margins: Tensor, batch: PreferenceBatch) -> Tensor:
+    """Return 1 where the chosen response has the higher reward, 0 where the lower, 0.5 for ties; [B]."""
+    found = 0.5 * (margins.detach().sign() + 1)
+    return found if batch.feedback is None else found.masked_fill(batch.feedback.is_tie, 0.5)
 
 
 def accuracy_from_counts(counts: Tensor) -> dict[str, Tensor]:

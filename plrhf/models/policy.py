@@ -223,7 +223,9 @@ class PersonalDPOPolicy(PersonalPolicy):
         logits = ratios[..., 0] - ratios[..., 1]
         return self.beta * logits, logits
 
-    def pair_loss(self, margins: Tensor, extra: Tensor) -> Tensor:
+    def pair_loss(
+        self, margins: Tensor, extra: Tensor, batch: PreferenceBatch, user: Tensor
+    ) -> Tensor:
         return losses.dpo(
             extra, beta=self.beta, loss=self.dpo_loss, label_smoothing=self.label_smoothing
         )

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from plrhf.core import losses
 from plrhf.core.checks import NonNegativeFloat, check_arguments
+from plrhf.core.choices import davidson
 from plrhf.core.errors import bad_value
 from plrhf.core.pooling import pool_responses
 from plrhf.core.types import CHOSEN, PADDING, PROMPT, PreferenceBatch
 from plrhf.data.module import PreferenceData
+from plrhf.data.rows import Ties
+from plrhf.models.answers import NOISES, Noise, UserNumber
 from plrhf.models.base import PersonalModule
 from plrhf.models.heads import RewardHead, build_head
 from plrhf.models.inference import Asked, score
@@ -44,7 +47,12 @@ class PersonalRewardModel(PersonalModule):
         loss: ``sigmoid``, `losses.bradley_terry`; or ``hinge``, `losses.reward_hinge`.
         start: a name of `start.STARTS`, or a mapping with ``name`` and its settings.
         pooling: ``last`` response token, or ``mean`` over the response's tokens.
-        target_margin: m of these losses. centring: weight of `losses.reward_centring`.
+        target_margin: m of these losses, times the row's strength. centring: weight of
+            `losses.reward_centring`.
+        ties: whether ties are learned from, with a tie parameter of all users (``shared``) or of each
+            user (``own``), see `choices.davidson`; ``none``: data leaves ties out.
+        noise: what each user has of one's own: a ``temperature``, a rate of ``errors``, or ``none``, see
+            `answers`. Margins are log-odds of choices with this noise.
         parts: see `PersonalModule`.
     """
 
@@ -57,6 +65,8 @@ class PersonalRewardModel(PersonalModule):
         pooling: Literal["last", "mean"] = "mean",
         target_margin: NonNegativeFloat = 0.0,
         centring: NonNegativeFloat = 0.0,
+        ties: Ties = "none",
+        noise: Noise = "none",
         **parts: Any,
     ) -> None:
         super().__init__(**parts)
@@ -70,7 +80,13 @@ class PersonalRewardModel(PersonalModule):
         )
         if centring == 0 and self.head.shift_cancels:
             self.aggregator.drop_shift()
+        user_dim = self.aggregator.user_dim
+        self.noise = None if noise == "none" else NOISES[noise](user_dim=user_dim)
+        self.log_tie: UserNumber | None = None
+        if ties != "none":
+            self.log_tie = UserNumber(start=0.0, user_dim=user_dim if ties == "own" else 0)
         self._check_user_acts()
+        self._check_answers(loss)
 
     def initialise(self, data: PreferenceData, *, total_steps: int) -> None:
         build_start(self.start).apply(self, data, total_steps=total_steps)
@@ -114,8 +130,31 @@ class PersonalRewardModel(PersonalModule):
                 "Set backbone.trainable=frozen aggregator.site=last",
             )
 
+    def _check_answers(self, loss: str) -> None:
+        """Raise a ValueError if what is learned of users' answers does not go with other settings."""
+        has_own = self.log_tie is not None and len(self.log_tie.own) > 0
+        for name, chosen in (("ties", has_own), ("noise", self.noise is not None)):
+            if chosen and not self.encoder.personal:
+                allowed = "none or shared" if name == "ties" else "none"
+                allowed += " with an encoder that does not tell users apart"
+                value = "own" if name == "ties" else type(self.noise).__name__.lower()
+                cure = f"Set model.{name}={allowed.split()[0]}, or encoder=lookup"
+                raise bad_value(f"model.{name}", value, allowed, cure)
+        if self.log_tie is None:
+            return
+        cure = "Set model.ties=none, or change that setting"
+        for setting, clashes in (
+            ("model.loss=hinge", loss == "hinge"),
+            ("model.target_margin", self.target_margin > 0),
+            ("model.start", build_start(self.start).reads_pairs),
+            ("an encoder that reads pairs", self.encoder.reads_context),
+        ):
+            if clashes:
+                raise bad_value("model.ties", "shared or own", f"none with {setting}", cure)
+
     def head_parameters(self) -> list[nn.Parameter]:
-        return list(self.head.parameters())
+        parts = (self.head, self.noise, self.log_tie)
+        return [one for part in parts if part is not None for one in part.parameters()]
 
     def score(self, asked: Asked, *, batch_size: int = 32) -> Tensor:
         """Compute the rewards of responses for their users, [N]; see `inference.score`."""
@@ -160,6 +199,11 @@ class PersonalRewardModel(PersonalModule):
             return self.head.compare(features, user.to(dtype), batch)
 
     def margins_for(self, batch: PreferenceBatch, user: Tensor) -> tuple[Tensor, Tensor]:
+        margins, rewards = self._margins_without_noise(batch, user)
+        return margins if self.noise is None else self.noise(margins, user), rewards
+
+    def _margins_without_noise(self, batch: PreferenceBatch, user: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute margins [C, B] as differences of rewards, and the rewards [C, B, 2]."""
         if batch.hidden is None:
             return super().margins_for(batch, user)
         batch = self.aggregator.with_residuals(batch)
@@ -197,8 +241,17 @@ class PersonalRewardModel(PersonalModule):
             of_context = of_pair.expand(n_contexts, -1, -1, -1)
             return self.head.compare(of_context, user.to(dtype), batch)
 
-    def pair_loss(self, margins: Tensor, extra: Tensor) -> Tensor:
-        loss = self.choice_loss(margins, target_margin=self.target_margin)
+    def pair_loss(
+        self, margins: Tensor, extra: Tensor, batch: PreferenceBatch, user: Tensor
+    ) -> Tensor:
+        feedback = batch.feedback
+        if self.log_tie is None:
+            strength = 1.0 if feedback is None else feedback.strength
+            loss = self.choice_loss(margins, target_margin=self.target_margin * strength)
+        else:
+            is_tie = torch.zeros_like(batch.user_id, dtype=torch.bool)
+            is_tie = is_tie if feedback is None else feedback.is_tie
+            loss = davidson(margins, self.log_tie(user).view_as(margins), is_tie)
         return loss + self.centring * losses.reward_centring(extra[..., 0], extra[..., 1])
 
     @property

@@ -40,7 +40,13 @@ _FACTORS: WeakKeyDictionary[PairDataset, dict[tuple[Any, ...], Factors]] = WeakK
 
 
 class Start(ABC):
-    """Initialises a reward model, once pooled trunk outputs are known."""
+    """Initialises a reward model, once pooled trunk outputs are known.
+
+    Attributes:
+        reads_pairs: whether it takes every train pair for a choice of the first response.
+    """
+
+    reads_pairs: bool = True
 
     @abstractmethod
     def apply(self, model: PersonalRewardModel, data: PreferenceData, *, total_steps: int) -> None:
@@ -56,6 +62,8 @@ class Start(ABC):
 
 class RandomStart(Start):
     """Keeps the random initial values of all parts."""
+
+    reads_pairs = False
 
     def apply(self, model: PersonalRewardModel, data: PreferenceData, *, total_steps: int) -> None:
         pass
@@ -177,6 +185,8 @@ class HeadStart(Start):
     Args:
         path: a safetensors file. key: name of the weights in it, [1, d] or [d].
     """
+
+    reads_pairs = False
 
     def __init__(self, *, path: str, key: str = "score.weight") -> None:
         self.path, self.key = path, key

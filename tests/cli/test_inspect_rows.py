@@ -36,8 +36,8 @@ def test_an_arena(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "records: 100, rows: 80",
         "read as comparisons",
         "refused: 20 of 100 records",
-        f"  20 no response preferred, first {tmp_path}/arena.csv:2: winner='tie' is not allowed: "
-        "expected one of the two. Nothing: ties hold no choice.",
+        f"  20 no response preferred, first {tmp_path}/arena.csv:2: verdict='tie' is not allowed: "
+        "expected a choice. Set model.ties=shared, to learn from ties.",
     ]
     assert '  chosen: "bad 1"' in lines and '  user_id: "u1"' in lines
     assert "users: 3; pairs a user: 26 to 27, median 27" in lines

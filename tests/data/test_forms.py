@@ -271,17 +271,19 @@ def test_a_number_among_categories_is_a_category(tmp_path: Path) -> None:
 
 
 def test_fields_that_are_not_read_are_named_once(tmp_path: Path) -> None:
-    records = [{**PLAIN, "tie": False, "weight": 2, "margin": 1.5}, {**PLAIN, "tie": True}]
+    records = [{**PLAIN, "tie": False, "strength": 2, "margin": 1.5}, {**PLAIN, "tie": True}]
     for name in ("a.jsonl", "a.parquet", "a.csv"):
         path = tmp_path / name
         if name.endswith("parquet"):
             parquet.write_table(arrow.Table.from_pylist(records), path)
         elif name.endswith("csv"):
-            path.write_text("prompt,chosen,rejected,user_id,tie,weight,margin\nWhy?,a,b,u,0,2,1\n")
+            path.write_text(
+                "prompt,chosen,rejected,user_id,tie,strength,margin\nWhy?,a,b,u,0,2,1\n"
+            )
         else:
             written(path, *records)
         _, report = read(path)
-        assert "not used yet: weight (all rows count alike)" in report.lines()
+        assert "strength: in 1 rows, used where model.target_margin is above 0" in report.lines()
         assert [one for one in report.lines() if "not read" in one] == [
             "fields not read: tie, margin"
         ]

@@ -117,6 +117,9 @@ CHANGES = {
     "split": "val",
     "chosen_id": "another",
     "rejected_id": "another",
+    "verdict": "tie",
+    "weight": 0.5,
+    "strength": 2.0,
 }
 
 

@@ -233,7 +233,7 @@ def test_the_fit_in_a_table_really_enlarged(kind: Any, aggregator: str) -> None:
     user, _ = model.user_vectors(batch, ("user",))
     torch.testing.assert_close(user[0], found.vectors[0])
     margins, extra = model.margins_for(batch, user)
-    likelihood = model.pair_loss(margins, extra).sum()
+    likelihood = model.pair_loss(margins, extra, batch, user).sum()
     precision = torch.linalg.inv(prior.factor.T @ prior.factor)
     penalty = 0.5 * encoder.offsets.weight[-1] @ precision @ encoder.offsets.weight[-1]
     (gradient,) = torch.autograd.grad(likelihood + penalty, encoder.offsets.weight)

@@ -30,7 +30,10 @@ WINNER_COLUMNS = (
 )
 ONE_HOT = ("winner_model_a", "winner_model_b", "winner_tie")
 SIDES = (("a", "b"), ("left", "right"), ("1", "2"), ("0", "1"), ("first", "second"))
-TIES = ("tie", "both", "neither", "draw", "equal", "same", "none", "skip")
+TIES = ("tie", "both", "neither", "draw", "equal", "same")
+NO_ANSWER = ("none", "skip")
+TIE = 2
+"""What stands for a tie where 0 is the first response and 1 the second."""
 
 
 class Comparison(NamedTuple):
@@ -84,7 +87,7 @@ def _response_column(kind: str, side: str, names: Collection[str]) -> str | None
 
 
 def rows(records: Iterator[tuple[int, Record]]) -> Iterator[tuple[int, Record]]:
-    """Turn comparisons into rows. Ties and unknown winners are refused one by one."""
+    """Turn comparisons into rows. Unknown winners are refused one by one."""
     for number, record in records:
         yield number, record if isinstance(record, Refusal) else _row(record)
 
@@ -101,10 +104,13 @@ def _row(record: Mapping[str, Any]) -> Record:
 
 
 def row_of(record: Mapping[str, Any], columns: Comparison, won: int) -> Record:
-    """Make the row of a comparison that the first response (`won` is 0) or the second (1) has won."""
+    """Make the row of a comparison that the first response (`won` is 0), the second (1) or none has won."""
     texts = [_text(record[name]) for name in (columns.first, columns.second)]
     others = {name: value for name, value in record.items() if name not in columns}
-    row = {**others, "chosen": texts[won], "rejected": texts[1 - won]}
+    best = 0 if won == TIE else won
+    row = {**others, "chosen": texts[best], "rejected": texts[1 - best]}
+    if won == TIE:
+        row["verdict"] = "tie"
     if columns.user is not None:
         row["user_id"] = id_as_text(record[columns.user])
     if columns.prompt is not None:
@@ -113,17 +119,17 @@ def row_of(record: Mapping[str, Any], columns: Comparison, won: int) -> Record:
 
 
 def _winner(record: Mapping[str, Any], columns: Comparison) -> int | Refusal:
-    """Return 0 if the first response is better and 1 if the second is, or a refusal."""
+    """Return 0 if the first response is better, 1 if the second is, `TIE`, or a refusal."""
     if columns.winner is None:
         won = [str(record.get(name)).strip() in ("1", "1.0", "True", "true") for name in ONE_HOT]
         if won[0] != won[1]:
             return int(won[1])
-        return _tie(record.get(ONE_HOT[2])) if won[2] else _unknown(ONE_HOT[0], won)
+        return TIE if won[2] else _unknown(ONE_HOT[0], won)
     return winner_of(record[columns.winner], columns, record)
 
 
 def winner_of(value: object, columns: Comparison, record: Mapping[str, Any]) -> int | Refusal:
-    """Read which response a value names: 0 for the first, 1 for the second; ties are refused."""
+    """Read which response a value names: 0 for the first, 1 for the second, or `TIE`."""
     field = str(columns.winner)
     if value in (columns.first, columns.second):
         return int(value == columns.second)
@@ -137,16 +143,14 @@ def winner_of(value: object, columns: Comparison, record: Mapping[str, Any]) -> 
         words |= {("first", "second")[place], re.sub(r"[^a-z0-9]", "", column.casefold())}
         if said in (side, ("left", "right")[place]) or said.startswith(tuple(words)):
             return place
-    if any(said.startswith(word) for word in TIES):
-        return _tie(value)
+    if said.startswith(TIES):
+        return TIE
+    if said.startswith(NO_ANSWER):
+        return refusal(Reason.TIE, field, value, "an answer", "Nothing: nobody has chosen here")
     for place, side in enumerate(columns.sides):  # the name of the model that wrote it
         if value == record.get(f"model_{side}") != record.get(f"model_{columns.sides[1 - place]}"):
             return place
     return _unknown(field, value)
-
-
-def _tie(value: object) -> Refusal:
-    return refusal(Reason.TIE, "winner", value, "one of the two", "Nothing: ties hold no choice")
 
 
 def _unknown(field: str, value: object) -> Refusal:

@@ -72,8 +72,8 @@ def score_pairs(
     model: PersonalModule, batch: PreferenceBatch, vectors: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute margins [B] and losses [B] of pairs; `user_id` says which of `vectors` a pair uses."""
-    margins, extra = model.margins_for(batch, vectors[batch.user_id])
-    return margins[0], model.pair_loss(margins, extra)[0]
+    margins, losses = model.pair_losses(batch, vectors[batch.user_id])
+    return margins[0], losses[0]
 
 
 def margin_gradients(

@@ -1,0 +1,42 @@
+"""Likelihoods of answers beyond a plain choice, as pure functions of log-odds."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid, softplus
+
+
+def davidson(margins: Tensor, log_tie: Tensor, is_tie: Tensor) -> Tensor:
+    """Return the negative log-likelihood of choices and ties, in nats; the arguments are broadcast.
+
+    P(first) : P(second) : P(tie) = e^{m/2} : e^{-m/2} : nu, with the tie parameter nu >= 0 (Davidson
+    1970, "On extending the Bradley-Terry model to accommodate ties in paired comparison experiments",
+    with pi = e^r). With nu = 0 it is the Bradley-Terry model.
+
+    Args:
+        margins: m, reward of the first response minus that of the second, which is chosen if any is.
+        log_tie: log nu. is_tie: whether the answer was a tie, bool.
+    """
+    either = torch.logaddexp(0.5 * margins, -0.5 * margins)  # log(e^{m/2} + e^{-m/2})
+    tie_odds = log_tie - either  # log odds of a tie
+    chosen = softplus(tie_odds) - logsigmoid(margins)
+    return torch.where(is_tie, softplus(-tie_odds), chosen)
+
+
+def margins_with_errors(margins: Tensor, error_logit: Tensor) -> Tensor:
+    """Return the log-odds of a choice by somebody who answers at random with probability e.
+
+    P(first) = (1 - e) sigma(m) + e / 2, the lapse rate of psychometric functions (Wichmann and Hill
+    2001, doi 10.3758/BF03194544, eq. 1, with guesses on both sides). Log-odds stay between
+    -+log((2 - e) / e), so a single odd choice costs little.
+
+    Args:
+        margins: m, log-odds without errors. error_logit: log(e / (1 - e)); the two are broadcast.
+    """
+    careful, guess = logsigmoid(-error_logit), logsigmoid(error_logit) - math.log(2.0)
+    first = torch.logaddexp(careful + logsigmoid(margins), guess)
+    second = torch.logaddexp(careful + logsigmoid(-margins), guess)
+    return first - second

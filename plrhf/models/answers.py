@@ -1,0 +1,71 @@
+"""How people answer, apart from what they like: how noisily they choose, how readily they call a tie."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from plrhf.core.choices import margins_with_errors
+
+Noise = Literal["none", "temperature", "errors"]
+
+FIRST_ERROR_LOGIT = -3.0
+"""Where the error rate starts: one answer in twenty is random."""
+
+
+class UserNumber(nn.Module):
+    """Computes a number for each user: a shared one, plus a linear map of the user's vector.
+
+    The map starts at zero. As the number is read from the user's vector, it is shrunk, adapted, enrolled
+    and forgotten with it.
+
+    Args:
+        start: the shared number at the start. user_dim: width of user vectors; 0: no map.
+        learn_shared: whether the shared number is learned.
+    """
+
+    def __init__(self, *, start: float, user_dim: int, learn_shared: bool = True) -> None:
+        super().__init__()
+        self.shared = nn.Parameter(torch.tensor(start), requires_grad=learn_shared)
+        self.own = nn.Parameter(torch.zeros(user_dim))
+
+    def forward(self, user: Tensor) -> Tensor:
+        """Compute the numbers [N] float32 of users with vectors [N, D]."""
+        if len(self.own) == 0:
+            return self.shared.expand(len(user))
+        return self.shared + (user.float() * self.own).sum(dim=-1)  # a product @ would be autocast
+
+
+class Temperature(nn.Module):
+    """Divides a user's margins by a temperature t_u = exp(v . e_u): above 1, choices are noisier.
+
+    All users together have the temperature 1, since the rewards have a scale of their own.
+    """
+
+    def __init__(self, *, user_dim: int) -> None:
+        super().__init__()
+        self.log_temperature = UserNumber(start=0.0, user_dim=user_dim, learn_shared=False)
+
+    def forward(self, margins: Tensor, user: Tensor) -> Tensor:
+        """Return the log-odds [C, B] of choices with margins [C, B] by users [C * B, D]."""
+        return margins * (-self.log_temperature(user)).exp().view_as(margins)
+
+
+class Errors(nn.Module):
+    """Gives each user a rate of random answers, sigma(b + v . e_u); see `choices.margins_with_errors`."""
+
+    def __init__(self, *, user_dim: int) -> None:
+        super().__init__()
+        self.error_logit = UserNumber(start=FIRST_ERROR_LOGIT, user_dim=user_dim)
+
+    def forward(self, margins: Tensor, user: Tensor) -> Tensor:
+        """Return the log-odds [C, B] of choices with margins [C, B] by users [C * B, D]."""
+        return margins_with_errors(margins, self.error_logit(user).view_as(margins))
+
+
+NOISES: dict[str, type[Temperature] | type[Errors]] = {
+    "temperature": Temperature,
+    "errors": Errors,
+}

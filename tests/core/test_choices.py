@@ -1,0 +1,64 @@
+"""Likelihoods of ties and errors, against hand-worked numbers and against what they must come to."""
+
+from __future__ import annotations
+
+from math import log
+
+import pytest
+import torch
+from torch import Tensor, tensor
+
+from plrhf.core.choices import davidson, margins_with_errors
+from plrhf.core.losses import bradley_terry
+
+
+def test_davidson_by_hand() -> None:
+    # pi = 4 and 1, nu = 3: 4 : 1 : 3 sqrt(4) = 4 : 1 : 6, so the probabilities are 4/11, 1/11, 6/11.
+    margins, is_tie = tensor([log(4), -log(4), log(4)]), tensor([False, False, True])
+    expected = tensor([log(11 / 4), log(11), log(11 / 6)])
+    torch.testing.assert_close(davidson(margins, tensor(log(3)), is_tie), expected)
+
+
+def test_outcomes_exclude_one_another() -> None:
+    margins = torch.linspace(-30, 30, 13, dtype=torch.float64)
+    for log_tie in (-5.0, 0.0, 4.0):
+        given = torch.tensor(log_tie, dtype=torch.float64)
+        outcomes = [(margins, False), (-margins, False), (margins, True)]
+        found = [davidson(m, given, torch.tensor(is_tie)) for m, is_tie in outcomes]
+        total = torch.stack(found).neg().exp().sum(0)
+        torch.testing.assert_close(total, torch.ones_like(total))
+
+
+def test_without_ties_it_is_bradley_terry() -> None:
+    margins = torch.linspace(-20, 20, 41, dtype=torch.float64).requires_grad_()
+    found = davidson(margins, tensor(-40.0, dtype=torch.float64), tensor(False))
+    expected = bradley_terry(margins)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    (slope,) = torch.autograd.grad(found.sum(), margins)
+    (wanted,) = torch.autograd.grad(expected.sum(), margins)
+    torch.testing.assert_close(slope, wanted, atol=1e-6, rtol=0)
+
+
+def test_margins_with_errors_by_hand() -> None:
+    # sigma(log 3) = 3/4 and e = 1/5: 4/5 * 3/4 + 1/10 = 7/10, log-odds log(7/3).
+    found = margins_with_errors(tensor([log(3), -log(3), 0.0]), tensor(log(1 / 4)))
+    torch.testing.assert_close(found, tensor([log(7 / 3), -log(7 / 3), 0.0]))
+    huge = margins_with_errors(tensor([90.0, -90.0]), tensor(log(1 / 4)))
+    torch.testing.assert_close(huge, tensor([log(9), -log(9)]))  # log((2 - e) / e)
+
+
+def test_somebody_without_errors_has_the_same_margins() -> None:
+    margins = tensor([-3.0, 0.5, 7.0])
+    torch.testing.assert_close(margins_with_errors(margins, tensor(-40.0)), margins)
+
+
+@pytest.mark.parametrize("margin", [-200.0, 0.0, 200.0])
+def test_gradients_are_finite(margin: float) -> None:
+    given = [tensor([margin]).requires_grad_(), tensor([-3.0]).requires_grad_()]
+    for values in (
+        margins_with_errors(*given),
+        davidson(*given, tensor(True)),
+        davidson(*given, tensor(False)),
+    ):
+        slopes: tuple[Tensor, ...] = torch.autograd.grad(values.sum(), given)
+        assert all(bool(one.isfinite().all()) for one in slopes)

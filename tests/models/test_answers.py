@@ -1,0 +1,143 @@
+"""Reward models that learn from ties, weights and strengths, and how noisily each user answers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny import gradients, make_batch, make_model, make_pairs
+from torch import Tensor, tensor
+
+from plrhf.core.choices import davidson, margins_with_errors
+from plrhf.core.losses import bradley_terry
+from plrhf.core.types import Feedback, PreferenceBatch
+from plrhf.models.adaptation.base import score_pairs
+from plrhf.models.policy import PersonalDPOPolicy
+from plrhf.models.reward import PersonalRewardModel
+
+WEIGHTS = tensor([0.5, 2.0, 1.0, 0.5, 1.5, 1.0, 0.5])
+STRENGTHS = tensor([0.0, 1.0, 3.0, 2.0, 0.5, 1.0, 1.0])
+IS_TIE = tensor([False, True, False, False, True, False, False])
+
+
+def batch_with(**given: Tensor) -> PreferenceBatch:
+    """Seven pairs whose feedback is plain but for what is given."""
+    plain = {"is_tie": torch.zeros(7, dtype=torch.bool), "weight": torch.ones(7)}
+    feedback = Feedback(**{**plain, "strength": torch.ones(7), **given})
+    return replace(make_batch(make_pairs()), feedback=feedback)
+
+
+def own_numbers(model: Any) -> None:
+    """Let user vectors change the user's numbers."""
+    for part in (model.log_tie, model.noise):
+        for name, one in [] if part is None else part.named_parameters():
+            if name.endswith("own"):
+                torch.nn.init.normal_(one, std=0.3)
+
+
+@pytest.mark.parametrize("kind", [PersonalRewardModel, PersonalDPOPolicy])
+def test_a_weight_counts_a_pair_so_often(kind: Any) -> None:
+    model, batch = make_model(kind), batch_with(weight=WEIGHTS)
+    weighted, margins = model.loss(batch)
+    plain, same = model.loss(replace(batch, feedback=None))
+    torch.testing.assert_close(weighted, WEIGHTS * plain)
+    assert margins.equal(same)
+    vectors = model.user_vectors(batch, ("user",))[0].detach()
+    fitted = replace(batch, user_id=torch.arange(7))
+    user_loss = score_pairs(model, replace(fitted, feedback=None), vectors)[1]
+    torch.testing.assert_close(score_pairs(model, fitted, vectors)[1], WEIGHTS * user_loss)
+
+
+def test_a_target_margin_grows_with_the_strength() -> None:
+    model = make_model(PersonalRewardModel, alpha=1.0, target_margin=0.5)
+    batch = batch_with(strength=STRENGTHS)
+    losses, margins = model.loss(batch)
+    torch.testing.assert_close(losses, bradley_terry(margins - 0.5 * STRENGTHS))
+    everybody = replace(batch, feedback=None)
+    torch.testing.assert_close(model.loss(everybody)[0], bradley_terry(margins - 0.5))
+
+
+@pytest.mark.parametrize("ties", ["shared", "own"])
+def test_ties_have_their_likelihood_in_both_contexts(ties: str) -> None:
+    model = make_model(PersonalRewardModel, ties=ties, alpha=0.25)
+    own_numbers(model)
+    batch = batch_with(is_tie=IS_TIE)
+    user, _ = model.user_vectors(batch, model.context_names)
+    margins, _ = model.margins_for(batch, user)
+    log_tie = model.log_tie(user).view(2, 7)
+    assert (log_tie.std() > 0) == (ties == "own")
+    expected = davidson(margins, log_tie, IS_TIE)
+    loss, _ = model.loss(batch)
+    torch.testing.assert_close(loss, 0.25 * expected[0] + 0.75 * expected[1])
+    loss.sum().backward()
+    learned = gradients(model)
+    assert learned["log_tie.shared"] != 0
+    assert ("log_tie.own" in learned and learned["log_tie.own"].abs().max() > 0) == (ties == "own")
+    names = {id(one) for one in model.trainable_parts()["head"]}
+    assert id(model.log_tie.shared) in names
+
+
+def test_a_tie_counts_one_half_in_the_accuracy_of_training() -> None:
+    model = make_model(PersonalRewardModel, ties="shared")
+    _, accuracy = model.training_loss(batch_with(is_tie=IS_TIE))
+    right = model(batch_with())[~IS_TIE] > 0
+    torch.testing.assert_close(accuracy, (right.float().sum() + 1.0) / 7)
+
+
+def test_ties_that_nobody_calls_change_nothing() -> None:
+    model = make_model(PersonalRewardModel)
+    expected, _ = model.loss(make_batch(make_pairs()))
+    expected.sum().backward()
+    tied = make_model(PersonalRewardModel, ties="shared")
+    with torch.no_grad():
+        tied.log_tie.shared.fill_(-40.0)
+    found, _ = tied.loss(batch_with())
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    found.sum().backward()
+    wanted, got = gradients(model), gradients(tied)
+    for name, one in wanted.items():
+        torch.testing.assert_close(got[name], one, atol=1e-6, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("noise", ["temperature", "errors"])
+def test_noise_changes_log_odds_and_never_who_wins(noise: str) -> None:
+    model, plain = make_model(PersonalRewardModel, noise=noise), make_model(PersonalRewardModel)
+    own_numbers(model)
+    batch = make_batch(make_pairs())
+    user, _ = model.user_vectors(batch, ("user", "generic"))
+    margins, rewards = plain.margins_for(batch, user)
+    found, same = model.margins_for(batch, user)
+    assert same.equal(rewards)
+    assert found.sign().equal(margins.sign())
+    vectors = user.double()
+    if noise == "temperature":
+        expected = margins / (vectors @ model.noise.log_temperature.own.double()).exp().view(2, 7)
+    else:
+        number = model.noise.error_logit
+        expected = margins_with_errors(margins, (vectors @ number.own.double() - 3).view(2, 7))
+    torch.testing.assert_close(found.double(), expected.double(), atol=1e-5, rtol=1e-5)
+    model.loss(batch)[0].sum().backward()
+    assert all(
+        one.grad is not None and bool(one.grad.abs().max() > 0)
+        for one in model.noise.parameters()
+        if one.requires_grad
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ties": "own", "personal": False}, "model.ties='own' .* expected none or shared with an"),
+        ({"noise": "errors", "personal": False}, "model.noise='errors' .* expected none with an"),
+        ({"ties": "shared", "loss": "hinge"}, "model.ties=.* expected none with model.loss=hinge"),
+        ({"ties": "shared", "target_margin": 1.0}, "expected none with model.target_margin"),
+        ({"ties": "shared", "start": "pca"}, "expected none with model.start"),
+        ({"ties": "many"}, "model.ties='many'"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        make_model(PersonalRewardModel, **settings)
+    assert "\n" not in str(caught.value)
