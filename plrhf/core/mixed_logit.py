@@ -11,7 +11,7 @@ of the share of b_uj that the choices determine, which is 1 - its posterior vari
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,24 +66,8 @@ def fit_mixed_logit(
     Returns:
         The fit in float64; a person without choices has zeros.
     """
-    x, z = x.double(), z.double()
-    fit = MixedLogit(
-        shared=torch.zeros(x.shape[1]).double(),
-        own=torch.zeros(n_users, z.shape[1]).double(),
-        shared_variance=1.0 / x.square().sum(dim=1).mean(),
-        own_variance=torch.ones(z.shape[1]).double() / z.square().sum(dim=1).mean(),
-    )
-    pairs = Pairs(x, z, user, n_users)
-    for _ in range(ROUNDS):
-        shared_spread, own_spread = pairs.newton_step(fit)
-        sure = (1.0 - own_spread / fit.own_variance).sum(dim=0)
-        fit.own_variance = mean_square(fit.own.square().sum(dim=0), sure)
-        sure = (1.0 - shared_spread / fit.shared_variance).sum()
-        fit.shared_variance = mean_square(fit.shared.square().sum(), sure)
-    fit.own_variance = spread * fit.own_variance
-    for _ in range(LAST_STEPS):
-        pairs.newton_step(fit)
-    return fit
+    pairs = Pairs(x.double(), z.double(), user, n_users)
+    return pairs.most_likely(pairs.learn_variances(), spread=spread)
 
 
 def mean_square(total: Tensor, sure: Tensor) -> Tensor:
@@ -102,6 +86,30 @@ class Pairs:
         order = user.argsort(stable=True)
         self.x, self.z, self.user = x[order], z[order], user[order]
         self.counts = user.bincount(minlength=n_users)
+
+    def learn_variances(self) -> MixedLogit:
+        """Return the variances under which the choices are most likely, with weights close to theirs."""
+        n_users, (n_own, n_shared) = len(self.counts), (self.z.shape[1], self.x.shape[1])
+        fit = MixedLogit(
+            shared=torch.zeros(n_shared).double(),
+            own=torch.zeros(n_users, n_own).double(),
+            shared_variance=1.0 / self.x.square().sum(dim=1).mean(),
+            own_variance=torch.ones(n_own).double() / self.z.square().sum(dim=1).mean(),
+        )
+        for _ in range(ROUNDS):
+            shared_spread, own_spread = self.newton_step(fit)
+            sure = (1.0 - own_spread / fit.own_variance).sum(dim=0)
+            fit.own_variance = mean_square(fit.own.square().sum(dim=0), sure)
+            sure = (1.0 - shared_spread / fit.shared_variance).sum()
+            fit.shared_variance = mean_square(fit.shared.square().sum(), sure)
+        return fit
+
+    def most_likely(self, learned: MixedLogit, *, spread: float) -> MixedLogit:
+        """Return the weights that are most likely for learned variances, those of people times `spread`."""
+        fit = replace(learned, own_variance=spread * learned.own_variance)
+        for _ in range(LAST_STEPS):
+            self.newton_step(fit)
+        return fit
 
     def newton_step(self, fit: MixedLogit) -> tuple[Tensor, Tensor]:
         """Move a fit towards the optimum for its variances, in place.

@@ -20,7 +20,7 @@ from torch import Tensor
 from plrhf.core.checks import Fraction, NonNegativeFloat, PositiveFloat, check_arguments
 from plrhf.core.components import build, named_settings
 from plrhf.core.errors import BadValue, bad_value
-from plrhf.core.mixed_logit import fit_mixed_logit
+from plrhf.core.mixed_logit import MixedLogit, Pairs
 from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
 from plrhf.encoders import LookupEncoder
@@ -37,6 +37,11 @@ Factors = tuple[Tensor, Tensor]
 
 _FACTORS: WeakKeyDictionary[PairDataset, dict[tuple[Any, ...], Factors]] = WeakKeyDictionary()
 """Factors of train pairs, since trials that differ in learning rates start alike."""
+
+_FITS: WeakKeyDictionary[PairDataset, dict[tuple[Any, ...], tuple[Tensor, MixedLogit]]] = (
+    WeakKeyDictionary()
+)
+"""Directions of train pairs, and the mixed logit with its variances learned, which every `spread` begins from."""
 
 
 class Start(ABC):
@@ -103,8 +108,9 @@ class MixedLogitStart(Start):
     """Initialises all of a model linear in h as a mixed logit, whose variances are learned too.
 
     The directions of the `BasisHead` become the first principal components of h_chosen - h_rejected, the
-    shared direction and the users' numbers what `core.mixed_logit` finds. Nothing is left for training,
-    whose learning rates should be small.
+    shared direction and the users' numbers what `core.mixed_logit` finds. A layer in front of the head
+    keeps its random weights, so that it gives random features. Nothing is left for training, whose
+    learning rates should be small.
 
     Args:
         spread: factor of the variances, which val pairs may choose.
@@ -122,10 +128,12 @@ class MixedLogitStart(Start):
             raise _no_start("mixed_logit", "encoder=lookup with rank null", cure)
         differences = text_differences(model, pairs)
         rank, n_users = head.basis.weight.shape[0], len(encoder.offsets.weight) - 1
-        _, _, directions = truncated_svd(differences, rank)
-        own = differences @ directions.T
-        user, spread = pairs.user_id - 1, self.spread
-        fit = fit_mixed_logit(differences, own, user, n_users=n_users, spread=spread)
+        key, known = _key(model, pairs, rank, n_users), _FITS.setdefault(pairs, {})
+        directions = known[key][0] if key in known else truncated_svd(differences, rank)[2]
+        choices = Pairs(differences, differences @ directions.T, pairs.user_id - 1, n_users)
+        if key not in known:
+            known[key] = (directions, choices.learn_variances())
+        fit = choices.most_likely(known[key][1], spread=self.spread)
         _set(head.basis.weight, directions / head.scale)
         _set(head.shared.weight, fit.shared[None] / head.scale)
         _set(encoder.generic_vector, torch.zeros(rank))
@@ -155,9 +163,7 @@ class SvdStart(Start):
         if head.weights != "raw":
             raise _no_start("svd", "raw weights", "model.head.weights=raw")
         n_users, rank = len(encoder.offsets.weight) - 1, head.basis.weight.shape[0]
-        layer = [float(one.detach().sum()) for one in model.aggregator.text_parameters()]
-        key = (id(pairs.hidden), n_users, rank, self.ridge, *layer)
-        known = _FACTORS.setdefault(pairs, {})
+        key, known = _key(model, pairs, n_users, rank, self.ridge), _FACTORS.setdefault(pairs, {})
         if key not in known:
             known[key] = self._factors(model, pairs, n_users=n_users, rank=rank)
         users, basis = known[key]
@@ -411,6 +417,12 @@ def _basis_head(model: PersonalRewardModel) -> BasisHead:
     if not isinstance(model.head, BasisHead) or model.aggregator.user_acts:
         raise _no_start("pca or svd", "a basis head alone", "model.head=basis aggregator=none")
     return model.head
+
+
+def _key(model: PersonalRewardModel, pairs: PairDataset, *settings: float) -> tuple[Any, ...]:
+    """Return a key of what is computed from the features of train pairs behind the model's layer."""
+    layer = [float(one.detach().sum()) for one in model.aggregator.text_parameters()]
+    return (id(pairs.hidden), *settings, *layer)
 
 
 def _check_pooled(model: PersonalRewardModel, pairs: PairDataset) -> None:

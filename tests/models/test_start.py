@@ -136,6 +136,7 @@ def test_pca_fills_the_directions_and_their_reverses() -> None:
 
 
 def test_a_model_starts_as_the_mixed_logit_of_its_train_pairs() -> None:
+    """For every spread, the second of which begins from the variances that the first has learned."""
     head = {"name": "basis", "weights": "raw", "shared": True, "scale": 2.0}
     model = basis_model(head=head)
     model.encoder = LookupEncoder(
@@ -144,17 +145,17 @@ def test_a_model_starts_as_the_mixed_logit_of_its_train_pairs() -> None:
     data: Any = Data(model.eval(), n_pairs=3 * WIDTH)
     data.user_id = 1 + torch.arange(3 * WIDTH) % N_USERS
     data.whole = replace(data.whole, user_id=data.user_id)
-    build_start({"name": "mixed_logit", "spread": 3.0}).apply(model, data, total_steps=1)
-    found = differences(data)
-    own = found @ model.head.basis.weight.detach().double().T * 2.0
-    user = data.user_id - 1
-    fit = fit_mixed_logit(found, own, user, n_users=N_USERS, spread=3.0)
-    expected = fit.margins(found, own, user).float()
-    assert expected.abs().max() > 0.1
-    margins = model.context_margins(data.whole)
-    torch.testing.assert_close(margins["user"].detach(), expected, atol=1e-4, rtol=0)
-    shared = (found @ fit.shared).float()
-    torch.testing.assert_close(margins["generic"].detach(), shared, atol=1e-4, rtol=0)
+    found, user = differences(data), data.user_id - 1
+    for spread in (3.0, 1.0):
+        build_start({"name": "mixed_logit", "spread": spread}).apply(model, data, total_steps=1)
+        own = found @ model.head.basis.weight.detach().double().T * 2.0
+        fit = fit_mixed_logit(found, own, user, n_users=N_USERS, spread=spread)
+        expected = fit.margins(found, own, user).float()
+        assert expected.abs().max() > 0.1
+        margins = model.context_margins(data.whole)
+        torch.testing.assert_close(margins["user"].detach(), expected, atol=1e-4, rtol=0)
+        shared = (found @ fit.shared).float()
+        torch.testing.assert_close(margins["generic"].detach(), shared, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match=r"^model\.start='mixed_logit' .*head\.shared=true"):
         build_start("mixed_logit").apply(basis_model(), data, total_steps=1)
 
