@@ -2,12 +2,14 @@
 
 python benchmarks/never_loses.py --path DIR              # val pairs, by which settings are chosen
 python benchmarks/never_loses.py --path DIR --split test --seeds 0 1 2
+python benchmarks/never_loses.py --path DIR --worlds features features-shuffled --encoders features hybrid
 
-DIR is a sentence encoder. The worlds have something personal (polis, llmfao, personas) or nothing
+DIR is a sentence encoder. The worlds have something personal (polis, llmfao, personas, features) or nothing
 (ukpconvarg1, shuffled users, a coin of 65% for the longer answer). Where there is something, the defaults
-also stand beside a grid of shrinkage=fixed, of which the best on val is taken. A line a world and seed:
-accuracies in % (val loss, step of the best checkpoint), differences in points with 95% intervals over
-users, and CPU seconds of training the defaults as a multiple of those of a trial with shrinkage=fixed.
+also stand beside a grid of encoder=lookup with shrinkage=fixed, of which the best on val is taken. A line a
+world, seed and encoder: accuracies in % (val loss, step of the best checkpoint), differences in points with
+95% intervals over users, and CPU seconds of training the defaults as a multiple of those of a trial of the
+same encoder with shrinkage=fixed.
 """
 
 from __future__ import annotations
@@ -46,28 +48,32 @@ POLIS = ["data.path={data}/polis_bowling_green.jsonl.gz", "data.min_pairs_per_us
 LLMFAO = ["data.path={data}/llmfao_a.jsonl.gz"]
 UKP = ["data.path={data}/ukpconvarg1.jsonl.gz", "data.min_pairs_per_user=100"]
 PERSONAS = ["data=personas", "backbone=tiny_gptj", "backbone.path=null", "data.kind=individual"]
+FEATURES = [*PERSONAS[:-1], "data.kind=features"]  # people who differ by what is known of them
 WORLDS = {
     "polis": POLIS,
     "llmfao": LLMFAO,
     "personas": PERSONAS,
+    "features": FEATURES,
     "ukpconvarg1": UKP,
     "polis-shuffled": [*POLIS, SHUFFLED],
     "llmfao-shuffled": [*LLMFAO, SHUFFLED],
     "personas-shuffled": [*PERSONAS, SHUFFLED],
+    "features-shuffled": [*FEATURES, SHUFFLED],
     "coin": ["data.path={cache}/coin.jsonl.gz"],
 }
-PERSONAL = ("polis", "llmfao", "personas")
+PERSONAL = ("polis", "llmfao", "personas", "features")
 FIXED = ["shrinkage=fixed", "aggregator.shrinkage=fixed", "optim.shared_steps=0", "model.alpha=1"]
 RANKS, DECAYS = (1, 2, 4), (0.5, 1.0, 2.0, 4.0)
 
 
 def main() -> None:
-    """Print a line for each world and seed."""
+    """Print a line for each world, seed and encoder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--path", required=True, help="directory of the sentence encoder")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--cache", type=Path, default=Path(".cache/plrhf"))
     parser.add_argument("--worlds", nargs="+", default=list(WORLDS))
+    parser.add_argument("--encoders", nargs="+", default=["lookup", "cluster"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--split", choices=["val", "test"], default="val")
     parser.add_argument("--no-grid", action="store_true", help="leave out the hand-tuned grid")
@@ -76,32 +82,38 @@ def main() -> None:
     given.cache.mkdir(parents=True, exist_ok=True)
     if "coin" in given.worlds:
         write_coin(given.data / "ukpconvarg1.jsonl.gz", given.cache / "coin.jsonl.gz")
-    print("| world | seed | vanilla | defaults | over vanilla | tuned | over tuned | times |")
-    print("|---|---|---:|---:|---:|---:|---:|---:|")
+    columns = "encoder | vanilla | defaults | over vanilla | tuned | over tuned | times"
+    print(f"| world | seed | {columns} |")
+    print("|---|---|---|---:|---:|---:|---:|---:|---:|")
     for world, seed in itertools.product(given.worlds, given.seeds):
-        print("| " + " | ".join(line(world, seed, given)) + " |", flush=True)
+        for cells in lines(world, seed, given):
+            print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def line(world: str, seed: int, given: argparse.Namespace) -> Iterator[str]:
-    """Yield the cells of a world's line."""
+def lines(world: str, seed: int, given: argparse.Namespace) -> Iterator[list[str]]:
+    """Yield the cells of each encoder's line of a world."""
     rows = [one.format(data=given.data, cache=given.cache) for one in WORLDS[world]]
     bench = Bench([f"backbone.path={given.path}", *rows, f"seed={seed}"], given.cache, given.split)
     vanilla, _ = bench.train([["encoder=none"]])
-    ours, seconds = bench.train([given.set])
-    yield from (world, str(seed), percent(vanilla), percent(ours), difference(ours, vanilla))
-    if given.no_grid or world not in PERSONAL:
-        yield from ("", "", "")
-        return
-    found = [bench.train(group)[0] for group in grid()]
-    tuned = min(found, key=lambda one: one.score)
-    one_trial = bench.train([FIXED])[1]
-    yield from (percent(tuned), difference(ours, tuned), f"{seconds / one_trial:.2f}")
+    tuned = None
+    if world in PERSONAL and not given.no_grid:
+        tuned = min((bench.train(group)[0] for group in grid()), key=lambda one: one.score)
+    for encoder in given.encoders:
+        chosen = [f"encoder={encoder}", *given.set]
+        ours, seconds = bench.train([chosen])
+        cells = [world, str(seed), encoder, percent(vanilla), percent(ours)]
+        cells.append(difference(ours, vanilla))
+        if tuned is None:
+            yield [*cells, "", "", ""]
+        else:
+            fixed = bench.train([[*chosen, *FIXED]])[1]
+            yield [*cells, percent(tuned), difference(ours, tuned), f"{seconds / fixed:.2f}"]
 
 
 def grid() -> Iterator[list[list[str]]]:
     """Yield trials that can be trained side by side: all decays of a rank."""
     for rank in RANKS:
-        wide = [*FIXED, f"encoder.rank={rank}", "aggregator.user_dim=32"]
+        wide = ["encoder=lookup", *FIXED, f"encoder.rank={rank}", "aggregator.user_dim=32"]
         yield [[*wide, f"optim.user_weight_decay={decay}"] for decay in DECAYS]
 
 
