@@ -41,7 +41,7 @@ _FACTORS: WeakKeyDictionary[PairDataset, dict[tuple[Any, ...], Factors]] = WeakK
 _FITS: WeakKeyDictionary[PairDataset, dict[tuple[Any, ...], tuple[Tensor, MixedLogit]]] = (
     WeakKeyDictionary()
 )
-"""Directions of train pairs, and the mixed logit with its variances learned, which every `spread` begins from."""
+"""Directions of train pairs, and their mixed logit with learned variances, the same for every `spread`."""
 
 
 class Start(ABC):
