@@ -17,19 +17,21 @@ from plrhf.aggregators import NoAggregator
 from plrhf.core.mixed_logit import fit_mixed_logit
 from plrhf.data.dataset import TextValues
 from plrhf.encoders import LookupEncoder
+from plrhf.models.factors import (
+    are_judged_by_several_users,
+    factors_of_coefficients,
+    factors_of_judgments,
+    principal_directions,
+    truncated_svd,
+)
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.models.start import (
     HeadStart,
     PcaStart,
     SeveralStarts,
-    are_judged_by_several_users,
     build_start,
-    factors_of_coefficients,
-    factors_of_judgments,
-    principal_directions,
     train_loss,
     train_plainly,
-    truncated_svd,
 )
 
 N_USERS, D = 5, 6
