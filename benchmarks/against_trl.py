@@ -36,12 +36,7 @@ from trl_workload import (
     write_backbone,
     write_pairs,
 )
-from turns import Worker, matmul_peak
-
-
-def script_of(name: str) -> Path:
-    """The script that trains by the named method."""
-    return Path(__file__).with_name(f"{METHODS[name].trainer}_worker.py")
+from turns import Worker, matmul_peak, take_turns, workers_of
 
 
 def measure(shape: str, names: list[str], folder: Path, scratch: Path, args: Any) -> list[dict]:
@@ -49,20 +44,10 @@ def measure(shape: str, names: list[str], folder: Path, scratch: Path, args: Any
     pairs = scratch / f"{shape}.jsonl"
     write_pairs(pairs, shape=shape, vocabulary=args.vocabulary)
     steps = SHAPES[shape].steps if args.steps is None else args.steps
-    workers = [Worker(script_of(name), name, folder, pairs) for name in names]
-    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    try:
-        for worker in workers:
-            worker.ready()
-        for worker in workers:  # to warm up
-            worker.turn(steps)
-        for _ in range(args.turns):
-            for worker in workers:
-                turns[worker.name].append(worker.turn(steps))
+    scripts = {name: METHODS[name].script for name in names}
+    with workers_of(scripts, folder, pairs) as workers:
+        turns = take_turns(workers, steps=steps, n_turns=args.turns)
         counted = {worker.name: worker.turn(1, order="count")["flops"] for worker in workers}
-    finally:
-        for worker in workers:
-            worker.close()
     peaks = {dtype: matmul_peak(dtype) for dtype in {METHODS[name].dtype for name in names}}
     return [
         summary(shape, worker, turns[worker.name], counted[worker.name], peaks)

@@ -55,7 +55,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from trl_workload import METHODS, word_tokenizer, write_backbone, write_pairs
-from turns import Worker, matmul_peak
+from turns import matmul_peak, take_turns, workers_of
 
 from plrhf.backbone.model import Backbone
 from plrhf.core.types import UserBatch
@@ -324,23 +324,13 @@ def beside_trl(setting: Setting, report: Report) -> None:
         for shape in setting.shapes:
             pairs = Path(scratch, f"{shape}.jsonl")
             write_pairs(pairs, shape=shape, vocabulary=32_000)
-            workers: list[Worker] = []
-            try:
-                for name in names:
-                    script = Path(__file__).with_name(f"{METHODS[name].trainer}_worker.py")
-                    workers.append(Worker(script, name, folder, pairs))
-                turns: dict[str, list[float]] = {name: [] for name in names}
-                for worker in workers:
-                    worker.ready()
-                for turn in range(4):  # the first to warm up
-                    for worker in workers:
-                        taken = worker.turn(5)
-                        if turn > 0:
-                            turns[worker.name].append(taken["seconds"] / taken["steps"])
-            finally:
-                for worker in workers:
-                    worker.close()
-            seconds = {name: statistics.median(of_name) for name, of_name in turns.items()}
+            scripts = {name: METHODS[name].script for name in names}
+            with workers_of(scripts, folder, pairs) as workers:
+                turns = take_turns(workers, steps=5, n_turns=3)
+            seconds = {
+                name: statistics.median(turn["seconds"] / turn["steps"] for turn in of_name)
+                for name, of_name in turns.items()
+            }
             times = {f"TRL by {name}": seconds[names[-1]] / seconds[name] for name in names[:-1]}
             report.add("beside_trl", shape, seconds=seconds, times=times)
 

@@ -57,6 +57,11 @@ class Method:
     dropout: float = DROPOUT  # of LoRA
     at_best: bool = False  # TRL with what is fast on a GPU; of use there alone
 
+    @property
+    def script(self) -> Path:
+        """The script that trains by it."""
+        return Path(__file__).with_name(f"{self.trainer}_worker.py")
+
 
 WITHOUT_DROPOUT = ", no dropout"
 METHODS = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,34 @@ class Worker:
                 return json.loads(line[1:])
         self.log.seek(0)
         raise RuntimeError(f"{self.name} ended early:\n{self.log.read()[-3000:]}")
+
+
+@contextlib.contextmanager
+def workers_of(scripts: dict[str, Path], folder: Path, pairs: Path) -> Iterator[list[Worker]]:
+    """Workers by name and script, which end with this context."""
+    workers: list[Worker] = []
+    try:
+        for name, script in scripts.items():
+            workers.append(Worker(script, name, folder, pairs))
+        yield workers
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def take_turns(
+    workers: list[Worker], *, steps: int, n_turns: int
+) -> dict[str, list[dict[str, Any]]]:
+    """What each worker's turns of so many steps took, by name, after a turn of each to warm up."""
+    found: dict[str, list[dict[str, Any]]] = {worker.name: [] for worker in workers}
+    for worker in workers:
+        worker.ready()
+    for turn in range(1 + n_turns):
+        for worker in workers:
+            taken = worker.turn(steps)
+            if turn > 0:
+                found[worker.name].append(taken)
+    return found
 
 
 def matmul_peak(dtype: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from plrhf.backbone.quantization import (
     quantization_config,
     quantize_shape,
 )
-from plrhf.backbone.sharded_loading import fill_shards
+from plrhf.backbone.sharded_loading import check_all_there, fill_shards
 from plrhf.backbone.tiny import tiny_gptj
 from plrhf.core.errors import BadValue, bad_value
 
@@ -92,7 +92,7 @@ def load_model(
             **quantized,
         )
         model, found = loaded
-        _check_all_there(path, found["missing_keys"])
+        check_all_there(path, found["missing_keys"])
         return keep_stored_weights(model)
     except BadValue:
         raise
@@ -103,18 +103,6 @@ def load_model(
             "a model's directory or a hub name that can be reached",
             f"Check it ({' '.join(str(error).split())[:120]})",
         ) from error
-
-
-def _check_all_there(path: str, missing: Iterable[str]) -> None:
-    """Raise if a model was read without some of its weights, which would then be random."""
-    missing = sorted(name for name in missing if "pooler" not in name)  # which nothing here reads
-    if len(missing) > 0:
-        raise bad_value(
-            "backbone.path",
-            path,
-            f"a model with all its weights (lacking {missing[0]})",
-            "Save the model anew with save_pretrained",
-        )
 
 
 def _check_attention(attention: str, model: Any) -> None:

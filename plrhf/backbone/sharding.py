@@ -41,12 +41,17 @@ def writable_part(tensor: Tensor) -> Iterator[tuple[Tensor, int]]:
         yield tensor.detach().view(-1), 0
     elif tensor.ds_tensor.final_location is None:  # type: ignore[attr-defined]
         whole: Any = tensor
-        first = torch.distributed.get_rank(whole.ds_process_group) * len(whole.ds_tensor)
+        first = first_of_shard(whole)
         yield whole.ds_tensor[: max(0, whole.ds_numel - first)], first
     else:
         with gathered([tensor], write=True):
             writes = torch.distributed.get_rank() == 0
             yield tensor.detach().view(-1) if writes else tensor.new_empty(0), 0
+
+
+def first_of_shard(parameter: Any) -> int:
+    """Return the index, in a whole sharded parameter, of the first number of this process's shard."""
+    return torch.distributed.get_rank(parameter.ds_process_group) * len(parameter.ds_tensor)
 
 
 def is_sharded(parameter: Tensor) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import json
 import sys
 import time
 import traceback
@@ -17,11 +16,16 @@ from omegaconf import DictConfig
 
 from plrhf.core.components import WITHOUT_EFFECT, first_difference
 from plrhf.core.errors import BadValue, bad_value
-from plrhf.data.digests import check_digest
-from plrhf.evaluation.records import read_settings
+from plrhf.evaluation.records import Record, read_record, read_settings
 
 FAILED, LOG = "error.txt", "log.txt"
 SOME_FAILED = 1
+
+
+class FinishedRun(Record):
+    """What is read of results.json to tell whether a job is done."""
+
+    config: dict[str, Any]
 
 
 @contextlib.contextmanager
@@ -94,9 +98,7 @@ def is_finished(settings: Mapping[str, Any]) -> bool:
 def _config_of_finished(run_dir: Path) -> dict[str, Any] | None:
     """Return the settings of the finished run in a directory; None if there is none."""
     if (run_dir / "results.json").is_file():
-        text = (run_dir / "results.json").read_bytes()
-        check_digest(str(run_dir / "results.json"), text, "Remove it to train again")
-        return json.loads(text)["config"]
+        return read_record(run_dir / "results.json", FinishedRun).config
     if (run_dir / "config.yaml").is_file() and (run_dir / "export/config.json").is_file():
         return read_settings(run_dir / "config.yaml")  # model=sft
     return None

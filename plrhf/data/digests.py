@@ -63,15 +63,15 @@ def json_text(content: Mapping[str, Any], *, indent: int | None = None) -> str:
     return json.dumps(sealed, indent=indent, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def check_digest(place: str, text: bytes, cure: str) -> None:
-    """Raise a ValueError if JSON has a digest that is not that of its content.
+def check_digest(place: str, content: Mapping[str, Any], cure: str) -> None:
+    """Raise a ValueError if content read from JSON has a digest that is not that of the rest.
 
     Args:
-        place: the file, and the line in it. cure: how to get a whole one.
+        place: the file, and the line in it, for messages. cure: how to get a whole one.
     """
-    content = json.loads(text)
-    digest = content.pop(DIGEST, None)
-    if digest is not None and digest != content_hash(content):
+    digest = content.get(DIGEST)
+    rest = {name: value for name, value in content.items() if name != DIGEST}
+    if digest is not None and digest != content_hash(rest):
         raise bad_value(
             f"{place} {DIGEST}",
             digest,

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import from_json
 
 from plrhf.core.errors import bad_value
 from plrhf.data.digests import DIGEST, check_digest, content_hash, json_text
@@ -81,13 +82,7 @@ def read_record(path: Path, kind: type[R]) -> R:
     Raises:
         ValueError: the file is damaged or of another version; the message names file and key.
     """
-    text = path.read_bytes()
-    try:
-        record = kind.model_validate_json(text)
-    except ValidationError as error:
-        raise damaged(path, error) from error
-    check_digest(str(path), text, f"Write {path.name} anew")
-    return record
+    return _record_of(path.read_bytes(), kind, path)
 
 
 def read_lines(path: Path, kind: type[R]) -> Iterator[R]:
@@ -100,26 +95,32 @@ def read_lines(path: Path, kind: type[R]) -> Iterator[R]:
     """
     with path.open("rb") as file:  # bytes, which end lines by \n only
         for number, line in enumerate(file, start=1):
-            if line.strip() == b"":
-                continue
-            try:
-                record = kind.model_validate_json(line)
-            except ValidationError as error:
-                raise damaged(path, error, line=number) from error
-            check_digest(f"{path}:{number}", line, f"Write {path.name} anew")
-            yield record
+            if line.strip() != b"":
+                yield _record_of(line, kind, path, place=f"{path}:{number}")
 
 
-def damaged(path: Path, error: ValidationError, *, line: int | None = None) -> Exception:
-    """Return the error for a damaged file, which names the first wrong key."""
+def _record_of(text: bytes, kind: type[R], path: Path, *, place: str | None = None) -> R:
+    """Return the record that JSON of a file holds; `place` is named in messages, by default the file."""
+    place, cure = str(path) if place is None else place, f"Write {path.name} anew"
+    try:
+        content = from_json(text)
+    except ValueError as error:
+        found = text.decode(errors="replace")
+        raise bad_value(place, found, f"JSON ({error})", cure) from error
+    try:
+        record = kind.model_validate(content)
+    except ValidationError as error:
+        raise _damaged(place, error, cure) from error
+    check_digest(place, content, cure)
+    return record
+
+
+def _damaged(place: str, error: ValidationError, cure: str) -> Exception:
+    """Return the error for a damaged record, which names the first wrong key."""
     first = error.errors()[0]
     key = ".".join(map(str, first["loc"]))
-    place = str(path) if line is None else f"{path}:{line}"
-    found = None if first["type"] == "missing" else first["input"]
-    if isinstance(found, bytes):
-        found = found.decode(errors="replace")
     expected = first["msg"].removeprefix("Input should be ")
-    allowed = f"{expected[:1].lower()}{expected[1:]}"
+    found, allowed = first["input"], f"{expected[:1].lower()}{expected[1:]}"
     if first["type"] == "missing":
-        allowed = "a value, as the key is missing"
-    return bad_value(f"{place} {key}".strip(), found, allowed, f"Write {path.name} anew")
+        found, allowed = None, "a value, as the key is missing"
+    return bad_value(f"{place} {key}".strip(), found, allowed, cure)

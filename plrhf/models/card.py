@@ -128,14 +128,13 @@ def read_card(directory: str | Path) -> Card:
     path = Path(directory, CARD)
     if not path.is_file():
         raise bad_value("export", str(directory), f"a directory with {CARD}", "Give RUN_DIR/export")
-    text = path.read_bytes()
     try:
-        content = json.loads(text)
+        content = json.loads(path.read_bytes())
     except ValueError as error:
         raise _no_object(path, error) from error
     if not isinstance(content, dict) or "schema" not in content:
         raise _no_object(path, "no schema")
-    check_digest(CARD, text, "Export the model anew")
+    check_digest(CARD, content, "Export the model anew")
     content.pop(DIGEST, None)
     return card_of(content, CARD)
 

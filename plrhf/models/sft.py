@@ -57,6 +57,8 @@ class SupervisedPolicy(LightningModule):
         self, batch: PreferenceBatch, dataloader_idx: int
     ) -> PreferenceBatch:
         """Mask what is not trained on, and pack the rows again, which are shorter without it."""
+        if self.responses == "both" and batch.weight is None:
+            return batch  # all is trained on, and the loader has packed it
         segment = batch.segment
         if self.responses == "chosen":
             segment = segment.masked_fill(segment == REJECTED, PADDING)

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from torch import Tensor, nn
 
-from plrhf.backbone.sharding import gathered
+from plrhf.backbone.sharding import first_of_shard, gathered
 from plrhf.core.checks import NonNegativeInt, PositiveInt, check_arguments
 from plrhf.core.components import build
 from plrhf.core.errors import bad_value
@@ -238,8 +238,7 @@ class Stage3(DeepSpeedStrategy):
 
         DeepSpeed's own setters of whole values fail where processes do not divide the numbers.
         """
-        size = parameter.ds_tensor.numel()
-        first = self.global_rank * size
+        size, first = parameter.ds_tensor.numel(), first_of_shard(parameter)
         shard = torch.zeros(size, device=self.root_device)
         own = whole.flatten()[first : first + size]
         shard[: len(own)] = own

@@ -105,7 +105,7 @@ def test_weights_that_are_not_the_models(tmp_path: Path, monkeypatch: pytest.Mon
         ),
         (
             lacking,
-            f"backbone.path={str(tmp_path)!r} is not allowed: expected safetensors files with all "
+            f"backbone.path={str(tmp_path)!r} is not allowed: expected a model with all its "
             "weights (lacking lm_head.bias). Save the model anew with save_pretrained.",
         ),
     ):

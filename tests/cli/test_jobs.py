@@ -155,6 +155,9 @@ def test_finished_is_finished_with_the_same_settings(tmp_path: Path) -> None:
     assert is_finished({**settings, "logger": {"name": "wandb"}, "cache_dir": "elsewhere"})
     with pytest.raises(ValueError, match=r"as it holds a run of data\.n=3\. Set run_dir to"):
         is_finished({**settings, "data": {"n": 4}})
+    (tmp_path / "results.json").write_text('{"config": {')
+    with pytest.raises(BadValue, match=r"^.*/results\.json='.*' is not allowed: expected JSON"):
+        is_finished(settings)
 
 
 def test_first_difference_by_dotted_name() -> None:

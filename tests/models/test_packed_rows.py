@@ -49,7 +49,7 @@ def test_supervised_texts_together_are_texts_apart(responses: Any) -> None:
     n_packed = []
     for together in (True, False):
         model = SupervisedPolicy(backbone=make_backbone(), optim=Optim(), responses=responses)
-        batch = model.on_before_batch_transfer(make_batch(pairs, slots=None), 0)
+        batch = model.on_before_batch_transfer(make_batch(pairs), 0)
         if not together:
             batch = replace(batch, packing=None)
         else:
