@@ -100,6 +100,9 @@ def cache(settings: Settings) -> None:
     """Run ``plrhf cache list``, ``verify`` or ``prune``."""
     config = CacheConfig.read(settings, "")
     folder = Path(config.cache_dir)
+    if config.max_gb is not None and config.action != "prune":
+        allowed, cure = f"null for cache {config.action}", "Write cache prune"
+        raise bad_value("max_gb", config.max_gb, allowed, cure)
     if not folder.is_dir():
         cure = "Give the cache_dir of your runs"
         raise bad_value("cache_dir", config.cache_dir, "a directory", cure)

@@ -167,8 +167,17 @@ class EvalConfig(Section):
                 shown = self.resolved[name]
                 shown = shown.get("name", shown) if isinstance(shown, dict) else shown
                 raise bad_value(name, shown, f"null for eval={task}", f"Leave {name} out")
+        if task == "generate" and self.task.best_of is None:
+            self._check_no_best_of()
         if self.data is not None and task != "referee":
             self._check_data(self.data)
+
+    def _check_no_best_of(self) -> None:
+        """Raise a ValueError for settings of best-of-n on the command line, if there is no n."""
+        for name in ("writers", "temperature"):
+            if f"best_of.{name}" in overridden("eval"):
+                value, cure = self.resolved["eval"]["best_of"][name], "Set eval.best_of.n=16, too"
+                raise bad_value(f"eval.best_of.{name}", value, "left out without n", cure)
 
     def _check_data(self, data: DataConfig) -> None:
         """Raise a ValueError for settings of ``data`` that cannot apply to a trained model's rows."""

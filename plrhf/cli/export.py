@@ -33,6 +33,10 @@ def export(settings: Settings) -> None:
     check_writable("out", str(out))
     if any((out / name).exists() for name in ("config.json", "people.json")):
         raise bad_value("out", config.out, "a folder without a model", "Set out to another folder")
+    for name, value in (("user", config.user), ("features", config.features)):
+        if config.to == "vllm" and value is not None:
+            cure = f"Leave {name} out, or set to=merged"
+            raise bad_value(name, value, "null with to=vllm, which writes all users", cure)
     model = plrhf.load(
         config.run,
         trust_components=config.trust_components,
@@ -42,9 +46,6 @@ def export(settings: Settings) -> None:
         cure = "Give the run of a policy (model=dpo or grpo)"
         raise bad_value("run", config.run, "a policy, as only texts can be written plainly", cure)
     if config.to == "vllm":
-        if config.user is not None:
-            cure = "Leave user out, or set to=merged"
-            raise bad_value("user", config.user, "null with to=vllm, which writes all users", cure)
         save_for_vllm(model, out)
         print(f"files for vLLM: {out} ({out / 'README.md'} has the commands)")
         return

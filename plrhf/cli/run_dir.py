@@ -52,8 +52,8 @@ class RecordRows(Callback):
 
 
 def files_of_run(run_dir: Path) -> list[Path]:
-    """Return the files that an earlier run left in a directory, including half-written ones."""
-    names = [name for one in LEFT_BY_RUNS for name in (one, f"{one}.part")]
+    """Return the files that an earlier run left in a directory, half-written and half-replaced ones too."""
+    names = [name for one in LEFT_BY_RUNS for name in (one, f"{one}.part", f"{one}.old")]
     return [run_dir / name for name in names if os.path.lexists(run_dir / name)]
 
 

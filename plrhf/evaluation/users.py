@@ -203,7 +203,7 @@ def _nearest_tokens(
         own = {name: vectors[names.index(name)] for name in evenly(names, N_OWNERS)}
     owners = {"generic user": generic[0], **own}
     # By the layer, as its weights, where they are sharded, may be on their way already.
-    tokens = torch.arange(model.backbone.config.vocab_size, device=vectors.device)
+    tokens = torch.arange(model.backbone.vocabulary_size, device=vectors.device)
     table = torch.nn.functional.normalize(model.backbone.embed(tokens).float(), dim=1)  # [V, d]
     tokenizer = data.row_tokenizer.tokenizer
     found: list[NearestTokens] = []

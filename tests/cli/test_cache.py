@@ -100,6 +100,9 @@ def test_prune_needs_a_size(tmp_path: Path, capsys: Any) -> None:
     assert (
         "max_gb=None is not allowed: expected the size that may be left" in capsys.readouterr().err
     )
+    with pytest.raises(SystemExit):
+        run(capsys, "list", f"cache_dir={tmp_path}", "max_gb=3")
+    assert "max_gb=3.0 is not allowed: expected null for cache list" in capsys.readouterr().err
 
 
 def test_a_folder_is_intact_as_it_was_sealed(tmp_path: Path) -> None:

@@ -298,6 +298,10 @@ EVAL: dict[str, tuple[list[str], str]] = {
         "Write eval=compare runs='DIR/*' out=DIR.",
     ),
     "no out": (["eval=compare", "runs=x"], "out=None is not allowed: expected a directory. *"),
+    "best of nothing": (
+        ["eval=generate", "eval.best_of.temperature=0.5"],
+        "eval.best_of.temperature=0.5 is not allowed: expected left out without n. *",
+    ),
     "no such runs": (
         ["eval=compare", "runs=gone/*", "out=x"],
         "runs='gone/*' is not allowed: expected a glob of run directories, at least one of which *",

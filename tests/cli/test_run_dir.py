@@ -42,6 +42,7 @@ def test_overwriting_removes_all_of_the_old_run_and_nothing_else(
         (run / name).mkdir()
         (run / name / "old").touch()
     (run / "results.json.part").touch()
+    shutil.copytree(run / "export", run / "export.old")  # of a kill between two renames
     (run / "error.txt").write_text("of a job that failed")
     (run / "notes.txt").write_text("mine")
     (run / "plots").mkdir()

@@ -104,3 +104,9 @@ def test_what_vllm_cannot_serve() -> None:
         ValueError, match="^aggregator=.* expected soft_prompt: FiLM acts on hidden"
     ):
         people_vectors(film)
+
+
+def test_options_of_one_user_are_refused(tmp_path: Path) -> None:
+    for given, name in (("user=ann", "user"), ("features={age:31}", "features")):
+        with pytest.raises(ValueError, match=f"^{name}=.* null with to=vllm"):
+            export(composed("run=x", f"out={tmp_path}", "to=vllm", given, config="export"))
