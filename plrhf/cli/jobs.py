@@ -1,9 +1,10 @@
-"""Jobs of a sweep: a failed job does not stop others, a finished one is skipped."""
+"""Jobs of a sweep: each in a folder that says what differs; one that fails stops no other."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import re
 import sys
 import time
 import traceback
@@ -11,15 +12,47 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from plrhf.core.components import WITHOUT_EFFECT, first_difference
 from plrhf.core.errors import BadValue, bad_value
+from plrhf.data.digests import content_hash
 from plrhf.evaluation.records import Record, read_record, read_settings
 
 FAILED, LOG = "error.txt", "log.txt"
 SOME_FAILED = 1
+LONGEST_FOLDER = 150  # characters
+
+
+def job_folder(overrides: str, number: int) -> str:
+    """Return the name of a job's folder: its overrides, such as ``encoder=lookup,seed=1``.
+
+    Where they are long or have characters that a file name should not have, a hash keeps it unique.
+
+    Args:
+        number: of the job, its name where a sweep has no overrides that differ.
+    """
+    name = re.sub(r"[^\w.=,+-]+", "_", overrides)
+    if name != overrides or len(name) > LONGEST_FOLDER:
+        name = f"{name[: LONGEST_FOLDER - 9].strip('_')}-{content_hash(overrides)[:8]}"
+    return name if name.strip(".") else str(number)
+
+
+OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)  # of hydra.sweep.subdir
+
+
+class NameJobs(Callback):
+    """Leaves out of the names of a sweep's folders what all its jobs have in common."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        common = ",".join(f"'{one.key_or_group}'" for one in given if not one.is_sweep_override())
+        with read_write(config.hydra):
+            config.hydra.overrides.hydra.append(
+                f"hydra.job.config.override_dirname.exclude_keys=[{common}]"
+            )
 
 
 class FinishedRun(Record):

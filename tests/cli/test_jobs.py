@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from runs import ENVIRONMENT, TINY, check_run, command, launch
 
-from plrhf.cli.jobs import best_value, is_finished, refuse_processes
+from plrhf.cli.jobs import best_value, is_finished, job_folder, refuse_processes
 from plrhf.core.components import first_difference
 from plrhf.core.errors import BadValue
 
@@ -38,30 +38,31 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, cache_dir: Path, capsy
     same = [*TINY, f"cache_dir={cache_dir}", f"run_dir={there}"]
     status, out, err = sweep(capsys, *same, "encoder.rank=0,2")
     assert status == 1
-    assert out.count("done in ") == 1 and f"s: {there / '1'}: " in out
-    assert f"failed: {there / '0'}: " in err
+    assert out.count("done in ") == 1 and f"s: {there / 'encoder.rank=2'}: " in out
+    assert f"failed: {there / 'encoder.rank=0'}: " in err
     assert err.endswith(
-        f"1 of the jobs failed; error.txt in its folder says more:\n  {there / '0'}: {NO_RANK}\n"
+        "1 of the jobs failed; error.txt in its folder says more:\n"
+        f"  {there / 'encoder.rank=0'}: {NO_RANK}\n"
     )
-    assert (there / "0/error.txt").read_text() == f"{NO_RANK}\n"
-    results = check_run(there / "1", in_sweep=True)
+    assert (there / "encoder.rank=0/error.txt").read_text() == f"{NO_RANK}\n"
+    results = check_run(there / "encoder.rank=2", in_sweep=True)
     # The job's own command, and what it had to say.
     assert "encoder.rank=2" in results["run"]["command"] and "-m" not in results["run"]["command"]
-    assert "user context" in (there / "1/log.txt").read_text()
-    before = (there / "1/results.json").stat().st_mtime_ns
+    assert "user context" in (there / "encoder.rank=2/log.txt").read_text()
+    before = (there / "encoder.rank=2/results.json").stat().st_mtime_ns
 
     status, out, err = sweep(capsys, *same, "encoder.rank=1,2")
     assert (status, err) == (0, "")
-    check_run(there / "0", in_sweep=True)
-    assert (there / "1/log.txt").read_text().endswith("\nfinished before\n")
-    assert (there / "1/results.json").stat().st_mtime_ns == before
+    check_run(there / "encoder.rank=1", in_sweep=True)
+    assert (there / "encoder.rank=2/log.txt").read_text().endswith("\nfinished before\n")
+    assert (there / "encoder.rank=2/results.json").stat().st_mtime_ns == before
 
-    # Another sweep into the same directory would overwrite what took long.
-    status, _, err = sweep(capsys, *same, "encoder.rank=1,3")
+    # Another sweep with the same folders would overwrite what took long.
+    status, _, err = sweep(capsys, *same, "optim.lr=0.1", "encoder.rank=1,2")
     assert status == 1
-    allowed = "expected a directory of its own, as it holds a run of encoder.rank=2. "
+    allowed = "expected a directory of its own, as it holds a run of optim.lr=5e-05. "
     assert f"{allowed}Set run_dir to another, or overwrite=true." in err
-    assert (there / "1/results.json").stat().st_mtime_ns == before
+    assert (there / "encoder.rank=2/results.json").stat().st_mtime_ns == before
 
 
 def test_what_is_no_slip_of_the_user_keeps_its_traceback(
@@ -74,8 +75,8 @@ def test_what_is_no_slip_of_the_user_keeps_its_traceback(
     monkeypatch.setattr("plrhf.cli.run.train", broken)
     status, out, err = sweep(capsys, "seed=0,1,2", f"run_dir={tmp_path}")
     assert status == 1 and out.count("done in ") == 2
-    assert err.endswith(f"  {tmp_path / '1'}: RuntimeError: out of memory\n")
-    kept = (tmp_path / "1/error.txt").read_text()
+    assert err.endswith(f"  {tmp_path / 'seed=1'}: RuntimeError: out of memory\n")
+    kept = (tmp_path / "seed=1/error.txt").read_text()
     assert kept.startswith("RuntimeError: out of memory\nTraceback") and "in broken" in kept
 
 
@@ -84,17 +85,17 @@ def test_a_sweep_leaves_errors_of_others_alone(
 ) -> None:
     monkeypatch.setattr("plrhf.cli.run.train", lambda settings: 0.25)
     kept = []
-    for name in ("other/error.txt", "7/error.txt", "0/deeper/error.txt"):
+    for name in ("other/error.txt", "seed=7/error.txt", "seed=0/deeper/error.txt"):
         path = tmp_path / name
         path.parent.mkdir(parents=True)
         path.write_text("of somebody else\n")
         os.utime(path, (1, 1))
         kept.append(path)
-    (tmp_path / "0/error.txt").write_text("of the job that is done again\n")
+    (tmp_path / "seed=0/error.txt").write_text("of the job that is done again\n")
     status, _, err = sweep(capsys, "seed=0,1", f"run_dir={tmp_path}")
     assert (status, err) == (0, "")
     assert all(path.read_text() == "of somebody else\n" for path in kept)
-    assert not (tmp_path / "0/error.txt").exists()
+    assert not (tmp_path / "seed=0/error.txt").exists()
 
 
 def test_a_sweeper_gets_the_monitored_value(
@@ -133,7 +134,7 @@ def test_the_best_value_of_a_run(tmp_path: Path) -> None:
 def test_a_bad_choice_stops_a_sweep_before_it_begins(tmp_path: Path, capsys: Any) -> None:
     status, out, err = sweep(capsys, "encoder=lookup,lockup", f"run_dir={tmp_path}")
     assert status == 2 and err.startswith("error: encoder='lockup' is not allowed")
-    assert not (tmp_path / "0").exists()
+    assert not any(path.is_dir() for path in tmp_path.iterdir())
 
 
 def test_ctrl_c_stops_the_whole_sweep(
@@ -145,7 +146,7 @@ def test_ctrl_c_stops_the_whole_sweep(
     monkeypatch.setattr("plrhf.cli.run.train", stopped)
     status, _, _ = sweep(capsys, "seed=0,1", f"run_dir={tmp_path}")
     assert status == 130
-    assert (tmp_path / "0").exists() and not (tmp_path / "1").exists()
+    assert (tmp_path / "seed=0").exists() and not (tmp_path / "seed=1").exists()
 
 
 def test_finished_is_finished_with_the_same_settings(tmp_path: Path) -> None:
@@ -183,7 +184,7 @@ def test_launchers_with_processes_of_their_own(launcher: str, tmp_path: Path) ->
     )
     assert done.returncode == 1, done.stderr
     line = f"{refused} is not allowed: expected 1 in a sweep. Start each run by itself."
-    assert done.stderr.endswith("".join(f"  sweep/{n}: {line}\n" for n in (0, 1)))
+    assert done.stderr.endswith("".join(f"  sweep/seed={n}: {line}\n" for n in (0, 1)))
 
 
 @pytest.mark.parametrize(
@@ -201,3 +202,12 @@ def test_a_job_of_a_sweep_starts_no_processes(changed: dict[str, Any], message: 
     with pytest.raises(BadValue) as error:
         refuse_processes({"trainer": {**alone, **changed}})
     assert str(error.value) == f"{message}Start each run by itself."
+
+
+def test_a_folder_says_what_differs_and_is_a_file_name() -> None:
+    assert job_folder("encoder=lookup,seed=1", 0) == "encoder=lookup,seed=1"
+    assert job_folder("", 7) == "7" and job_folder("..", 7) == "7"
+    one, two = (job_folder(f"backbone.path=models/{name}", 0) for name in ("a b", "a/b"))
+    assert one.startswith("backbone.path=models_a_b-") and one != two and "/" not in two
+    long = {job_folder("x" * 300 + end, 0) for end in "ab"}
+    assert len(long) == 2 and max(map(len, long)) <= 150

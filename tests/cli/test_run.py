@@ -246,9 +246,11 @@ def test_a_sweep_gives_each_job_its_directory(
         found[name, *seeds] = settings["run_dir"]
 
     monkeypatch.setattr("plrhf.cli.run.train", train)
-    launch("train", "-m", "encoder=none,lookup", "seed=0,1", f"run_dir={tmp_path / 'sweep'}")
+    common = ["data.n_users=7", f"run_dir={tmp_path / 'sweep'}"]
+    launch("train", "-m", "encoder=none,lookup", "seed=0,1", *common)
     assert set(found) == {(name, seed, seed) for name in ("none", "lookup") for seed in (0, 1)}
-    assert set(found.values()) == {str(tmp_path / f"sweep/{number}") for number in range(4)}
+    for (name, seed, _), folder in found.items():
+        assert folder == str(tmp_path / f"sweep/encoder={name},seed={seed}")
 
 
 @pytest.mark.slow
