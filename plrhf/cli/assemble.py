@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from plrhf.backbone.loading import (
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj
 from plrhf.cli.config import BackboneConfig, DataConfig, RunConfig
-from plrhf.core.components import build, parameter_types
+from plrhf.core.components import WITHOUT_EFFECT, build, parameter_types
 from plrhf.core.errors import bad_value
 from plrhf.data.features import FeatureSchema
 from plrhf.data.module import PreferenceData
@@ -33,6 +35,8 @@ from plrhf.models.grpo import PersonalGRPOPolicy
 from plrhf.models.loading import build_model
 from plrhf.training.loggers import build_loggers
 from plrhf.training.trainer import build_trainer
+
+LONGEST_NAME = 100  # characters of a run's name in loggers
 
 
 @rank_zero_only
@@ -69,10 +73,18 @@ def build_source(config: DataConfig) -> Source:
 
 def build_run_trainer(config: RunConfig, run_dir: Path, *, has_val: bool) -> Trainer:
     """Build the trainer of the config with its loggers, which write to `run_dir`."""
-    logger = config.logger
-    loggers = build_loggers(run_dir=run_dir, tensorboard=logger.tensorboard, wandb=logger.wandb)
+    others = {name: one for name, one in config.logger if name != "name"}
+    loggers = build_loggers(run_dir=run_dir, name=run_name(config), **others)
     options = {name: one for name, one in config.trainer if name != "name"}
     return build_trainer(**options, run_dir=run_dir, loggers=loggers, has_val=has_val)
+
+
+def run_name(config: RunConfig) -> str:
+    """Return a name that says how a run differs from others: the settings that were given for it."""
+    given = [one for one in sys.argv[1:] if "=" in one and not one.startswith(("-", "hydra"))]
+    names = [re.split(r"[.=]", one.lstrip("+~"))[0] for one in given]
+    said = [one for name, one in zip(names, given, strict=True) if name not in WITHOUT_EFFECT]
+    return " ".join(said)[:LONGEST_NAME] or Path(config.run_dir).name
 
 
 def path_of(config: BackboneConfig) -> str:

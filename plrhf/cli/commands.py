@@ -156,6 +156,8 @@ def plrhf() -> None:
     names = (" ".join(words[:2]), " ".join(words[:1]))
     if words[:1] in (["--version"], ["version"]):
         print(f"plrhf {version('plrhf')}")
+    elif words[:1] in (["-sc"], ["--shell-completion"]):
+        _complete()
     elif words[:1] in ([], ["-h"], ["--help"], ["help"]):
         print(_overview())
     elif (name := next((one for one in names if one in COMMANDS), None)) is not None:
@@ -167,6 +169,26 @@ def plrhf() -> None:
         )
         print(f"error: {wrong}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
+
+
+def _complete() -> None:
+    """Print how the line in ``COMP_LINE`` may go on: Hydra knows settings, we know commands.
+
+    Without a line, Hydra prints the script for the shell.
+    """
+    line = os.environ.get("COMP_LINE", "")
+    typed = line.split()[1:]
+    place = len(typed) - (0 if line.endswith(" ") else 1)  # of the word that is being typed
+    candidates = [one.split() for one in COMMANDS]
+    name = next((one for one in candidates if one == typed[: len(one)] and len(one) <= place), None)
+    if "COMP_LINE" in os.environ and name is None:
+        begun = [one for one in candidates if one[:place] == typed[:place]]
+        print(*sorted({one[place] for one in begun if len(one) > place}))
+        return
+    command = COMMANDS["train" if name is None else " ".join(name)]
+    rest = typed[0 if name is None else len(name) :]
+    os.environ["COMP_LINE"] = " ".join(["plrhf", *command.given, *rest]) + " " * line.endswith(" ")
+    main(command.config, command.task)
 
 
 def _overview() -> str:
@@ -181,6 +203,7 @@ def _overview() -> str:
             *lines,
             "",
             "plrhf COMMAND --help shows its settings; plrhf --version the version.",
+            'eval "$(plrhf -sc install=bash)" lets bash and zsh complete commands and settings.',
         ]
     )
 

@@ -197,6 +197,7 @@ class LoggerConfig(Section):
     name: str
     tensorboard: bool = False
     wandb: dict[str, Any] | None = None
+    mlflow: dict[str, Any] | None = None
 
 
 class DataConfig(Section):

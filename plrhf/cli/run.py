@@ -58,9 +58,12 @@ from plrhf.models.export import README, add_note, save_export
 from plrhf.models.grpo import PersonalGRPOPolicy
 from plrhf.models.policy import PersonalPolicy
 from plrhf.reporting import report, tables
-from plrhf.training.loggers import log_settings, log_test_results
+from plrhf.training.loggers import log_files, log_results, log_settings
 from plrhf.training.processes import launched_processes, rank_shard_of, sharding_context
 from plrhf.training.trainer import fit
+
+SHARED = ("report.html", "results.json", "metrics.csv")
+"""Files of a run that loggers keep; predictions would say how each person chooses."""
 
 PACKAGES = ("plrhf", "torch", "lightning", "transformers", "peft")
 
@@ -195,6 +198,7 @@ def evaluate_run(
         with outputs.writing(run_dir / "report.html"):
             report.write_report(run_dir)
             print(f"report: {run_dir / 'report.html'}")
+        log_files(trainer.loggers, [run_dir / name for name in SHARED])
 
 
 @rank_zero_only
@@ -250,7 +254,7 @@ def write_results(
     )
     write_evaluation(Path(config.run_dir), results, predictions)
     tables.console().print(tables.closing_table(results))
-    log_test_results(trainer.loggers, results.test_values(), trainer.global_step)
+    log_results(trainer.loggers, config.resolved, results.test_values(), trainer.global_step)
 
 
 @rank_zero_only

@@ -27,7 +27,7 @@ from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Row
 from plrhf.data.tokenizer import Tokenizer
 from plrhf.models.sft import SupervisedPolicy
-from plrhf.training.loggers import log_settings
+from plrhf.training.loggers import log_files, log_results, log_settings
 from plrhf.training.processes import launched_processes, rank_shard_of, sharding_context
 from plrhf.training.trainer import fit
 
@@ -89,6 +89,9 @@ def train_supervised(
         begin_run(config, resume=resume)
         log_settings(trainer.loggers, config.resolved)
         fit(model, data, trainer, resume_from=None if resume is None else resume.path)
+        if trainer.is_global_zero:
+            log_results(trainer.loggers, config.resolved, {}, trainer.global_step)
+            log_files(trainer.loggers, [])
         export = Path(config.run_dir) / "export"
         backbone.save_whole(export)
         if trainer.is_global_zero:

@@ -116,18 +116,21 @@ class Results(Record):
         return None if self.provenance is None else self.provenance.fingerprint
 
     def test_values(self) -> dict[str, float]:
-        """Return the test statistics without intervals, with names like test/seen/user/nll."""
+        """Return the test statistics, such as test/seen/user/nll with test/seen/user/nll/low and high."""
         cells: dict[str, Any] = {
             f"test/{kind}/{context}": cell
             for kind, contexts in self.test.items()
             for context, cell in contexts.items()
         }
-        return {
-            f"{place}/{name}": cell[name]["value"]
-            for place, cell in cells.items()
-            for name in STATISTICS
-            if cell[name]["value"] is not None
-        }
+        found: dict[str, float] = {}
+        for place, cell in cells.items():
+            for name in STATISTICS:
+                estimate, at = cell[name], f"{place}/{name}"
+                if estimate["value"] is not None:
+                    found[at] = estimate["value"]
+                if estimate["ci95"] is not None:
+                    found[f"{at}/low"], found[f"{at}/high"] = estimate["ci95"]
+        return found
 
 
 def pairs_hash(rows: Sequence[Row]) -> str:

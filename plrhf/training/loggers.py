@@ -1,4 +1,4 @@
-"""The loggers of a run: metrics.csv, and optionally TensorBoard and Weights & Biases."""
+"""The loggers of a run: metrics.csv, and optionally TensorBoard, Weights & Biases and MLflow."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from plrhf.core.errors import bad_value
 from plrhf.training.steps import is_accumulating
+
+BOUNDS = ("/low", "/high")
+"""Ends of the names of an interval's bounds."""
 
 
 class MetricsFile(Logger):
@@ -100,39 +103,89 @@ class StepMetrics(Callback):
 
 
 def build_loggers(
-    *, run_dir: Path, tensorboard: bool = False, wandb: dict[str, Any] | None = None
+    *,
+    run_dir: Path,
+    name: str,
+    tensorboard: bool = False,
+    wandb: Mapping[str, Any] | None = None,
+    mlflow: Mapping[str, Any] | None = None,
 ) -> list[Logger]:
     """Build the loggers of a run.
 
     Args:
-        run_dir: where metrics.csv and TensorBoard's files go.
+        run_dir: where metrics.csv, and local files of the others, go.
+        name: of the run in Weights & Biases and MLflow, unless their arguments have another.
         tensorboard: also log to TensorBoard.
         wandb: arguments of Lightning's WandbLogger; None: do not log to Weights & Biases.
+        mlflow: arguments of Lightning's MLFlowLogger; None: do not log to MLflow.
 
     Raises:
-        ValueError: Weights & Biases is not installed.
+        ValueError: a library is not installed.
     """
     loggers: list[Logger] = [MetricsFile(run_dir / "metrics.csv")]
     if tensorboard:
-        loggers.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
+        loggers.append(
+            TensorBoardLogger(run_dir, name="", version="tensorboard", default_hp_metric=False)
+        )
     if wandb is not None:
-        if find_spec("wandb") is None:
-            raise bad_value(
-                "logger", "wandb", "csv or tensorboard, as wandb is not installed", "Install wandb"
-            )
-        loggers.append(WandbLogger(save_dir=run_dir, **wandb))
+        _check_installed("wandb", ("wandb",))
+        loggers.append(WandbLogger(save_dir=run_dir, **{"name": name, **wandb}))
+    if mlflow is not None:
+        _check_installed("mlflow", ("mlflow", "mlflow_skinny"))
+        loggers.append(MLFlowLogger(**{"run_name": name, **mlflow}))
     return loggers
 
 
+def _check_installed(name: str, libraries: Sequence[str]) -> None:
+    """Raise a ValueError if none of the libraries that a logger needs is installed."""
+    if all(find_spec(one) is None for one in libraries):
+        cure = f"Install it: pip install -c constraints.txt '.[{name}]'"
+        raise bad_value("logger", name, f"csv or tensorboard, as {name} is not installed", cure)
+
+
 def log_settings(loggers: Sequence[Logger], settings: Mapping[str, Any]) -> None:
-    """Log all settings of a run as hyperparameters to TensorBoard and Weights & Biases."""
+    """Log all settings of a run as its hyperparameters."""
     for logger in loggers:
-        logger.log_hyperparams(dict(settings))
+        if isinstance(logger, TensorBoardLogger):
+            logger.hparams.update(settings)  # to hparams.yaml; its columns come with the results
+        else:
+            logger.log_hyperparams(dict(settings))
 
 
-def log_test_results(loggers: Sequence[Logger], results: Mapping[str, float], step: int) -> None:
-    """Log test results to TensorBoard and Weights & Biases; results.json holds them anyway."""
+def log_results(
+    loggers: Sequence[Logger],
+    settings: Mapping[str, Any],
+    results: Mapping[str, float],
+    step: int,
+) -> None:
+    """Log test results beside metrics.csv; results.json holds them anyway.
+
+    TensorBoard gets the settings with them, since it shows settings beside those metrics alone that are
+    known when they are logged. Ends of intervals are curves there, not columns beside the settings.
+    """
     for logger in loggers:
-        if not isinstance(logger, MetricsFile):
-            logger.log_metrics(dict(results), step)
-            logger.save()
+        if isinstance(logger, MetricsFile):
+            continue
+        others = dict(results)
+        if isinstance(logger, TensorBoardLogger):
+            columns = {name: others.pop(name) for name in results if not name.endswith(BOUNDS)}
+            logger.log_hyperparams(dict(settings), columns, step)
+        logger.log_metrics(others, step)
+        logger.save()
+
+
+def log_files(loggers: Sequence[Logger], paths: Sequence[Path]) -> None:
+    """Keep files of a finished run as artifacts of Weights & Biases and MLflow, and end its run there."""
+    found = [path for path in paths if path.is_file()]
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            from wandb import Artifact
+
+            artifact = Artifact(f"results-{logger.version}", type="results")
+            for path in found:
+                artifact.add_file(str(path))
+            logger.experiment.log_artifact(artifact)
+            logger.experiment.finish()  # else the next job of a sweep would go on with this run
+        if isinstance(logger, MLFlowLogger):
+            for path in found:
+                logger.experiment.log_artifact(logger.run_id, str(path))

@@ -141,3 +141,22 @@ def test_wrong_choices_in_help_are_one_line(
     assert capsys.readouterr().err.startswith(
         "error: encoder='nobody' is not allowed: expected one of"
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("plrhf data ", ["convert", "inspect", "styles"]),
+        ("plrhf nothing ", [""]),
+        ("plrhf train encoder=clus", ["encoder=cluster"]),
+        ("plrhf adapt eval.dra", ["eval.draws="]),
+    ],
+)
+def test_what_a_shell_completes(
+    line: str,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COMP_LINE", line)
+    assert said(capsys, monkeypatch, "-sc", "query=bash").strip("\n").split(" ") == words

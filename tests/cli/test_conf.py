@@ -228,8 +228,8 @@ def test_trainers(trainer: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("logger", options("logger"))
 def test_loggers(logger: str, tmp_path: Path) -> None:
     config = RunConfig.from_settings(composed(f"logger={logger}"))
-    if logger == "wandb" and find_spec("wandb") is None:
-        with pytest.raises(ValueError, match="^logger='wandb' is not allowed.* Install wandb"):
+    if logger in ("wandb", "mlflow") and find_spec(logger) is None:
+        with pytest.raises(ValueError, match=f"^logger='{logger}' is not allowed.* Install it"):
             build_run_trainer(config, tmp_path, has_val=True)
     else:
         built = build_run_trainer(config, tmp_path, has_val=True)

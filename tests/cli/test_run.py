@@ -27,6 +27,7 @@ from runs import (
     write_rows,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import plrhf
@@ -75,14 +76,19 @@ def check_tensorboard(run_dir: Path) -> None:
     for kind in ("seen", "unseen"):
         for context in ("user", "generic"):
             [logged] = events.Scalars(f"test/{kind}/{context}/accuracy_micro")
-            expected = results["test"][kind][context]["accuracy_micro"]["value"]
-            assert logged.value == pytest.approx(expected, abs=1e-6)
+            estimate = results["test"][kind][context]["accuracy_micro"]
+            assert logged.value == pytest.approx(estimate["value"], abs=1e-6)
+            [low] = events.Scalars(f"test/{kind}/{context}/accuracy_micro/low")
+            assert low.value == pytest.approx(estimate["ci95"][0], abs=1e-6)
     assert "val/loss" in events.Tags()["scalars"]
     assert not any(name.startswith("test/") for name in pd.read_csv(run_dir / "metrics.csv"))
     settings = yaml.safe_load((run_dir / "tensorboard/hparams.yaml").read_text())
     for part in ("data", "encoder", "trainer", "optim", "seed"):
         assert settings[part] == results["config"][part]
-    assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
+    columns = HParamsPluginData.FromString(
+        events.PluginTagToContent("hparams")["_hparams_/experiment"]
+    ).experiment.metric_infos
+    assert "test/seen/user/accuracy_micro" in {one.name.tag for one in columns}
 
 
 def test_policy(policy_run: Path) -> None:
