@@ -105,7 +105,7 @@ class StepMetrics(Callback):
 def build_loggers(
     *,
     run_dir: Path,
-    name: str,
+    name: str | None = None,
     tensorboard: bool = False,
     wandb: Mapping[str, Any] | None = None,
     mlflow: Mapping[str, Any] | None = None,
@@ -114,7 +114,8 @@ def build_loggers(
 
     Args:
         run_dir: where metrics.csv, and local files of the others, go.
-        name: of the run in Weights & Biases and MLflow, unless their arguments have another.
+        name: of the run in Weights & Biases and MLflow, unless their arguments have another; None: they
+            choose one.
         tensorboard: also log to TensorBoard.
         wandb: arguments of Lightning's WandbLogger; None: do not log to Weights & Biases.
         mlflow: arguments of Lightning's MLFlowLogger; None: do not log to MLflow.
