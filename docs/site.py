@@ -19,7 +19,7 @@ PAGES = {
     "contributing.md": "CONTRIBUTING.md",
     "security.md": "SECURITY.md",
 }
-REPOSITORY = re.compile(r"\]\((?:\.\./)?(README|CONTRIBUTING|SECURITY)\.md")
+REPOSITORY = re.compile(r"\]\((?:\.\./)?((?:\.\./)*)(README|CONTRIBUTING|SECURITY)\.md")
 FOLDER = re.compile(r"\]\((?:\.\./)?docs/")
 
 
@@ -36,7 +36,7 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Let links between the repository's pages lead to the pages of the site."""
     names = {"README": "index", "CONTRIBUTING": "contributing", "SECURITY": "security"}
-    markdown = REPOSITORY.sub(lambda match: f"]({names[match[1]]}.md", markdown)
+    markdown = REPOSITORY.sub(lambda match: f"]({match[1]}{names[match[2]]}.md", markdown)
     return FOLDER.sub("](", markdown)
 
 

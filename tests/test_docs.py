@@ -25,7 +25,8 @@ def test_the_site_is_whole(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    pages = sorted((tmp_path / "site").glob("*.html"))
+    pages = sorted((tmp_path / "site").rglob("*.html"))
+    assert {path.stem for path in pages} >= {"first_model", "many_gpus"}
     assert {path.stem for path in pages} >= {"index", "settings", "api", "architecture", "referee"}
     elsewhere = re.compile(r"""(?:<script|<link|<img|<iframe)[^>]*(?:src|href)=["']?https?:""")
     for page in pages:

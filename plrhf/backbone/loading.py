@@ -251,12 +251,27 @@ def check_vocabulary(backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> 
         )
 
 
+PLAIN_CHAT = (
+    "{% for one in messages %}{{ '' if loop.first else '\n' }}{{ one['role'] }}: {{ one['content'] }}"
+    "{{ eos_token if one['role'] == 'assistant' else '' }}{% endfor %}"
+    "{{ '\nassistant: ' if add_generation_prompt else '' }}"
+)
+"""Chat template: one line for each turn, in front of it who speaks."""
+
+
 def load_tokenizer(
-    path: str, *, pad_token: str | None = None, trust_remote_code: bool = False
+    path: str,
+    *,
+    pad_token: str | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer and make sure it has a padding and an end token.
 
     The end token of a bidirectional encoder is its separator token.
+
+    Args:
+        chat_template: ``plain`` for `PLAIN_CHAT`; None: the tokenizer's own, if it has one.
 
     Raises:
         ValueError: one of the two is missing.
@@ -270,6 +285,8 @@ def load_tokenizer(
             "a directory or hub name with a tokenizer",
             f"Save the tokenizer beside the model ({' '.join(str(error).split())[:120]})",
         ) from error
+    if chat_template == "plain":
+        tokenizer.chat_template = PLAIN_CHAT
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
             raise bad_value(

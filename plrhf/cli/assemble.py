@@ -108,7 +108,10 @@ def open_backbone(
     """
     check_path(path)
     tokenizer = load_tokenizer(
-        path, pad_token=config.pad_token, trust_remote_code=config.trust_remote_code
+        path,
+        pad_token=config.pad_token,
+        chat_template=config.chat_template,
+        trust_remote_code=config.trust_remote_code,
     )
     backbone = load_backbone(**{**load_options(config), "path": path}, shards=shards)
     check_vocabulary(backbone, tokenizer)

@@ -131,6 +131,7 @@ class BackboneConfig(Section):
     path: str | None
     architecture: dict[str, Any] | None
     pad_token: str | None
+    chat_template: Literal["plain"] | None = None
     dtype: Literal["float32", "bfloat16", "float16"]
     attention: str | None
     quantization: Quantization | None

@@ -11,6 +11,7 @@ import json
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -30,6 +31,7 @@ class Tokens(Section):
     """Settings ``backbone``: the model in whose tokens lengths are counted."""
 
     path: str | None
+    chat_template: Literal["plain"] | None
 
 
 class InspectConfig(Section):
@@ -52,7 +54,10 @@ def inspect_rows(settings: Settings) -> None:
     print_lines(length_lines(data.rows))
     if config.backbone.path is not None:
         check_path(config.backbone.path)
-        data.tokenize(load_tokenizer(config.backbone.path), layout="packed")
+        tokenizer = load_tokenizer(
+            config.backbone.path, chat_template=config.backbone.chat_template
+        )
+        data.tokenize(tokenizer, layout="packed")
         print_lines(token_lines(data))
     print_lines(split_lines(data, config.data))
     print_lines(probe(data.splits).get("warnings", []))

@@ -15,6 +15,7 @@ import lightning
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from plrhf.backbone.loading import PLAIN_CHAT
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj, train_tokenizer
 from plrhf.cli.assemble import build_data, build_run_trainer, open_backbone
@@ -197,6 +198,8 @@ def _new_tiny_backbone(shape: TinyShape, data: PreferenceData) -> tuple[Tokenize
     rows = data.splits.train
     texts = (text for row in rows for text in (str(row.prompt), row.chosen, row.rejected))
     tokenizer = train_tokenizer(texts, vocab_size=shape.vocab_size)
+    if any(not isinstance(row.prompt, str) for row in rows):
+        tokenizer.chat_template = PLAIN_CHAT
     found = {**shape.model_dump(), "vocab_size": len(tokenizer)}
     model = tiny_gptj(eos_token_id=tokenizer.eos_token_id, **found)
     return tokenizer, Backbone(model=model, trainable="full")

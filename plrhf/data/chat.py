@@ -204,7 +204,7 @@ def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
             "prompt",
             "messages",
             "text, as this tokenizer has no chat template",
-            "Give prompts as text, or a backbone whose tokenizer has a chat template",
+            "Set backbone.chat_template=plain, or take a backbone whose tokenizer has one",
         )
     return ChatTemplate(tokenizer)
 

@@ -167,14 +167,13 @@ def _checked_rows(asked: Asked) -> list[Row]:
 
     The user id of a request for the generic user is blank, which no user's is.
     """
-    rows = [
-        parse_row({"user_id": "nobody", **one, "chosen": "A", "rejected": "B"}, f"asked[{place}]")
-        for place, one in enumerate(asked)
-    ]
-    return [
-        row if one.get("user_id") is not None else replace(row, user_id="")
-        for one, row in zip(asked, rows, strict=True)
-    ]
+    rows = []
+    for place, one in enumerate(asked):
+        is_named = one.get("user_id") is not None
+        user = {"user_id": one["user_id"] if is_named else "nobody"}
+        row = parse_row({**one, **user, "chosen": "A", "rejected": "B"}, f"asked[{place}]")
+        rows.append(row if is_named else replace(row, user_id=""))
+    return rows
 
 
 def _response(one: Mapping[str, Any], place: int) -> str:

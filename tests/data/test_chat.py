@@ -10,6 +10,7 @@ import pytest
 from jinja2 import TemplateError
 from test_tokenizer import KINDS, sentencepiece_bpe
 
+from plrhf.backbone.loading import PLAIN_CHAT
 from plrhf.core.errors import BadValue
 from plrhf.data.chat import end_of_turn
 from plrhf.data.module import PreferenceData
@@ -311,3 +312,17 @@ def test_prompt_and_response_are_the_whole_conversation_of_the_tokenizer(
     pair = rows.pair(a_row(*begun, chosen=" and wide"))
     both = [*pair.prompt, *pair.chosen]
     assert both == whole[: len(both)]
+
+
+def test_the_plain_template_writes_a_line_for_each_turn(tokenizer: Any) -> None:
+    rows = with_template(tokenizer, PLAIN_CHAT)
+    turns = [
+        {"role": "user", "content": "The sea?"},
+        {"role": "assistant", "content": "Blue."},
+        {"role": "user", "content": "Wide?"},
+    ]
+    assert parts(rows, a_row(*turns)) == [
+        "user: The sea?\nassistant: Blue.<|endoftext|>\nuser: Wide?\nassistant: ",
+        "is blue.<|endoftext|>",
+        "is wide<|endoftext|>",
+    ]
