@@ -13,6 +13,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from plrhf.aggregators.base import Aggregator, spread_over_rows
+from plrhf.backbone.hooks import replaced_first_embeddings
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.prompt_cache import can_keep_prompts, continue_prompts, read_prompts
 from plrhf.core.checks import PositiveInt, check_arguments
@@ -113,7 +114,8 @@ class ConcatSoftPrompt(Aggregator):
         whole = backbone.embed(ids)
         whole[is_user] = vectors.flatten(0, 1)
         mask = (columns >= n_padded).to(attention_mask.dtype)
-        with backbone.replaced_first_embeddings(whole, n_last=1 + n_tokens):
+        table = backbone.trunk.get_input_embeddings()
+        with replaced_first_embeddings(table, whole, n_last=1 + n_tokens):
             yield {"input_ids": ids, "attention_mask": mask}
 
     def continuing(self, backbone: Backbone, user: Tensor) -> AbstractContextManager[Any]:

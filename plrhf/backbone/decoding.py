@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import Cache, GenerationConfig
 
+from plrhf.backbone.hooks import shifted_positions
 from plrhf.backbone.model import Backbone
 
 
@@ -37,7 +38,8 @@ def write_tokens(
     how: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         how = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    with backbone.shifted_positions(), plain_generation(backbone) as writing:
+    shifted = shifted_positions(backbone.trunk, backbone.first_position)
+    with shifted, plain_generation(backbone) as writing:
         output = writing.generate(
             **inputs,
             **how,

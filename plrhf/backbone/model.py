@@ -297,48 +297,6 @@ class Backbone(nn.Module):
         with replaced_output(self.trunk.get_input_embeddings(), embeddings):
             return self.trunk(input_ids=input_ids, **others).last_hidden_state
 
-    @contextlib.contextmanager
-    def replaced_first_embeddings(self, embeddings: Tensor, *, n_last: int) -> Iterator[None]:
-        """Replace the embeddings of the first L positions by `embeddings` [N, L, e] in this context.
-
-        `generate` can then be called with token ids although rows contain user vectors.
-
-        Args:
-            n_last: number of the L positions that are computed first if `prefill` has computed the
-                others; above 1, since a generated token is computed alone.
-        """
-
-        def replace(_module: nn.Module, _inputs: Any, usual: Tensor) -> Tensor:
-            n_read = usual.shape[1]
-            if n_read >= embeddings.shape[1]:  # the whole row, as where there is no cache
-                return torch.cat([embeddings, usual[:, embeddings.shape[1] :]], dim=1)
-            return embeddings[:, -n_last:] if n_read == n_last else usual
-
-        handle = self.trunk.get_input_embeddings().register_forward_hook(replace)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    @contextlib.contextmanager
-    def shifted_positions(self) -> Iterator[None]:
-        """Add `first_position` to the positions, which `generate` counts from 0, in this context."""
-        first = self.first_position
-
-        def shift(_module: nn.Module, args: Any, given: dict[str, Any]) -> Any:
-            if given.get("position_ids") is not None:
-                given["position_ids"] = given["position_ids"] + first
-            return args, given
-
-        if first == 0:
-            yield
-            return
-        handle = self.trunk.register_forward_pre_hook(shift, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-
     @property
     def padding(self) -> int:
         """Token id of padding, which is masked."""

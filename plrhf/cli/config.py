@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field
 
 from plrhf.backbone.adapters import add_lora
-from plrhf.backbone.masks import FLEX
 from plrhf.backbone.quantization import Quantization
+from plrhf.cli.combinations import check_combinations
 from plrhf.core.checks import (
     FractionBelowOne,
     NonNegativeInt,
@@ -301,9 +301,7 @@ class RunConfig(Section):
         config = cls.parse(settings)
         for name in ("run_dir", "cache_dir"):
             check_writable(name, getattr(config, name))
-        _check_processes(config)
-        _check_attention(config)
-        _check_quantization(config)
+        check_combinations(config)
         return config
 
     @classmethod
@@ -341,77 +339,3 @@ def check_writable(field: str, path: str) -> None:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         allowed = f"a directory that can be written, unlike {existing}"
         raise bad_value(field, path, allowed, f"Set {field} to another")
-
-
-def _check_processes(config: RunConfig) -> None:
-    """Raise a ValueError if a setting does not work with several processes or with sharded weights."""
-    zero3, n_processes = config.trainer.zero3, config.trainer.devices * config.trainer.num_nodes
-    if config.encoder.get("sparse") is True and (zero3 is not None or n_processes > 1):
-        raise bad_value(
-            "encoder.sparse",
-            True,
-            "false with several processes or trainer.zero3, whose gradients are dense",
-            "Set encoder.sparse=false",
-        )
-    model = config.model
-    goes_by_pair = model.get("inner") is None and model.get("reduce") != "tail"
-    if not goes_by_pair and (zero3 is not None or n_processes > 1):
-        raise bad_value(
-            "model.reduce" if model.get("inner") is None else "model.inner",
-            "tail" if model.get("inner") is None else model["inner"],
-            "another with several processes, none of which has all pairs of a user",
-            "Set trainer.devices=1, or model.inner=null model.reduce=pairs",
-        )
-    if zero3 is None:
-        return
-    if model.get("name") == "grpo":
-        allowed, cure = (
-            "another under trainer.zero3, which shards weights",
-            "Set trainer.zero3=null",
-        )
-        raise bad_value("model", "grpo", allowed, cure)
-    if config.backbone.compiled:
-        raise bad_value(
-            "backbone.compiled",
-            True,
-            "false under trainer.zero3, which gathers weights layer by layer",
-            "Set backbone.compiled=false",
-        )
-    names = {"32-true": "float32", "bf16-mixed": "bfloat16", "16-mixed": "float16"}
-    wanted = names[config.trainer.precision]
-    if config.backbone.dtype != wanted:
-        raise bad_value(
-            "backbone.dtype",
-            config.backbone.dtype,
-            f"{wanted} under trainer.zero3 with trainer.precision={config.trainer.precision}",
-            f"Set backbone.dtype={wanted}",
-        )
-
-
-def _check_quantization(config: RunConfig) -> None:
-    """Raise a ValueError if a setting needs whole weights but they are quantised."""
-    why = None
-    if config.is_supervised:
-        why = "model=sft, which writes a whole model"
-    elif config.backbone.trainable == "full":
-        why = "backbone.trainable=full"
-    elif config.trainer.zero3 is not None:
-        why = "trainer.zero3, which shards weights"
-    if config.backbone.quantization is not None and why is not None:
-        raise bad_value(
-            "backbone.quantization",
-            config.backbone.quantization,
-            f"null with {why}",
-            "Set backbone.quantization=null",
-        )
-
-
-def _check_attention(config: RunConfig) -> None:
-    """Raise a ValueError if torch has no backward pass for the chosen attention."""
-    if config.backbone.attention == FLEX and config.trainer.accelerator == "cpu":
-        raise bad_value(
-            "backbone.attention",
-            FLEX,
-            "null, eager or sdpa with trainer.accelerator=cpu",
-            "Set backbone.attention=null, or trainer=gpu",
-        )
