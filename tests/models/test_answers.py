@@ -14,6 +14,7 @@ from plrhf.core.choices import davidson, margins_with_errors
 from plrhf.core.losses import bradley_terry
 from plrhf.core.types import Feedback, PreferenceBatch
 from plrhf.models.adaptation.base import score_pairs
+from plrhf.models.adaptation.reweight import log_likelihoods
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
 
@@ -141,3 +142,17 @@ def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str
     with pytest.raises(ValueError, match=message) as caught:
         make_model(PersonalRewardModel, **settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ties", ["none", "own"])
+def test_known_people_are_weighed_by_the_models_own_likelihood(ties: str) -> None:
+    model = make_model(PersonalRewardModel, aggregator="film_last", ties=ties).eval()
+    own_numbers(model)
+    is_tie = IS_TIE if ties == "own" else torch.zeros_like(IS_TIE)
+    batch = replace(batch_with(weight=WEIGHTS, is_tie=is_tie), user_id=torch.zeros(7).long())
+    particles = torch.randn(5, model.aggregator.user_dim)
+    with torch.no_grad():
+        found = log_likelihoods(model, model.without_user(batch), particles)
+        expected = [-score_pairs(model, batch, one[None])[1] for one in particles]
+    torch.testing.assert_close(found, torch.stack(expected))
+    assert found.std(dim=0).min() > 0

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from plrhf.core.checks import PositiveFloat, check_arguments
+from plrhf.core.choices import davidson
 from plrhf.core.errors import bad_value
 from plrhf.core.types import GENERIC_USER, PreferenceBatch
 from plrhf.encoders import ClusterMixtureEncoder
@@ -35,9 +36,11 @@ class Reweight(Adaptation):
     """Weights known vectors e_j, the particles, by how well each explains the new user's pairs.
 
     e_u = sum_j w_j e_j with w_j ~ pi_j exp(sum_i log sigma(m_ij) / tau), where m_ij is the margin of
-    pair i for particle j. This is Bayes' rule if the new user is one of the particles. HyRe (arXiv
-    2412.08812), DRM (arXiv 2502.13131), CoPL (arXiv 2503.01658) and MiCRo (arXiv 2505.24846) are
-    special cases, see docs/adaptation.md. A user without pairs gets the mean of the particles under pi.
+    pair i for particle j; a pair counts as often as its row says, and ties have their likelihood where
+    the model has one (`choices.davidson`). This is Bayes' rule if the new user is one of the particles.
+    HyRe (arXiv 2412.08812), DRM (arXiv 2502.13131), CoPL (arXiv 2503.01658) and MiCRo (arXiv
+    2505.24846) are special cases, see docs/adaptation.md. A user without pairs gets the mean of the
+    particles under pi.
 
     Args:
         of: the particles: ``clusters`` (of encoder=cluster) or train ``users``.
@@ -74,7 +77,7 @@ class Reweight(Adaptation):
         fit = particles.new_zeros(n_users, len(particles), dtype=torch.float64)
         counts = fit.new_zeros(n_users, 1)
         for batch in with_precomputed(model, batches):
-            of_pair = logsigmoid(margins_by_particle(model, batch, particles)).T.double()  # [B, J]
+            of_pair = log_likelihoods(model, batch, particles).T.double()  # [B, J]
             fit.index_add_(0, batch.user_id, of_pair)
             counts.index_add_(0, batch.user_id, torch.ones_like(of_pair[:, :1]))
         if self.per_pair == "mean":
@@ -103,6 +106,21 @@ class Reweight(Adaptation):
             everyone = torch.arange(GENERIC_USER + 1, n_users, device=model.device)
             sizes = encoder.mixture(everyone).double().mean(dim=0)
         return encoder.clusters.detach(), sizes.log()
+
+
+def log_likelihoods(model: PersonalModule, batch: PreferenceBatch, particles: Tensor) -> Tensor:
+    """Compute the weighted log-likelihood of each pair for each of J user vectors, [J, B], in nats.
+
+    Args:
+        batch: as returned by `with_precomputed`. particles: [J, user_dim].
+    """
+    margins, feedback = margins_by_particle(model, batch, particles), batch.feedback
+    found, log_tie = logsigmoid(margins), getattr(model, "log_tie", None)
+    if log_tie is not None:
+        none = torch.zeros_like(batch.user_id, dtype=torch.bool)
+        is_tie = none if feedback is None else feedback.is_tie
+        found = -davidson(margins, log_tie(particles)[:, None], is_tie)
+    return found if feedback is None else found * feedback.weight
 
 
 def margins_by_particle(model: PersonalModule, batch: PreferenceBatch, particles: Tensor) -> Tensor:
