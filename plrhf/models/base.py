@@ -65,8 +65,8 @@ class PersonalModule(LightningModule):
     Attributes:
         pooling: how responses are pooled, see `core.pooling.pool_responses`.
         card: settings that the model was built from; missing if it was built from its parts.
-        enrolled: vectors [n, user_dim] of the last n users of the card, who have no rows in the
-            encoder.
+        enrolled: vectors [n, user_dim] of the card's last n users, who have no rows in the encoder.
+        logistic_target: m if the loss of a pair is -log sigma(margin - m); None for other losses.
         own_pairs: pairs of users that are put in front of their prompts; None: not known.
         tokenizer, directory: of the export that the model was loaded from; missing otherwise.
     """
@@ -74,6 +74,7 @@ class PersonalModule(LightningModule):
     pooling: str = "mean"
     card: Card
     enrolled: Tensor
+    logistic_target: float | None = None
     own_pairs: OwnPairs | None = None
     tokenizer: Tokenizer
     directory: Path

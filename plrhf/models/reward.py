@@ -75,6 +75,7 @@ class PersonalRewardModel(PersonalModule):
         self.pooling = pooling
         self.target_margin = target_margin
         self.centring = centring
+        self.logistic_target = target_margin if loss == "sigmoid" and centring == 0 else None
         self.head = build_head(
             head, hidden_size=self.aggregator.output_size, user_dim=self.aggregator.user_dim
         )

@@ -31,8 +31,8 @@ from plrhf.serving.people_map import PeopleMap
 
 BATCH_SIZE = 64
 MOST_ON_MAP = 1000
-PRIORS = ("generic", "people", "wide")
-"""Names of the priors of `Mixture` with its default scales 0, 1 and 2."""
+PRIORS = ("people", "strangers")
+"""Names of the two priors of `Mixture`."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Fit:
 
     @property
     def priors(self) -> dict[str, float] | None:
-        """Probability of each prior of `Mixture` by its scale; None if the rule has one prior."""
+        """Probability of each prior of `Mixture`; None if the rule has one prior."""
         shares = self.users.shares
         if shares is None:
             return None

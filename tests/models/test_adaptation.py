@@ -28,7 +28,7 @@ from plrhf.models.adaptation.fitting import (
     user_tables,
 )
 from plrhf.models.adaptation.mixture import moments
-from plrhf.models.adaptation.posterior import learned_prior
+from plrhf.models.adaptation.posterior import learned_prior, train_directions
 from plrhf.models.adaptation.reweight import margins_by_particle
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
@@ -199,6 +199,41 @@ def test_the_posterior_is_the_most_likely_user(scale: float) -> None:
     assert found.vectors[2].equal(model.encoder.generic_vector)  # nothing is known of the third
 
 
+def test_newton_finds_what_lbfgs_finds() -> None:
+    """With margins that are linear in t, mode, covariance and evidence are those of the general path."""
+    model = strong_model()
+    batches = [given(model, [0, 2, 2, 0, 0, 2]), make_batch(make_pairs(3, seed=4), users=[2, 2, 0])]
+    prior = learned_prior(model.encoder, scale=3.0)
+    linear, general = (PairLosses(model, batches, prior, n_users=3) for _ in range(2))
+    assert linear.linear is not None
+    general.linear = None
+    expected = most_likely(general, steps=40, penalty=0.5)
+    found = most_likely(linear, steps=40, penalty=0.5)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-2)
+    assert found[0].abs().max() > 0.05 and found[1].abs().max() == 0
+    for one, other in (
+        (linear.by_user(found), general.by_user(found)),
+        (linear.hessian(found), general.hessian(found)),
+    ):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "aggregator", "clusters"),
+    [
+        (PersonalRewardModel, "film_last", True),
+        (PersonalRewardModel, "soft_prompt", False),
+        (PersonalDPOPolicy, "film_last", False),
+    ],
+)
+def test_margins_that_are_not_linear_in_users(kind: Any, aggregator: str, clusters: bool) -> None:
+    model = strong_model(kind, aggregator)
+    if clusters:
+        with_clusters(model)
+    losses = PairLosses(model, [given(model, [0, 1])], learned_prior(model.encoder), n_users=2)
+    assert losses.linear is None
+
+
 def test_the_basis_is_a_penalised_logistic_regression() -> None:
     model = strong_model()
     found = Basis(l2=0.7).fit(model, [given(model, OWNERS)], n_users=4)
@@ -288,39 +323,54 @@ def test_the_mixture_against_a_grid() -> None:
     model = strong_model()
     n_pairs = 9
     batch = make_batch(make_pairs(n_pairs, seed=3), users=[0] * 5 + [2] * (n_pairs - 5))
-    rule = Mixture(scales=[0, 1, 3], weights=[0.3, 0.5, 0.2])
+    rule = Mixture(scale=2.0, strangers=0.3, stranger_scale=5.0)
     found = rule.fit(model, [batch], n_users=3)
     assert found.shares is not None and found.covariance is not None
     assert found.resolved is not None
     assert found.resolved[1] == pytest.approx(0, abs=1e-6) and 0 < found.resolved[0] < 1
-    losses = PairLosses(model, [batch], learned_prior(model.encoder), n_users=3)
+    space, sizes, directions = train_directions(model.encoder)
+    assert len(sizes) == 2 and sizes[0] > sizes[1]
     axis = torch.linspace(-14, 14, 113, dtype=torch.float64)
-    grid = torch.cartesian_prod(axis, axis)  # of the two numbers of each user
-    points = losses.coordinates.points(grid.float())
-    vectors = losses.coordinates.space.vectors(points, torch.zeros(len(grid), 0)).detach()
+    grid = torch.cartesian_prod(axis, axis)  # of the user's numbers, in units of the larger size
+    points = space.generic + grid.float() @ (sizes[0] * directions)
+    vectors = space.vectors(points, torch.zeros(len(grid), 0)).detach()
     constant, slope = design(model, batch)  # margins are linear in vectors
-    margins = torch.from_numpy(constant + array(vectors) @ slope.T)  # [G, B]
-    fit = torch.nn.functional.logsigmoid(margins)
-    of_points = [-fit[:, batch.user_id == user].sum(dim=1) for user in range(3)]
-    step = float(axis[1] - axis[0]) ** 2
+    fit = torch.nn.functional.logsigmoid(torch.from_numpy(constant + array(vectors) @ slope.T))
+    share = float(sizes[1] / sizes[0])
+    deviations = ((2.0, 2.0 * share), (0.0, 5.0 * math.sqrt(1 - share**2)))
+    priors = []
+    for both in deviations:
+        # A deviation of 0 is a mass on the grid's zero, as of strangers in the first direction.
+        one = [(-(axis**2) / (2 * s**2)).exp() if s > 0 else (axis == 0).double() for s in both]
+        product = torch.cartesian_prod(*one).prod(dim=1)
+        priors.append(product / product.sum())
     for user in (0, 1, 2):
-        fits = (-of_points[user]).exp()
-        at_zero = float((-losses.by_user(losses.start()))[user].exp())
-        normal = [
-            step / (2 * math.pi * s**2) * (-grid.square().sum(dim=1) / (2 * s**2)).exp() * fits
-            for s in (1, 3)
-        ]
-        mass = tensor([0.3 * at_zero, 0.5 * normal[0].sum(), 0.2 * normal[1].sum()]).double()
-        torch.testing.assert_close(found.shares[user], mass / mass.sum(), atol=0.04, rtol=0)
-        density = (0.5 * normal[0] + 0.2 * normal[1]) / mass.sum()
-        mean = (density[:, None] * grid).sum(dim=0).float()
-        points = learned_prior(model.encoder).points(mean[None])
-        expected = losses.coordinates.space.vectors(points, torch.zeros(1, 0))[0]
+        fits = fit[:, batch.user_id == user].sum(dim=1).exp()
+        density = torch.stack([0.7 * priors[0] * fits, 0.3 * priors[1] * fits])
+        density /= density.sum()
+        torch.testing.assert_close(found.shares[user], density.sum(dim=1), atol=0.04, rtol=0)
+        mean = density.sum(dim=0) @ grid
+        expected = space.vectors(
+            (space.generic + mean.float() @ (sizes[0] * directions))[None], torch.zeros(1, 0)
+        )[0]
         away = (found.vectors[user] - expected).norm() / (1 + expected.norm())
         assert away < 0.12
-        second = torch.einsum("g,gi,gj->ij", density, grid, grid).float() - mean.outer(mean)
+        second = torch.einsum("g,gi,gj->ij", density.sum(dim=0), grid, grid) - mean.outer(mean)
         assert (found.covariance[user] - second).norm() < 0.25 * second.norm()
-    assert found.shares[1].tolist() == pytest.approx([0.3, 0.5, 0.2])  # who gave no pairs
+    assert found.shares[1].tolist() == pytest.approx([0.7, 0.3])  # who gave no pairs
+
+
+def test_strangers_where_train_users_differ_equally_are_the_generic_user() -> None:
+    model = strong_model()
+    with torch.no_grad():
+        angles = torch.arange(5) * (2 * math.pi / 5)
+        model.encoder.offsets.weight[1:] = torch.stack([angles.cos(), angles.sin()], dim=1)
+    found = Mixture(scale=1.0).fit(model, [given(model, [0, 0, 0])], n_users=1)
+    alone = Posterior(laplace=True).fit(model, [given(model, [0, 0, 0])], n_users=1)
+    assert found.shares is not None
+    generic = model.encoder.generic(1)[0]
+    expected = generic + found.shares[0, 0] * (alone.vectors[0] - generic)
+    torch.testing.assert_close(found.vectors[0], expected.float(), atol=1e-4, rtol=1e-4)
 
 
 def test_moments_by_hand() -> None:

@@ -61,6 +61,7 @@ at("question").value = "Write a note.";
 await at("ask").send("submit");
 seen.written = [at("own").textContent, at("generic").textContent];
 await at("own-better").send("click");
+seen.judged = at("status").textContent;
 seen.more = at("count").textContent;
 await at("export").send("click");
 seen.downloaded = document.clicked;

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,10 +18,20 @@ from plrhf.core.errors import bad_value
 from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
 from plrhf.data.features import FeatureSchema
 from plrhf.encoders import UserEncoder
-from plrhf.models.adaptation.base import AdaptedUsers, score_pairs, with_precomputed
+from plrhf.models.adaptation.base import (
+    KEPT_NUMBERS,
+    AdaptedUsers,
+    margin_gradients,
+    score_pairs,
+    with_precomputed,
+)
+from plrhf.models.adaptation.linear import LinearMargins, newton
 
 if TYPE_CHECKING:
     from plrhf.models.base import PersonalModule
+
+LINEAR = 1e-4
+"""Margins are taken as linear if they differ from linear ones by less than this, relatively."""
 
 
 def user_tables(encoder: UserEncoder) -> dict[str, nn.Parameter]:
@@ -137,6 +149,10 @@ class Coordinates:
         """Compute the points [N, D] of t [N, r]."""
         return self.origin + t @ self.factor
 
+    def scaled(self, scale: Tensor) -> Coordinates:
+        """Return coordinates t / scale of the same points; scale is [r]."""
+        return Coordinates(self.space, self.origin, scale[:, None] * self.factor)
+
 
 class PairLosses:
     """The loss of new users' pairs as a function of their coordinates t, [N, r].
@@ -163,6 +179,13 @@ class PairLosses:
         for batch in self.batches:
             self.counts += torch.bincount(batch.user_id, minlength=n_users)
 
+    def scaled(self, scale: Tensor) -> PairLosses:
+        """Return the same losses as a function of t / scale, with scale [r]."""
+        found = copy.copy(self)
+        found.coordinates = self.coordinates.scaled(scale)
+        found.linear = None if self.linear is None else self.linear.scaled(scale)
+        return found
+
     def start(self) -> Tensor:
         """Return t = 0 of all users, [N, r]."""
         return self.coordinates.origin.new_zeros(self.n_users, len(self.coordinates.factor))
@@ -188,9 +211,42 @@ class PairLosses:
             total += loss.item()
         return total, torch.autograd.grad(vectors, t, slope)[0]
 
+    @cached_property
+    def linear(self) -> LinearMargins | None:
+        """The pairs with margins as linear functions of t; None if they are not linear.
+
+        They are if users act by FiLM behind the trunk and the head is linear. This is tested at one
+        random t a user. The loss must be logistic.
+        """
+        target = self.model.logistic_target
+        t = self.start()
+        size = int(self.counts.max()) * t.numel()
+        if target is None or not self.model.aggregator.after_trunk or not 0 < size < KEPT_NUMBERS:
+            return None
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(t.shape, generator=generator).to(t)
+        with torch.no_grad():
+            origin, elsewhere, directions = self.vectors(t), self.vectors(probe), self.directions(t)
+        constants, slopes = [], []
+        for batch in self.batches:
+            margins, of_vector = margin_gradients(self.model, batch, origin)
+            of_t = torch.einsum("bru,bu->br", directions[batch.user_id], of_vector)
+            with torch.no_grad():
+                found = score_pairs(self.model, batch, elsewhere)[0]
+            expected = margins + (of_t * probe[batch.user_id]).sum(dim=1)
+            if (found - expected).abs().max() > LINEAR * (1 + found.abs().max()):
+                return None
+            constants.append(margins - target)
+            slopes.append(of_t)
+        users = torch.cat([batch.user_id for batch in self.batches])
+        given = (users, torch.cat(constants), torch.cat(slopes))
+        return LinearMargins.of_pairs(*given, n_users=self.n_users)
+
     @torch.no_grad()
     def by_user(self, t: Tensor) -> Tensor:
         """Compute the sum of the losses of each user's pairs, [N] float64."""
+        if self.linear is not None:
+            return self.linear.by_user(t)
         vectors = self.vectors(t)
         found = torch.zeros(self.n_users, dtype=torch.float64, device=t.device)
         for batch in self.batches:
@@ -200,6 +256,8 @@ class PairLosses:
 
     def hessian(self, t: Tensor) -> Tensor:
         """Compute the Hessian of each user's summed loss, [N, r, r]."""
+        if self.linear is not None:
+            return self.linear.derivatives(t)[1].to(t.dtype)
         t = t.detach().requires_grad_()
         found = t.new_zeros(*t.shape, t.shape[1])
         # Fused attention has no second derivative.
@@ -250,11 +308,15 @@ def features_of_users(
 
 
 def most_likely(losses: PairLosses, *, steps: int, penalty: float = 1.0) -> Tensor:
-    """Minimise sum_pairs loss + penalty |t|^2 / 2 for each user by L-BFGS from t = 0; return t [N, r].
+    """Minimise sum_pairs loss + penalty |t|^2 / 2 for each user from t = 0; return t [N, r].
+
+    Newton's method is used where margins are linear in t, and L-BFGS elsewhere.
 
     Args:
         steps: largest number of iterations; it stops earlier on convergence.
     """
+    if losses.linear is not None:
+        return newton(losses.linear, steps=steps, penalty=penalty).to(losses.start())
     t = losses.start().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [t], max_iter=steps, history_size=20, line_search_fn="strong_wolfe"

@@ -1,4 +1,4 @@
-"""Fits a new user under several priors at once, weighted by how well each explains the user's pairs."""
+"""Fits a new user under two priors at once, weighted by how well each explains the user's pairs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from plrhf.core.checks import NonNegativeFloat, PositiveFloat, PositiveInt, check_arguments
-from plrhf.core.errors import bad_value
+from plrhf.core.checks import FractionBelowOne, PositiveFloat, PositiveInt, check_arguments
 from plrhf.core.types import PreferenceBatch
 from plrhf.models.adaptation.base import Adaptation, AdaptedUsers
-from plrhf.models.adaptation.fitting import PairLosses, laplace_covariance, most_likely
-from plrhf.models.adaptation.posterior import learned_prior
+from plrhf.models.adaptation.fitting import (
+    Coordinates,
+    PairLosses,
+    laplace_covariance,
+    most_likely,
+)
+from plrhf.models.adaptation.posterior import train_directions
 
 if TYPE_CHECKING:
     from plrhf.models.base import PersonalModule
@@ -22,71 +26,67 @@ if TYPE_CHECKING:
 
 @check_arguments("eval.adaptation")
 class Mixture(Adaptation):
-    """Allows for users unlike any in training: the generic user and wider priors compete by evidence.
+    """Allows for strangers, users unlike any in training: two priors compete by evidence.
 
-    The prior of t (see `learned_prior`) is sum_k w_k N(0, s_k^2 I). Scale 1 is the prior learned from
-    train users, scale 0 the generic user, and a scale above 1 a user further from the generic one than
-    train users are. Under each prior the posterior is normal around its mode (Laplace), and its weight
-    is w_k times the evidence p(pairs | k) (MacKay 1992, "Bayesian interpolation", eq. 2.7). The result
-    is the normal distribution with the mean and covariance of their mixture.
+    Let M be the second moment of the train users' rows around the generic one, and l its largest
+    eigenvalue. A user is like train users with prior N(0, scale^2 M), or a stranger with prior
+    N(0, stranger_scale^2 (l I - M)): they differ from the generic user in the directions in which train
+    users differ least. Under each prior the posterior is normal around its mode (Laplace), and its weight
+    is its probability before any pair times the evidence p(pairs | prior) (MacKay 1992, "Bayesian
+    interpolation", eq. 2.7). The result is the normal distribution with the mean and covariance of their
+    mixture. If train users differ equally in all directions, strangers are the generic user.
 
     Args:
-        scales: s_k, one of them 1. weights: w_k, before any pair. steps: largest number of L-BFGS
-            iterations for each prior.
+        scale: of the first prior; above 1, since the rows of train users were shrunk in training.
+        strangers: probability of a stranger before any pair. stranger_scale: of the second prior; large,
+            since rows count for less in directions that training has not used.
+        steps: largest number of iterations for each prior.
     """
 
     def __init__(
         self,
         *,
-        scales: list[NonNegativeFloat] | None = None,
-        weights: list[PositiveFloat] | None = None,
+        scale: PositiveFloat = 1.25,
+        strangers: FractionBelowOne = 0.2,
+        stranger_scale: PositiveFloat = 6.0,
         steps: PositiveInt = 40,
     ) -> None:
-        self.scales = [0.0, 1.0, 2.0] if scales is None else scales
-        self.weights = [0.2, 0.7, 0.1] if weights is None else weights
-        self.steps = steps
-        if 1.0 not in self.scales or len(self.scales) != len(self.weights):
-            raise bad_value(
-                "eval.adaptation.scales",
-                self.scales,
-                f"{len(self.weights)} numbers, as there are weights, one of them 1",
-                "Set eval.adaptation.scales=[0,1,2] eval.adaptation.weights=[0.2,0.7,0.1]",
-            )
+        self.scale, self.strangers = scale, strangers
+        self.stranger_scale, self.steps = stranger_scale, steps
 
     def fit(
         self, model: PersonalModule, batches: Sequence[PreferenceBatch], *, n_users: int
     ) -> AdaptedUsers:
-        losses = PairLosses(model, batches, learned_prior(model.encoder), n_users=n_users)
-        found = [self._under(losses, scale) for scale in self.scales]
-        modes = torch.stack([mode for mode, _, _ in found])  # [K, N, r]
-        spread = torch.stack([covariance for _, covariance, _ in found])  # [K, N, r, r]
-        prior = torch.tensor(self.weights, dtype=torch.float64).log().to(modes.device)
-        evidence = torch.stack([one for _, _, one in found], dim=1)  # [N, K]
-        shares = (prior + evidence).softmax(dim=1)
+        space, sizes, directions = train_directions(model.encoder)
+        largest = sizes.max().clamp(min=torch.finfo(sizes.dtype).tiny)
+        share = sizes / largest
+        scales = torch.stack(  # [2, r], standard deviations of t under each prior
+            [self.scale * share, self.stranger_scale * (1 - share.square()).clamp(min=0).sqrt()]
+        )
+        isotropic = Coordinates(space, space.generic, largest * directions)
+        losses = PairLosses(model, batches, isotropic, n_users=n_users)
+        found = [self._under(losses, scale) for scale in scales]
+        modes = torch.stack([mode for mode, _, _ in found])  # [2, N, r]
+        spread = torch.stack([covariance for _, covariance, _ in found])  # [2, N, r, r]
+        prior = torch.tensor([1 - self.strangers, self.strangers], dtype=torch.float64)
+        evidence = torch.stack([one for _, _, one in found], dim=1)  # [N, 2]
+        shares = (prior.log().to(evidence.device) + evidence).softmax(dim=1)
         mean, covariance = moments(shares.T.to(modes.dtype), modes, spread)
-        users = losses.users_at(mean, covariance)
-        return replace(users, shares=shares, resolved=self._resolved(shares, spread))
+        # Of a prior without variance nothing can be found out.
+        total = scales.square().sum(dim=1)  # [2]
+        gone = 1 - spread.diagonal(dim1=2, dim2=3).sum(dim=2) / total[:, None].clamp(min=1e-30)
+        weights = shares.T * (total > 0)[:, None]
+        resolved = (weights * gone).sum(dim=0) / weights.sum(dim=0).clamp(min=1e-30)
+        return replace(losses.users_at(mean, covariance), shares=shares, resolved=resolved)
 
-    def _resolved(self, shares: Tensor, spread: Tensor) -> Tensor:
-        """Compute how much of the variance of t is gone, [N]: the mean over the priors that have some."""
-        own = [n for n, scale in enumerate(self.scales) if scale > 0]
-        squares = torch.tensor([self.scales[n] ** 2 for n in own], device=spread.device)
-        left = spread[own].diagonal(dim1=2, dim2=3).mean(dim=2) / squares[:, None]  # [K, N]
-        weights = shares[:, own].T / shares[:, own].sum(dim=1)
-        return (weights * (1 - left)).sum(dim=0)
-
-    def _under(self, losses: PairLosses, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Return mode [N, r], covariance [N, r, r] and log evidence [N] under one prior."""
-        start = losses.start()
-        n = start.shape[1]
-        if scale == 0:
-            return start, start.new_zeros(len(start), n, n), -losses.by_user(start)
-        penalty = scale**-2
-        mode = most_likely(losses, steps=self.steps, penalty=penalty)
-        covariance = laplace_covariance(losses, mode, penalty=penalty)
-        density = losses.by_user(mode) + 0.5 * penalty * mode.double().square().sum(dim=1)
-        volume = torch.linalg.slogdet(covariance.double() * penalty).logabsdet
-        return mode, covariance, 0.5 * volume - density
+    def _under(self, losses: PairLosses, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mode [N, r], covariance [N, r, r] and log evidence [N] under the prior N(0, scale^2)."""
+        whitened = losses.scaled(scale)
+        mode = most_likely(whitened, steps=self.steps)
+        covariance = laplace_covariance(whitened, mode)
+        density = whitened.by_user(mode) + 0.5 * mode.double().square().sum(dim=1)
+        volume = torch.linalg.slogdet(covariance.double()).logabsdet
+        return scale * mode, scale[:, None] * covariance * scale, 0.5 * volume - density
 
 
 def moments(shares: Tensor, means: Tensor, covariances: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from plrhf.core.checks import PositiveFloat, PositiveInt, check_arguments
 from plrhf.core.types import PreferenceBatch
@@ -23,15 +24,15 @@ if TYPE_CHECKING:
     from plrhf.models.base import PersonalModule
 
 
-def learned_prior(encoder: UserEncoder, *, scale: float = 1.0) -> Coordinates:
-    """Return the prior of a new user's rows z of the encoder's tables, N(z_0, scale^2 M).
+def train_directions(encoder: UserEncoder) -> tuple[RowSpace, Tensor, Tensor]:
+    """Find the directions in which train users differ from the generic one.
 
-    z_0 are the generic user's rows, and M = 1/n sum_u (z_u - z_0)(z_u - z_0)^T over the n train users.
-    The prior is given as coordinates z = z_0 + t F with F^T F = scale^2 M and t ~ N(0, 1). A new user
-    is thus a combination of the train users' differences from the generic user.
+    These are the eigenvectors of M = 1/n sum_u (z_u - z_0)(z_u - z_0)^T, where z_u are the rows of train
+    user u in the encoder's tables and z_0 the generic user's.
 
     Returns:
-        Coordinates t with F [r, D], r <= min(D, n).
+        The space of the rows; the square roots of the eigenvalues, largest first, [r]; and the
+        directions, [r, D], orthonormal, r = min(D, n).
 
     Raises:
         ValueError: the encoder has no tables with a row for each user.
@@ -39,8 +40,18 @@ def learned_prior(encoder: UserEncoder, *, scale: float = 1.0) -> Coordinates:
     space = RowSpace(encoder)
     departures = space.train - space.generic
     _, sizes, directions = torch.linalg.svd(departures, full_matrices=False)
-    factor = scale * len(departures) ** -0.5 * sizes[:, None] * directions
-    return Coordinates(space, space.generic, factor)
+    return space, len(departures) ** -0.5 * sizes, directions
+
+
+def learned_prior(encoder: UserEncoder, *, scale: float = 1.0) -> Coordinates:
+    """Return the prior of a new user's rows z of the encoder's tables, N(z_0, scale^2 M).
+
+    See `train_directions` for z_0 and M. The prior is given as coordinates z = z_0 + t F with
+    F^T F = scale^2 M and t ~ N(0, 1). A new user is thus a combination of the train users' differences
+    from the generic user.
+    """
+    space, sizes, directions = train_directions(encoder)
+    return Coordinates(space, space.generic, scale * sizes[:, None] * directions)
 
 
 @check_arguments("eval.adaptation")
