@@ -51,6 +51,7 @@ class PackedRows:
         segment: [R, L] int64. positions: positions in the text, [R, L] int64.
         owner: original row of each position if several share a row, [R, L]; rows do not see each other.
         branch: context of each position, [R, L], 0 for shared prompts; contexts do not see each other.
+        until: last position that sees each position, [R, L], in the place of all marks; None: these say it.
         extent: computed by the loader; None: not computed yet.
         in_blocks: whether to make a `BlockMask` in the place of a mask of all positions.
         n_asked: number of masks that the model has asked for.
@@ -61,11 +62,14 @@ class PackedRows:
     owner: Tensor | None = None
     branch: Tensor | None = None
     extent: Extent | None = None
+    until: Tensor | None = None
     in_blocks: bool = False
     n_asked: int = field(default=0)
 
     def can_see(self, row: Any, query: Any, key: Any) -> Any:
         """Return whether position `query` of a row sees position `key`; the indices are broadcast."""
+        if self.until is not None:
+            return (key <= query) & (query <= self.until[row, key])
         allowed = visible(query, key, self.segment[row, query], self.segment[row, key])
         if self.owner is not None:
             allowed = allowed & (self.owner[row, query] == self.owner[row, key])

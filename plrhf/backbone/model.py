@@ -248,6 +248,7 @@ class Backbone(nn.Module):
             packing.source_row,
             packing.branch,
             packing.extent,
+            packing.until,
         )
         text = None if embeddings is None else packing.pack(embeddings)
         return packing.unpack(self._run(packing.pack(input_ids), text, packed))

@@ -56,6 +56,7 @@ from plrhf.models.base import PersonalModule
 from plrhf.models.context import store_vectors
 from plrhf.models.export import README, add_note, save_export
 from plrhf.models.grpo import PersonalGRPOPolicy
+from plrhf.models.parts import check_finite
 from plrhf.models.policy import PersonalPolicy
 from plrhf.reporting import report, tables
 from plrhf.training.loggers import log_files, log_results, log_settings
@@ -154,7 +155,7 @@ def train_personal(
         before = PrepareData(data.restrict_to("train", "val"), cache_dir=cache_dir)
         trainer.callbacks.append(before)  # type: ignore[attr-defined]
         fit(model, data, trainer, resume_from=None if resume is None else resume.path)
-        model.check_finite()
+        check_finite(model)
         if isinstance(model, PersonalGRPOPolicy):
             warn_if_overoptimised(Path(config.run_dir), probes)
         if model.encoder.reads_context:

@@ -40,3 +40,27 @@ def margins_with_errors(margins: Tensor, error_logit: Tensor) -> Tensor:
     first = torch.logaddexp(careful + logsigmoid(margins), guess)
     second = torch.logaddexp(careful + logsigmoid(-margins), guess)
     return first - second
+
+
+def plackett_luce(margins: Tensor, choice: Tensor) -> Tensor:
+    """Return the negative log-likelihood of choices among several responses, in nats, [..., B].
+
+    A choice of r_j among r_j, ..., r_k has P = e^{r_j} / sum_{l >= j} e^{r_l}, that is -log P = log(1 +
+    sum_{l > j} e^{-(r_j - r_l)}), which needs margins of pairs alone. A ranking is the choice of its best
+    response, of the best of the others, and so on (Plackett 1975, "The analysis of permutations"; Luce
+    1959, "Individual choice behavior"). A choice of one pair is the Bradley-Terry model's.
+
+    Args:
+        margins: r_j - r_l of the pairs of all choices, [..., B].
+        choice: number of each pair's choice, [B] int64 from 0 to B - 1.
+
+    Returns:
+        Each choice's loss in equal parts on its pairs.
+    """
+    index = choice.expand_as(margins)
+    zeros = torch.zeros_like(margins)
+    largest = zeros.scatter_reduce(-1, index, -margins.detach(), "amax")  # with the 0 of the chosen
+    others = (-margins - largest.gather(-1, index)).exp()
+    total = (-largest).exp().scatter_add(-1, index, others)
+    n_pairs = zeros.scatter_add(-1, index, torch.ones_like(margins)).clamp(min=1)
+    return ((largest + total.log()) / n_pairs).gather(-1, index)

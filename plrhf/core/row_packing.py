@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
@@ -20,12 +20,14 @@ class UserSlots:
 
     Attributes:
         n_vectors: number of vectors for each context; 0 for no user model.
+        same_for_user: whether a user's rows of a batch have the same vectors.
         n_contexts: number of contexts in a row, with the vectors of each after the prompt. None:
             vectors are in front of the prompt, and each context has its own rows.
     """
 
     n_vectors: int = 0
     n_contexts: int | None = None
+    same_for_user: bool = field(default=False, compare=False)
 
 
 NO_USER = UserSlots()
@@ -50,6 +52,8 @@ class RowPacking(Pinnable):
             int64. None: there is one context.
         n_rows, n_packed, length, packed_length: R, N, L and M.
         n_vectors, n_contexts: see `UserSlots`.
+        until: last position of the packed row that sees each position, [N, M] int64, for packings of
+            `prefix_sharing`; None: segments, source rows and branches say who sees whom.
         extent: of the packed rows; None: computed when it is needed.
     """
 
@@ -64,6 +68,7 @@ class RowPacking(Pinnable):
     packed_length: int
     n_vectors: int = 0
     n_contexts: int | None = None
+    until: Tensor | None = None
     extent: Extent | None = None
 
     @classmethod
@@ -199,6 +204,7 @@ class RowPacking(Pinnable):
             read_source=moved(self.read_source, n_before),
             read_target=moved(self.read_target, n_after),
             branch=None if self.branch is None else self.branch.repeat(n_times, 1),
+            until=None if self.until is None else self.until.repeat(n_times, 1),
             n_rows=self.n_rows * n_times,
             n_packed=self.n_packed * n_times,
         )

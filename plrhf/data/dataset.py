@@ -11,10 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from plrhf.core.prefix_sharing import share_prefixes
 from plrhf.core.row_index import RowIndex
 from plrhf.core.row_packing import NO_USER, RowPacking, UserSlots
 from plrhf.core.types import GENERIC_USER, Feedback, PreferenceBatch
 from plrhf.data.features import FeatureSchema
+from plrhf.data.groups import groups_of
 from plrhf.data.packing import Layout, TokenPair, packed
 from plrhf.data.rows import Person, Row, Rows
 from plrhf.data.store import Indices
@@ -72,6 +74,7 @@ class PairDataset:
         user_id: index of each pair's user, [N] int64. features: of each pair's user, [N, F] float32.
         ref_logps: reference log-probabilities of chosen and rejected, [N, 2], or None.
         hidden: pooled trunk outputs of chosen and rejected, [N, 2, d], or None.
+        groups: which pairs must be in one batch; None: none must.
         feedback: weights, strengths and ties, [N]; None: plain choices that all count alike.
         context_hidden: pooled outputs of the untrained trunk, or None.
         context: draws other pairs of each pair's user; None: the encoder reads none.
@@ -97,7 +100,7 @@ class PairDataset:
         self._user_ids, self._person = [one.user_id for one in people], torch.from_numpy(person)
         self.number_users(user_index)
         self.features = schema.table([one.user_features for one in people])[self._person]
-        self.feedback = feedback_of(rows)
+        self.feedback, self.groups = feedback_of(rows), groups_of(rows)
         self.ref_logps: TextValues | None = None
         self.hidden: TextValues | None = None
         self.context_hidden: TextValues | None = None
@@ -131,9 +134,7 @@ class PairDataset:
         at = torch.tensor(indices, dtype=torch.int64)
         pairs = [] if self.hidden is not None else [self.pairs[index] for index in indices]
         input_ids, segment, positions = self.layout(pairs)
-        packing = None
-        if self.hidden is None:
-            packing = RowPacking.of(segment, self.user_slots, together=self.layout is packed)
+        packing = None if self.hidden is not None else self._packing(input_ids, segment, at)
         batch = PreferenceBatch(
             user_id=self.user_id[at],
             features=self.features[at],
@@ -155,6 +156,16 @@ class PairDataset:
         keys = None if self.hidden.keys is None else self.hidden.keys[distinct]
         return batch.pooled(self.hidden.values[distinct], texts, keys)
 
+    def _packing(self, input_ids: Tensor, segment: Tensor, at: Tensor) -> RowPacking | None:
+        """Return how the rows of pairs at indices [B] are packed; those of a group share prefixes."""
+        slots, together = self.user_slots, self.layout is packed
+        can_share = slots.n_vectors == 0 or (slots.n_contexts is None and slots.same_for_user)
+        if self.groups is None or not (together and can_share):
+            return RowPacking.of(segment, slots, together=together)
+        users = self.user_id[at].tolist() if slots.n_vectors > 0 else [0] * len(at)
+        trees = list(zip(self.groups.number[at.numpy()].tolist(), users, strict=True))
+        return share_prefixes(input_ids, segment, trees, n_vectors=slots.n_vectors)
+
     def shard(self, indices: Sequence[int], shard: RankShard, *, epoch: int = 0) -> PreferenceBatch:
         """Return one rank's part of the batch at these indices.
 
@@ -165,6 +176,8 @@ class PairDataset:
         if shard.world_size == 1:
             return self.batch(indices, epoch=epoch)
         own = indices[shard.rank :: shard.world_size]
+        if self.groups is not None:
+            own = self.groups.shard(indices, shard.rank, shard.world_size)
         weight = shard.world_size / len(indices) if len(own) > 0 else 0.0
         batch = self.batch(own if len(own) > 0 else indices[:1], epoch=epoch)
         return replace(batch, weight=torch.full((len(batch),), weight))
@@ -189,14 +202,33 @@ def feedback_of(rows: Sequence[Row]) -> Feedback | None:
         return list(values)
 
     verdicts, weights, strengths = map(column, ("verdict", "weight", "strength"))
-    if all(one is None for column_of in (verdicts, weights, strengths) for one in column_of):
+    choice = choices_among_several(rows)
+    if choice is None and all(one is None for one in (*verdicts, *weights, *strengths)):
         return None
     weight, strength = (
         torch.tensor([1.0 if one is None else float(one) for one in column_of])
         for column_of in (weights, strengths)
     )
     is_tie = torch.tensor([one == "tie" for one in verdicts])
-    return Feedback(is_tie, weight / weight.mean(), strength)
+    return Feedback(is_tie, weight / weight.mean(), strength, choice)
+
+
+def choices_among_several(rows: Sequence[Row]) -> Tensor | None:
+    """Number the choices of rows, [N] int64; None if each row is a choice of its own.
+
+    Rows of one group, prompt and chosen response are one choice among that response and all rejected ones.
+    """
+    ids = rows.texts("group_id") if isinstance(rows, Rows) else (row.group_id for row in rows)
+    if all(one is None for one in ids):
+        return None
+    numbers: dict[object, int] = {}
+    found = []
+    for place, row in enumerate(rows):
+        is_own = row.group_id is None or row.verdict is not None
+        parts = (row.group_id, row.user_id, str(row.prompt), row.chosen)
+        key = place if is_own else hash(parts)
+        found.append(numbers.setdefault((is_own, key), len(numbers)))
+    return torch.tensor(found) if len(numbers) < len(found) else None
 
 
 class RestrictedDatasets(dict[str, PairDataset]):
@@ -212,3 +244,11 @@ class RestrictedDatasets(dict[str, PairDataset]):
 def longest_first(dataset: PairDataset) -> Indices:
     """Return the indices [N] of all pairs, sorted by the length of their longest row, longest first."""
     return np.argsort(-dataset.row_lengths().max(axis=1), kind="stable")
+
+
+def batches_by_length(dataset: PairDataset, size: int) -> list[list[int]]:
+    """Divide all pairs into batches of at most `size`, or of a group that is larger, longest first."""
+    order = longest_first(dataset)
+    if dataset.groups is not None:
+        return dataset.groups.cut(order, size)
+    return [order[start : start + size].tolist() for start in range(0, len(order), size)]

@@ -23,7 +23,7 @@ from plrhf.data.dataset import (
     PairDataset,
     RankShard,
     RestrictedDatasets,
-    longest_first,
+    batches_by_length,
 )
 from plrhf.data.features import FeatureSchema
 from plrhf.data.in_context import InContextTokenizer, OwnPairs, put_in_context, row_tokenizer
@@ -370,12 +370,8 @@ class PreferenceData(LightningDataModule):
 
         If memory is too small for the longest pairs, it fails at once and not at the end.
         """
-        order = longest_first(self.datasets[split])
-        starts = range(0, len(order), self.eval_batch_size)
-        batches = [
-            BatchIndices(order[start : start + self.eval_batch_size].tolist()) for start in starts
-        ]
-        return self._loader(split, batches)
+        batches = batches_by_length(self.datasets[split], self.eval_batch_size)
+        return self._loader(split, [BatchIndices(one) for one in batches])
 
     def _loader(self, split: str, batches: Any, kind: type[DataLoader] = DataLoader) -> DataLoader:
         """Make a loader of this process's shards of batches."""

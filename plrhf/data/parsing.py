@@ -66,6 +66,7 @@ def parse_row(raw: Mapping[str, Any], where: str) -> Row:
         verdict=_verdict(raw, where),
         weight=_number(raw, "weight", where),
         strength=_number(raw, "strength", where),
+        group_id=_optional_id(raw, "group_id", where),
     )
     _check_size(row, where)
     return row

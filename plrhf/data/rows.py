@@ -26,7 +26,7 @@ Ties = Literal["none", "shared", "own"]
 
 SPLITS = ("train", "val", "test")
 REQUIRED_FIELDS = ("prompt", "chosen", "rejected", "user_id")
-ID_FIELDS = ("user_id", "prompt_id", "pair_id", "chosen_id", "rejected_id")
+ID_FIELDS = ("user_id", "prompt_id", "pair_id", "chosen_id", "rejected_id", "group_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,8 @@ class Row:
         verdict: "tie" if neither response was preferred, else None.
         weight: how often, or how surely, the choice was made, above 0; None: once.
         strength: how much better the chosen response is, from 0; None: not known.
+        group_id: rows that have it in common, as those of a ranking, are always in one batch. Those of
+            one prompt and chosen response are one choice among several.
     """
 
     prompt: str | tuple[Message, ...]
@@ -53,6 +55,7 @@ class Row:
     verdict: str | None = None
     weight: float | None = None
     strength: float | None = None
+    group_id: str | None = None
 
 
 ROW_FIELDS = tuple(one.name for one in fields(Row))
@@ -186,7 +189,7 @@ def people_in(rows: Sequence[Row]) -> Sequence[Row | Person]:
 
 TEXT_COLUMNS = (
     *("prompt", "messages", "chosen", "rejected", "prompt_id", "pair_id"),
-    *("split", "chosen_id", "rejected_id", "verdict", "weight", "strength"),
+    *("split", "chosen_id", "rejected_id", "verdict", "weight", "strength", "group_id"),
 )
 """Columns of the file. A prompt is in ``prompt`` if it is text, and in ``messages`` (JSON) if not."""
 
@@ -200,12 +203,13 @@ def _texts(row: Row) -> tuple[str | None, ...]:
         *(row.chosen, row.rejected, row.prompt_id, row.pair_id),
         *(row.split, row.chosen_id, row.rejected_id, row.verdict),
         *(None if one is None else repr(one) for one in (row.weight, row.strength)),
+        row.group_id,
     )
 
 
 def _row(person: Person, prompt: Any, messages: Any, chosen: Any, rejected: Any, *ids: Any) -> Row:
     """Make a row of its user and its values in the order of `TEXT_COLUMNS`."""
-    prompt_id, pair_id, split, chosen_id, rejected_id, verdict, weight, strength = ids
+    prompt_id, pair_id, split, chosen_id, rejected_id, verdict, weight, strength, group_id = ids
     return Row(
         prompt if messages is None else tuple(json.loads(messages)),
         chosen,
@@ -221,4 +225,5 @@ def _row(person: Person, prompt: Any, messages: Any, chosen: Any, rejected: Any,
         verdict,
         None if weight is None else float(weight),
         None if strength is None else float(strength),
+        group_id,
     )

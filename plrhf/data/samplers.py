@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from plrhf.core.errors import bad_value
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.dataset import PairDataset, RankShard
+from plrhf.data.groups import Groups
 from plrhf.data.store import Indices
 
 BUCKET_SPREAD = 0.1
@@ -177,6 +178,31 @@ class UserSampler(ResumableBatchSampler):
         return found
 
 
+class GroupSampler(ResumableBatchSampler):
+    """Draws groups of pairs at random, each as a whole.
+
+    Batches have equally many groups, as many as give `batch_size` pairs on average.
+
+    Args:
+        groups: of the pairs. others: see `ResumableBatchSampler`.
+    """
+
+    def __init__(
+        self, lengths: NDArray[np.int64], groups: Groups, *, batch_size: int, **others: Any
+    ) -> None:
+        super().__init__(lengths, **others)
+        self.groups = groups
+        self.groups_per_batch = max(1, round(batch_size * len(groups) / max(1, len(lengths))))
+
+    def __len__(self) -> int:
+        return -(-len(self.groups) // self.groups_per_batch)
+
+    def batches(self, generator: torch.Generator) -> list[Indices]:
+        order = torch.randperm(len(self.groups), generator=generator).numpy()
+        size = self.groups_per_batch
+        return [self.groups.pairs(order[at : at + size]) for at in range(0, len(order), size)]
+
+
 def make_sampler(
     dataset: PairDataset,
     *,
@@ -185,12 +211,22 @@ def make_sampler(
     users_per_batch: int | None,
     **others: Any,
 ) -> ResumableBatchSampler:
-    """Make the sampler of train batches: `UserSampler` if `users_per_batch` is set, else `PairSampler`.
+    """Make the sampler of train batches.
+
+    It is a `GroupSampler` if pairs have groups, a `UserSampler` if `users_per_batch` is set, else a
+    `PairSampler`.
 
     Raises:
-        ValueError: users are drawn together with a limit of tokens, or there are more users than pairs.
+        ValueError: users or groups are drawn together with a limit of tokens, groups with users, or there
+            are more users than pairs.
     """
     lengths = dataset.row_lengths()
+    if dataset.groups is not None:
+        for name, value in (("batch_tokens", batch_tokens), ("users_per_batch", users_per_batch)):
+            if value is not None:
+                allowed = "null where rows have a group_id, as those of rankings"
+                raise bad_value(f"data.{name}", value, allowed, f"Set data.{name}=null")
+        return GroupSampler(lengths, dataset.groups, batch_size=batch_size, **others)
     if users_per_batch is None:
         return PairSampler(lengths, batch_size=batch_size, batch_tokens=batch_tokens, **others)
     if batch_tokens is not None or users_per_batch > batch_size:

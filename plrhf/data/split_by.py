@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from plrhf.core.errors import bad_value
 from plrhf.data.rows import SPLITS, Rows
 
 TRAIN, VAL, TEST = range(len(SPLITS))
@@ -47,6 +48,9 @@ def draw_splits(
             ``user``: the pairs of each user are divided, so that every user with some of them has
             train, val and test pairs. Only a user's own repeated judgment stays in one split.
     """
+    if by != "prompt" and any(one is not None for one in rows.texts("group_id")):
+        allowed = "prompt where rows have a group_id, as the pairs of a ranking tell of one another"
+        raise bad_value("data.split_by", by, allowed, "Set data.split_by=prompt")
     draw = {"prompt": _by_prompt, "response": _by_response, "pair": _by_pair, "user": _by_user}[by]
     return draw(rows, seed, val_fraction, test_fraction)
 

@@ -294,9 +294,11 @@ def _split_codes(
     codes = draw_splits(rows, split_by, seed=seed, val_fraction=for_val, test_fraction=for_test)
     if seen_prompt_test_fraction > 0:
         train = np.flatnonzero(codes == TRAIN)
+        ids = (rows.select(train).texts(name) for name in ("group_id", "pair_id"))
         drawn = [
-            uniform_hash(str(pair_id), salt="seen prompt", seed=seed) < seen_prompt_test_fraction
-            for pair_id in rows.select(train).texts("pair_id")
+            uniform_hash(str(group or pair), salt="seen prompt", seed=seed)
+            < seen_prompt_test_fraction
+            for group, pair in zip(*ids, strict=True)
         ]
         codes[train[drawn]] = TEST
     return codes

@@ -36,6 +36,11 @@ class UserEncoder(nn.Module, ABC):
     min_pairs: int = 1
     max_pairs: int = 16
 
+    @property
+    def same_for_user(self) -> bool:
+        """Whether a user's vector is surely the same in all pairs of a batch, so that they can share it."""
+        return False
+
     @abstractmethod
     def forward(self, users: UserBatch) -> Tensor:
         """Compute the vectors of the users, [B] -> [B, user_dim] float32."""
@@ -83,6 +88,10 @@ class ShrunkEncoder(UserEncoder):
         super().__init__()
         self.shrinkage: Shrinkage | None = None
         self.register_buffer("pairs_per_user", None, persistent=False)
+
+    @property
+    def same_for_user(self) -> bool:
+        return self.shrinkage is None  # else it is drawn anew for each pair
 
     def learn_shrinkage(
         self, kind: ShrinkageKind, n_numbers: int, generic_vector: nn.Parameter | None = None

@@ -73,6 +73,10 @@ class FeatureMLPEncoder(ShrunkEncoder):
         self.basis = None if rank is None else nn.Linear(rank, user_dim, bias=False)
         self.learn_shrinkage(shrinkage, user_dim if rank is None else rank, self.generic_vector)
 
+    @property
+    def same_for_user(self) -> bool:
+        return False  # rows may give a user other features, and dropout differs by pair
+
     def numbers(self, users: UserBatch) -> Tensor:
         missing = users.features.isnan()  # [B, F]
         numbers, codes = users.features.nan_to_num(0.0).split(

@@ -16,6 +16,7 @@ class UniformEncoder(UserEncoder):
     """Gives every user the same learned vector, e_u = e_0 (arXiv 2402.05133, uniform preference)."""
 
     personal = False
+    same_for_user = True
 
     def __init__(self, *, user_dim: int, vocabulary: Tensor, init: Init = "vocabulary") -> None:
         super().__init__()

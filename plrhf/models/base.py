@@ -110,7 +110,10 @@ class PersonalModule(LightningModule):
         # An encoder that does not tell users apart gives both contexts the same vectors.
         self.alpha = alpha if encoder.personal else 1.0
         n_contexts = len(losses.contexts(self.alpha))
-        self.user_slots = aggregator.user_slots(n_contexts) if self.has_user_vectors else NO_USER
+        self.user_slots = NO_USER
+        if self.has_user_vectors:
+            slots = aggregator.user_slots(n_contexts)
+            self.user_slots = replace(slots, same_for_user=encoder.same_for_user)
         self.reduction = Reduction(reduce, n_users=n_users)
         self.inner = None if inner is None else construct(InnerLoop, inner, "model.inner")
         check_context(encoder, backbone)
@@ -329,18 +332,6 @@ class PersonalModule(LightningModule):
         redirects that `forward` to this method.
         """
         return function(*arguments)
-
-    def check_finite(self) -> None:
-        """Raise a ValueError if a learned number is nan or infinite."""
-        for name, value in self.named_parameters():
-            if value.requires_grad and not bool(value.isfinite().all()):
-                raise bad_value(
-                    name,
-                    "nan or inf",
-                    "finite numbers",
-                    "The model diverged: train with lower learning rates (optim.lr, optim.user_lr, "
-                    "optim.head_lr), or set trainer.gradient_clip_val=1.0",
-                )
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the autocast context of the precision used in training, see `Card.precision`."""

@@ -55,6 +55,9 @@ def dataset_of(
         schema=model.card.feature_schema(),
         user_slots=model.user_slots,
     )
+    if dataset.feedback is not None:  # pairs are asked and fitted to one by one
+        dataset.feedback = replace(dataset.feedback, choice=None)
+    dataset.groups = None
     device = next(model.parameters()).device
 
     def on_device(compute: Callable[[PreferenceBatch], Tensor]) -> TextValues | None:

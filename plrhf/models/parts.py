@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from plrhf.aggregators import Aggregator
+from plrhf.core.errors import bad_value
 from plrhf.core.shrinkage import Shrinkage
 from plrhf.data.module import PreferenceData
 from plrhf.data.text_values import independent_pairs, repeated_texts
@@ -59,3 +60,16 @@ def weigh_priors(model: PersonalModule, step: int) -> None:
     for prior in priors_of(model):
         prior.weight.fill_(model.optim.shrinkage_factor(step))
         prior.step.fill_(step)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise a ValueError if a learned number is nan or infinite."""
+    for name, value in model.named_parameters():
+        if value.requires_grad and not bool(value.isfinite().all()):
+            raise bad_value(
+                name,
+                "nan or inf",
+                "finite numbers",
+                "The model diverged: train with lower learning rates (optim.lr, optim.user_lr, "
+                "optim.head_lr), or set trainer.gradient_clip_val=1.0",
+            )

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from plrhf.core import losses
 from plrhf.core.checks import NonNegativeFloat, check_arguments
-from plrhf.core.choices import davidson
+from plrhf.core.choices import davidson, plackett_luce
 from plrhf.core.errors import bad_value
 from plrhf.core.pooling import pool_responses
 from plrhf.core.types import CHOSEN, PADDING, PROMPT, PreferenceBatch
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Ties
-from plrhf.models.answers import NOISES, Noise, UserNumber
+from plrhf.models.answers import NOISES, Errors, Noise, UserNumber
 from plrhf.models.base import PersonalModule
 from plrhf.models.heads import RewardHead, build_head
 from plrhf.models.inference import Asked, score
@@ -153,6 +153,20 @@ class PersonalRewardModel(PersonalModule):
             if clashes:
                 raise bad_value("model.ties", "shared or own", f"none with {setting}", cure)
 
+    def _check_choices(self) -> None:
+        """Raise a ValueError if a choice among several responses has no likelihood with these settings."""
+        cure = "Set that to its default, or give pairs without group_id"
+        for setting, clashes in (
+            ("model.ties", self.log_tie is not None),
+            ("model.noise", isinstance(self.noise, Errors)),
+            ("model.loss", self.choice_loss is losses.reward_hinge),
+            ("model.inner", self.inner is not None),
+            ("model.head", type(self.head).compare is not RewardHead.compare),
+        ):
+            if clashes:
+                allowed = f"pairs of their own with this {setting}, not choices among several"
+                raise bad_value("group_id", "of a ranking", allowed, cure)
+
     def head_parameters(self) -> list[nn.Parameter]:
         parts = (self.head, self.noise, self.log_tie)
         return [one for part in parts if part is not None for one in part.parameters()]
@@ -246,9 +260,12 @@ class PersonalRewardModel(PersonalModule):
         self, margins: Tensor, extra: Tensor, batch: PreferenceBatch, user: Tensor
     ) -> Tensor:
         feedback = batch.feedback
-        if self.log_tie is None:
-            strength = 1.0 if feedback is None else feedback.strength
-            loss = self.choice_loss(margins, target_margin=self.target_margin * strength)
+        target = self.target_margin * (1.0 if feedback is None else feedback.strength)
+        if feedback is not None and feedback.choice is not None:
+            self._check_choices()
+            loss = plackett_luce(margins - target, feedback.choice)
+        elif self.log_tie is None:
+            loss = self.choice_loss(margins, target_margin=target)
         else:
             is_tie = torch.zeros_like(batch.user_id, dtype=torch.bool)
             is_tie = is_tie if feedback is None else feedback.is_tie

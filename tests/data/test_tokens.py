@@ -120,6 +120,7 @@ CHANGES = {
     "verdict": "tie",
     "weight": 0.5,
     "strength": 2.0,
+    "group_id": "another",
 }
 
 

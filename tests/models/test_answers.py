@@ -13,6 +13,7 @@ from torch import Tensor, tensor
 from plrhf.core.choices import davidson, margins_with_errors
 from plrhf.core.losses import bradley_terry
 from plrhf.core.types import Feedback, PreferenceBatch
+from plrhf.data.packing import TokenPair
 from plrhf.models.adaptation.base import score_pairs
 from plrhf.models.adaptation.reweight import log_likelihoods
 from plrhf.models.policy import PersonalDPOPolicy
@@ -125,6 +126,36 @@ def test_noise_changes_log_odds_and_never_who_wins(noise: str) -> None:
         for one in model.noise.parameters()
         if one.requires_grad
     )
+
+
+RANKING = tensor([0, 0, 0, 3, 3, 5, 6])  # four responses, and a pair
+
+
+def test_a_ranking_has_the_likelihood_of_its_choices() -> None:
+    prompt, ranked = (3, 4), [(5, 0), (6, 7, 0), (8, 0), (9, 2, 1, 0)]
+    pairs = [TokenPair(prompt, ranked[i], ranked[j]) for i in range(4) for j in range(i + 1, 4)]
+    batch = make_batch([*pairs, make_pairs()[0]], users=[2] * 7)
+    model = make_model(PersonalRewardModel, alpha=1.0)
+    expected, margins = model.loss(batch)
+    feedback = batch_with(choice=RANKING).feedback
+    found, same = model.loss(replace(batch, feedback=feedback))
+    assert same.equal(margins)
+    torch.testing.assert_close(found[5:], expected[5:])  # of the two last, and of a pair
+    rewards = [*model.rewards(batch)[[0, 3, 5], 0], model.rewards(batch)[5, 1]]
+    values = torch.stack(rewards)
+    likelihood = sum(values[j:].logsumexp(0) - values[j] for j in range(4))
+    torch.testing.assert_close(found[:6].sum(), likelihood)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"ties": "shared"}, {"noise": "errors"}, {"loss": "hinge"}, {"head": "mean_variance"}],
+)
+def test_rankings_that_have_no_likelihood(settings: dict[str, Any]) -> None:
+    model = make_model(PersonalRewardModel, **settings)
+    with pytest.raises(ValueError, match="group_id='of a ranking' .* with this model") as caught:
+        model.loss(batch_with(choice=RANKING))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from plrhf.data.packing import TokenPair, packed, two_rows
 from plrhf.encoders import LookupEncoder
 from plrhf.models.base import PersonalModule
 from plrhf.models.optim import Optim
+from plrhf.models.parts import check_finite
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel, pool_responses
 from plrhf.models.sft import SupervisedPolicy
@@ -437,11 +438,11 @@ def test_penalties_are_added_in_training_alone(model_class: Any, monkeypatch: An
 
 def test_a_diverged_model_is_said_to_be_one() -> None:
     model = make_model(PersonalRewardModel)
-    model.check_finite()
+    check_finite(model)
     with torch.no_grad():
         model.encoder.basis[1, 2] = torch.inf
     with pytest.raises(ValueError) as caught:
-        model.check_finite()
+        check_finite(model)
     assert str(caught.value).startswith(
         "encoder.basis='nan or inf' is not allowed: expected finite numbers. The model diverged"
     )

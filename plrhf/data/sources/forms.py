@@ -1,8 +1,8 @@
 """Recognises the forms in which judgments are published, and turns their records into rows.
 
 A file whose records have the columns of a row needs none of this. Otherwise the first form that knows
-the columns converts it: two responses and a winner (`comparisons`), one response and a rating
-(`ratings`), or the exports of annotation tools (`annotation_tools`).
+the columns converts it: responses in order (`rankings`), two responses and a winner (`comparisons`), one
+response and a rating (`ratings`), or the exports of annotation tools (`annotation_tools`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-from plrhf.data.sources import annotation_tools, comparisons, ratings
+from plrhf.data.sources import annotation_tools, comparisons, rankings, ratings
 from plrhf.data.sources.formats import Record
 
 Records = Iterator[tuple[int, Record]]
@@ -34,6 +34,7 @@ class Form:
 FORMS = (
     Form("label_studio", annotation_tools.is_label_studio, annotation_tools.label_studio_rows),
     Form("argilla", annotation_tools.is_argilla, annotation_tools.argilla_rows),
+    Form("rankings", rankings.is_ranking, rankings.rows),
     Form("comparisons", comparisons.is_comparison, comparisons.rows),
     Form("ratings", ratings.is_rating, ratings.rows),
 )
