@@ -116,7 +116,7 @@ class Stack:
             return tuple(found)
 
         state = torch.get_rng_state()
-        if self.vmapped:
+        if self.vmapped and len(self) > 1:  # of a single trial, plain calls cost less
             try:
                 return vmap(partial(one, self.template), randomness="same")(self.weights)
             except (RuntimeError, NotImplementedError):  # e.g. a branch that depends on values
