@@ -70,22 +70,16 @@ def _canonical(config: object) -> object:
     return config
 
 
-class TextValueCache:
-    """A folder of the values of texts, which all runs on the same backbone share.
-
-    Every file is written once and never changed. Two processes that miss the same value at the same
-    time both compute it. A damaged file is removed, and its values are computed anew.
+class KnownTextValues:
+    """Values of texts that were computed before.
 
     Args:
-        folder: its name must hold all that decides the values, see `text_values_key`.
+        keys: of the texts, [M] int64, see `text_keys`. values: [M, ...] float32; None without any.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        files = [load_file(path) for path in intact_files(folder, "values", ".safetensors")]
-        self.keys = np.concatenate([np.empty(0, np.int64), *(one["keys"] for one in files)])
-        self.values = np.concatenate([one["values"] for one in files]) if files else None
-        self.order = np.argsort(self.keys, kind="stable")
+    def __init__(self, keys: NDArray[np.int64], values: NDArray[np.float32] | None) -> None:
+        self.keys, self.values = keys, values
+        self.order = np.argsort(keys, kind="stable")
 
     def find(self, texts: Sequence[TokenText]) -> tuple[Tensor | None, list[int]]:
         """Look up the values of texts.
@@ -103,6 +97,28 @@ class TextValueCache:
         values = self.values[found_at]
         values[~is_found] = 0
         return torch.from_numpy(values), np.flatnonzero(~is_found).tolist()
+
+    def add(self, texts: Sequence[TokenText], values: Tensor) -> None:
+        """Hear of values [N, ...] that had to be computed; here they are not kept."""
+
+
+class TextValueCache(KnownTextValues):
+    """A folder of the values of texts, which all runs on the same backbone share.
+
+    Every file is written once and never changed. Two processes that miss the same value at the same
+    time both compute it. A damaged file is removed, and its values are computed anew.
+
+    Args:
+        folder: its name must hold all that decides the values, see `text_values_key`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        files = [load_file(path) for path in intact_files(folder, "values", ".safetensors")]
+        super().__init__(
+            np.concatenate([np.empty(0, np.int64), *(one["keys"] for one in files)]),
+            np.concatenate([one["values"] for one in files]) if files else None,
+        )
 
     def add(self, texts: Sequence[TokenText], values: Tensor) -> None:
         """Write the values [N, ...] of texts to a new file of the cache."""

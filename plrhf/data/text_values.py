@@ -15,7 +15,7 @@ from plrhf.core.types import PreferenceBatch
 from plrhf.data.dataset import SINGLE_PROCESS, PairDataset, RankShard, TextValues, longest_first
 from plrhf.data.packing import TokenPair, packed
 from plrhf.data.store import Indices, LazySequence
-from plrhf.data.text_value_cache import TextValueCache, TokenText, text_keys
+from plrhf.data.text_value_cache import KnownTextValues, TokenText, text_keys
 
 TEXTS_PER_WRITE = 65_536
 """Number of texts whose values are computed before they are written to the cache."""
@@ -137,7 +137,7 @@ def compute_text_values(
     dataset: PairDataset,
     compute: Callable[[PreferenceBatch], Tensor],
     batch_size: int,
-    cache: TextValueCache | None = None,
+    cache: KnownTextValues | None = None,
     *,
     shard: RankShard = SINGLE_PROCESS,
 ) -> TextValues | None:

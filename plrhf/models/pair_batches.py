@@ -16,6 +16,7 @@ from plrhf.data.dataset import PairDataset, TextValues
 from plrhf.data.in_context import row_tokenizer
 from plrhf.data.packing import LAYOUTS
 from plrhf.data.rows import Row
+from plrhf.data.text_value_cache import KnownTextValues
 from plrhf.data.text_values import compute_text_values
 from plrhf.data.tokenizer import RowTokenizer
 
@@ -39,12 +40,20 @@ def row_tokenizer_of(model: PersonalModule) -> RowTokenizer:
 
 
 def dataset_of(
-    model: PersonalModule, row_tokenizer: RowTokenizer, rows: Sequence[Row], *, batch_size: int
+    model: PersonalModule,
+    row_tokenizer: RowTokenizer,
+    rows: Sequence[Row],
+    *,
+    batch_size: int,
+    known: PairDataset | None = None,
 ) -> PairDataset:
     """Tokenise rows, and precompute the values that do not depend on any user.
 
     These are pooled trunk outputs, or reference log-probabilities. Rows that are too long are left out
     and counted by `row_tokenizer`.
+
+    Args:
+        known: a dataset of the same model; values of texts that are in it are taken from there.
     """
     kept, pairs = row_tokenizer(rows)
     dataset = PairDataset(
@@ -60,9 +69,17 @@ def dataset_of(
     dataset.groups = None
     device = next(model.parameters()).device
 
-    def on_device(compute: Callable[[PreferenceBatch], Tensor]) -> TextValues | None:
+    def values_of(
+        compute: Callable[[PreferenceBatch], Tensor], before: TextValues | None
+    ) -> TextValues | None:
+        cache = None
+        if before is not None and before.keys is not None:
+            cache = KnownTextValues(before.keys.numpy(), before.values.numpy())
         return compute_text_values(
-            dataset, lambda batch: compute(move_data_to_device(batch, device)).cpu(), batch_size
+            dataset,
+            lambda batch: compute(move_data_to_device(batch, device)).cpu(),
+            batch_size,
+            cache,
         )
 
     # An encoder that reads pairs needs their tokens, unless it reads them as the model does.
@@ -70,7 +87,7 @@ def dataset_of(
     with torch.no_grad():
         for name, compute in model.values_without_user().items():
             if name != "hidden" or not needs_tokens:
-                setattr(dataset, name, on_device(compute))
+                setattr(dataset, name, values_of(compute, getattr(known, name, None)))
     return dataset
 
 

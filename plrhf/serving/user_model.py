@@ -13,6 +13,7 @@ from torch import Tensor
 
 from plrhf.core.errors import bad_value
 from plrhf.core.types import UserBatch
+from plrhf.data.dataset import PairDataset
 from plrhf.data.digests import content_hash
 from plrhf.data.parsing import parse_row
 from plrhf.data.rows import Row
@@ -100,12 +101,13 @@ class UserModel:
         self.refresh()
         rows = [parse_row({"user_id": "pool", **row}, f"pool[{n}]") for n, row in enumerate(pool)]
         self.pool: list[Row] = []
+        self.known: PairDataset | None = None  # of the pool, so that its texts are read once
         with model.autocast():
             if len(rows) > 0:
-                dataset = dataset_of(model, self.row_tokenizer(), rows, batch_size=BATCH_SIZE)
-                self.pool = list(dataset.rows)
-                places = range(len(dataset))
-                batches = batches_of(dataset, places, [0] * len(dataset), batch_size=BATCH_SIZE)
+                self.known = dataset_of(model, self.row_tokenizer(), rows, batch_size=BATCH_SIZE)
+                self.pool = list(self.known.rows)
+                places = range(len(self.pool))
+                batches = batches_of(self.known, places, [0] * len(places), batch_size=BATCH_SIZE)
                 self.batches = with_precomputed(model, batches)
 
     @torch.no_grad()
@@ -179,7 +181,7 @@ class UserModel:
         """Fit a person to their pairs. Without any, or without a rule, it is the generic user."""
         if self.rule is None:
             return Fit(AdaptedUsers(vectors=self.generic[None]), n_pairs=0)
-        found = fit_pairs(self.model, pairs, self.rule)
+        found = fit_pairs(self.model, pairs, self.rule, known=self.known)
         return Fit(found.users, found.n_pairs)
 
     def next_pair(

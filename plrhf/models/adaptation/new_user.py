@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from plrhf.core.errors import bad_value
+from plrhf.data.dataset import PairDataset
 from plrhf.data.in_context import row_tokenizer
 from plrhf.data.parsing import parse_row
 from plrhf.data.rows import Row
@@ -90,9 +91,17 @@ def adapt(
 
 
 def fit_pairs(
-    model: PersonalModule, pairs: Sequence[Mapping[str, Any]], rule: Adaptation
+    model: PersonalModule,
+    pairs: Sequence[Mapping[str, Any]],
+    rule: Adaptation,
+    *,
+    known: PairDataset | None = None,
 ) -> FittedPairs:
-    """Fit a new user as `adapt` does, and return all that the rule found."""
+    """Fit a new user as `adapt` does, and return all that the rule found.
+
+    Args:
+        known: texts that were computed before, see `dataset_of`.
+    """
     tokenizer = row_tokenizer(model.tokenizer, model.card.text)
     rows = [
         parse_row({"user_id": "new", **pair}, f"pair {number}")
@@ -101,7 +110,7 @@ def fit_pairs(
     was_training = model.training
     model.eval()
     with model.autocast():
-        dataset = dataset_of(model, tokenizer, rows, batch_size=BATCH_SIZE)
+        dataset = dataset_of(model, tokenizer, rows, batch_size=BATCH_SIZE, known=known)
         if len(dataset) == 0 and len(rows) > 0:
             raise bad_value(
                 "pairs",

@@ -1,0 +1,39 @@
+"""What one model knows about people, without a server around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import plrhf
+from plrhf.serving.user_model import UserModel
+
+POOL = [
+    {
+        "prompt": f"Write note {n}.",
+        "chosen": "Back at six.",
+        "rejected": "I shall return " + "so " * n,
+    }
+    for n in range(4)
+]
+OWN = {"prompt": "Write.", "chosen": "It is done.", "rejected": "Done."}
+
+
+def test_texts_of_the_pool_are_read_once(
+    runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fits are those of a model that reads each pair anew; the trunk runs for other texts only."""
+    model = plrhf.load(runs[1])
+    users, naive = UserModel(model, POOL), UserModel(model)
+    read, reads = model.pooled_trunk, []
+    monkeypatch.setattr(model, "pooled_trunk", lambda batch: reads.append(1) or read(batch))
+    for pairs, n_reads in ((POOL[1:], 0), ([OWN, POOL[2]], 1)):
+        found = users.fit(pairs)
+        assert len(reads) == n_reads and found.n_pairs == len(pairs)
+        expected = naive.fit(pairs).users
+        torch.testing.assert_close(found.users.vectors, expected.vectors, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.users.shares, expected.shares, atol=1e-5, rtol=1e-4)
+        assert (found.users.vectors[0] - users.generic).abs().max() > 1e-4
+        reads.clear()
