@@ -200,7 +200,8 @@ class PersonalDPOPolicy(PersonalPolicy):
     def pooled_name(self) -> str:
         """Short description of what `pooled_trunk` returns, for the key of its cache."""
         film = self._film()
-        maps = f"gradients by scale {film.has_scale}, shift {film.has_shift}, {film.n_sites} sites"
+        place = "after the trunk" if film.after_trunk else f"of the last {film.n_sites} blocks"
+        maps = f"gradients by scale {film.has_scale}, shift {film.has_shift} {place}"
         return maps + (", head in float32" if self.head_in_float32 else "")
 
     def pooled_trunk(self, batch: PreferenceBatch) -> Tensor:

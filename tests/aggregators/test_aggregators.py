@@ -115,19 +115,19 @@ def test_a_late_soft_prompt_needs_a_model_that_reads_left_to_right() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["gptj", "llama"])
+@pytest.mark.parametrize(("kind", "first"), [("gptj", 0), ("llama", 0), ("llama", 1)])
 @torch.no_grad()
-def test_film_at_every_block_acts_on_each_blocks_output(kind: str) -> None:
+def test_film_at_every_block_acts_on_each_blocks_output(kind: str, first: int) -> None:
     backbone, batch = make_backbone(kind), make_batch(make_pairs(3))
-    aggregator = film(site="every_block", user_dim=4)
+    aggregator = film(site="every_block", first_block=first, user_dim=4)
     nn.init.normal_(aggregator.to_film.weight, std=0.1)
     user = torch.randn(3, 4)
     found = aggregator(backbone, batch, user)[0]
 
     by_hand = aggregator.to_film.weight @ user.T  # [sites * 2 * d, B]
-    gamma_beta = by_hand.T.view(3, N_LAYERS, 2, 1, WIDTH)
+    gamma_beta = by_hand.T.view(3, N_LAYERS - first, 2, 1, WIDTH)
     done = []
-    for site, block in enumerate(backbone.blocks):
+    for site, block in enumerate(list(backbone.blocks)[first:]):
         forward = block.forward
 
         def modulated(*inputs: Any, site: int = site, forward: Any = forward, **how: Any) -> Any:
@@ -140,7 +140,7 @@ def test_film_at_every_block_acts_on_each_blocks_output(kind: str) -> None:
 
         block.forward = modulated
     expected = plain(backbone, batch)
-    assert done == [0, 1, 2]
+    assert done == list(range(N_LAYERS - first))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
@@ -302,6 +302,16 @@ BAD = [
         lambda: film(layer_width=8, site="every_block"),
         "aggregator.layer_width=8 is not allowed: expected null with site=every_block. "
         "Set aggregator.layer_width=null, or aggregator.site=last.",
+    ),
+    (
+        lambda: film(first_block=1),
+        "aggregator.first_block=1 is not allowed: expected 0 with site=last. "
+        "Set aggregator.first_block=0.",
+    ),
+    (
+        lambda: film(site="every_block", first_block=N_LAYERS),
+        f"aggregator.first_block={N_LAYERS} is not allowed: expected less than the {N_LAYERS} blocks. "
+        "Set aggregator.first_block=0.",
     ),
     (
         lambda: film(layer_dropout=1.0),
