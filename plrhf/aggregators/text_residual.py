@@ -63,7 +63,7 @@ class TextResidual(nn.Module):
         return hidden + self.to_hidden(rows).to(hidden.dtype)
 
     def number(self, keys: Tensor) -> Tensor:
-        """Return the number of texts from 1, and 0 for others."""
+        """Return each text's row in `rows`, [M]: from 1 for the texts of `know`, 0 for all others."""
         if len(self.keys) == 0:
             return torch.zeros_like(keys)
         keys = keys + 0 * self.keys[:1]  # alike in layout, where many models are one call
@@ -71,7 +71,10 @@ class TextResidual(nn.Module):
         return torch.where(self.keys[place] == keys, place + 1, 0)
 
     def penalty(self) -> Tensor | None:
-        """Return the divergence of all residuals from their prior, a pair; None outside training."""
+        """Return the divergence of all residuals from their prior, divided by the number of train pairs.
+
+        It is None if the model was not in training mode, in which nothing is drawn.
+        """
         of_map, self.to_hidden.penalty = self.to_hidden.penalty, None
         if of_map is None:
             return None

@@ -94,7 +94,7 @@ class QuantizedShape(nn.Linear):
 
     @property
     def n_uncounted(self) -> int:
-        """Number of weights that `numel` of the stored tensors does not count."""
+        """Number of weights minus that of stored numbers, each of which may hold several weights."""
         n_stored = self.weight.numel() + self.scales.numel()
         return self.in_features * self.out_features - n_stored
 

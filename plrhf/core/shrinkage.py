@@ -143,7 +143,7 @@ class ShrunkLinear(nn.Linear):
         self.register_buffer("n_pairs", torch.ones(1), persistent=False)
 
     def drawn_weight(self) -> Tensor:
-        """Return the weights, in training drawn from their posterior; that sets `penalty`."""
+        """Return the weights; in training draw them from their posterior, and set `penalty`."""
         if not self.training:
             return self.weight
         self.penalty = self.shrinkage(self.weight, self.n_pairs).sum()

@@ -106,7 +106,7 @@ def kl_from_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def swap_guide(own: tuple[Tensor, Tensor], opposite: tuple[Tensor, Tensor]) -> Tensor:
-    """Return how far a user's distribution is from the mirror image of the swapped pairs', [B].
+    """Return a penalty [B], which is 0 if swapping all chosen and rejected texts reverses the vector.
 
     (1 + cos(mu, mu~)) / 2 + 0.1 (1 - cos(log sigma^2, log sigma~^2)) / 2; arXiv 2603.12595.
 

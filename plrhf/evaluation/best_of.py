@@ -11,8 +11,7 @@ from pydantic import Field
 from plrhf.core.checks import PositiveFloat, check_arguments
 from plrhf.core.errors import bad_value
 from plrhf.data.rows import Row
-from plrhf.models.inference import load
-from plrhf.models.reward import PersonalRewardModel
+from plrhf.models.reward import PersonalRewardModel, load_reward
 from plrhf.models.rollouts import requests
 
 Writer = Literal["policy", "reference"]
@@ -36,20 +35,18 @@ class BestOf:
     writers: list[Writer]
     temperature: PositiveFloat
 
+    def __post_init__(self) -> None:
+        if len(self.writers) == 0:
+            cure = "Set eval.best_of.writers=[reference]"
+            raise bad_value("eval.best_of.writers", [], "reference, policy or both", cure)
+
     def load_reward(self, users: Sequence[str]) -> PersonalRewardModel:
         """Load the reward model.
 
         Raises:
             ValueError: it is no reward model, or was not trained on one of the users.
         """
-        model = load(self.reward)
-        if not isinstance(model, PersonalRewardModel):
-            raise bad_value(
-                "eval.best_of.reward",
-                self.reward,
-                "the run or export of a reward model",
-                "Train one with model=reward",
-            )
+        model = load_reward(self.reward, "eval.best_of.reward")
         for user in users:
             model.card.user_index(user, "eval.best_of.reward")
         return model

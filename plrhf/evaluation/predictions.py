@@ -110,9 +110,9 @@ def runner_with_weights(model: PersonalModule, trainer: Trainer) -> Callable[...
 
 
 def _runner_on_device(model: PersonalModule, trainer: Trainer) -> Callable[..., Any]:
-    """Return a function that makes a function of batches run by `runner_with_weights` on the device.
+    """Return a wrapper for functions of a batch: the function is called by `runner_with_weights`.
 
-    Batches are moved to the trainer's device, and results to the CPU.
+    The batch is moved to the trainer's device before, and the result to the CPU afterwards.
     """
     device = trainer.strategy.root_device
     through = runner_with_weights(model, trainer)

@@ -10,17 +10,18 @@ import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 
-from plrhf.backbone.loading import load_tokenizer
+from plrhf.core.checks import PositiveInt, check_arguments
 from plrhf.core.errors import bad_value
 from plrhf.core.stats import correctness
 from plrhf.data.dataset import PairDataset
 from plrhf.data.packing import LAYOUTS, TokenPair
 from plrhf.data.rows import Row
-from plrhf.data.tokenizer import RowTokenizer
 from plrhf.evaluation.judges import Contest, Judge, Verdicts
-from plrhf.models.reward import PersonalRewardModel
+from plrhf.models.pair_batches import row_tokenizer_of
+from plrhf.models.reward import load_reward
 
 
+@check_arguments("eval.judge")
 class RewardJudge(Judge):
     """Judges by the rewards of a trained reward model.
 
@@ -28,10 +29,10 @@ class RewardJudge(Judge):
     it prefers what both have learned from the same noise.
 
     Args:
-        export: directory that `export.save_export` wrote.
+        export: a run's export, or the run.
         users: ``own`` uses the vector that the model learned for each user. ``held_out`` treats all
             as unseen users, by the generic user's vector and (if the encoder reads them) features.
-        batch_size: contests that are judged at once, from 1.
+        batch_size: contests that are judged at once.
         trust_remote_code: let the backbone's repository bring its own code.
         trust_components: import classes from outside plrhf that the export names.
 
@@ -44,21 +45,13 @@ class RewardJudge(Judge):
         *,
         export: Path,
         users: Literal["own", "held_out"] = "own",
-        batch_size: int = 32,
+        batch_size: PositiveInt = 32,
         trust_remote_code: bool = False,
         trust_components: bool = False,
     ) -> None:
-        if batch_size < 1:
-            raise bad_value(
-                "eval.judge.batch_size",
-                batch_size,
-                "a whole number from 1",
-                "Set eval.judge.batch_size=32",
-            )
         self.users, self.batch_size = users, batch_size
-        self.model = PersonalRewardModel.from_pretrained(
-            export, trust_remote_code=trust_remote_code, trust_components=trust_components
-        )
+        trust = {"trust_remote_code": trust_remote_code, "trust_components": trust_components}
+        self.model = load_reward(export, "eval.judge.export", **trust)
         text = self.model.card.text
         if text["use_user_text"] or "context_pairs" in text:
             raise bad_value(
@@ -68,7 +61,7 @@ class RewardJudge(Judge):
                 "Train one, as generated texts come without their users' own",
             )
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.row_tokenizer = RowTokenizer(load_tokenizer(str(export)), **text)
+        self.row_tokenizer = row_tokenizer_of(self.model)
 
     @torch.no_grad()
     def compare(self, contests: Sequence[Contest]) -> Verdicts:
@@ -85,8 +78,9 @@ class RewardJudge(Judge):
         for start in range(0, len(order), self.batch_size):
             places = order[start : start + self.batch_size]
             batch = move_data_to_device(pairs.batch(places), self.model.device)
-            found, _ = self.model.margins_in_contexts(batch, ("user",))
-            margin[places] = found[0].double().cpu().numpy()
+            with self.model.autocast():
+                found = self.model(batch)
+            margin[places] = found.double().cpu().numpy()
         if not np.isfinite(margin).all():
             worst = float(margin[~np.isfinite(margin)][0])
             raise bad_value(

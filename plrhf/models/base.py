@@ -251,7 +251,7 @@ class PersonalModule(LightningModule):
         return self.aggregator(self.backbone, batch, user)
 
     def loss(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        """Compute the mixed loss of each pair [B], and the margins [B] in the first of `context_names`."""
+        """Compute each pair's mixed loss [B] and margin [B], the user's if alpha is above 0."""
         user, _ = self.user_vectors(batch, self.context_names)
         return self._loss_for(batch, user)
 

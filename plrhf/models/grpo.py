@@ -25,10 +25,9 @@ from plrhf.core.types import GENERIC_USER, PADDING, PROMPT, PreferenceBatch
 from plrhf.data.rows import Row
 from plrhf.data.tokenizer import Tokenizer
 from plrhf.models.generation import check_room, seeded
-from plrhf.models.inference import load
 from plrhf.models.metrics import ExactMean
 from plrhf.models.policy import PersonalPolicy
-from plrhf.models.reward import PersonalRewardModel
+from plrhf.models.reward import PersonalRewardModel, load_reward
 from plrhf.models.rollouts import (
     Ids,
     Rollouts,
@@ -122,9 +121,7 @@ class PersonalGRPOPolicy(PersonalPolicy):
             if self.reward is None:
                 allowed = "the run or export of a reward model"
                 raise bad_value("model.reward", None, allowed, cure)
-            model = load(self.reward)
-            if not isinstance(model, PersonalRewardModel):
-                raise bad_value("model.reward", self.reward, "that of a reward model", cure)
+            model = load_reward(self.reward, "model.reward")
             unknown = [user for user in self.card.users if user not in model.card.places]
             if len(unknown) > 0:
                 allowed = f"a reward model of the run's users ({unknown[0]} is not known to it)"

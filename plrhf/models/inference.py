@@ -30,6 +30,7 @@ from plrhf.data.dataset import PairDataset
 from plrhf.data.parsing import parse_row
 from plrhf.data.rows import Row
 from plrhf.models.card import CARD, Card
+from plrhf.models.export import restore
 from plrhf.models.generation import generate
 from plrhf.models.loading import load_export
 from plrhf.models.pair_batches import (
@@ -57,11 +58,15 @@ def load(directory: str | Path, **options: Any) -> PersonalModule:
     Raises:
         ValueError: there is no complete export, or the backbone has other weights.
     """
-    of_run = Path(directory, "export")
-    model: Any = load_export(
-        LightningModule, of_run if (of_run / CARD).is_file() else directory, **options
-    )
+    model: Any = load_export(LightningModule, export_of(directory), **options)
     return model
+
+
+def export_of(directory: str | Path) -> Path:
+    """Return the export in a run's directory, or the directory itself if it is no run's."""
+    of_run = Path(directory, "export")
+    restore(of_run)
+    return of_run if (of_run / CARD).is_file() else Path(directory)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -18,8 +19,9 @@ from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Ties
 from plrhf.models.answers import NOISES, Errors, Noise, UserNumber
 from plrhf.models.base import PersonalModule
+from plrhf.models.card import CARD
 from plrhf.models.heads import RewardHead, build_head
-from plrhf.models.inference import Asked, score
+from plrhf.models.inference import Asked, export_of, load, score
 from plrhf.models.loading import build_model
 from plrhf.models.start import build_start
 
@@ -293,3 +295,20 @@ class PersonalRewardModel(PersonalModule):
     def pooled_name(self) -> str:
         """Short description of what `pooled_trunk` returns, for the key of its cache."""
         return f"{self.pooling} and prompt" if self.head.reads_prompt else self.pooling
+
+
+def load_reward(directory: str | Path, field: str, **options: Any) -> PersonalRewardModel:
+    """Load the reward model that a setting names by its run or export, in eval mode.
+
+    Args:
+        field: the setting, for messages. options: of `loading.load_export`.
+
+    Raises:
+        ValueError: there is no model, or one of another kind.
+    """
+    found = export_of(directory)
+    model = load(found, **options) if (found / CARD).is_file() else None
+    if not isinstance(model, PersonalRewardModel):
+        cure = f"Train one with model=reward, and set {field}=RUN_DIR"
+        raise bad_value(field, str(directory), "the run or export of a reward model", cure)
+    return model

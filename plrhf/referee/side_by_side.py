@@ -70,7 +70,7 @@ class Trained:
 
 
 class Call(nn.Module):
-    """Makes a method of a model what `functional_call` calls."""
+    """Wraps a model so that `functional_call`, which calls `forward`, can call any of its methods."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class Stack:
         }
 
     def keep(self, kept: Tensor) -> None:
-        """Go on with some of the trials alone, [T] bool."""
+        """Drop all trials but those marked in `kept`, [T] bool."""
         self.models = [model for model, goes_on in zip(self.models, kept, strict=True) if goes_on]
         self.weights = {
             name: one.detach()[kept].requires_grad_(one.requires_grad)
@@ -198,7 +198,7 @@ class StackedAdamW:
         self.n_steps: dict[str, int] = dict.fromkeys(weights, 0)
 
     def keep(self, kept: Tensor, weights: Named) -> None:
-        """Go on with some of the trials alone, [T] bool, whose weights are these."""
+        """Drop all trials but those marked in `kept`, [T] bool; `weights` are theirs."""
         for name in self.weights:
             self.weights[name] = weights[name]
             for values in (self.rates, self.decays, self.mean, self.square):

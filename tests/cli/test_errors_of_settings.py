@@ -302,6 +302,10 @@ EVAL: dict[str, tuple[list[str], str]] = {
         ["eval=generate", "eval.best_of.temperature=0.5"],
         "eval.best_of.temperature=0.5 is not allowed: expected left out without n. *",
     ),
+    "best of nobody's": (
+        ["eval=generate", "eval.best_of.n=2", "eval.best_of.reward=x", "eval.best_of.writers=[]"],
+        "eval.best_of.writers=[] is not allowed: expected reference, policy or both. *",
+    ),
     "no such runs": (
         ["eval=compare", "runs=gone/*", "out=x"],
         "runs='gone/*' is not allowed: expected a glob of run directories, at least one of which *",

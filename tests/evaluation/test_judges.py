@@ -219,7 +219,8 @@ def test_a_reward_judge_runs_code_from_elsewhere_only_if_told(
         asked.append(options)
         raise RuntimeError
 
-    monkeypatch.setattr(PersonalRewardModel, "from_pretrained", loading)
+    monkeypatch.setattr("plrhf.models.reward.load", loading)
+    (tmp_path / "plrhf.json").touch()
     for given in ({}, {"trust_components": True}, {"trust_remote_code": True}):
         with pytest.raises(RuntimeError):
             RewardJudge(export=tmp_path, **given)  # type: ignore[arg-type]

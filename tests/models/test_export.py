@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import plrhf
 from plrhf.cli.assemble import build_data
 from plrhf.cli.config import RunConfig
 from plrhf.cli.run import train
@@ -189,8 +190,10 @@ def test_an_export_can_be_shipped(export: Path, tmp_path: Path) -> None:
 
 def test_an_export_that_a_kill_left_aside_is_found(export: Path) -> None:
     users = read_card(export).users
-    export.rename(export.with_name("export.old"))
-    assert PersonalRewardModel.from_pretrained(export).card.users == users
+    loaders: dict[Path, Any] = {export: PersonalRewardModel.from_pretrained}
+    for directory, load in {**loaders, export.parent: plrhf.load}.items():
+        export.rename(export.with_name("export.old"))
+        assert load(directory).card.users == users
 
 
 @pytest.mark.parametrize("which", CLASSES)

@@ -281,6 +281,9 @@ def test_errors() -> None:
     policy = make_model(PersonalGRPOPolicy, aggregator="film_last")
     with pytest.raises(BadValue, match=r"^model\.reward=None is not allowed: expected the run or"):
         policy.open_reward()
+    policy.reward = "/nowhere"
+    with pytest.raises(BadValue, match=r"^model\.reward='/nowhere' .* run or export of a reward m"):
+        policy.open_reward()
 
 
 def test_a_reward_model_of_other_users_is_refused(reward_run: Any) -> None:
