@@ -129,17 +129,17 @@ def build_loggers(
             TensorBoardLogger(run_dir, name="", version="tensorboard", default_hp_metric=False)
         )
     if wandb is not None:
-        _check_installed("wandb", ("wandb",))
+        _check_installed("wandb")
         loggers.append(WandbLogger(save_dir=run_dir, **{"name": name, **wandb}))
     if mlflow is not None:
-        _check_installed("mlflow", ("mlflow", "mlflow_skinny"))
+        _check_installed("mlflow")
         loggers.append(MLFlowLogger(**{"run_name": name, **mlflow}))
     return loggers
 
 
-def _check_installed(name: str, libraries: Sequence[str]) -> None:
-    """Raise a ValueError if none of the libraries that a logger needs is installed."""
-    if all(find_spec(one) is None for one in libraries):
+def _check_installed(name: str) -> None:
+    """Raise a ValueError if the library of a logger is not installed."""
+    if find_spec(name) is None:
         cure = f"Install it: pip install -c constraints.txt '.[{name}]'"
         raise bad_value("logger", name, f"csv or tensorboard, as {name} is not installed", cure)
 
