@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from plrhf.evaluation.predictions import PrepareData, predict, prepare, runner_w
 from plrhf.evaluation.probes import probe
 from plrhf.evaluation.results import (
     Command,
+    Results,
     model_fingerprint,
     provenance_of,
     summarise_run,
@@ -184,8 +186,9 @@ def evaluate_run(
     prepare(model, data.restrict_to("test"), trainer, cache_dir=Path(config.cache_dir))
     predictions = predict(model, data, trainer)
     fingerprint = fingerprint_of(config, model, data)
-    write_results(config, data, trainer, predictions, probes, fingerprint)
+    results = write_results(config, data, trainer, predictions, probes, fingerprint)
     with outputs.writing(run_dir / "export" / README):
+        note_results(run_dir / "export", results)
         note_without_gain(run_dir / "export", predictions, alpha=model.alpha)
     ask = runner_with_weights(model, trainer)
     with outputs.writing(run_dir / "users.json"):
@@ -210,6 +213,24 @@ def warn_if_overoptimised(run_dir: Path, probes: dict[str, Any]) -> None:
     if found is not None:
         probes["warnings"].append(found)
         print(f"warning: {found}")
+
+
+def note_results(export: Path, results: Results | None) -> None:
+    """Add the data and the test results, with intervals and controls, to the card of an export.
+
+    Args:
+        results: None on all processes but the first.
+    """
+    if results is None or not (export / README).is_file():
+        return
+    rows, users = results.data["rows"], results.data["users"]
+    note = (
+        f"Rows of `data={results.config['data']['name']}`: "
+        f"{', '.join(f'{n:,} {split} pairs' for split, n in rows.items())}; {users['seen']:,} train users, "
+        f"{users['unseen']:,} others in test. {tables.interval_note(results)}"
+    )
+    text = tables.markdown(tables.headline(results), note, title="Data and results")
+    add_note(export, re.sub("^#", "##", text, flags=re.MULTILINE).rstrip())
 
 
 @rank_zero_only
@@ -241,8 +262,8 @@ def write_results(
     predictions: pd.DataFrame,
     probes: dict[str, Any],
     fingerprint: str,
-) -> None:
-    """Write predictions.parquet and results.json; print and log the test results."""
+) -> Results | None:
+    """Write predictions.parquet and results.json; print, log and return the test results."""
     how = this_command()
     settings = config.data.model_dump(mode="json")
     results = summarise_run(
@@ -256,6 +277,7 @@ def write_results(
     write_evaluation(Path(config.run_dir), results, predictions)
     tables.console().print(tables.closing_table(results))
     log_results(trainer.loggers, config.resolved, results.test_values(), trainer.global_step)
+    return results
 
 
 @rank_zero_only

@@ -30,6 +30,20 @@ ENROLLED = "enrolled.safetensors"
 OWN_PAIRS = "own_pairs.json"
 BACKBONE = "backbone"
 README = "README.md"
+ABOUT = """## Intended use
+
+For people whose preferences it was trained on, or who are fitted to a few of their choices (`model.adapt`).
+Without `user_id` its {what} are those of a generic user. It predicts preferences, not what is true or good.
+
+## Privacy
+
+`plrhf.json` holds the ids of the train users, and the user tables one vector for each: both are personal
+data. `model.forget(ID)` removes a person. Weights that all share were learned from their choices, too.
+
+## Citation
+
+P-RLHF: Li et al., Personalized Language Modeling from Personalized Human Feedback, arXiv 2402.05133.
+"""
 
 
 def user_model_state(model: Any) -> dict[str, Tensor]:
@@ -62,6 +76,7 @@ def save_export(directory: Path, model: Any, card: Card, tokenizer: Any) -> None
     if card.ships_backbone and model.backbone.trainable != "full":
         _copy_backbone(Path(card.backbone["path"]), part / BACKBONE)
         card = replace(card, backbone={**card.backbone, "path": BACKBONE})
+    _name_base_model(part, str(card.backbone["path"]))
     tokenizer.save_pretrained(part)
     _model_card(card).save(part / README)
     tables = [*user_tables(model.encoder)]
@@ -221,6 +236,15 @@ def _copy_backbone(source: Path, target: Path) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
+def _name_base_model(directory: Path, path: str) -> None:
+    """Let the adapter's config name the base model as plrhf.json does, not where this machine has it."""
+    file = directory / "adapter_config.json"
+    if file.is_file():
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings["base_model_name_or_path"] = path
+        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
 def _model_card(card: Card) -> ModelCard:
     """Return a model card that says what the export is and how to use it, without user names or paths."""
     path = str(card.backbone["path"])
@@ -232,6 +256,7 @@ def _model_card(card: Card) -> ModelCard:
     )
     base = f"`{path}`" if is_on_hub else "shipped" if card.ships_backbone else "a local model"
     method = "write" if card.model["name"] in ("dpo", "grpo") else "score"
+    response = "" if method == "write" else ', "response": "Back at six."'
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n"
         f"# A personalised {'policy' if method == 'write' else 'reward model'}\n\n"
@@ -239,5 +264,6 @@ def _model_card(card: Card) -> ModelCard:
         f"{len(card.users)} users; language model: {base}.\n\n"
         "```python\nimport plrhf\n\n"
         'model = plrhf.load("DIR")  # this directory\n'
-        f'model.{method}([{{"prompt": "Write a note.", "response": "Back at six."}}])\n```\n'
+        f'model.{method}([{{"prompt": "Write a note."{response}}}])\n```\n\n'
+        f"{ABOUT.format(what='texts' if method == 'write' else 'rewards')}"
     )

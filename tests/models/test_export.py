@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -182,7 +183,10 @@ def test_an_export_can_be_shipped(export: Path, tmp_path: Path) -> None:
         assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644)
     card = ModelCard.load(export / "README.md")
     assert card.data.library_name == "plrhf" and "plrhf.load" in card.text
-    for name in ("plrhf.json", "README.md"):
+    for section in ("Data and results", "Intended use", "Privacy", "Citation"):
+        assert f"\n## {section}\n" in card.text
+    assert re.search(r"\| user context \| \d+\.\d \[", card.text)
+    for name in ("plrhf.json", "README.md", "adapter_config.json"):
         assert "/tmp" not in (export / name).read_text()
     moved = export.rename(tmp_path / "moved")
     assert PersonalRewardModel.from_pretrained(moved).card.backbone["path"] == "backbone"
