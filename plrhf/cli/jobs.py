@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import re
 import sys
 import time
@@ -20,6 +19,7 @@ from plrhf.core.components import WITHOUT_EFFECT, first_difference
 from plrhf.core.errors import BadValue, bad_value
 from plrhf.data.digests import content_hash
 from plrhf.evaluation.records import Record, read_record, read_settings
+from plrhf.evaluation.results import read_metrics
 
 FAILED, LOG = "error.txt", "log.txt"
 SOME_FAILED = 1
@@ -142,15 +142,13 @@ def best_value(run_dir: Path, monitor: str) -> float | None:
 
     None without any value.
     """
-    path = run_dir / "metrics.csv"
-    if not path.is_file():
+    metrics = read_metrics(run_dir)
+    if metrics is None or monitor not in metrics:
         return None
-    with path.open(newline="", encoding="utf-8") as file:
-        found = [row.get(monitor) for row in csv.DictReader(file)]
-    values = [float(one) for one in found if one not in (None, "")]
+    values = metrics[monitor].dropna()
     if len(values) == 0:
         return None
-    return max(values) if "accuracy" in monitor else min(values)
+    return float(values.max() if "accuracy" in monitor else values.min())
 
 
 def failure_line(folder: Path) -> str:

@@ -19,7 +19,9 @@ from plrhf.data.rows import Row
 from plrhf.evaluation.metrics import UserKind, choose_length_rule, summarise
 from plrhf.evaluation.records import Record, read_record, write_record
 
-RESULTS, PREDICTIONS = "results.json", "predictions.parquet"
+RESULTS, PREDICTIONS, METRICS = "results.json", "predictions.parquet", "metrics.csv"
+
+EVALUATE_ANEW = "Evaluate the run anew"
 
 
 class Measures(TypedDict):
@@ -210,7 +212,8 @@ def write_evaluation(directory: Path, results: Results, predictions: pd.DataFram
     part.replace(directory / PREDICTIONS)
     provenance = results.provenance
     if provenance is not None:
-        files = {PREDICTIONS: file_digest(directory / PREDICTIONS)}
+        there = [name for name in (PREDICTIONS, METRICS) if (directory / name).is_file()]
+        files = {name: file_digest(directory / name) for name in there}
         provenance = provenance.model_copy(update={"files": files})
     write_record(directory / RESULTS, results.model_copy(update={"provenance": provenance}))
 
@@ -222,17 +225,35 @@ def read_predictions(directory: Path, results: Results) -> pd.DataFrame:
         ValueError: it is damaged, or is not the one that results.json was computed from.
     """
     path = directory / PREDICTIONS
-    cure = "Evaluate the run anew"
-    digest = None if results.provenance is None else results.provenance.files.get(PREDICTIONS)
-    if digest is not None and digest != file_digest(path):
-        raise bad_value(
-            str(path), "altered or damaged", f"the file that {RESULTS} was made of", cure
-        )
+    _check_file(path, results, EVALUATE_ANEW)
     try:
         return pd.read_parquet(path)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise bad_value(str(path), reason, "a whole Parquet file", cure) from error
+        raise bad_value(str(path), reason, "a whole Parquet file", EVALUATE_ANEW) from error
+
+
+def read_metrics(directory: Path) -> pd.DataFrame | None:
+    """Read metrics.csv, the curves of a training; None if there is none.
+
+    Raises:
+        ValueError: it is not the one that was there when results.json was written.
+    """
+    path = directory / METRICS
+    if not path.is_file():
+        return None
+    if (directory / RESULTS).is_file():
+        _check_file(path, read_results(directory), "Remove it, or end its training with ckpt=last")
+    return pd.read_csv(path)
+
+
+def _check_file(path: Path, results: Results, cure: str) -> None:
+    """Raise a ValueError if a file is not the one whose digest its results have."""
+    digest = None if results.provenance is None else results.provenance.files.get(path.name)
+    if digest is not None and digest != file_digest(path):
+        raise bad_value(
+            str(path), "altered or damaged", f"the file that {RESULTS} was written with", cure
+        )
 
 
 def read_results(directory: Path) -> Results:

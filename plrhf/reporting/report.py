@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from plrhf.core.stats import paired_difference
 from plrhf.evaluation.metrics import USER_KINDS
+from plrhf.evaluation.results import read_metrics
 from plrhf.reporting.figures import (
     few_shot_curves,
     learning_curves,
@@ -136,8 +135,8 @@ def winrate_section(runs: Sequence[Run]) -> Section | None:
 
 def learning_section(run: Run) -> Section | None:
     """Show loss and accuracy by step; None without metrics.csv."""
-    path = run.path / "metrics.csv"
-    figures = learning_curves(pd.read_csv(path)) if path.is_file() else []
+    metrics = read_metrics(run.path)
+    figures = [] if metrics is None else learning_curves(metrics)
     return Section("Learning curves", figures=figures) if len(figures) > 0 else None
 
 

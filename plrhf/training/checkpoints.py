@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import struct
 import zlib
 from pathlib import Path
 from pickle import UnpicklingError
@@ -64,6 +65,13 @@ def _sync_to_disk(path: Path) -> None:
         os.close(handle)
 
 
+DAMAGED = (
+    *(BadZipFile, OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError),
+    *(UnpicklingError, zlib.error, struct.error),
+)
+"""What zipfile and torch raise on a damaged checkpoint; a ValueError where a name is no longer UTF-8."""
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint to the CPU and compare its checksums; nothing is unpickled.
 
@@ -76,7 +84,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if damaged is not None:
             raise BadZipFile(f"checksum of {damaged}")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (BadZipFile, OSError, RuntimeError, UnpicklingError, zlib.error, EOFError) as error:
+    except DAMAGED as error:
         raise bad_value(
             "ckpt",
             str(path),

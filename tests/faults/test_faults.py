@@ -16,7 +16,7 @@ from plrhf.core.errors import BadValue
 from plrhf.data.cache_files import cache_file, intact_files
 from plrhf.evaluation.generations import read_generations
 from plrhf.evaluation.records import read_record, read_settings
-from plrhf.evaluation.results import read_results
+from plrhf.evaluation.results import read_metrics, read_results
 from plrhf.evaluation.users import LearnedUsers
 from plrhf.models.card import read_card
 from plrhf.models.export import check_files
@@ -47,6 +47,7 @@ def files_read(run: Path) -> Iterator[tuple[Path, Callable[[], Any]]]:
     yield run / "config.yaml", lambda: read_settings(run / "config.yaml")
     yield run / "results.json", lambda: read_results(run).model_dump()
     yield run / "predictions.parquet", lambda: read_run(run).predictions.to_dict()
+    yield run / "metrics.csv", lambda: str(read_metrics(run))
     yield run / "users.json", lambda: read_record(run / "users.json", LearnedUsers).model_dump()
     yield run / "checkpoints/last.ckpt", lambda: read_checkpoint(run / "checkpoints/last.ckpt")
     texts = run / "generations.jsonl"
