@@ -33,6 +33,7 @@ from plrhf.models.base import PersonalModule
 from plrhf.models.card import CARD, Card
 from plrhf.models.grpo import PersonalGRPOPolicy
 from plrhf.models.loading import build_model
+from plrhf.models.rollouts import check_reward_room
 from plrhf.training.loggers import build_loggers
 from plrhf.training.trainer import build_trainer
 
@@ -185,7 +186,10 @@ def open_reward(model: PersonalModule, data: PreferenceData) -> None:
     """
     if not isinstance(model, PersonalGRPOPolicy):
         return
-    model.open_reward()
+    reward = model.open_reward()
+    tokenised = [one for one in data.datasets.values() if len(one) > 0]
+    longest = [one.rows[int(one.lengths[:, 0].argmax())] for one in tokenised]
+    check_reward_room(reward, longest, model.max_new_tokens)
     model.true_score = data.source.true_score
     check_same_world("model.reward", str(model.reward), data.source)
 

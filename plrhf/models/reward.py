@@ -17,10 +17,11 @@ from plrhf.core.pooling import pool_responses
 from plrhf.core.types import CHOSEN, PADDING, PROMPT, PreferenceBatch
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Ties
+from plrhf.encoders import EnsembleEncoder
 from plrhf.models.answers import NOISES, Errors, Noise, UserNumber
 from plrhf.models.base import PersonalModule
 from plrhf.models.card import CARD
-from plrhf.models.heads import RewardHead, build_head
+from plrhf.models.heads import BasisHead, RewardHead, build_head
 from plrhf.models.inference import Asked, export_of, load, score
 from plrhf.models.loading import build_model
 from plrhf.models.start import build_start
@@ -116,6 +117,14 @@ class PersonalRewardModel(PersonalModule):
                 "one that reads no user with encoder=none",
                 "Set encoder=uniform, or model.head=linear",
             )
+        is_mixture = isinstance(self.head, BasisHead) and self.head.mixes == "losses"
+        if (
+            is_mixture
+            and self.head.weights == "raw"
+            and not isinstance(self.encoder, EnsembleEncoder)
+        ):
+            allowed = "softmax where losses are mixed, unless encoder=ensemble gives weights that sum to 1"
+            raise bad_value("model.head.weights", "raw", allowed, "Set model.head.weights=softmax")
         if self.head.reads_prompt and (
             self.aggregator.user_acts or self.aggregator.residual is not None
         ):

@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
+from plrhf.core.errors import bad_value
 from plrhf.core.row_packing import NO_USER
 from plrhf.core.types import CHOSEN, PROMPT, PreferenceBatch
 from plrhf.data.dataset import PairDataset
@@ -17,6 +18,7 @@ from plrhf.data.packing import LAYOUTS, TokenPair
 from plrhf.data.rows import Row
 from plrhf.data.tokenizer import Tokenizer
 from plrhf.models.generation import batches_by_length, left_padded, text_ends, write_batch
+from plrhf.models.pair_batches import row_tokenizer_of
 
 if TYPE_CHECKING:
     from plrhf.models.policy import PersonalPolicy
@@ -137,6 +139,27 @@ def requests(
                 one["user_id"] = row.user_id
             asked.append(one)
     return asked
+
+
+def check_reward_room(
+    reward: PersonalRewardModel, rows: Sequence[Row], max_new_tokens: int
+) -> None:
+    """Raise a ValueError if a reward model could not read sampled responses to these rows' prompts.
+
+    Args:
+        rows: those with the longest prompts. max_new_tokens: of a response, without its end token.
+    """
+    row_tokenizer = row_tokenizer_of(reward)
+    longest = max((len(row_tokenizer.prompt(row)) for row in rows), default=0)
+    room = row_tokenizer.max_tokens - longest - 1
+    if max_new_tokens > room:
+        raise bad_value(
+            "model.max_new_tokens",
+            max_new_tokens,
+            f"at most {room}, as the reward model reads {row_tokenizer.max_tokens} tokens, of which a "
+            f"prompt takes {longest}",
+            f"Set model.max_new_tokens={max(1, room)}, or train model.reward with a larger data.max_tokens",
+        )
 
 
 def group_rewards(

@@ -27,6 +27,7 @@ from tiny import (
 )
 from torch import Tensor, tensor
 
+import plrhf
 from plrhf.backbone.model import Backbone
 from plrhf.core.errors import BadValue
 from plrhf.core.types import PreferenceBatch, UserBatch
@@ -36,7 +37,15 @@ from plrhf.data.rows import Row
 from plrhf.evaluation.predictions import PrepareData
 from plrhf.models.grpo import PersonalGRPOPolicy
 from plrhf.models.optim import Optim
-from plrhf.models.rollouts import Rollouts, group_rewards, prompts_of, requests, sample_responses
+from plrhf.models.pair_batches import row_tokenizer_of
+from plrhf.models.rollouts import (
+    Rollouts,
+    check_reward_room,
+    group_rewards,
+    prompts_of,
+    requests,
+    sample_responses,
+)
 from plrhf.training.loggers import MetricsFile
 from plrhf.training.trainer import build_trainer, fit
 
@@ -291,6 +300,21 @@ def test_a_reward_model_of_other_users_is_refused(reward_run: Any) -> None:
     policy.card = SimpleNamespace(users=["user-1", "somebody else"])
     with pytest.raises(BadValue, match=r"^model\.reward='.*' .* users \(.* is not known to it\)"):
         policy.open_reward()
+
+
+def test_responses_that_the_reward_model_could_not_read_are_refused(reward_run: Path) -> None:
+    model = plrhf.load(reward_run)
+    row = Row(prompt="Write a note.", chosen="", rejected="", user_id="", prompt_id="", pair_id="")
+    prompt = row_tokenizer_of(model).prompt(row)
+    room = model.card.text["max_tokens"] - len(prompt) - 1
+    text = "\n" + " note" * (room - 1)
+    assert len(model.tokenizer(text)["input_ids"]) == room
+    check_reward_room(model, [row], room)
+    model.score([{"prompt": row.prompt, "response": text}])
+    with pytest.raises(BadValue, match=rf"^model\.max_new_tokens={room + 1} .* at most {room}, as"):
+        check_reward_room(model, [row], room + 1)
+    with pytest.raises(BadValue, match="^asked='1 too long'"):  # in the middle of a training
+        model.score([{"prompt": row.prompt, "response": text + " note"}])
 
 
 def fit_once(run_dir: Path, *, killed_at: int | None = None) -> Any:

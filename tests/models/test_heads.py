@@ -93,6 +93,8 @@ def test_users_must_act_somewhere() -> None:
         model("basis", personal=False)
     with pytest.raises(ValueError, match=r"^aggregator='FiLM' .* reads the prompt"):
         model({"name": "basis", "routed": True}, aggregator="film_last")
+    with pytest.raises(ValueError, match=r"^model\.head\.weights='raw' .* that sum to 1\. Set"):
+        model({"name": "basis", "weights": "raw", "mixes": "losses"})
     assert not model("basis").aggregator.user_acts
     assert model("linear", personal=False).alpha == 1.0
 
