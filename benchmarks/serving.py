@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -34,6 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from plrhf.cli import commands
 from plrhf.models.base import PersonalModule
 from plrhf.models.generation import left_padded, write_batch
 from plrhf.models.inference import load
@@ -62,19 +64,27 @@ class Reply(NamedTuple):
 class Server:
     """A server in a process of its own, with its people in a database in `folder`."""
 
-    def __init__(self, policy: str, reward: str, folder: Path) -> None:
+    def __init__(self, policy: str, reward: str, folder: Path, *, forked: bool = False) -> None:
         self.log = folder / "server.log"
         words = [f"run={policy}", f"reward={reward}", f"database=sqlite:///{folder}/people.db"]
         words += ["port=0", "device=cpu", f"batch_size={BATCH_SIZE}"]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "plrhf.serving", *words],
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("a"),
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        reader, writer = os.pipe()
+        if forked:  # has all imports, which take most of a start, and reads no pool
+            words.append("pool=0")
+            self.process: Any = multiprocessing.get_context("fork").Process(
+                target=serve_forked, args=(words, writer, self.log)
+            )
+            self.process.start()
+        else:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "plrhf.serving", *words],
+                stdout=writer,
+                stderr=self.log.open("a"),
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        os.close(writer)
+        with os.fdopen(reader) as said:
+            line = said.readline()
         if "http://" not in line:
             raise SystemExit(f"the server did not start:\n{self.log.read_text()}")
         self.url = line.split()[-1]
@@ -85,8 +95,16 @@ class Server:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def end(self, how: int) -> None:
-        self.process.send_signal(how)
-        self.process.wait()
+        os.kill(self.process.pid, how)
+        wait = getattr(self.process, "wait", None) or self.process.join
+        wait()
+
+
+def serve_forked(words: list[str], writer: int, log: Path) -> None:
+    """Serve in a forked process until it is killed; its output goes to a pipe and a file."""
+    os.dup2(writer, sys.stdout.fileno())
+    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), sys.stderr.fileno())
+    commands.run("serve", words, shown="plrhf serve")
 
 
 def mark(folder: Path, users: UserModel, names: Sequence[str]) -> torch.Tensor:
@@ -238,7 +256,7 @@ def kill_test(given: argparse.Namespace, folder: Path) -> None:
     acknowledged: list[tuple[str, int, str]] = []
     draw = random.Random(given.seed)
     for kill in range(given.kills):
-        server = Server(given.policy, given.reward, folder)
+        server = Server(given.policy, given.reward, folder, forked=True)
         judging = [partial(judge, name, server.url, kill, acknowledged) for name in names]
         people = threading.Thread(target=run_all, args=[judging])
         people.start()
@@ -271,6 +289,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.manual_seed(given.seed)
+    if given.what == "kills":
+        torch.set_num_threads(1)  # threads do not survive a fork
     with tempfile.TemporaryDirectory() as folder:
         tests[given.what](given, Path(folder))
 
