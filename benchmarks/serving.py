@@ -211,6 +211,7 @@ def latency_test(given: argparse.Namespace, folder: Path) -> None:
     """One person answers what they are asked; from each answer to the next pair."""
     server = Server(given.policy, given.reward, folder)
     connection, seconds = HTTPConnection(server.url.partition("//")[2], timeout=60), []
+    before = server.cpu_seconds()
     for person in range(given.people):
         path = f"/v1/users/person-{person}"
         ask(connection, "PUT", path, {"consent": True})
@@ -222,9 +223,11 @@ def latency_test(given: argparse.Namespace, folder: Path) -> None:
             ask(connection, "POST", f"{path}/pairs", {"pairs": [judged]})
             pair = ask(connection, "GET", f"{path}/next-pair").body
             seconds.append(time.perf_counter() - start)
+    used = 1000 * (server.cpu_seconds() - before) / len(seconds)
     server.end(signal.SIGTERM)
     half, most = np.quantile(seconds, [0.5, 0.95])
     print(f"{len(seconds)} answers; seconds to the next pair: median {half:.3f}, p95 {most:.3f}")
+    print(f"CPU ms an answer {used:.1f}")
 
 
 def run_all(functions: Sequence[Callable[[], None]]) -> None:

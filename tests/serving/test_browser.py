@@ -1,4 +1,4 @@
-"""The page in Chromium: the visits of benchmarks/browser.py, where Playwright and Chromium are installed."""
+"""Visits the page in Chromium by benchmarks/browser.py, where Playwright and Chromium are installed."""
 
 from __future__ import annotations
 

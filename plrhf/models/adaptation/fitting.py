@@ -276,12 +276,18 @@ class PairLosses:
 
     def directions(self, t: Tensor) -> Tensor:
         """Compute the derivatives of the user vectors with respect to t, [N, r, user_dim]."""
-        units = torch.eye(t.shape[1], dtype=t.dtype, device=t.device)
-        columns = [
-            torch.func.jvp(self.vectors, (t.detach(),), (unit.expand_as(t).contiguous(),))[1]
-            for unit in units
-        ]
-        return torch.stack(columns, dim=1)
+        n_users, n = t.shape
+        features = self.features.repeat_interleave(n, dim=0)
+        # Each user stands n times in one call, moved along one number each time.
+        units = torch.eye(n, dtype=t.dtype, device=t.device).repeat(n_users, 1)
+
+        def vectors(of_each: Tensor) -> Tensor:
+            return self.coordinates.space.vectors(self.coordinates.points(of_each), features)
+
+        found: Tensor = torch.func.jvp(
+            vectors, (t.detach().repeat_interleave(n, dim=0),), (units,)
+        )[1]
+        return found.unflatten(0, (n_users, n))
 
     def users_at(self, t: Tensor, covariance: Tensor | None = None) -> AdaptedUsers:
         """Return the users with coordinates t [N, r], and the covariance of t if it is given."""
