@@ -259,7 +259,7 @@ def test_judges(judge: str, tmp_path: Path) -> None:
     node = composed(*asked, config="eval")["eval"]["judge"]
     assert node["name"] == judge
     if judge == "reward":  # its settings pass, and there is no model
-        with pytest.raises(ValueError, match=r"^export='.*' is not allowed"):
+        with pytest.raises(ValueError, match=r"^eval\.judge\.export='.*' is not allowed"):
             build(node, "eval.judge", kind=Judge)
     else:
         assert isinstance(build(node, "eval.judge", kind=Judge), Judge)
