@@ -40,8 +40,9 @@ class FiLM(Aggregator):
         hidden_size: d of the last hidden states. n_blocks: number of blocks.
         block_size: d of a block's output; None: the same.
         site: ``last``: the last hidden states, so that the trunk does not depend on the user;
-            ``every_block``: the output of each block from `first_block` on.
-        first_block: from 0, the first block whose output users change (site=every_block only).
+            ``every_block``: the output of each block from `from_depth` on.
+        from_depth: share of the blocks, the first ones, whose output stays as it is (site=every_block
+            only), rounded down to whole blocks.
         user_dim: width of e_u; None: d, but at most the site's `DEFAULT_USER_DIM`.
         scale: whether to scale, too; without it a policy's users only make tokens likelier or rarer.
         layer_width, layer_dropout: of `base.text_layer` before FiLM (reward models with site=last
@@ -63,7 +64,7 @@ class FiLM(Aggregator):
         n_blocks: int,
         block_size: int | None = None,
         site: Literal["last", "every_block"] = "last",
-        first_block: NonNegativeInt = 0,
+        from_depth: FractionBelowOne = 0.0,
         user_dim: PositiveInt | None = None,
         scale: bool = True,
         layer_width: PositiveInt | None = None,
@@ -85,13 +86,12 @@ class FiLM(Aggregator):
         if not shift and site != "last":
             cure = "Set aggregator.shift=true, or aggregator.site=last"
             raise bad_value("aggregator.shift", shift, f"true with site={site}", cure)
-        if first_block >= (1 if site == "last" else n_blocks):
-            allowed = "0 with site=last" if site == "last" else f"less than the {n_blocks} blocks"
-            cure = "Set aggregator.first_block=0"
-            raise bad_value("aggregator.first_block", first_block, allowed, cure)
+        if from_depth > 0 and site == "last":
+            cure = "Set aggregator.from_depth=0, or aggregator.site=every_block"
+            raise bad_value("aggregator.from_depth", from_depth, "0 with site=last", cure)
         self.after_trunk = self.shares_prompts = site == "last"
         self.user_dim = min(hidden_size, DEFAULT_USER_DIM[site]) if user_dim is None else user_dim
-        self.n_sites = 1 if self.after_trunk else n_blocks - first_block
+        self.n_sites = 1 if self.after_trunk else n_blocks - int(from_depth * n_blocks)
         self.output_size = hidden_size if layer_width is None else layer_width
         self.has_scale, self.has_shift = scale, True
         self.unembeddable = layer_width is None

@@ -115,11 +115,15 @@ def test_a_late_soft_prompt_needs_a_model_that_reads_left_to_right() -> None:
     )
 
 
-@pytest.mark.parametrize(("kind", "first"), [("gptj", 0), ("llama", 0), ("llama", 1)])
+@pytest.mark.parametrize(
+    ("kind", "depth", "first"), [("gptj", 0, 0), ("llama", 0, 0), ("llama", 0.5, 1)]
+)
 @torch.no_grad()
-def test_film_at_every_block_acts_on_each_blocks_output(kind: str, first: int) -> None:
+def test_film_at_every_block_acts_on_each_blocks_output(
+    kind: str, depth: float, first: int
+) -> None:
     backbone, batch = make_backbone(kind), make_batch(make_pairs(3))
-    aggregator = film(site="every_block", first_block=first, user_dim=4)
+    aggregator = film(site="every_block", from_depth=depth, user_dim=4)
     nn.init.normal_(aggregator.to_film.weight, std=0.1)
     user = torch.randn(3, 4)
     found = aggregator(backbone, batch, user)[0]
@@ -304,14 +308,9 @@ BAD = [
         "Set aggregator.layer_width=null, or aggregator.site=last.",
     ),
     (
-        lambda: film(first_block=1),
-        "aggregator.first_block=1 is not allowed: expected 0 with site=last. "
-        "Set aggregator.first_block=0.",
-    ),
-    (
-        lambda: film(site="every_block", first_block=N_LAYERS),
-        f"aggregator.first_block={N_LAYERS} is not allowed: expected less than the {N_LAYERS} blocks. "
-        "Set aggregator.first_block=0.",
+        lambda: film(from_depth=0.5),
+        "aggregator.from_depth=0.5 is not allowed: expected 0 with site=last. "
+        "Set aggregator.from_depth=0, or aggregator.site=every_block.",
     ),
     (
         lambda: film(layer_dropout=1.0),

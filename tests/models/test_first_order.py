@@ -33,7 +33,7 @@ def first_order_policy(std: float, **film: Any) -> PersonalDPOPolicy:
         {"shift": False},
         {"site": "every_block"},
         {"site": "every_block", "scale": False},
-        {"site": "every_block", "first_block": N_LAYERS - 1},
+        {"site": "every_block", "from_depth": 0.7},
     ],
 )
 def test_small_effects_have_the_log_ratios_of_the_model(layout: Any, film: dict[str, Any]) -> None:
