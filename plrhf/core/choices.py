@@ -64,3 +64,26 @@ def plackett_luce(margins: Tensor, choice: Tensor) -> Tensor:
     total = (-largest).exp().scatter_add(-1, index, others)
     n_pairs = zeros.scatter_add(-1, index, torch.ones_like(margins)).clamp(min=1)
     return ((largest + total.log()) / n_pairs).gather(-1, index)
+
+
+def cumulative_logit(latent: Tensor, level: Tensor, thresholds: Tensor) -> Tensor:
+    """Return the negative log-likelihood of ratings on an ordered scale, in nats, [..., B].
+
+    P(rating <= k) = sigma(theta_k - r) with increasing thresholds theta (McCullagh 1980, "Regression models
+    for ordinal data", the proportional odds model). With two levels it is the logistic model.
+
+    Args:
+        latent: r, [..., B]. level: of each rating, from 0 to K - 1, int64; broadcast against it.
+        thresholds: theta_0 < ... < theta_{K-2}, [..., B, K - 1].
+    """
+    level = level.expand_as(latent)[..., None]
+    distances = thresholds - latent[..., None]  # [..., B, K - 1]
+    last = thresholds.shape[-1]
+    above = distances.gather(-1, level.clamp(max=last - 1))[..., 0]
+    below = distances.gather(-1, (level - 1).clamp(min=0))[..., 0]
+    level = level[..., 0]
+    gap = torch.where((level > 0) & (level < last), above - below, torch.ones_like(above))
+    # sigma(a) - sigma(b) = sigma(a) sigma(-b) (1 - e^{b - a})
+    found = -torch.log(-torch.expm1(-gap)).masked_fill((level == 0) | (level == last), 0.0)
+    found = found - logsigmoid(above).masked_fill(level == last, 0.0)
+    return found - logsigmoid(-below).masked_fill(level == 0, 0.0)

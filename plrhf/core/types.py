@@ -72,14 +72,14 @@ class Feedback(Pinnable):
     is_tie: Tensor  # [B] bool, whether neither response was preferred
     weight: Tensor  # [B] float32, of the pair's loss; 1 on average over a split
     strength: Tensor  # [B] float32, how much better the chosen response is
-    choice: Tensor | None = (
-        None  # [B] int64, pairs of a number are one choice; None: each is its own
-    )
+    choice: Tensor | None = None  # [B] int64, pairs of one number are one choice
+    rating: Tensor | None = None  # [B] int64, level of a response alone; -1: of a pair
 
     def __getitem__(self, at: Tensor) -> Feedback:
         """Return the feedback of the pairs at indices [B], with their choices numbered anew."""
         choice = None if self.choice is None else self.choice[at].unique(return_inverse=True)[1]
-        return Feedback(self.is_tie[at], self.weight[at], self.strength[at], choice)
+        rating = None if self.rating is None else self.rating[at]
+        return Feedback(self.is_tie[at], self.weight[at], self.strength[at], choice, rating)
 
 
 @dataclass

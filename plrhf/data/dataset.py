@@ -160,10 +160,12 @@ class PairDataset:
         """Return how the rows of pairs at indices [B] are packed; those of a group share prefixes."""
         slots, together = self.user_slots, self.layout is packed
         can_share = slots.n_vectors == 0 or (slots.n_contexts is None and slots.same_for_user)
-        if self.groups is None or not (together and can_share):
+        has_ratings = self.feedback is not None and self.feedback.rating is not None
+        if not (self.groups is not None or has_ratings) or not (together and can_share):
             return RowPacking.of(segment, slots, together=together)
         users = self.user_id[at].tolist() if slots.n_vectors > 0 else [0] * len(at)
-        trees = list(zip(self.groups.number[at.numpy()].tolist(), users, strict=True))
+        groups = at if self.groups is None else self.groups.number[at.numpy()]
+        trees = list(zip(groups.tolist(), users, strict=True))
         return share_prefixes(input_ids, segment, trees, n_vectors=slots.n_vectors)
 
     def shard(self, indices: Sequence[int], shard: RankShard, *, epoch: int = 0) -> PreferenceBatch:
@@ -202,15 +204,17 @@ def feedback_of(rows: Sequence[Row]) -> Feedback | None:
         return list(values)
 
     verdicts, weights, strengths = map(column, ("verdict", "weight", "strength"))
-    choice = choices_among_several(rows)
-    if choice is None and all(one is None for one in (*verdicts, *weights, *strengths)):
+    choice, levels = choices_among_several(rows), column("rating_level")
+    if choice is None and all(one is None for one in (*verdicts, *weights, *strengths, *levels)):
         return None
+    rating = torch.tensor([-1 if one is None else int(one) for one in levels])
+    rated = rating if bool((rating >= 0).any()) else None
     weight, strength = (
         torch.tensor([1.0 if one is None else float(one) for one in column_of])
         for column_of in (weights, strengths)
     )
     is_tie = torch.tensor([one == "tie" for one in verdicts])
-    return Feedback(is_tie, weight / weight.mean(), strength, choice)
+    return Feedback(is_tie, weight / weight.mean(), strength, choice, rated)
 
 
 def choices_among_several(rows: Sequence[Row]) -> Tensor | None:

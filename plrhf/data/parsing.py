@@ -43,7 +43,8 @@ def parse_row(raw: Mapping[str, Any], where: str) -> Row:
         raw = {**raw, **dict(zip(("prompt", "chosen", "rejected"), said, strict=True))}
     prompt = _prompt(raw, where)
     chosen, rejected = (_response(raw, name, where) for name in ("chosen", "rejected"))
-    if chosen.strip() == rejected.strip():
+    level = _rating_level(raw, where)
+    if level is None and chosen.strip() == rejected.strip():
         cure = "Leave out ties: they hold no preference"
         refuse(Reason.SAME_RESPONSES, where, "rejected", rejected, "a text unlike chosen", cure)
     user_id = _required_text(raw, "user_id", where)
@@ -67,6 +68,7 @@ def parse_row(raw: Mapping[str, Any], where: str) -> Row:
         weight=_number(raw, "weight", where),
         strength=_number(raw, "strength", where),
         group_id=_optional_id(raw, "group_id", where),
+        rating_level=level,
     )
     _check_size(row, where)
     return row
@@ -111,6 +113,20 @@ def _number(raw: Mapping[str, Any], name: str, where: str) -> float | None:
         allowed, cure = f"a number {least}, at most a million", f"Mend {name}, or leave it out"
         refuse(Reason.BAD_WEIGHT, where, name, value, allowed, cure)
     return number
+
+
+def _rating_level(raw: Mapping[str, Any], where: str) -> int | None:
+    """Return the level of a rating, which a source of ratings gives; None if missing."""
+    level = raw.get("rating_level")
+    if _is_absent(level):
+        return None
+    if not isinstance(level, int) or isinstance(level, bool) or level < 0:
+        allowed, cure = (
+            "a whole number from 0",
+            "Leave it out, and give ratings as a file of ratings",
+        )
+        refuse(Reason.BAD_RATING, where, "rating_level", level, allowed, cure)
+    return level
 
 
 def _check_size(row: Row, where: str) -> None:

@@ -22,6 +22,7 @@ class Reason(StrEnum):
     BAD_USER_FEATURES = "bad user features"
     BAD_WEIGHT = "bad weight or strength"
     UNKNOWN_VERDICT = "unknown verdict"
+    BAD_RATING = "rating outside the scale"
     BAD_RANKING = "ranking with repeats or too few responses"
     BAD_MESSAGES = "bad chat messages"
     BAD_UTF8 = "bad UTF-8"

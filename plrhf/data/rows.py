@@ -39,6 +39,7 @@ class Row:
         strength: how much better the chosen response is, from 0; None: not known.
         group_id: rows that have it in common, as those of a ranking, are always in one batch. Those of
             one prompt and chosen response are one choice among several.
+        rating_level: of a rating, its level from 0; both responses are then the text that was rated.
     """
 
     prompt: str | tuple[Message, ...]
@@ -56,6 +57,7 @@ class Row:
     weight: float | None = None
     strength: float | None = None
     group_id: str | None = None
+    rating_level: int | None = None
 
 
 ROW_FIELDS = tuple(one.name for one in fields(Row))
@@ -175,10 +177,11 @@ class Rows(LazySequence[Row]):
 
 
 def choices_of(rows: Sequence[Row]) -> Sequence[Row]:
-    """Return the rows in which a response was preferred, without ties."""
+    """Return the rows in which a response was preferred, without ties and ratings."""
     if not isinstance(rows, Rows):
-        return [row for row in rows if row.verdict is None]
-    is_choice = np.array([verdict is None for verdict in rows.texts("verdict")], dtype=np.bool_)
+        return [row for row in rows if row.verdict is None and row.rating_level is None]
+    others = zip(rows.texts("verdict"), rows.texts("rating_level"), strict=True)
+    is_choice = np.array([one == (None, None) for one in others], dtype=np.bool_)
     return rows if is_choice.all() else rows.select(np.flatnonzero(is_choice))
 
 
@@ -190,6 +193,7 @@ def people_in(rows: Sequence[Row]) -> Sequence[Row | Person]:
 TEXT_COLUMNS = (
     *("prompt", "messages", "chosen", "rejected", "prompt_id", "pair_id"),
     *("split", "chosen_id", "rejected_id", "verdict", "weight", "strength", "group_id"),
+    "rating_level",
 )
 """Columns of the file. A prompt is in ``prompt`` if it is text, and in ``messages`` (JSON) if not."""
 
@@ -204,12 +208,14 @@ def _texts(row: Row) -> tuple[str | None, ...]:
         *(row.split, row.chosen_id, row.rejected_id, row.verdict),
         *(None if one is None else repr(one) for one in (row.weight, row.strength)),
         row.group_id,
+        None if row.rating_level is None else str(row.rating_level),
     )
 
 
 def _row(person: Person, prompt: Any, messages: Any, chosen: Any, rejected: Any, *ids: Any) -> Row:
     """Make a row of its user and its values in the order of `TEXT_COLUMNS`."""
-    prompt_id, pair_id, split, chosen_id, rejected_id, verdict, weight, strength, group_id = ids
+    prompt_id, pair_id, split, chosen_id, rejected_id, verdict, *numbers, group_id, level = ids
+    weight, strength = (None if one is None else float(one) for one in numbers)
     return Row(
         prompt if messages is None else tuple(json.loads(messages)),
         chosen,
@@ -223,7 +229,8 @@ def _row(person: Person, prompt: Any, messages: Any, chosen: Any, rejected: Any,
         chosen_id,
         rejected_id,
         verdict,
-        None if weight is None else float(weight),
-        None if strength is None else float(strength),
+        weight,
+        strength,
         group_id,
+        None if level is None else int(level),
     )

@@ -20,6 +20,9 @@ Codes = NDArray[np.int8]
 
 SplitBy = Literal["prompt", "response", "pair", "user"]
 
+NEED_PROMPTS = {"group_id": ("prompt",), "rating_level": ("prompt", "response")}
+"""What rows with these fields may be divided by: else train would tell what test asks."""
+
 
 def uniform_hash(key: str, *, salt: str, seed: int) -> float:
     """Hash a key to a uniformly distributed number in [0, 1), the same in every process.
@@ -48,9 +51,10 @@ def draw_splits(
             ``user``: the pairs of each user are divided, so that every user with some of them has
             train, val and test pairs. Only a user's own repeated judgment stays in one split.
     """
-    if by != "prompt" and any(one is not None for one in rows.texts("group_id")):
-        allowed = "prompt where rows have a group_id, as the pairs of a ranking tell of one another"
-        raise bad_value("data.split_by", by, allowed, "Set data.split_by=prompt")
+    for name, allowed in NEED_PROMPTS.items():
+        if by not in allowed and any(one is not None for one in rows.texts(name)):
+            said = f"{' or '.join(allowed)} where rows have a {name}, and tell of one another"
+            raise bad_value("data.split_by", by, said, "Set data.split_by=prompt")
     draw = {"prompt": _by_prompt, "response": _by_response, "pair": _by_pair, "user": _by_user}[by]
     return draw(rows, seed, val_fraction, test_fraction)
 

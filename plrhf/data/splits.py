@@ -18,6 +18,8 @@ TOO_FEW_PAIRS = "user below data.min_pairs_per_user"
 BEYOND_MAX_USERS = "user beyond data.max_users"
 UNSEEN_OUTSIDE_TEST = "unseen user outside test"
 TIE_OUTSIDE_TRAIN = "tie outside train"
+RATING_OUTSIDE_TRAIN = "rating outside train, where pairs of ratings are asked"
+PAIR_OF_RATINGS = "pair of ratings that train has one by one"
 
 FEW_PROMPTS = 10  # too few to divide them
 VAL_FRACTION, TEST_FRACTION = 0.1, 0.2
@@ -124,9 +126,8 @@ def split_rows(
     )
     fits = np.ones(len(rows), dtype=np.bool_) if fits is None else fits
     n_too_long = int((~fits).sum())
-    is_tie = np.array([verdict is not None for verdict in rows.texts("verdict")], dtype=np.bool_)
-    untested = fits & is_tie & (code != TRAIN)
-    fits = fits & ~untested
+    misplaced = {reason: fits & where for reason, where in _misplaced(rows, code).items()}
+    fits = fits & ~np.logical_or.reduce(list(misplaced.values()))
     names, user = _users(rows)
     pairs = np.stack(
         [np.bincount(user[fits & (code == one)], minlength=len(names)) for one in range(3)]
@@ -141,7 +142,7 @@ def split_rows(
         BEYOND_MAX_USERS: fits & beyond[user],
         UNSEEN_OUTSIDE_TEST: fits & (enough & ~beyond & ~seen)[user] & (code != TEST),
     }
-    counted = {TIE_OUTSIDE_TRAIN: untested, **left_out}
+    counted = {**misplaced, **left_out}
     dropped = {reason: int(where.sum()) for reason, where in counted.items() if where.any()}
     kept = fits & ~np.logical_or.reduce(list(left_out.values()))
     indices = {name: np.flatnonzero(kept & (code == one)) for one, name in enumerate(SPLITS)}
@@ -155,6 +156,23 @@ def split_rows(
         indices=indices,
         counted=np.flatnonzero(fits & enough[user]),
     )
+
+
+def _misplaced(rows: Rows, code: Codes) -> dict[str, NDArray[np.bool_]]:
+    """Return which rows, [N], cannot be used in their split, by reason.
+
+    Ties and ratings are in train alone. If there are ratings, pairs of them are in val and test alone.
+    """
+    is_tie, is_rating = (
+        np.array([one is not None for one in rows.texts(name)], dtype=np.bool_)
+        for name in ("verdict", "rating_level")
+    )
+    in_train = code == TRAIN
+    return {
+        TIE_OUTSIDE_TRAIN: is_tie & ~in_train,
+        RATING_OUTSIDE_TRAIN: is_rating & ~in_train,
+        PAIR_OF_RATINGS: ~is_rating & in_train & is_rating.any(),
+    }
 
 
 def _which_users(
@@ -214,9 +232,13 @@ def all_as_test(
         users: ids of the users that the model was trained on.
         fits: whether each row is short enough, [N]; other rows are left out. None: all are.
     """
-    columns = zip(rows.texts("split"), rows.texts("verdict"), strict=True)
+    columns = (rows.texts(name) for name in ("split", "verdict", "rating_level"))
     is_test = np.array(
-        [split in (None, "test") and verdict is None for split, verdict in columns], dtype=np.bool_
+        [
+            split in (None, "test") and verdict is None and level is None
+            for split, verdict, level in zip(*columns, strict=True)
+        ],
+        dtype=np.bool_,
     )
     if not is_test.any():
         raise bad_value("test rows", 0, "1 or more", "Give rows without split, or with split=test")

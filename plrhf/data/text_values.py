@@ -83,7 +83,7 @@ def repeated_texts(dataset: PairDataset) -> tuple[Tensor, Tensor]:
 
 
 def independent_pairs(dataset: PairDataset, n_users: int) -> Tensor:
-    """Count how many choices of each user do not follow from their others, [n_users] int64.
+    """Count how many answers of each user do not follow from their others, [n_users] int64.
 
     Choices between T texts determine at most T - 1 differences of rewards; in general T less the number
     of groups of texts that choices connect (the rank of the incidence matrix). Pairs that were derived
@@ -101,6 +101,8 @@ def independent_pairs(dataset: PairDataset, n_users: int) -> Tensor:
     owner = nodes // n_texts
     counts = np.bincount(owner, minlength=n_users)
     counts -= np.bincount(owner[first_of_group], minlength=n_users)
+    if dataset.feedback is not None and dataset.feedback.rating is not None:  # of one text each
+        counts += np.bincount(users[dataset.feedback.rating >= 0, 0], minlength=n_users)
     return torch.from_numpy(counts)
 
 

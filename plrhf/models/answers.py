@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from plrhf.core.choices import margins_with_errors
+from plrhf.core.errors import bad_value
 
 Noise = Literal["none", "temperature", "errors"]
+
+RatingScale = Annotated[list[int], Field(min_length=2, max_length=2)]
+"""Lowest and highest rating."""
+
+MOST_LEVELS = 100
+"""Largest number of levels of a scale."""
 
 FIRST_ERROR_LOGIT = -3.0
 """Where the error rate starts: one answer in twenty is random."""
@@ -69,3 +77,32 @@ NOISES: dict[str, type[Temperature] | type[Errors]] = {
     "temperature": Temperature,
     "errors": Errors,
 }
+
+
+class Thresholds(nn.Module):
+    """Computes the thresholds between a user's ratings, theta_1 < ... < theta_{K-1}.
+
+    The first, and the logarithms of the gaps between them, are shared numbers plus a linear map of the
+    user's vector that starts at zero, like `UserNumber`.
+
+    Args:
+        n_levels: K, at least 2. user_dim: width of user vectors; 0: all users have the shared thresholds.
+    """
+
+    def __init__(self, *, n_levels: int, user_dim: int) -> None:
+        super().__init__()
+        if not 2 <= n_levels <= MOST_LEVELS:
+            allowed = f"two whole numbers, from which to which there are 2 to {MOST_LEVELS}"
+            cure = "Set model.rating_scale=[1,5]"
+            raise bad_value("model.rating_scale", f"{n_levels} levels", allowed, cure)
+        start = torch.zeros(n_levels - 1)  # gaps of 1, around 0
+        start[0] = 1 - 0.5 * n_levels
+        self.shared = nn.Parameter(start)
+        self.own = nn.Parameter(torch.zeros(n_levels - 1, user_dim))
+
+    def forward(self, user: Tensor) -> Tensor:
+        """Compute the thresholds [N, K - 1] float32 of users with vectors [N, D]."""
+        numbers = self.shared.expand(len(user), -1)
+        if self.own.shape[1] > 0:
+            numbers = numbers + (user.float()[:, None] * self.own).sum(dim=-1)
+        return torch.cat([numbers[:, :1], numbers[:, 1:].exp()], dim=1).cumsum(dim=1)

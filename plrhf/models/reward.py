@@ -11,19 +11,24 @@ from torch import Tensor, nn
 
 from plrhf.core import losses
 from plrhf.core.checks import NonNegativeFloat, check_arguments
-from plrhf.core.choices import davidson, plackett_luce
+from plrhf.core.choices import cumulative_logit, davidson, plackett_luce
 from plrhf.core.errors import bad_value
 from plrhf.core.pooling import pool_responses
 from plrhf.core.types import CHOSEN, PADDING, PROMPT, PreferenceBatch
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Ties
-from plrhf.encoders import EnsembleEncoder
-from plrhf.models.answers import NOISES, Errors, Noise, UserNumber
+from plrhf.models.answers import NOISES, Noise, RatingScale, Thresholds, UserNumber
 from plrhf.models.base import PersonalModule
 from plrhf.models.card import CARD
-from plrhf.models.heads import BasisHead, RewardHead, build_head
+from plrhf.models.heads import RewardHead, build_head
 from plrhf.models.inference import Asked, export_of, load, score
 from plrhf.models.loading import build_model
+from plrhf.models.reward_checks import (
+    check_answers,
+    check_choices,
+    check_has_ratings,
+    check_user_acts,
+)
 from plrhf.models.start import build_start
 
 
@@ -54,6 +59,8 @@ class PersonalRewardModel(PersonalModule):
             `losses.reward_centring`.
         ties: whether ties are learned from, with a tie parameter of all users (``shared``) or of each
             user (``own``), see `choices.davidson`; ``none``: data leaves ties out.
+        rating_scale: lowest and highest rating that data gives one by one; learned from with thresholds of
+            each user, see `choices.cumulative_logit`. None: there are none.
         noise: what each user has of one's own: a ``temperature``, a rate of ``errors``, or ``none``, see
             `answers`. Margins are log-odds of choices with this noise.
         parts: see `PersonalModule`.
@@ -69,6 +76,7 @@ class PersonalRewardModel(PersonalModule):
         target_margin: NonNegativeFloat = 0.0,
         centring: NonNegativeFloat = 0.0,
         ties: Ties = "none",
+        rating_scale: RatingScale | None = None,
         noise: Noise = "none",
         **parts: Any,
     ) -> None:
@@ -89,10 +97,16 @@ class PersonalRewardModel(PersonalModule):
         self.log_tie: UserNumber | None = None
         if ties != "none":
             self.log_tie = UserNumber(start=0.0, user_dim=user_dim if ties == "own" else 0)
-        self._check_user_acts()
-        self._check_answers(loss)
+        self.rating_scale, self.thresholds = rating_scale, None
+        if rating_scale is not None:
+            n_levels = rating_scale[1] - rating_scale[0] + 1
+            own_dim = user_dim if self.encoder.personal else 0
+            self.thresholds = Thresholds(n_levels=n_levels, user_dim=own_dim)
+        check_user_acts(self)
+        check_answers(self)
 
     def initialise(self, data: PreferenceData, *, total_steps: int) -> None:
+        check_has_ratings(self, data.datasets["train"])
         build_start(self.start).apply(self, data, total_steps=total_steps)
 
     def reinitialised(self) -> Self:
@@ -100,86 +114,8 @@ class PersonalRewardModel(PersonalModule):
         anew: Self = build_model(self.backbone, self.card, optim=self.optim)
         return anew.to(self.device)
 
-    def _check_user_acts(self) -> None:
-        """Raise a ValueError if users have no effect in head and aggregator, or the head lacks an input."""
-        acts = self.aggregator.user_acts or self.head.reads_user
-        if self.has_user_vectors and not acts:
-            raise bad_value(
-                "aggregator",
-                type(self.aggregator).__name__,
-                "one in which users act, with a reward head that does not read them",
-                "Set aggregator=film, model.head=basis, or encoder=none",
-            )
-        if self.head.reads_user and not self.has_user_vectors:
-            raise bad_value(
-                "model.head",
-                type(self.head).__name__,
-                "one that reads no user with encoder=none",
-                "Set encoder=uniform, or model.head=linear",
-            )
-        is_mixture = isinstance(self.head, BasisHead) and self.head.mixes == "losses"
-        if (
-            is_mixture
-            and self.head.weights == "raw"
-            and not isinstance(self.encoder, EnsembleEncoder)
-        ):
-            allowed = "softmax where losses are mixed, unless encoder=ensemble gives weights that sum to 1"
-            raise bad_value("model.head.weights", "raw", allowed, "Set model.head.weights=softmax")
-        if self.head.reads_prompt and (
-            self.aggregator.user_acts or self.aggregator.residual is not None
-        ):
-            raise bad_value(
-                "aggregator",
-                type(self.aggregator).__name__,
-                "none without residuals of texts, with a reward head that reads the prompt",
-                "Set aggregator=none aggregator.text_residual=false",
-            )
-        if self.aggregator.residual is not None and not self.needs_only_pooled:
-            raise bad_value(
-                "aggregator.text_residual",
-                True,
-                "false unless the backbone is frozen and users act behind it",
-                "Set backbone.trainable=frozen aggregator.site=last",
-            )
-
-    def _check_answers(self, loss: str) -> None:
-        """Raise a ValueError if what is learned of users' answers does not go with other settings."""
-        has_own = self.log_tie is not None and len(self.log_tie.own) > 0
-        for name, chosen in (("ties", has_own), ("noise", self.noise is not None)):
-            if chosen and not self.encoder.personal:
-                allowed = "none or shared" if name == "ties" else "none"
-                allowed += " with an encoder that does not tell users apart"
-                value = "own" if name == "ties" else type(self.noise).__name__.lower()
-                cure = f"Set model.{name}={allowed.split()[0]}, or encoder=lookup"
-                raise bad_value(f"model.{name}", value, allowed, cure)
-        if self.log_tie is None:
-            return
-        cure = "Set model.ties=none, or change that setting"
-        for setting, clashes in (
-            ("model.loss=hinge", loss == "hinge"),
-            ("model.target_margin", self.target_margin > 0),
-            ("model.start", build_start(self.start).reads_pairs),
-            ("an encoder that reads pairs", self.encoder.reads_context),
-        ):
-            if clashes:
-                raise bad_value("model.ties", "shared or own", f"none with {setting}", cure)
-
-    def _check_choices(self) -> None:
-        """Raise a ValueError if a choice among several responses has no likelihood with these settings."""
-        cure = "Set that to its default, or give pairs without group_id"
-        for setting, clashes in (
-            ("model.ties", self.log_tie is not None),
-            ("model.noise", isinstance(self.noise, Errors)),
-            ("model.loss", self.choice_loss is losses.reward_hinge),
-            ("model.inner", self.inner is not None),
-            ("model.head", type(self.head).compare is not RewardHead.compare),
-        ):
-            if clashes:
-                allowed = f"pairs of their own with this {setting}, not choices among several"
-                raise bad_value("group_id", "of a ranking", allowed, cure)
-
     def head_parameters(self) -> list[nn.Parameter]:
-        parts = (self.head, self.noise, self.log_tie)
+        parts = (self.head, self.noise, self.log_tie, self.thresholds)
         return [one for part in parts if part is not None for one in part.parameters()]
 
     def score(self, asked: Asked, *, batch_size: int = 32) -> Tensor:
@@ -273,7 +209,7 @@ class PersonalRewardModel(PersonalModule):
         feedback = batch.feedback
         target = self.target_margin * (1.0 if feedback is None else feedback.strength)
         if feedback is not None and feedback.choice is not None:
-            self._check_choices()
+            check_choices(self)
             loss = plackett_luce(margins - target, feedback.choice)
         elif self.log_tie is None:
             loss = self.choice_loss(margins, target_margin=target)
@@ -281,6 +217,11 @@ class PersonalRewardModel(PersonalModule):
             is_tie = torch.zeros_like(batch.user_id, dtype=torch.bool)
             is_tie = is_tie if feedback is None else feedback.is_tie
             loss = davidson(margins, self.log_tie(user).view_as(margins), is_tie)
+        if feedback is not None and feedback.rating is not None and self.thresholds is not None:
+            level, latent = feedback.rating, extra[..., 0]
+            theta = self.thresholds(user).view(*latent.shape, -1)
+            of_rating = cumulative_logit(latent, level.clamp(min=0), theta)
+            loss = torch.where(level >= 0, of_rating, loss)
         return loss + self.centring * losses.reward_centring(extra[..., 0], extra[..., 1])
 
     @property

@@ -14,7 +14,8 @@ TRAIN: dict[str, tuple[list[str], str]] = {
     "unknown key": (
         ["model.alhpa=1"],
         "model.alhpa='1' is not allowed: expected one of the keys _target_, alpha, centring, head, "
-        "inner, loss, name, noise, pooling, reduce, start, target_margin, ties. Write model.alpha.",
+        "inner, loss, name, noise, pooling, rating_scale, reduce, start, target_margin, ties. "
+        "Write model.alpha.",
     ),
     "unknown key among others that need a group": (
         ["model=dpo", "model.beta=1", "model.betta=2"],

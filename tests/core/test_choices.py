@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import Tensor, tensor
 
-from plrhf.core.choices import davidson, margins_with_errors, plackett_luce
+from plrhf.core.choices import (
+    cumulative_logit,
+    davidson,
+    margins_with_errors,
+    plackett_luce,
+)
 from plrhf.core.losses import bradley_terry
 
 
@@ -92,6 +97,39 @@ def test_rankings_of_two_are_bradley_terry() -> None:
     (slope,) = torch.autograd.grad(found.sum(), margins)
     (wanted,) = torch.autograd.grad(expected.sum(), margins)
     torch.testing.assert_close(slope, wanted, atol=1e-6, rtol=0)
+
+
+def test_cumulative_logit_by_hand() -> None:
+    # theta - r = log 1/3, 0, log 4: sigma = 1/4, 1/2, 4/5, so the levels have 1/4, 1/4, 3/10, 1/5.
+    thresholds = tensor([log(1 / 3), 0.0, log(4)]) + 2.5
+    found = cumulative_logit(tensor([2.5] * 4), torch.arange(4), thresholds.expand(4, 3))
+    torch.testing.assert_close(found.neg().exp(), tensor([0.25, 0.25, 0.3, 0.2]))
+
+
+def test_levels_exclude_one_another() -> None:
+    latent = torch.linspace(-30, 30, 13, dtype=torch.float64)
+    thresholds = tensor([-2.0, -1.5, 4.0], dtype=torch.float64).expand(13, 3)
+    found = [cumulative_logit(latent, tensor([level]), thresholds) for level in range(4)]
+    total = torch.stack(found).neg().exp().sum(0)
+    torch.testing.assert_close(total, torch.ones_like(total))
+
+
+def test_two_levels_are_a_pair_with_a_text_at_the_threshold() -> None:
+    latent = torch.linspace(-20, 20, 41).requires_grad_()
+    threshold = torch.full((41, 1), 0.75)
+    high = cumulative_logit(latent, torch.ones(41, dtype=torch.int64), threshold)
+    torch.testing.assert_close(high, bradley_terry(latent - 0.75), atol=1e-6, rtol=0)
+    low = cumulative_logit(latent, torch.zeros(41, dtype=torch.int64), threshold)
+    torch.testing.assert_close(low, bradley_terry(0.75 - latent), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_gradients_of_ratings_are_finite(level: int) -> None:
+    latent = tensor([-300.0, 0.0, 300.0]).requires_grad_()
+    thresholds = tensor([-1.0, 1.0]).expand(3, 2).clone().requires_grad_()
+    loss = cumulative_logit(latent, tensor(level).expand(3), thresholds).sum()
+    slopes = torch.autograd.grad(loss, (latent, thresholds))
+    assert all(bool(one.isfinite().all()) for one in slopes)
 
 
 @pytest.mark.parametrize("margin", [-200.0, 0.0, 200.0])

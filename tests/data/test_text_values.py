@@ -59,7 +59,9 @@ def test_choices_that_follow_from_others_are_not_independent() -> None:
     }
     users = tensor([user for user, own in pairs.items() for _ in own])
     of_pair = tensor([pair for own in pairs.values() for pair in own])
-    dataset: Any = SimpleNamespace(hidden=TextValues(torch.zeros(5, 2), of_pair), user_id=users)
+    dataset: Any = SimpleNamespace(
+        hidden=TextValues(torch.zeros(5, 2), of_pair), user_id=users, feedback=None
+    )
     found = independent_pairs(dataset, 6)
     texts = torch.eye(5)
     differences = texts[of_pair[:, 0]] - texts[of_pair[:, 1]]

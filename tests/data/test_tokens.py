@@ -121,6 +121,7 @@ CHANGES = {
     "weight": 0.5,
     "strength": 2.0,
     "group_id": "another",
+    "rating_level": 3,
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from tiny import gradients, make_batch, make_model, make_pairs
 from torch import Tensor, tensor
 
-from plrhf.core.choices import davidson, margins_with_errors
+from plrhf.core.choices import cumulative_logit, davidson, margins_with_errors
 from plrhf.core.losses import bradley_terry
 from plrhf.core.types import Feedback, PreferenceBatch
 from plrhf.data.packing import TokenPair
@@ -128,6 +128,40 @@ def test_noise_changes_log_odds_and_never_who_wins(noise: str) -> None:
     )
 
 
+LEVELS = tensor([0, 4, -1, 2, 3, 1, -1])
+
+
+@pytest.mark.parametrize("personal", [True, False])
+def test_ratings_have_thresholds_of_their_users(personal: bool) -> None:
+    model = make_model(
+        PersonalRewardModel, rating_scale=[1, 5], personal=personal, alpha=0.25 if personal else 1.0
+    )
+    with torch.no_grad():
+        torch.nn.init.normal_(model.thresholds.own, std=0.3)
+    batch = batch_with(rating=LEVELS)
+    user, _ = model.user_vectors(batch, model.context_names)
+    margins, rewards = model.margins_for(batch, user)
+    theta = model.thresholds(user)
+    assert bool((theta.diff(dim=1) > 0).all())
+    assert (theta.std(dim=0).max() > 1e-3) == personal
+    of_rating = cumulative_logit(
+        rewards[..., 0], LEVELS.clamp(min=0), theta.view(*margins.shape, 4)
+    )
+    expected = torch.where(LEVELS >= 0, of_rating, bradley_terry(margins))
+    loss, _ = model.loss(batch)
+    shares = tensor([[0.25], [0.75]]) if personal else tensor([[1.0]])
+    torch.testing.assert_close(loss, (shares * expected).sum(0))
+    loss.sum().backward()
+    assert gradients(model)["thresholds.shared"].abs().min() > 0
+    assert personal == (len(model.thresholds.own.flatten()) > 0)
+
+
+def test_thresholds_start_around_zero_and_shared() -> None:
+    thresholds = make_model(PersonalRewardModel, rating_scale=[0, 3]).thresholds
+    found = thresholds(torch.randn(2, thresholds.own.shape[1]))
+    torch.testing.assert_close(found, tensor([[-1.0, 0.0, 1.0]]).expand(2, 3))
+
+
 RANKING = tensor([0, 0, 0, 3, 3, 5, 6])  # four responses, and a pair
 
 
@@ -163,10 +197,17 @@ def test_rankings_that_have_no_likelihood(settings: dict[str, Any]) -> None:
     [
         ({"ties": "own", "personal": False}, "model.ties='own' .* expected none or shared with an"),
         ({"noise": "errors", "personal": False}, "model.noise='errors' .* expected none with an"),
-        ({"ties": "shared", "loss": "hinge"}, "model.ties=.* expected none with model.loss=hinge"),
-        ({"ties": "shared", "target_margin": 1.0}, "expected none with model.target_margin"),
-        ({"ties": "shared", "start": "pca"}, "expected none with model.start"),
+        ({"ties": "shared", "loss": "hinge"}, "model.ties=.* its default with model.loss=hinge"),
+        ({"ties": "shared", "target_margin": 1.0}, "its default with model.target_margin"),
+        ({"ties": "shared", "start": "pca"}, "its default with model.start"),
         ({"ties": "many"}, "model.ties='many'"),
+        ({"rating_scale": [5, 5]}, "model.rating_scale='1 levels' .* expected two whole numbers"),
+        ({"rating_scale": [5]}, "model.rating_scale=.5. is not allowed"),
+        ({"rating_scale": [1, 5], "noise": "errors"}, "its default with model.noise"),
+        (
+            {"rating_scale": [1, 5], "ties": "own"},
+            "model.ties=.* its default with model.rating_scale",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str) -> None:

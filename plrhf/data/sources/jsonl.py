@@ -6,11 +6,13 @@ Records need not be rows: see `forms` for comparisons, ratings and exports of an
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 from plrhf.core.errors import bad_value
 from plrhf.data.reasons import Refusal
+from plrhf.data.sources import ratings
 from plrhf.data.sources.base import Source
 from plrhf.data.sources.columns import ColumnMap
 from plrhf.data.sources.formats import (
@@ -35,19 +37,27 @@ class JsonlSource(Source):
         path: the file; its ending decides how it is read.
         columns: row field -> column of the file, see `ColumnMap`.
         keep_split: whether rows keep the split that the file gives them; else they are divided by prompt.
+        rating_scale: lowest and highest of a file of ratings, which then are rows of their own beside
+            their pairs, see `ratings.rows`; None: pairs alone.
 
     Raises:
         ValueError: unknown ending, or a field in `columns` that rows do not have.
     """
 
     def __init__(
-        self, *, path: str, columns: Mapping[str, str] | None = None, keep_split: bool = True
+        self,
+        *,
+        path: str,
+        columns: Mapping[str, str] | None = None,
+        keep_split: bool = True,
+        rating_scale: list[int] | None = None,
     ) -> None:
         if not path.lower().endswith(ENDINGS):
             cure = f"Convert the file to one of {', '.join(ENDINGS)}"
             raise bad_value("data.path", path, f"a file ending in {' '.join(ENDINGS)}", cure)
         self.path, self.keep_split = path, keep_split
         self.columns = ColumnMap(columns)
+        self.rating_scale = rating_scale
 
     def records(self) -> Iterator[tuple[str, Record]]:
         """Yield records under row field names, placed by line (parquet: row) number from 1.
@@ -68,6 +78,12 @@ class JsonlSource(Source):
                 names, records = _peek(json_records(self.path))
             form = form_of({*self.columns.row(dict.fromkeys(names)), *self.columns.renamed})
             self.form = None if form is None else form.name
+            to_rows = None if form is None else form.rows
+            if self.rating_scale is not None:
+                if self.form != "ratings":
+                    allowed, cure = "null unless the file is one of ratings", "Set it to null"
+                    raise bad_value("model.rating_scale", self.rating_scale, allowed, cure)
+                to_rows = partial(ratings.rows, scale=self.rating_scale)
             if ending.endswith(".parquet"):
                 records = self._parquet(names)
             elif ending.endswith(TABLES):
@@ -75,7 +91,7 @@ class JsonlSource(Source):
             else:
                 records = self._json(records)
             found = self._renamed(records)
-            for number, row in found if form is None else form.rows(found):
+            for number, row in found if to_rows is None else to_rows(found):
                 yield f"{self.path}:{number}", row
 
     def _renamed(self, records: Iterator[tuple[int, Record]]) -> Iterator[tuple[int, Record]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -46,13 +46,19 @@ def is_rating(names: Collection[str]) -> bool:
     )
 
 
-def rows(records: Iterator[tuple[int, Record]]) -> Iterator[tuple[int, Record]]:
-    """Pair the responses that one user rated differently on one prompt.
+def rows(
+    records: Iterator[tuple[int, Record]], scale: Sequence[int] | None = None
+) -> Iterator[tuple[int, Record]]:
+    """Pair the responses that one user rated differently on one prompt, in one split.
 
     At most `MOST_PAIRS` of them are made for each user and prompt, drawn by a hash. A rating that is in
     no pair is refused, and counted.
+
+    Args:
+        scale: lowest and highest rating, whole numbers. Each rating is then a row of its own, too, with
+            its ``rating_level``; one outside the scale is refused. None: any number is a rating.
     """
-    groups: dict[tuple[Any, str], list[Rated]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[Rated]] = defaultdict(list)
     prompts: dict[str, Any] = {}
     for number, record in records:
         found = record if isinstance(record, Refusal) else _rated(number, record)
@@ -60,10 +66,31 @@ def rows(records: Iterator[tuple[int, Record]]) -> Iterator[tuple[int, Record]]:
             yield number, found
             continue
         key, prompt, rated = found
+        if scale is not None:
+            one = _rating_row(key[0], prompt, rated, scale)
+            yield number, one
+            if isinstance(one, Refusal):
+                continue
         prompts.setdefault(key[1], prompt)
-        groups[key].append(rated)
-    for (user, prompt_key), of_group in groups.items():
-        yield from _pairs(user, prompts[prompt_key], of_group)
+        groups[*key, str(rated.others.get("split"))].append(rated)
+    for (user, prompt_key, _), of_group in groups.items():
+        for number, row in _pairs(user, prompts[prompt_key], of_group):
+            if scale is None or not isinstance(row, Refusal):  # else it is a row of its own
+                yield number, row
+
+
+def _rating_row(user: Any, prompt: Any, rated: Rated, scale: Sequence[int]) -> Record:
+    """Return the row of one rating, or a refusal if it is not on the scale."""
+    lowest, highest = scale
+    level = rated.rating - lowest
+    if level != int(level) or not 0 <= level <= highest - lowest:
+        allowed = f"a whole number from {lowest} to {highest}"
+        cure = "Mend it, or set model.rating_scale to the scale of the ratings"
+        return refusal(Reason.BAD_RATING, "rating", rated.rating, allowed, cure)
+    row = {**rated.others, "prompt": prompt, "chosen": rated.response, "rejected": rated.response}
+    row.pop("pair_id", None)
+    row["rating_level"] = int(level)
+    return row if user is None else {**row, "user_id": user}
 
 
 def _rated(number: int, record: Mapping[str, Any]) -> tuple[tuple[Any, str], Any, Rated] | Refusal:
