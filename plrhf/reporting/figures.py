@@ -32,6 +32,7 @@ from plrhf.reporting.drawing import (
 from plrhf.reporting.runs import Run
 from plrhf.reporting.tables import headline_rows
 
+MOST_BARS = 1000  # of users in a figure
 N_LOWEST = 5  # users named under the bars
 CURVE_POINTS = 300
 LEARNED = {
@@ -94,15 +95,23 @@ def user_bars(run: Run) -> list[Drawing]:
     return [_bars_of(run.outcomes(kind), kind) for kind in kinds]
 
 
+def bars(heights: np.ndarray) -> np.ndarray:
+    """Return sorted heights, or the means of `MOST_BARS` groups of neighbours where there are more."""
+    if len(heights) <= MOST_BARS:
+        return heights
+    return np.array([part.mean() for part in np.array_split(heights, MOST_BARS)])
+
+
 @rc_context(STYLE)
 def _bars_of(personal: Outcomes, kind: str) -> Drawing:
     """Draw the accuracy of each user, sorted, with the worst tenth in another colour.
 
-    All bars of a colour are one path, so that 10,000 users make a small figure.
+    All bars of a colour are one path. Of more than `MOST_BARS` users, a bar is the mean of some that are
+    next to one another, so that any number of users makes a small figure.
     """
     sums = user_sums(personal)
     own = sums.correct / sums.count * 100
-    means = np.sort(own)
+    means = bars(np.sort(own))
     n_worst = max(1, len(means) // 10)
     figure, axes = panel(9.6, 2.4)
     gap = 0.2 if len(means) <= 150 else 0.0
@@ -115,7 +124,7 @@ def _bars_of(personal: Outcomes, kind: str) -> Drawing:
             places = np.arange(start, stop)
             edges = np.append(np.stack([places, places + 1 - gap], axis=1).ravel(), stop)
             axes.stairs(heights, edges, fill=True, color=colour, label=name, linewidth=0)
-    mean = float(means.mean())
+    mean = float(own.mean())
     axes.axhline(mean, color=INK, linewidth=1, linestyle="--", label=f"mean {mean:.1f}")
     axes.axhline(50, color=MUTED, linewidth=0.8)
     axes.set(xlim=(-0.5, len(means) + 0.5), ylim=(0, 100), ylabel="accuracy, %")
@@ -127,6 +136,10 @@ def _bars_of(personal: Outcomes, kind: str) -> Drawing:
     pairs = f"{fewest if fewest == most else f'{fewest} to {most}'} pairs a user"
     names = np.unique(as_text(personal.user_id))  # in the order of the sums
     lowest = ", ".join(f"{names[at]} {own[at]:.0f}" for at in own.argsort(kind="stable")[:N_LOWEST])
+    if len(means) < len(own):
+        pairs = (
+            f"{len(own):,} users, a bar for some {round(len(own) / len(means))} of them, {pairs}"
+        )
     caption = (
         f"{pairs}: with few, much of the spread is chance. The grey line is 50%. Lowest: {lowest}."
     )

@@ -36,6 +36,7 @@ from plrhf.reporting import curves as sweeps
 from plrhf.reporting import report
 from plrhf.reporting.comparison_page import compare
 from plrhf.reporting.drawing import drawing, panel, with_hover
+from plrhf.reporting.figures import bars
 from plrhf.reporting.runs import Run, read_run
 from plrhf.reporting.tables import (
     few_shot_closing_table,
@@ -366,3 +367,14 @@ def test_few_shot_curves_in_a_narrow_terminal() -> None:
         assert ("over generic" in " ".join(text.split())) == (
             gain is None and adapted.over_generic != {}
         )
+
+
+def test_many_users_are_drawn_by_groups() -> None:
+    few = np.array([0.0, 50.0, 100.0])
+    assert bars(few) is few
+    many = np.sort(np.random.default_rng(0).uniform(0, 100, 2_001))
+    drawn = bars(many)
+    assert len(drawn) == 1_000 and (np.diff(drawn) >= 0).all()
+    assert drawn[0] == pytest.approx(many[:3].mean()) and drawn[-1] == pytest.approx(
+        many[-2:].mean()
+    )
