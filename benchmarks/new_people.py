@@ -6,7 +6,7 @@
 
 Each RUN is a run of another seed of one world with unseen users; their users are pooled. With --pairs and
 --people the users of a simulated world are drawn anew, so many and with so many pairs each, of which half
-are given or candidates and the others predicted.
+are given or candidates and the others predicted. With --users seen train users are treated as new.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def trials_of(run: str, given: argparse.Namespace) -> FewShotTrials:
         settings["data"] = data.model_copy(update={"source": {**data.source, **world, **few}})
     config = EvalConfig.model_construct(**settings, trust_components=False, debug=False)
     model, rows, _, _ = load_run(Path(run), config)
-    may_be_given, asked = rows_of_users(rows, "unseen")
+    may_be_given, asked = rows_of_users(rows, given.users)
     tokenizer = row_tokenizer(rows.row_tokenizer.tokenizer, rows.tokenizer_options)
     dataset = dataset_of(model, tokenizer, [*may_be_given, *asked], batch_size=128)
     ids = {row.pair_id for row in may_be_given}
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=16)
     parser.add_argument("--pairs", type=int, default=None)
     parser.add_argument("--people", type=int, default=40)
+    parser.add_argument("--users", choices=("unseen", "seen"), default="unseen")
     parser.add_argument("--ask", choices=RULES, default=None)
     parser.add_argument("--rules", nargs="+", choices=RULES, default=["random", "information"])
     given = parser.parse_args()

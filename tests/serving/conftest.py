@@ -20,7 +20,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def server(runs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("people")
     # What an untrained model writes is more tokens when it is read, of which the models allow 128.
-    words = ("pool=9", "max_body=5000", "max_tokens=30")
+    words = ("pool=9", "max_body=5000", "max_tokens=40")
     with serving(runs[0], folder, *words, reward=runs[1]) as running:
         yield running
 
