@@ -19,7 +19,6 @@ from plrhf.core.components import WITHOUT_EFFECT, first_difference
 from plrhf.core.errors import BadValue, bad_value
 from plrhf.data.digests import content_hash
 from plrhf.evaluation.records import Record, read_record, read_settings
-from plrhf.evaluation.results import read_metrics
 
 FAILED, LOG = "error.txt", "log.txt"
 SOME_FAILED = 1
@@ -142,6 +141,8 @@ def best_value(run_dir: Path, monitor: str) -> float | None:
 
     None without any value.
     """
+    from plrhf.evaluation.results import read_metrics  # it loads torch and transformers
+
     metrics = read_metrics(run_dir)
     if metrics is None or monitor not in metrics:
         return None
