@@ -34,9 +34,11 @@ class Form:
 FORMS = (
     Form("label_studio", annotation_tools.is_label_studio, annotation_tools.label_studio_rows),
     Form("argilla", annotation_tools.is_argilla, annotation_tools.argilla_rows),
-    Form("rankings", rankings.is_ranking, rankings.rows),
     Form("comparisons", comparisons.is_comparison, comparisons.rows),
     Form("ratings", ratings.is_rating, ratings.rows),
+    Form(
+        "rankings", rankings.is_ranking, rankings.rows
+    ),  # last, as other forms may have such a column
 )
 
 

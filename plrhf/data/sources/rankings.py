@@ -58,7 +58,7 @@ def _ranked(record: Mapping[str, Any]) -> list[str] | Refusal:
         if not _is_list(ranks) or not _is_list(texts) or len(ranks) != len(texts):
             allowed, cure = "a rank for each response", "Give two lists of one length"
             return refusal(Reason.BAD_RANKING, RANKS, ranks, allowed, cure)
-        if any(isinstance(one, bool) or not isinstance(one, (int, float)) for one in ranks):
+        if not all(_is_number(one) for one in ranks):
             allowed, cure = "numbers, 1 for the best", "Write ranks as numbers"
             return refusal(Reason.BAD_RANKING, RANKS, ranks, allowed, cure)
         if len(set(ranks)) < len(ranks):
@@ -75,6 +75,12 @@ def _ranked(record: Mapping[str, Any]) -> list[str] | Refusal:
         allowed, cure = "each response once", "Leave out what is repeated"
         return refusal(Reason.BAD_RANKING, field, list(texts), allowed, cure)
     return list(texts)
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a number that can be ordered, unlike NaN."""
+    is_one = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_one and value == value
 
 
 def _is_list(value: object) -> bool:
