@@ -55,6 +55,7 @@ def test_a_ranking_becomes_its_pairs(tmp_path: Path) -> None:
             {"responses": ["a", "b"], "ranks": [1, 1]},
             "ranks=[1, 1] is not allowed: expected a diff",
         ),
+        ({"responses": ["a", "b"], "ranks": [float("nan"), 2]}, "ranks=[nan, 2] is not allowed"),
         ({"responses": ["a", "b"], "ranks": [1]}, "ranks=[1] is not allowed: expected a rank for"),
         (
             {"responses": ["a", "b"], "ranks": ["1", 2]},
