@@ -40,6 +40,12 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return FOLDER.sub("](", markdown)
 
 
+def on_post_page(output: str, **_: Any) -> str:
+    """Name the search dialog, and let empty corners of tables be no headings, for readers of screens."""
+    output = output.replace('role="dialog">', 'role="dialog" aria-label="Search">')
+    return output.replace("<th></th>", "<td></td>")
+
+
 def settings_page() -> Iterator[str]:
     """Yield the lines of the page with all settings of all commands."""
     yield "# Settings\n"
