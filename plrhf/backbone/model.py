@@ -253,11 +253,15 @@ class Backbone(nn.Module):
         text = None if embeddings is None else packing.pack(embeddings)
         return packing.unpack(self._run(packing.pack(input_ids), text, packed))
 
-    def read_text(self, batch: PreferenceBatch) -> Tensor:
-        """Compute last hidden states [R, L, d] of a batch's text, without users."""
-        packing = batch.packing_for(NO_USER)
+    def read_text(self, batch: PreferenceBatch, *, reads_prompt: bool = False) -> Tensor:
+        """Compute last hidden states [R, L, d] of a batch's text, without users.
+
+        Those of prompts may be zero unless `reads_prompt`.
+        """
         rows = (batch.input_ids, batch.segment, batch.position_ids)
-        return self(*rows, packing=packing, extent=batch.extent)
+        if reads_prompt:
+            return self(*rows, extent=Extent(first_read=0, n_causal=0))
+        return self(*rows, packing=batch.packing_for(NO_USER), extent=batch.extent)
 
     def _run(self, input_ids: Tensor, embeddings: Tensor | None, rows: PackedRows) -> Tensor:
         """Compute last hidden states [R, L, d] of rows in the model's layout."""

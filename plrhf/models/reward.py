@@ -234,7 +234,7 @@ class PersonalRewardModel(PersonalModule):
 
         If the head reads prompts, the pooled prompts are appended, [B, 2, 2 d].
         """
-        hidden = self.backbone.read_text(batch)[None]
+        hidden = self.backbone.read_text(batch, reads_prompt=self.head.reads_prompt)[None]
         how: dict[str, Any] = {"n_pairs": len(batch), "pooling": self.pooling}
         pooled = pool_responses(hidden, batch.segment, **how)
         if self.head.reads_prompt:

@@ -257,6 +257,29 @@ def test_a_head_that_reads_prompts_is_given_them(
             torch.testing.assert_close(found, users_in_head.transform_texts(text))
 
 
+@pytest.mark.parametrize("family", ["gptj", "llama"])
+@torch.no_grad()
+def test_pooled_prompts_do_not_depend_on_other_rows(family: str) -> None:
+    """Trunks skip outputs that nobody reads, which these prompts' are not."""
+    users_in_head = NoAggregator(hidden_size=WIDTH, user_dim=WIDTH)
+    model = make_model(
+        PersonalRewardModel,
+        backbone=make_backbone(family),
+        aggregator=users_in_head,
+        head={"name": "cosine", "prompt_width": 5, "dim": 4},
+    ).eval()
+    pairs = make_pairs()
+    together = model.pooled_trunk(make_batch(pairs))
+    for place, pair in enumerate(pairs):
+        alone = model.pooled_trunk(make_batch([pair], layout=two_rows))
+        torch.testing.assert_close(alone[0], together[place], atol=1e-5, rtol=0)
+        ids = torch.tensor([pair.prompt])
+        hidden = model.backbone.trunk(input_ids=ids).last_hidden_state[0]
+        torch.testing.assert_close(
+            hidden.mean(dim=0), together[place, 0, WIDTH:], atol=1e-5, rtol=0
+        )
+
+
 def replace_prompt(pair: Any) -> Any:
     return replace(pair, prompt=tuple(1 + one % 90 for one in pair.prompt))
 
