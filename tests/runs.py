@@ -117,9 +117,10 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def evaluation_of(directory: Path) -> dict[str, Any]:
-    """results.json without the command that evaluated the run, and without its digest."""
+    """results.json without the command that evaluated the run, its digest, and that of its training."""
     results = json.loads((directory / "results.json").read_text())
     del results["provenance"]["command"], results["digest"]
+    results["provenance"]["files"].pop("metrics.csv", None)  # which training alone leaves
     return dict(results)
 
 
