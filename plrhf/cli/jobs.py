@@ -161,17 +161,19 @@ def failure_line(folder: Path) -> str:
 class NameFailedJobs(Callback):
     """Lists the failed jobs at the end of a sweep, and ends the process with status 1 if there are any.
 
-    A job deletes its old error.txt when it starts, so those that exist at the end are of this sweep.
+    A job deletes its old error.txt when it starts, so those that are not as they were before the sweep
+    are of this sweep.
     """
 
     def __init__(self) -> None:
-        self.began = 0.0
+        self.before: dict[Path, int] = {}
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        self.began = time.time()
+        self.before = self._written(Path(config.hydra.sweep.dir))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        failures = self._failures(Path(config.hydra.sweep.dir))
+        now = self._written(Path(config.hydra.sweep.dir))
+        failures = [path for path, when in now.items() if self.before.get(path) != when]
         if len(failures) == 0:
             return
         head = f"{len(failures)} of the jobs failed; {FAILED} in its folder says more:"
@@ -180,8 +182,6 @@ class NameFailedJobs(Callback):
             print(f"  {path.parent}{failure_line(path.parent)}", file=sys.stderr)
         sys.exit(SOME_FAILED)
 
-    def _failures(self, folder: Path) -> list[Path]:
-        """Return the error.txt files written since the sweep began."""
-        slack = 2.0  # seconds by which the clock of a shared file system may be behind
-        found = sorted(folder.rglob(FAILED))
-        return [path for path in found if path.stat().st_mtime >= self.began - slack]
+    def _written(self, folder: Path) -> dict[Path, int]:
+        """Return when each error.txt was written, in nanoseconds."""
+        return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob(FAILED))}
