@@ -14,10 +14,11 @@ from scipy.optimize import minimize
 from tiny import AGGREGATORS, WIDTH, make_batch, make_model, make_pairs
 from torch import Tensor, nn, tensor
 from torch.autograd.functional import hessian
+from torch.nn.functional import softplus
 
 import plrhf
 from plrhf.core.components import build
-from plrhf.core.types import UserBatch
+from plrhf.core.types import Feedback, UserBatch
 from plrhf.encoders import ClusterMixtureEncoder, LookupEncoder, NoneEncoder, UserEncoder
 from plrhf.models.adaptation import Adaptation, Basis, Gradient, Mixture, Posterior, Reweight
 from plrhf.models.adaptation.base import AdaptedUsers, attenuated_margins, score_pairs
@@ -232,6 +233,19 @@ def test_margins_that_are_not_linear_in_users(kind: Any, aggregator: str, cluste
         with_clusters(model)
     losses = PairLosses(model, [given(model, [0, 1])], learned_prior(model.encoder), n_users=2)
     assert losses.linear is None
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0, 1.0], [0.5, 2.0, 1.0, 0.5]])
+def test_a_weight_counts_where_new_users_are_fitted(weights: list[float]) -> None:
+    model = strong_model()
+    none, weight = torch.zeros(4, dtype=torch.bool), torch.tensor(weights)
+    batch = given(model, [0, 1, 1, 0])
+    batch.feedback = Feedback(is_tie=none, weight=weight, strength=torch.ones(4))
+    losses = PairLosses(model, [batch], learned_prior(model.encoder), n_users=2)
+    t = torch.randn(losses.start().shape)
+    margins, _ = score_pairs(model, batch, losses.vectors(t))
+    expected = torch.zeros(2).index_add(0, batch.user_id, weight * softplus(-margins))
+    torch.testing.assert_close(losses.by_user(t).float(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_basis_is_a_penalised_logistic_regression() -> None:

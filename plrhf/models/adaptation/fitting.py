@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import logsigmoid
 
 from plrhf.core.errors import bad_value
 from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
@@ -216,7 +217,7 @@ class PairLosses:
         """The pairs with margins as linear functions of t; None if they are not linear.
 
         They are if users act by FiLM behind the trunk and the head is linear. This is tested at one
-        random t a user. The loss must be logistic.
+        random t a user, and so is that losses are logistic, as those of ties and of weighted pairs are not.
         """
         target = self.model.logistic_target
         t = self.start()
@@ -232,9 +233,13 @@ class PairLosses:
             margins, of_vector = margin_gradients(self.model, batch, origin)
             of_t = torch.einsum("bru,bu->br", directions[batch.user_id], of_vector)
             with torch.no_grad():
-                found = score_pairs(self.model, batch, elsewhere)[0]
+                found, losses = score_pairs(self.model, batch, elsewhere)
             expected = margins + (of_t * probe[batch.user_id]).sum(dim=1)
             if (found - expected).abs().max() > LINEAR * (1 + found.abs().max()):
+                return None
+            if (losses + logsigmoid(found - target)).abs().max() > LINEAR * (
+                1 + losses.abs().max()
+            ):
                 return None
             constants.append(margins - target)
             slopes.append(of_t)
