@@ -49,7 +49,7 @@ def ask_in_turn(
 
 def _fitted(curve: FewShotTrials, adaptation: Adaptation, asked: list[list[int]]) -> AdaptedUsers:
     """Fit the user of each trial to the pairs asked so far."""
-    users = curve.fit_to(adaptation, asked)
+    users = curve.fit_to(adaptation, asked, curve.features)
     if users.covariance is None:
         raise bad_value(
             "eval.elicitation",

@@ -194,6 +194,11 @@ class FewShotTrials:
             self.own += [number] * len(trial.asked)
             self.others += [other] * len(trial.asked)
 
+    @property
+    def features(self) -> Tensor:
+        """What is known of the user of each trial, encoded, [N, F]."""
+        return self.dataset.features[[trial.asked[0] for trial in self.trials]]
+
     def given(self, number: int, k: int) -> list[int]:
         """Return the indices of the first k pairs given in a trial."""
         return self.trials[number].given[:k]
@@ -211,14 +216,20 @@ class FewShotTrials:
     def fit(self, rule: Adaptation, k: int, *, pooled: bool = False) -> AdaptedUsers:
         """Fit the user of every trial to k pairs: their own, or with `pooled` those of other users."""
         pairs_of = self.pooled if pooled else self.given
-        return self.fit_to(rule, [pairs_of(number, k) for number in range(self.n_trials)])
+        given = [pairs_of(number, k) for number in range(self.n_trials)]
+        features = self.features
+        if pooled:  # nothing is known of who gave them together
+            features = torch.full_like(features, torch.nan)
+        return self.fit_to(rule, given, features)
 
-    def fit_to(self, rule: Adaptation, given: Sequence[Sequence[int]]) -> AdaptedUsers:
-        """Fit the user of every trial to the pairs with these indices."""
+    def fit_to(
+        self, rule: Adaptation, given: Sequence[Sequence[int]], features: Tensor
+    ) -> AdaptedUsers:
+        """Fit the user of every trial to the pairs with these indices; `features` as in `rule.fit`."""
         places = [place for of_trial in given for place in of_trial]
         owners = [number for number, of_trial in enumerate(given) for _ in of_trial]
         batches = batches_of(self.dataset, places, owners, batch_size=self.batch_size)
-        users = rule.fit(self.model, batches, n_users=self.n_trials)
+        users = rule.fit(self.model, batches, n_users=self.n_trials, features=features)
         if self.in_context is None:
             return users
         pairs = [[self.dataset.rows[place] for place in of_trial] for of_trial in given]

@@ -338,9 +338,15 @@ class PersonalModule(LightningModule):
         kind = AUTOCAST.get(self.card.precision) if hasattr(self, "card") else None
         return torch.autocast(self.device.type, dtype=kind, enabled=kind is not None)
 
-    def adapt(self, pairs: Sequence[Mapping[str, Any]], rule: Adaptation | None = None) -> NewUser:
+    def adapt(
+        self,
+        pairs: Sequence[Mapping[str, Any]],
+        rule: Adaptation | None = None,
+        *,
+        user_features: Mapping[str, Any] | None = None,
+    ) -> NewUser:
         """Fit a new user to a few of their pairs; see `adaptation.adapt`."""
-        return adapt(self, pairs, rule)
+        return adapt(self, pairs, rule, user_features=user_features)
 
     def enrol(self, user_id: str, user: NewUser) -> None:
         """Add an adapted user to this model and to the export it was loaded from."""

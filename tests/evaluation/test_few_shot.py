@@ -15,17 +15,19 @@ from runs import launch, rows_of_world, write_rows
 from tiny import WIDTH, make_model, make_pairs
 
 from plrhf.core.stats import Outcomes, correctness
+from plrhf.core.types import UserBatch
 from plrhf.data.dataset import PairDataset, TextValues
 from plrhf.data.features import FeatureSchema
 from plrhf.data.module import PreferenceData
 from plrhf.data.packing import packed
 from plrhf.data.rows import Row
 from plrhf.data.sources.jsonl import JsonlSource
+from plrhf.encoders import HybridEncoder
 from plrhf.evaluation.abstention import abstention_curve
 from plrhf.evaluation.ask_in_turn import ask_in_turn
 from plrhf.evaluation.few_shot import FewShotTrials, summarised
 from plrhf.evaluation.trials import FewShotOptions, Trial, check_trials, draw_trials, rows_of_users
-from plrhf.models.adaptation import AdaptedUsers, Posterior
+from plrhf.models.adaptation import AdaptedUsers, Gradient, Mixture, Posterior
 from plrhf.models.reward import PersonalRewardModel
 
 
@@ -189,6 +191,37 @@ def test_a_model_that_knows_how_people_differ_learns_who_this_is() -> None:
     # What is not known of the person shrinks margins and turns none.
     plain, shrunk = (curve.margins(found, curve.own, attenuated=yes) for yes in (False, True))
     assert (np.sign(plain) == np.sign(shrunk)).all() and (np.abs(shrunk) < np.abs(plain)).all()
+
+
+@pytest.mark.parametrize("rule", [Posterior(steps=20), Gradient(steps=3), Mixture(steps=20)])
+def test_people_without_pairs_are_known_by_their_features(rule: Any) -> None:
+    plain = people_within_reach(FewShotOptions(shots=[2], draws=1))
+    rows = [
+        replace(row, user_features={"age": 20 + 9 * int(row.user_id[4:])})
+        for row in plain.dataset.rows
+    ]
+    schema = FeatureSchema.fit(rows)
+    dataset = PairDataset(rows, plain.dataset.pairs, layout=packed, user_index={}, schema=schema)
+    dataset.hidden = plain.dataset.hidden
+    model = plain.model
+    model.encoder = encoder = HybridEncoder(
+        n_users=5,
+        user_dim=model.aggregator.user_dim,
+        n_numbers=1,
+        category_sizes=(),
+        vocabulary=torch.zeros(1, 1),
+        init="normal",
+        offset_scale=1.0,
+    )
+    curve = FewShotTrials(model, dataset, [plain.trials], batch_size=50)
+    by_hand = torch.tensor([schema.encode({"age": 20 + 9 * user}) for user in range(8)])
+    nobody = torch.zeros(8, dtype=torch.int64)
+    expected = encoder.known(UserBatch(user_id=nobody, features=by_hand)).detach()
+    torch.testing.assert_close(curve.fit(rule, 0).vectors, expected)
+    assert not expected[0].allclose(encoder.generic(1)[0], atol=1e-2)
+    assert not curve.fit(rule, 2).vectors.allclose(expected, atol=1e-3)
+    of_nobody = curve.fit(rule, 0, pooled=True).vectors
+    torch.testing.assert_close(of_nobody, encoder.generic(8).detach())
 
 
 @pytest.mark.parametrize("rule", ["information", "uncertainty", "variety", "random"])

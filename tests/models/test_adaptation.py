@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,14 @@ from torch.nn.functional import softplus
 import plrhf
 from plrhf.core.components import build
 from plrhf.core.types import Feedback, UserBatch
-from plrhf.encoders import ClusterMixtureEncoder, LookupEncoder, NoneEncoder, UserEncoder
+from plrhf.data.features import FeatureSchema
+from plrhf.encoders import (
+    ClusterMixtureEncoder,
+    HybridEncoder,
+    LookupEncoder,
+    NoneEncoder,
+    UserEncoder,
+)
 from plrhf.models.adaptation import Adaptation, Basis, Gradient, Mixture, Posterior, Reweight
 from plrhf.models.adaptation.base import AdaptedUsers, attenuated_margins, score_pairs
 from plrhf.models.adaptation.fitting import (
@@ -579,7 +587,9 @@ class Shifted(Adaptation):
     def __init__(self, *, step: float = 1.0) -> None:
         self.step = step
 
-    def fit(self, model: Any, batches: Any, *, n_users: int) -> AdaptedUsers:
+    def fit(
+        self, model: Any, batches: Any, *, n_users: int, features: Tensor | None = None
+    ) -> AdaptedUsers:
         vectors = model.encoder.generic(n_users).detach().clone()
         for batch in batches:
             vectors[batch.user_id] += self.step
@@ -593,6 +603,26 @@ def test_a_rule_from_outside_needs_no_tables(reward_run: Path) -> None:
     user = plrhf.adapt(model, [pair], rule)
     torch.testing.assert_close(user.vector, model.encoder.generic(1)[0].detach() + 2.0)
     assert user.rows is None and user.n_pairs == 1
+
+
+def test_a_new_user_without_pairs_is_known_by_features(reward_run: Path) -> None:
+    model = plrhf.load(reward_run)
+    schema = FeatureSchema(moments={"age": (30.0, 10.0)}, codes={})
+    model.card = dataclasses.replace(model.card, features=schema.to_dict())
+    model.encoder = HybridEncoder(
+        n_users=5,
+        user_dim=model.aggregator.user_dim,
+        n_numbers=1,
+        category_sizes=(),
+        vocabulary=torch.zeros(1, 1),
+        init="normal",
+    ).eval()
+    by_hand = UserBatch(user_id=tensor([0]), features=tensor([[2.0]]))
+    user = model.adapt([], user_features={"age": 50})
+    torch.testing.assert_close(user.vector, model.encoder.known(by_hand)[0].detach())
+    assert not user.vector.allclose(model.adapt([]).vector, atol=1e-2)
+    with pytest.raises(ValueError, match="^user_features='size' is not allowed: expected one of"):
+        model.adapt([], user_features={"size": 2})
 
 
 def test_pairs_too_long_are_counted_and_never_all_there_is(policy_run: Path) -> None:

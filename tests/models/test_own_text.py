@@ -115,7 +115,9 @@ def test_a_curve_gives_exactly_the_trials_pairs(export: Path) -> None:
     class Generic(Encode):
         """Gives the generic vector, whatever the encoder."""
 
-        def fit(self, model: Any, batches: Any, *, n_users: int) -> AdaptedUsers:
+        def fit(
+            self, model: Any, batches: Any, *, n_users: int, features: Any = None
+        ) -> AdaptedUsers:
             return AdaptedUsers(vectors=model.encoder.generic(n_users).detach())
 
     for k in (0, 2, 3):

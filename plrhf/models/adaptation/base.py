@@ -54,7 +54,12 @@ class Adaptation(ABC):
 
     @abstractmethod
     def fit(
-        self, model: PersonalModule, batches: Sequence[PreferenceBatch], *, n_users: int
+        self,
+        model: PersonalModule,
+        batches: Sequence[PreferenceBatch],
+        *,
+        n_users: int,
+        features: Tensor | None = None,
     ) -> AdaptedUsers:
         """Fit the vectors of N new users.
 
@@ -62,6 +67,8 @@ class Adaptation(ABC):
             model: a trained model in eval mode.
             batches: the users' pairs. `user_id` is the new user's number from 0 to N - 1, their row in
                 the result; it is not an index of the encoder. A user may have no pairs.
+            features: of the users, encoded, [N, F]; None: as their pairs say. Only encoders that have
+                both features and rows of single users read them here.
 
         Raises:
             ValueError: the model lacks what the rule needs.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from plrhf.core.checks import NonNegativeFloat, PositiveInt, check_arguments
 from plrhf.core.types import PreferenceBatch
@@ -36,7 +37,12 @@ class Basis(Adaptation):
         self.steps, self.l2 = steps, l2
 
     def fit(
-        self, model: PersonalModule, batches: Sequence[PreferenceBatch], *, n_users: int
+        self,
+        model: PersonalModule,
+        batches: Sequence[PreferenceBatch],
+        *,
+        n_users: int,
+        features: Tensor | None = None,
     ) -> AdaptedUsers:
         space = VectorSpace(model)
         _, sizes, directions = torch.linalg.svd(space.train - space.generic, full_matrices=False)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from plrhf.core.errors import bad_value
 from plrhf.core.types import PreferenceBatch, UserBatch
@@ -35,7 +36,12 @@ class Encode(Adaptation):
     """
 
     def fit(
-        self, model: PersonalModule, batches: Sequence[PreferenceBatch], *, n_users: int
+        self,
+        model: PersonalModule,
+        batches: Sequence[PreferenceBatch],
+        *,
+        n_users: int,
+        features: Tensor | None = None,
     ) -> AdaptedUsers:
         encoder = model.encoder
         if not reads_pairs(model):

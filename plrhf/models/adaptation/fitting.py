@@ -162,7 +162,7 @@ class PairLosses:
     the Hessian consists of one block [r, r] for each user.
 
     Args:
-        batches: the pairs, with `user_id` from 0 to n_users - 1.
+        batches: the pairs, with `user_id` from 0 to n_users - 1. features: see `Adaptation.fit`.
     """
 
     def __init__(
@@ -172,10 +172,13 @@ class PairLosses:
         coordinates: Coordinates,
         *,
         n_users: int,
+        features: Tensor | None = None,
     ) -> None:
         self.model, self.coordinates, self.n_users = model, coordinates, n_users
         self.batches = with_precomputed(model, batches)
-        self.features = features_of_users(model, self.batches, n_users)
+        if features is None:
+            features = features_of_users(model, self.batches, n_users)
+        self.features = features.to(model.device)
         self.counts = coordinates.origin.new_zeros(n_users)  # pairs of each user
         for batch in self.batches:
             self.counts += torch.bincount(batch.user_id, minlength=n_users)

@@ -46,14 +46,18 @@ class Gradient(Adaptation):
         self.start, self.seed = start, seed
 
     def fit(
-        self, model: PersonalModule, batches: Sequence[PreferenceBatch], *, n_users: int
+        self,
+        model: PersonalModule,
+        batches: Sequence[PreferenceBatch],
+        *,
+        n_users: int,
+        features: Tensor | None = None,
     ) -> AdaptedUsers:
         space = RowSpace(model.encoder)
         width, like = len(space.generic), space.generic
         identity = torch.eye(width, dtype=like.dtype, device=like.device)
-        losses = PairLosses(
-            model, batches, Coordinates(space, space.generic, identity), n_users=n_users
-        )
+        coordinates = Coordinates(space, space.generic, identity)
+        losses = PairLosses(model, batches, coordinates, n_users=n_users, features=features)
         t = (self._first(space, n_users) - space.generic).requires_grad_()
         kind = torch.optim.Adam if self.optimiser == "adam" else torch.optim.SGD
         optimizer = kind([t], lr=self.lr)

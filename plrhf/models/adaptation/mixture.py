@@ -55,7 +55,12 @@ class Mixture(Adaptation):
         self.stranger_scale, self.steps = stranger_scale, steps
 
     def fit(
-        self, model: PersonalModule, batches: Sequence[PreferenceBatch], *, n_users: int
+        self,
+        model: PersonalModule,
+        batches: Sequence[PreferenceBatch],
+        *,
+        n_users: int,
+        features: Tensor | None = None,
     ) -> AdaptedUsers:
         space, sizes, directions = train_directions(model.encoder)
         largest = sizes.max().clamp(min=torch.finfo(sizes.dtype).tiny)
@@ -64,7 +69,7 @@ class Mixture(Adaptation):
             [self.scale * share, self.stranger_scale * (1 - share.square()).clamp(min=0).sqrt()]
         )
         isotropic = Coordinates(space, space.generic, largest * directions)
-        losses = PairLosses(model, batches, isotropic, n_users=n_users)
+        losses = PairLosses(model, batches, isotropic, n_users=n_users, features=features)
         found = [self._under(losses, scale) for scale in scales]
         modes = torch.stack([mode for mode, _, _ in found])  # [2, N, r]
         spread = torch.stack([covariance for _, covariance, _ in found])  # [2, N, r, r]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from plrhf.core.errors import bad_value
@@ -63,7 +64,11 @@ class FittedPairs:
 
 
 def adapt(
-    model: PersonalModule, pairs: Sequence[Mapping[str, Any]], rule: Adaptation | None = None
+    model: PersonalModule,
+    pairs: Sequence[Mapping[str, Any]],
+    rule: Adaptation | None = None,
+    *,
+    user_features: Mapping[str, Any] | None = None,
 ) -> NewUser:
     """Fit a new user to a few of their pairs; all other parameters of the model stay as they are.
 
@@ -72,6 +77,7 @@ def adapt(
         pairs: rows of one user in the row format; `user_id` may be missing. Without any pairs the
             result is what the rule gives an unknown user, usually the generic user.
         rule: None: `Encode` if the model reads pairs instead of being fitted, else `Posterior`.
+        user_features: what is known of the user; None: what the pairs say.
 
     Raises:
         ValueError: a pair that cannot be used, only pairs that are too long, or a model that the rule
@@ -79,7 +85,7 @@ def adapt(
     """
     if rule is None:
         rule = Encode() if reads_pairs(model) else Posterior()
-    found = fit_pairs(model, pairs, rule)
+    found = fit_pairs(model, pairs, rule, user_features=user_features)
     rows = found.users.rows
     return NewUser(
         vector=found.users.vectors[0].cpu(),
@@ -96,17 +102,20 @@ def fit_pairs(
     rule: Adaptation,
     *,
     known: PairDataset | None = None,
+    user_features: Mapping[str, Any] | None = None,
 ) -> FittedPairs:
     """Fit a new user as `adapt` does, and return all that the rule found.
 
     Args:
-        known: texts that were computed before, see `dataset_of`.
+        user_features: see `adapt`. known: texts that were computed before, see `dataset_of`.
     """
     tokenizer = row_tokenizer(model.tokenizer, model.card.text)
     rows = [
         parse_row({"user_id": "new", **pair}, f"pair {number}")
         for number, pair in enumerate(pairs, 1)
     ]
+    schema = model.card.feature_schema()
+    features = None if user_features is None else torch.tensor([schema.encode_raw(user_features)])
     was_training = model.training
     model.eval()
     with model.autocast():
@@ -120,6 +129,6 @@ def fit_pairs(
             )
         owners = [0] * len(dataset)
         batches = batches_of(dataset, range(len(dataset)), owners, batch_size=BATCH_SIZE)
-        users = rule.fit(model, batches, n_users=1)
+        users = rule.fit(model, batches, n_users=1, features=features)
     model.train(was_training)
     return FittedPairs(users, tuple(dataset.rows), n_too_long=len(rows) - len(dataset))

@@ -59,7 +59,7 @@ class Posterior(Adaptation):
     """Finds the most likely user under a prior learned from the train users (empirical Bayes).
 
     Minimises sum_pairs loss(pair, z_0 + t F) + |t|^2 / 2 over t, see `learned_prior`. A user without
-    pairs is the generic user.
+    pairs is the generic user, or what the encoder makes of the user's features.
 
     Args:
         steps: largest number of L-BFGS iterations; it stops earlier on convergence.
@@ -78,9 +78,14 @@ class Posterior(Adaptation):
         self.steps, self.prior_scale, self.laplace = steps, prior_scale, laplace
 
     def fit(
-        self, model: PersonalModule, batches: Sequence[PreferenceBatch], *, n_users: int
+        self,
+        model: PersonalModule,
+        batches: Sequence[PreferenceBatch],
+        *,
+        n_users: int,
+        features: Tensor | None = None,
     ) -> AdaptedUsers:
         prior = learned_prior(model.encoder, scale=self.prior_scale)
-        losses = PairLosses(model, batches, prior, n_users=n_users)
+        losses = PairLosses(model, batches, prior, n_users=n_users, features=features)
         t = most_likely(losses, steps=self.steps)
         return losses.users_at(t, laplace_covariance(losses, t) if self.laplace else None)

@@ -71,7 +71,12 @@ class Reweight(Adaptation):
 
     @torch.no_grad()
     def fit(
-        self, model: PersonalModule, batches: Sequence[PreferenceBatch], *, n_users: int
+        self,
+        model: PersonalModule,
+        batches: Sequence[PreferenceBatch],
+        *,
+        n_users: int,
+        features: Tensor | None = None,
     ) -> AdaptedUsers:
         particles, log_prior = self.particles(model)
         fit = particles.new_zeros(n_users, len(particles), dtype=torch.float64)
