@@ -65,6 +65,9 @@ class FusedLoraLinear(LoraLinear):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.merged and not (args or kwargs):
+            y = self.base_layer(x)
+            return y - self._low_rank(x) if self.disable_adapters else y
         if args or kwargs or not devices.computes_on_cpu(x) or not can_fuse(self):
             return super().forward(x, *args, **kwargs)
         (name,) = self.active_adapters
@@ -75,6 +78,15 @@ class FusedLoraLinear(LoraLinear):
             dropped = dropout.dropped(x.numel())
             scaling = scaling / (1 - dropout.p)
         return _FusedLora.apply(x, base.weight, base.bias, a, b, scaling, dropped)
+
+    def _low_rank(self, x: Tensor) -> Tensor:
+        """Compute the term scaling * x A^T B^T of the merged adapter.
+
+        PEFT's own way without the adapter would take it out of the weight again, for good and with
+        rounding errors.
+        """
+        (name,) = self.merged_adapters
+        return self.scaling[name] * self.lora_B[name](self.lora_A[name](x))
 
 
 class _FusedLora(torch.autograd.Function):
@@ -182,3 +194,15 @@ def fuse_lora(model: nn.Module) -> None:
                 if type(dropout) is nn.Dropout:
                     replaced = SparseDropout(dropout.p).train(dropout.training)
                     layer.lora_dropout[name] = replaced
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add the adapters of LoRA layers to their weights, in place, where these are plain and float32.
+
+    Fewer bits would round the sum.
+    """
+    for layer in model.modules():
+        if not isinstance(layer, FusedLoraLinear) or not can_fuse(layer):
+            continue
+        if layer.base_layer.weight.dtype == torch.float32:
+            layer.merge()

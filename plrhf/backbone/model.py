@@ -384,6 +384,13 @@ class Backbone(nn.Module):
         """Return a plain Hugging Face model with LoRA merged into its weights."""
         return saving.merged(self.model)
 
+    def merge_adapters(self) -> None:
+        """Add LoRA to the weights in place, which spares its products; do not train or save them then.
+
+        `reference` still gives the model without LoRA.
+        """
+        lora_layers.merge_lora(self.bare)
+
     def load_adapter(self, directory: Path) -> None:
         """Load the adapter that `save` wrote, if the backbone has one; see `saving`."""
         if isinstance(self.model, PeftModel):

@@ -136,6 +136,7 @@ def _load(directory: str, config: ServeConfig) -> PersonalModule:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     trust = config.trust_components
     model = load(directory, trust_components=trust, trust_remote_code=trust)
+    model.backbone.merge_adapters()
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:

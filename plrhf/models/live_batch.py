@@ -20,6 +20,9 @@ Row = TypeVar("Row")
 MORE_COLUMNS = 64
 """Columns that a new cache has for further tokens."""
 
+CALL_TOKENS = 256
+"""A further call of the trunk takes about as long as reading so many tokens."""
+
 
 def can_join(model: PersonalModule) -> bool:
     """Return whether texts of a model can join and leave a batch.
@@ -146,8 +149,9 @@ class LiveBatch(Generic[Row]):
         ids, mask = (one.to(user.device) for one in left_padded(prompts))
         cache = backbone.cache(model.aggregator.n_positions + ids.shape[1])
         assert cache is not None
-        if model.aggregator.shares_prompts:
-            backbone.prefill(cache, ids, mask)
+        n_spared = (len(prompts) - len({tuple(one) for one in prompts})) * (ids.shape[1] - 1)
+        if model.aggregator.shares_prompts and n_spared > CALL_TOKENS:
+            backbone.prefill(cache, ids, mask)  # reads equal prompts once
         n_read = cache.get_seq_length()
         with model.aggregator.decoding(backbone, ids, mask, user) as inputs:
             ids, mask = inputs["input_ids"], inputs["attention_mask"]

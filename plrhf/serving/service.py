@@ -89,7 +89,7 @@ class Service:
         """Store judgments and fit the person anew; return their ids and the certainty.
 
         Raises:
-            ApiError: the person is unknown, has not agreed, or a text is too long for the model.
+            ApiError: the person is unknown or has not agreed. ValueError: a pair cannot be read.
         """
         for judgment in judgments:
             self.asker.users.check(judgment.pair())

@@ -18,6 +18,8 @@ Verdict = Literal["prefer", "tie", "skip"]
 """The first response is better, both are equally good, or the person did not want to say."""
 
 MOST_ID = 200  # characters
+READS = "plrhf_reads"
+"""Option of a connection whose transactions only read."""
 
 
 class Base(DeclarativeBase):
@@ -116,9 +118,10 @@ class People:
         try:
             self.engine = sql.create_engine(url)
             self._transaction = sessionmaker(self.engine).begin
+            self._reading = sessionmaker(self.engine.execution_options(**{READS: True})).begin
             if self.engine.dialect.name == "sqlite":
                 sql.event.listen(self.engine, "connect", _set_up_sqlite)
-                sql.event.listen(self.engine, "begin", _begin_immediately)
+                sql.event.listen(self.engine, "begin", _begin)
             Base.metadata.create_all(self.engine)
         except (SQLAlchemyError, ImportError) as error:
             raise bad_value(
@@ -147,7 +150,7 @@ class People:
 
     def get(self, user_id: str) -> Known | None:
         """Return what is known about a person; None if nothing."""
-        with self._transaction() as session:
+        with self._reading() as session:
             person = session.get(Person, user_id)
             if person is None:
                 return None
@@ -200,12 +203,12 @@ class People:
 
     def vector(self, user_id: str, fingerprint: str) -> bytes | None:
         """Return the vector fitted to all present judgments of a person for a model, if there is one."""
-        with self._transaction() as session:
-            row = session.get(VectorRow, (user_id, fingerprint))
-            person = session.get(Person, user_id)
-            if row is None or person is None or row.revision != person.revision:
-                return None
-            return row.vector
+        fits = (VectorRow.user_id == Person.id) & (VectorRow.revision == Person.revision)
+        query = sql.select(VectorRow.vector).join(Person, fits)
+        with self._reading() as session:
+            return session.scalar(
+                query.where(Person.id == user_id, VectorRow.fingerprint == fingerprint)
+            )
 
     def save_vector(self, user_id: str, fingerprint: str, revision: int, vector: bytes) -> bool:
         """Store a fitted vector, unless the person is gone or has judged anew; return whether stored.
@@ -259,6 +262,10 @@ def _set_up_sqlite(connection: Any, _: object) -> None:
         connection.execute(f"PRAGMA {pragma}")
 
 
-def _begin_immediately(connection: sql.Connection) -> None:
-    """Take SQLite's write lock at once, as two readers that then write would block each other."""
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+def _begin(connection: sql.Connection) -> None:
+    """Take SQLite's write lock at once, as two readers that then write would block each other.
+
+    A transaction that only reads takes none: who waits for a lock looks again after up to 0.1 seconds.
+    """
+    reads = connection.get_execution_options().get(READS, False)
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -113,6 +113,10 @@ class UserModel:
     @torch.no_grad()
     def refresh(self) -> None:
         """Compute anew what depends on the train users, as after one was forgotten."""
+        # Of a text that is longer than those of training, the first tokens are read. Even a text that the
+        # server wrote may be: what a model writes is often more tokens when it is read.
+        text = {**self.model.card.text, "on_long_response": "truncate"}
+        self.model.card = replace(self.model.card, text=text)
         self.generic = self.model.encoder.generic(1)[0].detach()
         self.fingerprint = content_hash(asdict(self.model.card))  # it has hashes of all files
         self.map: PeopleMap | None = None
@@ -133,16 +137,8 @@ class UserModel:
         return self.model.encode(move_data_to_device(users, self.model.device))[0][0].detach()
 
     def check(self, pair: Mapping[str, Any]) -> None:
-        """Raise a ValueError if a pair cannot be used, e.g. as it is too long."""
-        tokenizer = self.row_tokenizer()
-        kept, _ = tokenizer([parse_row({"user_id": "new", **pair}, "pair")])
-        if len(kept) == 0:
-            raise bad_value(
-                "pair",
-                "too long",
-                f"prompt and response of at most {tokenizer.max_tokens} tokens",
-                "Give shorter texts",
-            )
+        """Raise a ValueError if a pair cannot be read."""
+        self.row_tokenizer()([parse_row({"user_id": "new", **pair}, "pair")])
 
     def prompt(self, prompt: Any) -> tuple[int, ...]:
         """Return the tokens of a prompt, text or messages.
@@ -178,7 +174,10 @@ class UserModel:
         return row_tokenizer_of(self.model)
 
     def fit(self, pairs: Sequence[Mapping[str, Any]]) -> Fit:
-        """Fit a person to their pairs. Without any, or without a rule, it is the generic user."""
+        """Fit a person to their pairs. Without any, or without a rule, it is the generic user.
+
+        Pairs whose responses begin with the same tokens, as many as are read, are not used.
+        """
         if self.rule is None:
             return Fit(AdaptedUsers(vectors=self.generic[None]), n_pairs=0)
         found = fit_pairs(self.model, pairs, self.rule, known=self.known)

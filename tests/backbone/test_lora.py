@@ -269,3 +269,43 @@ def test_a_trunk_with_dropout_is_that_of_pefts_layers(
         found.append({"hidden": hidden.detach(), **gradients(backbone)})
     assert_same(*found, atol=1e-3)
     assert len(found[0]) > 6 * 2
+
+
+def test_merged_lora_is_the_same_with_and_without_the_adapter() -> None:
+    """PEFT would take the adapter out of the weight as soon as it is switched off."""
+    plain, layer, x = lora_layer(), lora_layer(), torch.randn(3, 11, 5)
+    lora.merge_lora(nn.Sequential(layer))
+    assert layer.merged and not torch.equal(layer.base_layer.weight, plain.base_layer.weight)
+    for on in (True, False, True):
+        plain.enable_adapters(on)
+        layer.enable_adapters(on)
+        torch.testing.assert_close(layer(x), plain(x), atol=1e-5, rtol=0)
+    assert layer.merged
+    assert (plain(x) - plain.base_layer(x)).abs().max() > 0.1
+
+
+def test_merged_backbones_write_and_have_a_reference_as_before() -> None:
+    backbone = make_backbone("gptj").eval()
+    perturb(backbone, "lora_B")
+    ids = torch.randint(2, 30, (3, 7))
+    whole = torch.ones_like(ids)
+
+    def states() -> dict[str, Tensor]:
+        with torch.no_grad(), backbone.reference():
+            reference = backbone.call_trunk(ids, None, attention_mask=whole)
+        with torch.no_grad():
+            return {
+                "own": backbone.call_trunk(ids, None, attention_mask=whole),
+                "reference": reference,
+            }
+
+    before = states()
+    backbone.merge_adapters()
+    assert_same(before, states(), atol=1e-5)
+    assert (before["own"] - before["reference"]).abs().max() > 0.01
+
+
+def test_lora_of_few_bits_is_not_merged() -> None:
+    layer = lora_layer(dtype=torch.bfloat16)
+    lora.merge_lora(nn.Sequential(layer))
+    assert not layer.merged

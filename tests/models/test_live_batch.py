@@ -69,15 +69,23 @@ def together(policy: Any, users: Tensor) -> list[list[int]]:
     return texts
 
 
-@pytest.mark.parametrize("more_columns", [1, 64])  # moved at each token, and never
+@pytest.mark.parametrize(
+    ("more_columns", "call_tokens"),
+    [(1, 0), (64, 256)],  # moved at each token, equal prompts read once; never
+)
 @pytest.mark.parametrize(
     ("kind", "aggregator"),
     [*((kind, one) for kind in ("gptj", "llama") for one in AGGREGATORS), ("opt", "soft_prompt")],
 )
 @torch.no_grad()
 def test_texts_are_those_written_alone(
-    kind: str, aggregator: str, more_columns: int, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    aggregator: str,
+    more_columns: int,
+    call_tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(live_batch, "CALL_TOKENS", call_tokens)
     monkeypatch.setattr(live_batch, "MORE_COLUMNS", more_columns)
     policy = make_policy(kind, aggregator)
     assert can_join(policy)

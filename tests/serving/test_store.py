@@ -6,8 +6,9 @@ import threading
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sql
 
-from plrhf.serving.store import Judgment, NoConsent, People
+from plrhf.serving.store import Judgment, NoConsent, People, Person
 
 SEA = Judgment(prompt="Write about the sea.", chosen="Blue, says Zoë.", rejected="Wide.")
 
@@ -101,3 +102,12 @@ def test_a_database_that_cannot_be_opened(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"^database=.* is not allowed: expected") as caught:
             People(url)
         assert "secret" not in str(caught.value)
+
+
+def test_readers_do_not_wait_for_a_writer(people: People) -> None:
+    people.put("zoe", consent=True)
+    assert people.save_vector("zoe", "f", revision(people, "zoe"), b"1234")
+    with people._transaction() as session:
+        session.execute(sql.update(Person).values(consent=False))
+        known = people.get("zoe")  # as before; it would wait for 30 seconds
+        assert known is not None and known.consent and people.vector("zoe", "f") == b"1234"

@@ -37,3 +37,20 @@ def test_texts_of_the_pool_are_read_once(
         torch.testing.assert_close(found.users.shares, expected.shares, atol=1e-5, rtol=1e-4)
         assert (found.users.vectors[0] - users.generic).abs().max() > 1e-4
         reads.clear()
+
+
+def test_long_texts_are_read_as_far_as_those_of_training(runs: tuple[Path, Path]) -> None:
+    """A text may be too long that a model wrote itself, as it is more tokens when it is read."""
+    users = UserModel(plrhf.load(runs[1]))
+    most = users.row_tokenizer().max_tokens
+    long = OWN | {"chosen": OWN["chosen"] + " so" * 2 * most}
+    users.check(long)
+    found = users.fit([long])
+    longer = long | {"chosen": long["chosen"] + " no" * most}
+    assert found.n_pairs == 1
+    torch.testing.assert_close(found.users.vectors, users.fit([longer]).users.vectors)
+    assert (found.users.vectors - users.fit([OWN]).users.vectors).abs().max() > 1e-4
+    alike = {"prompt": "Write.", "chosen": longer["chosen"], "rejected": long["chosen"]}
+    users.check(alike)
+    assert users.fit([alike]).n_pairs == 0
+    assert torch.equal(users.fit([alike]).users.vectors[0], users.generic)

@@ -86,6 +86,13 @@ def adapt(
     if rule is None:
         rule = Encode() if reads_pairs(model) else Posterior()
     found = fit_pairs(model, pairs, rule, user_features=user_features)
+    if found.n_pairs == 0 and len(pairs) > 0:
+        raise bad_value(
+            "pairs",
+            f"{len(pairs)} too long",
+            f"prompt and response of at most {model.card.text['max_tokens']} tokens",
+            "Give shorter pairs, or train with a larger data.max_tokens",
+        )
     rows = found.users.rows
     return NewUser(
         vector=found.users.vectors[0].cpu(),
@@ -106,6 +113,8 @@ def fit_pairs(
 ) -> FittedPairs:
     """Fit a new user as `adapt` does, and return all that the rule found.
 
+    If all pairs are too long, the user is as one without pairs.
+
     Args:
         user_features: see `adapt`. known: texts that were computed before, see `dataset_of`.
     """
@@ -120,13 +129,6 @@ def fit_pairs(
     model.eval()
     with model.autocast():
         dataset = dataset_of(model, tokenizer, rows, batch_size=BATCH_SIZE, known=known)
-        if len(dataset) == 0 and len(rows) > 0:
-            raise bad_value(
-                "pairs",
-                f"{len(rows)} too long",
-                f"prompt and response of at most {tokenizer.max_tokens} tokens",
-                "Give shorter pairs, or train with a larger data.max_tokens",
-            )
         owners = [0] * len(dataset)
         batches = batches_of(dataset, range(len(dataset)), owners, batch_size=BATCH_SIZE)
         users = rule.fit(model, batches, n_users=1, features=features)
