@@ -24,6 +24,7 @@ class Reason(StrEnum):
     UNKNOWN_VERDICT = "unknown verdict"
     BAD_RATING = "rating outside the scale"
     BAD_RANKING = "ranking with repeats or too few responses"
+    BAD_OPTIONS = "options or choice that cannot be read"
     BAD_MESSAGES = "bad chat messages"
     BAD_UTF8 = "bad UTF-8"
     BAD_JSON = "bad JSON"

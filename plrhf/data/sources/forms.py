@@ -1,7 +1,8 @@
 """Recognises the forms in which judgments are published, and turns their records into rows.
 
 A file whose records have the columns of a row needs none of this. Otherwise the first form that knows
-the columns converts it: responses in order (`rankings`), two responses and a winner (`comparisons`), one
+the columns converts it: responses in order (`rankings`), one
+of several options (`options`), two responses and a winner (`comparisons`), one
 response and a rating (`ratings`), or the exports of annotation tools (`annotation_tools`).
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-from plrhf.data.sources import annotation_tools, comparisons, rankings, ratings
+from plrhf.data.sources import annotation_tools, comparisons, options, rankings, ratings
 from plrhf.data.sources.formats import Record
 
 Records = Iterator[tuple[int, Record]]
@@ -36,9 +37,9 @@ FORMS = (
     Form("argilla", annotation_tools.is_argilla, annotation_tools.argilla_rows),
     Form("comparisons", comparisons.is_comparison, comparisons.rows),
     Form("ratings", ratings.is_rating, ratings.rows),
-    Form(
-        "rankings", rankings.is_ranking, rankings.rows
-    ),  # last, as other forms may have such a column
+    # Last, as other forms may have such columns.
+    Form("options", options.is_choice_of_options, options.rows),
+    Form("rankings", rankings.is_ranking, rankings.rows),
 )
 
 
