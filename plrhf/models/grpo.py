@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -56,7 +56,8 @@ class PersonalGRPOPolicy(PersonalPolicy):
 
     A step samples responses and learns from them; with `n_updates` above 1 the next steps learn from
     the same responses, and the prompts of their own batches are left out. Validation samples one
-    response for each val pair; ``val/loss`` is beta * (KL by token) - reward.
+    response for each val pair; ``val/loss`` is beta * KL - reward, with the KL of a
+    response divided as `response_losses` does.
 
     Args:
         reward: run or export of a `PersonalRewardModel` of the same users; needed for training only.
@@ -272,10 +273,15 @@ class PersonalGRPOPolicy(PersonalPolicy):
         kept = batch.counted()
         self.val_accuracy.update(self(batch)[kept], batch.user_id[kept])
         found = self.judge(batch, [rows[place] for place in batch.row.tolist()])
-        loss = self.beta * found["kl"] / found["length"] - found["reward"]
+        loss = self.validation_loss(found)
         self.val_loss.update((loss.double() * kept).sum(), kept.sum())
         for name, values in found.items():
             self.judged[name].update((values.double() * kept).sum(), kept.sum())
+
+    def validation_loss(self, found: Mapping[str, Tensor]) -> Tensor:
+        """Return beta * KL - reward of each response, [B], its KL divided as in the training loss."""
+        how: dict[str, Any] = {"kind": self.advantage, "max_tokens": self.max_new_tokens}
+        return self.beta * response_losses(found["kl"], found["length"], **how) - found["reward"]
 
     @torch.no_grad()
     def judge(self, batch: PreferenceBatch, rows: Sequence[Row]) -> dict[str, Tensor]:

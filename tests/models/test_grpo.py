@@ -272,6 +272,15 @@ def test_validation_judges_the_same_responses_each_time() -> None:
     assert (first["length"] >= 1).all() and (first["kl"] > 0).any()
 
 
+@pytest.mark.parametrize(("advantage", "divisors"), [("grpo", (2, 8)), ("dr_grpo", (5, 5))])
+def test_the_validation_loss_divides_kl_as_training_does(advantage: str, divisors: Any) -> None:
+    policy = make_policy(advantage=advantage, beta=0.5, max_new_tokens=5)
+    found = {"kl": [6.0, 4.0], "length": [2.0, 8.0], "reward": [1.0, -1.0]}
+    loss = policy.validation_loss({name: torch.tensor(one) for name, one in found.items()})
+    expected = [0.5 * 6.0 / divisors[0] - 1.0, 0.5 * 4.0 / divisors[1] + 1.0]
+    assert loss.tolist() == pytest.approx(expected)
+
+
 def test_prompts_are_read_from_either_layout() -> None:
     pairs = make_pairs(3)
     for layout in LAYOUTS.values():
