@@ -169,13 +169,17 @@ def reply(turn: int, content: Any, *, chosen: bool = False, place: int = 0) -> d
     }
 
 
+def _turn(turn: int, name: str) -> list[dict[str, Any]]:
+    """A question, a chosen and a rejected reply."""
+    replies = [reply(turn, "Of the sea.", chosen=True), reply(turn, f"No, {name}.", place=1)]
+    return [asked(turn, f"Tell {name}."), *replies]
+
+
 def conversation(
     conversation_id: str, user_id: Any, history: Any = None, **changes: Any
 ) -> dict[str, Any]:
     """A line of PRISM's conversations; without a history one turn of one chosen, one rejected."""
-    if history is None:
-        history = [asked(0, f"Tell {conversation_id}."), reply(0, "Of the sea.", chosen=True)]
-        history.append(reply(0, f"No, {conversation_id}.", place=1))
+    history = _turn(0, conversation_id) if history is None else history
     return {
         "conversation_id": conversation_id,
         "user_id": user_id,
@@ -201,12 +205,16 @@ def write_prism(folder: Path, people: list[Any], conversations: list[Any]) -> Pa
     return folder
 
 
-def many_dialogues(n_users: int = 8, n_dialogues: int = 5) -> tuple[list[Any], list[Any]]:
-    """People of three ages, and their dialogues of one turn each."""
+def many_dialogues(
+    n_users: int = 8, n_dialogues: int = 5, n_turns: int = 1
+) -> tuple[list[Any], list[Any]]:
+    """People of three ages, and their dialogues of so many turns, with a rejected reply each."""
     ages = ("18-24 years old", "25-34 years old", "65+ years old")
     people = [person(f"user{number}", age=ages[number % 3]) for number in range(n_users)]
     return people, [
-        conversation(f"c{number * n_dialogues + place}", one["user_id"])
+        conversation(
+            name, one["user_id"], [entry for n in range(n_turns) for entry in _turn(n, name)]
+        )
         for number, one in enumerate(people)
-        for place in range(n_dialogues)
+        for name in (f"c{number * n_dialogues + place}" for place in range(n_dialogues))
     ]

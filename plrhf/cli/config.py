@@ -226,6 +226,8 @@ class DataConfig(Section):
     on_long_response: Literal["drop", "truncate"]
     separator: str
     use_user_text: bool
+    use_user_features: bool
+    history_turns: PositiveInt | None
     context_pairs: NonNegativeInt
     min_context_pairs: NonNegativeInt
 

@@ -19,7 +19,8 @@ from plrhf.models.adaptation import Adaptation
 
 TEXT_OPTIONS = (
     *("max_prompt_tokens", "max_tokens", "on_long_prompt", "on_long_response"),
-    *("separator", "use_user_text", "context_pairs", "min_context_pairs"),
+    *("separator", "use_user_text", "use_user_features", "history_turns"),
+    *("context_pairs", "min_context_pairs"),
 )
 """Settings of data that are fixed by the trained model."""
 

@@ -163,7 +163,7 @@ def supervised_config(config: RunConfig, *, run_dir: str) -> RunConfig:
 
 def cache_folder(config: RunConfig, data: PreferenceData) -> Path:
     """Return where a fine-tuned tiny backbone is cached, named by a hash of all that affects it."""
-    with_user_text = config.data.use_user_text
+    said = {"text": config.data.use_user_text, "features": config.data.use_user_features}
     language_model = asdict(config.optim)
     for name in ("user_lr", "head_lr", "user_weight_decay"):  # of models on top of it
         del language_model[name]
@@ -171,8 +171,8 @@ def cache_folder(config: RunConfig, data: PreferenceData) -> Path:
     key = content_hash(
         COMPUTATION,
         [version(name) for name in LIBRARIES],
-        _texts_hash(data.splits.train, with_user_text=with_user_text),
-        _texts_hash(data.splits.val, with_user_text=with_user_text),
+        _texts_hash(data.splits.train, **said),
+        _texts_hash(data.splits.val, **said),
         data.tokenizer_options,
         config.backbone.tiny.model_dump(),
         config.model["responses"],
@@ -184,11 +184,11 @@ def cache_folder(config: RunConfig, data: PreferenceData) -> Path:
     return Path(config.cache_dir).resolve() / f"tiny_gptj-{key}"
 
 
-def _texts_hash(rows: Sequence[Row], *, with_user_text: bool) -> str:
-    """Hash the texts that a language model is trained on."""
+def _texts_hash(rows: Sequence[Row], *, text: bool, features: bool) -> str:
+    """Hash the texts that a language model is trained on, and the users' text and features it reads."""
     digest = blake2b(digest_size=8)
     for row in rows:
-        own = row.user_text if with_user_text else None
+        own = [row.user_text if text else None, row.user_features if features else None]
         digest.update(content_hash(str(row.prompt), row.chosen, row.rejected, own).encode())
     return digest.hexdigest()
 

@@ -233,6 +233,14 @@ def exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Mes
     return list(messages[:opening]), groups
 
 
+def last_turns(messages: Sequence[Message], n_turns: int | None) -> Sequence[Message]:
+    """Return the system turns and the last exchanges of a conversation; None: all of it."""
+    system, groups = exchanges(messages)
+    if n_turns is None or len(groups) <= n_turns:
+        return messages
+    return [*system, *(one for group in groups[-n_turns:] for one in group)]
+
+
 def _turns(*contents: str) -> list[Message]:
     """Return a conversation with these contents, in which user and assistant alternate."""
     return [

@@ -74,7 +74,8 @@ class PairDataset:
         user_id: index of each pair's user, [N] int64. features: of each pair's user, [N, F] float32.
         ref_logps: reference log-probabilities of chosen and rejected, [N, 2], or None.
         hidden: pooled trunk outputs of chosen and rejected, [N, 2, d], or None.
-        groups: which pairs must be in one batch; None: none must.
+        groups: which pairs are in one batch; None: none are. Turns of a conversation are only if their
+            hidden states are to be computed.
         feedback: weights, strengths and ties, [N]; None: plain choices that all count alike.
         context_hidden: pooled outputs of the untrained trunk, or None.
         context: draws other pairs of each pair's user; None: the encoder reads none.
@@ -229,7 +230,7 @@ def choices_among_several(rows: Sequence[Row]) -> Tensor | None:
     found = []
     for place, row in enumerate(rows):
         is_own = row.group_id is None or row.verdict is not None
-        parts = (row.group_id, row.user_id, str(row.prompt), row.chosen)
+        parts = (row.conversation_id, row.group_id, row.user_id, str(row.prompt), row.chosen)
         key = place if is_own else hash(parts)
         found.append(numbers.setdefault((is_own, key), len(numbers)))
     return torch.tensor(found) if len(numbers) < len(found) else None

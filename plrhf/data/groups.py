@@ -1,11 +1,12 @@
-"""Groups of pairs that must be in one batch, as those of a ranking."""
+"""Groups of pairs that are in one batch: those of a ranking, and the turns of a conversation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
+from plrhf.data.packing import TokenPair
 from plrhf.data.rows import Row, Rows
 from plrhf.data.store import Indices
 
@@ -20,7 +21,7 @@ class Groups:
         number: of each pair's group, [N] int64, by first appearance.
     """
 
-    def __init__(self, ids: Iterable[str | None]) -> None:
+    def __init__(self, ids: Iterable[Hashable | None]) -> None:
         numbers: dict[object, int] = {}
         keys = (place if one is None else one for place, one in enumerate(ids))
         self.number = np.fromiter((numbers.setdefault(key, len(numbers)) for key in keys), np.int64)
@@ -63,8 +64,54 @@ class Groups:
         return batches if len(batches[0]) > 0 else []
 
 
-def groups_of(rows: Sequence[Row]) -> Groups | None:
-    """Return the groups of rows; None if each row is one of its own."""
-    ids = list(rows.texts("group_id")) if isinstance(rows, Rows) else [r.group_id for r in rows]
+def groups_of(rows: Sequence[Row], *, conversations: bool = True) -> Groups | None:
+    """Return the groups of rows; None if each row is one of its own.
+
+    Args:
+        conversations: whether a user's turns of a conversation are one group, as they share what they begin
+            with; else rows with a `group_id` in common alone are, as they are one choice.
+    """
+    ids: list[Hashable | None] = [*_column(rows, "group_id")]
+    if conversations:
+        ids = [
+            of if of is not None else one
+            for of, one in zip(conversations_of(rows), ids, strict=True)
+        ]
     found = None if all(one is None for one in ids) else Groups(ids)
     return None if found is None or len(found) == len(ids) else found
+
+
+def conversations_of(rows: Sequence[Row]) -> list[tuple[str, str] | None]:
+    """Return user and conversation of each row; None for a row outside any conversation."""
+    ids = _column(rows, "conversation_id")
+    if all(one is None for one in ids):
+        return [None] * len(ids)
+    if isinstance(rows, Rows):
+        users = [rows.people[number].user_id for number in rows.person]
+    else:
+        users = [row.user_id for row in rows]
+    pairs = zip(users, ids, strict=True)
+    return [None if one is None else (user, one) for user, one in pairs]
+
+
+def n_turns_apart(rows: Sequence[Row], pairs: Sequence[TokenPair]) -> int:
+    """Count the pairs of later turns whose prompt does not begin with an earlier turn and its reply.
+
+    Such a pair shares fewer tokens with its conversation, as where a chat template writes former turns
+    otherwise than the last one, or where they were cut.
+    """
+    turns: dict[tuple[str, str], list[TokenPair]] = {}
+    for place, one in enumerate(conversations_of(rows)):
+        if one is not None:
+            turns.setdefault(one, []).append(pairs[place])
+    count = 0
+    for own in turns.values():
+        said = {(*one.prompt, *one.chosen) for one in own}
+        first = min(len(one.prompt) for one in own)
+        later = [one.prompt for one in own if len(one.prompt) > first]
+        count += sum(not any(one[: len(reply)] == reply for reply in said) for one in later)
+    return count
+
+
+def _column(rows: Sequence[Row], name: str) -> list[str | None]:
+    return list(rows.texts(name)) if isinstance(rows, Rows) else [getattr(r, name) for r in rows]

@@ -37,7 +37,7 @@ class InContextTokenizer(RowTokenizer):
 
     Args:
         own_pairs: pairs of the users that are known; other users' prompts stay as they are.
-        use_user_text, options: see `RowTokenizer`.
+        use_user_text, use_user_features, options: see `RowTokenizer`.
 
     Attributes:
         whole: the tokenizer of rows that `with_pairs` has made.
@@ -49,9 +49,11 @@ class InContextTokenizer(RowTokenizer):
         *,
         own_pairs: OwnPairs | None = None,
         use_user_text: bool = False,
+        use_user_features: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(tokenizer, use_user_text=use_user_text, **options)
+        own = {"use_user_text": use_user_text, "use_user_features": use_user_features}
+        super().__init__(tokenizer, **{**options, **own})
         self.own_pairs: OwnPairs = {} if own_pairs is None else own_pairs
         self.whole = RowTokenizer(tokenizer, use_user_text=True, **options)
 
@@ -60,7 +62,7 @@ class InContextTokenizer(RowTokenizer):
 
         A pair with the prompt of the row and one of its responses would reveal the answer and is left out.
         """
-        own = row.user_text if self.use_user_text else None
+        own = self.user_text(row)
         pairs = [pair for pair in pairs if not shares_text(pair, row)]
         for number in range(len(pairs), 0, -1):
             parts = [*([] if own is None else [own]), show_pairs(pairs[:number])]

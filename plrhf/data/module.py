@@ -26,6 +26,7 @@ from plrhf.data.dataset import (
     batches_by_length,
 )
 from plrhf.data.features import FeatureSchema
+from plrhf.data.groups import groups_of, n_turns_apart
 from plrhf.data.in_context import InContextTokenizer, OwnPairs, put_in_context, row_tokenizer
 from plrhf.data.packing import LAYOUTS, Layout, LayoutName
 from plrhf.data.reading import read_rows
@@ -45,7 +46,7 @@ from plrhf.data.text_value_cache import TextValueCache
 from plrhf.data.text_values import compute_text_values
 from plrhf.data.tokenizer import Tokenizer
 from plrhf.data.tokens import TokenFile, load_or_tokenize
-from plrhf.data.usable_rows import check_some_fit, tokenizing_notes
+from plrhf.data.usable_rows import CURES, check_some_fit, tokenizing_notes
 
 FRACTIONS = ("val_fraction", "test_fraction")
 """Fractions by which either the source or `split_rows` divides the rows."""
@@ -78,6 +79,7 @@ class PreferenceData(LightningDataModule):
     """
 
     own_pairs: OwnPairs | None = None
+    _content_hash: str | None = None
 
     def __init__(
         self,
@@ -104,6 +106,8 @@ class PreferenceData(LightningDataModule):
         on_long_response: str = "drop",
         separator: str = "\n",
         use_user_text: bool = False,
+        use_user_features: bool = False,
+        history_turns: int | None = None,
         context_pairs: int = 0,
         min_context_pairs: int = 1,
         users: Sequence[str] | None = None,
@@ -124,11 +128,10 @@ class PreferenceData(LightningDataModule):
             allowed = "none with data.context_pairs, which shows which response was chosen"
             raise bad_value("model.ties", ties, allowed, "Set model.ties=none")
         how: dict[str, Any] = {"on_bad_row": on_bad_row, "ties": ties != "none"}
-        rows, self.report = read_rows(source.records(), **how, feature_kinds=kinds)
+        self._rows, self.report = read_rows(source.records(), **how, feature_kinds=kinds)
         self.report.form = source.form
         self.report.check_some_left()
         self.on_bad_row = on_bad_row
-        self._rows = rows
         self._split_settings: dict[str, Any] = {
             "seed": seed,
             "val_fraction": val_fraction,
@@ -151,6 +154,8 @@ class PreferenceData(LightningDataModule):
             "on_long_response": on_long_response,
             "separator": separator,
             "use_user_text": use_user_text,
+            "use_user_features": use_user_features,
+            "history_turns": history_turns,
             **({"context_pairs": context_pairs} if context_pairs > 0 else {}),
         }
         self.context_pairs = {"least": min_context_pairs, "most": context_pairs, "seed": seed}
@@ -158,7 +163,6 @@ class PreferenceData(LightningDataModule):
         self.datasets: dict[str, PairDataset] = {}
         self.truncated: dict[str, int] = {}
         self.shard = SINGLE_PROCESS
-        self._content_hash: str | None = None
 
     @property
     def rows(self) -> Rows:
@@ -221,12 +225,11 @@ class PreferenceData(LightningDataModule):
         check_some_fit(self.splits, fits, self.report, **limits)
         if not fits.all():
             self._split(fits)
-        self.truncated = dict.fromkeys(("prompt truncated", "response truncated"), 0)
-        self.truncated["response too long"] = n_too_long
+        self.truncated = {**dict.fromkeys(CURES, 0), "response too long": n_too_long}
         for split in SPLITS:
             rows: Any = getattr(self.splits, split)
-            if self.shuffle_users and self.row_tokenizer.use_user_text:
-                # The users' texts were permuted with them, so that these are other prompts.
+            if self.shuffle_users and self.row_tokenizer.reads_people:
+                # What is said of users was permuted with them, so that these are other prompts.
                 pairs = load_or_tokenize(rows, self.row_tokenizer, cache_dir=cache_dir)
             else:
                 pairs = tokens.select(np.searchsorted(self._counted, self.splits.indices[split]))
@@ -242,9 +245,12 @@ class PreferenceData(LightningDataModule):
         self.truncated["response too long"] += int((~fits).sum())
         self.truncated["prompt truncated"] += int((pairs.cut & fits).sum())
         self.truncated["response truncated"] += int((pairs.response_cut & fits).sum())
+        self.truncated["earlier turns left out"] += int((pairs.history_cut & fits).sum())
+        rows, pairs = rows.select(np.flatnonzero(fits)), pairs.select(np.flatnonzero(fits))
+        self.truncated["turn computed apart"] += n_turns_apart(rows, pairs)
         self.datasets[split] = PairDataset(
-            rows.select(np.flatnonzero(fits)),
-            pairs.select(np.flatnonzero(fits)),
+            rows,
+            pairs,
             layout=layout,
             user_index=self.user_index,
             schema=self.schema,
@@ -419,6 +425,7 @@ class PreferenceData(LightningDataModule):
             dataset.hidden = compute_text_values(
                 dataset, pool, self.eval_batch_size, cache, shard=self.shard
             )
+            dataset.groups = groups_of(dataset.rows, conversations=False)
 
 
 def _check_sizes(**sizes: int | None) -> None:

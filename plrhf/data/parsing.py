@@ -69,6 +69,7 @@ def parse_row(raw: Mapping[str, Any], where: str) -> Row:
         strength=_number(raw, "strength", where),
         group_id=_optional_id(raw, "group_id", where),
         rating_level=level,
+        conversation_id=_optional_id(raw, "conversation_id", where),
     )
     _check_size(row, where)
     return row

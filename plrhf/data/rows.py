@@ -26,7 +26,10 @@ Ties = Literal["none", "shared", "own"]
 
 SPLITS = ("train", "val", "test")
 REQUIRED_FIELDS = ("prompt", "chosen", "rejected", "user_id")
-ID_FIELDS = ("user_id", "prompt_id", "pair_id", "chosen_id", "rejected_id", "group_id")
+ID_FIELDS = (
+    *("user_id", "prompt_id", "pair_id", "chosen_id", "rejected_id", "group_id"),
+    "conversation_id",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,7 @@ class Row:
         group_id: rows that have it in common, as those of a ranking, are always in one batch. Those of
             one prompt and chosen response are one choice among several.
         rating_level: of a rating, its level from 0; both responses are then the text that was rated.
+        conversation_id: rows that have it in common are turns of one conversation. No two splits share it.
     """
 
     prompt: str | tuple[Message, ...]
@@ -58,6 +62,7 @@ class Row:
     strength: float | None = None
     group_id: str | None = None
     rating_level: int | None = None
+    conversation_id: str | None = None
 
 
 ROW_FIELDS = tuple(one.name for one in fields(Row))
@@ -145,15 +150,15 @@ class Rows(LazySequence[Row]):
         _, first = np.unique(self.person, return_index=True)
         return [self.people[self.person[place]] for place in np.sort(first)]
 
-    def digest(self, *, with_user_text: bool) -> str:
-        """Hash the file, which of its rows these are, and (if asked for) the users' texts.
+    def digest(self, *, with_people: bool) -> str:
+        """Hash the file, which of its rows these are, and (if asked for) the users' texts and features.
 
         It is faster than `content_hash`, but equal rows in another file have another digest.
         """
         parts = [self._file.digest, blake2b(self._indices.tobytes()).hexdigest()]
-        if with_user_text:
+        if with_people:
             parts += [
-                content_hash([person.user_text for person in self.people]),
+                content_hash([[one.user_text, one.user_features] for one in self.people]),
                 blake2b(self.person.tobytes()).hexdigest(),
             ]
         return content_hash(parts)
@@ -193,7 +198,7 @@ def people_in(rows: Sequence[Row]) -> Sequence[Row | Person]:
 TEXT_COLUMNS = (
     *("prompt", "messages", "chosen", "rejected", "prompt_id", "pair_id"),
     *("split", "chosen_id", "rejected_id", "verdict", "weight", "strength", "group_id"),
-    "rating_level",
+    *("conversation_id", "rating_level"),
 )
 """Columns of the file. A prompt is in ``prompt`` if it is text, and in ``messages`` (JSON) if not."""
 
@@ -207,15 +212,16 @@ def _texts(row: Row) -> tuple[str | None, ...]:
         *(row.chosen, row.rejected, row.prompt_id, row.pair_id),
         *(row.split, row.chosen_id, row.rejected_id, row.verdict),
         *(None if one is None else repr(one) for one in (row.weight, row.strength)),
-        row.group_id,
+        *(row.group_id, row.conversation_id),
         None if row.rating_level is None else str(row.rating_level),
     )
 
 
 def _row(person: Person, prompt: Any, messages: Any, chosen: Any, rejected: Any, *ids: Any) -> Row:
     """Make a row of its user and its values in the order of `TEXT_COLUMNS`."""
-    prompt_id, pair_id, split, chosen_id, rejected_id, verdict, *numbers, group_id, level = ids
-    weight, strength = (None if one is None else float(one) for one in numbers)
+    prompt_id, pair_id, split, chosen_id, rejected_id, verdict, *rest = ids
+    weight, strength = (None if one is None else float(one) for one in rest[:2])
+    group_id, conversation_id, level = rest[2:]
     return Row(
         prompt if messages is None else tuple(json.loads(messages)),
         chosen,
@@ -233,4 +239,5 @@ def _row(person: Person, prompt: Any, messages: Any, chosen: Any, rejected: Any,
         strength,
         group_id,
         None if level is None else int(level),
+        conversation_id,
     )

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from plrhf.core.errors import bad_value
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.dataset import PairDataset, RankShard
-from plrhf.data.groups import Groups
+from plrhf.data.groups import Groups, groups_of
 from plrhf.data.store import Indices
 
 BUCKET_SPREAD = 0.1
@@ -214,19 +214,20 @@ def make_sampler(
     """Make the sampler of train batches.
 
     It is a `GroupSampler` if pairs have groups, a `UserSampler` if `users_per_batch` is set, else a
-    `PairSampler`.
+    `PairSampler`. With `batch_tokens` or `users_per_batch`, turns of a conversation are drawn apart.
 
     Raises:
         ValueError: users or groups are drawn together with a limit of tokens, groups with users, or there
             are more users than pairs.
     """
     lengths = dataset.row_lengths()
-    if dataset.groups is not None:
-        for name, value in (("batch_tokens", batch_tokens), ("users_per_batch", users_per_batch)):
-            if value is not None:
-                allowed = "null where rows have a group_id, as those of rankings"
-                raise bad_value(f"data.{name}", value, allowed, f"Set data.{name}=null")
+    given = {"batch_tokens": batch_tokens, "users_per_batch": users_per_batch}
+    name, value = next(((one, of) for one, of in given.items() if of is not None), ("", None))
+    if dataset.groups is not None and value is None:
         return GroupSampler(lengths, dataset.groups, batch_size=batch_size, **others)
+    if dataset.groups is not None and groups_of(dataset.rows, conversations=False) is not None:
+        allowed = "null where rows have a group_id, as those of rankings"
+        raise bad_value(f"data.{name}", value, allowed, f"Set data.{name}=null")
     if users_per_batch is None:
         return PairSampler(lengths, batch_size=batch_size, batch_tokens=batch_tokens, **others)
     if batch_tokens is not None or users_per_batch > batch_size:

@@ -15,12 +15,17 @@ from plrhf.core.errors import bad_value
 from plrhf.data.rows import SPLITS, Rows
 
 TRAIN, VAL, TEST = range(len(SPLITS))
+NO_SPLIT = -1
 Codes = NDArray[np.int8]
-"""Index in `SPLITS` of each row's split."""
+"""Index in `SPLITS` of each row's split, or `NO_SPLIT`."""
 
-SplitBy = Literal["prompt", "response", "pair", "user"]
+SplitBy = Literal["prompt", "conversation", "response", "pair", "user"]
 
-NEED_PROMPTS = {"group_id": ("prompt",), "rating_level": ("prompt", "response")}
+NEED_PROMPTS = {
+    "conversation_id": ("prompt", "conversation"),
+    "group_id": ("prompt", "conversation"),
+    "rating_level": ("prompt", "conversation", "response"),
+}
 """What rows with these fields may be divided by: else train would tell what test asks."""
 
 
@@ -43,7 +48,9 @@ def draw_splits(
 
     Args:
         by: what no two splits have in common.
-            ``prompt``: no prompt is in two splits.
+            ``prompt``: no prompt is in two splits, nor a conversation. A row whose prompt, as an opening
+            that many conversations have, is in a later split too gets none, which is `NO_SPLIT`.
+            ``conversation``: no conversation is in two splits. Prompts may be shared.
             ``response``: each test pair has a response that is in no train or val pair, and each val
             pair one that is in no train pair. Prompts are shared.
             ``pair``: no two responses that were compared in one split are compared in another, also
@@ -55,13 +62,29 @@ def draw_splits(
         if by not in allowed and any(one is not None for one in rows.texts(name)):
             said = f"{' or '.join(allowed)} where rows have a {name}, and tell of one another"
             raise bad_value("data.split_by", by, said, "Set data.split_by=prompt")
-    draw = {"prompt": _by_prompt, "response": _by_response, "pair": _by_pair, "user": _by_user}[by]
+    draw = {
+        **{"prompt": _by_prompt, "conversation": _by_conversation},
+        **{"response": _by_response, "pair": _by_pair, "user": _by_user},
+    }[by]
     return draw(rows, seed, val_fraction, test_fraction)
 
 
 def _by_prompt(rows: Rows, seed: int, val_fraction: float, test_fraction: float) -> Codes:
+    codes = _by_conversation(rows, seed, val_fraction, test_fraction)
+    if all(one is None for one in rows.texts("conversation_id")):
+        return codes
+    last: dict[str | None, int] = {}  # train < val < test
+    for prompt, code in zip(rows.texts("prompt_id"), codes.tolist(), strict=True):
+        last[prompt] = max(last.get(prompt, TRAIN), code)
+    drawn = zip(rows.texts("prompt_id"), codes.tolist(), strict=True)
+    return _codes(code if last[prompt] == code else NO_SPLIT for prompt, code in drawn)
+
+
+def _by_conversation(rows: Rows, seed: int, val_fraction: float, test_fraction: float) -> Codes:
+    """Draw conversations, and the prompts of rows outside any."""
     of_prompt = _drawn("prompt", seed, val_fraction, test_fraction)
-    return _codes(of_prompt(str(one)) for one in rows.texts("prompt_id"))
+    ids = zip(rows.texts("conversation_id"), rows.texts("prompt_id"), strict=True)
+    return _codes(of_prompt(str(prompt if one is None else one)) for one, prompt in ids)
 
 
 def _by_pair(rows: Rows, seed: int, val_fraction: float, test_fraction: float) -> Codes:

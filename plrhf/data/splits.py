@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from plrhf.core.errors import bad_value
 from plrhf.data.rows import SPLITS, Row, Rows
-from plrhf.data.split_by import TEST, TRAIN, Codes, SplitBy, draw_splits, uniform_hash
+from plrhf.data.split_by import NO_SPLIT, TEST, TRAIN, Codes, SplitBy, draw_splits, uniform_hash
 from plrhf.data.store import Indices
 
 TOO_FEW_PAIRS = "user below data.min_pairs_per_user"
@@ -19,6 +19,7 @@ BEYOND_MAX_USERS = "user beyond data.max_users"
 UNSEEN_OUTSIDE_TEST = "unseen user outside test"
 TIE_OUTSIDE_TRAIN = "tie outside train"
 RATING_OUTSIDE_TRAIN = "rating outside train, where pairs of ratings are asked"
+PROMPT_IN_TWO_SPLITS = "prompt in a later split too, of another conversation"
 PAIR_OF_RATINGS = "pair of ratings that train has one by one"
 
 FEW_PROMPTS = 10  # too few to divide them
@@ -171,6 +172,7 @@ def _misplaced(rows: Rows, code: Codes) -> dict[str, NDArray[np.bool_]]:
     return {
         TIE_OUTSIDE_TRAIN: is_tie & ~in_train,
         RATING_OUTSIDE_TRAIN: is_rating & ~in_train,
+        PROMPT_IN_TWO_SPLITS: code == NO_SPLIT,
         PAIR_OF_RATINGS: ~is_rating & in_train & is_rating.any(),
     }
 
@@ -295,6 +297,7 @@ def _split_codes(
         if split_by != "prompt":
             cure = "Set data.keep_split=false to draw splits anew, or data.split_by=prompt"
             raise bad_value("data.split_by", split_by, "prompt where rows carry a split", cure)
+        _check_conversations(rows, codes)
         return codes
     if n_own > 0:
         shown = f"{n_own} of {len(rows)} rows"
@@ -316,11 +319,12 @@ def _split_codes(
     codes = draw_splits(rows, split_by, seed=seed, val_fraction=for_val, test_fraction=for_test)
     if seen_prompt_test_fraction > 0:
         train = np.flatnonzero(codes == TRAIN)
-        ids = (rows.select(train).texts(name) for name in ("group_id", "pair_id"))
+        names = ("conversation_id", "group_id", "pair_id")
+        ids = (rows.select(train).texts(name) for name in names)
         drawn = [
-            uniform_hash(str(group or pair), salt="seen prompt", seed=seed)
+            uniform_hash(str(conversation or group or pair), salt="seen prompt", seed=seed)
             < seen_prompt_test_fraction
-            for group, pair in zip(*ids, strict=True)
+            for conversation, group, pair in zip(*ids, strict=True)
         ]
         codes[train[drawn]] = TEST
     return codes
@@ -354,6 +358,16 @@ def _check_no_fractions(
         cure = "Put such pairs into test in the rows, or leave split out of every row"
         allowed = "0 where rows carry a split"
         raise bad_value("data.seen_prompt_test_fraction", seen_prompt_test_fraction, allowed, cure)
+
+
+def _check_conversations(rows: Rows, code: Codes) -> None:
+    """Raise a ValueError if rows carry splits that divide a conversation, whose turns share texts."""
+    split: dict[str | None, int] = {None: NO_SPLIT}
+    for one, own in zip(rows.texts("conversation_id"), code.tolist(), strict=True):
+        if one is not None and split.setdefault(one, own) != own:
+            shown = f"{one} in {SPLITS[split[one]]} and {SPLITS[own]}"
+            cure = "Give all of its rows one split, or set data.keep_split=false"
+            raise bad_value("conversation_id", shown, "in one split", cure)
 
 
 def _check_not_empty(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from plrhf.core.errors import bad_value
@@ -14,6 +14,7 @@ from plrhf.data.chat import (
     TemplateRefusal,
     chat_template,
     exchanges,
+    last_turns,
 )
 from plrhf.data.digests import content_hash
 from plrhf.data.packing import TokenPair
@@ -34,7 +35,7 @@ ON_LONG_PROMPT = ("truncate", "error")
 ON_LONG_RESPONSE = ("drop", "truncate")
 MOST_TEXTS = 30_000  # whose tokens are kept at hand, as texts come again
 
-TOKENISATION = 3
+TOKENISATION = 4
 """Version of the tokenisation. Increase it when a code change gives other tokens; old files are then
 ignored."""
 
@@ -44,12 +45,14 @@ class TokenizedRow:
     """The tokens of a row, and whether they were truncated or refused.
 
     Attributes:
+        history_cut: whether earlier turns than `history_turns` allows were left out.
         refused: why the chat template refuses the prompt, or None; if refused, there are no tokens.
     """
 
     pair: TokenPair
     prompt_cut: bool = False
     response_cut: bool = False
+    history_cut: bool = False
     refused: str | None = None
 
 
@@ -75,6 +78,9 @@ class RowTokenizer:
             policy then learns to stop too early.
         separator: text between prompt and response if there is no chat template.
         use_user_text: put the row's `user_text` in front of the prompt.
+        use_user_features: put the row's `user_features` there, too, as text, a line each.
+        history_turns: how many of the last turns of a chat are kept, each beginning with the user's; None:
+            all. System turns stay.
 
     Raises:
         ValueError: a setting out of range.
@@ -94,13 +100,16 @@ class RowTokenizer:
         on_long_response: str = "drop",
         separator: str = "\n",
         use_user_text: bool = False,
+        use_user_features: bool = False,
+        history_turns: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.max_prompt_tokens = max_prompt_tokens
         self.max_tokens = max_tokens
         self.on_long_prompt, self.on_long_response = on_long_prompt, on_long_response
         self.separator = separator
-        self.use_user_text = use_user_text
+        self.use_user_text, self.use_user_features = use_user_text, use_user_features
+        self.history_turns = history_turns
         self.counts: Counter[str] = Counter(
             {"prompt truncated": 0, "response truncated": 0, "response too long": 0}
         )
@@ -169,7 +178,8 @@ class RowTokenizer:
     def _tokenized(self, row: Row) -> TokenizedRow:
         """Tokenise one row, and truncate it if the settings say so."""
         try:
-            return self._fitted(*self._pair(row))
+            found = self._fitted(*self._pair(row))
+            return replace(found, history_cut=self._history(row) is not row.prompt)
         except TemplateRefusal as refusal:
             allowed = (
                 f"a conversation that the chat template writes (pair {row.pair_id}: {refusal})"
@@ -221,6 +231,7 @@ class RowTokenizer:
         settings = [self.max_prompt_tokens, self.on_long_prompt, self.separator, self.use_user_text]
         if self.on_long_response == "truncate":  # else it decides what fits, and no text's tokens
             settings += [self.max_tokens]
+        settings += [self.use_user_features, self.history_turns]
         own = [TOKENISATION, self.start, self.end, self.encoder_only]
         return content_hash(own, state, settings)
 
@@ -260,12 +271,23 @@ class RowTokenizer:
 
     def _prompt_text(self, row: Row) -> str:
         """Return a plain prompt with user text and separator."""
-        text = f"{row.prompt}{self.separator}"
-        return f"{row.user_text}{self.separator}{text}" if self._has_user_text(row) else text
+        text, own = f"{row.prompt}{self.separator}", self.user_text(row)
+        return text if own is None else f"{own}{self.separator}{text}"
 
-    def _has_user_text(self, row: Row) -> bool:
-        """Return whether the user text is put in front of the row's prompt."""
-        return self.use_user_text and row.user_text is not None
+    @property
+    def reads_people(self) -> bool:
+        """Whether tokens depend on what a row says of its user."""
+        return self.use_user_text or self.use_user_features
+
+    def user_text(self, row: Row) -> str | None:
+        """Return what is said of the user in front of the row's prompt; None if nothing is."""
+        parts = [row.user_text] if self.use_user_text and row.user_text is not None else []
+        if self.use_user_features and row.user_features:
+            shown = sorted(row.user_features.items())
+            parts += [
+                f"{name}: {one if isinstance(one, str) else f'{one:g}'}" for name, one in shown
+            ]
+        return "\n".join(parts) if len(parts) > 0 else None
 
     def _plain_prompt(self, row: Row) -> tuple[Ids, bool]:
         """Return the tokens of a plain prompt, and whether it was truncated."""
@@ -276,8 +298,9 @@ class RowTokenizer:
         if cut:
             self._check_may_cut(row, len(self.start) + len(ids) + len(end))
             user: Ids = ()
-            if self._has_user_text(row):  # at most half of the room is the user's
-                user = self._encode(f"{row.user_text}{self.separator}")[: room // 2]
+            own = self.user_text(row)
+            if own is not None:  # at most half of the room is the user's
+                user = self._encode(f"{own}{self.separator}")[: room // 2]
                 ids = self._encode(f"{row.prompt}{self.separator}")
             left = room - len(user)
             ids = user + ids[max(0, len(ids) - left) :] if left > 0 else user
@@ -331,19 +354,26 @@ class RowTokenizer:
 
     def _chat_prompt(self, row: Row) -> tuple[Ids, bool, RenderedPrompt]:
         """Return the tokens of a chat prompt, whether it was truncated, and the whole rendered prompt."""
-        assert not isinstance(row.prompt, str)
-        ids, rendered = self._rendered(row, row.prompt)
+        messages = self._history(row)
+        assert not isinstance(messages, str)
+        ids, rendered = self._rendered(row, messages)
         cut = len(ids) > self.max_prompt_tokens
         if cut:
             self._check_may_cut(row, len(ids))
-            ids = self._shortened(row, row.prompt)
+            ids = self._shortened(row, messages)
         return ids, cut, rendered
+
+    def _history(self, row: Row) -> str | Sequence[Message]:
+        """Return the prompt; of a chat, its last `history_turns` turns."""
+        if isinstance(row.prompt, str):
+            return row.prompt
+        return last_turns(row.prompt, self.history_turns)
 
     def _rendered(self, row: Row, messages: Sequence[Message]) -> tuple[Ids, RenderedPrompt]:
         """Render messages by the chat template and encode them."""
         found = self.chat.prompt(
             messages,
-            user_text=row.user_text if self.use_user_text else None,
+            user_text=self.user_text(row),
             separator=self.separator,
         )
         ids = self.chat.encoder.encode_rendered(found.text)

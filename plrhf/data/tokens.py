@@ -18,7 +18,7 @@ from plrhf.data.store import BLOCK, Indices, LazySequence, in_blocks
 from plrhf.data.tokenizer import RowTokenizer
 
 FIELDS = ("prompt", "chosen", "rejected")
-FLAGS = ("prompt_cut", "response_cut")
+FLAGS = ("prompt_cut", "response_cut", "history_cut")
 
 
 class TokenFile(LazySequence[TokenPair]):
@@ -26,7 +26,8 @@ class TokenFile(LazySequence[TokenPair]):
 
     Attributes:
         lengths: number of tokens of prompt, chosen and rejected, [N, 3] int32.
-        cut, response_cut: whether the prompt, or a response, was truncated, [N] bool.
+        cut, response_cut: whether the prompt, or a response, was truncated, [N] bool. history_cut: whether
+            earlier turns were left out.
         refused: why the chat template refuses a row, by index of the row.
     """
 
@@ -37,7 +38,7 @@ class TokenFile(LazySequence[TokenPair]):
         self._blocks = [[_parts(batch.column(name)) for name in FIELDS] for batch in batches]
         lengths = [np.stack([np.diff(ends) for ends, _ in one], axis=1) for one in self._blocks]
         self.lengths: NDArray[np.int32] = np.concatenate([np.empty((0, 3), np.int32), *lengths])
-        self.cut, self.response_cut = (_flags(batches, name) for name in FLAGS)
+        self.cut, self.response_cut, self.history_cut = (_flags(batches, name) for name in FLAGS)
         refused = [one for batch in batches for one in batch.column("refused").to_pylist()]
         self.refused = {n: one for n, one in enumerate(refused) if one is not None}
         self._indices: Indices = np.arange(len(self.cut))
@@ -58,6 +59,7 @@ class TokenFile(LazySequence[TokenPair]):
         part._blocks, part._indices = self._blocks, self._indices[indices]
         part.lengths, part.cut = self.lengths[indices], self.cut[indices]
         part.response_cut = self.response_cut[indices]
+        part.history_cut = self.history_cut[indices]
         part.refused = {
             n: self.refused[one] for n, one in enumerate(indices.tolist()) if one in self.refused
         }
@@ -103,7 +105,7 @@ def token_stem(rows: Rows, row_tokenizer: RowTokenizer) -> str | None:
     tokenizer = row_tokenizer.digest()
     if tokenizer is None:
         return None
-    key = content_hash(rows.digest(with_user_text=row_tokenizer.use_user_text), tokenizer)
+    key = content_hash(rows.digest(with_people=row_tokenizer.reads_people), tokenizer)
     return f"tokens-{key}"
 
 

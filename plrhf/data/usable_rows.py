@@ -17,6 +17,8 @@ CURES = {
     "response too long": "dropped; raise data.max_tokens or set data.on_long_response=truncate",
     "response truncated": "raise data.max_tokens to keep them whole",
     "prompt truncated": "raise data.max_prompt_tokens to keep them whole",
+    "earlier turns left out": "raise data.history_turns to keep them",
+    "turn computed apart": "its prompt does not begin with the former turn as its tokens were",
 }
 """What to do about rows of each kind that tokenising counts."""
 

@@ -52,12 +52,12 @@ class RewardJudge(Judge):
         self.users, self.batch_size = users, batch_size
         trust = {"trust_remote_code": trust_remote_code, "trust_components": trust_components}
         self.model = load_reward(export, "eval.judge.export", **trust)
-        text = self.model.card.text
-        if text["use_user_text"] or "context_pairs" in text:
+        own = ("use_user_text", "use_user_features", "context_pairs")
+        if any(self.model.card.text.get(name) for name in own):
             raise bad_value(
                 "eval.judge.export",
                 str(export),
-                "a reward model trained with data.use_user_text=false and data.context_pairs=0",
+                "a reward model trained without data.use_user_text, use_user_features and context_pairs",
                 "Train one, as generated texts come without their users' own",
             )
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")

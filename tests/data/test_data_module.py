@@ -275,7 +275,10 @@ def test_counts_add_up_to_the_rows_read(tokenizer: Any) -> None:
         "read": 34,
         "refused": {"empty response": 1, "field that is not text": 1},
         "dropped": {"user below data.min_pairs_per_user": 1},
-        "truncated": {"prompt truncated": 1, "response truncated": 0, "response too long": 1},
+        "truncated": {
+            **{"prompt truncated": 1, "response truncated": 0, "response too long": 1},
+            **{"earlier turns left out": 0, "turn computed apart": 0},
+        },
         "rows": {"train": 18, "val": 5, "test": 7},
         "users": {"seen": 3, "unseen": 1},
     }

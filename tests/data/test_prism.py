@@ -53,6 +53,7 @@ def test_one_pair_for_each_rejected_reply_with_the_chosen_history(tmp_path: Path
         (second, "A spoon.", "A jar."),
     ]
     assert [row.pair_id for row in rows] == ["c0 0 0", "c0 0 2", "c0 1 1"]
+    assert {row.conversation_id for row in rows} == {"c0"}
     assert {row.user_id for row in rows} == {"user0"} and report.refused == {}
 
 
@@ -233,23 +234,26 @@ def test_missing_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_on_features(tmp_path: Path) -> None:
+def test_a_run_on_features_and_dialogues(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     tokenizer.save_pretrained(model)
-    path = write_prism(tmp_path / "prism", *many_dialogues(8, 5))
+    path = write_prism(tmp_path / "prism", *many_dialogues(8, 5, n_turns=3))
     launch(
         "train",
         *("data=prism", f"data.path={path}", "data.unseen_fraction=0.3", "data.batch_size=8"),
         *("data.max_prompt_tokens=60", "data.max_tokens=120", "data.val_fraction=0.2"),
         *("data.test_fraction=0.2", "backbone=hf", f"backbone.path={model}"),
         *("encoder=features", "trainer.max_epochs=1", "optim.warmup_steps=2"),
+        "data.history_turns=2",
         f"run_dir={tmp_path / 'run'}",
     )
     results = check_run(tmp_path / "run", oracle=False)
     users = results["data"]["users"]
     assert users["seen"] + users["unseen"] == 8 and users["unseen"] >= 1
-    assert results["test"]["seen"]["user"]["n_pairs"] == users["seen"]
-    assert results["test"]["unseen"]["user"]["n_pairs"] == 5 * users["unseen"]
-    assert results["data"]["truncated"]["prompt truncated"] == 40  # by what users say of themselves
+    assert results["test"]["seen"]["user"]["n_pairs"] == 3 * users["seen"]
+    assert results["test"]["unseen"]["user"]["n_pairs"] == 15 * users["unseen"]
+    truncated = results["data"]["truncated"]
+    assert truncated["prompt truncated"] == 120  # by what users say of themselves
+    assert truncated["earlier turns left out"] == 40  # of third turns, which have two before

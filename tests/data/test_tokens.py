@@ -84,12 +84,12 @@ def test_rows_on_disk_are_those_in_memory(many: list[Row], monkeypatch: Any) -> 
     on_disk = Rows.from_rows(many)
     assert on_disk._file._file._rolled and not in_memory._file._file._rolled
     assert on_disk == in_memory
-    assert on_disk.digest(with_user_text=True) == in_memory.digest(with_user_text=True)
+    assert on_disk.digest(with_people=True) == in_memory.digest(with_people=True)
 
 
 def test_the_digest_tells_rows_apart(many: list[Row]) -> None:
     def digests(rows: Rows) -> tuple[str, str]:
-        return rows.digest(with_user_text=False), rows.digest(with_user_text=True)
+        return rows.digest(with_people=False), rows.digest(with_people=True)
 
     rows = Rows.from_rows(many[:9])
     plain, with_text = digests(rows)
@@ -121,6 +121,7 @@ CHANGES = {
     "weight": 0.5,
     "strength": 2.0,
     "group_id": "another",
+    "conversation_id": "another",
     "rating_level": 3,
 }
 

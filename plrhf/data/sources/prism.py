@@ -282,6 +282,7 @@ def _rows_of_dialogue(
                         "user_features": person.features,
                         "prompt_id": content_hash(prompt),
                         "pair_id": f"{dialogue.dialogue_id} {number} {index}",
+                        "conversation_id": dialogue.dialogue_id,
                         "split": split,
                     },
                 )
