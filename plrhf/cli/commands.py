@@ -78,6 +78,11 @@ COMMANDS = {
         "make_styles",
         "plrhf.cli.make_styles.make_styles",
     ),
+    "personas": Command(
+        "Describe people by their choices with a language model, as user_text.",
+        "personas",
+        "plrhf.cli.write_personas.write_personas",
+    ),
     "export": Command(
         "Make a plain Hugging Face model of a policy for one user.",
         "export",

@@ -83,7 +83,7 @@ class ChatEndpoint:
             key itself is in no setting and in nothing that is written.
         timeout: seconds, of connecting and of each wait for an answer.
         retries: how often a request is sent again, from 0. backoff: seconds, from 0.
-        parallel: connections kept.
+        parallel: connections kept. field: dotted name of these settings, for messages.
 
     Raises:
         ValueError: a setting out of range, no key, or urllib3 is not installed.
@@ -98,8 +98,9 @@ class ChatEndpoint:
         retries: int,
         backoff: float,
         parallel: int,
+        field: str,
     ) -> None:
-        _check_url(url)
+        _check_url(url, f"{field}.url")
         for name, value, good, allowed in (
             ("timeout", timeout, timeout > 0, "a number of seconds above 0"),
             ("retries", retries, retries >= 0, "a whole number from 0"),
@@ -107,20 +108,16 @@ class ChatEndpoint:
             ("parallel", parallel, parallel >= 1, "a whole number from 1"),
         ):
             if not good:
-                field = f"eval.judge.{name}"
-                raise bad_value(field, value, allowed, f"Set {field}=1")
+                raise bad_value(f"{field}.{name}", value, allowed, f"Set {field}.{name}=1")
         if find_spec("urllib3") is None:
-            raise bad_value(
-                "eval/judge",
-                "chat",
-                "preferences or reward, as urllib3 is not installed",
-                "Install plrhf[judge]",
-            )
+            allowed = "no address, as urllib3 is not installed"
+            raise bad_value(f"{field}.url", url, allowed, "Install plrhf[judge]")
         import urllib3
 
         self.url = f"{url.rstrip('/')}/chat/completions"
         self._retries = retries
-        self._key = _key(key_variable)
+        self._field = field
+        self._key = _key(key_variable, f"{field}.key_variable")
         self._pool = urllib3.PoolManager(
             maxsize=parallel,
             timeout=urllib3.Timeout(timeout),
@@ -174,15 +171,15 @@ class ChatEndpoint:
     def _not_a_reply(self, found: str) -> ValueError:
         """Return the error for an answer that is not a chat completion."""
         return bad_value(
-            "eval.judge.url",
+            f"{self._field}.url",
             self.url,
             f"a chat completion (got {found})",
-            "Check eval.judge.url, model, request and key_variable, and run it again: "
+            f"Check {self._field}.url, model, request and key_variable, and run it again: "
             "what was answered is kept",
         )
 
 
-def _check_url(url: str) -> None:
+def _check_url(url: str, field: str) -> None:
     """Raise a ValueError unless the URL is a valid http or https address."""
     parts = urlsplit(url)
     # A password or a key in it would be written with the settings, and is not shown here either.
@@ -190,24 +187,24 @@ def _check_url(url: str) -> None:
     plain = "@" not in parts.netloc and parts.query == parts.fragment == ""
     if parts.scheme not in ("http", "https") or parts.hostname is None or not plain:
         raise bad_value(
-            "eval.judge.url",
+            field,
             open_part,
             "an http or https address without user, password and query",
-            "Set eval.judge.url=http://localhost:8000/v1",
+            f"Set {field}=http://localhost:8000/v1",
         )
 
 
-def _key(variable: str | None) -> str | None:
+def _key(variable: str | None, field: str) -> str | None:
     """Return the API key in an environment variable; None without a variable."""
     if variable is None:
         return None
     key = os.environ.get(variable, "").strip()
     if key == "":
         raise bad_value(
-            "eval.judge.key_variable",
+            field,
             variable,
             "the name of an environment variable that holds a key",
-            f"Write export {variable}=KEY, or set eval.judge.key_variable=null",
+            f"Write export {variable}=KEY, or set {field}=null",
         )
     return key
 

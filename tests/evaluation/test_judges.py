@@ -339,7 +339,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "price": ({"input_price": -1.0}, "eval.judge.input_price=-1.0 is not allowed: expected a num"),
     "request": (
         {"request": {"n": 3}},
-        "eval.judge.request.n=3 is not allowed: expected no such field, as the judge sets it. "
+        "eval.judge.request.n=3 is not allowed: expected no such field, as it is set by other means. "
         "Remove eval.judge.request.n.",
     ),
 }
@@ -368,7 +368,7 @@ def test_urllib3_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ValueError) as error:
         ChatJudge(url="http://localhost:1/v1", model="m", cache=tmp_path / "x", request={})
     assert str(error.value) == (
-        "eval/judge='chat' is not allowed: expected preferences or reward, as urllib3 is not "
+        "eval.judge.url='http://localhost:1/v1' is not allowed: expected no address, as urllib3 is not "
         "installed. Install plrhf[judge]."
     )
 
