@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from plrhf.core.errors import bad_value
+from plrhf.reporting import learning_curves
 from plrhf.reporting.comparison import (
     COMPARISON_NOTE,
     Comparison,
@@ -18,6 +19,7 @@ from plrhf.reporting.comparison import (
 )
 from plrhf.reporting.curves import sweep_curves
 from plrhf.reporting.figures import comparison_bars, few_shot_curves
+from plrhf.reporting.learning_curves import learning_curves_table
 from plrhf.reporting.over_seeds import (
     curves_table,
     over_seeds,
@@ -39,7 +41,7 @@ def compare(
     Each run is paired with the vanilla run of the same model, data, seed and test pairs, if there is
     one. Directories without results are skipped and named. If runs differ in seed alone, the page
     begins with a table that has one row for all their seeds, also written to over_seeds.csv, .md and
-    .tex.
+    .tex. Runs that differ in pairs a user or in users have learning curves, also in learning_curves.md.
 
     Args:
         runs: a glob of run directories, or the directories. ``**`` matches any number of folders. A
@@ -68,9 +70,15 @@ def compare(
     if made.over_seeds is not None:
         note = seeds_note(made.over_seeds)
         _write_tables(out / "over_seeds", made.over_seeds, seeds_table(made.over_seeds), [note])
+    of_groups = frame if made.over_seeds is None else made.over_seeds
+    curved = learning_curves_table(groups, of_groups)
+    if curved is not None:
+        text = markdown(curved, learning_curves.NOTE)
+        (out / "learning_curves.md").write_text(text, encoding="utf-8")
     sections = [
         seeds_section(made),
         sweeps_section(groups),
+        learning_curves_section(curved),
         comparison_section(made),
         few_shot_section(there),
         winrate_section(there),
@@ -144,6 +152,13 @@ def sweeps_section(runs: Sequence[Run]) -> Section | None:
         return None
     table = curves_table(runs)
     return Section("Curves over settings", note, table=table, folded=True, figures=figures)
+
+
+def learning_curves_section(table: Table | None) -> Section | None:
+    """Show how many pairs a user, and users, most of the oracle's gain takes; None without such runs."""
+    if table is None:
+        return None
+    return Section("Learning curves", learning_curves.NOTE, table=table)
 
 
 def few_shot_section(runs: Sequence[Run]) -> Section | None:

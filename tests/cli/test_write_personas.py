@@ -37,7 +37,7 @@ def answer(body: dict[str, Any], before: int) -> Answer:
 
 ROWS = [
     *(row("ada", n, longer=True, user_text="old") for n in range(8)),
-    *(row("ben", n, longer=n % 2 == 0) for n in range(8)),  # predicted no better than by chance
+    *(row("ben", n, longer=False) for n in range(8)),  # of whom the description is wrong
     row("cleo", 0, longer=True),  # too few to hold any out
     *(row(user, 90, longer=False, split="test") for user in ("ada", "ben", "zoe")),
 ]
