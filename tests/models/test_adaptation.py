@@ -345,7 +345,7 @@ def test_the_mixture_against_a_grid() -> None:
     model = strong_model()
     n_pairs = 9
     batch = make_batch(make_pairs(n_pairs, seed=3), users=[0] * 5 + [2] * (n_pairs - 5))
-    rule = Mixture(scale=2.0, strangers=0.3, stranger_scale=5.0)
+    rule = Mixture(scale=2.0, strangers=0.3, stranger_scale=5.0, caution=0.0)
     found = rule.fit(model, [batch], n_users=3)
     assert found.shares is not None and found.covariance is not None
     assert found.resolved is not None
@@ -387,12 +387,31 @@ def test_strangers_where_train_users_differ_equally_are_the_generic_user() -> No
     with torch.no_grad():
         angles = torch.arange(5) * (2 * math.pi / 5)
         model.encoder.offsets.weight[1:] = torch.stack([angles.cos(), angles.sin()], dim=1)
-    found = Mixture(scale=1.0).fit(model, [given(model, [0, 0, 0])], n_users=1)
+    found = Mixture(scale=1.0, caution=0.0).fit(model, [given(model, [0, 0, 0])], n_users=1)
     alone = Posterior(laplace=True).fit(model, [given(model, [0, 0, 0])], n_users=1)
     assert found.shares is not None
     generic = model.encoder.generic(1)[0]
     expected = generic + found.shares[0, 0] * (alone.vectors[0] - generic)
     torch.testing.assert_close(found.vectors[0], expected.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_caution_draws_towards_the_generic_user_and_fades() -> None:
+    """After 4 pairs it is half of what it is at first; with 0, the mean moves by what is left of it."""
+    model = strong_model()
+    batch = given(model, [0, 0, 0, 0, 1])
+    plain, cautious = (
+        Mixture(caution=caution).fit(model, [batch], n_users=3) for caution in (0.0, 0.4)
+    )
+    assert plain.shares is not None and cautious.shares is not None
+    torch.testing.assert_close(plain.shares, cautious.shares)
+    assert plain.covariance is not None and cautious.covariance is not None
+    generic = model.encoder.generic(1)[0]
+    for user, share in enumerate((0.4 / 2, 0.4 / (1 + 1 / 16), 0.4)):
+        away = plain.vectors[user] - generic
+        torch.testing.assert_close(
+            cautious.vectors[user] - generic, (1 - share) * away, atol=1e-5, rtol=1e-4
+        )
+    torch.testing.assert_close(cautious.covariance[2], 0.6 * plain.covariance[2])  # mean 0
 
 
 def test_moments_by_hand() -> None:

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from plrhf.models.base import PersonalModule
 
 
+CAUTIOUS_PAIRS = 4
+"""Number of pairs after which caution is halved."""
+
+
 @check_arguments("eval.adaptation")
 class Mixture(Adaptation):
     """Allows for strangers, users unlike any in training: two priors compete by evidence.
@@ -36,10 +40,14 @@ class Mixture(Adaptation):
     interpolation", eq. 2.7). The result is the normal distribution with the mean and covariance of their
     mixture. If train users differ equally in all directions, strangers are the generic user.
 
+    A few pairs cannot tell who is a stranger, whom a wrong prior harms. Therefore the generic user also has
+    a share, which does not depend on what the pairs say: caution / (1 + (n / 4)^2) after n pairs.
+
     Args:
         scale: of the first prior; above 1, since the rows of train users were shrunk in training.
         strangers: probability of a stranger before any pair. stranger_scale: of the second prior; large,
             since rows count for less in directions that training has not used.
+        caution: share of the generic user before any pair.
         steps: largest number of iterations for each prior.
     """
 
@@ -49,10 +57,11 @@ class Mixture(Adaptation):
         scale: PositiveFloat = 1.25,
         strangers: FractionBelowOne = 0.2,
         stranger_scale: PositiveFloat = 6.0,
+        caution: FractionBelowOne = 0.3,
         steps: PositiveInt = 40,
     ) -> None:
         self.scale, self.strangers = scale, strangers
-        self.stranger_scale, self.steps = stranger_scale, steps
+        self.stranger_scale, self.caution, self.steps = stranger_scale, caution, steps
 
     def fit(
         self,
@@ -77,6 +86,9 @@ class Mixture(Adaptation):
         evidence = torch.stack([one for _, _, one in found], dim=1)  # [N, 2]
         shares = (prior.log().to(evidence.device) + evidence).softmax(dim=1)
         mean, covariance = moments(shares.T.to(modes.dtype), modes, spread)
+        generic = self.caution / (1 + (losses.counts / CAUTIOUS_PAIRS).square())  # [N]
+        with_generic = [torch.stack([one, torch.zeros_like(one)]) for one in (mean, covariance)]
+        mean, covariance = moments(torch.stack([1 - generic, generic]), *with_generic)
         # Of a prior without variance nothing can be found out.
         total = scales.square().sum(dim=1)  # [2]
         gone = 1 - spread.diagonal(dim1=2, dim2=3).sum(dim=2) / total[:, None].clamp(min=1e-30)
