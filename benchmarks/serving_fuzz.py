@@ -8,6 +8,7 @@ Each answer must be an error of the client (4xx) in OpenAI's form that leaks not
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 from collections import Counter
@@ -44,6 +45,7 @@ NASTY: tuple[Any, ...] = (
     ),
     *("\ud800", "\u202e", "NaN", "-Infinity", "0x10", "1e999"),
 )
+NO_TEXT: tuple[Any, ...] = (-1, 2**70, 1e308, 0.5, [], {}, [[]], {"a": {}}, [1], "\x00", "\ud800")
 PATHS = (
     *(
         "/v1/users/..%2f..%2fetc%2fpasswd",
@@ -93,7 +95,16 @@ class Shot:
 def shots(n: int, seed: int) -> Iterator[Shot]:
     """Yield n requests that are wrong, the same ones for a seed."""
     draw = random.Random(seed)
-    makers = (_wrong_field, _unknown_field, _missing_field, _no_json, _path, _method, _headers)
+    makers = (
+        _wrong_field,
+        _wrong_leaf,
+        _unknown_field,
+        _missing_field,
+        _no_json,
+        _path,
+        _method,
+        _headers,
+    )
     for _ in range(n):
         yield draw.choice(makers)(draw)
 
@@ -115,6 +126,19 @@ def _wrong_field(draw: random.Random) -> Shot:
     wrong = [one for one in NASTY if not (field == "consent" and one is True)]
     wrong = [one for one in wrong if not (field == "max_tokens" and one is None)]
     return _as_json(method, path, {**body, field: draw.choice(wrong)})
+
+
+def _wrong_leaf(draw: random.Random) -> Shot:
+    """Put what is no text, or no text that can be stored, in the place of one text deep in the body."""
+    method, path, body = _valid(draw)
+    body = copy.deepcopy(body)
+    at: Any = body
+    while True:
+        key = draw.choice(sorted(at) if isinstance(at, dict) else range(len(at)))
+        if not isinstance(at[key], dict | list):
+            at[key] = draw.choice(NO_TEXT)
+            return _as_json(method, path, body)
+        at = at[key]
 
 
 def _unknown_field(draw: random.Random) -> Shot:

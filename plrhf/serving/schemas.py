@@ -13,9 +13,11 @@ MOST_SEED = 2**63 - 1
 
 
 def _storable(text: str) -> str:
-    """Refuse text that no database takes."""
+    """Refuse text that no database and no tokenizer takes."""
     if "\x00" in text:
         raise ValueError("must not contain the character NUL")
+    if not text.isascii() and any("\ud800" <= one <= "\udfff" for one in text):
+        raise ValueError("must not contain halves of a character (lone surrogates)")
     return text
 
 
@@ -76,7 +78,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 class ChatRequest(Body):
     """The body of POST /v1/chat/completions, OpenAI's schema and `best_of`."""
 
-    model: str
+    model: Text
     messages: list[ChatMessage] = Field(min_length=1)
     user: Name | None = None
     n: int = Field(default=1, ge=1, le=MOST_CHOICES)

@@ -276,6 +276,22 @@ def test_bodies_that_are_no_json(http: httpx2.Client) -> None:
     assert plain.status_code == 415
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/score", {"inputs": [{"prompt": "A", "response": "\ud800"}]}),
+        ("/v1/score", {"inputs": [{"prompt": "\udfffA", "response": "B"}]}),
+        ("/v1/users/ada/pairs", {"pairs": [{"prompt": "A", "chosen": "\udc00", "rejected": "B"}]}),
+        ("/v1/chat/completions", {**GREEDY, "stop": "\ud800"}),
+        ("/v1/chat/completions", {**GREEDY, "model": "\ud800"}),
+    ],
+)
+def test_halves_of_characters_are_refused(http: httpx2.Client, path: str, body: Any) -> None:
+    as_json = {"content-type": "application/json"}
+    found = http.post(path, content=json.dumps(body).encode(), headers=as_json)
+    assert found.status_code == 400 and "lone surrogates" in found.json()["error"]["message"]
+
+
 def test_a_foreign_name_of_this_machine_is_refused(http: httpx2.Client) -> None:
     for host in ("evil.example", "evil.example:8000", "", "[::1", "127.0.0.1.evil.example"):
         assert http.get("/v1/models", headers={"host": host}).status_code in (400, 403)
