@@ -1,11 +1,11 @@
-"""Policies beside best-of-n and the reference, judged by true preferences on the same val pairs.
+"""Policies beside best-of-n and the reference, judged by true preferences on the same pairs.
 
     python benchmarks/online.py RUN_OF_P_DPO RUN_OF_GRPO --reward RUN_OF_REWARD_MODEL
 
-For each val pair (a user and a prompt) each writer samples one response at temperature 1, with the same
-seed; best-of-n takes the reference's best of n by the reward model. It prints for each writer the mean true
-preference in log odds, the mean difference to the reference with its standard error, and how often the
-response is better than the reference's (ties one half).
+For each pair of a seen user (a user and a prompt) each writer samples one response at temperature 1, with
+the same seed; best-of-n takes the reference's best of n by the reward model. It prints for each writer the
+mean true preference in log odds, the mean difference to the reference with its standard error, and how
+often the response is better than the reference's (ties one half).
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("policies", nargs="+", help="runs of policies on one world")
     parser.add_argument("--reward", required=True, help="run of a reward model of the same users")
+    parser.add_argument("--split", choices=["val", "test"], default="val")
     parser.add_argument("--pairs", type=int, default=100)
     parser.add_argument("--best-of", type=int, default=16)
     args = parser.parse_args()
@@ -58,10 +59,10 @@ def main() -> None:
     first = next(iter(policies.values()))
     assert isinstance(first, PersonalPolicy)
     data.tokenize(first.tokenizer, layout=first.backbone.layout)
-    val = data.datasets["val"].rows
-    rows = [val[place] for place in range(0, len(val), max(1, len(val) // args.pairs))][
-        : args.pairs
-    ]
+    known = data.user_index
+    seen = [row for row in data.datasets[args.split].rows if row.user_id in known]
+    step = max(1, len(seen) // args.pairs)
+    rows = seen[::step][: args.pairs]
     texts = {"reference": sampled(first, rows, data, as_reference=True)}
     many = sampled(first, rows * args.best_of, data, as_reference=True)
     candidates = [many[place :: len(rows)] for place in range(len(rows))]

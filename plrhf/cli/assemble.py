@@ -179,7 +179,9 @@ def check_model(config: RunConfig, data: PreferenceData) -> None:
 
 
 def open_reward(model: PersonalModule, data: PreferenceData) -> None:
-    """Load the reward model of a policy that learns from one, and say by what its texts are judged.
+    """Load the reward model of a policy that learns from one, which starts with its users.
+
+    Where true preferences are known, the policy's texts will be judged by them, too.
 
     Raises:
         ValueError: there is none, or it was trained on other users.
@@ -187,6 +189,10 @@ def open_reward(model: PersonalModule, data: PreferenceData) -> None:
     if not isinstance(model, PersonalGRPOPolicy):
         return
     reward = model.open_reward()
+    if not model.start_users_from_reward() and model.start_users and model.encoder.personal:
+        print_lines(
+            ["note: users start at random, as the reward model's encoder is of another kind"]
+        )
     tokenised = [one for one in data.datasets.values() if len(one) > 0]
     longest = [one.rows[int(one.lengths[:, 0].argmax())] for one in tokenised]
     check_reward_room(reward, longest, model.max_new_tokens)

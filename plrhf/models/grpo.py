@@ -65,6 +65,7 @@ class PersonalGRPOPolicy(PersonalPolicy):
         advantage: see `policy_gradient.group_advantages` and `policy_gradient.response_losses`.
         clip_low, clip_high: see `policy_gradient.clipped_surrogate`.
         n_updates: optimiser steps on each batch of responses.
+        start_users: see `start_users_from_reward`.
         batch_size: responses that are written or rewarded at once.
         policy: see `PersonalPolicy`; `beta` is the weight of the KL divergence.
 
@@ -91,6 +92,7 @@ class PersonalGRPOPolicy(PersonalPolicy):
         clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2,
         clip_high: PositiveFloat = 0.2,
         n_updates: PositiveInt = 1,
+        start_users: bool = True,
         batch_size: PositiveInt = 256,
         **policy: Any,
     ) -> None:
@@ -105,6 +107,7 @@ class PersonalGRPOPolicy(PersonalPolicy):
                 raise bad_value(f"model.{name}", value, allowed, cure)
         self.reward, self.group_size, self.max_new_tokens = reward, group_size, max_new_tokens
         self.advantage, self.n_updates, self.batch_size = advantage, n_updates, batch_size
+        self.start_users = start_users
         self.clip = {"clip_low": clip_low, "clip_high": clip_high}
         self.judged: Any = nn.ModuleDict({name: ExactMean() for name in JUDGED})
         self._reward_model: list[PersonalRewardModel] = []  # no part of the policy's weights
@@ -129,6 +132,27 @@ class PersonalGRPOPolicy(PersonalPolicy):
                 raise bad_value("model.reward", self.reward, allowed, cure)
             self._reward_model.append(model.requires_grad_(False))
         return self._reward_model[0]
+
+    @torch.no_grad()
+    def start_users_from_reward(self) -> bool:
+        """Set the parameters of each user to those that the reward model has learned for that user.
+
+        Users that are judged alike are then alike from the first step, and the policy need only learn
+        what to write for them. It is done with `start_users`, where both encoders have parameters of
+        users of the same shape; what encoder and aggregator share stays as it is.
+
+        Returns:
+            Whether it was done.
+        """
+        reward = self.open_reward()
+        places = [0, *(reward.card.places[user] for user in self.card.users)]
+        own, theirs = (list(one.encoder.user_parameters()) for one in (self, reward))
+        rows = [one[places] for one in theirs]
+        if not self.start_users or [one.shape for one in own] != [one.shape for one in rows]:
+            return False
+        for parameter, learned in zip(own, rows, strict=True):
+            parameter.copy_(learned)
+        return True
 
     @property
     def reuses_rollouts(self) -> bool:

@@ -16,6 +16,7 @@ from lightning import Callback
 from runs import world, world_tokenizer
 from tiny import (
     LORA,
+    N_USERS,
     USERS,
     assert_same,
     gradients,
@@ -38,6 +39,7 @@ from plrhf.evaluation.predictions import PrepareData
 from plrhf.models.grpo import PersonalGRPOPolicy
 from plrhf.models.optim import Optim
 from plrhf.models.pair_batches import row_tokenizer_of
+from plrhf.models.reward import PersonalRewardModel
 from plrhf.models.rollouts import (
     Rollouts,
     check_reward_room,
@@ -251,6 +253,30 @@ def test_each_context_is_rewarded_as_itself() -> None:
             torch.testing.assert_close(group[number], -(1 + user) * ids.sum() / 97)
         spread = (group[number] - group.mean()) / (group.std() + 1e-4)
         torch.testing.assert_close(advantages[context, place, number], spread)
+
+
+@pytest.mark.parametrize("case", ["same encoder", "another rank", "no users", "switched off"])
+def test_a_policys_users_start_at_those_of_the_reward_model(case: str) -> None:
+    policy = make_policy(personal=case != "no users", start_users=case != "switched off")
+    reward = make_model(PersonalRewardModel)
+    names = [f"user {number}" for number in range(1, N_USERS + 1)]
+    policy.card = SimpleNamespace(users=names)
+    # The reward model knows one user more, and all in another order.
+    known = [names[2], "somebody else", *names[:2], *names[3:]]
+    reward.card = SimpleNamespace(places={user: place for place, user in enumerate(known, start=1)})
+    width = 3 if case == "another rank" else 2
+    rows = torch.arange(float(len(known) + 1)).outer(torch.ones(width))
+    reward.encoder.offsets = torch.nn.Embedding.from_pretrained(rows)
+    policy._reward_model = [reward]
+    before = [one.detach().clone() for one in policy.encoder.user_parameters()]
+    others = policy.encoder.generic_vector.clone() if case != "no users" else None
+    assert policy.start_users_from_reward() == (case == "same encoder")
+    if case == "same encoder":
+        found = policy.encoder.offsets.weight
+        assert found[:, 0].tolist() == [0, 3, 4, 1, *range(5, N_USERS + 2)]
+        assert torch.equal(policy.encoder.generic_vector, others) and found.requires_grad
+    else:
+        assert all(map(torch.equal, before, policy.encoder.user_parameters()))
 
 
 def test_a_blank_text_is_the_worst_of_its_group() -> None:
