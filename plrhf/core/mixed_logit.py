@@ -121,26 +121,26 @@ class Pairs:
             Posterior variances of w, [d], and of each b_u for the w found, [U, K].
         """
         chance = fit.margins(self.x, self.z, self.user).sigmoid()
-        curvature = (chance * (1 - chance))[:, None]
-        slope = (1 - chance)[:, None]
-        hessian = (self.x * curvature).T @ self.x
-        hessian += torch.eye(len(hessian), dtype=hessian.dtype) / fit.shared_variance
-        gradient = (self.x * slope).sum(dim=0) - fit.shared / fit.shared_variance
+        root, slope = (chance * (1 - chance)).sqrt()[:, None], (1 - chance)[:, None]
+        x, z = root * self.x, root * self.z
         sizes = self.counts.tolist()
-        parts = (one.split(sizes) for one in (self.x, self.z, curvature, slope))
-        blocks = []
-        for own, (x, z, curve, slopes) in zip(fit.own, zip(*parts, strict=True), strict=True):
-            block = torch.linalg.inv((z * curve).T @ z + torch.diag(1 / fit.own_variance))
-            cross = (x * curve).T @ z
-            pull = (z * slopes).sum(dim=0) - own / fit.own_variance
-            hessian -= cross @ block @ cross.T
-            gradient -= cross @ (block @ pull)
-            blocks.append((block, cross, pull))
+        people = zip(x.split(sizes), z.split(sizes), strict=True)
+        halves, blocks = zip(*(without_own(*one, fit.own_variance) for one in people), strict=True)
+        half, block = torch.cat(halves), torch.stack(blocks)  # [N, d], [U, K, K]
+        pull = self._by_user(slope * self.z) - fit.own / fit.own_variance
+        hessian = half.T @ half + torch.eye(x.shape[1]).to(half) / fit.shared_variance
+        gradient = (slope * self.x).sum(dim=0) - fit.shared / fit.shared_variance
+        gradient -= x.T @ (z * torch.einsum("uij,uj->ui", block, pull)[self.user]).sum(dim=1)
         spread = torch.linalg.inv(hessian)
         step = spread @ gradient
-        steps = torch.stack([block @ (pull - cross.T @ step) for block, cross, pull in blocks])
-        self._move(fit, step, steps)
-        return spread.diagonal(), torch.stack([block.diagonal() for block, _, _ in blocks])
+        pull -= self._by_user(z * (x @ step)[:, None])
+        self._move(fit, step, torch.einsum("uij,uj->ui", block, pull))
+        return spread.diagonal(), block.diagonal(dim1=1, dim2=2)
+
+    def _by_user(self, values: Tensor) -> Tensor:
+        """Sum values of pairs [N, K] over each person's pairs, [U, K]."""
+        found = values.new_zeros(len(self.counts), values.shape[1])
+        return found.index_add_(0, self.user, values)
 
     def _move(self, fit: MixedLogit, step: Tensor, steps: Tensor) -> None:
         """Take a step, halved until it does not lead down."""
@@ -151,3 +151,29 @@ class Pairs:
             if fit.objective(self.x, self.z, self.user) >= before:
                 return
         fit.shared, fit.own = shared, own
+
+
+def without_own(x: Tensor, z: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Integrate own weights b ~ N(0, D) of a person out of n observations x . w + z . b of variance 1.
+
+    Args:
+        x: [n, d]. z: [n, K]. variance: the diagonal of D, [K].
+
+    Returns:
+        H [n, d] with H^T H = x^T (I + z D z^T)^-1 x, the curvature that is left for w, and the posterior
+        covariance of b given w, (z^T z + D^-1)^-1 [K, K]. The smaller one of n and K is factorised, the
+        latter as in Andrews 1968 ("A square root formulation of the Kalman covariance equations").
+    """
+    n, n_own = z.shape
+    if n < n_own:
+        scaled = z * variance
+        root = torch.linalg.cholesky(torch.eye(n).to(z) + scaled @ z.T)
+        both = torch.linalg.solve_triangular(root, torch.cat([x, scaled], dim=1), upper=False)
+        half, own = both.split([x.shape[1], n_own], dim=1)
+        return half, variance.diag() - own.T @ own
+    scale, one = variance.sqrt(), torch.eye(n_own).to(z)
+    scaled = z * scale
+    root = torch.linalg.cholesky(one + scaled.T @ scaled)
+    known = torch.linalg.solve_triangular(root, scaled.T @ x, upper=False)
+    known = torch.linalg.solve_triangular(root.T + one, known, upper=True)
+    return x - scaled @ known, scale[:, None] * torch.cholesky_inverse(root) * scale

@@ -59,9 +59,9 @@ class ContextEncoder(PairReader):
             nn.LeakyReLU(0.2), nn.Linear(width, width), nn.LeakyReLU(0.2), nn.Linear(width, width)
         )
         entry = width if reads == "pair" else 2 * width
-        self.queries, self.keys, self.values = (
-            nn.Linear(entry, width, bias=False) for _ in range(3)
-        )
+        self.queries = nn.Linear(entry, width, bias=False)
+        self.keys = nn.Linear(entry, width, bias=False)
+        self.values = nn.Linear(entry, width, bias=False)
         self.mean, self.log_variance = (nn.Linear(width, user_dim) for _ in range(2))
 
     def read(self, context: UserContext) -> tuple[Tensor, Tensor | None]:
@@ -77,27 +77,36 @@ class ContextEncoder(PairReader):
 
     def posterior(self, context: UserContext) -> tuple[Tensor, Tensor]:
         """Compute mu and log sigma^2, each [B, user_dim] and bounded by `LIMIT`."""
-        pairs = self._pairs(context)  # [B, k, entry]
+        pairs, queries, keys = self._pairs(context)
         there = context.present[:, None, :]  # [B, 1, k]
-        scores = self.queries(pairs) @ self.keys(pairs).mT * self.keys.out_features**-0.5
+        scores = queries @ keys.mT * self.keys.out_features**-0.5
         attention = scores.masked_fill(~there, torch.finfo(scores.dtype).min).softmax(dim=-1)
-        related = attention @ self.values(pairs)  # [B, k, width]
+        # The mean over pairs of what each attends to; values are linear, so that means come first.
         counts = context.present.sum(dim=1, keepdim=True).clamp(min=1)
-        pooled = (related * context.present[..., None]).sum(dim=1) / counts
+        share = (attention * context.present[..., None]).sum(dim=1) / counts  # [B, k]
+        pooled = self.values((share[..., None] * pairs).sum(dim=1))  # [B, width]
         return (
             self.mean(pooled).clamp(-LIMIT, LIMIT),
             self.log_variance(pooled).clamp(-LIMIT, LIMIT),
         )
 
-    def _pairs(self, context: UserContext) -> Tensor:
-        """Encode each pair, [B, k, width of the MLP's output]."""
-        if self.reads == "response":
-            of_text = self.layers(self.sides[0](context.hidden))
-            return nn.functional.embedding(context.texts, of_text).flatten(-2)
-        first, second = (side(context.hidden) for side in self.sides)
+    def _pairs(self, context: UserContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode each pair, [B, k, width of the MLP's output], with its query and key, [B, k, width]."""
         chosen, rejected = context.texts.unbind(dim=-1)
         looked_up = nn.functional.embedding
-        return self.layers(looked_up(chosen, first) + looked_up(rejected, second))
+        if self.reads == "pair":
+            first, second = (side(context.hidden) for side in self.sides)
+            pairs = self.layers(looked_up(chosen, first) + looked_up(rejected, second))
+            return pairs, self.queries(pairs), self.keys(pairs)
+        of_text = self.layers(self.sides[0](context.hidden))  # [M, width]
+
+        def project(layer: nn.Linear) -> Tensor:
+            """Apply a linear map to both responses end to end, each distinct text once."""
+            first, second = (of_text @ part.T for part in layer.weight.chunk(2, dim=1))
+            return looked_up(chosen, first) + looked_up(rejected, second)
+
+        pairs = looked_up(context.texts, of_text).flatten(-2)
+        return pairs, project(self.queries), project(self.keys)
 
 
 def kl_from_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:

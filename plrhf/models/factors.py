@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import svds
+from scipy.sparse import csr_array
+from scipy.sparse.linalg import LinearOperator, aslinearoperator, svds
 from torch import Tensor
 
 from plrhf.core.errors import bad_value
@@ -50,15 +51,20 @@ def factors_of_judgments(
     _, which = texts.unique(dim=0, return_inverse=True)
     sign = (1 - 2 * order[:, 0]).double()  # 1 where the chosen text comes first
     n_items = int(which.max()) + 1
-    at = (pairs.user_id - 1, which)
-    given = torch.zeros(n_users, n_items, dtype=torch.float64)
-    given.index_put_(at, sign, accumulate=True)
-    known = torch.zeros_like(given, dtype=torch.bool)
-    known[at] = True
-    filled = given.clamp(-1, 1)
+    at, several = ((pairs.user_id - 1) * n_items + which).unique(return_inverse=True)
+    told = torch.zeros(len(at), dtype=torch.float64).index_add_(0, several, sign).clamp(-1, 1)
+    row, column = at // n_items, at % n_items
+
+    def sparse(values: Tensor) -> LinearOperator:
+        where = (row.numpy(), column.numpy())
+        return aslinearoperator(csr_array((values.numpy(), where), shape=(n_users, n_items)))
+
+    filled = sparse(told)  # the matrix itself would have few known entries among millions
     for _ in range(IMPUTING_ROUNDS):
         users, sizes, items = truncated_svd(filled, rank)
-        filled = torch.where(known, given.clamp(-1, 1), (users * sizes) @ items)
+        guessed = ((users * sizes)[row] * items.T[column]).sum(dim=1)
+        low_rank = aslinearoperator((users * sizes).numpy()) @ aslinearoperator(items.numpy())
+        filled = low_rank + sparse(told - guessed)
     of_item = torch.zeros(n_items, differences.shape[1], dtype=torch.float64)
     of_item[which] = sign[:, None] * differences
     gram = of_item.T @ of_item + ridge * torch.eye(of_item.shape[1], dtype=torch.float64)
@@ -88,16 +94,26 @@ def factors_of_coefficients(
     return users * sizes.sqrt(), sizes.sqrt()[:, None] * directions
 
 
-def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def truncated_svd(matrix: Tensor | LinearOperator, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the first `rank` left vectors, singular values and right vectors of a matrix."""
     if rank > min(matrix.shape):
         allowed = f"at most {min(matrix.shape)}, the smaller side of a matrix {tuple(matrix.shape)}"
         raise bad_value("aggregator.user_dim", rank, allowed, "Set a smaller aggregator.user_dim")
     if rank >= min(matrix.shape) // 4:
-        left, sizes, right = torch.linalg.svd(matrix, full_matrices=False)
+        whole = matrix if isinstance(matrix, Tensor) else torch.from_numpy(dense(matrix))
+        left, sizes, right = torch.linalg.svd(whole, full_matrices=False)
         return left[:, :rank], sizes[:rank], right[:rank]
     # Of a thousand users by tens of thousands of pairs, a few vectors cost a small part of all.
     first = np.random.default_rng(0).standard_normal(min(matrix.shape))
-    found = svds(matrix.numpy(), k=rank, v0=first)  # the smallest singular value first
+    plain = matrix.numpy() if isinstance(matrix, Tensor) else matrix
+    found = svds(plain, k=rank, v0=first)  # the smallest singular value first
     left, sizes, right = (torch.from_numpy(part.copy()) for part in found)
     return left.flip(1), sizes.flip(0), right.flip(0)
+
+
+def dense(operator: LinearOperator) -> np.ndarray:
+    """Return the whole matrix of a linear operator."""
+    rows, columns = operator.shape
+    if rows < columns:
+        return np.asarray((operator.T @ np.eye(rows)).T)
+    return np.asarray(operator @ np.eye(columns))

@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from plrhf.core.mixed_logit import MixedLogit, Pairs, fit_mixed_logit
+from plrhf.core.mixed_logit import MixedLogit, Pairs, fit_mixed_logit, without_own
 
 N_USERS, D, K = 5, 4, 2
 
@@ -48,6 +48,19 @@ def test_newtons_optimum_and_spread_are_those_of_general_methods() -> None:
     torch.testing.assert_close(torch.linalg.inv(hessian).diagonal()[:D], of_shared)
     of_users = torch.linalg.inv(hessian[D:, D:]).diagonal().view(N_USERS, K)
     torch.testing.assert_close(of_users, of_own)
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 7])
+def test_own_weights_are_integrated_out(n: int) -> None:
+    """Of fewer and of more pairs than own weights, against the plain formulas."""
+    torch.manual_seed(4)
+    x, z = torch.randn(n, 5, dtype=torch.float64), torch.randn(n, 3, dtype=torch.float64)
+    variance = torch.tensor([2.0, 1e-9, 30.0], dtype=torch.float64)
+    half, covariance = without_own(x, z, variance)
+    plain = torch.linalg.inv(z.T @ z + (1 / variance).diag())
+    torch.testing.assert_close(covariance, plain, rtol=1e-6, atol=1e-12)
+    marginal = torch.linalg.inv(torch.eye(n).double() + z @ variance.diag() @ z.T)
+    torch.testing.assert_close(half.T @ half, x.T @ marginal @ x)
 
 
 def test_variances_of_simulated_people_are_found() -> None:

@@ -68,6 +68,34 @@ def test_judgments_of_shared_pairs_are_factorised() -> None:
     np.testing.assert_allclose((vectors @ basis @ of_items.T).numpy(), expected, atol=1e-5)
 
 
+def test_gaps_are_imputed_by_the_factors_themselves() -> None:
+    """Against the whole matrix, filled in ten rounds; a pair judged both ways is known, and 0."""
+    n_users, n_items, rank = 21, 34, 3
+    draw = np.random.default_rng(2)
+    known = draw.random((n_users, n_items)) < 0.3
+    given = np.where(known, draw.choice([-1.0, 1.0], known.shape), 0.0)
+    users, of_pair = [], []
+    for user, item in zip(*np.nonzero(known), strict=True):
+        users.append(int(user) + 1)
+        of_pair.append([2 * item, 2 * item + 1][:: int(given[user, item])])
+    again = int(np.nonzero(known[4])[0][0])
+    users.append(5)
+    of_pair.append([2 * again, 2 * again + 1][:: -int(given[4, again])])
+    given[4, again] = 0.0
+    pairs = dataset(users, of_pair, torch.randn(2 * n_items, n_items))
+    found, basis = factors_of_judgments(
+        pairs, differences(pairs), n_users=n_users, rank=rank, ridge=1e-9
+    )
+    filled = given
+    for _ in range(10):
+        left, sizes, right = np.linalg.svd(filled, full_matrices=False)
+        low_rank = (left[:, :rank] * sizes[:rank]) @ right[:rank]
+        filled = np.where(known, given, low_rank)
+    values = pairs.hidden.values.double()
+    of_items = values[0::2] - values[1::2]
+    np.testing.assert_allclose((found @ basis @ of_items.T).numpy(), low_rank, atol=1e-5)
+
+
 def test_coefficients_of_users_are_factorised() -> None:
     users = [1, 1, 1, 2, 3, 3, 5, 5, 5, 5]
     pairs = dataset(users, [[2 * n, 2 * n + 1] for n in range(10)], torch.randn(20, D))

@@ -67,6 +67,26 @@ class AttendHead(RewardHead):
         sequence = torch.cat([self.nobody.expand(n_users, -1, -1), tokens, targets], dim=1)
         there = absent.new_zeros(n_users, 1)
         unseen = torch.cat([there, absent, absent.new_ones(n_users, 2)], dim=1)
+        *before, last = self.transformer.layers
         with sdpa_kernel(SDPBackend.MATH):  # of which alone many models are one call
-            found = self.transformer(sequence, src_key_padding_mask=unseen)[:, -2:]
+            for layer in before:
+                sequence = layer(sequence, src_key_padding_mask=unseen)
+            found = last_tokens(last, sequence, unseen, n=2)
         return self.out(found).squeeze(-1).view(features.shape[:3]).float()
+
+
+def last_tokens(
+    layer: nn.TransformerEncoderLayer, tokens: Tensor, unseen: Tensor, *, n: int
+) -> Tensor:
+    """Compute what a layer makes of the last n tokens only, [B, L, width] -> [B, n, width].
+
+    Args:
+        layer: without dropout, which normalises after each part.
+        unseen: tokens that none attends to, [B, L] bool.
+    """
+    asked = tokens[:, -n:]
+    attended, _ = layer.self_attn(
+        asked, tokens, tokens, key_padding_mask=unseen, need_weights=False
+    )
+    asked = layer.norm1(asked + attended)
+    return layer.norm2(asked + layer.linear2(layer.activation(layer.linear1(asked))))
