@@ -257,6 +257,28 @@ def test_a_head_that_reads_prompts_is_given_them(
             torch.testing.assert_close(found, users_in_head.transform_texts(text))
 
 
+def test_the_cosine_to_a_point_that_the_prompt_moves() -> None:
+    """Rewards and gradients of the plain formula, in two contexts."""
+    torch.manual_seed(3)
+    how: dict[str, Any] = {"name": "cosine", "prompt_width": 5, "dim": 4, "width": 7, "layers": 2}
+    head: Any = build_head(how, hidden_size=D, user_dim=3)
+    pooled, user = torch.randn(2, 5, 2, 2 * D), torch.randn(10, 3)
+    nothing: Any = None
+    rewards = head(head.read(pooled), user, nothing)
+    points = torch.stack([one(pooled[..., D:]) for one in head.points], dim=-2)
+    share = user.view(2, 5, 1, 3).softmax(-1)
+    point = (share[..., None] * points).sum(-2)
+    cosine = nn.functional.cosine_similarity(head.project(pooled[..., :D]), point, dim=-1)
+    expected = head.log_scale.exp() * cosine
+    torch.testing.assert_close(rewards, expected)
+    weights = torch.randn_like(rewards)
+    found, plain = (
+        torch.autograd.grad((weights * one).sum(), list(head.parameters()))
+        for one in (rewards, expected)
+    )
+    torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["gptj", "llama"])
 @torch.no_grad()
 def test_pooled_prompts_do_not_depend_on_other_rows(family: str) -> None:

@@ -46,6 +46,10 @@ class DistanceHead(RewardHead):
         return -(away.float().square().sum(-1) + 1e-12).sqrt()
 
 
+SMALLEST_SQUARE = 1e-12
+"""Of a user's point, which is never divided by less than its root."""
+
+
 @check_arguments("model.head")
 class CosineHead(RewardHead):
     """Computes the reward as a scaled cosine, r = exp(s) cos(f(h), u), with a learned s.
@@ -89,14 +93,22 @@ class CosineHead(RewardHead):
     def read(self, pooled: Tensor) -> Tensor:
         if not self.reads_prompt:
             return self.project(pooled)
+        # Of a text and its prompt K cosines' numerators and the products of the points are all that counts.
         response, prompt = pooled.chunk(2, dim=-1)
-        return torch.cat([self.project(response), *(one(prompt) for one in self.points)], dim=-1)
+        direction = nn.functional.normalize(self.project(response), dim=-1)
+        points = torch.stack([one(prompt) for one in self.points], dim=-2)  # [..., K, dim]
+        along = (points @ direction.unsqueeze(-1)).squeeze(-1)  # [..., K]
+        return torch.cat([along, (points @ points.mT).flatten(-2)], dim=-1)
 
     def forward(self, features: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
         point = broadcast_user(user, features)
-        if self.reads_prompt:
-            parts = features.unflatten(-1, (1 + len(self.points), -1))  # [C, B, 2, 1 + K, dim]
-            features, points = parts[..., 0, :], parts[..., 1:, :]
-            point = (points * point.softmax(-1).unsqueeze(-1)).sum(-2)
-        cosine = nn.functional.cosine_similarity(features, point, dim=-1)
+        if not self.reads_prompt:
+            cosine = nn.functional.cosine_similarity(features, point, dim=-1)
+        else:
+            n_points = len(self.points)
+            along, products = features.split([n_points, n_points**2], dim=-1)
+            share = point.softmax(-1)  # [C, B, 1, K]
+            pairs = (share.unsqueeze(-1) * share.unsqueeze(-2)).flatten(-2)
+            square = (products * pairs).sum(-1)  # |u(x)|^2
+            cosine = (along * share).sum(-1) / square.clamp(min=SMALLEST_SQUARE).sqrt()
         return (self.log_scale.exp().clamp(max=self.largest_scale) * cosine).float()
