@@ -50,6 +50,7 @@ def visit_page(browser: Browser, url: str, name: str, axe: str | None, out: Path
             context = browser.new_context(
                 viewport={"width": width, "height": 844}, color_scheme=theme
             )
+            context.set_default_timeout(120_000)  # ms: of a busy machine
             visit = Visit(context.new_page(), url, f"{name}-{width}-{theme}", axe, out)
             visit.watch()
             visit.page.goto(f"{url}/{name}", wait_until="load")

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import Progress
 
 from plrhf.backbone.decoding import write_tokens
 from plrhf.backbone.model import Backbone
@@ -26,12 +25,12 @@ from plrhf.cli.config import BackboneConfig, Section, Seed, check_writable
 from plrhf.core.checks import PositiveInt
 from plrhf.core.components import Settings
 from plrhf.core.errors import bad_value
+from plrhf.core.progress import Progress
 from plrhf.data.rows import Row
 from plrhf.data.style_prompts import STYLES, StylePrompt, all_prompts
 from plrhf.data.style_texts import StyleText, append_texts, fault_of, finished_part, read_texts
 from plrhf.data.tokenizer import RowTokenizer, Tokenizer
 from plrhf.models.generation import check_options, check_room, left_padded, text_ends
-from plrhf.reporting.tables import console
 
 
 class MakeStylesConfig(Section):
@@ -95,8 +94,7 @@ def _write_all(
     """Generate all texts batch by batch, and append each batch to the file at once."""
     seen = {text.key for text in known if text.dropped is None}
     rows = RowTokenizer(tokenizer, max_prompt_tokens=1024, max_tokens=2048)
-    with Progress(console=console()) as progress:
-        bar = progress.add_task("writing", total=len(todo))
+    with Progress("writing", total=len(todo)) as progress:
         for tasks in _batches(todo, config.batch_size):
             seed = config.seed * 1_000_003 + len(known)
             torch.manual_seed(seed)
@@ -118,7 +116,7 @@ def _write_all(
                     seen.add(made.key)
             append_texts(path, texts)
             known += texts
-            progress.advance(bar, len(tasks))
+            progress.update(len(tasks))
 
 
 def _batches(tasks: list[Task], size: int) -> Iterator[list[Task]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from plrhf.core.errors import bad_value
+from plrhf.core.progress import with_progress
 from plrhf.core.row_packing import NO_USER, UserSlots
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.dataset import (
@@ -398,7 +399,8 @@ class PreferenceData(LightningDataModule):
         """
         n_pairs = len(self.datasets[split])
         own: Tensor | None = None
-        for batch in self.evaluation_loader(split):
+        loader = self.evaluation_loader(split)
+        for batch in with_progress(loader, f"reading {split} pairs", total=len(loader)):
             values, counted = compute(batch), batch.counted()
             if own is None:
                 own = values.new_zeros(n_pairs, *values.shape[1:])
@@ -414,7 +416,12 @@ class PreferenceData(LightningDataModule):
         """Store the reference log-probabilities `reference(batch)` [B, 2] of all pairs."""
         for dataset in self.datasets.values():
             dataset.ref_logps = compute_text_values(
-                dataset, reference, self.eval_batch_size, cache, shard=self.shard
+                dataset,
+                reference,
+                self.eval_batch_size,
+                cache,
+                shard=self.shard,
+                what="computing the reference",
             )
 
     def precompute_hidden(
@@ -423,7 +430,12 @@ class PreferenceData(LightningDataModule):
         """Store the pooled hidden states `pool(batch)` [B, 2, d] of all pairs."""
         for dataset in self.datasets.values():
             dataset.hidden = compute_text_values(
-                dataset, pool, self.eval_batch_size, cache, shard=self.shard
+                dataset,
+                pool,
+                self.eval_batch_size,
+                cache,
+                shard=self.shard,
+                what="computing features",
             )
             dataset.groups = groups_of(dataset.rows, conversations=False)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from plrhf.core.errors import bad_value, printable
+from plrhf.core.progress import with_progress
 from plrhf.data.feature_kinds import FeatureKinds, settle_features
 from plrhf.data.messages import shared_beginning
 from plrhf.data.parsing import has_pair_id, parse_row
@@ -147,7 +148,7 @@ def _good_rows(
     repeats: Counter[str] = Counter()  # derived pair_id -> how often it came again
     implicit: bool | None = None
     known = frozenset(ROW_FIELDS)
-    for where, record in records:
+    for where, record in with_progress(records, "reading rows"):
         report.read += 1
         try:
             if isinstance(record, Refusal):

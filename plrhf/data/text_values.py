@@ -11,6 +11,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from plrhf.core.progress import Progress
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.dataset import SINGLE_PROCESS, PairDataset, RankShard, TextValues, longest_first
 from plrhf.data.packing import TokenPair, packed
@@ -142,10 +143,12 @@ def compute_text_values(
     cache: KnownTextValues | None = None,
     *,
     shard: RankShard = SINGLE_PROCESS,
+    what: str = "reading texts",
 ) -> TextValues | None:
     """Compute `compute(batch)` [B, 2, ...] once per distinct text; None for an empty dataset.
 
     Args:
+        what: how the progress bar names the work.
         cache: values of other runs, read and added to by rank 0 alone. The other ranks pass None
             and are told what is missing.
     """
@@ -154,16 +157,19 @@ def compute_text_values(
     missing, shape = shard.from_rank_zero((missing, None if values is None else values.shape))
     if shape is not None:
         values = shard.sum_over_ranks(torch.zeros(shape) if values is None else values)
-    for start in range(0, len(missing), TEXTS_PER_WRITE):
-        wanted = missing[start : start + TEXTS_PER_WRITE]
-        new = [texts[index] for index in wanted]
-        share_prompts = dataset.layout is packed
-        own = _own_values(new, compute, batch_size, shard, share_prompts=share_prompts)
-        found = shard.sum_over_ranks(own)
-        if cache is not None:
-            cache.add(new, found)
-        values = torch.zeros(len(texts), *found.shape[1:]) if values is None else values
-        values[wanted] = found
+    share_prompts = dataset.layout is packed
+    with Progress(what, total=len(missing)) as progress:
+        for start in range(0, len(missing), TEXTS_PER_WRITE):
+            wanted = missing[start : start + TEXTS_PER_WRITE]
+            new = [texts[index] for index in wanted]
+            own = _own_values(
+                new, compute, batch_size, shard, progress, share_prompts=share_prompts
+            )
+            found = shard.sum_over_ranks(own)
+            if cache is not None:
+                cache.add(new, found)
+            values = torch.zeros(len(texts), *found.shape[1:]) if values is None else values
+            values[wanted] = found
     return None if values is None else TextValues(values, of_pair, _keys(texts))
 
 
@@ -172,6 +178,7 @@ def _own_values(
     compute: Callable[[PreferenceBatch], Tensor],
     batch_size: int,
     shard: RankShard,
+    progress: Progress,
     *,
     share_prompts: bool,
 ) -> Tensor:
@@ -187,5 +194,7 @@ def _own_values(
             # One row more takes the values of empty responses.
             values = torch.zeros(len(texts) + 1, *found.shape[2:])
         values[indices[batch.row[counted]]] = found[counted].float()
+        of_batch = indices[order[start : start + batch_size]]
+        progress.update(int((of_batch < len(texts)).sum()))
     assert values is not None
     return values[: len(texts)]

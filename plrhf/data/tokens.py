@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as arrow
 from numpy.typing import NDArray
 
+from plrhf.core.progress import with_progress
 from plrhf.data.cache_files import cache_file, intact_files
 from plrhf.data.digests import content_hash
 from plrhf.data.packing import TokenPair
@@ -123,7 +124,7 @@ def write_tokens(file: arrow.NativeFile, rows: Rows, row_tokenizer: RowTokenizer
         ]
     )
     with arrow.ipc.new_file(file, schema) as writer:
-        for block in in_blocks(rows):
+        for block in in_blocks(with_progress(rows, "tokenising", total=len(rows))):
             found = row_tokenizer.tokens(block)
             columns = [[getattr(one.pair, name) for one in found] for name in FIELDS]
             columns += [[getattr(one, name) for one in found] for name in (*FLAGS, "refused")]

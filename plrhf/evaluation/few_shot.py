@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from plrhf.core.bootstrap import Estimate
+from plrhf.core.progress import with_progress
 from plrhf.core.stats import (
     Outcomes,
     correctness,
@@ -126,7 +127,7 @@ def learning_curve(
     margins: dict[str, list[np.ndarray]] = {name: [] for name in names}
     nobody = AdaptedUsers(vectors=model.encoder.generic(curve.n_trials).detach().to(model.device))
     generic = curve.margins(nobody, curve.own)
-    for k in options.shots:
+    for k in with_progress(options.shots, "fitting new users", total=len(options.shots)):
         users = curve.fit(rule, k)
         margins["adapted"].append(curve.margins(users, curve.own))
         margins["other_user"].append(curve.margins(users, curve.others))
@@ -276,7 +277,7 @@ class FewShotTrials:
         users = [self.dataset.rows[place].user_id for place in self.asked]
         return Outcomes(
             pair_id=np.arange(len(margins)),
-            user_id=np.array(users),
+            user_id=np.array(users, dtype=object),  # a long id must not widen all others
             margin=margins,
             correct=correctness(margins),
         )

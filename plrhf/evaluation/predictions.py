@@ -82,7 +82,12 @@ def prepare(
                 features = ask(partial(context_features, model))
                 kept = cache("context", model.pooling)
                 train.context_hidden = compute_text_values(
-                    train, features, data.eval_batch_size, kept, shard=data.shard
+                    train,
+                    features,
+                    data.eval_batch_size,
+                    kept,
+                    shard=data.shard,
+                    what="computing features of users' pairs",
                 )
     model.train()
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from plrhf.backbone.decoding import end_tokens, write_tokens
 from plrhf.backbone.model import Backbone
 from plrhf.core.errors import bad_value
+from plrhf.core.progress import with_progress
 from plrhf.core.types import UserBatch
 from plrhf.data.chat import end_of_turn
 from plrhf.data.tokenizer import Tokenizer
@@ -60,7 +61,8 @@ def generate(
     device = next(model.backbone.parameters()).device
     start = 0
     unpadded = model.backbone.layout == "two_rows"  # a state or a bias by index would see padding
-    for places in batches_by_length(prompts, batch_size=batch_size, unpadded=unpadded):
+    batches = batches_by_length(prompts, batch_size=batch_size, unpadded=unpadded)
+    for places in with_progress(batches, "writing texts", total=len(batches)):
         at = torch.tensor(places)
         input_ids, mask = left_padded([prompts[place] for place in places])
         of_users = None

@@ -24,7 +24,7 @@ from plrhf.core.errors import bad_value
 from plrhf.data.module import PreferenceData
 from plrhf.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, ResumeState, load_best
 from plrhf.training.loggers import StepMetrics
-from plrhf.training.progress import RunProgressBar
+from plrhf.training.progress import RunProgressBar, TrainingLines
 from plrhf.training.zero import Stage3, Zero3, stage3
 
 Monitor = Literal["val/loss", "val/accuracy_micro", "val/accuracy_macro", "val/nll"]
@@ -69,7 +69,7 @@ def build_trainer(
         zero3: shards weights, gradients and optimiser over all processes; None: each process holds them
             whole, and several processes average their gradients (DDP).
         matmul_precision: of float32 products on GPUs, see torch.set_float32_matmul_precision.
-        progress: show a progress bar if there is a terminal.
+        progress: show a progress bar on a terminal, and a line every minute elsewhere.
         others: as in `lightning.Trainer`.
 
     Raises:
@@ -85,8 +85,8 @@ def build_trainer(
         every_n_steps=checkpoint_every_n_steps,
         log_every_n_steps=log_every_n_steps,
     )
-    if shows_progress:
-        callbacks.append(RunProgressBar())
+    if progress:
+        callbacks.append(RunProgressBar() if shows_progress else TrainingLines())
     strategy = _strategy(
         zero3,
         n_processes=devices * num_nodes,

@@ -27,7 +27,7 @@ from plrhf.models.reward import PersonalRewardModel
 from plrhf.training.checkpoints import AtomicCheckpointIO, read_checkpoint
 from plrhf.training.loggers import MetricsFile
 from plrhf.training.processes import rank_shard_of
-from plrhf.training.progress import RunProgressBar
+from plrhf.training.progress import RunProgressBar, TrainingLines
 from plrhf.training.trainer import build_trainer, fit
 
 N_USERS, N_ROWS = 3, 21
@@ -377,3 +377,16 @@ def test_one_bar_counts_the_batches_of_the_whole_run(tmp_path: Path, tokenizer: 
     counts = [int(count) for count, _ in found]
     assert counts == sorted(counts) and counts[-1] == 7
     assert "Epoch" not in shown
+    assert re.search(r"best val/loss: \d\.\d{4}", shown)
+
+
+def test_without_a_terminal_lines_say_how_far_training_is(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("plrhf.core.progress.LINE_EVERY", 0.0)
+    fit_once(tmp_path / "run", tokenizer, extra=[TrainingLines()], max_steps=7, max_epochs=3)
+    lines = [one for one in capsys.readouterr().out.splitlines() if one.startswith("training: ")]
+    assert len(lines) == 7 and lines[0].startswith("training: 1 of 7 (14%), about 00:")
+    assert re.fullmatch(
+        r"training: 7 of 7 \(100%\), about 00:00 left, best val/loss=\d\.\d{4}", lines[-1]
+    )
