@@ -46,6 +46,11 @@ def on_post_page(output: str, **_: Any) -> str:
     return output.replace("<th></th>", "<td></td>")
 
 
+def on_post_template(output_content: str, **_: Any) -> str:
+    """Do the same for the page that says that there is no such page."""
+    return on_post_page(output_content)
+
+
 def settings_page() -> Iterator[str]:
     """Yield the lines of the page with all settings of all commands."""
     yield "# Settings\n"

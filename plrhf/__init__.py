@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from plrhf.models.adaptation import adapt
     from plrhf.models.enrolment import enrol, forget
     from plrhf.models.grpo import PersonalGRPOPolicy
+    from plrhf.models.hub import push_to_hub
     from plrhf.models.inference import load
     from plrhf.models.policy import PersonalDPOPolicy
     from plrhf.models.reward import PersonalRewardModel
@@ -27,6 +28,7 @@ __all__ = [
     "enrol",
     "forget",
     "load",
+    "push_to_hub",
 ]
 MODULES = {
     "Aggregator": "plrhf.aggregators",
@@ -38,6 +40,7 @@ MODULES = {
     "enrol": "plrhf.models.enrolment",
     "forget": "plrhf.models.enrolment",
     "load": "plrhf.models.inference",
+    "push_to_hub": "plrhf.models.hub",
 }
 
 

@@ -148,9 +148,15 @@ def _named(command: Command, arguments: Sequence[str]) -> list[str]:
     given = []
     for one in arguments:
         if len(names) > 0 and "=" not in one and not one.startswith(("-", "~", "+")):
-            one = f"{names.pop(0)}='{one}'"
+            one = f"{names.pop(0)}={quoted(one)}"
         given.append(one)
     return given
+
+
+def quoted(text: str) -> str:
+    """Quote a text as the value of a setting, in Hydra's grammar."""
+    escaped = text.replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def plrhf() -> None:

@@ -220,8 +220,8 @@ class DataConfig(Section):
     min_pairs_per_user: PositiveInt
     max_users: PositiveInt | None
     shuffle_users: bool
-    max_prompt_tokens: NonNegativeInt
-    max_tokens: PositiveInt
+    max_prompt_tokens: NonNegativeInt | None
+    max_tokens: PositiveInt | None
     on_long_prompt: Literal["truncate", "error"]
     on_long_response: Literal["drop", "truncate"]
     separator: str

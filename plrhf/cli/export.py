@@ -1,4 +1,4 @@
-"""Makes a plain Hugging Face model of a trained policy for one of its users, or files for vLLM."""
+"""Makes a plain Hugging Face model of a policy for one user, or files for vLLM, or pushes to the hub."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ class ExportConfig(Section):
     """All settings of the command; conf/export.yaml explains them."""
 
     run: str
-    to: Literal["merged", "vllm"]
+    to: Literal["merged", "vllm", "hub"]
     user: str | None
     features: dict[str, Any] | None
     out: str
+    private: bool
     trust_components: bool
     debug: bool
 
@@ -29,14 +30,18 @@ class ExportConfig(Section):
 def export(settings: Settings) -> None:
     """Write the model, and print how it is loaded."""
     config = ExportConfig.read(settings, "")
+    for name, value in (("user", config.user), ("features", config.features)):
+        if config.to != "merged" and value is not None:
+            cure = f"Leave {name} out, or set to=merged"
+            raise bad_value(name, value, f"null with to={config.to}, which takes all users", cure)
+    if config.to == "hub":
+        print(f"pushed: {plrhf.push_to_hub(config.run, config.out, private=config.private)}")
+        print(f'next: plrhf.load("hf://{config.out}")')
+        return
     out = Path(config.out)
     check_writable("out", str(out))
     if any((out / name).exists() for name in ("config.json", "people.json")):
         raise bad_value("out", config.out, "a folder without a model", "Set out to another folder")
-    for name, value in (("user", config.user), ("features", config.features)):
-        if config.to == "vllm" and value is not None:
-            cure = f"Leave {name} out, or set to=merged"
-            raise bad_value(name, value, "null with to=vllm, which writes all users", cure)
     model = plrhf.load(
         config.run,
         trust_components=config.trust_components,

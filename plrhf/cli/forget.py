@@ -159,7 +159,7 @@ def _forget_tokens(run: Path, cache_dir: Path, config: ForgetConfig) -> Iterator
         trained = RunConfig.of_run(run, trust_components=config.trust_components)
         data = build_data(trained.data)
         rows = data.rows.select(data.splits.counted)
-        options = data.tokenizer_options
+        options = read_card(run / "export").text
         if "context_pairs" in options:
             cure = "The tokens of such runs also hold pairs in front of prompts"
             raise bad_value("data.context_pairs", options["context_pairs"], "none", cure)

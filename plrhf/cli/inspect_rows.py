@@ -8,15 +8,19 @@ Nothing is trained or written.
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
+from transformers import AutoConfig
 
 from plrhf.backbone.loading import check_path, load_tokenizer
 from plrhf.cli.assemble import build_data, print_lines
+from plrhf.cli.commands import quoted
 from plrhf.cli.config import DataConfig, Section, Seed
 from plrhf.core.components import Settings
 from plrhf.data.module import PreferenceData
@@ -25,6 +29,7 @@ from plrhf.evaluation.probes import probe
 
 SHOWN = 300  # characters of a text
 FEW_PAIRS = 10  # a user
+PLAIN = re.compile(r"[\w./-]+")  # paths that a setting takes without quotes
 
 
 class Tokens(Section):
@@ -57,7 +62,9 @@ def inspect_rows(settings: Settings) -> None:
         tokenizer = load_tokenizer(
             config.backbone.path, chat_template=config.backbone.chat_template
         )
-        data.tokenize(tokenizer, layout="packed")
+        text = AutoConfig.from_pretrained(config.backbone.path).get_text_config(decoder=True)
+        positions = getattr(text, "max_position_embeddings", None)
+        data.tokenize(tokenizer, layout="packed", max_positions=positions)
         print_lines(token_lines(data))
     print_lines(split_lines(data, config.data))
     print_lines(probe(data.splits).get("warnings", []))
@@ -150,9 +157,10 @@ def split_lines(data: PreferenceData, config: DataConfig) -> Iterator[str]:
 
 def next_command(config: DataConfig) -> str:
     """Return the command that trains on these rows."""
-    path = config.source.get("path")
+    path = str(config.source.get("path"))
+    path = f"data.path={path if PLAIN.fullmatch(path) else quoted(path)}"
     split = "" if config.split_by == "prompt" else f" data.split_by={config.split_by}"
-    return f"python train.py data=jsonl data.path={path}{split} backbone=hf backbone.path=DIR"
+    return f"python train.py data=jsonl {shlex.quote(path)}{split} backbone=hf backbone.path=DIR"
 
 
 def _spread(values: Iterable[int]) -> str:

@@ -152,6 +152,22 @@ def best_value(run_dir: Path, monitor: str) -> float | None:
     return float(values.max() if "accuracy" in monitor else values.min())
 
 
+def still_improving(run_dir: Path, monitor: str) -> str | None:
+    """Return a line if the last of several validations was the best one; else None."""
+    from plrhf.evaluation.results import read_metrics
+
+    metrics, best = read_metrics(run_dir), best_value(run_dir, monitor)
+    if metrics is None or best is None:
+        return None
+    values = metrics[monitor].dropna().tolist()
+    if len(values) < 2 or values[-1] != best or values[-1] == values[-2]:
+        return None
+    return (
+        f"{monitor} was best at the last of {len(values)} validations ({values[-2]:.4f}, then "
+        f"{best:.4f}): a longer training may do better (trainer.max_epochs, trainer.max_steps)"
+    )
+
+
 def failure_line(folder: Path) -> str:
     """Return ``: `` and the error of a failed job in one line; empty for a job that did not fail."""
     path = folder / FAILED

@@ -11,6 +11,7 @@ from plrhf.backbone.masks import FLEX
 from plrhf.backbone.model import Backbone
 from plrhf.core.components import Settings
 from plrhf.data.features import FeatureSchema
+from plrhf.data.module import MOST_TOKENS
 from plrhf.models.base import PersonalModule
 from plrhf.models.card import Card
 from plrhf.models.loading import build_model
@@ -45,10 +46,12 @@ def plan_run(settings: Settings, *, n_users: int, schema: FeatureSchema) -> Plan
 def workload_of(settings: Settings, *, n_features: int) -> Workload:
     """Return the largest batches that the settings allow."""
     data, trainer = settings["data"], settings["trainer"]
-    prompt_tokens = min(data["max_prompt_tokens"], data["max_tokens"] - 1)
+    max_tokens = data["max_tokens"] or MOST_TOKENS
+    most = MOST_TOKENS // 2 if data["max_prompt_tokens"] is None else data["max_prompt_tokens"]
+    prompt_tokens = min(most, max_tokens - 1)
     return Workload(
         prompt_tokens=prompt_tokens,
-        response_tokens=data["max_tokens"] - prompt_tokens,
+        response_tokens=max_tokens - prompt_tokens,
         n_features=n_features,
         batch_size=data["batch_size"],
         batch_tokens=data["batch_tokens"],

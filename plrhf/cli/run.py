@@ -23,7 +23,7 @@ from plrhf.cli.assemble import (
 )
 from plrhf.cli.commands import command_line
 from plrhf.cli.config import RunConfig
-from plrhf.cli.jobs import best_value
+from plrhf.cli.jobs import best_value, still_improving
 from plrhf.cli.outputs import Outputs
 from plrhf.cli.planning import plan_run, plan_table
 from plrhf.cli.run_dir import (
@@ -160,6 +160,7 @@ def train_personal(
         check_finite(model)
         if isinstance(model, PersonalGRPOPolicy):
             warn_if_overoptimised(Path(config.run_dir), probes)
+        note_if_still_improving(Path(config.run_dir), config.trainer.monitor)
         if model.encoder.reads_context:
             runner_with_weights(model, trainer)(store_vectors, model, data)
         outputs = Outputs(debug=config.debug)
@@ -213,6 +214,14 @@ def warn_if_overoptimised(run_dir: Path, probes: dict[str, Any]) -> None:
     if found is not None:
         probes["warnings"].append(found)
         print(f"warning: {found}")
+
+
+@rank_zero_only
+def note_if_still_improving(run_dir: Path, monitor: str) -> None:
+    """Print whether training ended before val did."""
+    found = still_improving(run_dir, monitor)
+    if found is not None:
+        print(f"note: {found}")
 
 
 def note_results(export: Path, results: Results | None) -> None:

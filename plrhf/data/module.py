@@ -52,6 +52,9 @@ from plrhf.data.usable_rows import CURES, check_some_fit, tokenizing_notes
 FRACTIONS = ("val_fraction", "test_fraction")
 """Fractions by which either the source or `split_rows` divides the rows."""
 
+MOST_TOKENS = 1024
+"""Largest number of tokens of a prompt and response, unless a setting or the backbone says otherwise."""
+
 
 class PreferenceData(LightningDataModule):
     """Reads the rows of a source, splits and tokenises them, and serves them as batches.
@@ -101,8 +104,8 @@ class PreferenceData(LightningDataModule):
         min_pairs_per_user: int = 1,
         max_users: int | None = None,
         shuffle_users: bool = False,
-        max_prompt_tokens: int = 512,
-        max_tokens: int = 1024,
+        max_prompt_tokens: int | None = None,
+        max_tokens: int | None = None,
         on_long_prompt: str = "truncate",
         on_long_response: str = "drop",
         separator: str = "\n",
@@ -160,7 +163,7 @@ class PreferenceData(LightningDataModule):
             **({"context_pairs": context_pairs} if context_pairs > 0 else {}),
         }
         self.context_pairs = {"least": min_context_pairs, "most": context_pairs, "seed": seed}
-        self.max_tokens = max_tokens
+        self.max_tokens = MOST_TOKENS if max_tokens is None else max_tokens
         self.datasets: dict[str, PairDataset] = {}
         self.truncated: dict[str, int] = {}
         self.shard = SINGLE_PROCESS
@@ -212,6 +215,7 @@ class PreferenceData(LightningDataModule):
             ValueError: the model has fewer positions than `max_tokens`, or a split has rows of which
                 none fits.
         """
+        self._choose_lengths(max_positions)
         self.fit_to_model(max_positions=max_positions, user_slots=user_slots)
         self.row_tokenizer = row_tokenizer(tokenizer, self.tokenizer_options)
         tokens = load_or_tokenize(
@@ -278,6 +282,15 @@ class PreferenceData(LightningDataModule):
         self.user_index = {user: place + 1 for place, user in enumerate(users)}
         for dataset in self.datasets.values():
             dataset.number_users(self.user_index)
+
+    def _choose_lengths(self, max_positions: int | None) -> None:
+        """Choose the largest lengths that were not given: what the backbone has room for."""
+        options, room = self.tokenizer_options, MOST_TOKENS
+        if options["max_tokens"] is None:
+            room = min(MOST_TOKENS, max_positions or MOST_TOKENS)
+            self.max_tokens = options["max_tokens"] = room
+        if options["max_prompt_tokens"] is None:
+            options["max_prompt_tokens"] = room // 2
 
     def fit_to_model(self, *, max_positions: int | None, user_slots: UserSlots) -> None:
         """Adapt batches to a model that was built after the rows were tokenised.
@@ -416,12 +429,7 @@ class PreferenceData(LightningDataModule):
         """Store the reference log-probabilities `reference(batch)` [B, 2] of all pairs."""
         for dataset in self.datasets.values():
             dataset.ref_logps = compute_text_values(
-                dataset,
-                reference,
-                self.eval_batch_size,
-                cache,
-                shard=self.shard,
-                what="computing the reference",
+                dataset, reference, self.eval_batch_size, cache, shard=self.shard, what="reference"
             )
 
     def precompute_hidden(
@@ -430,12 +438,7 @@ class PreferenceData(LightningDataModule):
         """Store the pooled hidden states `pool(batch)` [B, 2, d] of all pairs."""
         for dataset in self.datasets.values():
             dataset.hidden = compute_text_values(
-                dataset,
-                pool,
-                self.eval_batch_size,
-                cache,
-                shard=self.shard,
-                what="computing features",
+                dataset, pool, self.eval_batch_size, cache, shard=self.shard, what="features"
             )
             dataset.groups = groups_of(dataset.rows, conversations=False)
 

@@ -87,7 +87,7 @@ def prepare(
                     data.eval_batch_size,
                     kept,
                     shard=data.shard,
-                    what="computing features of users' pairs",
+                    what="features of users' pairs",
                 )
     model.train()
 

@@ -29,9 +29,9 @@ from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
 from plrhf.data.dataset import PairDataset
 from plrhf.data.parsing import parse_row
 from plrhf.data.rows import Row
-from plrhf.models.card import CARD, Card
-from plrhf.models.export import restore
+from plrhf.models.card import Card
 from plrhf.models.generation import generate
+from plrhf.models.hub import export_of
 from plrhf.models.loading import load_export
 from plrhf.models.pair_batches import (
     batches_of,
@@ -52,21 +52,14 @@ def load(directory: str | Path, **options: Any) -> PersonalModule:
     """Load the exported model of a run with its tokenizer, in eval mode.
 
     Args:
-        directory: an export, or the run's directory. options: of `loading.load_export`, e.g.
-            ``backbone_path`` if the frozen backbone has moved.
+        directory: an export, the run's directory, or ``hf://ORG/NAME`` of the hub.
+        options: of `loading.load_export`, e.g. ``backbone_path`` if the frozen backbone has moved.
 
     Raises:
         ValueError: there is no complete export, or the backbone has other weights.
     """
     model: Any = load_export(LightningModule, export_of(directory), **options)
     return model
-
-
-def export_of(directory: str | Path) -> Path:
-    """Return the export in a run's directory, or the directory itself if it is no run's."""
-    of_run = Path(directory, "export")
-    restore(of_run)
-    return of_run if (of_run / CARD).is_file() else Path(directory)
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ from plrhf.models.answers import NOISES, Noise, RatingScale, Thresholds, UserNum
 from plrhf.models.base import PersonalModule
 from plrhf.models.card import CARD
 from plrhf.models.heads import RewardHead, build_head
-from plrhf.models.inference import Asked, export_of, load, score
+from plrhf.models.hub import export_of
+from plrhf.models.inference import Asked, load, score
 from plrhf.models.loading import build_model
 from plrhf.models.reward_checks import (
     check_answers,

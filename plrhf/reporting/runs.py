@@ -182,7 +182,8 @@ def role(config: Mapping[str, Any]) -> str:
     """
     if config["data"].get("shuffle_users") is True:
         return SHUFFLED
-    if config["data"].get("context_pairs", 0) > 0:  # the person is in the text
+    in_text = config["data"].get("context_pairs", 0) > 0 or config["data"].get("use_user_text")
+    if in_text:  # the person is in front of the prompt, whatever the encoder
         return PERSONAL
     return ROLES.get(config["encoder"]["_target_"], PERSONAL)
 

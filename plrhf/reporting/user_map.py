@@ -25,6 +25,9 @@ from plrhf.reporting.drawing import (
 from plrhf.reporting.runs import Run
 from plrhf.reporting.tables import Cell, Table
 
+SMALL_MAP = 0.1
+"""Half the width of a map of vectors that are nearly the same; a hundredth of it counts as none."""
+
 OTHERS, EVERYBODY = "other", "users"
 
 
@@ -67,15 +70,31 @@ def user_map(run: Run, learned: LearnedUsers) -> Drawing:
         f"component {n + 1}: {share:.0%} of variance" for n, share in enumerate(learned.explained)
     ]
     axes.set(xlabel=shares[0], ylabel=shares[1])
+    note = map_note(learned)
+    if note is not None:
+        axes.set(xlim=(-SMALL_MAP, SMALL_MAP), ylim=(-SMALL_MAP, SMALL_MAP))
     figure.legend(loc="outside right upper", labelcolor=INK)
     n_seen = sum(user["user_kind"] == "seen" for user in users)
     unseen = f" and {len(users) - n_seen:,} unseen ones" if n_seen < len(users) else ""
     shown = f"{n_seen:,} of {learned.n_users:,} train users{unseen}"
-    caption = f"{shown}. Point at a mark to see who it is."
+    caption = f"{shown}. Point at a mark to see who it is. {note or ''}".rstrip()
     made = drawing(figure, "User map", caption=caption, wide=True)
     for name, words in hover.items():
         made = with_hover(made, name, words)
     return made
+
+
+def map_note(learned: LearnedUsers) -> str | None:
+    """Return a sentence if all users have nearly the same vector, or else None.
+
+    A map that is scaled to such vectors would show chance as if it were people.
+    """
+    places = np.array([one["at"] for one in (*learned.users, learned.generic)])
+    farthest = float(np.linalg.norm(places - places.mean(axis=0), axis=1).max())
+    if farthest >= SMALL_MAP / 100:
+        return None
+    apart = f"at most {farthest:.0e} from their mean"
+    return f"All vectors are nearly the same, {apart}: there is nothing to see."
 
 
 def groups_of(users: Sequence[LearnedUser]) -> list[str]:

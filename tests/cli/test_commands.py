@@ -38,6 +38,7 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *w
         (("compare", "runs=x"), "eval", ["eval=compare", "runs=x"]),
         (("train", "--config-dir", "my"), "train", ["--config-dir", "my"]),
         (("data", "inspect", "my rows.csv"), "inspect", ["data.path='my rows.csv'"]),
+        (("data", "inspect", "ada's.csv"), "inspect", ["data.path='ada\\'s.csv'"]),
         (
             ("data", "convert", "polis", "out=b.jsonl", "a"),
             "convert",

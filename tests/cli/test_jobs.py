@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from runs import ENVIRONMENT, TINY, check_run, command, launch
 
-from plrhf.cli.jobs import best_value, is_finished, job_folder, refuse_processes
+from plrhf.cli.jobs import best_value, is_finished, job_folder, refuse_processes, still_improving
 from plrhf.core.components import first_difference
 from plrhf.core.errors import BadValue
 
@@ -129,6 +129,20 @@ def test_the_best_value_of_a_run(tmp_path: Path) -> None:
     assert best_value(tmp_path, "val/loss") == 0.6
     assert best_value(tmp_path, "val/accuracy_micro") == 0.5
     assert best_value(tmp_path, "val/nll") is None
+
+
+def test_a_best_value_at_the_very_end_is_said(tmp_path: Path) -> None:
+    def note(*values: float) -> str | None:
+        lines = ["step,val/loss", *(f"{step},{one}" for step, one in enumerate(values))]
+        (tmp_path / "metrics.csv").write_text("\n".join(lines) + "\n")
+        return still_improving(tmp_path, "val/loss")
+
+    assert still_improving(tmp_path, "val/loss") is None
+    assert note(0.7) is None and note(0.6, 0.7) is None and note(0.6, 0.6) is None
+    assert note(0.7, 0.65, 0.6) == (
+        "val/loss was best at the last of 3 validations (0.6500, then 0.6000): a longer training may "
+        "do better (trainer.max_epochs, trainer.max_steps)"
+    )
 
 
 def test_a_bad_choice_stops_a_sweep_before_it_begins(tmp_path: Path, capsys: Any) -> None:

@@ -19,6 +19,7 @@ from plrhf.evaluation.metrics import summarise
 from plrhf.evaluation.results import Results
 from plrhf.reporting import comparison, report, tables
 from plrhf.reporting.comparison_page import compare
+from plrhf.reporting.runs import role
 
 # Seen users of 5, 2 and 7 pairs, an unseen one of 3.
 OWNERS = ["ann"] * 5 + ["bob"] * 2 + ["cid"] * 7 + ["dan"] * 3
@@ -265,6 +266,11 @@ def test_controls_are_recognised_from_settings(runs: Path, tmp_path: Path) -> No
         "oracle": "oracle",
         "length only": "length",
     }
+    in_text = {
+        "data": {"use_user_text": True},
+        "encoder": {"_target_": "plrhf.encoders.NoneEncoder"},
+    }
+    assert role(in_text) == "personal" and role({**in_text, "data": {}}) == "vanilla"
     # Shuffling makes other data for a baseline in no other way.
     baselines = frame["baseline"].dropna().to_dict()
     assert baselines == dict.fromkeys(("bare", "best", "lookup", "same"), "vanilla")

@@ -45,7 +45,7 @@ from plrhf.reporting.tables import (
     key_table,
     winrate_table,
 )
-from plrhf.reporting.user_map import cluster_table, groups_of, token_table
+from plrhf.reporting.user_map import cluster_table, groups_of, map_note, token_table
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -160,6 +160,18 @@ def test_marks_of_the_map_say_who_they_are(whole: Path) -> None:
     marks = re.findall(r"<use [^>]*><title>(\w+)\n(type \d)", page)
     # By group, then seen before unseen.
     assert marks == [("bob", "type 0"), ("dan", "type 0"), ("ann", "type 1"), ("cid", "type 1")]
+
+
+def test_a_map_of_equal_vectors_says_so_and_does_not_magnify_them() -> None:
+    """A hundred-thousandth apart: an axis that fits it would show people where there is rounding."""
+    places = [[0.00001, 0.0], [-0.00001, 0.00002], [0.0, 0.0]]
+    users = [{**LEARNED["users"][0], "at": one} for one in places[:2]]
+    generic = {**LEARNED["generic"], "at": places[2]}
+    learned = LearnedUsers(**{**LEARNED, "users": users, "generic": generic})
+    assert map_note(learned) == (
+        "All vectors are nearly the same, at most 2e-05 from their mean: there is nothing to see."
+    )
+    assert map_note(LearnedUsers(**LEARNED)) is None
 
 
 def test_hover_needs_a_word_for_each_mark() -> None:
