@@ -99,11 +99,12 @@ def small(arguments: list[str]) -> list[str]:
     """The command's overrides, and those that make it a matter of a second."""
     given = " ".join(arguments)
     extra = list(SMALL)
-    world = "data=jsonl" not in given and not re.search("experiment=(polis|ukp)", given)
+    own_rows = "data=jsonl|experiment=(polis|ukp|frozen)"
+    world = re.search(own_rows, given) is None
     extra += SMALL_WORLD if world else ["data.max_tokens=128", "data.min_pairs_per_user=20"]
     if re.search("experiment=(polis|ukp)", given):
         extra.append("data.path=rows.jsonl")
-    own = "backbone=(hf|gptj_6b)|experiment=(polis|ukpconvarg1 |ablation/(?!backbone))"
+    own = "backbone=(hf|gptj_6b)|experiment=(polis|frozen|ukpconvarg1 |ablation/(?!backbone))"
     if not re.search(own, given + " "):
         extra += SMALL_BACKBONE
     elif "gptj_6b" in given:

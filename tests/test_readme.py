@@ -43,7 +43,11 @@ def shown_commands() -> dict[str, list[tuple[str, list[str]]]]:
     found: dict[str, list[tuple[str, list[str]]]] = {}
     seen: set[str] = set()
     for name, text in sections().items():
-        blocks = [block["text"] for block in FENCE.finditer(text) if block["kind"] == "bash"]
+        blocks = [
+            block["text"]
+            for block in FENCE.finditer(text)
+            if block["kind"] == "bash" and not (block["note"] or "").startswith("not run")
+        ]
         for script, words in (one for block in blocks for one in commands_of(block)):
             if (line := " ".join([script, *words])) not in seen:
                 found.setdefault(name, []).append((script, words))
