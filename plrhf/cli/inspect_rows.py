@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
-from transformers import AutoConfig
 
 from plrhf.backbone.loading import check_path, load_tokenizer
 from plrhf.cli.assemble import build_data, print_lines
@@ -62,9 +61,7 @@ def inspect_rows(settings: Settings) -> None:
         tokenizer = load_tokenizer(
             config.backbone.path, chat_template=config.backbone.chat_template
         )
-        text = AutoConfig.from_pretrained(config.backbone.path).get_text_config(decoder=True)
-        positions = getattr(text, "max_position_embeddings", None)
-        data.tokenize(tokenizer, layout="packed", max_positions=positions)
+        data.tokenize(tokenizer, layout="packed", max_positions=tokenizer.model_max_length)
         print_lines(token_lines(data))
     print_lines(split_lines(data, config.data))
     print_lines(probe(data.splits).get("warnings", []))

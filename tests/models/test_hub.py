@@ -60,8 +60,11 @@ class Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:  # noqa: N802
         """Describe the repository, or send a file."""
         if not self.path.startswith("/ada/notes/resolve/"):
-            names = [{"rfilename": name} for name in self.hub.files]
-            found = {"id": "ada/notes", "sha": COMMIT, "siblings": names}
+            found: Any = {"id": "ada/notes", "sha": COMMIT}
+            if "/tree/" in self.path:
+                files = self.hub.files.items()
+                kind = {"type": "file", "oid": COMMIT}
+                found = [{**kind, "path": name, "size": len(one)} for name, one in files]
             self.answer(json.dumps(found).encode(), {"Content-Type": "application/json"})
             return
         content = self.hub.files[self.path.split("/", 5)[5]]
