@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
-from rich.progress import track
-
 from plrhf.core.errors import bad_value
+from plrhf.core.progress import with_progress
 from plrhf.data.digests import content_hash
 from plrhf.evaluation.chat_endpoint import ChatEndpoint, Reply, ReplyStore
 
@@ -99,13 +97,8 @@ class ChatClient:
             self.replies.add(key, self.endpoint.post(body_of[key]))
 
         with ThreadPoolExecutor(self.parallel) as pool:
-            for _ in track(
-                pool.map(send, missing),  # on an error it drops those not yet begun
-                total=len(missing),
-                description=f"asking {self.model}",
-                transient=True,
-                disable=not sys.stdout.isatty(),
-            ):
+            answers = pool.map(send, missing)  # on an error it drops those not yet begun
+            for _ in with_progress(answers, f"asking {self.model}", total=len(missing)):
                 pass
         self._asked = {**dict.fromkeys(keys, False), **dict.fromkeys(missing, True), **self._asked}
         return [self.replies[key] for key in keys]
