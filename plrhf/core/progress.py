@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 from torch import distributed
@@ -66,7 +66,13 @@ class Progress(tqdm):
 
 
 def with_progress(items: Iterable[Item], what: str, *, total: int | None = None) -> Iterator[Item]:
-    """Yield the items, and show how many of them are done."""
+    """Yield the items, and show how many of them are done.
+
+    Args:
+        total: their number; None: what ``len`` says, if it says anything.
+    """
+    if total is None and isinstance(items, Sized):
+        total = len(items)
     with Progress(what, total=total) as shown:
         for item in items:
             yield item

@@ -284,11 +284,10 @@ class PreferenceData(LightningDataModule):
             dataset.number_users(self.user_index)
 
     def _choose_lengths(self, max_positions: int | None) -> None:
-        """Choose the largest lengths that were not given: what the backbone has room for."""
+        """Choose the lengths that were not given: what the backbone has room for."""
         options, room = self.tokenizer_options, MOST_TOKENS
         if options["max_tokens"] is None:
-            room = min(MOST_TOKENS, max_positions or MOST_TOKENS)
-            self.max_tokens = options["max_tokens"] = room
+            self.max_tokens = options["max_tokens"] = room = min(room, max_positions or room)
         if options["max_prompt_tokens"] is None:
             options["max_prompt_tokens"] = room // 2
 
@@ -412,8 +411,7 @@ class PreferenceData(LightningDataModule):
         """
         n_pairs = len(self.datasets[split])
         own: Tensor | None = None
-        loader = self.evaluation_loader(split)
-        for batch in with_progress(loader, f"reading {split} pairs", total=len(loader)):
+        for batch in with_progress(self.evaluation_loader(split), f"reading {split} pairs"):
             values, counted = compute(batch), batch.counted()
             if own is None:
                 own = values.new_zeros(n_pairs, *values.shape[1:])

@@ -28,7 +28,7 @@ def test_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: Any) 
     assert list(work) == ["c"]
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == "reading: 3 of 3 (100%), about 00:00 left" and len(out) == 2
-    assert list(with_progress(range(2), "rows")) == [0, 1]
+    assert list(with_progress(iter(range(2)), "rows")) == [0, 1]
     assert capsys.readouterr().out == "rows: 1 done\nrows: 2 done\n"
 
 
