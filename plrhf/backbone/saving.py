@@ -66,6 +66,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: the file is missing or damaged.
     """
+    if not path.is_file():  # a pipe would be waited for
+        raise bad_value(path.name, str(path), "a file", "Export the model anew")
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -23,7 +23,7 @@ from plrhf.cli.assemble import print_lines
 from plrhf.cli.config import Section
 from plrhf.core.components import Settings
 from plrhf.core.errors import bad_value
-from plrhf.data.cache_files import is_part, remove_abandoned_parts
+from plrhf.core.files import is_part, remove_abandoned_parts
 from plrhf.data.digests import file_digest, is_intact
 
 KINDS = {

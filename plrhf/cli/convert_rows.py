@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Literal
@@ -17,6 +16,7 @@ from typing import Literal
 from plrhf.cli.config import Section, check_writable
 from plrhf.core.components import Settings
 from plrhf.core.errors import bad_value
+from plrhf.core.files import whole_file
 from plrhf.data.sources.published import PUBLISHED
 
 
@@ -38,13 +38,11 @@ def convert_rows(settings: Settings) -> None:
     check_writable("out", str(out.parent))
     splits: Counter[str] = Counter()
     users: set[str] = set()
-    part = out.with_name(f"{out.name}.part")
     opened = gzip.open if out.suffix == ".gz" else open
-    with opened(part, "wt", encoding="utf-8") as file:
+    with whole_file(out) as part, opened(part, "wt", encoding="utf-8") as file:
         for row in PUBLISHED[config.source](Path(config.path)):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             splits[row["split"]] += 1
             users.add(row["user_id"])
-    os.replace(part, out)
     parts = ", ".join(f"{splits[name]:,} {name}" for name in ("train", "val", "test"))
     print(f"{sum(splits.values()):,} rows of {len(users):,} users ({parts}): {out}")

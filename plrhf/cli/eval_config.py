@@ -123,6 +123,7 @@ class EvalConfig(Section):
     run: str | None
     runs: str | None
     out: str | None
+    cache_dir: str  # the caller's: what a run names is not written to
     data: DataConfig | None
     backbone: dict[str, Any] | None = None  # of eval=referee
     seed: Seed | None

@@ -21,6 +21,7 @@ from plrhf.evaluation.records import read_settings, write_settings, write_text
 from plrhf.evaluation.results import PREDICTIONS, RESULTS, read_results, write_evaluation
 from plrhf.models.card import CARD, read_card
 from plrhf.models.enrolment import forget as forget_in_export
+from plrhf.models.export import remove_leftovers
 from plrhf.reporting.report import write_report
 
 CANNOT_BE_REMOVED = (
@@ -70,6 +71,7 @@ def forget_in_run(run: Path, user: str) -> Iterator[str]:
     Reports are written anew. Checkpoints are deleted, as they hold vectors of all users; the export
     stays usable, but the run can no longer be resumed.
     """
+    remove_leftovers(run / "export")
     is_known = user in read_card(run / "export").places
     if is_known:
         forget_in_export(run / "export", user)

@@ -102,13 +102,13 @@ def refuse_processes(settings: Mapping[str, Any]) -> None:
 
 
 def is_finished(settings: Mapping[str, Any]) -> bool:
-    """Return whether ``run_dir`` has the results of a run with the same settings.
+    """Return whether ``run_dir`` has all files of a run with the same settings.
 
     Raises:
         ValueError: it has the results of a run with other settings.
     """
     run_dir = Path(settings["run_dir"])
-    before = _config_of_finished(run_dir)
+    before = _config_of_evaluated(run_dir)
     if before is None:
         return False
     ours, theirs = (
@@ -124,11 +124,12 @@ def is_finished(settings: Mapping[str, Any]) -> bool:
             f"a directory of its own, as it holds a run of {field}={there!r}",
             "Set run_dir to another, or overwrite=true",
         )
-    return True
+    # The report is written last: a run that was killed before it is run again. model=sft has none.
+    return (run_dir / "report.html").is_file() or not (run_dir / "results.json").is_file()
 
 
-def _config_of_finished(run_dir: Path) -> dict[str, Any] | None:
-    """Return the settings of the finished run in a directory; None if there is none."""
+def _config_of_evaluated(run_dir: Path) -> dict[str, Any] | None:
+    """Return the settings of the evaluated run in a directory; None if there is none."""
     if (run_dir / "results.json").is_file():
         return read_record(run_dir / "results.json", FinishedRun).config
     if (run_dir / "config.yaml").is_file() and (run_dir / "export/config.json").is_file():

@@ -22,9 +22,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from plrhf.cli.jobs import best_value, is_finished, refuse_processes, sweep_job
-from plrhf.cli.outputs import FilesMissing, is_disk_full, one_line
+from plrhf.cli.outputs import FilesMissing, one_line
 from plrhf.core.components import Settings, unknown_key
 from plrhf.core.errors import BadValue, bad_value, printable
+from plrhf.core.files import is_disk_full
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # Inside the package where it was installed from a wheel, beside it in a checkout.

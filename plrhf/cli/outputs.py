@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import shutil
 import sys
 import traceback
@@ -11,9 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from plrhf.core.errors import BadValue
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-SPACE_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded")
+from plrhf.core.files import is_disk_full
 
 
 class FilesMissing(Exception):
@@ -73,17 +70,6 @@ def one_line(error: BaseException) -> str:
     if is_disk_full(error):
         return disk_full_line(error)
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Return whether an exception, or one that caused it, comes from a full disk."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in NO_SPACE:
-            return True
-        if any(words in str(error) for words in SPACE_WORDS):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def disk_full_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from plrhf.cli.config import RunConfig
 from plrhf.cli.jobs import FAILED
 from plrhf.core.components import first_difference
 from plrhf.core.errors import bad_value
+from plrhf.core.files import PART
 from plrhf.evaluation.records import read_settings, write_settings
 from plrhf.training.checkpoints import read_checkpoint
 
@@ -54,7 +55,10 @@ class RecordRows(Callback):
 def files_of_run(run_dir: Path) -> list[Path]:
     """Return the files that an earlier run left in a directory, half-written and half-replaced ones too."""
     names = [name for one in LEFT_BY_RUNS for name in (one, f"{one}.part", f"{one}.old")]
-    return [run_dir / name for name in names if os.path.lexists(run_dir / name)]
+    parts = [
+        path for path in sorted(run_dir.glob("*.part")) if PART.sub("", path.name) in LEFT_BY_RUNS
+    ]
+    return [*(run_dir / name for name in names if os.path.lexists(run_dir / name)), *parts]
 
 
 def check_unused(config: RunConfig) -> None:
@@ -125,5 +129,5 @@ def check_same_rows(resume: Resume | None, rows_hash: str) -> None:
             "data",
             f"rows {rows_hash}",
             f"the rows {resume.rows_hash}, which the run began with",
-            "Restore the file that it read, or begin anew in another run_dir",
+            "Restore the file that it read, or, if an earlier version wrote the run, begin anew",
         )

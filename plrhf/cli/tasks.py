@@ -10,7 +10,7 @@ from lightning import Trainer
 
 from plrhf.backbone.loading import load_tokenizer
 from plrhf.cli.assemble import build_data, build_source, check_same_world, print_lines
-from plrhf.cli.config import RunConfig
+from plrhf.cli.config import RunConfig, check_writable
 from plrhf.cli.eval_config import AdaptTask, EvalConfig, WinrateTask
 from plrhf.cli.jobs import failure_line
 from plrhf.cli.outputs import Outputs
@@ -64,7 +64,7 @@ def score(config: EvalConfig) -> None:
     run = finished_run(config)
     model, data, trainer, trained = load_run(run, config)
     out = Path(config.out or run / "eval")
-    prepare(model, data.restrict_to("val", "test"), trainer, cache_dir=Path(trained.cache_dir))
+    prepare(model, data.restrict_to("val", "test"), trainer, cache_dir=Path(config.cache_dir))
     predictions = predict(model, data, trainer)
     before = read_results(run)
     results = summarise_run(
@@ -236,6 +236,7 @@ def load_run(
     Raises:
         ValueError: the run's own rows have changed since training.
     """
+    check_writable("cache_dir", config.cache_dir)
     trained = RunConfig.of_run(run, trust_components=config.trust_components)
     lightning.seed_everything(trained.seed, verbose=False)
     export = run / "export"
@@ -257,7 +258,7 @@ def load_run(
         layout=model.backbone.layout,
         max_positions=model.max_positions,
         user_slots=model.user_slots,
-        cache_dir=Path(trained.cache_dir),
+        cache_dir=Path(config.cache_dir),
     )
     print_lines(data.tokenizing_notes())
     if config.data is None:
@@ -292,7 +293,8 @@ def check_rows_of_run(run: Path, data: PreferenceData, card: Card) -> None:
             "data",
             f"{data.n_users} users, rows {now}",
             f"the rows of training{'' if then is None else f', {then}'}",
-            "Restore the file that the run read, or name other rows with data=",
+            "Restore the file that the run read, or name other rows with data=; an earlier version's run, "
+            "which hashed rows otherwise, must be trained anew",
         )
     # Neither `forget` nor `enrol` changes the order of the others: vectors would be of other users.
     if [one for one in card.users if one in knew] != [

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,11 @@ class Outcomes:
     def __len__(self) -> int:
         return len(self.pair_id)
 
+    @cached_property
+    def sums(self) -> UserSums:
+        """The sums over each user's pairs, see `user_sums`; computed once."""
+        return user_sums(self)
+
 
 @dataclass(frozen=True)
 class UserSums:
@@ -58,6 +64,16 @@ class UserSums:
     @property
     def n_users(self) -> int:
         return len(self.count)
+
+    @cached_property
+    def accuracy(self) -> Array:
+        """The accuracy on each user's pairs, [U]."""
+        return self.correct / self.count
+
+    @cached_property
+    def order(self) -> NDArray[np.intp]:
+        """The places of the users, sorted by accuracy, the worst first, [U]."""
+        return np.argsort(self.accuracy)
 
 
 def correctness(margin: Array) -> Array:
@@ -117,7 +133,7 @@ def accuracy_micro(sums: UserSums, weights: Array) -> Array:
 
 def accuracy_macro(sums: UserSums, weights: Array) -> Array:
     """Return the mean over users of the accuracy on each user's pairs, in each resample, [R]."""
-    return (weights @ (sums.correct / sums.count)) / weights.sum(axis=1)
+    return (weights @ sums.accuracy) / weights.sum(axis=1)
 
 
 def accuracy_worst10(sums: UserSums, weights: Array) -> Array:
@@ -126,13 +142,11 @@ def accuracy_worst10(sums: UserSums, weights: Array) -> Array:
     A user with few pairs is among the worst more often by chance, so the value is biased downwards.
     Compare it between models on the same pairs, not between data sets.
     """
-    means = sums.correct / sums.count
-    order = np.argsort(means)
     n_worst = max(1, sums.n_users // 10)
-    drawn = weights[:, order]
+    drawn = weights[:, sums.order]
     drawn_before = np.cumsum(drawn, axis=1) - drawn
     taken = np.clip(n_worst - drawn_before, 0.0, drawn)
-    return (taken @ means[order]) / n_worst
+    return (taken @ sums.accuracy[sums.order]) / n_worst
 
 
 def nll(sums: UserSums, weights: Array) -> Array:
@@ -176,7 +190,7 @@ def summarise_outcomes(
     estimates: dict[str, Any] = {name: {"value": None, "ci95": None} for name in STATISTICS}
     n_users = 0
     if len(outcomes) > 0:
-        sums = user_sums(outcomes)
+        sums = outcomes.sums
         n_users = sums.n_users
         statistics = {name: _statistic_of(sums, STATISTICS[name]) for name in names}
         estimates |= bootstrap(statistics, n_users=n_users, n_resamples=n_resamples, seed=seed)
@@ -239,7 +253,7 @@ def paired_test(
         ValueError: the two do not hold the same pairs of the same users, or hold no pairs.
     """
     ours, theirs = _sums_of_same_pairs(first, second)
-    gaps = ours.correct / ours.count - theirs.correct / theirs.count
+    gaps = ours.accuracy - theirs.accuracy
     statistics: dict[str, Statistic] = {
         name: _difference_of(ours, theirs, STATISTICS[name])
         for name in ("accuracy_micro", "accuracy_macro")
@@ -342,7 +356,7 @@ def _sums_of_same_pairs(first: Outcomes, *others: Outcomes) -> list[UserSums]:
                 "two tables that hold the same pairs of the same users, at least one",
                 "Evaluate both runs on the same data, splits and seed",
             )
-    return [user_sums(one) for one in (first, *others)]
+    return [one.sums for one in (first, *others)]
 
 
 def _statistic_of(sums: UserSums, statistic: Callable[[UserSums, Array], Array]) -> Statistic:

@@ -1,27 +1,14 @@
-"""Cache files, which appear whole, can be checked for damage, and leave no half-written parts."""
+"""Cache files, which appear whole and can be checked for damage."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
-import re
-import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from plrhf.core.errors import bad_value
+from plrhf.core.files import explain_full_disk, temporary_part
 from plrhf.data.digests import file_digest
-
-PART = re.compile(r"\.[0-9a-f]{32}\.part$")
-"""Ending of the names of half-written files."""
-
-ABANDONED_AFTER = 60.0
-"""Seconds without a write after which a half-written file counts as abandoned."""
-
-FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 @contextlib.contextmanager
@@ -36,16 +23,11 @@ def cache_file(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
         ValueError: the disk is full; the half-written file is removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    remove_abandoned_parts(folder)
-    part = folder / f"{stem}.{uuid.uuid4().hex}.part"
     cure = "Free some space, or set cache_dir to a directory on a larger disk"
-    try:
-        with explain_full_disk("cache_dir", str(folder), cure), part.open("wb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)  # tells others that the writer is alive
-            yield part
-            os.replace(part, folder / f"{stem}-{file_digest(part)}{suffix}")
-    finally:
-        part.unlink(missing_ok=True)
+    full = explain_full_disk("cache_dir", str(folder), cure)
+    with full, temporary_part(folder, stem) as part:
+        yield part
+        os.replace(part, folder / f"{stem}-{file_digest(part)}{suffix}")
 
 
 def intact_files(folder: Path, stem: str, suffix: str) -> list[Path]:
@@ -60,42 +42,3 @@ def intact_files(folder: Path, stem: str, suffix: str) -> list[Path]:
         except OSError:
             continue  # another process removed it, or it cannot be read
     return intact
-
-
-def is_part(path: Path) -> bool:
-    """Return whether a path is that of a half-written file of `cache_file`."""
-    return PART.search(path.name) is not None
-
-
-def remove_abandoned_parts(folder: Path) -> None:
-    """Delete the temporary files in a folder whose processes no longer run."""
-    for part in folder.glob("*.part"):
-        if not is_part(part):
-            continue
-        with contextlib.suppress(OSError), part.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.time() - part.stat().st_mtime > ABANDONED_AFTER:
-                part.unlink()
-
-
-@contextlib.contextmanager
-def explain_full_disk(field: str, folder: str, cure: str) -> Iterator[None]:
-    """Turn any library's error for a full disk into one clear line, in this context."""
-    try:
-        yield
-    except Exception as error:
-        if not _says_full(error):
-            raise
-        raise bad_value(field, folder, "a disk that is not full", cure) from error
-
-
-def _says_full(error: BaseException | None) -> bool:
-    """Return whether an error, or one that caused it, reports that no disk space or quota is left."""
-    if error is None:
-        return False
-    if isinstance(error, OSError) and error.errno in FULL:
-        return True
-    # Libraries written in Rust and C++ keep the system's words, but not its number.
-    if any(os.strerror(number) in str(error) for number in FULL):
-        return True
-    return _says_full(error.__cause__ or error.__context__)

@@ -50,7 +50,7 @@ def is_intact(folder: Path) -> bool:
     """Whether the files of a folder are those that `seal_folder` has seen."""
     try:
         written = json.loads((folder / DIGESTS).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     found = folder_digests(folder, without=[DIGESTS])
     return isinstance(written, dict) and {**found, DIGEST: content_hash(found)} == written

@@ -15,7 +15,7 @@ import pyarrow as arrow
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from plrhf.data.cache_files import explain_full_disk
+from plrhf.core.files import explain_full_disk
 
 T = TypeVar("T", covariant=True)
 Item = TypeVar("Item")

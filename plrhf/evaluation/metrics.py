@@ -40,13 +40,14 @@ def outcomes(
     Args:
         prompt_kind: only pairs on seen or unseen prompts; None: all pairs.
     """
-    rows = predictions[
+    chosen = (
         (predictions["split"] == split)
         & (predictions["user_kind"] == user_kind)
         & (predictions["context"] == context)
-    ]
+    )
     if prompt_kind is not None:
-        rows = rows[rows["prompt_kind"] == prompt_kind]
+        chosen &= predictions["prompt_kind"] == prompt_kind
+    rows = predictions.loc[chosen, ["pair_id", "user_id", "margin", "correct"]]
     return _outcomes(rows, rows["margin"], rows["correct"])
 
 

@@ -21,6 +21,7 @@ from plrhf.data.module import PreferenceData
 from plrhf.data.splits import Splits, prompt_kinds
 from plrhf.data.text_value_cache import TextValueCache, text_values_key
 from plrhf.data.text_values import compute_text_values
+from plrhf.evaluation.results import NUMBER_COLUMNS, TEXT_COLUMNS
 from plrhf.models.base import PersonalModule
 from plrhf.models.context import context_features, reusable_context_features
 from plrhf.models.policy import PersonalDPOPolicy, PersonalPolicy
@@ -158,20 +159,13 @@ def predict(model: PersonalModule, data: PreferenceData, trainer: Trainer) -> pd
             )
             for context, values in margins.items()
         ]
-    return pd.concat(frames, ignore_index=True)[list(PREDICTION)]
+    return pd.concat(frames, ignore_index=True)[[*TEXT_COLUMNS, *NUMBER_COLUMNS]]
 
 
 def _margins_of_contexts(model: PersonalModule, batch: PreferenceBatch) -> Tensor:
     """Compute the margins [B, 2] in the user's and in the generic context."""
     found = model.predict_step(batch, 0)
     return torch.stack([found["user"], found["generic"]], dim=1)
-
-
-PREDICTION = (
-    *("split", "user_kind", "prompt_kind", "context", "user_id", "pair_id", "prompt_id"),
-    *("margin", "correct", "chosen_tokens", "rejected_tokens"),
-)
-"""Columns of predictions.parquet."""
 
 
 def _columns(dataset: PairDataset, split: str, splits: Splits) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Each file holds a digest of its content, so that a damaged one is not taken for 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
 from plrhf.core.errors import bad_value
+from plrhf.core.files import whole_file
 from plrhf.data.digests import DIGEST, check_digest, content_hash, json_text
 
 R = TypeVar("R", bound="Record")
@@ -39,9 +39,25 @@ def write_record(path: Path, record: Record) -> None:
     write_text(path, json_text(record.to_json(), indent=2))
 
 
+class _PlainDumper(yaml.SafeDumper):
+    """Writes YAML without aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads YAML without aliases, by which a small file can stand for billions of values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("settings have no aliases")
+        return super().compose_node(parent, index)
+
+
 def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Write settings as YAML, with a digest in the first line."""
-    text = yaml.safe_dump(dict(settings), sort_keys=False)
+    text = yaml.dump(dict(settings), Dumper=_PlainDumper, sort_keys=False)
     write_text(path, f"# {DIGEST} {content_hash(text)}\n{text}")
 
 
@@ -57,8 +73,8 @@ def read_settings(path: Path) -> dict[str, Any]:
         first, _, rest = text.partition("\n")
         if first.startswith(f"# {DIGEST} ") and first.split()[-1] != content_hash(rest):
             raise bad_value(str(path), first, "the digest of the lines below", cure)
-        found = yaml.safe_load(text)
-    except (UnicodeError, yaml.YAMLError) as error:
+        found = yaml.load(text, Loader=_PlainLoader)
+    except (UnicodeError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:120]
         raise bad_value(str(path), reason, "a YAML file", "Copy it anew") from error
     if not isinstance(found, dict):
@@ -68,12 +84,8 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text to a temporary file and rename it, so that no reader finds half of it."""
-    aside = path.with_name(f"{path.name}.part")
-    try:
-        aside.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
 
 
 def read_record(path: Path, kind: type[R]) -> R:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from plrhf.core.bootstrap import Estimate
 from plrhf.core.errors import bad_value
+from plrhf.core.files import whole_file
 from plrhf.core.stats import STATISTICS
 from plrhf.data.digests import content_hash, file_digest
 from plrhf.data.module import PreferenceData
@@ -20,6 +22,10 @@ from plrhf.evaluation.metrics import UserKind, choose_length_rule, summarise
 from plrhf.evaluation.records import Record, read_record, write_record
 
 RESULTS, PREDICTIONS, METRICS = "results.json", "predictions.parquet", "metrics.csv"
+
+TEXT_COLUMNS = ("split", "user_kind", "prompt_kind", "context", "user_id", "pair_id", "prompt_id")
+NUMBER_COLUMNS = ("margin", "correct", "chosen_tokens", "rejected_tokens")
+"""Columns of predictions.parquet."""
 
 EVALUATE_ANEW = "Evaluate the run anew"
 
@@ -207,9 +213,8 @@ def summarise_run(
 def write_evaluation(directory: Path, results: Results, predictions: pd.DataFrame) -> None:
     """Write predictions.parquet, and results.json with its digest."""
     directory.mkdir(parents=True, exist_ok=True)
-    part = directory / f"{PREDICTIONS}.part"
-    predictions.to_parquet(part, index=False)
-    part.replace(directory / PREDICTIONS)
+    with whole_file(directory / PREDICTIONS) as part:
+        predictions.to_parquet(part, index=False)
     provenance = results.provenance
     if provenance is not None:
         there = [name for name in (PREDICTIONS, METRICS) if (directory / name).is_file()]
@@ -227,10 +232,15 @@ def read_predictions(directory: Path, results: Results) -> pd.DataFrame:
     path = directory / PREDICTIONS
     _check_file(path, results, EVALUATE_ANEW)
     try:
-        return pd.read_parquet(path)
+        found = pd.read_parquet(path)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise bad_value(str(path), reason, "a whole Parquet file", EVALUATE_ANEW) from error
+    for name in (*TEXT_COLUMNS, *NUMBER_COLUMNS):
+        if name not in found or (name in NUMBER_COLUMNS and not is_numeric_dtype(found[name])):
+            allowed = f"a column {name}{' of numbers' * (name in NUMBER_COLUMNS)}"
+            raise bad_value(str(path), list(found), allowed, EVALUATE_ANEW)
+    return found
 
 
 def read_metrics(directory: Path) -> pd.DataFrame | None:

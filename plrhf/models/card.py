@@ -130,7 +130,7 @@ def read_card(directory: str | Path) -> Card:
         raise bad_value("export", str(directory), f"a directory with {CARD}", "Give RUN_DIR/export")
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _no_object(path, error) from error
     if not isinstance(content, dict) or "schema" not in content:
         raise _no_object(path, "no schema")

@@ -172,17 +172,28 @@ def replace_users(
                 "Let user_parameters() name only parameters whose row u belongs to user u",
             )
     directory = Path(directory)
-    restore(directory)
+    remove_leftovers(directory)
     rows = {f"encoder.{name}": table.detach().cpu().contiguous() for name, table in tables.items()}
     card = replace(read_card(directory), users=list(users), enrolled=n_enrolled)
-    part = _beside(directory, "part")
-    _remove(part)
-    shutil.copytree(directory, part)
-    files = dict(card.files)
     written = {
         USER_MODEL: {**load_file(directory / USER_MODEL), **rows},
         ENROLLED: {} if vectors is None or n_enrolled == 0 else {"vectors": vectors.contiguous()},
     }
+    part = _beside(directory, "part")
+    try:
+        shutil.copytree(directory, part)
+        _write_users(part, card, written, own_pairs)
+    except BaseException:
+        _remove(part)
+        raise
+    _replace_directory(part, directory)
+
+
+def _write_users(
+    part: Path, card: Card, written: Mapping[str, dict[str, Tensor]], own_pairs: OwnPairs | None
+) -> None:
+    """Write the card and the files of its users; those without tensors are removed."""
+    files = dict(card.files)
     for name, state in written.items():
         (part / name).unlink(missing_ok=True)
         files.pop(name, None)
@@ -194,7 +205,6 @@ def replace_users(
         (part / OWN_PAIRS).write_text(pairs_text(own_pairs))
         files[OWN_PAIRS] = file_digest(part / OWN_PAIRS)
     (part / CARD).write_text(card_text(replace(card, files=files)))
-    _replace_directory(part, directory)
 
 
 def _replace_directory(new: Path, old: Path) -> None:
@@ -212,6 +222,13 @@ def restore(directory: Path) -> None:
     aside = _beside(directory, "old")
     if not directory.exists() and aside.is_dir() and not aside.is_symlink():
         os.rename(aside, directory)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove what killed writers of an export left beside it, in which forgotten users may stand."""
+    restore(directory)
+    for suffix in ("part", "old"):
+        _remove(_beside(directory, suffix))
 
 
 def _beside(directory: Path, suffix: str) -> Path:

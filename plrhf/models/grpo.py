@@ -299,8 +299,9 @@ class PersonalGRPOPolicy(PersonalPolicy):
         found = self.judge(batch, [rows[place] for place in batch.row.tolist()])
         loss = self.validation_loss(found)
         self.val_loss.update((loss.double() * kept).sum(), kept.sum())
-        for name, values in found.items():
-            self.judged[name].update((values.double() * kept).sum(), kept.sum())
+        for name, mean in self.judged.items():
+            values = found.get(name, torch.zeros_like(loss))
+            mean.update((values.double() * kept).sum(), kept.sum() * (name in found))
 
     def validation_loss(self, found: Mapping[str, Tensor]) -> Tensor:
         """Return beta * KL - reward of each response, [B], its KL divided as in the training loss."""
@@ -338,8 +339,10 @@ class PersonalGRPOPolicy(PersonalPolicy):
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         for name, mean in self.judged.items():
-            if bool(mean.sums[1] > 0):
-                self.log(f"val/{name}", mean.compute().float(), prog_bar=name == "reward")
+            # Processes sum up together: even one whose pairs have no true preference must not skip it.
+            value = mean.compute().float()
+            if bool(value.isfinite()):
+                self.log(f"val/{name}", value, prog_bar=name == "reward")
             mean.reset()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -14,8 +16,9 @@ from plrhf.aggregators import Aggregator
 from plrhf.backbone.loading import load_backbone, load_tokenizer
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.saving import check_tensors, read_tensors
-from plrhf.core.components import build, locate
-from plrhf.core.errors import bad_value
+from plrhf.core.components import build, check_only_own_code, locate
+from plrhf.core.errors import BadValue, bad_value
+from plrhf.data.in_context import row_tokenizer
 from plrhf.encoders import UserEncoder
 from plrhf.models.card import CARD, Card, card_of, read_card
 from plrhf.models.export import (
@@ -28,7 +31,6 @@ from plrhf.models.export import (
     restore,
     user_model_state,
 )
-from plrhf.models.heads import head_settings
 from plrhf.models.optim import Optim
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -105,22 +107,40 @@ def load_export(
     Raises:
         ValueError: not an export, a damaged one, another class, or a backbone with other weights.
     """
-    restore(Path(directory))
-    card = read_card(directory)
-    check_files(Path(directory), card)
-    _check_class(model_class, card, trust_components=trust_components)
-    path = backbone_path or str(card.backbone["path"])
-    shipped = Path(directory, BACKBONE)
-    if card.backbone["trainable"] == "full" or (backbone_path is None and card.ships_backbone):
-        path = str(shipped)
-    backbone = _load_frozen(card, path, trust_remote_code=trust_remote_code)
-    model = build_model(backbone, card)
-    backbone.load_adapter(Path(directory))
-    _load_user_model(model, Path(directory, USER_MODEL))
-    _load_enrolled(model, Path(directory))
-    model.directory = Path(directory)
-    model.tokenizer = load_tokenizer(str(directory))
+    directory = Path(directory)
+    restore(directory)
+    explained: contextlib.AbstractContextManager[None] = (
+        contextlib.nullcontext() if trust_components else _explain_damage(directory)
+    )
+    with explained:
+        card = read_card(directory)
+        check_files(directory, card)
+        _check_class(model_class, card, trust_components=trust_components)
+        path = backbone_path or str(card.backbone["path"])
+        if card.backbone["trainable"] == "full" or (backbone_path is None and card.ships_backbone):
+            path = str(directory / BACKBONE)
+        backbone = _load_frozen(card, path, trust_remote_code=trust_remote_code)
+        model = build_model(backbone, card)
+        backbone.load_adapter(directory)
+        _load_user_model(model, directory / USER_MODEL)
+        _load_enrolled(model, directory)
+        model.directory = directory
+        model.tokenizer = load_tokenizer(str(directory))
+        row_tokenizer(model.tokenizer, card.text, model.own_pairs)  # raises if it cannot be made
     return model.eval()
+
+
+@contextlib.contextmanager
+def _explain_damage(directory: Path) -> Iterator[None]:
+    """Turn whatever a forged or damaged export makes a library raise into one clear line."""
+    try:
+        yield
+    except BadValue:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        cure = f"Copy the export anew, or export the model anew ({reason})"
+        raise bad_value("export", str(directory), "a whole export of plrhf", cure) from error
 
 
 def reload_users(model: Any, directory: Path) -> None:
@@ -181,18 +201,9 @@ def load_checkpoint(
 
 def _check_class(model_class: type, card: Card, *, trust_components: bool) -> None:
     """Raise a ValueError if a card's model is of another class, or its classes are not trusted."""
-    parts = {"model": card.model, "encoder": card.encoder, "aggregator": card.aggregator}
-    if "head" in card.model:
-        parts["model.head"] = head_settings(card.model["head"])
-    for field, settings in parts.items():
-        target = str(settings.get("_target_"))
-        if not trust_components and not target.startswith("plrhf."):
-            raise bad_value(
-                f"{CARD}.{field}._target_",
-                target,
-                "a class of plrhf, as loading imports and runs what stands there",
-                "If you trust where the model comes from, say trust_components=True",
-            )
+    if not trust_components:
+        for part in ("model", "encoder", "aggregator"):
+            check_only_own_code(getattr(card, part), f"{CARD}.{part}")
     target = str(card.model.get("_target_"))
     found = locate(target, f"{CARD}.model")
     if not (isinstance(found, type) and issubclass(found, model_class)):
@@ -241,9 +252,10 @@ def _load_user_model(model: Any, path: Path) -> None:
 
 def _load_enrolled(model: Any, directory: Path) -> None:
     """Load the vectors of users who were enrolled without rows, and users' own pairs, into a model."""
-    wanted = torch.empty(model.card.enrolled, model.aggregator.user_dim)
+    wanted = torch.empty(model.card.enrolled, model.aggregator.user_dim, device="meta")
     found = enrolled_vectors(directory)
     state = {} if found is None else {ENROLLED: found}
     check_tensors(state, {ENROLLED: wanted} if len(wanted) > 0 else {}, "export")
-    model.enrolled = (wanted if found is None else found).to(model.device)
+    empty = torch.empty(0, model.aggregator.user_dim)
+    model.enrolled = (empty if found is None else found).to(model.device)
     model.own_pairs = read_own_pairs(directory)

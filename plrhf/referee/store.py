@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 import pandas as pd
 from pydantic import Field
 
+from plrhf.core.files import whole_file
 from plrhf.evaluation.records import Record, read_record, write_record
 
 JOB, MARGINS_FILE = "job.json", "margins.parquet"
@@ -71,9 +71,8 @@ class Store:
         path = self.path(record.rows, record.method, record.seed)
         path.mkdir(parents=True, exist_ok=True)
         (path / JOB).unlink(missing_ok=True)
-        aside = path / f"{MARGINS_FILE}.part"
-        margins.to_parquet(aside, index=False)
-        os.replace(aside, path / MARGINS_FILE)
+        with whole_file(path / MARGINS_FILE) as part:
+            margins.to_parquet(part, index=False)
         write_record(path / JOB, record)
 
     def rows(self) -> list[str]:

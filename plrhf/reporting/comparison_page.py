@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from plrhf.core.errors import bad_value
+from plrhf.evaluation.records import write_text
 from plrhf.reporting import learning_curves
 from plrhf.reporting.comparison import (
     COMPARISON_NOTE,
@@ -193,6 +194,6 @@ def _notes(made: Comparison) -> list[str]:
 
 def _write_tables(path: Path, frame: pd.DataFrame, table: Table, notes: Sequence[str]) -> None:
     """Write the frame as .csv, and its table as .md and .tex."""
-    path.with_suffix(".csv").write_text(csv_text(frame), encoding="utf-8", newline="")
-    path.with_suffix(".md").write_text(markdown(table, "\n\n".join(notes)), encoding="utf-8")
-    path.with_suffix(".tex").write_text(latex(table, "\n".join(notes)), encoding="utf-8")
+    write_text(path.with_suffix(".csv"), csv_text(frame))
+    write_text(path.with_suffix(".md"), markdown(table, "\n\n".join(notes)))
+    write_text(path.with_suffix(".tex"), latex(table, "\n".join(notes)))

@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 
 from plrhf.core.bootstrap import Estimate
-from plrhf.core.stats import Outcomes, as_text, reliability, user_sums
+from plrhf.core.stats import Outcomes, as_text, reliability
 from plrhf.evaluation.few_shot import FewShotCurve
 from plrhf.evaluation.metrics import USER_KINDS
 from plrhf.evaluation.results import Results
@@ -109,7 +109,7 @@ def _bars_of(personal: Outcomes, kind: str) -> Drawing:
     All bars of a colour are one path. Of more than `MOST_BARS` users, a bar is the mean of some that are
     next to one another, so that any number of users makes a small figure.
     """
-    sums = user_sums(personal)
+    sums = personal.sums
     own = sums.correct / sums.count * 100
     means = bars(np.sort(own))
     n_worst = max(1, len(means) // 10)

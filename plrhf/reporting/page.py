@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from plrhf.evaluation.records import write_text
 from plrhf.reporting.drawing import Drawing
 from plrhf.reporting.tables import Cell, Table
 
@@ -56,7 +57,7 @@ def write_page(
     """Write the sections that are not None as one page, and return its path."""
     there = [section for section in sections if section is not None]
     words = {"title": title, "subtitle": subtitle, "sections": there, "tiles": tiles}
-    path.write_text(_template("report.html.j2").render(words), encoding="utf-8")
+    write_text(path, _template("report.html.j2").render(words))
     return path
 
 

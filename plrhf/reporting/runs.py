@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
 
 from plrhf.core.errors import bad_value
 from plrhf.core.stats import Outcomes, as_text
-from plrhf.data.digests import content_hash
 from plrhf.evaluation.few_shot import FewShotCurve
 from plrhf.evaluation.generations import GeneratedText, read_generations
 from plrhf.evaluation.judges import JudgedRun
@@ -80,13 +81,9 @@ class Run:
     @cached_property
     def test_key(self) -> tuple[str, ...]:
         """A hash of the test pairs: two runs have the same one if ids, users and texts are equal."""
-        ids = []
-        for kind in USER_KINDS:
-            found = self.outcomes(kind)
-            pairs, users = as_text(found.pair_id), as_text(found.user_id)
-            ids.append(content_hash(sorted(zip(pairs.tolist(), users.tolist(), strict=True))))
+        hashes = [_hash_of_pairs(self.outcomes(kind)) for kind in USER_KINDS]
         provenance = self.results.provenance
-        return (*ids, "" if provenance is None else provenance.test_pairs)
+        return (*hashes, "" if provenance is None else provenance.test_pairs)
 
     def tested_as(self, other: Run) -> bool:
         """Whether both were evaluated on the same test pairs of the same users."""
@@ -172,6 +169,13 @@ def read_run(run_dir: Path | str, *, name: str | None = None) -> Run:
         results=results,
         predictions=read_predictions(path, results),
     )
+
+
+def _hash_of_pairs(found: Outcomes) -> str:
+    """Hash the ids of pairs and of their users; the order does not matter."""
+    ids = pd.DataFrame({"pair": as_text(found.pair_id), "user": as_text(found.user_id)})
+    of_rows = pd.util.hash_pandas_object(ids, index=False).to_numpy()
+    return hashlib.blake2b(np.sort(of_rows).tobytes(), digest_size=8).hexdigest()
 
 
 def role(config: Mapping[str, Any]) -> str:

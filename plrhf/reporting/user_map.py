@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib import rc_context
 
-from plrhf.core.stats import as_text, user_sums
+from plrhf.core.stats import as_text
 from plrhf.evaluation.metrics import USER_KINDS
 from plrhf.evaluation.users import LearnedUser, LearnedUsers
 from plrhf.reporting.drawing import (
@@ -130,7 +130,7 @@ def _accuracies(run: Run) -> dict[str, str]:
     for kind in USER_KINDS:
         personal = run.outcomes(kind)
         if len(personal) > 0:
-            sums = user_sums(personal)
+            sums = personal.sums
             names = np.unique(as_text(personal.user_id))  # in the order of the sums
             for name, correct, count in zip(names, sums.correct, sums.count, strict=True):
                 words[name] = f"accuracy {correct / count:.0%} of {count:.0f} pairs"

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from plrhf.core.errors import bad_value
+from plrhf.core.files import whole_file
 from plrhf.training.loggers import MetricsFile
 from plrhf.training.processes import gather_objects
 from plrhf.training.steps import can_resume, validation_is_due
@@ -35,13 +36,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
         try:
-            torch.save(checkpoint, part)
-            _sync_to_disk(part)  # else a power cut could leave the new name with old content
-            os.replace(part, path)
+            with whole_file(path) as part:
+                torch.save(checkpoint, part)
+                _sync_to_disk(part)  # else a power cut could leave the new name with old content
         except (OSError, RuntimeError) as error:  # a RuntimeError where torch writes the file
-            part.unlink(missing_ok=True)
             raise bad_value(
                 "run_dir",
                 str(path.parent),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from lightning.pytorch.utilities import rank_zero_only
 
 from plrhf.core.errors import bad_value
+from plrhf.core.files import whole_file
 from plrhf.training.steps import is_accumulating
 
 BOUNDS = ("/low", "/high")
@@ -71,12 +71,10 @@ class MetricsFile(Logger):
 
     def _write_all(self) -> None:
         """Write all rows to a temporary file and rename it."""
-        part = self.path.with_name(f"{self.path.name}.part")
-        with part.open("w", newline="") as file:
+        with whole_file(self.path) as part, part.open("w", newline="") as file:
             writer = self._writer(file)
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(part, self.path)
 
     def _writer(self, file: IO[str]) -> csv.DictWriter[str]:
         return csv.DictWriter(file, self.columns, lineterminator="\n")

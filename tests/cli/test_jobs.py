@@ -167,6 +167,8 @@ def test_finished_is_finished_with_the_same_settings(tmp_path: Path) -> None:
     settings = {"run_dir": str(tmp_path), "seed": 1, "data": {"n": 3}, "logger": {"name": "csv"}}
     assert not is_finished(settings)
     (tmp_path / "results.json").write_text(json.dumps({"config": {**settings, "run_dir": "then"}}))
+    assert not is_finished(settings)  # killed before its report
+    (tmp_path / "report.html").touch()
     assert is_finished({**settings, "logger": {"name": "wandb"}, "cache_dir": "elsewhere"})
     with pytest.raises(ValueError, match=r"as it holds a run of data\.n=3\. Set run_dir to"):
         is_finished({**settings, "data": {"n": 4}})

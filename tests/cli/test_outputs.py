@@ -12,8 +12,9 @@ import pytest
 from runs import TINY, launch
 
 import plrhf
-from plrhf.cli.outputs import FilesMissing, Outputs, is_disk_full, one_line
+from plrhf.cli.outputs import FilesMissing, Outputs, one_line
 from plrhf.core.errors import bad_value
+from plrhf.core.files import is_disk_full
 
 OF_POLICY = ["model=dpo", "encoder=cluster", "aggregator=soft_prompt", "aggregator.n_tokens=2"]
 

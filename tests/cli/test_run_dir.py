@@ -41,7 +41,7 @@ def test_overwriting_removes_all_of_the_old_run_and_nothing_else(
     for name in ("eval", "tensorboard", "wandb"):
         (run / name).mkdir()
         (run / name / "old").touch()
-    (run / "results.json.part").touch()
+    (run / f"results.json.{32 * 'a'}.part").touch()
     shutil.copytree(run / "export", run / "export.old")  # of a kill between two renames
     (run / "error.txt").write_text("of a job that failed")
     (run / "notes.txt").write_text("mine")

@@ -103,6 +103,24 @@ def test_interval_is_that_of_a_loop_over_resamples() -> None:
     assert cell["accuracy_macro"]["ci95"] == pytest.approx(expected, abs=0.006)
 
 
+def test_figures_are_those_of_users_drawn_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drawn users' pairs put together, resample by resample, with the same draws."""
+    monkeypatch.setattr(bootstrap, "_BLOCK", 100)  # several blocks, the last of them smaller
+    first, second = simulated(17, seed=3), simulated(17, seed=3)
+    second = table(np.roll(second.margin, 5), second.user_id)
+    names = np.sort(np.unique(first.user_id).astype(str))
+    generator, samples = np.random.default_rng(4), []
+    for _ in range(211):
+        drawn = names[generator.integers(17, size=17)]
+        rows = np.concatenate([np.flatnonzero(first.user_id.astype(str) == one) for one in drawn])
+        samples.append(first.correct[rows].mean() - second.correct[rows].mean())
+    tail = bootstrap.tail_share(17)
+    found = stats.paired_test(first, second, n_resamples=211, seed=4)
+    assert found["accuracy_micro"]["ci95"] == pytest.approx(np.quantile(samples, (tail, 1 - tail)))
+    beyond = 1 + min(sum(one <= 0 for one in samples), sum(one >= 0 for one in samples))
+    assert found["p_value"] == pytest.approx(bootstrap.p_value_of(min(0.5, beyond / 212), 17))
+
+
 def test_tail_share_by_tables() -> None:
     # t of 0.025 is 2.0930 for 19 degrees of freedom; 1.02598 times that is 2.1474, and Phi of it
     # 0.98412. Of thousands of users nothing is left to make up for.

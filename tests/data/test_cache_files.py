@@ -13,8 +13,10 @@ from pathlib import Path
 import pyarrow as arrow
 import pytest
 
-from plrhf.data import cache_files, store
-from plrhf.data.cache_files import cache_file, intact_files, remove_abandoned_parts
+from plrhf.core import files
+from plrhf.core.files import remove_abandoned_parts, whole_file
+from plrhf.data import store
+from plrhf.data.cache_files import cache_file, intact_files
 from plrhf.data.store import TextTable
 
 FULL = Path("/dev/full")  # on which every write ends as on a full disk
@@ -107,10 +109,23 @@ with cache_file(Path({str(tmp_path)!r}), "dead", ".bin") as part:
     foreign = tmp_path / "their.part"
     for path in (fresh, written, foreign):
         path.write_bytes(b"half")
-    long_ago = dead.stat().st_mtime - cache_files.ABANDONED_AFTER - 1
+    long_ago = dead.stat().st_mtime - files.ABANDONED_AFTER - 1
     for path in (dead, written, foreign):
         os.utime(path, (long_ago, long_ago))
     with written.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # as a writer holds it
         remove_abandoned_parts(tmp_path)
     assert set(tmp_path.iterdir()) == {fresh, written, foreign}
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.symlink_to(tmp_path / "elsewhere")
+    with whole_file(path) as one, whole_file(path) as other:
+        one.write_text("first, and long")
+        other.write_text("second")
+    assert path.read_text() == "first, and long" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(KeyError), whole_file(path) as part:
+        part.write_text("half")
+        raise KeyError
+    assert path.read_text() == "first, and long" and list(tmp_path.iterdir()) == [path]

@@ -270,7 +270,7 @@ BROKEN = {
     ),
     "no class": (
         changed(model={"_target_": None}),
-        "plrhf.json.model._target_='None' is not allowed",
+        "plrhf.json.model._target_=None is not allowed",
     ),
     "other shape": (changed(encoder={"rank": 3}), "user_encoder.safetensors encoder."),
 }

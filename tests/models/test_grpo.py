@@ -37,8 +37,10 @@ from plrhf.data.packing import LAYOUTS
 from plrhf.data.rows import Row
 from plrhf.evaluation.predictions import PrepareData
 from plrhf.models.grpo import PersonalGRPOPolicy
+from plrhf.models.metrics import ExactMean
 from plrhf.models.optim import Optim
 from plrhf.models.pair_batches import row_tokenizer_of
+from plrhf.models.policy import PersonalPolicy
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.models.rollouts import (
     Rollouts,
@@ -305,6 +307,16 @@ def test_the_validation_loss_divides_kl_as_training_does(advantage: str, divisor
     loss = policy.validation_loss({name: torch.tensor(one) for name, one in found.items()})
     expected = [0.5 * 6.0 / divisors[0] - 1.0, 0.5 * 4.0 / divisors[1] + 1.0]
     assert loss.tolist() == pytest.approx(expected)
+
+
+def test_all_processes_sum_up_what_some_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process whose pairs have no true preference must still take part, or the others wait for ever."""
+    summed: list[ExactMean] = []
+    monkeypatch.setattr(PersonalPolicy, "on_validation_epoch_end", lambda self: None)
+    monkeypatch.setattr(ExactMean, "compute", lambda self: summed.append(self) or self.sums[0] / 0)
+    policy = make_policy()
+    policy.on_validation_epoch_end()
+    assert [id(one) for one in summed] == [id(one) for one in policy.judged.values()]
 
 
 def test_prompts_are_read_from_either_layout() -> None:
