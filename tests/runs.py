@@ -160,7 +160,7 @@ def check_evaluation(directory: Path, *, oracle: bool = True) -> dict[str, Any]:
 
     results = json.loads((directory / "results.json").read_text())
     keys = {"schema", "config", "test", "cells", "oracle", "controls", "data", "probes", "run"}
-    assert set(results) == {*keys, "provenance", "digest"} and results["schema"] == 1
+    assert set(results) == {*keys, "privacy", "provenance", "digest"} and results["schema"] == 1
     assert set(results["run"]) == {"command", "versions"}
     counts = {"read", "refused", "dropped", "truncated", "rows", "users", "padding"}
     assert set(results["data"]) == counts

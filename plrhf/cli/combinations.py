@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from plrhf.backbone.masks import FLEX
+from plrhf.cli.privacy import check_private_settings
 from plrhf.core.errors import bad_value
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ def check_combinations(config: RunConfig) -> None:
     _check_processes(config)
     _check_attention(config)
     _check_quantization(config)
+    check_private_settings(config)
 
 
 def _check_processes(config: RunConfig) -> None:

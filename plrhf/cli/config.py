@@ -40,6 +40,7 @@ from plrhf.data.split_by import SplitBy
 from plrhf.evaluation.generations import GenerationOptions
 from plrhf.evaluation.records import read_settings
 from plrhf.models.optim import Optim
+from plrhf.models.privacy import Privacy
 from plrhf.training.plan import Machine
 from plrhf.training.trainer import MaxSteps, Monitor
 from plrhf.training.zero import Zero3
@@ -286,6 +287,7 @@ class RunConfig(Section):
     aggregator: dict[str, Any]
     model: dict[str, Any]
     optim: Optim
+    privacy: Privacy
     trainer: TrainerConfig
     logger: LoggerConfig
     samples: GenerationOptions

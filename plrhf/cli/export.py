@@ -1,4 +1,4 @@
-"""Makes a plain Hugging Face model of a policy for one user, or files for vLLM, or pushes to the hub."""
+"""Makes other exports of a run: of one user, for vLLM, of what all users share; or pushes it to the hub."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import plrhf
 from plrhf.cli.config import Section, check_writable
 from plrhf.core.components import Settings
 from plrhf.core.errors import bad_value
+from plrhf.models.card import CARD
+from plrhf.models.enrolment import save_shared
+from plrhf.models.inference import export_of
 from plrhf.models.merging import save_merged
 from plrhf.models.policy import PersonalPolicy
 from plrhf.models.vllm import save_for_vllm
@@ -18,7 +21,7 @@ class ExportConfig(Section):
     """All settings of the command; conf/export.yaml explains them."""
 
     run: str
-    to: Literal["merged", "vllm", "hub"]
+    to: Literal["merged", "vllm", "shared", "hub"]
     user: str | None
     features: dict[str, Any] | None
     out: str
@@ -33,15 +36,21 @@ def export(settings: Settings) -> None:
     for name, value in (("user", config.user), ("features", config.features)):
         if config.to != "merged" and value is not None:
             cure = f"Leave {name} out, or set to=merged"
-            raise bad_value(name, value, f"null with to={config.to}, which takes all users", cure)
+            raise bad_value(
+                name, value, f"null with to={config.to}, which takes no single user", cure
+            )
     if config.to == "hub":
         print(f"pushed: {plrhf.push_to_hub(config.run, config.out, private=config.private)}")
         print(f'next: plrhf.load("hf://{config.out}")')
         return
     out = Path(config.out)
     check_writable("out", str(out))
-    if any((out / name).exists() for name in ("config.json", "people.json")):
+    if any((out / name).exists() for name in ("config.json", "people.json", CARD)):
         raise bad_value("out", config.out, "a folder without a model", "Set out to another folder")
+    if config.to == "shared":
+        save_shared(export_of(config.run), out)
+        print(f"export without users: {out} (plrhf.load loads it)")
+        return
     model = plrhf.load(
         config.run,
         trust_components=config.trust_components,

@@ -26,6 +26,7 @@ from plrhf.cli.config import RunConfig
 from plrhf.cli.jobs import best_value, still_improving
 from plrhf.cli.outputs import Outputs
 from plrhf.cli.planning import plan_run, plan_table
+from plrhf.cli.privacy import make_private, privacy_line, spent
 from plrhf.cli.run_dir import (
     RecordRows,
     Resume,
@@ -37,7 +38,7 @@ from plrhf.cli.run_dir import (
 from plrhf.cli.supervised import cached_tiny_backbone, train_supervised
 from plrhf.core.components import WITHOUT_EFFECT, Settings
 from plrhf.core.errors import bad_value
-from plrhf.data.features import FeatureSchema
+from plrhf.data.features import NO_FEATURES
 from plrhf.data.module import PreferenceData
 from plrhf.data.own_pairs import draw_context
 from plrhf.evaluation.generations import requested_rows, write_generations
@@ -83,12 +84,15 @@ def train(settings: Settings) -> float | None:
         return None
     check_unused(config)
     resume = find_resume(config)
-    data = build_data(config.data)
+    is_private = config.privacy.noise is not None
+    # Moments and categories of features would tell of people; so would a checkpoint chosen by val pairs.
+    data = build_data(config.data, schema=NO_FEATURES if is_private else None)
     print_lines(data.report.lines())
     rows_hash = data.content_hash()
     check_same_rows(resume, rows_hash)
     run_dir = Path(config.run_dir)
-    trainer = build_run_trainer(config, run_dir, has_val=len(data.splits.val) > 0)
+    has_val = len(data.splits.val) > 0 and not is_private
+    trainer = build_run_trainer(config, run_dir, has_val=has_val)
     trainer.callbacks.append(RecordRows(rows_hash))  # type: ignore[attr-defined]
     lightning.seed_everything(config.seed, verbose=False)
     if config.is_supervised:
@@ -110,7 +114,7 @@ def print_plan(config: RunConfig) -> None:
         data = build_data(config.data)
         n_users, schema = data.n_users, data.schema
     else:
-        n_users, schema = machine.users, FeatureSchema(moments={}, codes={})
+        n_users, schema = machine.users, NO_FEATURES
     plan = plan_run(config.resolved, n_users=n_users, schema=schema)
     tables.console().print(plan_table(plan, config.resolved, machine))
 
@@ -140,15 +144,12 @@ def train_personal(
         model = build_run_model(config, data, backbone, path)  # of the users whose rows fit
         data.fit_to_model(max_positions=model.max_positions, user_slots=model.user_slots)
         if model.encoder.reads_context:
-            draw_context(
-                data.datasets,
-                least=model.encoder.min_pairs,
-                most=model.encoder.max_pairs,
-                seed=config.data.seed,
-            )
+            least, most = model.encoder.min_pairs, model.encoder.max_pairs
+            draw_context(data.datasets, least=least, most=most, seed=config.data.seed)
         if isinstance(model, PersonalPolicy):
             requested_rows(model, data, config.samples)
         open_reward(model, data)
+        make_private(config, model, data)
         probes = probe(data.splits)
         print_lines(data.tokenizing_notes())
         _print_notes(probes["warnings"], data.padding())
@@ -238,6 +239,10 @@ def note_results(export: Path, results: Results | None) -> None:
         f"{', '.join(f'{n:,} {split} pairs' for split, n in rows.items())}; {users['seen']:,} train users, "
         f"{users['unseen']:,} others in test. {tables.interval_note(results)}"
     )
+    if results.privacy is not None:
+        note += (
+            f" Trained with {privacy_line(results.privacy)}; rows of users are not part of this."
+        )
     text = tables.markdown(tables.headline(results), note, title="Data and results")
     add_note(export, re.sub("^#", "##", text, flags=re.MULTILINE).rstrip())
 
@@ -282,10 +287,14 @@ def write_results(
         probes=probes,
         run=how,
         provenance=provenance_of(data, settings=settings, how=how, fingerprint=fingerprint),
+        privacy=spent(config, data, trainer.global_step),
     )
     write_evaluation(Path(config.run_dir), results, predictions)
     tables.console().print(tables.closing_table(results))
-    log_results(trainer.loggers, config.resolved, results.test_values(), trainer.global_step)
+    values = results.test_values()
+    if results.privacy is not None:
+        values["privacy/epsilon"] = results.privacy["epsilon"]
+    log_results(trainer.loggers, config.resolved, values, trainer.global_step)
     return results
 
 

@@ -26,7 +26,9 @@ LEFT_BY_RUNS = (
 )
 """Everything that train.py and eval.py may leave in a run directory."""
 
-RESUMED_SETTINGS = ("seed", "data", "backbone", "encoder", "aggregator", "model", "optim")
+RESUMED_SETTINGS = (
+    *("seed", "data", "backbone", "encoder", "aggregator", "model", "optim", "privacy"),
+)
 """Settings that must be the same when a run is resumed."""
 
 ROWS = "rows_hash"  # in a checkpoint

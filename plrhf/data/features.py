@@ -142,3 +142,7 @@ class FeatureSchema:
                 for name in sorted(categories)
             },
         )
+
+
+NO_FEATURES = FeatureSchema(moments={}, codes={})
+"""The schema of users who are described by nothing."""

@@ -84,6 +84,7 @@ class PreferenceData(LightningDataModule):
 
     own_pairs: OwnPairs | None = None
     _content_hash: str | None = None
+    secret_sampling: bool = False  # of users, see `make_sampler`
 
     def __init__(
         self,
@@ -124,7 +125,7 @@ class PreferenceData(LightningDataModule):
             batch_tokens=batch_tokens,
             max_tokens=max_tokens,
         )
-        self.source, self.seed = source, seed
+        self.source, self.seed, self.shuffle_users = source, seed, shuffle_users
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.batch_tokens, self.users_per_batch = batch_tokens, users_per_batch
         kinds = None if schema is None else schema.kinds()
@@ -147,7 +148,6 @@ class PreferenceData(LightningDataModule):
             "max_users": max_users,
             "applied_by_source": {name for name in FRACTIONS if hasattr(source, name)},
         }
-        self.shuffle_users = shuffle_users
         self._trained_users, self._trained_schema = users, schema
         self._split()
         self._counted = self.splits.counted
@@ -377,6 +377,7 @@ class PreferenceData(LightningDataModule):
             batch_size=self.batch_size,
             batch_tokens=self.batch_tokens,
             users_per_batch=self.users_per_batch,
+            secret=self.secret_sampling,
             seed=self.seed,
             accumulated_batches=self.shard.accumulated_batches,
         )
@@ -409,12 +410,11 @@ class PreferenceData(LightningDataModule):
         Returns:
             The values [N, ...] in the split's order.
         """
-        n_pairs = len(self.datasets[split])
-        own: Tensor | None = None
+        own = None
         for batch in with_progress(self.evaluation_loader(split), f"reading {split} pairs"):
             values, counted = compute(batch), batch.counted()
             if own is None:
-                own = values.new_zeros(n_pairs, *values.shape[1:])
+                own = values.new_zeros(len(self.datasets[split]), *values.shape[1:])
             own[batch.row[counted]] = values[counted]
         assert own is not None
         return self.shard.sum_over_ranks(own)
@@ -445,6 +445,6 @@ def _check_sizes(**sizes: int | None) -> None:
     """Raise a ValueError if a size is below 1."""
     for name, value in sizes.items():
         if value is not None and value < 1:
-            good = 1024 if name == "max_tokens" else 4096 if name == "batch_tokens" else 32
-            allowed, cure = "a whole number from 1", f"Set data.{name}={good}"
-            raise bad_value(f"data.{name}", value, allowed, cure)
+            good = {"max_tokens": 1024, "batch_tokens": 4096}.get(name, 32)
+            cure = f"Set data.{name}={good}"
+            raise bad_value(f"data.{name}", value, "a whole number from 1", cure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
+from secrets import randbits
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,7 +75,7 @@ class ResumableBatchSampler(Sampler[BatchIndices]):
         for turn in range(first, len(batches)):
             self.served += 1
             step_size = int(step_sizes[turn // self.accumulated_batches])
-            weight = self.accumulated_batches * int(sizes[turn]) / step_size
+            weight = self.accumulated_batches * int(sizes[turn]) / step_size if step_size else 1.0
             yield BatchIndices(batches[turn].tolist(), weight, epoch)
 
     def padding(self) -> float | None:
@@ -178,6 +179,58 @@ class UserSampler(ResumableBatchSampler):
         return found
 
 
+class PoissonUserSampler(ResumableBatchSampler):
+    """Draws each user into each batch by chance, on their own, with several pairs of each.
+
+    A batch has `users_per_batch` users on average and may have none. Accountants of differential privacy
+    assume this (Poisson sampling). An epoch has so many batches that a user is drawn once on average.
+
+    Args:
+        user_id: user of each pair, [N]. pairs_per_user: at most, drawn at random. others: see
+            `ResumableBatchSampler`.
+
+    Attributes:
+        sample_rate: probability with which a batch has a user.
+    """
+
+    def __init__(
+        self,
+        lengths: NDArray[np.int64],
+        user_id: NDArray[np.int64],
+        *,
+        users_per_batch: int,
+        pairs_per_user: int,
+        **others: Any,
+    ) -> None:
+        super().__init__(lengths, **others)
+        _, starts = np.unique(np.sort(user_id), return_index=True)
+        self.of_users = np.split(np.argsort(user_id, kind="stable"), starts[1:])
+        self.pairs_per_user = pairs_per_user
+        self.sample_rate = users_per_batch / len(self.of_users)
+        if self.sample_rate > 1:
+            allowed = f"at most the {len(self.of_users)} users of train rows"
+            cure = f"Set data.users_per_batch={max(1, len(self.of_users) // 4)}"
+            raise bad_value("data.users_per_batch", users_per_batch, allowed, cure)
+
+    def __len__(self) -> int:
+        return round(1 / self.sample_rate)
+
+    def batches(self, generator: torch.Generator) -> list[Indices]:
+        return [self._batch(generator) for _ in range(len(self))]
+
+    def _batch(self, generator: torch.Generator) -> Indices:
+        drawn = torch.rand(len(self.of_users), generator=generator) < self.sample_rate
+        found = [np.empty(0, dtype=np.int64)]
+        for user in drawn.nonzero().flatten().tolist():
+            own = self.of_users[user]
+            places = torch.randperm(len(own), generator=generator)[: self.pairs_per_user]
+            found.append(own[places.numpy()])
+        return np.concatenate(found)
+
+    def padding(self) -> None:
+        """Return None: an epoch does not have each pair once."""
+
+
 class GroupSampler(ResumableBatchSampler):
     """Draws groups of pairs at random, each as a whole.
 
@@ -209,12 +262,16 @@ def make_sampler(
     batch_size: int,
     batch_tokens: int | None,
     users_per_batch: int | None,
+    secret: bool = False,
     **others: Any,
 ) -> ResumableBatchSampler:
     """Make the sampler of train batches.
 
     It is a `GroupSampler` if pairs have groups, a `UserSampler` if `users_per_batch` is set, else a
     `PairSampler`. With `batch_tokens` or `users_per_batch`, turns of a conversation are drawn apart.
+
+    Args:
+        secret: draw users independently, from a seed that nobody knows (`PoissonUserSampler`).
 
     Raises:
         ValueError: users or groups are drawn together with a limit of tokens, groups with users, or there
@@ -237,13 +294,11 @@ def make_sampler(
             f"null with data.batch_tokens, else at most data.batch_size={batch_size}",
             "Set data.users_per_batch=null, or data.batch_tokens=null and a larger data.batch_size",
         )
-    return UserSampler(
-        lengths,
-        dataset.user_id.numpy(),
-        users_per_batch=users_per_batch,
-        pairs_per_user=batch_size // users_per_batch,
-        **others,
-    )
+    sizes = {"users_per_batch": users_per_batch, "pairs_per_user": batch_size // users_per_batch}
+    user_id = dataset.user_id.numpy()
+    if secret:
+        return PoissonUserSampler(lengths, user_id, **sizes, **{**others, "seed": randbits(43)})
+    return UserSampler(lengths, user_id, **sizes, **others)
 
 
 def length_buckets(

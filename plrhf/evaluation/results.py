@@ -103,6 +103,7 @@ class Results(Record):
         test: by kind of user. cells: by kind of user and of prompt, None without pairs.
         oracle: results of the true preferences; None for real data.
         data: counts of rows. probes: see `plrhf.evaluation.probes`.
+        privacy: epsilon, delta and what they come from; None: trained without differential privacy.
         run: command of the training; None in a file made by hand.
         provenance: of this evaluation; None in a file made by hand.
     """
@@ -115,6 +116,7 @@ class Results(Record):
     controls: Controls
     data: dict[str, Any] = {}
     probes: dict[str, Any] = {}
+    privacy: dict[str, Any] | None = None
     run: Command | None = None
     provenance: Provenance | None = None
 
@@ -191,12 +193,14 @@ def summarise_run(
     run: Command | None,
     provenance: Provenance,
     longer_wins: bool | None = None,
+    privacy: dict[str, Any] | None = None,
 ) -> Results:
     """Compute the content of results.json from predictions.
 
     Args:
         longer_wins: direction of the length rule, for rows without val pairs; None: chosen on val,
             never on test.
+        privacy: see `Results`.
     """
     if longer_wins is None:
         longer_wins = choose_length_rule(predictions[predictions["split"] == "val"])
@@ -205,6 +209,7 @@ def summarise_run(
         **summarise(predictions, longer_wins=longer_wins),
         data=counts,
         probes=probes,
+        privacy=privacy,
         run=run,
         provenance=provenance,
     )

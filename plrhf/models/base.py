@@ -36,6 +36,7 @@ from plrhf.models.loading import load_checkpoint, load_export, reload_users
 from plrhf.models.metrics import ExactMean, UserAccuracy, correct
 from plrhf.models.optim import Optim, RowAdamW, clip_gradients
 from plrhf.models.parts import count_pairs, divide_parameters, user_maps, weigh_priors
+from plrhf.models.privacy import PrivateGradient
 from plrhf.models.reduction import Reduce, Reduction
 from plrhf.models.train_users import find_train_users, has_found_users
 
@@ -68,6 +69,7 @@ class PersonalModule(LightningModule):
         enrolled: vectors [n, user_dim] of the card's last n users, who have no rows in the encoder.
         logistic_target: m if the loss of a pair is -log sigma(margin - m); None for other losses.
         own_pairs: pairs of users that are put in front of their prompts; None: not known.
+        private: computes private gradients of the training loss; None: they are not private.
         tokenizer, directory: of the export that the model was loaded from; missing otherwise.
     """
 
@@ -76,6 +78,7 @@ class PersonalModule(LightningModule):
     enrolled: Tensor
     logistic_target: float | None = None
     own_pairs: OwnPairs | None = None
+    private: PrivateGradient | None = None
     tokenizer: Tokenizer
     directory: Path
 
@@ -287,7 +290,8 @@ class PersonalModule(LightningModule):
         return total if of_texts is None else total + weight * of_texts
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        loss, accuracy = self.training_loss(batch)
+        private = self.private
+        loss, accuracy = self.training_loss(batch) if private is None else private(self, batch)
         for name, value in (("train/loss", loss), ("train/accuracy", accuracy)):
             self.log(  # loggers are told by `training.StepMetrics`
                 name, value, prog_bar=True, logger=False, batch_size=len(batch), sync_dist=True
@@ -318,8 +322,7 @@ class PersonalModule(LightningModule):
 
     def forward(self, batch: PreferenceBatch) -> Tensor:
         """Compute margins [B] in nats for the users who chose; positive if the model agrees."""
-        margins, _ = self.margins_in_contexts(batch, ("user",))
-        return margins[0]
+        return self.margins_in_contexts(batch, ("user",))[0][0]
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> dict[str, Tensor]:
         """Compute margins [B] by context ("user", "generic"), and "row", indices in the split."""

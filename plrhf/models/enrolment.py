@@ -1,7 +1,8 @@
-"""Adds users to an export or removes them. Only files change; no backbone is loaded."""
+"""Adds users to an export, or removes one or all of them. Only files change; no backbone is loaded."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from plrhf.core.errors import bad_value
+from plrhf.core.types import GENERIC_USER
 from plrhf.models.card import Card, read_card
-from plrhf.models.export import USER_MODEL, enrolled_vectors, read_own_pairs, replace_users
+from plrhf.models.export import (
+    USER_MODEL,
+    check_files,
+    enrolled_vectors,
+    read_own_pairs,
+    replace_users,
+    write_model_card,
+)
 
 if TYPE_CHECKING:
     from plrhf.models.adaptation import NewUser
@@ -80,6 +89,23 @@ def forget(directory: str | Path, user_id: str) -> None:
     if own_pairs is not None:
         own_pairs.pop(user_id, None)
     replace_users(directory, users, tables, vectors, own_pairs)
+
+
+def save_shared(directory: str | Path, out: str | Path) -> None:
+    """Copy an export without its users: their ids, rows, vectors and pairs, and notes on its results.
+
+    What is left is the same for everybody. It answers as the generic user; new users are adapted by a
+    rule that needs no train users (`Gradient`).
+
+    Args:
+        directory: an export. out: made if it is not there.
+    """
+    card = read_card(directory)
+    check_files(Path(directory), card)
+    shutil.copytree(directory, out, dirs_exist_ok=True)
+    generic = {name: table[: GENERIC_USER + 1] for name, table in _tables(directory).items()}
+    replace_users(out, [], generic, None, None if read_own_pairs(Path(out)) is None else {})
+    write_model_card(Path(out), read_card(out))
 
 
 def _with_vector(card: Card, vectors: Tensor | None, vector: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def save_export(directory: Path, model: Any, card: Card, tokenizer: Any) -> None
         card = replace(card, backbone={**card.backbone, "path": BACKBONE})
     _name_base_model(part, str(card.backbone["path"]))
     tokenizer.save_pretrained(part)
-    _model_card(card).save(part / README)
+    write_model_card(part, card)
     tables = [*user_tables(model.encoder)]
     if isinstance(model.encoder, PairReader):
         tables.append("vectors")
@@ -92,6 +92,11 @@ def save_export(directory: Path, model: Any, card: Card, tokenizer: Any) -> None
     for path in (part, *part.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     _replace_directory(part, directory)
+
+
+def write_model_card(directory: Path, card: Card) -> None:
+    """Write the README of an export, which says nothing of any results yet."""
+    _model_card(card).save(directory / README)
 
 
 def add_note(directory: Path, note: str) -> None:

@@ -15,12 +15,13 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from plrhf.core.shrinkage import Shrinkage
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
+from plrhf.models.functional import call_method
 from plrhf.models.parts import count_pairs
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.models.train_users import has_found_users
@@ -69,17 +70,6 @@ class Trained:
     vmapped: bool = True
 
 
-class Call(nn.Module):
-    """Wraps a model so that `functional_call`, which calls `forward`, can call any of its methods."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, method: str, *arguments: Any) -> Any:
-        return getattr(self.model, method)(*arguments)
-
-
 class Stack:
     """Weights of T models of one structure, [T, ...] by name, and calls of all of them at once.
 
@@ -111,9 +101,7 @@ class Stack:
         """Return what the method returns for each trial, tensors [T, ...]."""
 
         def one(model: nn.Module, weights: Named) -> tuple[Tensor, ...]:
-            named = {f"model.{name}": value for name, value in weights.items()}
-            found = functional_call(Call(model), named, (method, batch), tie_weights=False)
-            return tuple(found)
+            return tuple(call_method(model, weights, method, batch))
 
         state = torch.get_rng_state()
         if self.vmapped and len(self) > 1:  # of a single trial, plain calls cost less

@@ -15,11 +15,11 @@ from torch import Tensor, tensor
 import plrhf
 from plrhf.core.types import UserBatch
 from plrhf.data.digests import json_text
-from plrhf.models.adaptation import Basis, NewUser, Posterior, adapt
+from plrhf.models.adaptation import Basis, Gradient, NewUser, Posterior, adapt
 from plrhf.models.adaptation.fitting import user_tables
 from plrhf.models.base import PersonalModule
 from plrhf.models.card import read_card
-from plrhf.models.enrolment import enrol, forget
+from plrhf.models.enrolment import enrol, forget, save_shared
 from plrhf.models.export import replace_users
 from plrhf.models.reward import PersonalRewardModel
 
@@ -208,3 +208,22 @@ def test_an_export_from_before_there_were_vectors_without_rows(export: Path) -> 
     (export / "enrolled.safetensors").unlink()
     with pytest.raises(ValueError, match=r"^export enrolled\.safetensors='missing' is not allowed"):
         plrhf.load(export)
+
+
+def test_what_all_share_names_nobody_and_answers_as_the_generic_user(
+    export: Path, tmp_path: Path
+) -> None:
+    model = plrhf.load(export)
+    model.enrol("eve", model.adapt(PAIRS, Gradient(steps=2)))
+    out = tmp_path / "shared"
+    save_shared(export, out)
+    everything = b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
+    assert not any(f'"{user}"'.encode() in everything for user in read_card(export).users)
+    shared = plrhf.load(out)
+    assert torch.equal(vectors(shared, 0), vectors(model, 0))
+    for name, table in user_tables(shared.encoder).items():
+        assert torch.equal(table, user_tables(model.encoder)[name][:1])
+    assert read_card(out).users == [] and read_card(export).users[-1] == "eve"
+    with pytest.raises(ValueError, match="^adaptation='posterior' .* Set eval/adaptation=gradient"):
+        shared.adapt(PAIRS, Posterior(steps=5))
+    shared.enrol("mia", shared.adapt(PAIRS, Gradient(steps=2)))

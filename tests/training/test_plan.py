@@ -17,12 +17,12 @@ from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj
 from plrhf.cli.planning import model_of_shapes, plan_run
 from plrhf.core.types import PreferenceBatch
-from plrhf.data.features import FeatureSchema
+from plrhf.data.features import NO_FEATURES
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.training.plan import GB, Plan
 
 COUNTS = 3 * 8 * (211 + 1)  # of right answers by user, float64
-NO_FEATURES = FeatureSchema(moments={}, codes={})
+
 PROMPT, RESPONSE, PAIRS, EVAL_PAIRS, N_USERS = 23, 34, 5, 9, 211
 SHAPE = [
     "backbone.tiny={vocab_size:1501,n_layers:3,width:48,n_heads:4,max_positions:128}",

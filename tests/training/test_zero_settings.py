@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from plrhf.cli.planning import plan_run
 from plrhf.core.errors import BadValue
-from plrhf.data.features import FeatureSchema
+from plrhf.data.features import NO_FEATURES
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.training.processes import launched_processes
 from plrhf.training.trainer import build_trainer
@@ -32,7 +32,6 @@ SMALL = [*TINY, "data.n_users=3", "data.batch_size=14", "trainer.max_steps=3"]
 SMALL += ["data.max_prompt_tokens=40", "data.max_tokens=110", "samples.prompts=1"]
 SMALL += ["trainer.log_every_n_steps=1", "backbone.lora.r=2", "backbone.lora.dropout=0"]
 ON_TWO = ["trainer=zero3_cpu", "trainer.zero3.persistent_below=0"]
-NO_FEATURES = FeatureSchema(moments={}, codes={})
 
 
 def trainer_of(tmp_path: Path, **settings: Any) -> Trainer:

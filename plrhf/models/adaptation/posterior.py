@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from plrhf.core.checks import PositiveFloat, PositiveInt, check_arguments
+from plrhf.core.errors import bad_value
 from plrhf.core.types import PreferenceBatch
 from plrhf.encoders import UserEncoder
 from plrhf.models.adaptation.base import Adaptation, AdaptedUsers
@@ -35,10 +36,13 @@ def train_directions(encoder: UserEncoder) -> tuple[RowSpace, Tensor, Tensor]:
         directions, [r, D], orthonormal, r = min(D, n).
 
     Raises:
-        ValueError: the encoder has no tables with a row for each user.
+        ValueError: the encoder has no tables with a row for each user, or no train user is in them.
     """
     space = RowSpace(encoder)
     departures = space.train - space.generic
+    if len(departures) == 0:
+        allowed = "a rule without a prior from train users, of whom this export has none"
+        raise bad_value("adaptation", "posterior", allowed, "Set eval/adaptation=gradient")
     _, sizes, directions = torch.linalg.svd(departures, full_matrices=False)
     return space, len(departures) ** -0.5 * sizes, directions
 
