@@ -90,7 +90,14 @@ def confidence_bins(margin: Array) -> NDArray[np.int64]:
     """Return the index of the bin that holds the confidence of each margin, [N].
 
     The bins are the M = N_BINS intervals ((m - 1) / M, m / M] of (0, 1], numbered from 0.
+
+    Raises:
+        ValueError: a margin is not a finite number. As an index it would let NumPy write beside an array.
     """
+    finite = np.isfinite(margin)
+    if not finite.all():
+        cure = "The model diverged: train with a lower optim.lr"
+        raise bad_value("margin", float(margin[~finite][0]), "finite numbers", cure)
     return np.ceil(confidence(margin) * N_BINS).astype(np.int64) - 1
 
 
@@ -102,12 +109,6 @@ def user_sums(outcomes: Outcomes) -> UserSums:
     Raises:
         ValueError: a margin is not a finite number.
     """
-    finite = np.isfinite(outcomes.margin)
-    if not finite.all():
-        worst = float(outcomes.margin[~finite][0])
-        raise bad_value(
-            "margin", worst, "finite numbers", "The model diverged: train with a lower optim.lr"
-        )
     ids = as_text(outcomes.user_id).tolist()
     place = {name: number for number, name in enumerate(sorted(set(ids)))}
     user, n_users = np.array([place[name] for name in ids], np.int64), len(place)

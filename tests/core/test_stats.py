@@ -166,8 +166,9 @@ def test_empty_table_gives_none_and_one_user_no_interval() -> None:
 def test_diverged_margins_are_refused() -> None:
     margins = MARGINS.copy()
     margins[3] = np.nan
-    with pytest.raises(ValueError, match=r"margin=nan is not allowed: expected finite numbers"):
-        stats.summarise_outcomes(table(margins))
+    for read in (stats.summarise_outcomes, stats.reliability):
+        with pytest.raises(ValueError, match=r"margin=nan is not allowed: expected finite numbers"):
+            read(table(margins))
 
 
 def test_paired_difference_by_hand_in_any_row_order() -> None:

@@ -1,21 +1,16 @@
 """Files of rows with many kinds of damage, and what reading them must do.
 
-    python tests/faults/fuzz_rows.py --files 3000
-
 Every file is read, or refused in one line. Of the rows that were not damaged none is lost: each is used,
-whatever stands in the rows around it. Prints the counts.
+whatever stands in the rows around it.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import gzip
 import io
 import json
 import random
-import resource
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -85,6 +80,15 @@ class Found:
     used: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """The counts, and the reasons for which rows were refused, the most frequent first."""
+        refused = sum(self.refused.values())
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.refused.most_common())
+        return (
+            f"{self.files:,} files, {self.refused_files:,} refused in one line; {self.read:,} rows read, "
+            f"{self.used:,} used, {refused:,} refused ({reasons}); faults: {len(self.faults)}"
+        )
 
 
 def good_rows(draw: random.Random, count: int) -> list[dict[str, Any]]:
@@ -384,14 +388,14 @@ def fuzz(folder: Path, n_files: int, seed: int) -> Found:
     return found
 
 
-def bombs(folder: Path) -> Found:
-    """Read files that unpack to one line of 2 GB, or to ten million empty lines."""
+def bombs(folder: Path, n_mib: int) -> Found:
+    """Read files that unpack to one line of so many MiB, or to millions of empty lines."""
     found = Found()
     good = encoded(good_rows(random.Random(0), 1)[0], "jsonl")
     for name, filler, n_blocks in (
-        ("zeros", b"0", 2_000),
-        ("open", b'{"prompt": "', 2_000),
-        ("lines", b"\n", 10),
+        ("zeros", b"0", n_mib),
+        ("open", b'{"prompt": "', n_mib),
+        ("lines", b"\n", 1 + n_mib // 200),
     ):
         path = folder / f"{name}.jsonl.gz"
         with gzip.open(path, "wb", compresslevel=1) as file:
@@ -401,32 +405,3 @@ def bombs(folder: Path) -> Found:
             file.write(b"\n" + good)
         read_one(path, None, found)
     return found
-
-
-def main() -> None:
-    """Fuzz as many files as the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--files", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bombs", action="store_true", help="read gzip bombs of 2 GB too")
-    args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="fuzz"))
-    found = fuzz(folder, args.files, args.seed)
-    found.faults += fuzz_forms(folder, args.files // 3, args.seed).faults
-    print(f"{found.files:,} files, {found.refused_files:,} refused in one line")
-    print(
-        f"{found.read:,} rows read, {found.used:,} used, {sum(found.refused.values()):,} refused:"
-    )
-    for reason, count in found.refused.most_common():
-        print(f"  {count:,} {reason}")
-    if args.bombs:
-        found.faults += bombs(folder).faults
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"peak memory {peak:,.0f} MiB; faults: {len(found.faults)}")
-    for fault in found.faults[:40]:
-        print(f"  {fault[:300]}")
-    print(f"faulty files are in {folder}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,15 +1,22 @@
-"""Damaged files: fuzzed rows, and single flipped bits in every kind of file that is read."""
+"""Damaged files: fuzzed rows, and single flipped bits in every kind of file that is read.
+
+    FAULTS=full python -m pytest tests/faults -s
+
+prints what was tried: this, and what the other modules of this folder try. Without FAULTS=full it is less.
+"""
 
 from __future__ import annotations
 
 import random
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzz_rows import fuzz, fuzz_forms
+from fuzz_rows import bombs, fuzz, fuzz_forms
+from sizes import size
 from torch import Tensor
 
 from plrhf.core.errors import BadValue
@@ -23,22 +30,31 @@ from plrhf.models.export import check_files
 from plrhf.reporting.runs import read_run
 from plrhf.training.checkpoints import read_checkpoint
 
-FLIPS = 25
+FLIPS = size(8, 25)
 """Bits that are flipped in each file."""
 
 
 def test_no_row_is_lost_and_no_file_crashes(tmp_path: Path) -> None:
-    """3,000 files: python tests/faults/fuzz_rows.py"""
-    found = fuzz(tmp_path, 300, seed=7)
+    found = fuzz(tmp_path, size(300, 3_000), seed=7)
+    print(f"\nrows: {found}")
     assert found.faults == []
     assert found.used > 2_000 and sum(found.refused.values()) > 200  # it does damage rows
     assert found.read == found.used + sum(found.refused.values())
 
 
 def test_no_record_of_any_form_crashes(tmp_path: Path) -> None:
-    found = fuzz_forms(tmp_path, 400, seed=2)
+    found = fuzz_forms(tmp_path, size(400, 3_000), seed=2)
+    print(f"\nforms: {found}")
     assert found.faults == []
     assert sum(found.refused.values()) > 100
+
+
+def test_bombs_take_little_memory(tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = bombs(tmp_path, n_mib=size(20, 2_000))
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(f"\nbombs: {found}; {more:,.0f} MiB more")
+    assert found.faults == [] and more < 500
 
 
 def files_read(run: Path) -> Iterator[tuple[Path, Callable[[], Any]]]:
@@ -99,8 +115,10 @@ def test_no_flipped_bit_is_used_silently(
             if after is not None and (by_digest or after != before):
                 silent.append(f"{path.name}, bit {bit} of byte {place}")
         path.write_bytes(whole)
+    n_files = len(list(files_read(run)))
+    print(f"\n{n_files * FLIPS} bits in {n_files} files of {which}; used silently: {len(silent)}")
     assert silent == []
-    assert n_refused > 200
+    assert n_refused > 8 * FLIPS
 
 
 def test_a_flipped_bit_in_a_cache_is_found(tmp_path: Path) -> None:
