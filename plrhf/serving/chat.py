@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import StreamingResponse
+from starlette.responses import JSONResponse, StreamingResponse
 
 from plrhf.backbone.row_options import Sampling
 from plrhf.serving.engine import Answer, Busy
@@ -20,8 +20,6 @@ from plrhf.serving.errors import ApiError, error_body, failed, log_without_value
 from plrhf.serving.schemas import MOST_SEED, MOST_STOPS, ChatRequest
 from plrhf.serving.served import ServedModel
 from plrhf.serving.service import Service
-
-DISCONNECT_SECONDS = 0.2  # between two looks whether the client is still there
 
 
 def add_chat(app: FastAPI, service: Service) -> None:
@@ -56,12 +54,11 @@ def add_chat(app: FastAPI, service: Service) -> None:
             }
             for n, answer in enumerate(chosen)
         ]
-        return {
-            **head,
-            "object": "chat.completion",
-            "choices": choices,
-            "usage": _usage(answers),
-        }
+        usage = _usage(answers)
+        # As a response, FastAPI has nothing to convert.
+        return JSONResponse(
+            {**head, "object": "chat.completion", "choices": choices, "usage": usage}
+        )
 
 
 def _policy(service: Service, body: ChatRequest) -> ServedModel:
@@ -125,19 +122,23 @@ async def _until_done(answers: list[Answer], request: Request) -> None:
     Raises:
         Exception: what went wrong while they were written.
     """
-    waiting = {asyncio.ensure_future(asyncio.wrap_future(one.done)) for one in answers}
+    done = asyncio.gather(*(asyncio.wrap_future(one.done) for one in answers))
+    left = asyncio.ensure_future(_left(request))
     try:
-        while len(waiting) > 0:
-            done, waiting = await asyncio.wait(waiting, timeout=DISCONNECT_SECONDS)
-            for one in done:
-                one.result()
-            if len(waiting) > 0 and await request.is_disconnected():
-                break
+        await asyncio.wait({done, left}, return_when=asyncio.FIRST_COMPLETED)
     finally:
+        left.cancel()
         for answer in answers:
             answer.cancelled = True
-    if len(waiting) > 0:
+    if not done.done():
         raise ApiError(499, "The client left.")
+    done.result()
+
+
+async def _left(request: Request) -> None:
+    """Wait until the client has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _best(service: Service, body: ChatRequest, answers: list[Answer]) -> list[Answer]:

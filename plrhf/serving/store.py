@@ -68,6 +68,15 @@ class VectorRow(Base):
     vector: Mapped[bytes]  # float32, little-endian
 
 
+PRESENT_VECTOR = (
+    sql.select(VectorRow.vector)
+    .join(Person, (VectorRow.user_id == Person.id) & (VectorRow.revision == Person.revision))
+    .where(Person.id == sql.bindparam("user_id"))
+    .where(VectorRow.fingerprint == sql.bindparam("fingerprint"))
+)
+"""The vector of a person's present judgments; each answer asks for one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Judgment:
     """What a person said about two responses to a prompt.
@@ -118,7 +127,8 @@ class People:
         try:
             self.engine = sql.create_engine(url)
             self._transaction = sessionmaker(self.engine).begin
-            self._reading = sessionmaker(self.engine.execution_options(**{READS: True})).begin
+            self._readers = self.engine.execution_options(**{READS: True})
+            self._reading = sessionmaker(self._readers).begin
             if self.engine.dialect.name == "sqlite":
                 sql.event.listen(self.engine, "connect", _set_up_sqlite)
                 sql.event.listen(self.engine, "begin", _begin)
@@ -203,12 +213,9 @@ class People:
 
     def vector(self, user_id: str, fingerprint: str) -> bytes | None:
         """Return the vector fitted to all present judgments of a person for a model, if there is one."""
-        fits = (VectorRow.user_id == Person.id) & (VectorRow.revision == Person.revision)
-        query = sql.select(VectorRow.vector).join(Person, fits)
-        with self._reading() as session:
-            return session.scalar(
-                query.where(Person.id == user_id, VectorRow.fingerprint == fingerprint)
-            )
+        asked = {"user_id": user_id, "fingerprint": fingerprint}
+        with self._readers.connect() as connection:
+            return connection.scalar(PRESENT_VECTOR, asked)
 
     def save_vector(self, user_id: str, fingerprint: str, revision: int, vector: bytes) -> bool:
         """Store a fitted vector, unless the person is gone or has judged anew; return whether stored.
