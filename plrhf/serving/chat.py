@@ -124,8 +124,9 @@ async def _until_done(answers: list[Answer], request: Request) -> None:
     """
     done = asyncio.gather(*(asyncio.wrap_future(one.done) for one in answers))
     left = asyncio.ensure_future(_left(request))
+    either: list[asyncio.Future[Any]] = [done, left]
     try:
-        await asyncio.wait({done, left}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     finally:
         left.cancel()
         for answer in answers:
