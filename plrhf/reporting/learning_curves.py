@@ -62,7 +62,9 @@ class PowerLaw(NamedTuple):
 
 
 def fit_power_law(sizes: Array, values: Array, errors: Array | None = None) -> PowerLaw:
-    """Fit a - b n^-c by least squares: a and b in closed form for each of `RATES`.
+    """Fit a - b n^-c with a <= 1 by least squares: a and b in closed form for each of `RATES`.
+
+    No model gains more than the oracle, so a is at most 1.
 
     Args:
         sizes, values: n and the values at them, of three sizes or more.
@@ -73,6 +75,9 @@ def fit_power_law(sizes: Array, values: Array, errors: Array | None = None) -> P
     for rate in RATES:
         design = np.stack([np.ones_like(sizes), -(sizes**-rate)], axis=1)
         (limit, drop), *_ = np.linalg.lstsq(design * weights[:, None], values * weights, rcond=None)
+        if limit > 1:
+            limit, shape = 1.0, design[:, 1] * weights
+            drop = shape @ ((values - 1) * weights) / (shape @ shape)
         if drop < 0:
             continue
         found = PowerLaw(float(limit), float(drop), float(rate))
