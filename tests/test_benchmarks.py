@@ -236,3 +236,41 @@ def test_a_method_and_its_authors_code_are_asked_the_same(
     for given, asked in zip(found.given, found.asked, strict=True):
         assert not {*given.flatten().tolist()} & {*asked.flatten().tolist()}
     assert 0 < ours.seen < 1 and 0 < ours.new < 1
+
+
+def test_membership_is_found_in_weights_that_were_trained_on_a_few_people_too_long() -> None:
+    membership = importlib.import_module("membership")
+    people = membership.simulate(12, 5, 3)
+    is_in = torch.arange(12)[None] < torch.tensor([[6], [9]])
+    weights = membership.train(people, is_in, steps=4, width=7, seed=1)
+    model = membership.make_model(12, 7, 1)
+    terms = membership.margin_terms(people, weights, 7)
+    assert terms.shape == (2, 12, 5, 1 + membership.USER_DIM)
+    # Margins are affine in the vector, those of the model itself.
+    own = {name: one[0] for name, one in weights.items()}
+    vector = torch.randn(membership.USER_DIM)
+    margins = membership.call_method(model, own, "margins_for", people.batch, vector.expand(60, -1))
+    expected = terms[0, ..., 0] + terms[0, ..., 1:] @ vector
+    torch.testing.assert_close(margins[0][0].view(12, 5), expected, atol=1e-4, rtol=1e-4)
+    # Who is not trained on keeps the row that the decay leaves.
+    start = model.encoder.offsets.weight.detach()[1:]
+    decay = (1 - membership.OPTIM.user_lr * membership.OPTIM.user_weight_decay) ** 4
+    torch.testing.assert_close(weights["encoder.offsets.weight"][0, 7:], decay * start[6:])
+    found = membership.measure(people, n_worlds=4, steps=40, width=7, seed=0)
+    assert found["full"]["threshold"]["auc"][0] > 0.8  # the row itself is there
+    for attacks in (found["full"], found["forgotten"], found["retrained"]):
+        for low, high in ((one["auc"][1], one["auc"][2]) for one in attacks.values()):
+            assert 0 <= low <= high <= 1
+
+
+def test_rates_of_attacks_are_those_of_scikit_learn() -> None:
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    membership = importlib.import_module("membership")
+    rng = np.random.default_rng(0)
+    positive = rng.random(900) < 0.3
+    score, weight = rng.normal(size=900) + positive, rng.integers(0, 4, 900).astype(float)
+    auc, rate = membership.auc_and_tpr(score, positive, weight)
+    assert auc == pytest.approx(roc_auc_score(positive, score, sample_weight=weight))
+    false, true, _ = roc_curve(positive, score, sample_weight=weight, drop_intermediate=False)
+    assert rate == pytest.approx(true[false <= 0.01].max())

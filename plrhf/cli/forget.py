@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ from plrhf.models.card import CARD, read_card
 from plrhf.models.enrolment import forget as forget_in_export
 from plrhf.models.export import remove_leftovers
 from plrhf.reporting.report import write_report
+
+LOGGERS = ("tensorboard", "wandb", "mlruns")
+"""Folders in which loggers keep copies of reports and settings."""
 
 CANNOT_BE_REMOVED = (
     "weights that all users share were learned from their pairs too: train again without them",
@@ -68,8 +73,8 @@ def forget(settings: Settings) -> None:
 def forget_in_run(run: Path, user: str) -> Iterator[str]:
     """Remove a person from every file of a run; yield a line for each removal.
 
-    Reports are written anew. Checkpoints are deleted, as they hold vectors of all users; the export
-    stays usable, but the run can no longer be resumed.
+    Reports are written anew. Checkpoints are deleted, as they hold vectors of all users, and so are
+    folders of loggers; the export stays usable, but the run can no longer be resumed.
     """
     remove_leftovers(run / "export")
     is_known = user in read_card(run / "export").places
@@ -77,14 +82,14 @@ def forget_in_run(run: Path, user: str) -> Iterator[str]:
         forget_in_export(run / "export", user)
         yield "id and vector in export/"
     changed: set[Path] = set()
-    for path in sorted(run.rglob("*.json*")):
-        if (run / "export") in path.parents or path.is_symlink():
-            continue
+    for path in _files(run, ".json", ".jsonl"):
         n_removed = _without_records(path, user)
         if n_removed > 0:
             changed.add(path.parent)
             yield f"{n_removed:,} records in {path.relative_to(run)}"
     for path in sorted(run.rglob(PREDICTIONS)):
+        if path.is_symlink():
+            continue
         table = pd.read_parquet(path)
         kept = table[table["user_id"] != user]
         if len(kept) < len(table):
@@ -97,13 +102,55 @@ def forget_in_run(run: Path, user: str) -> Iterator[str]:
             write_settings(path, settings)
             changed.add(path.parent)
             yield f"the id in {path.relative_to(run)}"
-    for path in sorted(run.rglob("*.ckpt")) if is_known or len(changed) > 0 else ():
-        path.unlink()
-        yield f"{path.relative_to(run)}, the whole checkpoint"
+    for path in _files(run, ".txt"):
+        n_removed = _without_lines(path, user)
+        if n_removed > 0:
+            yield f"{n_removed:,} lines of {path.relative_to(run)}"
+    if is_known or len(changed) > 0:
+        yield from _delete_whole(run)
     for folder in sorted(changed):
         if (folder / "report.html").is_file() and (folder / RESULTS).is_file():
             write_report(folder)
             yield f"what {(folder / 'report.html').relative_to(run)} showed of them: it is written anew"
+
+
+def _files(run: Path, *suffixes: str) -> list[Path]:
+    """Return the files of a run with these suffixes, but not those of its export or of loggers."""
+    aside = [run / name for name in ("export", *LOGGERS)]
+    return [
+        path
+        for path in sorted(run.rglob("*"))
+        if path.suffix in suffixes
+        and path.is_file()
+        and not path.is_symlink()
+        and not any(one in path.parents for one in aside)
+    ]
+
+
+def _delete_whole(run: Path) -> Iterator[str]:
+    """Delete what cannot be cleaned of one person: checkpoints, folders of loggers, halves of files."""
+    found = [(path, "a whole checkpoint") for path in sorted(run.rglob("*.ckpt"))]
+    found += [(run / name, "all that a logger kept here") for name in LOGGERS]
+    for suffix in ("part", "old"):  # of a command that was killed while it wrote
+        found += [(path, "half a file") for path in sorted(run.rglob(f"*.{suffix}"))]
+    for path, what in found:
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:  # not there, or in a folder that is gone
+            continue
+        yield f"{path.relative_to(run)}, {what}"
+
+
+def _without_lines(path: Path, user: str) -> int:
+    """Remove the lines of a log that name a user; count them."""
+    named = re.compile(rf"(?<![\w-]){re.escape(user)}(?![\w-])")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if named.search(line) is None]
+    if len(kept) < len(lines):
+        write_text(path, "".join(kept))
+    return len(lines) - len(kept)
 
 
 def _without_records(path: Path, user: str) -> int:
