@@ -76,7 +76,7 @@ def test_a_file_is_written_whole_or_not_at_all(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("plrhf.evaluation.records.os.replace", full)
+    monkeypatch.setattr("plrhf.core.files.os.replace", full)
     with pytest.raises(OSError):
         write_text(path, json.dumps([2]))
     assert path.read_text() == "[1]" and list(tmp_path.iterdir()) == [path]
