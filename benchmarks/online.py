@@ -4,20 +4,24 @@
 
 For each pair of a seen user (a user and a prompt) each writer samples one response at temperature 1, with
 the same seed; best-of-n takes the reference's best of n by the reward model. It prints for each writer the
-mean true preference in log odds, the mean difference to the reference with its standard error, and how
-often the response is better than the reference's (ties one half).
+mean true preference in log odds, the mean difference to the reference, and how often the response is better
+than the reference's (ties one half), with a 95% interval over users; then the same of each two policies.
 """
 
 from __future__ import annotations
 
 import argparse
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 import plrhf
 from plrhf.cli.assemble import build_data
 from plrhf.cli.config import RunConfig
+from plrhf.core.bootstrap import bootstrap
 from plrhf.core.types import UserBatch
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Row
@@ -40,6 +44,17 @@ def sampled(
     prompts = [data.row_tokenizer.prompt(row) for row in rows]
     asked = None if as_reference else users
     return generate(policy, policy.tokenizer, prompts, asked, max_new_tokens=64, seed=SEED)
+
+
+def share_above_zero(gain: Tensor, users: list[str]) -> str:
+    """Write how many of the gains [N] are above 0, ties one half, with a 95% interval over users."""
+    wins = (gain > 0).double() + 0.5 * (gain == 0).double()
+    person = np.unique(users, return_inverse=True)[1]
+    won, asked = np.bincount(person, wins.numpy()), np.bincount(person)
+    share = {"share": lambda weights: weights @ won / (weights @ asked)}
+    found = bootstrap(share, n_users=len(asked))["share"]
+    low, high = found["ci95"] or (float("nan"), float("nan"))
+    return f"{found['value']:.0%} [{low:.0%}, {high:.0%}]"
 
 
 def main() -> None:
@@ -76,14 +91,16 @@ def main() -> None:
         )
         for writer, own in texts.items()
     }
+    users = [row.user_id for row in rows]
     for writer, own in scores.items():
         gain = own - scores["reference"]
-        better = float((gain > 0).float().mean() + 0.5 * (gain == 0).float().mean())
-        error = float(gain.std()) / len(gain) ** 0.5
         print(
-            f"{writer}: true preference {float(own.mean()):+.2f}, gain {float(gain.mean()):+.2f} "
-            f"(standard error {error:.2f}), better in {100 * better:.0f}% of {len(rows)} pairs"
+            f"{writer}: true preference {float(own.mean()):+.2f}, gain {float(gain.mean()):+.2f}, "
+            f"better in {share_above_zero(gain, users)} of {len(rows)} pairs"
         )
+    for one, other in combinations(policies, 2):
+        share = share_above_zero(scores[one] - scores[other], users)
+        print(f"{one} over {other}: better in {share}")
 
 
 if __name__ == "__main__":

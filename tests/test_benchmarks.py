@@ -191,12 +191,14 @@ def test_policies_beside_best_of_n(
     policy_run: Path, reward_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     given = ["--reward", str(reward_run), "--pairs", "3", "--best-of", "2"]
-    monkeypatch.setattr(sys, "argv", ["online.py", str(policy_run), *given])
+    twice = [str(policy_run), f"{policy_run}/export"]
+    monkeypatch.setattr(sys, "argv", ["online.py", *twice, *given])
     runpy.run_path(str(BENCHMARKS / "online.py"), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
-    writers = ["reference", "best of 2", str(policy_run)]
+    writers = ["reference", "best of 2", *twice, " over ".join(twice)]
     assert [line.partition(":")[0] for line in lines] == writers
-    assert "gain +0.00" in lines[0] and "better in 50% of 3 pairs" in lines[0]
+    assert "gain +0.00" in lines[0] and "better in 50% [50%, 50%] of 3 pairs" in lines[0]
+    assert "50% [50%, 50%]" in lines[-1]  # a policy beside itself
 
 
 def test_the_ideal_observer_by_hand(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
