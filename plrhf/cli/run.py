@@ -161,7 +161,6 @@ def train_personal(
         check_finite(model)
         if isinstance(model, PersonalGRPOPolicy):
             warn_if_overoptimised(Path(config.run_dir), probes)
-        note_if_still_improving(Path(config.run_dir), config.trainer.monitor)
         if model.encoder.reads_context:
             runner_with_weights(model, trainer)(store_vectors, model, data)
         outputs = Outputs(debug=config.debug)
@@ -200,6 +199,7 @@ def evaluate_run(
         texts = run_dir / "generations.jsonl"
         with outputs.writing(texts):
             ask(write_generations, texts, model, data, config.samples, fingerprint)
+    note_if_still_improving(run_dir, config.trainer.monitor)  # results go with these curves now
     if trainer.is_global_zero:
         with outputs.writing(run_dir / "report.html"):
             report.write_report(run_dir)

@@ -128,8 +128,8 @@ def test_help_says_default_comment_and_what_is_allowed(
     assert "optim.user_lr=0.0005 user encoder and aggregator; a number above 0" in flat
     assert "data.path=??? " in flat
     assert "encoder.n_clusters=" in flat and "a whole number from" in flat
-    assert "data.split_by=prompt no two splits share a prompt;" in flat
-    assert "prompt, response, pair or user" in flat
+    assert "data.split_by=prompt no two splits share a prompt or conversation;" in flat
+    assert "prompt, conversation, response, pair or user" in flat
     assert "trainer.precision=32-true" in flat and "bf16-mixed or 16-mixed" in flat
 
 

@@ -102,5 +102,6 @@ def test_ratings_are_divided_by_prompt_or_response(tmp_path: Path, tokenizer: An
     records = [one for _, one in source(tmp_path / "r.csv", rated(), [1, 5]).records()]
     for one in records:
         one.pop("split")  # type: ignore[union-attr]
-    with pytest.raises(BadValue, match="data.split_by='user' .* expected prompt or response where"):
+    allowed = "prompt or conversation or response where"
+    with pytest.raises(BadValue, match=f"data.split_by='user' .* expected {allowed}"):
         make_data(tokenizer, records=records, split_by="user")

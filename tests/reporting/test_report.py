@@ -195,7 +195,7 @@ def test_report_of_thousands_of_users_stays_small(tmp_path: Path) -> None:
     margin = np.sin(np.arange(n_rows))
     table = table.assign(margin=margin, correct=0.5 * (np.sign(margin) + 1), split="test")
     table = table.assign(user_kind="seen", context="user", prompt_kind="unseen")
-    table = table.assign(chosen_tokens=3, rejected_tokens=4)
+    table = table.assign(prompt_id=table["pair_id"], chosen_tokens=3, rejected_tokens=4)
     path = report.write_report(make_run(tmp_path / "run", table, encoder="none"))
     assert path.stat().st_size < 400_000
 
