@@ -27,7 +27,14 @@ LEFT_BY_RUNS = (
 """Everything that train.py and eval.py may leave in a run directory."""
 
 RESUMED_SETTINGS = (
-    *("seed", "data", "backbone", "encoder", "aggregator", "model", "optim", "privacy"),
+    "seed",
+    "data",
+    "backbone",
+    "encoder",
+    "aggregator",
+    "model",
+    "optim",
+    "privacy",
 )
 """Settings that must be the same when a run is resumed."""
 

@@ -63,8 +63,11 @@ def draw_splits(
             said = f"{' or '.join(allowed)} where rows have a {name}, and tell of one another"
             raise bad_value("data.split_by", by, said, "Set data.split_by=prompt")
     draw = {
-        **{"prompt": _by_prompt, "conversation": _by_conversation},
-        **{"response": _by_response, "pair": _by_pair, "user": _by_user},
+        "prompt": _by_prompt,
+        "conversation": _by_conversation,
+        "response": _by_response,
+        "pair": _by_pair,
+        "user": _by_user,
     }[by]
     return draw(rows, seed, val_fraction, test_fraction)
 
