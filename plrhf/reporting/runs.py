@@ -186,8 +186,8 @@ def role(config: Mapping[str, Any]) -> str:
     """
     if config["data"].get("shuffle_users") is True:
         return SHUFFLED
-    in_text = config["data"].get("context_pairs", 0) > 0 or config["data"].get("use_user_text")
-    if in_text:  # the person is in front of the prompt, whatever the encoder
+    in_text = ("context_pairs", "use_user_text", "use_user_features")
+    if any(config["data"].get(name) for name in in_text):  # the person is in front of the prompt
         return PERSONAL
     return ROLES.get(config["encoder"]["_target_"], PERSONAL)
 

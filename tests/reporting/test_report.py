@@ -271,6 +271,7 @@ def test_controls_are_recognised_from_settings(runs: Path, tmp_path: Path) -> No
         "encoder": {"_target_": "plrhf.encoders.NoneEncoder"},
     }
     assert role(in_text) == "personal" and role({**in_text, "data": {}}) == "vanilla"
+    assert role({**in_text, "data": {"use_user_features": True}}) == "personal"
     # Shuffling makes other data for a baseline in no other way.
     baselines = frame["baseline"].dropna().to_dict()
     assert baselines == dict.fromkeys(("bare", "best", "lookup", "same"), "vanilla")
