@@ -142,31 +142,33 @@ def best_value(run_dir: Path, monitor: str) -> float | None:
 
     None without any value.
     """
-    from plrhf.evaluation.results import read_metrics  # it loads torch and transformers
-
-    metrics = read_metrics(run_dir)
-    if metrics is None or monitor not in metrics:
-        return None
-    values = metrics[monitor].dropna()
-    if len(values) == 0:
-        return None
-    return float(values.max() if "accuracy" in monitor else values.min())
+    values = _monitored(run_dir, monitor)
+    return None if len(values) == 0 else _best(values, monitor)
 
 
 def still_improving(run_dir: Path, monitor: str) -> str | None:
     """Return a line if the last of several validations was the best one; else None."""
-    from plrhf.evaluation.results import read_metrics
-
-    metrics, best = read_metrics(run_dir), best_value(run_dir, monitor)
-    if metrics is None or best is None:
-        return None
-    values = metrics[monitor].dropna().tolist()
-    if len(values) < 2 or values[-1] != best or values[-1] == values[-2]:
+    values = _monitored(run_dir, monitor)
+    if len(values) < 2 or values[-1] != _best(values, monitor) or values[-1] == values[-2]:
         return None
     return (
         f"{monitor} was best at the last of {len(values)} validations ({values[-2]:.4f}, then "
-        f"{best:.4f}): a longer training may do better (trainer.max_epochs, trainer.max_steps)"
+        f"{values[-1]:.4f}): a longer training may do better (trainer.max_epochs, trainer.max_steps)"
     )
+
+
+def _monitored(run_dir: Path, monitor: str) -> list[float]:
+    """Return the values of a metric in metrics.csv, by step."""
+    from plrhf.evaluation.results import read_metrics  # it loads torch and transformers
+
+    metrics = read_metrics(run_dir)
+    if metrics is None or monitor not in metrics:
+        return []
+    return [float(one) for one in metrics[monitor].dropna()]
+
+
+def _best(values: list[float], monitor: str) -> float:
+    return max(values) if "accuracy" in monitor else min(values)
 
 
 def failure_line(folder: Path) -> str:

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from plrhf.cli.config import DataConfig, Section, Seed, check_writable
 from plrhf.core.checks import PositiveInt
 from plrhf.core.components import Settings, build
 from plrhf.core.errors import bad_value
+from plrhf.core.files import whole_file
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import ROW_FIELDS, SPLITS, Row, choices_of
 from plrhf.evaluation.personas import Persona, PersonaWriter
@@ -59,13 +59,11 @@ def write_personas(settings: Settings) -> None:
         seed=config.seed,
     )
     texts = {one.user_id: one.text for one in personas if one.text is not None}
-    part = out.with_name(f"{out.name}.part")
-    with part.open("w", encoding="utf-8") as file:
+    with whole_file(out) as part, part.open("w", encoding="utf-8") as file:
         for split in SPLITS:
             for row in getattr(data.splits, split):
                 described = replace(row, user_text=texts.get(row.user_id), split=split)
                 file.write(json.dumps(_record(described), ensure_ascii=False) + "\n")
-    os.replace(part, out)
     print_lines(_summary(personas, writer.cost(), len(data.splits.users)))
     print_lines([f"next: python train.py data=jsonl data.path={out} data.use_user_text=true"])
 

@@ -124,7 +124,7 @@ def write_tokens(file: arrow.NativeFile, rows: Rows, row_tokenizer: RowTokenizer
         ]
     )
     with arrow.ipc.new_file(file, schema) as writer:
-        for block in in_blocks(with_progress(rows, "tokenising", total=len(rows))):
+        for block in in_blocks(with_progress(rows, "tokenising")):
             found = row_tokenizer.tokens(block)
             columns = [[getattr(one.pair, name) for one in found] for name in FIELDS]
             columns += [[getattr(one, name) for one in found] for name in (*FLAGS, "refused")]

@@ -62,7 +62,7 @@ def generate(
     start = 0
     unpadded = model.backbone.layout == "two_rows"  # a state or a bias by index would see padding
     batches = batches_by_length(prompts, batch_size=batch_size, unpadded=unpadded)
-    for places in with_progress(batches, "writing texts", total=len(batches)):
+    for places in with_progress(batches, "writing texts"):
         at = torch.tensor(places)
         input_ids, mask = left_padded([prompts[place] for place in places])
         of_users = None

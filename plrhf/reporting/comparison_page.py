@@ -74,8 +74,7 @@ def compare(
     of_groups = frame if made.over_seeds is None else made.over_seeds
     curved = learning_curves_table(groups, of_groups)
     if curved is not None:
-        text = markdown(curved, learning_curves.NOTE)
-        (out / "learning_curves.md").write_text(text, encoding="utf-8")
+        write_text(out / "learning_curves.md", markdown(curved, learning_curves.NOTE))
     sections = [
         seeds_section(made),
         sweeps_section(groups),

@@ -1,9 +1,9 @@
 """Recognises the forms in which judgments are published, and turns their records into rows.
 
 A file whose records have the columns of a row needs none of this. Otherwise the first form that knows
-the columns converts it: responses in order (`rankings`), one
-of several options (`options`), two responses and a winner (`comparisons`), one
-response and a rating (`ratings`), or the exports of annotation tools (`annotation_tools`).
+the columns converts it: responses in order (`rankings`), one of several options (`options`), two
+responses and a winner (`comparisons`), one response and a rating (`ratings`), or the exports of
+annotation tools (`annotation_tools`).
 """
 
 from __future__ import annotations

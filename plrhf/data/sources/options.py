@@ -6,12 +6,10 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from plrhf.data.digests import content_hash
 from plrhf.data.reasons import Reason, Refusal, refusal
-from plrhf.data.sources.base import id_as_text
-from plrhf.data.sources.comparisons import PROMPT_COLUMNS, USER_COLUMNS, first_of
+from plrhf.data.sources.comparisons import first_of
 from plrhf.data.sources.formats import Record
-from plrhf.data.sources.rankings import MOST_RANKED
+from plrhf.data.sources.rankings import MOST_RANKED, row_of_group
 
 OPTIONS, SHARES = "options", "shares"
 CHOICE_COLUMNS = ("choice", "answer", "selected")
@@ -37,19 +35,8 @@ def rows(records: Iterator[tuple[int, Record]]) -> Iterator[tuple[int, Record]]:
         if isinstance(weights, Refusal):
             yield number, weights
             continue
-        names = list(record)
-        choice, user, prompt = (
-            first_of(one, names) for one in (CHOICE_COLUMNS, USER_COLUMNS, PROMPT_COLUMNS)
-        )
-        used = {OPTIONS, SHARES, choice, user, prompt}
-        row = {name: value for name, value in record.items() if name not in used}
-        if user is not None:
-            row["user_id"] = id_as_text(record[user])
-        if prompt is not None:
-            row["prompt"] = record[prompt]
-        own = row.pop("pair_id", None)
-        options = record[OPTIONS]
-        row["group_id"] = f"{content_hash(list(options))}-{number}" if own is None else str(own)
+        options, choice = record[OPTIONS], first_of(CHOICE_COLUMNS, list(record))
+        row = row_of_group(record, options, number, used=(OPTIONS, SHARES, choice))
         for chosen, weight in zip(options, weights, strict=True):
             weighted = row if weight is None else {**row, "weight": weight}
             for rejected in options if weight != 0 else ():

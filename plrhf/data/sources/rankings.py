@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -35,17 +35,30 @@ def rows(records: Iterator[tuple[int, Record]]) -> Iterator[tuple[int, Record]]:
         if isinstance(ranked, Refusal):
             yield number, ranked
             continue
-        user, prompt = (first_of(one, list(record)) for one in (USER_COLUMNS, PROMPT_COLUMNS))
-        used = {RANKING, RESPONSES, RANKS, user, prompt}
-        row = {name: value for name, value in record.items() if name not in used}
-        if user is not None:
-            row["user_id"] = id_as_text(record[user])
-        if prompt is not None:
-            row["prompt"] = record[prompt]
-        own = row.pop("pair_id", None)
-        row["group_id"] = f"{content_hash(ranked)}-{number}" if own is None else str(own)
+        row = row_of_group(record, ranked, number, used=(RANKING, RESPONSES, RANKS))
         for chosen, rejected in combinations(ranked, 2):
             yield number, {**row, "chosen": chosen, "rejected": rejected}
+
+
+def row_of_group(
+    record: Mapping[str, Any], texts: Sequence[str], number: int, *, used: Collection[str | None]
+) -> dict[str, Any]:
+    """Return what all pairs from one record share: user, prompt, ``group_id`` and other fields.
+
+    Args:
+        texts: that the record compares. number: its place in the file.
+        used: columns that say which texts are preferred.
+    """
+    user, prompt = (first_of(one, list(record)) for one in (USER_COLUMNS, PROMPT_COLUMNS))
+    read = {*used, user, prompt}
+    row = {name: value for name, value in record.items() if name not in read}
+    if user is not None:
+        row["user_id"] = id_as_text(record[user])
+    if prompt is not None:
+        row["prompt"] = record[prompt]
+    own = row.pop("pair_id", None)
+    row["group_id"] = f"{content_hash(list(texts))}-{number}" if own is None else str(own)
+    return row
 
 
 def _ranked(record: Mapping[str, Any]) -> list[str] | Refusal:
