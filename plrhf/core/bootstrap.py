@@ -23,6 +23,7 @@ N_RESAMPLES = 2000
 N_PAIRED_RESAMPLES = 10_000  # p of many users reaches down to 0.0002, enough for Holm over 200
 _BLOCK = 100_000  # weights drawn at once, 0.8 MB: they are read many times, so they stay in the CPU's cache
 _MOST_KEPT = 2_000_000  # weights, 16 MB
+MANY_USERS = 10_000  # from so many users on, those who are alike are drawn together
 _DRAWS_KEPT = 4
 
 
@@ -39,29 +40,45 @@ def bootstrap(
     n_users: int,
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
+    alike: NDArray[np.int64] | None = None,
 ) -> dict[str, Estimate]:
     """Estimate each statistic with a 95% interval by resampling users.
 
     All statistics share the same resamples. The interval is the expanded percentile interval, see
     `tail_share`. It is None with fewer than two users, or if a resample gives no finite value.
+
+    Args:
+        alike: see `evaluate_on_resamples`.
     """
     values, samples = evaluate_on_resamples(
-        statistics, n_users=n_users, n_resamples=n_resamples, seed=seed
+        statistics, n_users=n_users, n_resamples=n_resamples, seed=seed, alike=alike
     )
     return {name: estimate_of(values[name], samples[name], n_users) for name in statistics}
 
 
 def evaluate_on_resamples(
-    statistics: Mapping[str, Statistic], *, n_users: int, n_resamples: int, seed: int
+    statistics: Mapping[str, Statistic],
+    *,
+    n_users: int,
+    n_resamples: int,
+    seed: int,
+    alike: NDArray[np.int64] | None = None,
 ) -> tuple[dict[str, float], dict[str, Array]]:
-    """Compute each statistic on all users, and on the same resamples, [R]."""
+    """Compute each statistic on all users, and on the same resamples, [R].
+
+    Args:
+        alike: how many users each of the statistics' weights stands for, [G]; None: one each. How
+            often one of them is drawn is then multinomial, as if they had been drawn one by one.
+    """
+    everyone = np.ones(n_users) if alike is None else alike.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
-        everyone = np.ones((1, n_users))
-        values = {name: float(of(everyone)[0]) for name, of in statistics.items()}
-        blocks = [
-            [of(weights) for of in statistics.values()]
-            for weights in _weights_of_blocks(n_users, n_resamples, seed)
-        ]
+        values = {name: float(of(everyone[None])[0]) for name, of in statistics.items()}
+        drawn = (
+            _weights_of_blocks(n_users, n_resamples, seed)
+            if alike is None
+            else _weights_of_groups(alike, n_resamples, seed)
+        )
+        blocks = [[of(weights) for of in statistics.values()] for weights in drawn]
     samples = dict(zip(statistics, map(np.concatenate, zip(*blocks, strict=True)), strict=True))
     return values, samples
 
@@ -71,6 +88,16 @@ def _weights_of_blocks(n_users: int, n_resamples: int, seed: int) -> Iterator[Ar
     if n_resamples * n_users <= _MOST_KEPT:
         return iter(_kept_blocks(n_users, n_resamples, seed))
     return _resample_weights(n_users, n_resamples, seed)
+
+
+def _weights_of_groups(alike: NDArray[np.int64], n_resamples: int, seed: int) -> Iterator[Array]:
+    """Yield how often one of each group's users was drawn, in blocks [R', G]; naive: one by one."""
+    generator = np.random.default_rng(seed)
+    block = max(1, _BLOCK // len(alike))
+    for start in range(0, n_resamples, block):
+        rows = min(block, n_resamples - start)
+        shares = alike / alike.sum()
+        yield generator.multinomial(alike.sum(), shares, size=rows).astype(np.float64)
 
 
 @lru_cache(maxsize=_DRAWS_KEPT)

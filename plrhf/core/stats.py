@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from typing_extensions import TypedDict
 
 from plrhf.core.bootstrap import (
+    MANY_USERS,
     N_PAIRED_RESAMPLES,
     N_RESAMPLES,
     Array,
@@ -175,6 +176,8 @@ STATISTICS: Mapping[str, Callable[[UserSums, Array], Array]] = {
 """The statistics of a cell of results.json by name."""
 
 ACCURACIES = ("accuracy_micro", "accuracy_macro", "accuracy_worst10")
+OF_COUNTS = {"accuracy_micro", "accuracy_macro"}
+"""Statistics that depend on counts of pairs and of correct ones alone, and not on the number of users."""
 
 
 def summarise_outcomes(
@@ -228,8 +231,11 @@ def paired_difference(
         ValueError: the two do not hold the same pairs of the same users, or hold no pairs.
     """
     ours, theirs = _sums_of_same_pairs(first, second)
+    n_users, alike = ours.n_users, None
+    if set(names) <= OF_COUNTS:
+        (ours, theirs), alike = _joined([ours, theirs])
     statistics = {name: _difference_of(ours, theirs, STATISTICS[name]) for name in names}
-    return bootstrap(statistics, n_users=ours.n_users, n_resamples=n_resamples, seed=seed)
+    return bootstrap(statistics, n_users=n_users, n_resamples=n_resamples, seed=seed, alike=alike)
 
 
 class PairedTest(TypedDict):
@@ -254,15 +260,16 @@ def paired_test(
         ValueError: the two do not hold the same pairs of the same users, or hold no pairs.
     """
     ours, theirs = _sums_of_same_pairs(first, second)
+    n_users = ours.n_users
+    (ours, theirs), alike = _joined([ours, theirs])
     gaps = ours.accuracy - theirs.accuracy
     statistics: dict[str, Statistic] = {
         name: _difference_of(ours, theirs, STATISTICS[name])
         for name in ("accuracy_micro", "accuracy_macro")
     }
     statistics["effect_size"] = lambda weights: _effect_size(gaps, weights)
-    n_users = ours.n_users
     values, samples = evaluate_on_resamples(
-        statistics, n_users=n_users, n_resamples=n_resamples, seed=seed
+        statistics, n_users=n_users, n_resamples=n_resamples, seed=seed, alike=alike
     )
     estimates = {name: estimate_of(values[name], samples[name], n_users) for name in statistics}
     drawn = samples["accuracy_micro"]
@@ -307,13 +314,15 @@ def gain_recovered(
     Raises:
         ValueError: the three do not hold the same pairs of the same users, or hold no pairs.
     """
-    p, v, o = _sums_of_same_pairs(personal, vanilla, oracle)
+    sums = _sums_of_same_pairs(personal, vanilla, oracle)
+    (p, v, o), alike = _joined(sums)
     won, possible = (_difference_of(one, v, accuracy_micro) for one in (p, o))
     estimates = bootstrap(
         {"recovered": lambda weights: won(weights) / possible(weights), "possible": possible},
-        n_users=v.n_users,
+        n_users=sums[0].n_users,
         n_resamples=n_resamples,
         seed=seed,
+        alike=alike,
     )
     most, bounds = estimates["possible"]["value"], estimates["possible"]["ci95"]
     return {
@@ -358,6 +367,27 @@ def _sums_of_same_pairs(first: Outcomes, *others: Outcomes) -> list[UserSums]:
                 "Evaluate both runs on the same data, splits and seed",
             )
     return [one.sums for one in (first, *others)]
+
+
+def _joined(models: Sequence[UserSums]) -> tuple[list[UserSums], NDArray[np.int64] | None]:
+    """Join users who have as many pairs, and in each model as many correct ones, if there are many users.
+
+    Returns:
+        The sums of one user of each group, for statistics of `OF_COUNTS` (nll and bin_gap are NaN), and
+        how many users the group has; the sums as they are, and None, below `MANY_USERS` users, or if
+        few are alike.
+    """
+    if models[0].n_users < MANY_USERS:
+        return list(models), None
+    counts = np.stack([models[0].count, *(one.correct for one in models)], axis=1)
+    kinds, alike = np.unique(counts, axis=0, return_counts=True)
+    if len(kinds) > models[0].n_users // 4:
+        return list(models), None
+    unknown = np.full(len(kinds), np.nan)
+    return [
+        UserSums(count=kinds[:, 0], correct=correct, nll=unknown, bin_gap=unknown[:, None])
+        for correct in kinds.T[1:]
+    ], alike
 
 
 def _statistic_of(sums: UserSums, statistic: Callable[[UserSums, Array], Array]) -> Statistic:

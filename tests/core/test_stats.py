@@ -12,6 +12,7 @@ import torch
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from plrhf.core import bootstrap, stats
+from plrhf.core.bootstrap import Estimate
 from plrhf.core.stats import Outcomes, same_pairs, user_sums
 
 # Users of 5, 2 and 7 pairs: accuracies 4/5, 1/2 (two ties) and 2/7.
@@ -119,6 +120,37 @@ def test_figures_are_those_of_users_drawn_one_by_one(monkeypatch: pytest.MonkeyP
     assert found["accuracy_micro"]["ci95"] == pytest.approx(np.quantile(samples, (tail, 1 - tail)))
     beyond = 1 + min(sum(one <= 0 for one in samples), sum(one >= 0 for one in samples))
     assert found["p_value"] == pytest.approx(bootstrap.p_value_of(min(0.5, beyond / 212), 17))
+
+
+def test_users_who_are_alike_are_drawn_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values are those of users drawn one by one, intervals but for chance (other random numbers)."""
+    first = table(
+        users=np.repeat(np.arange(400), 5), margins=np.tile([1.0, 2.0, 1.0, 3.0, -1.0], 400)
+    )
+    rng = np.random.default_rng(0)
+    second, oracle = (table(rng.normal(mean, 1, 2_000), first.user_id) for mean in (0.3, 1.5))
+
+    def found() -> list[Estimate]:
+        tested = stats.paired_test(first, second)
+        differences = stats.paired_difference(
+            first, second, names=["accuracy_macro", "accuracy_micro"]
+        )
+        gain = stats.gain_recovered(first, second, oracle, n_resamples=10_000)
+        return [
+            *(tested[name] for name in (*differences, "effect_size")),
+            *differences.values(),
+            gain,
+        ]
+
+    by_one, likelihood = found(), stats.paired_difference(first, second, names=["nll"])
+    monkeypatch.setattr(stats, "MANY_USERS", 400)
+    (joined, *_), alike = stats._joined([first.sums, second.sums])
+    assert alike is not None and alike.sum() == 400 and len(alike) == len(joined.count) < 7
+    for one, other in zip(found(), by_one, strict=True):
+        assert one["value"] == pytest.approx(other["value"], rel=1e-12)
+        width = other["ci95"][1] - other["ci95"][0]
+        assert one["ci95"] == pytest.approx(other["ci95"], abs=0.06 * width)
+    assert stats.paired_difference(first, second, names=["nll"]) == likelihood  # of margins
 
 
 def test_tail_share_by_tables() -> None:
