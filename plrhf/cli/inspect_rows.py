@@ -22,6 +22,7 @@ from plrhf.cli.assemble import build_data, print_lines
 from plrhf.cli.commands import quoted
 from plrhf.cli.config import DataConfig, Section, Seed
 from plrhf.core.components import Settings
+from plrhf.core.errors import printable
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import SPLITS, Row, Rows
 from plrhf.evaluation.probes import probe
@@ -64,8 +65,8 @@ def inspect_rows(settings: Settings) -> None:
         data.tokenize(tokenizer, layout="packed", max_positions=tokenizer.model_max_length)
         print_lines(token_lines(data))
     print_lines(split_lines(data, config.data))
-    print_lines(probe(data.splits).get("warnings", []))
-    print_lines(["next: " + next_command(config.data)])
+    print_lines(f"warning: {one}" for one in probe(data.splits).get("warnings", []))
+    print_lines(next_lines(config.data, config.backbone))
 
 
 def row_lines(row: Row) -> Iterator[str]:
@@ -74,7 +75,7 @@ def row_lines(row: Row) -> Iterator[str]:
     for name in ("prompt", "chosen", "rejected", "user_id", "user_text", "user_features", "split"):
         value = getattr(row, name)
         if value is not None:
-            text = json.dumps(value, ensure_ascii=True, default=dict)
+            text = printable(json.dumps(value, ensure_ascii=False, default=dict))
             yield f"  {name}: {text if len(text) <= SHOWN else text[:SHOWN] + '...'}"
 
 
@@ -152,12 +153,24 @@ def split_lines(data: PreferenceData, config: DataConfig) -> Iterator[str]:
         yield f"  left out: {count:,} pairs, {reason}"
 
 
-def next_command(config: DataConfig) -> str:
-    """Return the command that trains on these rows."""
-    path = str(config.source.get("path"))
-    path = f"data.path={path if PLAIN.fullmatch(path) else quoted(path)}"
-    split = "" if config.split_by == "prompt" else f" data.split_by={config.split_by}"
-    return f"python train.py data=jsonl {shlex.quote(path)}{split} backbone=hf backbone.path=DIR"
+def next_lines(config: DataConfig, backbone: Tokens) -> Iterator[str]:
+    """Yield the command that trains on these rows, and what to add for another model."""
+    settings = {"data": "jsonl", "data.path": config.source.get("path")}
+    if config.split_by != "prompt":
+        settings["data.split_by"] = config.split_by
+    if backbone.path is not None:
+        settings |= {"backbone": "hf", "backbone.path": backbone.path}
+    if backbone.chat_template is not None:
+        settings["backbone.chat_template"] = backbone.chat_template
+    words = (f"{name}={_as_setting(str(value))}" for name, value in settings.items())
+    yield f"next: plrhf train {' '.join(map(shlex.quote, words))}"
+    if backbone.path is None:
+        yield "  trains a tiny GPT-J on a laptop; for a model of yours add backbone=hf backbone.path=DIR"
+
+
+def _as_setting(value: str) -> str:
+    """Return a setting's value with the quotes that Hydra wants."""
+    return value if PLAIN.fullmatch(value) else quoted(value)
 
 
 def _spread(values: Iterable[int]) -> str:

@@ -104,7 +104,7 @@ def train_supervised(
 def cached_tiny_backbone(config: RunConfig, data: PreferenceData) -> str:
     """Return the directory of the run's tiny backbone; train it first if it is not in the cache."""
     with tempfile.TemporaryDirectory() as scratch:
-        supervised = supervised_config(config, run_dir=scratch)
+        supervised = supervised_config(config, run_dir=scratch, has_val=len(data.splits.val) > 0)
         folder = cache_folder(supervised, data)
         say = rank_zero_only(print)  # torchrun starts all processes before there is a backbone
         if folder.is_dir() and not is_intact(folder):
@@ -112,16 +112,17 @@ def cached_tiny_backbone(config: RunConfig, data: PreferenceData) -> str:
             shutil.rmtree(folder, ignore_errors=True)
         if not folder.is_dir():
             steps = config.backbone.sft.max_steps
-            say(f"training the backbone first ({steps} steps), kept in {folder}")
+            say(f"training the backbone first (at most {steps} steps), kept in {folder}")
             lightning.seed_everything(config.seed, verbose=False)
             again = build_data(supervised.data)
-            has_val = len(again.splits.val) > 0
-            trainer = build_run_trainer(supervised, Path(scratch), has_val=has_val)
+            trainer = build_run_trainer(
+                supervised, Path(scratch), has_val=len(again.splits.val) > 0
+            )
             train_supervised(supervised, again, trainer)
     return str(folder)
 
 
-def supervised_config(config: RunConfig, *, run_dir: str) -> RunConfig:
+def supervised_config(config: RunConfig, *, run_dir: str, has_val: bool) -> RunConfig:
     """Return the config of the ``model=sft`` run that ``backbone.sft`` describes."""
     sft = config.backbone.sft
     trainer = config.trainer.model_copy(
@@ -129,7 +130,7 @@ def supervised_config(config: RunConfig, *, run_dir: str) -> RunConfig:
             **{"devices": 1, "num_nodes": 1, "zero3": None},  # made before other processes are
             "max_steps": sft.max_steps,
             "max_epochs": None,
-            "patience": None,
+            "patience": sft.patience if has_val else None,
             "monitor": "val/loss",
             "val_every_n_steps": None,
             "checkpoint_every_n_steps": None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def test_an_arena(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = [line.split() for line in lines if line.startswith(("  train:", "  val:", "  test:"))]
     assert sum(int(words[1]) for words in sizes) == 80
     assert sum(int(words[5]) for words in sizes) == 16
-    assert lines[-1].startswith(f"next: python train.py data=jsonl data.path={tmp_path}/arena.csv ")
+    assert lines[-2] == f"next: plrhf train data=jsonl data.path={tmp_path}/arena.csv"
 
 
 def test_lengths_in_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,17 +61,21 @@ def test_lengths_in_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     lines = said(capsys, path, f"backbone.path={directory}", "data.max_tokens=100")
     assert any(line.startswith("tokens, chosen: ") for line in lines)
     assert any(line.startswith("response too long: 1 of 81 rows (1%)") for line in lines)
+    given = f"data.path={path} backbone=hf backbone.path={directory}"
+    assert lines[-1] == f"next: plrhf train data=jsonl {given}"
 
 
 def test_one_prompt_and_one_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    jokes = [["user", "joke", "rating"], *(["ann", f"joke {n}", n % 4] for n in range(12))]
+    jokes = [["user", "joke", "rating"], *(["ann", f"Spaß\t{n}", n % 4] for n in range(12))]
     path = table(tmp_path / "jokes.csv", jokes)
     with pytest.raises(ValueError, match=r"set data\.split_by=pair or user"):
         said(capsys, path)
     lines = said(capsys, path, "data.split_by=user")
+    shown = [line.split() for line in lines if line.startswith(("  chosen:", "  rejected:"))]
+    assert len(shown) == 2 and all(re.fullmatch(r'"Spaß\\t\d+"', text) for _, text in shown)
     assert "  one user alone: nothing personal can be learned from others" in lines
     assert "splits: drawn by data.split_by=user: no two have a pair of one user in common" in lines
-    assert "data.split_by=user" in lines[-1]
+    assert lines[-2] == f"next: plrhf train data=jsonl data.path={path} data.split_by=user"
 
 
 def test_rows_that_carry_splits_and_features(

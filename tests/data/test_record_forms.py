@@ -161,6 +161,25 @@ def test_label_studio(tmp_path: Path) -> None:
     assert form == "label_studio"
 
 
+def test_minimal_label_studio(tmp_path: Path) -> None:
+    """What JSON_MIN makes of the tags: Pairwise is a list, one choice and one comment are texts."""
+    more = {"annotation_id": 7, "created_at": "", "updated_at": "", "lead_time": 1.5}
+    data = {"prompt": "p", "text1": "a", "text2": "b", "id": 1}
+    marks: list[dict[str, Any]] = [
+        {"pw": [{"selected": "right"}], "note": "First of all, why?", "annotator": 3},
+        {"pick": "Response 1", "annotator": 4},
+        {"note": "Left me cold", "choice": "Response 2", "annotator": 4},
+        {"note": "Left me cold", "pick": "Response 2", "annotator": 4},
+        {"annotator": 5},
+        {"stars": [{"rating": 3}], "annotator": 5},
+    ]
+    records = [{**data, **one, **more} for one in marks]
+    rows, refused, form = read(write_json(tmp_path / "export.json", records))
+    assert rows == [("p", "b", "a", "3"), ("p", "a", "b", "4"), ("p", "b", "a", "4")]
+    assert refused == {"no response preferred": 2, "record unlike the dataset's": 1}
+    assert form == "label_studio_minimal"
+
+
 def test_argilla(tmp_path: Path) -> None:
     fields = {"prompt": "p", "response1": "a", "response2": "b"}
     ranked = [{"value": "response2", "rank": 1}, {"value": "response1", "rank": 2}]

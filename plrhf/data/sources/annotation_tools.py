@@ -1,6 +1,7 @@
 """Rows from the exports of annotation tools: Label Studio and Argilla.
 
-Label Studio: https://labelstud.io/guide/export, tags Pairwise and Choices. Argilla 2:
+Label Studio: https://labelstud.io/guide/export, tags Pairwise and Choices, as JSON and as minimal JSON.
+Argilla 2:
 https://docs.argilla.io, `records.to_json`, questions of labels, rankings and ratings.
 """
 
@@ -13,10 +14,19 @@ from pydantic import BaseModel, Field, ValidationError
 
 from plrhf.data.reasons import Reason, Refusal, refusal
 from plrhf.data.sources.base import id_as_text
-from plrhf.data.sources.comparisons import Comparison, comparison_of, row_of, winner_of
+from plrhf.data.sources.comparisons import (
+    WINNER_COLUMNS,
+    Comparison,
+    comparison_of,
+    first_of,
+    row_of,
+    winner_of,
+)
 from plrhf.data.sources.formats import Record
 
 WINNER = "winner"
+MINIMAL = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement")
+"""Columns that Label Studio adds to a task's fields and marks in its minimal JSON."""
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -24,6 +34,11 @@ M = TypeVar("M", bound=BaseModel)
 def is_label_studio(names: Collection[str]) -> bool:
     """Whether these are the keys of a Label Studio task with annotations."""
     return {"data", "annotations"} <= set(names)
+
+
+def is_label_studio_minimal(names: Collection[str]) -> bool:
+    """Whether these are the keys of a Label Studio annotation in minimal JSON."""
+    return {"id", "annotator", "annotation_id", "lead_time"} <= set(names)
 
 
 def is_argilla(names: Collection[str]) -> bool:
@@ -122,6 +137,14 @@ def label_studio_rows(records: Iterator[tuple[int, Record]]) -> Iterator[tuple[i
     return _rows(records, _Task, _Annotation)
 
 
+def label_studio_minimal_rows(
+    records: Iterator[tuple[int, Record]],
+) -> Iterator[tuple[int, Record]]:
+    """Turn each annotation in minimal JSON, which holds its task's fields, into a row."""
+    for number, record in records:
+        yield number, record if isinstance(record, Refusal) else _minimal_row(record)
+
+
 def argilla_rows(records: Iterator[tuple[int, Record]]) -> Iterator[tuple[int, Record]]:
     """Turn each person's answer to each record into a row. A record without answers is refused."""
     return _rows(records, _ArgillaRecord, _Answer)
@@ -148,6 +171,38 @@ def _rows(
                 yield number, _unanswered(given)
             else:
                 yield number, _row(task.data, answer.choice, answer.user_id)
+
+
+def _minimal_row(record: Mapping[str, Any]) -> Record:
+    """Make a row of an annotation, whose marks stand between the columns ``id`` and ``annotator``."""
+    names = list(record)
+    marks = names[names.index("id") + 1 : names.index("annotator")]
+    data = {name: record[name] for name in names if name not in (*marks, *MINIMAL)}
+    texts = [name for name in marks if isinstance(record[name], str)]
+    regions = [one for name in marks for one in _regions(record[name])]
+    choice = _Annotation(result=regions).choice
+    if choice is None and len(texts) > 0:
+        named = first_of(WINNER_COLUMNS, texts)
+        if named is None and len(texts) > 1:
+            cure = f"Rename the one that says which response is better to {WINNER}"
+            return refusal(Reason.BAD_SHAPE, "record", ", ".join(texts), "one mark", cure)
+        choice = record[named or texts[0]]
+    if choice is None:
+        return _unanswered(regions)
+    return _row(data, choice, _Annotation(completed_by=record["annotator"]).user_id)
+
+
+def _regions(value: object) -> list[_Region]:
+    """The marks of one tag: of Pairwise and of Choices with several values, lists; else none."""
+    found = value if isinstance(value, list) else []
+    kinds = {"selected": "pairwise", "choices": "choices"}
+    return [
+        _Region(type=kind, value=one)
+        for one in found
+        if isinstance(one, dict)
+        for key, kind in kinds.items()
+        if key in one
+    ]
 
 
 def _parsed(kind: type[M], value: object) -> M | Refusal:

@@ -34,6 +34,11 @@ class Form:
 
 FORMS = (
     Form("label_studio", annotation_tools.is_label_studio, annotation_tools.label_studio_rows),
+    Form(
+        "label_studio_minimal",
+        annotation_tools.is_label_studio_minimal,
+        annotation_tools.label_studio_minimal_rows,
+    ),
     Form("argilla", annotation_tools.is_argilla, annotation_tools.argilla_rows),
     Form("comparisons", comparisons.is_comparison, comparisons.rows),
     Form("ratings", ratings.is_rating, ratings.rows),

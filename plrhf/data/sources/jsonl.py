@@ -53,6 +53,9 @@ class JsonlSource(Source):
         rating_scale: list[int] | None = None,
     ) -> None:
         if not path.lower().endswith(ENDINGS):
+            if Path(path).is_dir():
+                cure = "Name a file in it. A Polis export: plrhf data convert polis DIR rows.jsonl"
+                raise bad_value("data.path", path, "a file, not a folder", cure)
             cure = f"Convert the file to one of {', '.join(ENDINGS)}"
             raise bad_value("data.path", path, f"a file ending in {' '.join(ENDINGS)}", cure)
         self.path, self.keep_split = path, keep_split
