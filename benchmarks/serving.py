@@ -28,7 +28,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from plrhf.cli import commands
+from plrhf.cli import commands, serve
 from plrhf.models.base import PersonalModule
 from plrhf.models.generation import left_padded, write_batch
 from plrhf.models.inference import load
@@ -71,7 +71,7 @@ class Server:
         words = [f"run={policy}", f"reward={reward}", f"database=sqlite:///{folder}/people.db"]
         words += ["port=0", "device=cpu", f"batch_size={BATCH_SIZE}"]
         reader, writer = os.pipe()
-        if forked:  # has all imports, which take most of a start, and reads no pool
+        if forked:  # has all imports and the models, which take most of a start, and reads no pool
             words.append("pool=0")
             self.process: Any = multiprocessing.get_context("fork").Process(
                 target=serve_forked, args=(words, writer, self.log)
@@ -270,6 +270,9 @@ def kill_test(given: argparse.Namespace, folder: Path) -> None:
     names = [f"person-{n}" for n in range(8)]
     acknowledged: list[tuple[str, int, str]] = []
     draw = random.Random(given.seed)
+    serve.load = cache(serve.load)  # once for all starts
+    for run in (given.policy, given.reward):
+        serve.load(run, trust_components=False, trust_remote_code=False)
     for kill in range(given.kills):
         server = Server(given.policy, given.reward, folder, forked=True)
         judging = [partial(judge, name, server.url, kill, acknowledged) for name in names]

@@ -23,6 +23,7 @@ from plrhf.cli.config import RunConfig
 from plrhf.cli.serve import ServeConfig, build_service
 from plrhf.models.export import save_export
 from plrhf.serving.app import build_app
+from plrhf.serving.protocol import build_server
 from plrhf.serving.service import Service
 from plrhf.serving.store import Judgment
 
@@ -95,11 +96,8 @@ def serving(
     config = ServeConfig.read(composed(*words, *overrides, config="serve"), "")
     service = build_service(config)
     limits: Any = {name: getattr(config, name) for name in ("keys", "rate_limit", "max_body")}
-    made = uvicorn.Config(
-        build_app(service, **limits, local=True), port=0, log_level="warning", access_log=False
-    )
-    socket = made.bind_socket()
-    server = uvicorn.Server(made)
+    server = build_server(build_app(service, **limits, local=True), host="127.0.0.1", port=0)
+    socket = server.config.bind_socket()
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
     thread.start()
     running = Running(f"http://127.0.0.1:{socket.getsockname()[1]}", service, server, thread)

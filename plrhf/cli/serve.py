@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import uvicorn
 from pydantic import Field, StringConstraints
 
 from plrhf.cli.assemble import build_data
@@ -26,12 +25,12 @@ from plrhf.models.reward import PersonalRewardModel
 from plrhf.serving.app import build_app
 from plrhf.serving.engine import Engine
 from plrhf.serving.guard import LOCAL
+from plrhf.serving.protocol import build_server
 from plrhf.serving.served import ServedModel
 from plrhf.serving.service import Options, Service
 from plrhf.serving.store import People
 from plrhf.serving.user_model import UserModel
 
-GRACE_SECONDS = 60  # that running answers have to end when the server is stopped
 SWITCH_SECONDS = 0.0005  # after which a thread lets others run
 
 
@@ -68,17 +67,7 @@ def serve(settings: Settings) -> None:
         max_body=config.max_body,
         local=config.host in LOCAL and len(config.keys) == 0,
     )
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host=config.host,
-            port=config.port,
-            log_level="warning",
-            access_log=False,  # it would name people
-            server_header=False,
-            timeout_graceful_shutdown=GRACE_SECONDS,
-        )
-    )
+    server = build_server(app, host=config.host, port=config.port)
     # The engine's thread waits less for those that read requests; Python's default is 5 ms.
     sys.setswitchinterval(SWITCH_SECONDS)
     socket = server.config.bind_socket()

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Request
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
@@ -17,7 +18,7 @@ from starlette.types import ASGIApp
 from plrhf.core.errors import BadValue
 from plrhf.serving.chat import add_chat
 from plrhf.serving.engine import Busy
-from plrhf.serving.errors import ApiError, error_response, failed
+from plrhf.serving.errors import ApiError, error_response, failed, log_without_values
 from plrhf.serving.guard import Guard
 from plrhf.serving.schemas import (
     MOST_SEED,
@@ -31,6 +32,7 @@ from plrhf.serving.service import Service
 from plrhf.serving.store import Judgment, Known
 
 PAGE = Path(__file__).parent / "page"
+RETRY = {"Retry-After": "1"}
 MEDIA = {".css": "text/css", ".js": "text/javascript"}
 
 UserId = Annotated[Name, PathParameter()]
@@ -93,8 +95,13 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Busy)
     async def busy(request: Request, error: Busy) -> Response:
-        retry = {"Retry-After": "1"}
-        return error_response(ApiError(503, "Too many answers wait. Try again.", headers=retry))
+        return error_response(ApiError(503, "Too many answers wait. Try again.", headers=RETRY))
+
+    @app.exception_handler(DBAPIError)
+    async def no_database(request: Request, error: DBAPIError) -> Response:
+        log_without_values(error)
+        message = "The database of people cannot be read or written now. Try again later."
+        return error_response(ApiError(503, message, code="database_unavailable", headers=RETRY))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:

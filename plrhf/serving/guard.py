@@ -164,8 +164,8 @@ async def _read(receive: Receive, most: int, headers: Mapping[str, str]) -> byte
     body = bytearray()
     while True:
         message = await receive()
-        if message["type"] == "http.disconnect":
-            return bytes(body)
+        if message["type"] == "http.disconnect":  # what has come may be half of what was meant
+            raise ApiError(499, "The client left before the body had ended.")
         body += message.get("body", b"")
         if len(body) > most:
             raise too_large

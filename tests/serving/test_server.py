@@ -222,6 +222,20 @@ def test_keys_limits_and_a_stop_that_lets_answers_end(
         assert got in (["length"], ["stop"])
 
 
+def test_a_database_that_fails_is_said_to_and_costs_no_later_request(
+    server: Running, http: httpx2.Client
+) -> None:
+    agree(http, "sql")
+    with server.service.people.engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE people RENAME TO gone")
+    failed = http.get("/v1/users/sql")
+    with server.service.people.engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE gone RENAME TO people")
+    assert failed.status_code == 503 and int(failed.headers["Retry-After"]) >= 1
+    assert failed.json()["error"]["code"] == "database_unavailable"
+    assert http.get("/v1/users/sql").status_code == 200
+
+
 def test_the_rate_is_a_bucket_that_fills() -> None:
     limit = RateLimit(3)
     assert [limit.wait("a", 0.0) for _ in range(4)] == [0, 0, 0, 20]
