@@ -45,7 +45,8 @@ def trials_of(run: str, given: argparse.Namespace) -> FewShotTrials:
         world = {"test_pairs_per_user": given.pairs, "n_unseen_users": given.people}
         few = {"pairs_per_user": 1, "val_pairs_per_user": 1}  # of train users, which are not needed
         settings["data"] = data.model_copy(update={"source": {**data.source, **world, **few}})
-    config = EvalConfig.model_construct(**settings, trust_components=False, debug=False)
+    settings |= {"cache_dir": ".cache/plrhf", "trust_components": False, "debug": False}
+    config = EvalConfig.model_construct(**settings)
     model, rows, _, _ = load_run(Path(run), config)
     may_be_given, asked = rows_of_users(rows, given.users)
     tokenizer = row_tokenizer(rows.row_tokenizer.tokenizer, rows.tokenizer_options)

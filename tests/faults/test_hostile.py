@@ -183,8 +183,15 @@ CARDS: dict[str, Change] = {
     "deep": bytes_in("plrhf.json", b'{"schema": 1, "users": ' + b"[" * 100_000),
     "latin": bytes_in("plrhf.json", '{"schema": 1, "users": ["é"]}'.encode("latin-1")),
 }
-UNREAD = ("texts without end", "tables of another", "tokens none", "no precision")
-"""Cases of settings that scoring does not read: refused, or the rewards are the same."""
+UNREAD = (
+    *("texts without end", "tables of another", "tokens none", "no precision"),
+    *("a backbone elsewhere", "backbone/model.safetensors complex"),
+)
+"""Cases of what scoring does not read: refused, or the rewards are the same.
+
+The backbone that an export ships is used whatever path it names. Of complex numbers transformers takes the
+real parts, which are compared with the fingerprint of the weights that were exported.
+"""
 
 HARMLESS: dict[str, Change] = {
     "trust": card_with("backbone", trust_remote_code=True),
