@@ -120,6 +120,12 @@ def test_a_library_is_imported_where_it_belongs(library: str, wings: set[str]) -
     assert importers <= wings
 
 
+def test_no_two_test_modules_have_one_name() -> None:
+    """Test folders are no packages, so pytest takes two modules of one name for the same."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 @pytest.mark.slow
 def test_lower_wings_load_no_heavy_library() -> None:
     """Nor do the modules that read the command line, which set how libraries load."""
