@@ -77,6 +77,8 @@ def build_run_trainer(config: RunConfig, run_dir: Path, *, has_val: bool) -> Tra
     others = {name: one for name, one in config.logger if name != "name"}
     loggers = build_loggers(run_dir=run_dir, name=run_name(config), **others)
     options = {name: one for name, one in config.trainer if name != "name"}
+    if config.is_supervised and not has_val and options["patience"] == config.backbone.sft.patience:
+        options["patience"] = None  # the backbone's own, which nobody has asked for
     return build_trainer(**options, run_dir=run_dir, loggers=loggers, has_val=has_val)
 
 

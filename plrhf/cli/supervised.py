@@ -104,7 +104,7 @@ def train_supervised(
 def cached_tiny_backbone(config: RunConfig, data: PreferenceData) -> str:
     """Return the directory of the run's tiny backbone; train it first if it is not in the cache."""
     with tempfile.TemporaryDirectory() as scratch:
-        supervised = supervised_config(config, run_dir=scratch, has_val=len(data.splits.val) > 0)
+        supervised = supervised_config(config, run_dir=scratch)
         folder = cache_folder(supervised, data)
         say = rank_zero_only(print)  # torchrun starts all processes before there is a backbone
         if folder.is_dir() and not is_intact(folder):
@@ -115,14 +115,13 @@ def cached_tiny_backbone(config: RunConfig, data: PreferenceData) -> str:
             say(f"training the backbone first (at most {steps} steps), kept in {folder}")
             lightning.seed_everything(config.seed, verbose=False)
             again = build_data(supervised.data)
-            trainer = build_run_trainer(
-                supervised, Path(scratch), has_val=len(again.splits.val) > 0
-            )
+            has_val = len(again.splits.val) > 0
+            trainer = build_run_trainer(supervised, Path(scratch), has_val=has_val)
             train_supervised(supervised, again, trainer)
     return str(folder)
 
 
-def supervised_config(config: RunConfig, *, run_dir: str, has_val: bool) -> RunConfig:
+def supervised_config(config: RunConfig, *, run_dir: str) -> RunConfig:
     """Return the config of the ``model=sft`` run that ``backbone.sft`` describes."""
     sft = config.backbone.sft
     trainer = config.trainer.model_copy(
@@ -130,7 +129,7 @@ def supervised_config(config: RunConfig, *, run_dir: str, has_val: bool) -> RunC
             **{"devices": 1, "num_nodes": 1, "zero3": None},  # made before other processes are
             "max_steps": sft.max_steps,
             "max_epochs": None,
-            "patience": sft.patience if has_val else None,
+            "patience": sft.patience,
             "monitor": "val/loss",
             "val_every_n_steps": None,
             "checkpoint_every_n_steps": None,

@@ -14,11 +14,13 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
+from lightning.pytorch.callbacks import EarlyStopping
 from runs import (
     ENVIRONMENT,
     TINY,
     check_run,
     command,
+    composed,
     evaluation_of,
     launch,
     rows_of_world,
@@ -32,6 +34,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import plrhf
 from plrhf.backbone.quantization import is_quantized
+from plrhf.cli.assemble import build_run_trainer
+from plrhf.cli.config import RunConfig
 from plrhf.reporting.runs import role
 
 KINDS: dict[str, list[str]] = {
@@ -113,6 +117,21 @@ def test_supervised_model_is_a_backbone_for_others(tmp_path: Path, cache_dir: Pa
     # The hidden size of hf backbones is their own, so the tiny shape is not looked at.
     launch("train", *TINY, *on_top)
     check_run(tmp_path / "reward")
+
+
+def test_the_patience_of_a_backbone_asks_for_no_val_pairs(tmp_path: Path) -> None:
+    """What a run itself sets does, as of every model."""
+
+    def stoppers(*overrides: str, has_val: bool) -> list[Any]:
+        config = RunConfig.from_settings(composed("model=sft", *overrides))
+        callbacks: list[Any] = build_run_trainer(config, tmp_path, has_val=has_val).callbacks  # type: ignore[attr-defined]
+        return [one for one in callbacks if isinstance(one, EarlyStopping)]
+
+    (stopper,) = stoppers(has_val=True)
+    assert stopper.patience == 10
+    assert stoppers(has_val=False) == []
+    with pytest.raises(ValueError, match=r"trainer\.patience=3 is not allowed: expected null"):
+        stoppers("trainer.patience=3", has_val=False)
 
 
 ROWS = ["data=jsonl", "data.batch_size=16", "trainer.max_epochs=1", "optim.warmup_steps=2"]
