@@ -23,7 +23,6 @@ N_RESAMPLES = 2000
 N_PAIRED_RESAMPLES = 10_000  # p of many users reaches down to 0.0002, enough for Holm over 200
 _BLOCK = 100_000  # weights drawn at once, 0.8 MB: they are read many times, so they stay in the CPU's cache
 _MOST_KEPT = 2_000_000  # weights, 16 MB
-MANY_USERS = 10_000  # from so many users on, those who are alike are drawn together
 _DRAWS_KEPT = 4
 
 
@@ -91,13 +90,15 @@ def _weights_of_blocks(n_users: int, n_resamples: int, seed: int) -> Iterator[Ar
 
 
 def _weights_of_groups(alike: NDArray[np.int64], n_resamples: int, seed: int) -> Iterator[Array]:
-    """Yield how often one of each group's users was drawn, in blocks [R', G]; naive: one by one."""
+    """Yield how often one of each group's users was drawn, in blocks [R', G].
+
+    The naive twin is `_resample_weights`, summed over the users of each group.
+    """
     generator = np.random.default_rng(seed)
-    block = max(1, _BLOCK // len(alike))
-    for start in range(0, n_resamples, block):
-        rows = min(block, n_resamples - start)
-        shares = alike / alike.sum()
-        yield generator.multinomial(alike.sum(), shares, size=rows).astype(np.float64)
+    n_users = alike.sum()
+    for rows in _block_sizes(len(alike), n_resamples):
+        drawn = generator.multinomial(n_users, alike / n_users, size=rows)
+        yield drawn.astype(np.float64)
 
 
 @lru_cache(maxsize=_DRAWS_KEPT)
@@ -112,13 +113,18 @@ def _resample_weights(n_users: int, n_resamples: int, seed: int) -> Iterator[Arr
     The R' of all blocks add up to `n_resamples`.
     """
     generator = np.random.default_rng(seed)
-    block = max(1, _BLOCK // n_users)
-    for start in range(0, n_resamples, block):
-        rows = min(block, n_resamples - start)
+    for rows in _block_sizes(n_users, n_resamples):
         drawn = generator.integers(n_users, size=(rows, n_users))
         drawn += n_users * np.arange(rows)[:, None]
         weights = np.bincount(drawn.ravel(), minlength=rows * n_users)
         yield weights.reshape(rows, n_users).astype(np.float64)
+
+
+def _block_sizes(width: int, n_resamples: int) -> Iterator[int]:
+    """Yield how many resamples of `width` weights each block has."""
+    block = max(1, _BLOCK // width)
+    for start in range(0, n_resamples, block):
+        yield min(block, n_resamples - start)
 
 
 def tail_share(n_users: int) -> float:

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from typing_extensions import TypedDict
 
 from plrhf.core.bootstrap import (
-    MANY_USERS,
     N_PAIRED_RESAMPLES,
     N_RESAMPLES,
     Array,
@@ -33,6 +32,7 @@ from plrhf.core.bootstrap import (
 from plrhf.core.errors import bad_value
 
 N_BINS = 15
+MANY_USERS = 10_000  # from so many users on, those who are alike are drawn together
 
 
 @dataclass(frozen=True)
