@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 
 import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from plrhf.serving.errors import ApiError, error_body
+from plrhf.serving.errors import ApiError, error_response
 
 HEAD_SECONDS = 30.0
 """That a client may take to send the request line and the headers."""
@@ -71,14 +70,9 @@ class Protocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP, unless an answer has begun, which can only be broken off."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            error = ApiError(400, "This is no valid HTTP/1.1 request. Send one.")
-            content = json.dumps(error_body(error)).encode()
-            headers = [
-                ("content-type", "application/json"),
-                ("content-length", str(len(content))),
-                ("connection", "close"),
-            ]
-            answer = h11.Response(status_code=error.status, headers=headers, reason=b"Bad Request")
-            for event in (answer, h11.Data(data=content), h11.EndOfMessage()):
+            told = error_response(ApiError(400, "This is no valid HTTP/1.1 request. Send one."))
+            headers = [*told.raw_headers, (b"connection", b"close")]
+            answer = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+            for event in (answer, h11.Data(data=bytes(told.body)), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()

@@ -1,8 +1,7 @@
 """Rows from the exports of annotation tools: Label Studio and Argilla.
 
 Label Studio: https://labelstud.io/guide/export, tags Pairwise and Choices, as JSON and as minimal JSON.
-Argilla 2:
-https://docs.argilla.io, `records.to_json`, questions of labels, rankings and ratings.
+Argilla 2: https://docs.argilla.io, `records.to_json`, questions of labels, rankings and ratings.
 """
 
 from __future__ import annotations
