@@ -62,10 +62,11 @@ def in_blocks(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 
 class TextTable:
-    """Rows of optional texts in a temporary Arrow file, which is read by block and column.
+    """Rows of optional texts in a temporary file of Arrow messages, one a block.
 
     The file is kept in memory while it is small, and it disappears with the process. Blocks are read
-    rather than memory-mapped, so an iteration over all rows holds one block at a time.
+    rather than memory-mapped, so an iteration over all rows holds one block at a time. Arrow's own file
+    reader has a thread, which would end the process with an error if it still held this file at exit.
 
     Args:
         names: of the columns.
@@ -77,27 +78,26 @@ class TextTable:
     """
 
     def __init__(self, names: Sequence[str], blocks: Iterator[Sequence[tuple[str | None, ...]]]):
-        self._place = {name: place for place, name in enumerate(names)}
+        self._schema = arrow.schema([(name, arrow.string()) for name in names])
         self._file = SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115  (goes with this object)
-        self._last: tuple[tuple[int, tuple[str, ...]], arrow.RecordBatch] | None = None
+        self._starts = [0]  # of each block in the file, and at last its size, in bytes
+        self._last: tuple[int, arrow.RecordBatch] | None = None
         cure = "Free some space, or set TMPDIR to a directory on a larger disk"
         with explain_full_disk("TMPDIR", gettempdir(), cure):
             self.digest = self._write(names, blocks)
+            self._file.flush()
 
     def _write(
         self, names: Sequence[str], blocks: Iterator[Sequence[tuple[str | None, ...]]]
     ) -> str:
         """Write the rows and return their hash."""
-        schema = arrow.schema([(name, arrow.string()) for name in names])
         digest = blake2b(repr(names).encode(), digest_size=16)
-        with arrow.ipc.new_file(arrow.PythonFile(self._file, "w"), schema) as writer:
-            for block in blocks:
-                columns = [
-                    arrow.array(column, arrow.string()) for column in zip(*block, strict=True)
-                ]
-                batch = arrow.record_batch(columns, schema=schema)
-                digest.update(batch.serialize())
-                writer.write_batch(batch)
+        for block in blocks:
+            columns = [arrow.array(column, arrow.string()) for column in zip(*block, strict=True)]
+            message = arrow.record_batch(columns, schema=self._schema).serialize()
+            digest.update(message)
+            self._file.write(message)
+            self._starts.append(self._starts[-1] + message.size)
         return digest.hexdigest()
 
     def read(self, names: Sequence[str], indices: Indices) -> Iterator[list[list[str | None]]]:
@@ -114,7 +114,7 @@ class TextTable:
         The hash does not depend on the other rows of the table, nor on where blocks end: for each
         column the lengths of all texts and the bytes of all texts are hashed.
         """
-        names = list(self._place)
+        names = self._schema.names
         lengths = {name: blake2b(name.encode(), digest_size=16) for name in names}
         texts = {name: blake2b(digest_size=16) for name in names}
         for batch in self._batches(names, indices):
@@ -130,19 +130,23 @@ class TextTable:
         """Yield the named columns at the indices, of one block at a time."""
         if len(indices) == 0:
             return
-        options = arrow.ipc.IpcReadOptions(included_fields=[self._place[name] for name in names])
-        reader = arrow.ipc.open_file(arrow.PythonFile(self._file, "r"), options=options)
         block = indices // BLOCK
         for run in np.split(indices, np.flatnonzero(np.diff(block)) + 1):
             number = int(run[0] // BLOCK)
-            key = number, tuple(names)
-            if self._last is None or self._last[0] != key:
-                self._last = None  # so that one block at a time is held
-                self._last = key, reader.get_batch(number)
-            batch = self._last[1]
+            batch = self._block(number).select(names)
             if len(run) < batch.num_rows or (np.diff(run) != 1).any():
                 batch = batch.take(arrow.array(run - number * BLOCK))
             yield batch
+
+    def _block(self, number: int) -> arrow.RecordBatch:
+        """Read a block of rows, unless it was the last one read."""
+        if self._last is None or self._last[0] != number:
+            self._last = None  # so that one block at a time is held
+            start, stop = self._starts[number : number + 2]
+            self._file.seek(start)
+            message = arrow.py_buffer(self._file.read(stop - start))
+            self._last = number, arrow.ipc.read_record_batch(message, self._schema)
+        return self._last[1]
 
 
 def _utf8(column: arrow.StringArray) -> memoryview:
