@@ -15,11 +15,11 @@ from plrhf.core.bootstrap import Estimate
 from plrhf.core.errors import bad_value
 from plrhf.core.files import whole_file
 from plrhf.core.stats import STATISTICS
-from plrhf.data.digests import content_hash, file_digest
+from plrhf.data.digests import content_hash, file_digest, json_text
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Row
 from plrhf.evaluation.metrics import UserKind, choose_length_rule, summarise
-from plrhf.evaluation.records import Record, read_record, write_record
+from plrhf.evaluation.records import Record, read_record
 
 RESULTS, PREDICTIONS, METRICS = "results.json", "predictions.parquet", "metrics.csv"
 
@@ -216,16 +216,23 @@ def summarise_run(
 
 
 def write_evaluation(directory: Path, results: Results, predictions: pd.DataFrame) -> None:
-    """Write predictions.parquet, and results.json with its digest."""
+    """Write predictions.parquet, and results.json with its digest.
+
+    Both are whole before the first of them appears. A kill between the two renames leaves files that do
+    not fit, which `read_predictions` refuses; anything that fails before leaves both old ones.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    with whole_file(directory / PREDICTIONS) as part:
-        predictions.to_parquet(part, index=False)
     provenance = results.provenance
-    if provenance is not None:
-        there = [name for name in (PREDICTIONS, METRICS) if (directory / name).is_file()]
-        files = {name: file_digest(directory / name) for name in there}
-        provenance = provenance.model_copy(update={"files": files})
-    write_record(directory / RESULTS, results.model_copy(update={"provenance": provenance}))
+    paths = directory / RESULTS, directory / PREDICTIONS
+    with whole_file(paths[0]) as results_part, whole_file(paths[1]) as predictions_part:
+        predictions.to_parquet(predictions_part, index=False)
+        if provenance is not None:
+            files = {PREDICTIONS: file_digest(predictions_part)}
+            if (directory / METRICS).is_file():
+                files[METRICS] = file_digest(directory / METRICS)
+            provenance = provenance.model_copy(update={"files": files})
+        record = results.model_copy(update={"provenance": provenance})
+        results_part.write_text(json_text(record.to_json(), indent=2), encoding="utf-8")
 
 
 def read_predictions(directory: Path, results: Results) -> pd.DataFrame:

@@ -33,6 +33,7 @@ from plrhf.models.enrolment import forget
 from plrhf.models.export import check_files, remove_leftovers, restore
 from plrhf.reporting.comparison_page import compare
 from plrhf.reporting.report import write_report
+from plrhf.reporting.runs import read_run
 from plrhf.training.checkpoints import AtomicCheckpointIO, read_checkpoint
 from plrhf.training.loggers import MetricsFile
 
@@ -242,6 +243,28 @@ def version_in(writer: Writer, home: Path) -> str:
         return "refused"
 
 
+def test_predictions_of_other_results_are_refused(folder: Path) -> None:
+    """A process that is killed between the renames of the two files leaves the new one of one of them."""
+
+    def killed_between() -> None:
+        def replace(old: Path, new: Path) -> None:
+            old.rename(new)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        files.os.replace = replace  # type: ignore[assignment]  # of this process alone
+        write_predictions(folder, 2)
+
+    write_predictions(folder, 1)
+    assert ended(child_of(killed_between)) == -signal.SIGKILL
+    assert read_results(folder / "run").data == {"version": 1}
+    assert set(pd.read_parquet(folder / "run/predictions.parquet")["margin"]) == {2.0}
+    said = r"run/predictions.parquet=.altered or damaged. is not allowed: .*Evaluate the run anew.$"
+    with pytest.raises(BadValue, match=said):
+        read_run(folder / "run")
+    write_predictions(folder, 2)
+    assert set(read_run(folder / "run").predictions["margin"]) == {2.0}
+
+
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_old_and_is_known(folder: Path) -> None:
     """No file may grow beyond a limit, at which writing fails as on a full disk."""
@@ -265,8 +288,8 @@ def test_a_full_disk_leaves_the_old_and_is_known(folder: Path) -> None:
                 faults.append(
                     f"{name} at {limit} bytes: status {status}, {list(home.rglob('*.part'))}"
                 )
-            if status == 2 and version_in(writer, home) == "new":
-                faults.append(f"{name} at {limit} bytes: new, though it failed")
+            if status == 2 and (there := version_in(writer, home)) != "old":
+                faults.append(f"{name} at {limit} bytes: {there}, though it failed")
     print(f"\n{n_full} full disks; faults: {len(faults)}")
     assert faults == [] and n_full >= len(WRITERS)
 
