@@ -120,6 +120,7 @@ class SftConfig(Section):
 
     responses: Literal["chosen", "both"]
     max_steps: PositiveInt
+    max_epochs: PositiveInt | None
     patience: PositiveInt | None
     batch_size: PositiveInt
     lr: PositiveFloat

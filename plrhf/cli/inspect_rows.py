@@ -145,7 +145,7 @@ def split_lines(data: PreferenceData, config: DataConfig) -> Iterator[str]:
         rows: Sequence[Row] = getattr(data.splits, name)
         users = {row.user_id for row in rows}
         prompts = {row.prompt_id for row in rows}
-        yield f"  {name}: {len(rows):,} pairs, {len(users):,} users, {len(prompts):,} prompts"
+        yield f"  {name}: pairs: {len(rows):,}, users: {len(users):,}, prompts: {len(prompts):,}"
     unseen = data.unseen_users()
     if len(unseen) > 0:
         yield f"  {len(unseen):,} test users are in no train pair"

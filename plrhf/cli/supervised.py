@@ -128,7 +128,7 @@ def supervised_config(config: RunConfig, *, run_dir: str) -> RunConfig:
         update={
             **{"devices": 1, "num_nodes": 1, "zero3": None},  # made before other processes are
             "max_steps": sft.max_steps,
-            "max_epochs": None,
+            "max_epochs": sft.max_epochs,
             "patience": sft.patience,
             "monitor": "val/loss",
             "val_every_n_steps": None,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from plrhf.data.reasons import Reason, refuse
+from plrhf.data.reasons import Reason, refuse, refuse_surrogates
 from plrhf.data.rows import Message
 
 MESSAGE_FIELDS = (
@@ -59,14 +59,15 @@ def _message(entry: object, field: str, where: str) -> Message:
         cure = "Write e.g. user or assistant"
         refuse(Reason.NOT_TEXT, where, f"{field}.role", message["role"], "text", cure)
     try:
-        for value in message.values():
-            (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
-    except UnicodeEncodeError:
-        cure = "Save the file as UTF-8 and pair every \\ud800-\\udfff escape"
-        refuse(Reason.BAD_UTF8, where, field, entry, "valid Unicode text", cure)
+        texts = [
+            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            for value in message.values()
+        ]
     except (TypeError, ValueError, RecursionError):
         cure = "Write dates and numbers of tool calls as JSON has them"
         refuse(Reason.BAD_MESSAGES, where, field, entry, "JSON values", cure)
+    for text in texts:
+        refuse_surrogates(text, where, field, entry)
     return message
 
 

@@ -14,7 +14,7 @@ from plrhf.data.messages import (
     parse_messages,
     split_conversations,
 )
-from plrhf.data.reasons import Reason, refuse
+from plrhf.data.reasons import Reason, refuse, refuse_surrogates
 from plrhf.data.rows import SPLITS, Message, Row
 
 LONGEST_ROW = 500_000
@@ -172,7 +172,7 @@ def parse_features(value: object, where: str) -> dict[str, float | str] | None:
         if not isinstance(name, str) or not name.strip():
             cure = "Name every feature"
             refuse(Reason.BAD_USER_FEATURES, where, "user_features", name, "a text name", cure)
-        _check_utf8(name, "user_features", where)
+        refuse_surrogates(name, where, "user_features", name)
         if not _is_absent(entry):
             features[name] = _feature(entry, f"user_features.{name}", where)
     return features if len(features) > 0 else None
@@ -183,21 +183,12 @@ def _is_absent(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _check_utf8(text: str, name: str, where: str) -> None:
-    """Refuse text with lone surrogates, as from JSON escapes, which tokenizers cannot encode."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        cure = "Save the file as UTF-8 and pair every \\ud800-\\udfff escape"
-        refuse(Reason.BAD_UTF8, where, name, text, "valid Unicode text", cure)
-
-
 def _checked_text(value: object, name: str, where: str) -> str:
     """Return a text field; refuse values that are not valid text."""
     if not isinstance(value, str):
         cure = "Write it as one string, not as a list, number or object"
         refuse(Reason.NOT_TEXT, where, name, value, "text", cure)
-    _check_utf8(value, name, where)
+    refuse_surrogates(value, where, name, value)
     return value
 
 
@@ -270,7 +261,7 @@ def _feature(value: object, name: str, where: str) -> float | str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        _check_utf8(value, name, where)
+        refuse_surrogates(value, where, name, value)
         return value
     if isinstance(value, (int, float)) and abs(value) <= 3.4e38:  # float32's range
         return float(value)

@@ -84,6 +84,19 @@ def refuse(
     raise RefusedRow(reason, f"{where}: {bad_value(field, value, allowed, cure)}")
 
 
+def refuse_surrogates(text: str, where: str, field: str, value: object) -> None:
+    """Refuse text with lone surrogates, which tokenizers cannot encode.
+
+    They stand for bytes of another encoding in a file (U+DC80 to U+DCFF) or are halves of JSON escapes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        is_byte = "\udc80" <= text[error.start] <= "\udcff"
+        cure = "Save the file as UTF-8" if is_byte else "Pair every \\ud800-\\udfff escape"
+        refuse(Reason.BAD_UTF8, where, field, value, "valid Unicode text", cure)
+
+
 def refusal(reason: Reason, field: str, value: object, allowed: str, cure: str) -> Refusal:
     """Return a `Refusal`, with the details in the form of all errors."""
     return Refusal(reason, str(bad_value(field, value, allowed, cure)))

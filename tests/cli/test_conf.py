@@ -174,6 +174,7 @@ def test_models(model: str, model_of: Any) -> None:
         sft = config.backbone.sft
         assert config.is_supervised and built.responses == sft.responses
         assert (config.optim.lr, config.trainer.max_steps) == (sft.lr, sft.max_steps)
+        assert config.trainer.max_epochs == sft.max_epochs
     else:
         kinds = (PersonalRewardModel, PersonalDPOPolicy, PersonalGRPOPolicy)
         kind = dict(zip(("reward", "dpo", "grpo"), kinds, strict=True))[model]

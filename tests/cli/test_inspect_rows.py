@@ -46,9 +46,10 @@ def test_an_arena(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # "good 1" is longer by one character than "bad 1"; a wins where n is even, n = 5, 10, ... are ties
     assert "the longer response is chosen in 50% of pairs" in lines
     assert "splits: drawn by data.split_by=prompt: no two have a prompt in common" in lines
-    sizes = [line.split() for line in lines if line.startswith(("  train:", "  val:", "  test:"))]
-    assert sum(int(words[1]) for words in sizes) == 80
-    assert sum(int(words[5]) for words in sizes) == 16
+    splits = [line for line in lines if line.startswith(("  train:", "  val:", "  test:"))]
+    sizes = [[int(number) for number in re.findall(r"\d+", line)] for line in splits]
+    assert sum(pairs for pairs, _, _ in sizes) == 80
+    assert sum(prompts for _, _, prompts in sizes) == 16
     assert lines[-2] == f"next: plrhf train data=jsonl data.path={tmp_path}/arena.csv"
 
 
@@ -96,7 +97,7 @@ def test_rows_that_carry_splits_and_features(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = said(capsys, path)
     assert "splits: those that the rows carry" in lines and "user features: age" in lines
-    assert "  train: 4 pairs, 4 users, 4 prompts" in lines
+    assert "  train: pairs: 4, users: 4, prompts: 4" in lines
 
 
 def test_latin_1_is_refused_row_by_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

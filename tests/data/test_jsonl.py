@@ -132,7 +132,10 @@ def test_bad_csv_rows_are_refused_one_by_one(tmp_path: Path) -> None:
         f"{path}:2: line='p,a,b' is not allowed: expected 4 values, as in the header, not 3. "
         "Mend or remove the line."
     )
-    assert report.examples["bad UTF-8"].startswith(f"{path}:3: chosen='a\\udcff' is not allowed")
+    assert report.examples["bad UTF-8"] == (
+        f"{path}:3: chosen='a\\udcff' is not allowed: expected valid Unicode text. "
+        "Save the file as UTF-8."
+    )
 
 
 def test_bad_utf8_in_parquet_costs_its_row_only(tmp_path: Path) -> None:

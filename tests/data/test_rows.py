@@ -104,6 +104,16 @@ def test_refusal_names_place_field_value_and_cure(
     assert "\n" not in message
 
 
+def test_half_a_character_and_a_byte_of_another_encoding_have_cures_of_their_own() -> None:
+    for text, cure in (
+        ("\ud800", r"Pair every \ud800-\udfff escape."),
+        ("\udce9", "Save the file as UTF-8."),
+    ):
+        with pytest.raises(RefusedRow) as caught:
+            parse_row(record(chosen=text), "a.csv:3")
+        assert str(caught.value).endswith(f"expected valid Unicode text. {cure}")
+
+
 def test_whole_message() -> None:
     with pytest.raises(RefusedRow) as caught:
         parse_row(record(split="dev"), "a.csv:3")
