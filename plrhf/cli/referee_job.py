@@ -89,9 +89,7 @@ class Bench:
         method, config = job.method, job.method.config
         data, backbone, given = self.rows_of(config)
         data = self.with_vectors(method, data, backbone)
-        if method.referee.features != "text":
-            width = data.datasets["train"].hidden.values.shape[1]  # type: ignore[union-attr]
-            backbone = FixedFeatures(width)  # type: ignore[assignment]
+        backbone = self.backbone_for(method, data, backbone)
         options = FewShotOptions(shots=method.referee.shots or list(job.shots), draws=job.draws)
         shots = FewShots.draw(data, given, options, seed=job.seed)
 
@@ -123,6 +121,13 @@ class Bench:
             **result.record,
         )
         return record, result.margins
+
+    def backbone_for(self, method: Method, data: PreferenceData, backbone: Backbone) -> Backbone:
+        """Return the backbone of a method's models: of other features than texts' none is run."""
+        if method.referee.features == "text":
+            return backbone
+        width = data.datasets["train"].hidden.values.shape[1]  # type: ignore[union-attr]
+        return FixedFeatures(width)  # type: ignore[return-value]
 
     def facts_of(self, method: Method, data: PreferenceData) -> Facts:
         """Return facts about the rows; the span is that of the method's features."""

@@ -18,9 +18,9 @@ class PairTokenEncoder(PairReader):
     """Encodes each response of a user's pairs, with whether it was chosen; `AttendHead` reads the result.
 
     The vector has, for each of `max_pairs` pairs, a token of the chosen response, one of the rejected
-    response, and 1 (0 and zeros if there is no such pair). A token is MLP([h; y]) with y = 1 for the chosen
-    response, the context point of GPO (arXiv 2310.11523). A user without pairs is the zero vector. Of
-    more pairs the first `max_pairs` are read.
+    response, and 1; where there are fewer pairs, 0 and zeros at the end. A token is MLP([h; y]) with y = 1
+    for the chosen response, the context point of GPO (arXiv 2310.11523). A user without pairs is the zero
+    vector. Of more pairs the first `max_pairs` are read.
 
     Args:
         user_dim: max_pairs * (2 width + 1), which decides the width of tokens; what is left over is 0.
@@ -45,9 +45,13 @@ class PairTokenEncoder(PairReader):
         self.layers = nn.Sequential(nn.GELU(), nn.Linear(width, width))
 
     def read(self, context: UserContext) -> tuple[Tensor, Tensor | None]:
-        first = nn.functional.embedding(context.texts, self.response(context.hidden))
+        # A token depends on text and label only, so that each of these is computed once.
+        labelled = 2 * context.texts + torch.arange(2, device=context.texts.device)
+        distinct, places = labelled.unique(return_inverse=True)
+        first = self.response(context.hidden)[distinct // 2]
         label = torch.stack([self.chosen, torch.zeros_like(self.chosen)])  # y = 1, y = 0
-        tokens = self.layers(first + label).flatten(-2)  # [B, k, 2 * width]
+        of_distinct = self.layers(first + label[distinct % 2])
+        tokens = nn.functional.embedding(places, of_distinct).flatten(-2)  # [B, k, 2 * width]
         there = context.present[..., None].to(tokens)
         pairs = torch.cat([tokens * there, there], dim=-1)
         order = context.present.int().argsort(dim=1, descending=True, stable=True)

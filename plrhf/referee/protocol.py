@@ -79,20 +79,10 @@ def referee_job(
     tuned = tune(groups, data, training, build)
     margins = [seen_margins(tuned.model, data, seed=seed)]
     seconds = 0.0
-    encoder = tuned.model.encoder
-    fits = encoder.reads_context or len(user_tables(encoder)) > 0
     if shots is not None:
         margins[0] = margins[0][margins[0]["user_kind"] == "seen"]
-        size = data.eval_batch_size
-        if rule is not None and fits:
-            of_new, seconds = new_user_margins(tuned.model, shots, rule, batch_size=size)
-        else:
-            own, generic = margins_on(tuned.model, shots.dataset, batch_size=size).T
-            of_new = unfitted_margins(shots, {"own": own, "generic": generic})
+        of_new, seconds = unseen_margins(tuned.model, data, shots, rule)
         margins.append(of_new)
-        true = true_margins(data, shots.dataset)
-        if true is not None:
-            margins.append(unfitted_margins(shots, {"oracle": true}))
     whole = pd.concat(margins, ignore_index=True)
     whole["agreed"] = whole["pair_id"].isin(facts.agreed)
     record = {
@@ -105,6 +95,26 @@ def referee_job(
         "facts": facts.span,
     }
     return JobResult(tuned, whole, record)
+
+
+def unseen_margins(
+    model: PersonalRewardModel, data: PreferenceData, shots: FewShots, rule: Adaptation | None
+) -> tuple[pd.DataFrame, float]:
+    """Return margins on the pairs asked of unseen users, and the seconds that a fit takes a user.
+
+    Args:
+        others: see `referee_job`.
+    """
+    size, encoder, seconds = data.eval_batch_size, model.encoder, 0.0
+    if rule is not None and (encoder.reads_context or len(user_tables(encoder)) > 0):
+        found, seconds = new_user_margins(model, shots, rule, batch_size=size)
+    else:
+        own, generic = margins_on(model, shots.dataset, batch_size=size).T
+        found = unfitted_margins(shots, {"own": own, "generic": generic})
+    true = true_margins(data, shots.dataset)
+    if true is not None:
+        found = pd.concat([found, unfitted_margins(shots, {"oracle": true})], ignore_index=True)
+    return found, seconds
 
 
 def tune(

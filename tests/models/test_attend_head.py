@@ -84,6 +84,52 @@ def test_rewards_are_those_of_one_response_and_one_user_after_the_other() -> Non
                 torch.testing.assert_close(rewards[0, user, side], expected, atol=1e-5, rtol=1e-5)
 
 
+def padded(model: AttendHead, features: Tensor, user: Tensor) -> Tensor:
+    """The naive twin for many: torch's layers on sequences of one length, with tokens none attends to."""
+    given = user.unflatten(-1, (PAIRS, -1))
+    tokens = given[..., :-1].unflatten(-1, (2, -1)).flatten(1, 2)
+    nobody = model.nobody.expand(len(given), -1, -1)
+    sequence = torch.cat([nobody, tokens, features.flatten(0, 1)], dim=1)
+    absent = given[..., -1].lt(0.5).repeat_interleave(2, dim=1)
+    unseen = torch.ones(sequence.shape[:2], dtype=torch.bool)  # the responses asked, too
+    unseen[:, 0], unseen[:, 1:-2] = False, absent
+    found = model.transformer(sequence, src_key_padding_mask=unseen)[:, -2:]
+    return model.out(found)[..., 0].view(features.shape[:3])
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_users_of_as_many_pairs_together_are_those_of_padded_sequences(layers: int) -> None:
+    n_users = 12
+    models = [head(layers=layers, attention_heads=2).train() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    made = encoder()
+    present = torch.rand(n_users, PAIRS) < 0.5
+    texts = torch.randint(9, (n_users, PAIRS, 2))
+    users = UserBatch(
+        torch.zeros(n_users, dtype=torch.int64),
+        torch.zeros(n_users, 0),
+        UserContext(torch.randn(9, HIDDEN), texts, present),
+    )
+    vectors = made(users).detach()
+    both = torch.cat([vectors, made.generic(n_users)])  # contexts of the users and of nobody
+    pooled = torch.randn(2, n_users, 2, HIDDEN)
+    given = [both.clone().requires_grad_() for _ in models]
+    rewards = models[0](models[0].read(pooled), given[0], None)  # type: ignore[arg-type]
+    expected = padded(models[1], models[1].read(pooled), given[1])
+    torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=1e-5)
+    for found in (rewards, expected):
+        found.square().sum().backward()
+    is_token = torch.cat([vectors, torch.zeros_like(vectors)]) != 0
+    is_token = is_token.unflatten(1, (PAIRS, -1))
+    is_token[..., -1] = False
+    is_token = is_token.flatten(1)
+    slopes = [torch.where(is_token, one.grad, 0.0) for one in given if one.grad is not None]
+    torch.testing.assert_close(slopes[0], slopes[1], atol=1e-4, rtol=1e-4)
+    assert slopes[0].any()
+    for own, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, atol=1e-4, rtol=1e-4)
+
+
 def test_the_order_of_pairs_says_nothing_and_who_chose_what_does() -> None:
     made, model, given = encoder(), head(), context()
     pooled = model.read(torch.randn(1, 3, 2, HIDDEN))
@@ -111,7 +157,8 @@ def test_more_pairs_than_there_is_room_for_are_cut_and_fewer_leave_room() -> Non
     vectors = encoded(made, whole).unflatten(1, (PAIRS, -1))
     assert encoded(made, wide).unflatten(1, (PAIRS, -1)).equal(vectors)
     found = encoded(made, narrow).unflatten(1, (PAIRS, -1))
-    assert found[:, 0].equal(vectors[:, 0]) and not found[:, 1:].any()
+    torch.testing.assert_close(found[:, 0], vectors[:, 0])
+    assert not found[:, 1:].any()
     assert vectors[..., -1].eq(1).all() and not encoder().generic(1).any()
     with pytest.raises(ValueError, match=r"^aggregator\.user_dim=39 .* Set aggregator.user_dim=15"):
         AttendHead(hidden_size=HIDDEN, user_dim=39, pairs=3, width=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from plrhf.core.checks import PositiveInt, check_arguments
 from plrhf.core.errors import bad_value
@@ -60,33 +59,53 @@ class AttendHead(RewardHead):
 
     def forward(self, features: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
         given = user.unflatten(-1, (self.pairs, -1))  # [C * B, k, 2 * width + 1]
-        n_users = len(given)
-        tokens = given[..., :-1].unflatten(-1, (2, -1)).flatten(1, 2)  # [C * B, 2 k, width]
-        absent = (given[..., -1:] < 0.5).expand(-1, -1, 2).flatten(1)  # [C * B, 2 k]
         targets = features.flatten(0, 1)  # [C * B, 2, width]
-        sequence = torch.cat([self.nobody.expand(n_users, -1, -1), tokens, targets], dim=1)
-        there = absent.new_zeros(n_users, 1)
-        unseen = torch.cat([there, absent, absent.new_ones(n_users, 2)], dim=1)
+        counts = (given[..., -1] >= 0.5).sum(dim=1)
+        # Users with as many pairs go together, so that no token stands for a pair that is not there.
+        counts, order = counts.sort(stable=True)
+        numbers, sizes = (one.tolist() for one in counts.unique(return_counts=True))
+        n_unknown = sizes[0] if numbers[0] == 0 else 0
+        known = given[order[n_unknown:]].split(sizes if n_unknown == 0 else sizes[1:])
+        pairs = known if n_unknown == 0 else (given[:n_unknown], *known)  # of which none are read
+        found = [
+            self._rewards(of_users[:, :n, :-1], asked)
+            for n, of_users, asked in zip(numbers, pairs, targets[order].split(sizes), strict=True)
+        ]
+        rewards = torch.cat(found)[order.argsort()]
+        return rewards.view(features.shape[:3]).float()
+
+    def _rewards(self, pairs: Tensor, targets: Tensor) -> Tensor:
+        """Compute the rewards [B, 2] of responses for users with n pairs each.
+
+        Args:
+            pairs: tokens of both responses, [B, n, 2 * width]. targets: [B, 2, width].
+        """
+        tokens = pairs.unflatten(-1, (2, -1)).flatten(1, 2)  # [B, 2 n, width]
+        context = torch.cat([self.nobody.expand(len(tokens), -1, -1), tokens], dim=1)
         *before, last = self.transformer.layers
-        with sdpa_kernel(SDPBackend.MATH):  # of which alone many models are one call
-            for layer in before:
-                sequence = layer(sequence, src_key_padding_mask=unseen)
-            found = last_tokens(last, sequence, unseen, n=2)
-        return self.out(found).squeeze(-1).view(features.shape[:3]).float()
+        for layer in before:
+            both = apply_layer(layer, torch.cat([context, targets], dim=1), context)
+            context, targets = both[:, :-2], both[:, -2:]
+        found: Tensor = self.out(apply_layer(last, targets, context)).squeeze(-1)
+        return found
 
 
-def last_tokens(
-    layer: nn.TransformerEncoderLayer, tokens: Tensor, unseen: Tensor, *, n: int
-) -> Tensor:
-    """Compute what a layer makes of the last n tokens only, [B, L, width] -> [B, n, width].
+def apply_layer(layer: nn.TransformerEncoderLayer, asking: Tensor, context: Tensor) -> Tensor:
+    """Compute what a layer makes of tokens [B, L, width] that attend to others, [B, M, width].
+
+    Products of matrices cost less here than `nn.MultiheadAttention`, which copies tokens to other layouts.
 
     Args:
         layer: without dropout, which normalises after each part.
-        unseen: tokens that none attends to, [B, L] bool.
     """
-    asked = tokens[:, -n:]
-    attended, _ = layer.self_attn(
-        asked, tokens, tokens, key_padding_mask=unseen, need_weights=False
-    )
-    asked = layer.norm1(asked + attended)
-    return layer.norm2(asked + layer.linear2(layer.activation(layer.linear1(asked))))
+    attention = layer.self_attn
+    n_heads, width = attention.num_heads, asking.shape[-1]
+    of_asking, of_context = attention.in_proj_weight.split([width, 2 * width])
+    bias, biases = attention.in_proj_bias.split([width, 2 * width])
+    queries = nn.functional.linear(asking, of_asking, bias).unflatten(-1, (n_heads, -1))
+    found = nn.functional.linear(context, of_context, biases).unflatten(-1, (2, n_heads, -1))
+    keys, values = found.unbind(dim=2)  # [B, M, heads, width / heads]
+    scores = (queries * queries.shape[-1] ** -0.5).transpose(1, 2) @ keys.permute(0, 2, 3, 1)
+    attended = (scores.softmax(dim=-1) @ values.transpose(1, 2)).transpose(1, 2).flatten(-2)
+    asking = layer.norm1(asking + attention.out_proj(attended))
+    return layer.norm2(asking + layer.linear2(layer.activation(layer.linear1(asking))))

@@ -1,0 +1,115 @@
+"""What the referee's methods cost, by part, and what a comparison of all of them would.
+
+python benchmarks/referee_cost.py --path DIR                                   # Polis, all methods
+python benchmarks/referee_cost.py --path DIR --rows referee/llmfao --methods gpo,spl --steps 40
+
+All trials of a method are trained for a few steps, and the rest is extrapolated; all else is done whole.
+Times are CPU seconds of one thread and one seed. Features come from the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+
+from plrhf.cli.main import silence_libraries
+from plrhf.cli.methods import Method, Trial, method_names, read_method, started_trial
+from plrhf.cli.referee_job import Bench
+from plrhf.core.errors import BadValue
+from plrhf.evaluation.trials import FewShotOptions
+from plrhf.models.reward import PersonalRewardModel
+from plrhf.referee.new_users import FewShots
+from plrhf.referee.protocol import seen_margins, tune, unseen_margins
+
+T = TypeVar("T")
+
+PARTS = ("settings", "start", "training", "seen users", "new users", "all")
+
+
+def main() -> None:
+    """Print a line for each method, and the sum."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--path", required=True, help="directory of the backbone")
+    parser.add_argument("--rows", default="referee/polis")
+    parser.add_argument("--methods", default=",".join(method_names()))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=40, help="steps done of each trial")
+    parser.add_argument("--shots", default="0,1,2,4,8,16,32")
+    parser.add_argument("--draws", type=int, default=2)
+    given = parser.parse_args()
+    silence_libraries()
+    torch.set_num_threads(1)
+    bench = Bench((given.rows, given.seed))
+    print(f"| method | {' | '.join(PARTS)} |", flush=True)
+    print(f"|---|{'---:|' * len(PARTS)}", flush=True)
+    total = dict.fromkeys(PARTS, 0.0)
+    for name in given.methods.split(","):
+        try:
+            found = cost(name, given, bench)
+        except BadValue as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            print(f"| {name} |{' |' * len(PARTS)}", flush=True)
+            continue
+        total = {part: total[part] + found[part] for part in PARTS}
+        print(line(name, found), flush=True)
+    print(line("all", total))
+
+
+def line(name: str, seconds: dict[str, float]) -> str:
+    """Return a line of the table."""
+    return f"| {name} | {' | '.join(f'{seconds[part]:.1f}' for part in PARTS)} |"
+
+
+def timed(call: Callable[[], T]) -> tuple[T, float]:
+    """Return what a call returns, and its CPU seconds."""
+    started = time.process_time()
+    return call(), time.process_time() - started
+
+
+def cost(name: str, given: argparse.Namespace, bench: Bench) -> dict[str, float]:
+    """Return the CPU seconds of a job by part, training extrapolated.
+
+    Raises:
+        ValueError: the method does not work with these rows.
+    """
+    where = [f"backbone.path={given.path}"]
+
+    def read() -> Method:
+        return read_method(name, given.rows, where, seed=given.seed, n_trials=given.trials)
+
+    method, of_settings = timed(read)
+    data, backbone, ids = bench.rows_of(method.config)
+    data = bench.with_vectors(method, data, backbone)
+    backbone = bench.backbone_for(method, data, backbone)
+    building = 0.0
+
+    def build(trial: Trial) -> PersonalRewardModel:
+        nonlocal building
+        model, seconds = timed(lambda: started_trial(trial, method, data, backbone))
+        building += seconds
+        return model
+
+    whole = method.training.max_steps
+    steps = min(given.steps, whole)
+    training = replace(method.training, max_steps=steps)
+    tuned = tune(method.groups(), data, training, build)
+    model = tuned.model
+    _, seen = timed(lambda: seen_margins(model, data, seed=given.seed))
+    shots = [int(one) for one in given.shots.split(",")]
+    options = FewShotOptions(shots=method.referee.shots or shots, draws=given.draws)
+    drawn, new = FewShots.draw(data, ids, options, seed=given.seed), 0.0
+    if drawn is not None:
+        _, new = timed(lambda: unseen_margins(model, data, drawn, method.rule))
+    seconds = (of_settings, building, (tuned.seconds - building) * whole / steps, seen, new)
+    return dict(zip(PARTS, (*seconds, sum(seconds)), strict=True))
+
+
+if __name__ == "__main__":
+    main()
