@@ -91,8 +91,11 @@ class Run:
             return False
         if not self._until(lambda: False, draw.uniform(0, training)):
             return False
-        part = self.last.with_name("last.ckpt.part")
-        return moment == "training" or self._until(part.is_file, whole)
+        return moment == "training" or self._until(self._is_writing, whole)
+
+    def _is_writing(self) -> bool:
+        """Whether a part of the next checkpoint is there."""
+        return any(self.last.parent.glob(f"{self.last.name}.*.part"))
 
     def _until(self, condition: Any, seconds: float) -> bool:
         """Wait for a condition or for so long; False where the run ends before."""
