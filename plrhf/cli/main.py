@@ -34,6 +34,8 @@ FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130  # exit statuses
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # as Lightning, torchrun and SLURM tell a process
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
 FOR_THE_USER = (BadValue, FilesMissing, *HYDRA_ERRORS)
+# Mappings whose keys are the user's. Hydra takes a new key of theirs only with "+" in front.
+MAPPINGS = ("data.columns.", "data.splits.", "backbone.architecture.")
 
 # Advice of libraries to their programmers, which the user of a run can do nothing about.
 NOT_FOR_THE_USER = (
@@ -73,6 +75,7 @@ def main(config_name: str, task: str) -> None:
         with exit_on_errors(config_name):  # here already, as Hydra prints a line of its own
             return run_task(task, plain_settings(config))
 
+    sys.argv[1:] = [f"++{one}" if one.startswith(MAPPINGS) else one for one in sys.argv[1:]]
     with exit_on_errors(config_name):
         composed()
 

@@ -12,6 +12,7 @@ import pytest
 from runs import composed, world_tokenizer
 
 from plrhf.cli.inspect_rows import inspect_rows
+from plrhf.cli.main import main
 
 HEADER = ["prompt", "response_a", "response_b", "winner", "judge"]
 ARENA = [
@@ -115,6 +116,32 @@ def test_no_user_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(ValueError, match=r"user_id") as caught:
         said(capsys, path)
     assert "\n" not in str(caught.value)
+
+
+def test_columns_are_mapped_by_the_words_that_the_error_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [["worker", "text", "offensiveness"]]
+    lines += [[f"u{n % 3}", f"comment {n}", n % 5] for n in range(45)]
+    path = table(tmp_path / "comments.csv", lines)
+
+    def inspect(*words: str) -> tuple[int, list[str], str]:
+        monkeypatch.setattr("sys.argv", ["plrhf", f"data.path={path}", *words])
+        status = 0
+        try:
+            main("inspect", "plrhf.cli.inspect_rows.inspect_rows")
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        found = capsys.readouterr()
+        return status, found.out.splitlines(), found.err
+
+    status, _, error = inspect("data.columns.user_id=worker")
+    assert status == 2 and error.endswith("one of ratings needs response and rating instead.\n")
+    mapped = ["data.columns.user_id=worker", "data.columns.rating=offensiveness"]
+    mapped += ["data.split_by=response"]
+    status, found, error = inspect(*mapped)
+    assert (status, error) == (0, "") and found[1] == "read as ratings"
+    assert found[-2] == f"next: plrhf train data=jsonl data.path={path} {' '.join(mapped)}"
 
 
 def rows_of(users: list[str], n: int = 60) -> list[dict[str, Any]]:

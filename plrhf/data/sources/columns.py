@@ -16,6 +16,7 @@ from plrhf.data.rows import ID_FIELDS, REQUIRED_FIELDS, ROW_FIELDS
 from plrhf.data.sources.base import id_as_text
 
 MESSAGE_COLUMNS = ("prompt", "chosen", "rejected")
+RATING_FIELDS = ("response", "rating")  # of one response, see `ratings`
 POLIS_EXPORTS = (
     {"comment-id", "voter-id", "vote"},
     {"comment-id", "comment-body", "moderated"},
@@ -33,7 +34,8 @@ class ColumnMap:
     """Maps row fields to columns. A dotted column reaches into a value: ``chosen.-1.content``.
 
     Args:
-        columns: row field -> column, for fields whose column has another name.
+        columns: row field -> column, for fields whose column has another name. ``response`` and
+            ``rating``, of a file of ratings, may be mapped as well.
 
     Raises:
         ValueError: a field that rows do not have.
@@ -42,15 +44,16 @@ class ColumnMap:
     def __init__(self, columns: Mapping[str, str] | None) -> None:
         mapping = {} if columns is None else dict(columns)
         for name, column in mapping.items():
-            if name not in ROW_FIELDS:
+            if name not in (*ROW_FIELDS, *RATING_FIELDS):
                 cure = "Name the row field first, then the file's column"
-                raise bad_value("data.columns", name, f"one of {', '.join(ROW_FIELDS)}", cure)
+                fields = ", ".join((*ROW_FIELDS, *RATING_FIELDS))
+                raise bad_value("data.columns", name, f"one of {fields}", cure)
             if not isinstance(column, str):
                 cure = "Name the column of the file that holds this field"
                 raise bad_value(f"data.columns.{name}", column, "a column name", cure)
         self.mapped = frozenset(mapping.values())
         self.renamed = frozenset(mapping)
-        self.column_of = {name: mapping.get(name, name) for name in ROW_FIELDS}
+        self.column_of = {name: name for name in ROW_FIELDS} | mapping
         self.required = self.mapped | {self.column_of[name] for name in REQUIRED_FIELDS}
         self._used = frozenset(self.column_of.values())
         self._plans: dict[tuple[str, ...], Plan] = {}
@@ -122,6 +125,8 @@ class ColumnMap:
             names = [name for name, at in self.column_of.items() if at == column]
             listed = ", ".join(sorted(present)) if len(present) > 0 else "none"
             cure = f"Map one with data.columns.{names[0]}=COLUMN; the file has {listed}"
+            if len(present) > 0 and not {"chosen", "rejected"} & {*present}:
+                cure += "; one of ratings needs response and rating instead"
             if any(export <= {*present} for export in POLIS_EXPORTS):
                 cure = "Make rows of the export's folder: plrhf data convert polis DIR rows.jsonl"
             raise bad_value(f"data.columns.{names[0]}", column, "a column of the file", cure)
