@@ -9,30 +9,36 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
-from plrhf.backbone.loading import load_tokenizer
-from plrhf.cli.assemble import build_data, print_lines
-from plrhf.cli.config import RunConfig, Section
+from plrhf.cli.assemble import print_lines
+from plrhf.cli.config import Section
+from plrhf.cli.forget_caches import forget_in_caches, replies_elsewhere
 from plrhf.core.components import Settings
 from plrhf.core.errors import BadValue, bad_value
 from plrhf.data.digests import json_text
-from plrhf.data.in_context import row_tokenizer
-from plrhf.data.tokens import token_stem
 from plrhf.evaluation.records import read_settings, write_settings, write_text
-from plrhf.evaluation.results import PREDICTIONS, RESULTS, read_results, write_evaluation
+from plrhf.evaluation.results import (
+    PREDICTIONS,
+    RESULTS,
+    read_predictions,
+    read_results,
+    write_evaluation,
+)
 from plrhf.models.card import CARD, read_card
 from plrhf.models.enrolment import forget as forget_in_export
 from plrhf.models.export import remove_leftovers
+from plrhf.referee.page import write_leaderboard
+from plrhf.referee.store import Store
 from plrhf.reporting.report import write_report
 
 LOGGERS = ("tensorboard", "wandb", "mlruns")
 """Folders in which loggers keep copies of reports and settings."""
 
 CANNOT_BE_REMOVED = (
-    "weights that all users share were learned from their pairs too: train again without them",
-    "aggregate results (results.json, metrics.csv) still count them",
-    "copies elsewhere: the rows that were trained on, loggers, other runs and exports, backups",
+    "weights that all users share were learned from their pairs too, and the words of a tiny backbone's "
+    "tokenizer: train again without them",
+    "aggregate results (results.json, metrics.csv, the referee's numbers) still count them",
+    "copies elsewhere: the rows that were trained on, loggers, other runs and exports, what other runs and "
+    "rows left in caches, backups",
 )
 """What remains after a person has been forgotten."""
 
@@ -43,6 +49,7 @@ class ForgetConfig(Section):
     run: str
     user: str
     cache_dir: str | None
+    referee: str | None
     trust_components: bool
     debug: bool
 
@@ -55,16 +62,32 @@ def forget(settings: Settings) -> None:
         raise bad_value(
             "run", config.run, "the directory of a run with an export", "Check its name"
         )
-    removed = []
+    removed: list[str] = []
     if config.cache_dir is not None:  # first, as the run says which rows it read
-        removed += list(_forget_tokens(run, Path(config.cache_dir), config))
-    removed += list(forget_in_run(run, config.user))
+        removed += forget_in_caches(
+            run,
+            config.user,
+            Path(config.cache_dir),
+            trust_components=config.trust_components,
+        )
+    elsewhere = replies_elsewhere(run, None if config.cache_dir is None else Path(config.cache_dir))
+    removed += forget_in_run(run, config.user)
+    if config.referee is not None:
+        removed += forget_in_referee(Path(config.referee), config.user)
     if len(removed) == 0:
         raise bad_value("user", config.user, f"a user of {config.run}", "Check the id")
     print_lines(f"removed: {one}" for one in removed)
     print_lines(f"cannot be removed: {one}" for one in CANNOT_BE_REMOVED)
     if config.cache_dir is None:
         print_lines(["not looked at: caches, whose tokens can be read as text; give cache_dir=DIR"])
+    if config.referee is None:
+        print_lines(
+            ["not looked at: comparisons by eval=referee; give referee=DIR if there are any"]
+        )
+    print_lines(
+        f"not looked at: a judge's replies in {one}; give its folder as cache_dir"
+        for one in elsewhere
+    )
     print_lines(
         f"WARNING: {path} still holds {config.user!r}" for path in files_with(run, config.user)
     )
@@ -90,12 +113,12 @@ def forget_in_run(run: Path, user: str) -> Iterator[str]:
     for path in sorted(run.rglob(PREDICTIONS)):
         if path.is_symlink():
             continue
-        table = pd.read_parquet(path)
-        kept = table[table["user_id"] != user]
-        if len(kept) < len(table):
-            write_evaluation(path.parent, read_results(path.parent), kept)
+        n_rows = _without_predictions(path, user)
+        if n_rows is None:
+            yield f"{path.relative_to(run)}, as it is not the one that {RESULTS} was written with"
+        elif n_rows > 0:
             changed.add(path.parent)
-            yield f"{len(table) - len(kept):,} rows in {path.relative_to(run)}"
+            yield f"{n_rows:,} rows in {path.relative_to(run)}"
     for path in sorted(run.rglob("config.yaml")):
         settings, n_removed = _pruned(read_settings(path), user)
         if n_removed > 0:
@@ -112,6 +135,38 @@ def forget_in_run(run: Path, user: str) -> Iterator[str]:
         if (folder / "report.html").is_file() and (folder / RESULTS).is_file():
             write_report(folder)
             yield f"what {(folder / 'report.html').relative_to(run)} showed of them: it is written anew"
+
+
+def forget_in_referee(out: Path, user: str) -> Iterator[str]:
+    """Remove a person from the margins of a comparison; yield a line for each method, rows and seed.
+
+    Its tables and its page are written anew.
+
+    Raises:
+        ValueError: the folder holds no comparison.
+    """
+    if not (out / "jobs").is_dir():
+        cure = "Give the out of eval=referee"
+        raise bad_value("referee", str(out), "the directory of a comparison", cure)
+    store = Store(out)
+    found = list(store.forget(user))
+    yield from (f"{n:,} margins in {path.relative_to(out)}" for path, n in found)
+    if len(found) > 0:
+        write_leaderboard(out, store)
+
+
+def _without_predictions(path: Path, user: str) -> int | None:
+    """Remove a user from predictions.parquet and count the rows; delete a file that does not fit: None."""
+    try:
+        results = read_results(path.parent)
+        table = read_predictions(path.parent, results)
+    except (BadValue, FileNotFoundError):
+        path.unlink()
+        return None
+    kept = table[table["user_id"] != user]
+    if len(kept) < len(table):
+        write_evaluation(path.parent, results, kept)
+    return len(table) - len(kept)
 
 
 def _files(run: Path, *suffixes: str) -> list[Path]:
@@ -200,31 +255,6 @@ def _pruned(value: Any, user: str, key: str = "") -> tuple[Any, int]:
         n_removed = len(value) - len(others) + sum(n for _, n in found.values())
         return {name: one for name, (one, _) in found.items()}, n_removed
     return value, 0
-
-
-def _forget_tokens(run: Path, cache_dir: Path, config: ForgetConfig) -> Iterator[str]:
-    """Remove the tokens of the run's rows from a cache, if its rows can still be read."""
-    try:
-        trained = RunConfig.of_run(run, trust_components=config.trust_components)
-        data = build_data(trained.data)
-        rows = data.rows.select(data.splits.counted)
-        options = read_card(run / "export").text
-        if "context_pairs" in options:
-            cure = "The tokens of such runs also hold pairs in front of prompts"
-            raise bad_value("data.context_pairs", options["context_pairs"], "none", cure)
-        tokenizer = row_tokenizer(load_tokenizer(str(run / "export")), options)
-        stem = token_stem(rows, tokenizer)
-    except BadValue as error:
-        print_lines(
-            [
-                f"not removed: tokens in {cache_dir}, as those of the run are not found ({error}); "
-                f"remove {cache_dir}/tokens-*.arrow, which are made anew when needed"
-            ]
-        )
-        return
-    for path in cache_dir.glob(f"{stem}-*.arrow") if stem is not None else ():
-        path.unlink()
-        yield f"tokens of all {len(rows):,} rows of the run in {path}: they are made anew when needed"
 
 
 def files_with(run: Path, user: str) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -122,9 +122,28 @@ class TextValueCache(KnownTextValues):
 
     def add(self, texts: Sequence[TokenText], values: Tensor) -> None:
         """Write the values [N, ...] of texts to a new file of the cache."""
-        with cache_file(self.folder, "values", ".safetensors") as part:
-            # `save_file` would put a file of its own, which only the owner can read, in the place.
-            part.write_bytes(save({"keys": text_keys(texts), "values": values.float().numpy()}))
+        _write(self.folder, text_keys(texts), values.float().numpy())
+
+
+def _write(folder: Path, keys: NDArray[np.int64], values: NDArray[np.float32]) -> None:
+    """Write a new file with the values of texts."""
+    with cache_file(folder, "values", ".safetensors") as part:
+        # `save_file` would put a file of its own, which only the owner can read, in the place.
+        part.write_bytes(save({"keys": keys, "values": values}))
+
+
+def remove_texts(cache_dir: Path, keys: NDArray[np.int64]) -> Iterator[tuple[Path, int]]:
+    """Remove the values of texts from all folders of a cache; yield each such file and their number."""
+    for folder in sorted(cache_dir.glob("texts-*")):
+        for path in intact_files(folder, "values", ".safetensors"):
+            one = load_file(path)
+            kept = ~np.isin(one["keys"], keys)
+            if kept.all():
+                continue
+            if kept.any():
+                _write(folder, one["keys"][kept], one["values"][kept])
+            path.unlink(missing_ok=True)
+            yield path, int((~kept).sum())
 
 
 def text_keys(texts: Sequence[TokenText]) -> NDArray[np.int64]:

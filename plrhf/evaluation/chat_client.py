@@ -76,10 +76,13 @@ class ChatClient:
         self.prices = (input_price, output_price)
         self._asked: dict[str, bool] = {}  # key of each request -> whether it was sent now
 
-    def ask(self, conversations: Sequence[Messages], **request: Any) -> list[Reply]:
+    def ask(
+        self, conversations: Sequence[Messages], people: Sequence[str], **request: Any
+    ) -> list[Reply]:
         """Return the reply to each conversation; equal ones are asked once.
 
         Args:
+            people: id of the person whom each conversation is about.
             request: fields of these requests, in the place of `request`'s.
 
         Raises:
@@ -92,9 +95,13 @@ class ChatClient:
         keys = [content_hash(self.endpoint.url, body) for body in bodies]
         body_of = dict(zip(keys, bodies, strict=True))
         missing = [key for key in body_of if key not in self.replies]
+        people_of: dict[str, set[str]] = {key: set() for key in missing}
+        for key, person in zip(keys, people, strict=True):
+            if key in people_of:
+                people_of[key].add(person)
 
         def send(key: str) -> None:
-            self.replies.add(key, self.endpoint.post(body_of[key]))
+            self.replies.add(key, self.endpoint.post(body_of[key]), people_of[key])
 
         with ThreadPoolExecutor(self.parallel) as pool:
             answers = pool.map(send, missing)  # on an error it drops those not yet begun

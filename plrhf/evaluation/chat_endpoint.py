@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from plrhf.core.errors import bad_value
+from plrhf.core.files import whole_file
+from plrhf.data.digests import content_hash
 
 TRY_AGAIN = (408, 409, 429, *range(500, 600))
 FILTERED = ("content_filter", "content_policy_violation")
@@ -33,11 +36,15 @@ class Reply:
     output_tokens: int | None
 
 
+PEOPLE = "of"
+"""Key of the hashes of the people whom a stored reply is about."""
+
+
 class ReplyStore:
     """Stores replies by key in a file, to which each is appended at once.
 
-    The file has one JSON object on each line. Any other line, such as one cut short by a kill, is
-    ignored.
+    The file has one JSON object on each line, which also says of whom it is, by a hash of their ids. Any
+    other line, such as one cut short by a kill, is ignored.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,6 +57,7 @@ class ReplyStore:
             try:
                 record = json.loads(line)
                 key = record.pop("key")
+                record.pop(PEOPLE, None)
                 self._replies[key] = Reply(**record)
             except (ValueError, TypeError, KeyError, AttributeError):
                 continue
@@ -60,15 +68,44 @@ class ReplyStore:
     def __getitem__(self, key: str) -> Reply:
         return self._replies[key]
 
-    def add(self, key: str, reply: Reply) -> None:
-        """Store a reply. Several threads may call this."""
-        line = json.dumps({"key": key, **asdict(reply)}).encode() + b"\n"
+    def add(self, key: str, reply: Reply, people: Iterable[str]) -> None:
+        """Store a reply to a question about people. Several threads may call this.
+
+        Args:
+            people: their ids.
+        """
+        of = sorted(content_hash(one) for one in people)
+        line = json.dumps({"key": key, PEOPLE: of, **asdict(reply)}).encode() + b"\n"
         with self._lock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab", buffering=0) as file:
                 file.write(self._end_torn_line + line)
             self._end_torn_line = b""
             self._replies[key] = reply
+
+
+def remove_replies(path: Path, user: str) -> tuple[int, int]:
+    """Remove the replies about a person, and lines that are no replies, from a file of replies.
+
+    Returns:
+        How many replies were removed, and how many do not say of whom they are, and stay.
+    """
+    lines, hashed = path.read_bytes().splitlines(keepends=True), content_hash(user)
+    kept, n_removed, n_unnamed = [], 0, 0
+    for line in lines:
+        try:
+            of = json.loads(line).get(PEOPLE)
+        except (ValueError, AttributeError, RecursionError):
+            continue
+        if isinstance(of, list) and hashed in of:
+            n_removed += 1
+            continue
+        n_unnamed += not isinstance(of, list)
+        kept.append(line)
+    if len(kept) < len(lines):
+        with whole_file(path) as part:
+            part.write_bytes(b"".join(kept))
+    return n_removed, n_unnamed
 
 
 class ChatEndpoint:

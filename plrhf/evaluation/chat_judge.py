@@ -56,7 +56,8 @@ class ChatJudge(ChatClient, Judge):
                     (contest.ours, contest.theirs),
                     (contest.theirs, contest.ours),
                 )
-            ]
+            ],
+            [contest.ours.user_id for contest in contests for _ in range(2)],
         )
         shares = [read_answer(reply) for reply in replies]
         by_order = np.array(shares, dtype=np.float64).reshape(len(contests), 2)

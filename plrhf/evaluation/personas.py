@@ -79,24 +79,26 @@ class PersonaWriter(ChatClient):
             for user, (rest, _) in parts.items()
             for number in range(n_hypotheses)
         ]
-        replies = self.ask([_describe(own) for _, own in asked], max_tokens=max_tokens)
+        replies = self.ask(
+            [_describe(own) for _, own in asked], [user for user, _ in asked], max_tokens=max_tokens
+        )
         found: dict[str, list[str]] = {user: [NOBODY] for user in parts}
         for (user, _), reply in zip(asked, replies, strict=True):
             if reply.text.strip() and not reply.refused and reply.text.strip() not in found[user]:
                 found[user].append(reply.text.strip())
         tests = [(user, text) for user, texts in found.items() for text in texts]
-        accuracies = self._predict([(text, parts[user][1]) for user, text in tests])
+        accuracies = self._predict([(user, text, parts[user][1]) for user, text in tests])
         of_user: dict[str, dict[str, float]] = {user: {} for user in parts}
         for (user, text), accuracy in zip(tests, accuracies, strict=True):
             of_user[user][text] = accuracy
         return [best_of(user, of_user[user], len(parts[user][1])) for user in parts]
 
-    def _predict(self, tests: Sequence[tuple[str, Sequence[Row]]]) -> list[float]:
-        """Return the share of choices that each description predicts."""
-        asked = [(text, row) for text, rows in tests for row in rows]
-        replies = iter(self.ask([_question(text, row) for text, row in asked]))
+    def _predict(self, tests: Sequence[tuple[str, str, Sequence[Row]]]) -> list[float]:
+        """Return the share of a user's choices that each description predicts."""
+        questions = [_question(text, row) for _, text, rows in tests for row in rows]
+        replies = iter(self.ask(questions, [user for user, _, rows in tests for _ in rows]))
         found = []
-        for _, rows in tests:
+        for _, _, rows in tests:
             right = []
             for row in rows:
                 share = read_answer(next(replies))

@@ -83,3 +83,13 @@ class Store:
         """Yield the finished jobs of a folder of rows, or of all, with their margins."""
         for path in sorted(self.folder.glob(f"{rows}/*/*/{JOB}")):
             yield read_record(path, JobRecord), pd.read_parquet(path.parent / MARGINS_FILE)
+
+    def forget(self, user: str) -> Iterator[tuple[Path, int]]:
+        """Remove a person from the margins of all jobs; yield each such file and how many there were."""
+        for path in sorted(self.folder.glob(f"*/*/*/{MARGINS_FILE}")):
+            margins = pd.read_parquet(path)
+            kept = margins[margins["user_id"] != user]
+            if len(kept) < len(margins):
+                with whole_file(path) as part:
+                    kept.to_parquet(part, index=False)
+                yield path, len(margins) - len(kept)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from plrhf.cli.forget import forget_in_referee
 from plrhf.core.stats import Outcomes, correctness
 from plrhf.referee.leaderboard import (
     Entry,
@@ -18,6 +19,7 @@ from plrhf.referee.leaderboard import (
     rank_intervals,
     stability,
 )
+from plrhf.referee.page import write_leaderboard
 from plrhf.referee.store import JobRecord, Store
 
 
@@ -143,3 +145,22 @@ def test_a_store_keeps_what_was_done(tmp_path: Path) -> None:
         store.path("rows", "m", 3) / "job.json"
     ).unlink()  # a run that was killed between the two files
     assert not store.has("rows", "m", 3, "f") and list(store.jobs()) == []
+
+
+def test_a_person_is_taken_out_of_a_comparison(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for method in ("vanilla", "good"):
+        store.write(*job(method, 0, 0.7))
+    write_leaderboard(tmp_path, store)
+    page = (tmp_path / "report.html").read_text()
+    said = list(forget_in_referee(tmp_path, "u7"))
+    # 10 pairs, each as own, generic and wrong
+    assert said == [
+        f"30 margins in jobs/rows/{name}/0/margins.parquet" for name in ("good", "vanilla")
+    ]
+    for _, margins in store.jobs():
+        assert set(margins["user_id"]) == {f"u{n}" for n in range(20) if n != 7}
+    assert (tmp_path / "report.html").read_text() != page
+    assert list(forget_in_referee(tmp_path, "u7")) == []
+    with pytest.raises(ValueError, match=r"^referee=.* the directory of a comparison"):
+        list(forget_in_referee(tmp_path / "jobs", "u7"))
