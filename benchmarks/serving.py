@@ -111,7 +111,7 @@ def serve_forked(words: list[str], writer: int, log: Path) -> None:
 
 def mark(folder: Path, users: UserModel, names: Sequence[str]) -> torch.Tensor:
     """Give each person a vector of their own, [n, user_dim], stored as if it were fitted."""
-    people = People(f"sqlite:///{folder}/people.db")
+    people = People(f"sqlite:///{folder}/people.db", max_judgments=1000)
     vectors = torch.randn(len(names), users.model.aggregator.user_dim)
     vectors *= 3 * users.map.vectors.std() if users.map is not None else 1.0
     for name, vector in zip(names, vectors, strict=True):
@@ -284,7 +284,7 @@ def kill_test(given: argparse.Namespace, folder: Path) -> None:
         time.sleep(draw.uniform(0, 0.2))
         server.end(signal.SIGKILL)
         people.join()
-    store = People(f"sqlite:///{folder}/people.db")
+    store = People(f"sqlite:///{folder}/people.db", max_judgments=1000)
     stored = {}
     for name in names:
         known = store.get(name)

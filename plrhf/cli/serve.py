@@ -46,6 +46,7 @@ class ServeConfig(Section):
     keys: list[Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]]
     rate_limit: PositiveInt | None
     max_body: PositiveInt
+    max_judgments: PositiveInt
     max_tokens: PositiveInt
     batch_size: PositiveInt
     max_wait: NonNegativeFloat
@@ -92,7 +93,7 @@ def build_service(config: ServeConfig) -> Service:
                 raise bad_value(
                     name, getattr(config, name), f"a run of model={word}", f"Set {name} to one"
                 )
-    people = People(config.database)
+    people = People(config.database, max_judgments=config.max_judgments)
     asker = config.run if config.reward is None else config.reward
     pool = _pool(Path(asker), config) if config.pool > 0 else []
     words = _words(Path(asker))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections import OrderedDict
 
 import numpy as np
@@ -14,6 +16,7 @@ from plrhf.serving.store import Known, People
 from plrhf.serving.user_model import Fit, UserModel
 
 MOST_FITS = 1000  # kept in memory
+SWEEP_SECONDS = 60.0  # after which fits of people whom another server deleted leave memory
 
 
 class ServedModel:
@@ -27,6 +30,7 @@ class ServedModel:
         self.name, self.users, self.engine, self.people = name, users, engine, people
         self.lock = threading.Lock()
         self.fits: OrderedDict[str, tuple[int, Fit]] = OrderedDict()
+        self._swept = time.monotonic()
 
     def fit(self, user_id: str, known: Known) -> Fit:
         """Fit a person to their judgments, and store the vector; a fit is made once for each change."""
@@ -42,6 +46,7 @@ class ServedModel:
 
     def vector(self, user_id: str | None) -> Tensor:
         """Return the vector [user_dim] to serve a person with: fitted, of training, or the generic one."""
+        self._sweep()
         if user_id is None:
             return self.users.generic
         stored = self.people.vector(user_id, self.users.fingerprint)
@@ -50,8 +55,24 @@ class ServedModel:
         known = self.people.get(user_id)
         if known is not None and len(known.pairs()) > 0:
             return self.fit(user_id, known).users.vectors[0]
+        if self.is_train_user(user_id) and self.people.is_forgotten(user_id):
+            with contextlib.suppress(OSError):  # an export that cannot be written is not read again
+                self.forget(user_id)
+            return self.users.generic
         found = self.engine.compute(self.users.train_user, user_id)
         return self.users.generic if found is None else found
+
+    def _sweep(self) -> None:
+        """Remove fits from memory, now and then, that no longer fit what the store has."""
+        if time.monotonic() - self._swept < SWEEP_SECONDS:
+            return
+        self._swept = time.monotonic()
+        with self.lock:
+            kept = {user_id: revision for user_id, (revision, _) in self.fits.items()}
+        present = self.people.revisions(kept)
+        for user_id, revision in kept.items():
+            if present.get(user_id) != revision:
+                self.drop(user_id)
 
     def is_train_user(self, user_id: str) -> bool:
         """Whether the model was trained on this person."""
@@ -70,8 +91,7 @@ class ServedModel:
         """
         self.drop(user_id)
         if self.is_train_user(user_id):
-            self.engine.compute(self.users.model.forget, user_id)
-            self.engine.compute(self.users.refresh)
+            self.engine.compute(self.users.forget, user_id)
             with self.lock:
                 self.fits.clear()  # the prior has changed
 

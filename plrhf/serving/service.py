@@ -15,7 +15,7 @@ from plrhf.models.inference import score_for
 from plrhf.serving.errors import ApiError
 from plrhf.serving.metrics import Metrics
 from plrhf.serving.served import ServedModel
-from plrhf.serving.store import Judgment, Known, NoConsent, People
+from plrhf.serving.store import Judgment, Known, NoConsent, People, TooMany
 
 T = TypeVar("T")
 
@@ -89,7 +89,8 @@ class Service:
         """Store judgments and fit the person anew; return their ids and the certainty.
 
         Raises:
-            ApiError: the person is unknown or has not agreed. ValueError: a pair cannot be read.
+            ApiError: the person is unknown, has not agreed, or has as many as are kept. ValueError: a pair
+                cannot be read.
         """
         for judgment in judgments:
             self.asker.users.check(judgment.pair())
@@ -162,7 +163,7 @@ class Service:
             ApiError: 404, nothing is known of them.
         """
         trained = [model for model in self.models if model.is_train_user(user_id)]
-        removed = self.people.delete(user_id)
+        removed = self.people.delete(user_id, trained=len(trained) > 0)
         if removed is None and len(trained) == 0:
             raise _unknown()
         kept = [STAYS] if len(trained) > 0 else []
@@ -185,6 +186,13 @@ class Service:
                 403,
                 "Judgments are kept of people who have agreed. "
                 'Send PUT /v1/users/{id} with {"consent": true} first.',
+            ) from None
+        except TooMany:
+            raise ApiError(
+                403,
+                f"At most {self.people.max_judgments:,} judgments of a person are kept. Take some back "
+                "with DELETE /v1/users/{id}/pairs/{pair}, or raise max_judgments of the server.",
+                code="too_many_judgments",
             ) from None
 
 

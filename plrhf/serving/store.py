@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 from plrhf.core.errors import bad_value
+from plrhf.data.digests import content_hash
 
 Verdict = Literal["prefer", "tie", "skip"]
 """The first response is better, both are equally good, or the person did not want to say."""
@@ -68,6 +69,13 @@ class VectorRow(Base):
     vector: Mapped[bytes]  # float32, little-endian
 
 
+class Forgotten(Base):
+    """A train user who was deleted, by a hash of the id: other servers have loaded the vector, too."""
+
+    __tablename__ = "forgotten"
+    hashed_id: Mapped[str] = mapped_column(sql.String(16), primary_key=True)
+
+
 PRESENT_VECTOR = (
     sql.select(VectorRow.vector)
     .join(Person, (VectorRow.user_id == Person.id) & (VectorRow.revision == Person.revision))
@@ -113,17 +121,23 @@ class NoConsent(Exception):
     """The person is not in the store, or has not agreed that judgments are kept."""
 
 
+class TooMany(Exception):
+    """The person has as many judgments as are kept."""
+
+
 class People:
     """The people of a server in a database. Each method is one transaction.
 
     Args:
         url: of SQLAlchemy, e.g. ``sqlite:///people.db`` or ``postgresql+psycopg://HOST/NAME``.
+        max_judgments: most judgments of a person.
 
     Raises:
         ValueError: the database cannot be opened.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, max_judgments: int) -> None:
+        self.max_judgments = max_judgments
         try:
             self.engine = sql.create_engine(url)
             self._transaction = sessionmaker(self.engine).begin
@@ -172,10 +186,13 @@ class People:
         """Store judgments of a person, all or none; return their ids.
 
         Raises:
-            NoConsent: the person is unknown or has not agreed.
+            NoConsent: the person is unknown or has not agreed. TooMany: there would be too many.
         """
         with self._transaction() as session:
             self._changing(session, user_id)
+            count = sql.select(sql.func.count()).where(JudgmentRow.user_id == user_id)
+            if (session.scalar(count) or 0) + len(judgments) > self.max_judgments:
+                raise TooMany
             rows = [
                 JudgmentRow(**one.pair(), user_id=user_id, verdict=one.verdict, created=_now())
                 for one in judgments
@@ -198,9 +215,15 @@ class People:
             session.delete(row)
             return True
 
-    def delete(self, user_id: str) -> dict[str, int] | None:
-        """Remove a person with all judgments and vectors; return how many there were, None if unknown."""
+    def delete(self, user_id: str, *, trained: bool = False) -> dict[str, int] | None:
+        """Remove a person with all judgments and vectors; return how many there were, None if unknown.
+
+        Args:
+            trained: whether models have a vector from training, which `is_forgotten` then denies.
+        """
         with self._transaction() as session:
+            if trained:
+                session.merge(Forgotten(hashed_id=content_hash(user_id)))
             person = session.get(Person, user_id)
             if person is None:
                 return None
@@ -216,6 +239,17 @@ class People:
         asked = {"user_id": user_id, "fingerprint": fingerprint}
         with self._readers.connect() as connection:
             return connection.scalar(PRESENT_VECTOR, asked)
+
+    def is_forgotten(self, user_id: str) -> bool:
+        """Whether a train user was deleted, by whichever server."""
+        with self._reading() as session:
+            return session.get(Forgotten, content_hash(user_id)) is not None
+
+    def revisions(self, user_ids: Iterable[str]) -> dict[str, int]:
+        """Return the revisions of those of these people that are in the store."""
+        query = sql.select(Person.id, Person.revision).where(Person.id.in_([*user_ids]))
+        with self._reading() as session:
+            return {row.id: row.revision for row in session.execute(query)}
 
     def save_vector(self, user_id: str, fingerprint: str, revision: int, vector: bytes) -> bool:
         """Store a fitted vector, unless the person is gone or has judged anew; return whether stored.

@@ -27,6 +27,8 @@ from plrhf.models.adaptation.encode import reads_own_text
 from plrhf.models.adaptation.fitting import user_tables
 from plrhf.models.adaptation.new_user import fit_pairs
 from plrhf.models.base import PersonalModule
+from plrhf.models.card import read_card
+from plrhf.models.loading import reload_users
 from plrhf.models.pair_batches import batches_of, dataset_of, row_tokenizer_of
 from plrhf.serving.people_map import PeopleMap
 
@@ -125,6 +127,18 @@ class UserModel:
         if len(vectors) > 0 and self.model.has_user_vectors and self.model.encoder.personal:
             words = [self.words.get(user) for user in shown]
             self.map = PeopleMap(torch.stack(vectors), self.generic, words)
+
+    def forget(self, user_id: str) -> None:
+        """Take a train user out of the model, and of its export unless another server has done so.
+
+        Raises:
+            OSError: the export cannot be written.
+        """
+        if user_id in read_card(self.model.directory).places:
+            self.model.forget(user_id)
+        else:
+            reload_users(self.model, self.model.directory)
+        self.refresh()
 
     @torch.no_grad()
     def train_user(self, user_id: str) -> Tensor | None:

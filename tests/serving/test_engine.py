@@ -123,7 +123,7 @@ def test_an_error_reaches_who_asked_and_no_one_else(
 @pytest.mark.parametrize("comes_back", [False, True])
 def test_a_slow_fit_does_not_bring_back_who_was_deleted(tmp_path: Path, comes_back: bool) -> None:
     """Not even to a new person of that name with as many judgments."""
-    people = People(f"sqlite:///{tmp_path}/people.db")
+    people = People(f"sqlite:///{tmp_path}/people.db", max_judgments=1000)
     began, may_end = threading.Event(), threading.Event()
 
     class SlowUsers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -173,18 +174,63 @@ def test_answers_go_to_those_who_asked(server: Running, asked: openai.OpenAI) ->
         assert list(pool.map(write, names * 3)) == alone * 3
 
 
-def test_a_train_user_is_taken_out_of_the_export(tmp_path: Path) -> None:
-    policy, reward = save_runs(tmp_path)
-    name = plrhf.load(policy).card.users[2]
-    with serving(policy, tmp_path, "pool=0", reward=reward) as running, running.client() as http:
-        gone = http.delete(f"/v1/users/{name}").json()
+def test_who_is_deleted_at_one_server_is_nobody_at_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two servers on one database, which share the policy's export and have one each of the rewards."""
+    policy, reward = save_runs(tmp_path / "runs")
+    copy = shutil.copytree(reward, tmp_path / "copy/reward")
+    trained = plrhf.load(reward).card.users[2]
+    note = {"prompt": "Write a note.", "response": "Back at six."}
+    inputs = [{**note, "user": user} for user in (trained, "zoe", None)]
+    monkeypatch.setattr("plrhf.serving.served.SWEEP_SECONDS", 0.0)
+
+    def scores(http: httpx2.Client) -> list[float]:
+        found = http.post("/v1/score", json={"inputs": inputs}).json()["data"]
+        return [one["score"] for one in found]
+
+    def text(http: httpx2.Client, **whom: str) -> Any:
+        return http.post("/v1/chat/completions", json={**GREEDY, **whom}).json()["choices"][0]
+
+    with (
+        serving(policy, tmp_path, "pool=4", reward=reward) as here,
+        serving(policy, tmp_path, "pool=4", reward=copy) as there,
+        here.client() as http,
+        there.client() as other,
+    ):
+        agree(other, "zoe")
+        judge(other, "zoe")
+        model = there.service.reward
+        assert model is not None and len(set(scores(other))) == 3 and "zoe" in model.fits
+        assert text(other, user=trained) != text(other)
+        gone = http.delete(f"/v1/users/{trained}").json()
         assert gone["removed"]["from_exports"] == 2 and "Weights that all people" in gone["kept"][0]
-        assert http.delete(f"/v1/users/{name}").status_code == 404
-    for run in (policy, reward):
-        assert name not in plrhf.load(run).card.users
-        assert not any(
-            name.encode() in path.read_bytes() for path in run.rglob("export/*") if path.is_file()
+        assert http.delete(f"/v1/users/{trained}").status_code == 404
+        assert http.delete("/v1/users/zoe").status_code == 200
+        assert len(set(scores(other))) == 1
+        assert text(other, user=trained) == text(other)
+        assert "zoe" not in model.fits
+    for run in (policy, reward, copy):
+        assert trained not in plrhf.load(run).card.users
+        files = [path for path in run.rglob("export/*") if path.is_file()]
+        assert not any(trained.encode() in path.read_bytes() for path in files)
+
+
+def test_a_person_has_at_most_max_judgments(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    with (
+        serving(runs[1], tmp_path, "pool=4", "max_judgments=2") as running,
+        running.client() as http,
+    ):
+        agree(http, "zoe")
+        judge(http, "zoe")
+        number = judge(http, "zoe")["ids"][0]
+        refused = judge(http, "zoe")["error"]
+        assert (
+            refused["code"] == "too_many_judgments" and "raise max_judgments" in refused["message"]
         )
+        assert http.get("/v1/users/zoe/certainty").json()["judgments"] == 2
+        http.delete(f"/v1/users/zoe/pairs/{number}")
+        assert judge(http, "zoe")["judgments"] == 2
 
 
 def test_keys_limits_and_a_stop_that_lets_answers_end(

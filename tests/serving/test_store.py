@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sql
 
-from plrhf.serving.store import Judgment, NoConsent, People, Person
+from plrhf.serving.store import Judgment, NoConsent, People, Person, TooMany
 
 SEA = Judgment(prompt="Write about the sea.", chosen="Blue, says Zoë.", rejected="Wide.")
 
 
 @pytest.fixture
 def people(tmp_path: Path) -> People:
-    return People(f"sqlite:///{tmp_path}/people.db")
+    return People(f"sqlite:///{tmp_path}/people.db", max_judgments=5)
 
 
 def revision(people: People, name: str) -> int:
@@ -76,6 +76,35 @@ def test_nothing_of_a_deleted_person_is_left(people: People, tmp_path: Path) -> 
     assert b"zoe" not in content and "Zoë".encode() not in content and b"ada" in content
 
 
+def test_a_person_has_at_most_so_many_judgments(people: People) -> None:
+    for name in ("zoe", "ada"):
+        people.put(name, consent=True)
+    first, *_ = people.add("zoe", [SEA] * 4)
+    before = revision(people, "zoe")
+    with pytest.raises(TooMany):
+        people.add("zoe", [SEA, SEA])  # all or none
+    known = people.get("zoe")
+    assert known is not None and len(known.judgments) == 4 and known.revision == before
+    people.add("zoe", [SEA])
+    people.add("ada", [SEA])  # the others' do not count
+    with pytest.raises(TooMany):
+        people.add("zoe", [SEA])
+    assert people.remove("zoe", first)
+    people.add("zoe", [SEA])
+
+
+def test_that_a_train_user_was_deleted_is_remembered_without_the_name(
+    people: People, tmp_path: Path
+) -> None:
+    people.put("zoe", consent=True)
+    assert people.delete("zoe") is not None and not people.is_forgotten("zoe")
+    for _ in range(2):
+        assert people.delete("zoe", trained=True) is None and people.is_forgotten("zoe")
+    assert not people.is_forgotten("ada")
+    people.close()
+    assert not any(b"zoe" in path.read_bytes() for path in tmp_path.iterdir())
+
+
 def test_many_write_at_once(people: People) -> None:
     names = [f"p{n}" for n in range(6)]
     for name in names:
@@ -100,7 +129,7 @@ def test_many_write_at_once(people: People) -> None:
 def test_a_database_that_cannot_be_opened(tmp_path: Path) -> None:
     for url in (f"sqlite:///{tmp_path}/no/such/people.db", "nothing", "postgresql://u:secret@h/d"):
         with pytest.raises(ValueError, match=r"^database=.* is not allowed: expected") as caught:
-            People(url)
+            People(url, max_judgments=5)
         assert "secret" not in str(caught.value)
 
 
