@@ -29,6 +29,14 @@ from plrhf.evaluation.probes import probe
 
 SHOWN = 300  # characters of a text
 FEW_PAIRS = 10  # a user
+DIVIDED = {
+    "prompt": "no two have a prompt in common",
+    "conversation": "no two have a conversation in common",
+    "response": "each test pair has a response that train has not, and may have one that it has",
+    "pair": "no two have a pair of responses in common",
+    "user": "the pairs of each user are divided, and no two have one of a user's pairs in common",
+}
+"""What `data.split_by` keeps apart; see `split_by.draw_splits`."""
 PLAIN = re.compile(r"[\w./-]+")  # paths that a setting takes without quotes
 
 
@@ -137,9 +145,7 @@ def split_lines(data: PreferenceData, config: DataConfig) -> Iterator[str]:
     """Yield how the rows are divided and why, and what is left out."""
     how = "those that the rows carry"
     if None in data.rows.texts("split"):
-        shared = "in common" if config.split_by != "user" else "of one user in common"
-        what = "pair" if config.split_by == "user" else config.split_by
-        how = f"drawn by data.split_by={config.split_by}: no two have a {what} {shared}"
+        how = f"drawn by data.split_by={config.split_by}: {DIVIDED[config.split_by]}"
     yield f"splits: {how}"
     for name in SPLITS:
         rows: Sequence[Row] = getattr(data.splits, name)

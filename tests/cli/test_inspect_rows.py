@@ -141,6 +141,10 @@ def test_columns_are_mapped_by_the_words_that_the_error_says(
     mapped += ["data.split_by=response"]
     status, found, error = inspect(*mapped)
     assert (status, error) == (0, "") and found[1] == "read as ratings"
+    assert (
+        "splits: drawn by data.split_by=response: each test pair has a response that "
+        in "".join(found)
+    )
     assert found[-2] == f"next: plrhf train data=jsonl data.path={path} {' '.join(mapped)}"
 
 
