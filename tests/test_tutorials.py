@@ -14,6 +14,7 @@ from shown import ROOT, blocks_of, commands_of, file_of, rows, run, save_models,
 
 from plrhf.cli.commands import COMMANDS
 from plrhf.cli.config import RunConfig
+from plrhf.cli.main import as_hydra_takes_them
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
@@ -70,7 +71,8 @@ def check_settings(script: str, words: list[str]) -> None:
     given = [word for word in words if "=" in word]
     if "-m" in words:  # the first job of a sweep
         given = [re.sub(r"^([^\[({,]*),.*", r"\1", word) for word in given]
-    settings = composed(*command.given, *given, config=command.config)
+    given = as_hydra_takes_them([*command.given, *given])
+    settings = composed(*given, config=command.config)
     if command.config == "train":
         RunConfig.parse(settings)
 

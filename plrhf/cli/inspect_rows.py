@@ -34,7 +34,7 @@ DIVIDED = {
     "conversation": "no two have a conversation in common",
     "response": "each test pair has a response that train has not, and may have one that it has",
     "pair": "no two have a pair of responses in common",
-    "user": "the pairs of each user are divided, and no two have one of a user's pairs in common",
+    "user": "no two have a pair of one user in common",
 }
 """What `data.split_by` keeps apart; see `split_by.draw_splits`."""
 PLAIN = re.compile(r"[\w./-]+")  # paths that a setting takes without quotes

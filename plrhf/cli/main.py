@@ -75,9 +75,14 @@ def main(config_name: str, task: str) -> None:
         with exit_on_errors(config_name):  # here already, as Hydra prints a line of its own
             return run_task(task, plain_settings(config))
 
-    sys.argv[1:] = [f"++{one}" if one.startswith(MAPPINGS) else one for one in sys.argv[1:]]
+    sys.argv[1:] = as_hydra_takes_them(sys.argv[1:])
     with exit_on_errors(config_name):
         composed()
+
+
+def as_hydra_takes_them(words: list[str]) -> list[str]:
+    """Put ``++`` in front of the keys of `MAPPINGS`, so that ``data.columns.user_id=worker`` works."""
+    return [f"++{word}" if word.startswith(MAPPINGS) else word for word in words]
 
 
 def run_sweep_job(config: DictConfig, config_name: str, task: str) -> float | None:
