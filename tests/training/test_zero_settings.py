@@ -298,7 +298,7 @@ COMMANDS = [
     line
     for block in re.findall(r"```bash\n(.*?)```", (ROOT / "docs/scaling.md").read_text(), re.DOTALL)
     for line in block.splitlines()
-    if "train.py" in line
+    if "train.py" in line and not line.endswith("\\")  # that one trains a model of the hub
 ]
 ONE_BLOCK = {"gptj": "n_layer", "llama": "num_hidden_layers"}
 N_STARTED = {
