@@ -37,10 +37,10 @@ def forget_in_caches(
         stays = f"remove tokens-*.arrow and texts-* in {cache_dir}, which are made anew when needed"
         print_lines([f"not removed: tokens and values of texts ({error}); {stays}"])
         return
-    for path, n_removed in remove_texts(
-        cache_dir, _own_text_keys(rows, tokenizer, user, cache_dir)
-    ):
-        yield f"values of {n_removed:,} texts that nobody else judged, in {path}"
+    if any(cache_dir.glob("texts-*")):  # else rows need not be tokenised to find their texts
+        keys = _own_text_keys(rows, tokenizer, user, cache_dir)
+        for path, n_removed in remove_texts(cache_dir, keys):
+            yield f"values of {n_removed:,} texts that nobody else judged, in {path}"
     stem = token_stem(rows, tokenizer)
     for path in cache_dir.glob(f"{stem}-*.arrow") if stem is not None else ():
         path.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,10 +96,9 @@ class ChatClient:
         keys = [content_hash(self.endpoint.url, body) for body in bodies]
         body_of = dict(zip(keys, bodies, strict=True))
         missing = [key for key in body_of if key not in self.replies]
-        people_of: dict[str, set[str]] = {key: set() for key in missing}
+        people_of = defaultdict[str, set[str]](set)
         for key, person in zip(keys, people, strict=True):
-            if key in people_of:
-                people_of[key].add(person)
+            people_of[key].add(person)
 
         def send(key: str) -> None:
             self.replies.add(key, self.endpoint.post(body_of[key]), people_of[key])

@@ -36,7 +36,12 @@ def write_record(path: Path, record: Record) -> None:
     Raises:
         ValueError: a number is nan or infinite, which JSON does not allow.
     """
-    write_text(path, json_text(record.to_json(), indent=2))
+    write_text(path, record_text(record))
+
+
+def record_text(record: Record) -> str:
+    """Return a record as it is written, JSON; see `write_record`."""
+    return json_text(record.to_json(), indent=2)
 
 
 class _PlainDumper(yaml.SafeDumper):

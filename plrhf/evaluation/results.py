@@ -15,11 +15,11 @@ from plrhf.core.bootstrap import Estimate
 from plrhf.core.errors import bad_value
 from plrhf.core.files import whole_file
 from plrhf.core.stats import STATISTICS
-from plrhf.data.digests import content_hash, file_digest, json_text
+from plrhf.data.digests import content_hash, file_digest
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Row
 from plrhf.evaluation.metrics import UserKind, choose_length_rule, summarise
-from plrhf.evaluation.records import Record, read_record
+from plrhf.evaluation.records import Record, read_record, record_text
 
 RESULTS, PREDICTIONS, METRICS = "results.json", "predictions.parquet", "metrics.csv"
 
@@ -232,7 +232,7 @@ def write_evaluation(directory: Path, results: Results, predictions: pd.DataFram
                 files[METRICS] = file_digest(directory / METRICS)
             provenance = provenance.model_copy(update={"files": files})
         record = results.model_copy(update={"provenance": provenance})
-        results_part.write_text(json_text(record.to_json(), indent=2), encoding="utf-8")
+        results_part.write_text(record_text(record), encoding="utf-8", newline="\n")
 
 
 def read_predictions(directory: Path, results: Results) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from plrhf.data.rows import ID_FIELDS, REQUIRED_FIELDS, ROW_FIELDS
 from plrhf.data.sources.base import id_as_text
 
 MESSAGE_COLUMNS = ("prompt", "chosen", "rejected")
-RATING_FIELDS = ("response", "rating")  # of one response, see `ratings`
+MAPPABLE = (*ROW_FIELDS, "response", "rating")  # the last two of ratings
 POLIS_EXPORTS = (
     {"comment-id", "voter-id", "vote"},
     {"comment-id", "comment-body", "moderated"},
@@ -44,10 +44,9 @@ class ColumnMap:
     def __init__(self, columns: Mapping[str, str] | None) -> None:
         mapping = {} if columns is None else dict(columns)
         for name, column in mapping.items():
-            if name not in (*ROW_FIELDS, *RATING_FIELDS):
+            if name not in MAPPABLE:
                 cure = "Name the row field first, then the file's column"
-                fields = ", ".join((*ROW_FIELDS, *RATING_FIELDS))
-                raise bad_value("data.columns", name, f"one of {fields}", cure)
+                raise bad_value("data.columns", name, f"one of {', '.join(MAPPABLE)}", cure)
             if not isinstance(column, str):
                 cure = "Name the column of the file that holds this field"
                 raise bad_value(f"data.columns.{name}", column, "a column name", cure)
