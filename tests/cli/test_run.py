@@ -19,7 +19,6 @@ from runs import (
     ENVIRONMENT,
     TINY,
     check_run,
-    command,
     composed,
     evaluation_of,
     launch,
@@ -294,11 +293,39 @@ def test_a_tiny_backbone_is_trained_once(tmp_path: Path, capsys: Any) -> None:
     assert "training the backbone first" not in capsys.readouterr().out
 
 
+# train.py that begins to train its backbone when another process has come as far.
+AT_ONCE = """
+import os, time
+from pathlib import Path
+from plrhf.cli import commands, main
+
+def at_once(*given):
+    ready = Path(__file__).parent / "ready"
+    ready.mkdir(exist_ok=True)
+    (ready / str(os.getpid())).touch()
+    while len(list(ready.iterdir())) < 2:
+        time.sleep(0.05)
+    train_supervised(*given)
+
+def run_task(*given):
+    global train_supervised
+    from plrhf.cli import supervised
+    train_supervised, supervised.train_supervised = supervised.train_supervised, at_once
+    return run_task_alone(*given)
+
+run_task_alone, main.run_task = main.run_task, run_task
+commands.train()
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_may_train_the_same_backbone(tmp_path: Path) -> None:
+    script = tmp_path / "at_once.py"
+    script.write_text(AT_ONCE)
+    settings = [*TINY, f"cache_dir={tmp_path / 'cache'}"]
     runs = [
         subprocess.Popen(
-            command("train", *TINY, f"cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / n}"),
+            [sys.executable, str(script), *settings, f"run_dir={tmp_path / n}"],
             env=ENVIRONMENT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
