@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from plrhf.core.choices import margins_with_errors
+from plrhf.core.choices import davidson, margins_with_errors, plackett_luce
 from plrhf.core.errors import bad_value
+from plrhf.core.types import Feedback
+from plrhf.data.rows import Ties
+from plrhf.encoders import UserEncoder
 
 Noise = Literal["none", "temperature", "errors"]
 
@@ -44,6 +48,54 @@ class UserNumber(nn.Module):
         if len(self.own) == 0:
             return self.shared.expand(len(user))
         return self.shared + (user.float() * self.own).sum(dim=-1)  # a product @ would be autocast
+
+
+def tie_parameter(ties: Ties, encoder: UserEncoder, *, user_dim: int) -> UserNumber | None:
+    """Build log nu of `choices.davidson`, of all users or each user's own; None if ties are left out.
+
+    Raises:
+        ValueError: users are to have their own, but the encoder does not tell them apart.
+    """
+    if ties == "own" and not encoder.personal:
+        allowed = "none or shared with an encoder that does not tell users apart"
+        raise bad_value("model.ties", ties, allowed, "Set model.ties=shared, or encoder=lookup")
+    if ties == "none":
+        return None
+    return UserNumber(start=0.0, user_dim=user_dim if ties == "own" else 0)
+
+
+def answer_losses(
+    margins: Tensor,
+    feedback: Feedback | None,
+    log_tie: Tensor | None,
+    of_pairs: Callable[[], Tensor],
+) -> Tensor:
+    """Compute the negative log-likelihood of choices among several responses, or of choices and ties.
+
+    Args:
+        margins: [C, B], log-odds of each pair's choice.
+        log_tie: log nu of each, [C * B]; None: there are no ties.
+        of_pairs: computes the losses [C, B] of plain choices, without ties.
+    """
+    if feedback is not None and feedback.choice is not None:
+        return plackett_luce(margins, feedback.choice)
+    if log_tie is None:
+        return of_pairs()
+    is_tie = torch.zeros_like(margins[0], dtype=torch.bool) if feedback is None else feedback.is_tie
+    return davidson(margins, log_tie.view_as(margins), is_tie)
+
+
+def refuse_choices(clashes: Iterable[tuple[str, bool]]) -> None:
+    """Raise a ValueError if a choice among several responses has no likelihood with these settings.
+
+    Args:
+        clashes: names of settings, and whether each is set to something that has none.
+    """
+    for setting, is_set in clashes:
+        if is_set:
+            allowed = f"pairs of their own with this {setting}, not choices among several"
+            cure = "Set that to its default, or give pairs without group_id"
+            raise bad_value("group_id", "of a ranking", allowed, cure)
 
 
 class Temperature(nn.Module):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from plrhf.aggregators import FiLM
 from plrhf.backbone.precision import unembed_in_float32
@@ -17,6 +17,8 @@ from plrhf.core.checks import PositiveFloat, check_arguments
 from plrhf.core.errors import bad_value
 from plrhf.core.logprobs import sum_by_response, token_logps
 from plrhf.core.types import PreferenceBatch
+from plrhf.data.rows import Ties
+from plrhf.models.answers import answer_losses, refuse_choices, tie_parameter
 from plrhf.models.base import PersonalModule
 from plrhf.models.inference import Asked, write
 
@@ -153,8 +155,12 @@ class PersonalPolicy(PersonalModule):
 class PersonalDPOPolicy(PersonalPolicy):
     """Learns a policy from pairs by P-DPO of arXiv 2402.05133.
 
+    Choices among several responses, such as rankings, have Plackett and Luce's likelihood of the implicit
+    rewards (arXiv 2305.18290, appendix A.3).
+
     Args:
         loss: see `losses.dpo`. label_smoothing: probability that a choice is flipped, for ``cdpo`` only.
+        ties: whether ties are learned from, as by `PersonalRewardModel`, with implicit rewards as rewards.
         first_order: learn from log-ratios to first order in the users' scale and shift, around the
             reference. They need no text but the gradients of each response's log-probability, which
             are computed once, so an epoch takes as long as a reward model's on frozen features. With
@@ -167,6 +173,7 @@ class PersonalDPOPolicy(PersonalPolicy):
         *,
         loss: Literal["sigmoid", "ipo", "hinge", "cdpo"] = "sigmoid",
         label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0,
+        ties: Ties = "none",
         first_order: bool = False,
         **policy: Any,
     ) -> None:
@@ -186,6 +193,14 @@ class PersonalDPOPolicy(PersonalPolicy):
                 "false, unless users alone are learned and act by FiLM",
                 "Set backbone.trainable=frozen aggregator=film, and an encoder that reads no pairs",
             )
+
+        self.log_tie = tie_parameter(ties, self.encoder, user_dim=self.aggregator.user_dim)
+        if self.log_tie is not None and (loss != "sigmoid" or self.encoder.reads_context):
+            allowed = "none with another loss than sigmoid, or with an encoder that reads pairs"
+            raise bad_value("model.ties", ties, allowed, "Set model.ties=none")
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        return [] if self.log_tie is None else [*self.log_tie.parameters()]
 
     def _is_first_order_possible(self) -> bool:
         """Return whether log-ratios depend on what FiLM is given alone, and not on learned weights."""
@@ -227,6 +242,15 @@ class PersonalDPOPolicy(PersonalPolicy):
     def pair_loss(
         self, margins: Tensor, extra: Tensor, batch: PreferenceBatch, user: Tensor
     ) -> Tensor:
-        return losses.dpo(
-            extra, beta=self.beta, loss=self.dpo_loss, label_smoothing=self.label_smoothing
+        feedback = batch.feedback
+        if feedback is not None and feedback.choice is not None:
+            is_other = self.dpo_loss != "sigmoid"
+            has_ties, is_inner = self.log_tie is not None, self.inner is not None
+            refuse_choices(
+                [("model.ties", has_ties), ("model.loss", is_other), ("model.inner", is_inner)]
+            )
+        log_tie = None if self.log_tie is None else self.log_tie(user)
+        how: dict[str, Any] = {"loss": self.dpo_loss, "label_smoothing": self.label_smoothing}
+        return answer_losses(
+            margins, feedback, log_tie, lambda: losses.dpo(extra, beta=self.beta, **how)
         )

@@ -11,13 +11,20 @@ from torch import Tensor, nn
 
 from plrhf.core import losses
 from plrhf.core.checks import NonNegativeFloat, check_arguments
-from plrhf.core.choices import cumulative_logit, davidson, plackett_luce
+from plrhf.core.choices import cumulative_logit
 from plrhf.core.errors import bad_value
 from plrhf.core.pooling import pool_responses
 from plrhf.core.types import CHOSEN, PADDING, PROMPT, PreferenceBatch
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Ties
-from plrhf.models.answers import NOISES, Noise, RatingScale, Thresholds, UserNumber
+from plrhf.models.answers import (
+    NOISES,
+    Noise,
+    RatingScale,
+    Thresholds,
+    answer_losses,
+    tie_parameter,
+)
 from plrhf.models.base import PersonalModule
 from plrhf.models.card import CARD
 from plrhf.models.heads import RewardHead, build_head
@@ -95,9 +102,7 @@ class PersonalRewardModel(PersonalModule):
             self.aggregator.drop_shift()
         user_dim = self.aggregator.user_dim
         self.noise = None if noise == "none" else NOISES[noise](user_dim=user_dim)
-        self.log_tie: UserNumber | None = None
-        if ties != "none":
-            self.log_tie = UserNumber(start=0.0, user_dim=user_dim if ties == "own" else 0)
+        self.log_tie = tie_parameter(ties, self.encoder, user_dim=user_dim)
         self.rating_scale, self.thresholds = rating_scale, None
         if rating_scale is not None:
             n_levels = rating_scale[1] - rating_scale[0] + 1
@@ -211,13 +216,13 @@ class PersonalRewardModel(PersonalModule):
         target = self.target_margin * (1.0 if feedback is None else feedback.strength)
         if feedback is not None and feedback.choice is not None:
             check_choices(self)
-            loss = plackett_luce(margins - target, feedback.choice)
-        elif self.log_tie is None:
-            loss = self.choice_loss(margins, target_margin=target)
-        else:
-            is_tie = torch.zeros_like(batch.user_id, dtype=torch.bool)
-            is_tie = is_tie if feedback is None else feedback.is_tie
-            loss = davidson(margins, self.log_tie(user).view_as(margins), is_tie)
+        log_tie = None if self.log_tie is None else self.log_tie(user)
+        loss = answer_losses(
+            margins - target,
+            feedback,
+            log_tie,
+            lambda: self.choice_loss(margins, target_margin=target),
+        )
         if feedback is not None and feedback.rating is not None and self.thresholds is not None:
             level, latent = feedback.rating, extra[..., 0]
             theta = self.thresholds(user).view(*latent.shape, -1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from plrhf.core.errors import bad_value
 from plrhf.core.losses import reward_hinge
 from plrhf.encoders import EnsembleEncoder
-from plrhf.models.answers import Errors
+from plrhf.models.answers import Errors, refuse_choices
 from plrhf.models.heads import BasisHead, RewardHead
 from plrhf.models.start import build_start
 
@@ -63,10 +63,6 @@ def check_user_acts(model: PersonalRewardModel) -> None:
 
 def check_answers(model: PersonalRewardModel) -> None:
     """Raise a ValueError if what is learned of users' answers does not go with other settings."""
-    has_own = model.log_tie is not None and len(model.log_tie.own) > 0
-    if has_own and not model.encoder.personal:
-        allowed = "none or shared with an encoder that does not tell users apart"
-        raise bad_value("model.ties", "own", allowed, "Set model.ties=shared, or encoder=lookup")
     if model.noise is not None and not model.encoder.personal:
         allowed = "none with an encoder that does not tell users apart"
         name = type(model.noise).__name__.lower()
@@ -100,17 +96,15 @@ def check_answers(model: PersonalRewardModel) -> None:
 
 def check_choices(model: PersonalRewardModel) -> None:
     """Raise a ValueError if a choice among several responses has no likelihood with these settings."""
-    for setting, clashes in (
-        ("model.ties", model.log_tie is not None),
-        ("model.noise", isinstance(model.noise, Errors)),
-        ("model.loss", model.choice_loss is reward_hinge),
-        ("model.inner", model.inner is not None),
-        ("model.head", type(model.head).compare is not RewardHead.compare),
-    ):
-        if clashes:
-            allowed = f"pairs of their own with this {setting}, not choices among several"
-            cure = "Set that to its default, or give pairs without group_id"
-            raise bad_value("group_id", "of a ranking", allowed, cure)
+    refuse_choices(
+        [
+            ("model.ties", model.log_tie is not None),
+            ("model.noise", isinstance(model.noise, Errors)),
+            ("model.loss", model.choice_loss is reward_hinge),
+            ("model.inner", model.inner is not None),
+            ("model.head", type(model.head).compare is not RewardHead.compare),
+        ]
+    )
 
 
 def check_has_ratings(model: PersonalRewardModel, train: PairDataset) -> None:

@@ -20,7 +20,7 @@ TRAIN: dict[str, tuple[list[str], str]] = {
     "unknown key among others that need a group": (
         ["model=dpo", "model.beta=1", "model.betta=2"],
         "model.betta='2' is not allowed: expected one of the keys _target_, alpha, beta, "
-        "first_order, inner, label_smoothing, loss, name, reduce. Write model.beta.",
+        "first_order, inner, label_smoothing, loss, name, reduce, ties. Write model.beta.",
     ),
     "unknown section": (
         ["modl.alpha=1"],

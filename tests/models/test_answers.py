@@ -33,7 +33,7 @@ def batch_with(**given: Tensor) -> PreferenceBatch:
 
 def own_numbers(model: Any) -> None:
     """Let user vectors change the user's numbers."""
-    for part in (model.log_tie, model.noise):
+    for part in (model.log_tie, getattr(model, "noise", None)):
         for name, one in [] if part is None else part.named_parameters():
             if name.endswith("own"):
                 torch.nn.init.normal_(one, std=0.3)
@@ -61,9 +61,10 @@ def test_a_target_margin_grows_with_the_strength() -> None:
     torch.testing.assert_close(model.loss(everybody)[0], bradley_terry(margins - 0.5))
 
 
+@pytest.mark.parametrize("kind", [PersonalRewardModel, PersonalDPOPolicy])
 @pytest.mark.parametrize("ties", ["shared", "own"])
-def test_ties_have_their_likelihood_in_both_contexts(ties: str) -> None:
-    model = make_model(PersonalRewardModel, ties=ties, alpha=0.25)
+def test_ties_have_their_likelihood_in_both_contexts(ties: str, kind: Any) -> None:
+    model = make_model(kind, ties=ties, alpha=0.25)
     own_numbers(model)
     batch = batch_with(is_tie=IS_TIE)
     user, _ = model.user_vectors(batch, model.context_names)
@@ -88,11 +89,12 @@ def test_a_tie_counts_one_half_in_the_accuracy_of_training() -> None:
     torch.testing.assert_close(accuracy, (right.float().sum() + 1.0) / 7)
 
 
-def test_ties_that_nobody_calls_change_nothing() -> None:
-    model = make_model(PersonalRewardModel)
+@pytest.mark.parametrize("kind", [PersonalRewardModel, PersonalDPOPolicy])
+def test_ties_that_nobody_calls_change_nothing(kind: Any) -> None:
+    model = make_model(kind)
     expected, _ = model.loss(make_batch(make_pairs()))
     expected.sum().backward()
-    tied = make_model(PersonalRewardModel, ties="shared")
+    tied = make_model(kind, ties="shared")
     with torch.no_grad():
         tied.log_tie.shared.fill_(-40.0)
     found, _ = tied.loss(batch_with())
@@ -162,31 +164,47 @@ def test_thresholds_start_around_zero_and_shared() -> None:
     torch.testing.assert_close(found, tensor([[-1.0, 0.0, 1.0]]).expand(2, 3))
 
 
+def rewards_of(model: Any, batch: PreferenceBatch) -> Tensor:
+    """Rewards [B, 2] of a reward model, or implicit ones of a policy, beta * log(policy / reference)."""
+    if isinstance(model, PersonalRewardModel):
+        return model.rewards(batch)
+    hidden = model.hidden(batch, ("user",))[0]
+    return 0.1 * (model.logps(hidden, batch) - model.reference_logps(batch))
+
+
 RANKING = tensor([0, 0, 0, 3, 3, 5, 6])  # four responses, and a pair
 
 
-def test_a_ranking_has_the_likelihood_of_its_choices() -> None:
+@pytest.mark.parametrize("kind", [PersonalRewardModel, PersonalDPOPolicy])
+def test_a_ranking_has_the_likelihood_of_its_choices(kind: Any) -> None:
     prompt, ranked = (3, 4), [(5, 0), (6, 7, 0), (8, 0), (9, 2, 1, 0)]
     pairs = [TokenPair(prompt, ranked[i], ranked[j]) for i in range(4) for j in range(i + 1, 4)]
     batch = make_batch([*pairs, make_pairs()[0]], users=[2] * 7)
-    model = make_model(PersonalRewardModel, alpha=1.0)
+    model = make_model(kind, alpha=1.0)
     expected, margins = model.loss(batch)
     feedback = batch_with(choice=RANKING).feedback
     found, same = model.loss(replace(batch, feedback=feedback))
     assert same.equal(margins)
     torch.testing.assert_close(found[5:], expected[5:])  # of the two last, and of a pair
-    rewards = [*model.rewards(batch)[[0, 3, 5], 0], model.rewards(batch)[5, 1]]
-    values = torch.stack(rewards)
+    rewards = rewards_of(model, batch)
+    values = torch.stack([*rewards[[0, 3, 5], 0], rewards[5, 1]])
     likelihood = sum(values[j:].logsumexp(0) - values[j] for j in range(4))
     torch.testing.assert_close(found[:6].sum(), likelihood)
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"ties": "shared"}, {"noise": "errors"}, {"loss": "hinge"}, {"head": "mean_variance"}],
+    [
+        {"ties": "shared"},
+        {"noise": "errors"},
+        {"loss": "hinge"},
+        {"head": "mean_variance"},
+        {"kind": PersonalDPOPolicy, "ties": "shared"},
+        {"kind": PersonalDPOPolicy, "loss": "ipo"},
+    ],
 )
 def test_rankings_that_have_no_likelihood(settings: dict[str, Any]) -> None:
-    model = make_model(PersonalRewardModel, **settings)
+    model = make_model(**{"kind": PersonalRewardModel, **settings})
     with pytest.raises(ValueError, match="group_id='of a ranking' .* with this model") as caught:
         model.loss(batch_with(choice=RANKING))
     assert "\n" not in str(caught.value)
@@ -201,6 +219,10 @@ def test_rankings_that_have_no_likelihood(settings: dict[str, Any]) -> None:
         ({"ties": "shared", "target_margin": 1.0}, "its default with model.target_margin"),
         ({"ties": "shared", "start": "pca"}, "its default with model.start"),
         ({"ties": "many"}, "model.ties='many'"),
+        (
+            {"kind": PersonalDPOPolicy, "ties": "own", "loss": "ipo"},
+            "model.ties='own' .* expected none with another loss than sigmoid",
+        ),
         ({"rating_scale": [5, 5]}, "model.rating_scale='1 levels' .* expected two whole numbers"),
         ({"rating_scale": [5]}, "model.rating_scale=.5. is not allowed"),
         ({"rating_scale": [1, 5], "noise": "errors"}, "its default with model.noise"),
@@ -212,7 +234,7 @@ def test_rankings_that_have_no_likelihood(settings: dict[str, Any]) -> None:
 )
 def test_settings_that_do_not_go_together(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        make_model(PersonalRewardModel, **settings)
+        make_model(**{"kind": PersonalRewardModel, **settings})
     assert "\n" not in str(caught.value)
 
 
