@@ -1,12 +1,13 @@
 """How many pairs a user and how many users each kind of user model takes, on simulated people.
 
     python benchmarks/sample_complexity.py
-    python benchmarks/sample_complexity.py --users 20 40 80 160 320 --pairs 8
+    python benchmarks/sample_complexity.py --users 25 50 100 200 400 --pairs 20 --features 16
 
 People choose between responses with random features by a linear reward of their own. All kinds of model
 are fitted to the same choices by penalised maximum likelihood, each with the spread of its parameters that
-the world has, and judged by the share of new choices that they predict. The
-figures of docs/sample_complexity.md are of these commands.
+the world has; factors of people are integrated out by Laplace's approximation, as those of clusters are
+exactly. They are judged by the share of new choices that they predict. The figures of
+docs/sample_complexity.md are of these commands.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from plrhf.core.bootstrap import Estimate
-from plrhf.reporting.learning_curves import LEVEL, learning_curve
+
+KINDS = ("low_rank", "clusters")
+LEVELS = (0.5, 0.9)
+"""Worlds, and the shares of the gain whose sizes are looked for."""
+
+N_STARTS, FIRST_PAIRS = 4, 10
+"""Starts of the fit of clusters, which has several minima, and pairs a person that they are fitted to."""
 
 SCALE = 2.0  # standard deviation of a margin in log odds, shared and personal part alike
 
@@ -41,24 +48,29 @@ class World(NamedTuple):
     differences: Tensor
 
 
+def drawn(generator: torch.Generator, *shape: int) -> Tensor:
+    """Draw standard normal numbers, float64."""
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
 def make_world(
     kind: str, n_users: int, n_pairs: int, *, d: int, k: int, generator: torch.Generator
 ) -> World:
     """Draw people with k factors of their own beside shared weights, or of k clusters; they choose."""
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
     size = SCALE / math.sqrt(2 * d)
-    shared, basis = size * normal(d), torch.linalg.qr(normal(d, k))[0].T * math.sqrt(d / k)
+    shared, basis = (
+        size * drawn(generator, d),
+        torch.linalg.qr(drawn(generator, d, k))[0].T * math.sqrt(d / k),
+    )
     if kind == "low_rank":
-        known = normal(n_users, k)
+        known = drawn(generator, n_users, k)
         weights = shared + size * known @ basis
     else:
         number = torch.randint(k, (n_users,), generator=generator)
-        known = torch.nn.functional.one_hot(number, k).float()
-        weights = shared + (size * normal(k, d))[number]
-    features = normal(n_users, n_pairs, d)
+        known = torch.nn.functional.one_hot(number, k).double()
+        weights = shared + (size * drawn(generator, k, d))[number]
+    features = drawn(generator, n_users, n_pairs, d)
     margins = (features * weights[:, None]).sum(dim=-1)
     chosen = torch.rand(n_users, n_pairs, generator=generator) < torch.sigmoid(margins)
     return World(weights, known, torch.where(chosen[..., None], features, -features))
@@ -66,10 +78,10 @@ def make_world(
 
 def fitted(
     start: Sequence[Tensor], loss: Callable[..., Tensor], weights: Callable[..., Tensor]
-) -> Tensor:
-    """Minimise a loss of parameters, and return each person's weights, [U, d]."""
+) -> tuple[float, Tensor]:
+    """Minimise a loss of parameters; return the loss and each person's weights, [U, d]."""
     parameters = [one.clone().requires_grad_() for one in start]
-    optimiser = torch.optim.LBFGS(parameters, max_iter=80, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimiser.zero_grad()
@@ -79,7 +91,7 @@ def fitted(
 
     optimiser.step(closure)
     with torch.no_grad():
-        return weights(*parameters).detach()
+        return loss(*parameters).item(), weights(*parameters).detach()
 
 
 def nll(weights: Tensor, differences: Tensor) -> Tensor:
@@ -93,45 +105,60 @@ def estimates(
     """Return each person's weights as estimated by each kind of model, [U, d]."""
     n_users, _, d = world.differences.shape
     x, variance = world.differences, SCALE**2 / (2 * d)
-    shared = torch.zeros(d)
+    shared = x.new_zeros(d)
 
     def penalty(values: Tensor, spread: float) -> Tensor:
         return values.square().sum() / (2 * spread)
 
-    def of_rank(rank: int) -> Tensor:
-        start = [shared, torch.zeros(n_users, rank), torch.randn(rank, d, generator=generator)]
-        start[1] += 0.1 * torch.randn(n_users, rank, generator=generator)
+    def of_rank(rank: int) -> tuple[float, Tensor]:
+        start = [shared, 0.1 * drawn(generator, n_users, rank)]
+        start.append(drawn(generator, rank, d))
+        size = math.sqrt(variance)
 
         def weights(w: Tensor, z: Tensor, basis: Tensor) -> Tensor:
-            return w + math.sqrt(variance) * z @ basis
+            return w + size * z @ basis
 
         def loss(w: Tensor, z: Tensor, basis: Tensor) -> Tensor:
+            found = weights(w, z, basis)
+            chance = torch.sigmoid((x * found[:, None]).sum(dim=-1))
+            along = size * x @ basis.T * (chance * (1 - chance)).sqrt()[..., None]  # [U, T, rank]
+            spread = (
+                torch.eye(rank, dtype=x.dtype) + along.mT @ along
+            )  # inverse of the factors' posterior variance
             priors = penalty(w, variance) + penalty(z, 1.0) + penalty(basis, 1.0)
-            return nll(weights(w, z, basis), x).sum() + priors
+            return nll(found, x).sum() + priors + 0.5 * torch.logdet(spread).sum()
 
         return fitted(start, loss, weights)
 
-    def of_clusters() -> Tensor:
-        start = [math.sqrt(2 * variance) * torch.randn(k, d, generator=generator)]
+    def of_clusters() -> tuple[float, Tensor]:
+        near = 0.1 * math.sqrt(2 * variance)
 
-        def log_shares(centres: Tensor) -> Tensor:
-            return -nll(centres[:, None], x)  # [k, U]
+        def log_shares(centres: Tensor, pairs: Tensor) -> Tensor:
+            return -nll(centres[:, None], pairs)  # [k, U]
 
-        def loss(centres: Tensor) -> Tensor:
-            return -log_shares(centres).logsumexp(dim=0).sum() + penalty(centres, 2 * variance)
+        def fit(start: Tensor, pairs: Tensor) -> tuple[float, Tensor]:
+            def loss(centres: Tensor) -> Tensor:
+                shares = log_shares(centres, pairs)
+                return -shares.logsumexp(dim=0).sum() + penalty(centres, 2 * variance)
 
-        return fitted(start, loss, lambda centres: log_shares(centres).softmax(dim=0).T @ centres)
+            return fitted([start], loss, lambda centres: centres)
 
-    def of_own() -> Tensor:
-        start = [shared, torch.zeros(n_users, d)]
+        few = x[:, :FIRST_PAIRS]  # of many pairs one centre would take all people at once
+        starts = [near * drawn(generator, k, d) for _ in range(N_STARTS)]
+        _, first = min((fit(start, few) for start in starts), key=lambda one: one[0])
+        loss, centres = fit(first, x)
+        return loss, log_shares(centres, x).softmax(dim=0).T @ centres
+
+    def of_own() -> tuple[float, Tensor]:
+        start = [shared, x.new_zeros(n_users, d)]
         return fitted(
             start,
             lambda w, own: nll(w + own, x).sum() + penalty(w, variance) + penalty(own, variance),
             lambda w, own: w + own,
         )
 
-    def of_known() -> Tensor:
-        start = [shared, torch.zeros(world.known.shape[1], d)]
+    def of_known() -> tuple[float, Tensor]:
+        start = [shared, x.new_zeros(world.known.shape[1], d)]
         return fitted(
             start,
             lambda w, a: (
@@ -140,21 +167,21 @@ def estimates(
             lambda w, a: w + world.known @ a,
         )
 
-    def of_nobody() -> Tensor:
+    def of_nobody() -> tuple[float, Tensor]:
         return fitted(
             [shared],
             lambda w: nll(w.expand(n_users, d), x).sum() + penalty(w, variance),
             lambda w: w.expand(n_users, d),
         )
 
-    ways: dict[str, Callable[[], Tensor]] = {
+    ways: dict[str, Callable[[], tuple[float, Tensor]]] = {
         "vanilla": of_nobody,
         "own weights": of_own,
         "clusters": of_clusters,
         "features": of_known,
         f"rank {k}": lambda: of_rank(k),
     }
-    return {kind: ways[kind]() for kind in kinds}
+    return {kind: ways[kind]()[1] for kind in kinds}
 
 
 def expected_accuracy(found: Tensor, truth: Tensor, differences: Tensor) -> Tensor:
@@ -167,63 +194,82 @@ def expected_accuracy(found: Tensor, truth: Tensor, differences: Tensor) -> Tens
     return torch.sigmoid(margins * predicted.sign()).mean(dim=1)
 
 
-def run(
+def shares_of_gain(
     kind: str, sizes: Sequence[tuple[int, int]], *, d: int, k: int, n_worlds: int
-) -> dict[str, list[Estimate]]:
-    """Return the share of the oracle's gain over vanilla of each kind of model, at each size.
-
-    Intervals are 1.96 standard errors over worlds.
-    """
+) -> dict[str, Tensor]:
+    """Return the share of the oracle's gain over vanilla of each kind of model, [sizes, worlds]."""
     kinds = ["vanilla", "own weights", f"rank {k}", "clusters", "features"]
-    found: dict[str, list[Estimate]] = {name: [] for name in kinds[1:]}
-    for n_users, n_pairs in sizes:
-        shares: dict[str, list[float]] = {name: [] for name in kinds[1:]}
+    found = {name: torch.zeros(len(sizes), n_worlds) for name in kinds[1:]}
+    for place, (n_users, n_pairs) in enumerate(sizes):
         for seed in range(n_worlds):
             generator = torch.Generator().manual_seed(seed)
             world = make_world(kind, n_users, n_pairs, d=d, k=k, generator=generator)
-            found_weights = estimates(world, kinds, k=k, generator=generator)
-            asked = torch.randn(500, d, generator=generator)
+            weights = estimates(world, kinds, k=k, generator=generator)
+            asked = drawn(generator, 500, d)
             right = {
-                name: float(expected_accuracy(one, world.weights, asked).mean())
-                for name, one in {**found_weights, "oracle": world.weights}.items()
+                name: expected_accuracy(one, world.weights, asked).mean().item()
+                for name, one in {**weights, "oracle": world.weights}.items()
             }
-            for name in shares:
-                gain = (right[name] - right["vanilla"]) / (right["oracle"] - right["vanilla"])
-                shares[name].append(gain)
-        for name, values in shares.items():
-            mean = torch.tensor(values).mean().item()
-            half = 1.96 * torch.tensor(values).std().item() / math.sqrt(n_worlds)
-            found[name].append({"value": mean, "ci95": [mean - half, mean + half]})
+            possible = right["oracle"] - right["vanilla"]
+            for name, shares in found.items():
+                shares[place, seed] = (right[name] - right["vanilla"]) / possible
     return found
+
+
+def size_at(sizes: Sequence[float], shares: Tensor, level: float) -> float:
+    """Return the size at which the mean share over worlds reaches a level and stays there.
+
+    Between two sizes it is interpolated in the logarithm of the size. It is the smallest size if that is
+    enough, and infinity if the largest is not.
+
+    Args:
+        sizes: in increasing order. shares: [sizes, worlds].
+    """
+    mean = shares.mean(dim=1).tolist()
+    last = max((place for place, one in enumerate(mean) if one < level), default=-1)
+    if last == len(mean) - 1 or last == -1:
+        return math.inf if last >= 0 else sizes[0]
+    part = (level - mean[last]) / (mean[last + 1] - mean[last])
+    return sizes[last] * (sizes[last + 1] / sizes[last]) ** part
+
+
+def with_interval(sizes: Sequence[float], shares: Tensor, level: float) -> Estimate:
+    """Return `size_at` and the interval that holds 95% of it over worlds drawn with replacement."""
+    generator = torch.Generator().manual_seed(0)
+    n_worlds = shares.shape[1]
+    chosen = torch.randint(n_worlds, (1000, n_worlds), generator=generator)
+    found = sorted(size_at(sizes, shares[:, worlds], level) for worlds in chosen)
+    return {"value": size_at(sizes, shares, level), "ci95": [found[24], found[-25]]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--users", type=int, nargs="+", default=[60])
-    parser.add_argument("--pairs", type=int, nargs="+", default=[5, 10, 20, 40])
-    parser.add_argument("--features", type=int, nargs="+", default=[8, 16], metavar="D")
+    parser.add_argument("--users", type=int, nargs="+", default=[200])
+    parser.add_argument("--pairs", type=int, nargs="+", default=[5, 10, 20, 40, 80, 160, 320])
+    parser.add_argument("--features", type=int, nargs="+", default=[8, 16, 32], metavar="D")
     parser.add_argument("--rank", type=int, default=2, help="true rank, and number of clusters")
-    parser.add_argument("--worlds", type=int, default=2)
+    parser.add_argument("--worlds", type=int, default=10)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     sizes = [(users, pairs) for users in given.users for pairs in given.pairs]
     by_users = len(given.users) > len(given.pairs)
     axis = [float(users if by_users else pairs) for users, pairs in sizes]
     torch.set_num_threads(1)
-    results = {}
-    for kind in ("low_rank", "clusters"):
+    results = []
+    for kind in given.kinds:
         for d in given.features:
             print(f"\n{kind}, d = {d}, {'users' if by_users else 'pairs a user'}: {axis}")
-            gains = run(kind, sizes, d=d, k=given.rank, n_worlds=given.worlds)
-            for name, one in gains.items():
-                shown = " ".join(f"{point['value']:5.2f}" for point in one)
-                line, curve = f"{name:12} {shown}", learning_curve(axis, one)
-                if curve is not None:
-                    needed, (low, high) = curve.needed["value"], curve.needed["ci95"] or (0, 0)
-                    line += f"   {LEVEL:.0%} at {needed:.3g} [{low:.3g}, {high:.3g}]"
-                    line += f", limit {curve.limit['value']:.2f}, c {curve.fit.rate:.2f}"
-                    results[f"{kind} {d} {name}"] = needed
+            found = shares_of_gain(kind, sizes, d=d, k=given.rank, n_worlds=given.worlds)
+            for name, shares in found.items():
+                needed = {level: with_interval(axis, shares, level) for level in LEVELS}
+                line = f"{name:12} " + " ".join(f"{one:5.2f}" for one in shares.mean(dim=1))
+                for level, one in needed.items():
+                    low, high = one["ci95"] or (math.nan, math.nan)
+                    line += f"   {level:.0%} at {one['value']:.3g} [{low:.3g}, {high:.3g}]"
                 print(line, flush=True)
+                row = {"world": kind, "d": d, "model": name, "sizes": axis, "needed": needed}
+                results.append({**row, "shares": shares.mean(dim=1).tolist()})
     if given.out is not None:
         given.out.write_text(json.dumps(results))
 

@@ -201,6 +201,40 @@ def test_policies_beside_best_of_n(
     assert "50% [50%, 50%]" in lines[-1]  # a policy beside itself
 
 
+def test_sample_complexity_by_hand_and_at_toy_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = runpy.run_path(str(BENCHMARKS / "sample_complexity.py"))
+    sizes = [5.0, 10.0, 20.0]
+    shares = torch.tensor([[0.0, 0.2], [0.3, 0.3], [0.6, 0.8]])  # means 0.1, 0.3, 0.7
+    assert found["size_at"](sizes, shares, 0.5) == pytest.approx(10 * 2**0.5)
+    assert found["size_at"](sizes, shares, 0.1) == 5.0
+    assert found["size_at"](sizes, shares, 0.9) == np.inf
+    weights, asked = torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 7.0], [-1.0, 0.0]])
+    right = found["expected_accuracy"](torch.tensor([[1.0, 0.0]]), weights, asked)
+    assert right.tolist() == pytest.approx([1 / (1 + np.exp(-2.0))])
+    out = tmp_path / "found.json"
+    small = [
+        "--kinds",
+        "low_rank",
+        "--users",
+        "30",
+        "--pairs",
+        "30",
+        "--features",
+        "4",
+        "--worlds",
+        "1",
+    ]
+    monkeypatch.setattr(sys, "argv", ["sample_complexity.py", *small, "--out", str(out)])
+    found["main"]()
+    (gain,) = zip(*(row["shares"] for row in json.loads(out.read_text())), strict=True)
+    own, rank, clusters, features = gain
+    assert (
+        1 > features > max(own, rank) > min(own, rank) > clusters > 0
+    )  # as people have two factors
+
+
 def test_the_ideal_observer_by_hand(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Two possible people, one choice given: Bayes' rule, and lines that begin at nobody's."""
     found = runpy.run_path(str(BENCHMARKS / "ideal_observer.py"))
