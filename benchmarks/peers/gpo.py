@@ -1,7 +1,7 @@
 """GPO: class GPO of models/gpo.py, on 1 to 16 pairs of a person as context and 16 others as targets.
 
 Both responses of a pair are context points, with y = 1 and 0, and a target question has two
-options; their Normal likelihood of these is the loss. Width and depth are ours here (32, two
+options; their Normal likelihood of these is the loss. Width, heads and depth are ours here (32, one, two
 layers), Adam at 1e-3 for as many pairs.
 """
 
@@ -23,7 +23,7 @@ def theirs(copy: Path, world: World) -> Accuracies:
     gpo = load(copy, "models.gpo", without=("attrdict",))
     gpo.AttrDict = SimpleNamespace
     load(copy, "models.tnp").torch = OnCpu()
-    model = gpo.GPO(WIDTH, 1, 32, 4, 128, 4, 0.0, 2)
+    model = gpo.GPO(WIDTH, 1, 32, 4, 32, 1, 0.0, 2)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     y = torch.tensor([[1.0], [0.0]])
 

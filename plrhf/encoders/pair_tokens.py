@@ -46,16 +46,17 @@ class PairTokenEncoder(PairReader):
 
     def read(self, context: UserContext) -> tuple[Tensor, Tensor | None]:
         # A token depends on text and label only, so that each of these is computed once.
-        labelled = 2 * context.texts + torch.arange(2, device=context.texts.device)
-        distinct, places = labelled.unique(return_inverse=True)
-        first = self.response(context.hidden)[distinct // 2]
+        first = self.response(context.hidden)[:, None]  # [M, 1, width]
         label = torch.stack([self.chosen, torch.zeros_like(self.chosen)])  # y = 1, y = 0
-        of_distinct = self.layers(first + label[distinct % 2])
-        tokens = nn.functional.embedding(places, of_distinct).flatten(-2)  # [B, k, 2 * width]
-        there = context.present[..., None].to(tokens)
-        pairs = torch.cat([tokens * there, there], dim=-1)
+        of_text = self.layers(first + label).flatten(0, 1)  # [2 M, width]
         order = context.present.int().argsort(dim=1, descending=True, stable=True)
-        order = order[:, : self.max_pairs, None].expand(-1, -1, pairs.shape[-1])
-        kept = pairs.gather(1, order)
-        kept = kept.flatten(1)
+        order = order[:, : self.max_pairs]
+        there = context.present.gather(1, order)[..., None]  # [B, k, 1]
+        texts = context.texts.gather(1, order[..., None].expand(-1, -1, 2))
+        places = 2 * texts + torch.arange(2, device=texts.device)
+        nothing = len(of_text)  # the place of a token of zeros
+        places = torch.where(there, places, nothing)
+        table = nn.functional.pad(of_text, (0, 0, 0, 1))
+        tokens = nn.functional.embedding(places, table, padding_idx=nothing)  # [B, k, 2, width]
+        kept = torch.cat([tokens.flatten(-2), there.to(tokens)], dim=-1).flatten(1)
         return nn.functional.pad(kept, (0, self.user_dim - kept.shape[1])), None

@@ -84,6 +84,15 @@ def test_rewards_are_those_of_one_response_and_one_user_after_the_other() -> Non
                 torch.testing.assert_close(rewards[0, user, side], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_where_nobody_has_pairs_all_are_the_generic_user() -> None:
+    made, model, given = encoder(), head(), context()
+    pooled = model.read(torch.randn(1, 3, 2, HIDDEN))
+    some = model(pooled, encoded(made, given), None)  # type: ignore[arg-type]
+    none = model(pooled, made.generic(3), None)  # type: ignore[arg-type]
+    torch.testing.assert_close(none[0, 2], some[0, 2])
+    assert (none[0, :2] - some[0, :2]).abs().max() > 1e-4
+
+
 def padded(model: AttendHead, features: Tensor, user: Tensor) -> Tensor:
     """The naive twin for many: torch's layers on sequences of one length, with tokens none attends to."""
     given = user.unflatten(-1, (PAIRS, -1))
