@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,11 +102,15 @@ class RowListener(StoppingCriteria):
 
 
 def row_options(
-    rows: Sequence[Sampling], hear: Hear, device: torch.device
+    rows: Sequence[Sampling], hear: Hear | None, device: torch.device
 ) -> dict[str, LogitsProcessorList | StoppingCriteriaList]:
-    """Return arguments of transformers' `generate` for rows with their own options."""
-    numbers = [Random(row.seed) for row in rows]
-    return {
-        "logits_processor": LogitsProcessorList([RowSampler(rows, numbers, device)]),
-        "stopping_criteria": StoppingCriteriaList([RowListener(hear)]),
-    }
+    """Return arguments of transformers' `generate` for rows with their own options.
+
+    Args:
+        hear: see `RowListener`; None: nobody is told.
+    """
+    sampler = RowSampler(rows, [Random(row.seed) for row in rows], device)
+    found: dict[str, Any] = {"logits_processor": LogitsProcessorList([sampler])}
+    if hear is not None:
+        found["stopping_criteria"] = StoppingCriteriaList([RowListener(hear)])
+    return found

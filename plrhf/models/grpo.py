@@ -21,10 +21,10 @@ from plrhf.core.policy_gradient import (
     response_losses,
     token_losses,
 )
-from plrhf.core.types import GENERIC_USER, PADDING, PROMPT, PreferenceBatch
+from plrhf.core.types import GENERIC_USER, PreferenceBatch
 from plrhf.data.rows import Row
 from plrhf.data.tokenizer import Tokenizer
-from plrhf.models.generation import check_room, seeded
+from plrhf.models.generation import check_room
 from plrhf.models.metrics import ExactMean
 from plrhf.models.policy import PersonalPolicy
 from plrhf.models.reward import PersonalRewardModel, load_reward
@@ -36,6 +36,7 @@ from plrhf.models.rollouts import (
     prompts_of,
     requests,
     sample_responses,
+    seeds_of,
 )
 
 VALIDATION_SEED = 0
@@ -81,6 +82,7 @@ class PersonalGRPOPolicy(PersonalPolicy):
     learns_from_pairs = False
     true_score: Callable[[str, str], float | None] | None = None
     text_tokenizer: Tokenizer
+    sampling_seed: Tensor
 
     def __init__(
         self,
@@ -110,6 +112,7 @@ class PersonalGRPOPolicy(PersonalPolicy):
         self.start_users = start_users
         self.clip = {"clip_low": clip_low, "clip_high": clip_high}
         self.judged: Any = nn.ModuleDict({name: ExactMean() for name in JUDGED})
+        self.register_buffer("sampling_seed", torch.randint(2**31, ()), persistent=False)
         self._reward_model: list[PersonalRewardModel] = []  # no part of the policy's weights
         self._rollouts: Rollouts | None = None
         self._updates_left = 0
@@ -206,7 +209,9 @@ class PersonalGRPOPolicy(PersonalPolicy):
         self.eval()
         user, _ = self.user_vectors(batch, self.context_names)  # [C * B, user_dim]
         prompts = prompts_of(batch) * len(self.context_names)
-        responses, texts = self._sample(prompts, user, self.group_size)
+        which = {"seed": int(self.sampling_seed), "step": self.global_step}
+        seeds = seeds_of(batch, len(self.context_names), self.group_size, **which)
+        responses, texts = self._sample(prompts, user, seeds)
         asked = requests(rows, (batch.user_id != GENERIC_USER).tolist(), self.context_names)
         reward = self.open_reward()
         rewards = group_rewards(reward, asked, texts, batch_size=self.batch_size).to(user.device)
@@ -223,14 +228,16 @@ class PersonalGRPOPolicy(PersonalPolicy):
         return found
 
     def _sample(
-        self, prompts: Sequence[Ids], user: Tensor, size: int
+        self, prompts: Sequence[Ids], user: Tensor, seeds: Sequence[int]
     ) -> tuple[list[list[Ids]], list[list[str]]]:
-        """Sample `size` responses to each of N prompts for its user: token ids and texts, [N][size]."""
+        """Sample responses to each of N prompts for its user, one a seed: token ids and texts, [N][G]."""
+        size = len(seeds) // len(prompts)
         flat = sample_responses(
             self,
             self.text_tokenizer,
             [prompt for prompt in prompts for _ in range(size)],
             user.repeat_interleave(size, dim=0),
+            seeds=seeds,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
         )
@@ -269,7 +276,7 @@ class PersonalGRPOPolicy(PersonalPolicy):
 
     @torch.no_grad()
     def _describe(self, rollouts: Rollouts, logps: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-        """Compute means of reward, KL (nats) and length of responses, and the share of clipped tokens."""
+        """Compute means over responses: reward, KL (nats), length and share of clipped tokens."""
         assert rollouts.old_logps is not None
         segment = rollouts.pairs.segment
         kl = sum_by_response(kl_estimate(logps, rollouts.ref_logps), segment, len(rollouts.pairs))
@@ -278,13 +285,11 @@ class PersonalGRPOPolicy(PersonalPolicy):
             rollouts.of_tokens(rollouts.advantages),
         )
         clipped = clipped_surrogate(ratio, advantages, **self.clip) < ratio * advantages
-        is_response = (segment != PROMPT) & (segment != PADDING)
-        return {
-            "reward": rollouts.rewards[0].mean(),
-            "kl": rollouts.by_group(kl)[0].mean(),
-            "length": rollouts.by_group(lengths)[0].mean(),
-            "clipped": (clipped & is_response).sum() / is_response.sum(),
-        }
+        n_clipped = sum_by_response(clipped.float(), segment, len(rollouts.pairs))
+        groups = (rollouts.by_group(one) for one in (kl, lengths, n_clipped / lengths.clamp(min=1)))
+        of_groups = dict(zip(("kl", "length", "clipped"), groups, strict=True))
+        of_groups["reward"] = rollouts.rewards
+        return {name: rollouts.asked.mean(one[0].mean(-1)) for name, one in of_groups.items()}
 
     def pair_loss(
         self, margins: Tensor, extra: Tensor, batch: PreferenceBatch, user: Tensor
@@ -316,8 +321,8 @@ class PersonalGRPOPolicy(PersonalPolicy):
         """
         user, _ = self.user_vectors(batch, ("user",))
         prompts = prompts_of(batch)
-        with seeded(VALIDATION_SEED, self.device):
-            responses, texts = self._sample(prompts, user, 1)
+        seeds = seeds_of(batch, 1, 1, seed=VALIDATION_SEED, step=0)
+        responses, texts = self._sample(prompts, user, seeds)
         asked = requests(rows, (batch.user_id != GENERIC_USER).tolist(), ("user",))
         rewards = group_rewards(self.open_reward(), asked, texts, batch_size=self.batch_size)
         pairs = pairs_of_groups(self, prompts, responses)

@@ -10,8 +10,10 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
+from plrhf.backbone.row_options import Sampling, row_options
 from plrhf.core.errors import bad_value
 from plrhf.core.row_packing import NO_USER
+from plrhf.core.shrinkage import hashed
 from plrhf.core.types import CHOSEN, PROMPT, PreferenceBatch
 from plrhf.data.dataset import PairDataset
 from plrhf.data.packing import LAYOUTS, TokenPair
@@ -70,13 +72,18 @@ def sample_responses(
     prompts: Sequence[Ids],
     user: Tensor,
     *,
+    seeds: Sequence[int],
     max_new_tokens: int,
     batch_size: int,
 ) -> list[Ids]:
-    """Sample a response to each of N prompts from the policy itself, by torch's global generator.
+    """Sample a response to each of N prompts from the policy itself.
+
+    A response depends on its own seed and on no other row, so that any number of processes, and batches of
+    any size, sample alike.
 
     Args:
         policy: in eval mode. user: each prompt's user vector, [N, user_dim].
+        seeds: of each response, N.
         batch_size: responses that are written at once.
 
     Returns:
@@ -84,6 +91,7 @@ def sample_responses(
     """
     ends = frozenset(text_ends(policy.backbone, tokenizer))
     unpadded = policy.backbone.layout == "two_rows"
+    of_rows = [Sampling(temperature=1.0, top_p=1.0, seed=seed) for seed in seeds]
     found: dict[int, Ids] = {}
     for places in batches_by_length(prompts, batch_size=batch_size, unpadded=unpadded):
         input_ids, mask = left_padded([prompts[place] for place in places])
@@ -94,10 +102,24 @@ def sample_responses(
             mask.to(user.device),
             user[places],
             max_new_tokens=max_new_tokens,
-            temperature=1.0,
+            of_rows=row_options([of_rows[place] for place in places], None, user.device),
         )
         found.update(zip(places, (_until_end(row, ends) for row in tokens.tolist()), strict=True))
     return [found[place] for place in range(len(prompts))]
+
+
+def seeds_of(
+    batch: PreferenceBatch, n_contexts: int, size: int, *, seed: int, step: int
+) -> list[int]:
+    """Return a seed for each of `size` responses to a batch's pairs in each context, [C * B * size].
+
+    They depend on seed, step and the pairs' places in their split alone.
+    """
+    number = torch.arange(n_contexts)[:, None, None] * size + torch.arange(size)
+    state = torch.tensor(seed)
+    for one in (step, batch.row.cpu()[:, None], number):
+        state = hashed(state, one)
+    return state.flatten().tolist()
 
 
 def _until_end(tokens: list[int], ends: frozenset[int]) -> Ids:

@@ -49,6 +49,7 @@ from plrhf.models.rollouts import (
     prompts_of,
     requests,
     sample_responses,
+    seeds_of,
 )
 from plrhf.training.loggers import MetricsFile
 from plrhf.training.trainer import build_trainer, fit
@@ -226,15 +227,26 @@ def test_responses_are_those_of_each_user() -> None:
     prompts, users = [pair.prompt for pair in make_pairs()], tensor(USERS)
     vectors = policy.encoder(UserBatch(user_id=users, features=torch.zeros(len(users), 0)))
     how: dict[str, Any] = {"max_new_tokens": N_NEW, "batch_size": 3}
-    # A policy as sharp as this one leaves nothing to chance.
-    with torch.no_grad():
-        policy.backbone.model.get_output_embeddings().weight.mul_(1e4)
-    together = sample_responses(policy, Numbers(), prompts, vectors, **how)
+    seeds = list(range(7))
+    together = sample_responses(policy, Numbers(), prompts, vectors, seeds=seeds, **how)
     for place, prompt in enumerate(prompts):
-        alone = sample_responses(policy, Numbers(), [prompt], vectors[place : place + 1], **how)
+        own = vectors[place : place + 1]
+        alone = sample_responses(policy, Numbers(), [prompt], own, seeds=[place], **how)
         assert alone == [together[place]]
-    same_user = sample_responses(policy, Numbers(), prompts, vectors[:1].expand(7, -1), **how)
-    assert same_user != together
+    same_user = vectors[:1].expand(7, -1)
+    assert sample_responses(policy, Numbers(), prompts, same_user, seeds=seeds, **how) != together
+    others = [seed + 7 for seed in seeds]
+    assert sample_responses(policy, Numbers(), prompts, vectors, seeds=others, **how) != together
+
+
+def test_seeds_of_responses_follow_their_pairs() -> None:
+    batch, _ = make_asked(make_policy(), 4)
+    how: dict[str, Any] = {"n_contexts": 2, "size": 3, "seed": 5}
+    found = tensor(seeds_of(batch, **how, step=1)).view(2, 4, 3)
+    assert found.unique().numel() == 24
+    part = replace(batch, row=batch.row[1::2])  # of another process
+    assert seeds_of(part, **how, step=1) == found[:, 1::2].flatten().tolist()
+    assert not set(seeds_of(batch, **how, step=2)) & set(found.flatten().tolist())
 
 
 def test_each_context_is_rewarded_as_itself() -> None:

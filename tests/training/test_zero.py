@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -138,10 +139,36 @@ def test_a_policy_learns_what_one_process_learns_on_any_processes(
     assert_same_runs(one, two)
 
 
-def assert_same_runs(one: Path, two: Path) -> None:
+@pytest.mark.long
+@pytest.mark.slow
+def test_an_online_policy_learns_what_one_process_learns(
+    reward_run: Path, tmp_path: Path, cache_dir: Path
+) -> None:
+    """By DDP, then on one process; each process samples for its part of a batch."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = [*SETTINGS, "model=grpo", f"model.reward={reward_run}", "model.group_size=3"]
+    settings += ["model.max_new_tokens=4", "model.n_updates=2", "data.batch_size=5"]
+    settings += ["aggregator=film", "optim.lr=1e-2", "trainer.max_steps=6"]
+    settings.append(f"cache_dir={cache_dir}")
+    launch("train", *settings, *ON["one"], f"run_dir={one}")
+    train(two, *settings, *ON["ddp"], "trainer.max_steps=4")
+    launch("train", *settings, *ON["one"], f"run_dir={two}", "ckpt=last")
+    judged = [
+        f"{split}/{name}" for split in ("train", "val") for name in ("reward", "kl", "length")
+    ]
+    assert_same_runs(one, two, ("train/loss", "train/clipped", "val/loss", *judged), n_steps=6)
+    assert max(losses(one, "train/kl")) > 1e-3
+
+
+LEARNED = ("train/loss", "train/accuracy", "val/loss", "val/accuracy_macro")
+
+
+def assert_same_runs(
+    one: Path, two: Path, metrics: Sequence[str] = LEARNED, *, n_steps: int = STEPS
+) -> None:
     """Two runs learned the same, but for how sums over processes round."""
-    assert len(losses(one, "train/loss")) == STEPS
-    for metric in ("train/loss", "train/accuracy", "val/loss", "val/accuracy_macro"):
+    assert len(losses(one, "train/loss")) == n_steps
+    for metric in metrics:
         # At first the policy is all but its reference, and the sign of a margin is rounding.
         first = 3 if metric == "train/accuracy" else 0
         expected, found = (losses(run, metric)[first:] for run in (one, two))
