@@ -30,8 +30,9 @@ class RewardJudge(Judge):
 
     Args:
         export: a run's export, or the run.
-        users: ``own`` uses the vector that the model learned for each user. ``held_out`` treats all
-            as unseen users, by the generic user's vector and (if the encoder reads them) features.
+        users: ``own`` uses the vector that the model learned for each user, and the user's pairs where
+            they stand in front of prompts. ``held_out`` treats all as unseen users, by the generic user's
+            vector and (if they are read) features.
         batch_size: contests that are judged at once.
         trust_remote_code: let the backbone's repository bring its own code.
         trust_components: import classes from outside plrhf that the export names.
@@ -52,14 +53,15 @@ class RewardJudge(Judge):
         self.users, self.batch_size = users, batch_size
         trust = {"trust_remote_code": trust_remote_code, "trust_components": trust_components}
         self.model = load_reward(export, "eval.judge.export", **trust)
-        own = ("use_user_text", "use_user_features", "context_pairs")
-        if any(self.model.card.text.get(name) for name in own):
+        if self.model.card.text.get("use_user_text"):
             raise bad_value(
                 "eval.judge.export",
                 str(export),
-                "a reward model trained without data.use_user_text, use_user_features and context_pairs",
+                "a reward model trained without data.use_user_text",
                 "Train one, as generated texts come without their users' own",
             )
+        if users == "held_out" and self.model.own_pairs is not None:
+            self.model.own_pairs = {}  # prompts then have nobody's pairs in front
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.row_tokenizer = row_tokenizer_of(self.model)
 

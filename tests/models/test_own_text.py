@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from plrhf.data.parsing import parse_row
 from plrhf.data.rows import Row
 from plrhf.encoders import UniformEncoder
 from plrhf.evaluation.few_shot import FewShotTrials
+from plrhf.evaluation.generations import GeneratedText
+from plrhf.evaluation.judges import Contest
+from plrhf.evaluation.reward_judge import RewardJudge
 from plrhf.evaluation.trials import Trial
 from plrhf.models.adaptation import Encode
 from plrhf.models.adaptation.base import AdaptedUsers
@@ -65,6 +69,24 @@ def test_rewards_are_those_with_the_pairs_written_out(export: Path, tmp_path: Pa
     model.own_pairs = None
     with pytest.raises(ValueError, match=r"^own_pairs=None is not allowed: .* Load the run's exp"):
         model.score([ASKED])
+
+
+@pytest.mark.parametrize("users", ["own", "held_out"])
+def test_a_judge_puts_pairs_of_known_users_in_front(export: Path, users: Any) -> None:
+    model = with_text(export, {KNOWN: pairs_of(KNOWN, 2)}, context_pairs=2)
+    given: dict[str, Any] = {"prompt": ASKED["prompt"], "user_id": KNOWN, "prompt_id": "p"}
+    given |= {"profile": None, "user_features": None, "writer": "policy", "score": None}
+    texts = [row.chosen for row in ROWS[:20]]
+    written = [GeneratedText(**given, response=text) for text in texts]
+    contests = [Contest(ours=one, theirs=other) for one, other in permutations(written, 2)]
+    judge = RewardJudge(export=export, users=users)
+    found = judge.compare(contests).wins[:, 0]
+    orders = {}
+    for kind, user in (("own", {"user_id": KNOWN}), ("held_out", {})):
+        asked = [{"prompt": ASKED["prompt"], "response": text, **user} for text in texts]
+        scores = model.score(asked).tolist()
+        orders[kind] = [float(one > other) for one, other in permutations(scores, 2)]
+    assert found.tolist() == orders[users] and orders["own"] != orders["held_out"]
 
 
 def test_a_new_user_is_enrolled_with_exactly_the_pairs_given(export: Path) -> None:
