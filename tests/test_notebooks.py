@@ -65,7 +65,7 @@ def test_executed_from_small_runs(policy_run: Path, reward_run: Path, tmp_path: 
         )
         together.cells += [nbformat.v4.new_code_cell("%reset -f"), *book.cells]
     resources = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(together, timeout=120, resources=resources).execute(env=ENVIRONMENT)
+    NotebookClient(together, timeout=300, resources=resources).execute(env=ENVIRONMENT)
     for name, book in books.items():
         outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
         pages = "".join(output.get("data", {}).get("text/html", "") for output in outputs)

@@ -26,7 +26,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-c", BUILD, str(out)]
-    subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=100)
+    subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=300)
     (packed,) = out.glob("*.whl")
     zipfile.ZipFile(packed).extractall(out)
     return out
@@ -62,7 +62,7 @@ def test_its_commands_find_their_settings(wheel: Path, tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(wheel)},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
     )
     assert done.stdout.strip() == str(wheel / "plrhf" / "conf")
     assert "encoder='nobody' is not allowed: expected one of cluster, context" in done.stderr

@@ -334,7 +334,7 @@ def test_two_processes_may_train_the_same_backbone(tmp_path: Path) -> None:
         for n in ("one", "two")
     ]
     for run in runs:
-        out, err = run.communicate(timeout=120)
+        out, err = run.communicate(timeout=300)
         assert run.returncode == 0, err
         assert err == ""
         assert "training the backbone first" in out

@@ -418,7 +418,7 @@ def test_comparison(reward_run: Path, policy_run: Path, tmp_path: Path, capsys: 
 @pytest.mark.slow
 def test_a_process_of_its_own(reward_run: Path, tmp_path: Path) -> None:
     asked = command("eval", f"run={reward_run}", f"out={tmp_path / 'out'}")
-    done = subprocess.run(asked, env=ENVIRONMENT, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(asked, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.endswith(f"report: {tmp_path / 'out/report.html'}\n")
     assert evaluation_of(tmp_path / "out") == evaluation_of(reward_run)

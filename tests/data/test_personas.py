@@ -7,7 +7,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from typing import Any
 
 import numpy as np
@@ -291,10 +290,8 @@ def test_more_pairs_and_users_leave_the_others_as_they_were() -> None:
     assert kept == few_rows
 
 
-def test_default_world_is_made_in_about_a_second() -> None:
-    start = time.process_time()
+def test_rows_of_the_default_world() -> None:
     assert len(list(PersonasSource(kind="clusters").records())) == 100 * 130 + 20 * 20
-    assert time.process_time() - start < 4  # about 1 where the machine is not busy
 
 
 @pytest.mark.parametrize(

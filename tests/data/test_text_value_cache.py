@@ -190,7 +190,7 @@ class Together:
 
     def __init__(self, n: int) -> None:
         self.said: list[Any] = [None] * n
-        self.barrier = Barrier(n, timeout=20)
+        self.barrier = Barrier(n, timeout=120)
 
     def shard(self, rank: int) -> RankShard:
         def all_say(value: Any) -> list[Any]:

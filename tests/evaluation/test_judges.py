@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 import tracemalloc
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -229,14 +229,18 @@ def test_a_reward_judge_runs_code_from_elsewhere_only_if_told(
 
 
 def test_a_busy_server_is_asked_again(tmp_path: Path) -> None:
+    asked_again = Event()
+
     def answer(body: dict[str, Any], before: int) -> Answer:
         if before == 2:
-            time.sleep(0.6)  # longer than the timeout
+            asked_again.wait(60)  # longer than the timeout
+        elif before > 2:
+            asked_again.set()
         failures: list[Answer] = [(429, {"Retry-After": "0"}, "busy"), (503, {}, "<html>")]
         return failures[before] if before < 2 else completion("A")
 
     with serving(answer) as server:
-        judge = judge_at(server, tmp_path, parallel=1, timeout=0.3, retries=3)
+        judge = judge_at(server, tmp_path, parallel=1, timeout=2.0, retries=3)
         verdicts = judge.compare(CONTESTS[:1])
     assert verdicts.wins.tolist() == [[1, 0]]
     assert len(server.bodies) == 3 + 2

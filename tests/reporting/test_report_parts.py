@@ -340,7 +340,7 @@ def browser_log(page: Path, *flags: str) -> str:
     ]
     profile = f"--user-data-dir={page.parent / 'profile'}"
     call = [*command, profile, *flags, "--dump-dom", page.as_uri()]
-    done = subprocess.run(call, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(call, capture_output=True, text=True, timeout=300)
     assert "<body" in done.stdout, done.stderr
     return "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 

@@ -45,7 +45,7 @@ def answer(engine: Engine, n: int, n_tokens: int, temperature: float = 1.0) -> A
 
 
 def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.002)
@@ -75,10 +75,10 @@ def test_a_short_answer_does_not_wait_for_a_long_one(engine: Engine) -> None:
     until(lambda: long.n_tokens > 2)
     engine.write([short])
     assert engine.compute(lambda: 7) == 7  # between two tokens
-    short.done.result(timeout=5)
+    short.done.result(timeout=60)
     assert not long.done.done()
     long.cancelled = True
-    long.done.result(timeout=5)
+    long.done.result(timeout=60)
 
 
 @pytest.mark.usefixtures("slow")
@@ -110,14 +110,14 @@ def test_an_error_reaches_who_asked_and_no_one_else(
         lost = answer(engine, 0, 9, 0.0)
         engine.write([lost])
         with pytest.raises(RuntimeError, match="out of memory"):
-            lost.done.result(timeout=5)
+            lost.done.result(timeout=60)
         with pytest.raises(openai.InternalServerError, match="The server failed"):
             asked.chat.completions.create(**body)
         with pytest.raises(openai.APIError, match="The server failed"):  # after its first words
             list(asked.chat.completions.create(**body, stream=True))
     again = answer(engine, 0, 9, 0.0)
     engine.write([again])
-    assert again.done.result(timeout=5) in ("stop", "length")
+    assert again.done.result(timeout=60) in ("stop", "length")
 
 
 @pytest.mark.parametrize("comes_back", [False, True])

@@ -96,7 +96,7 @@ def test_a_visit(server: Running) -> None:
             assert http.get(path).status_code == 404
     driver = Path(__file__).with_name("page_driver.mjs")
     done = subprocess.run(
-        ["node", str(driver), server.url, str(PAGE)], capture_output=True, text=True, timeout=120
+        ["node", str(driver), server.url, str(PAGE)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     check_visit(json.loads(done.stdout))
