@@ -7,18 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-import torch
-from pair_data import WORDS
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from transformers.utils.logging import disable_progress_bar
 
-from plrhf.backbone.compiled import _compiled_forward
-from plrhf.backbone.tiny import train_tokenizer
-
-disable_progress_bar()  # as the command line does
-torch.set_num_threads(1)  # for models this small a second thread costs more than it brings
+# Heavy libraries are imported in the fixtures: the process that shares tests among workers reads this file
+# before it starts them, and needs none.
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,14 +38,30 @@ def mark_all_but_a_sample(items: list[pytest.Item], size: int = 6) -> None:
                 item.add_marker("slow")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quiet_and_on_one_thread() -> None:
+    """No bars, as on the command line; one thread, as a second slows models this small down."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def nothing_compiled() -> Iterator[None]:
     """No code that torch.compile made before is used in the test, and none of its own after it."""
+    import torch
+
+    from plrhf.backbone.compiled import _compiled_forward
+
     torch._dynamo.reset()
     _compiled_forward.cache_clear()
     yield
@@ -64,12 +71,18 @@ def nothing_compiled() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """Byte-pair tokenizer, 300 tokens, whose only special token ``<|endoftext|>`` is number 0."""
+    from plrhf.backbone.tiny import train_tokenizer
+
     return train_tokenizer(["Write about the sea.", "The sea is blue and wide."], vocab_size=300)
 
 
 @pytest.fixture(scope="session")
 def word_tokenizer() -> Any:
     """A BERT-like tokenizer: no end token, but [CLS] and [SEP]."""
+    from pair_data import WORDS
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
     pieces = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
@@ -92,6 +105,8 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def reward_run(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
     """A finished run of a reward model: lookup, FiLM, LoRA. Not to be changed."""
+    import runs
+
     run_dir = tmp_path_factory.mktemp("reward") / "run"
     runs.launch("train", *runs.TINY, f"cache_dir={cache_dir}", f"run_dir={run_dir}")
     return run_dir
@@ -100,6 +115,8 @@ def reward_run(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Pat
 @pytest.fixture(scope="session")
 def policy_run(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
     """A finished run of a policy: cluster mixture, soft prompt, LoRA. Not to be changed."""
+    import runs
+
     run_dir = tmp_path_factory.mktemp("policy") / "run"
     of_policy = ["model=dpo", "encoder=cluster", "aggregator=soft_prompt", "aggregator.n_tokens=2"]
     of_policy += ["optim.lr=1e-2", "optim.user_lr=1e-1", "trainer.max_epochs=2"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
@@ -143,10 +144,16 @@ class TextTable:
         if self._last is None or self._last[0] != number:
             self._last = None  # so that one block at a time is held
             start, stop = self._starts[number : number + 2]
-            self._file.seek(start)
-            message = arrow.py_buffer(self._file.read(stop - start))
+            message = arrow.py_buffer(self._read(start, stop - start))
             self._last = number, arrow.ipc.read_record_batch(message, self._schema)
         return self._last[1]
+
+    def _read(self, start: int, size: int) -> bytes:
+        """Read bytes of the file. On disk its position stays: copies of the process share it."""
+        if self._starts[-1] > IN_MEMORY:
+            return os.pread(self._file.fileno(), size, start)
+        self._file.seek(start)
+        return self._file.read(size)
 
 
 def _utf8(column: arrow.StringArray) -> memoryview:

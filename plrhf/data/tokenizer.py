@@ -179,7 +179,8 @@ class RowTokenizer:
         """Tokenise one row, and truncate it if the settings say so."""
         try:
             found = self._fitted(*self._pair(row))
-            return replace(found, history_cut=self._history(row) is not row.prompt)
+            cut = self._history(row) is not row.prompt
+            return replace(found, history_cut=True) if cut else found
         except TemplateRefusal as refusal:
             allowed = (
                 f"a conversation that the chat template writes (pair {row.pair_id}: {refusal})"

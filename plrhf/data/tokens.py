@@ -10,16 +10,20 @@ import numpy as np
 import pyarrow as arrow
 from numpy.typing import NDArray
 
-from plrhf.core.progress import with_progress
+from plrhf.core.processes import map_in_processes, n_cores
+from plrhf.core.progress import Progress
 from plrhf.data.cache_files import cache_file, intact_files
 from plrhf.data.digests import content_hash
 from plrhf.data.packing import TokenPair
 from plrhf.data.rows import Rows
-from plrhf.data.store import BLOCK, Indices, LazySequence, in_blocks
+from plrhf.data.store import BLOCK, Indices, LazySequence
 from plrhf.data.tokenizer import RowTokenizer
 
 FIELDS = ("prompt", "chosen", "rejected")
 FLAGS = ("prompt_cut", "response_cut", "history_cut")
+
+PARALLEL_FROM = 8 * BLOCK
+"""Number of rows from which all cores tokenise: for fewer, other processes cost more than they save."""
 
 
 class TokenFile(LazySequence[TokenPair]):
@@ -113,7 +117,8 @@ def token_stem(rows: Rows, row_tokenizer: RowTokenizer) -> str | None:
 def write_tokens(file: arrow.NativeFile, rows: Rows, row_tokenizer: RowTokenizer) -> None:
     """Write the tokens of all rows, including rows that are too long.
 
-    An id takes two bytes if the vocabulary allows it, else four.
+    An id takes two bytes if the vocabulary allows it, else four. From `PARALLEL_FROM` rows on, all cores
+    tokenise, a block of rows at a time.
     """
     ids = arrow.uint16() if len(row_tokenizer.tokenizer) <= 2**16 else arrow.int32()
     schema = arrow.schema(
@@ -123,12 +128,20 @@ def write_tokens(file: arrow.NativeFile, rows: Rows, row_tokenizer: RowTokenizer
             ("refused", arrow.string()),
         ]
     )
-    with arrow.ipc.new_file(file, schema) as writer:
-        for block in in_blocks(with_progress(rows, "tokenising")):
-            found = row_tokenizer.tokens(block)
-            columns = [[getattr(one.pair, name) for one in found] for name in FIELDS]
-            columns += [[getattr(one, name) for one in found] for name in (*FLAGS, "refused")]
-            arrays = [
-                arrow.array(one, kind) for one, kind in zip(columns, schema.types, strict=True)
-            ]
-            writer.write_batch(arrow.record_batch(arrays, schema=schema))
+
+    def tokenized(start: int) -> arrow.RecordBatch:
+        found = row_tokenizer.tokens(list(rows[start : start + BLOCK]))
+        columns = [[getattr(one.pair, name) for one in found] for name in FIELDS]
+        columns += [[getattr(one, name) for one in found] for name in (*FLAGS, "refused")]
+        arrays = [arrow.array(one, kind) for one, kind in zip(columns, schema.types, strict=True)]
+        return arrow.record_batch(arrays, schema=schema)
+
+    blocks = range(0, len(rows), BLOCK)
+    n_processes = n_cores() if len(rows) >= PARALLEL_FROM else 1
+    with (
+        arrow.ipc.new_file(file, schema) as writer,
+        Progress("tokenising", total=len(rows)) as progress,
+    ):
+        for batch in map_in_processes(tokenized, blocks, n_processes):
+            writer.write_batch(batch)
+            progress.update(batch.num_rows)

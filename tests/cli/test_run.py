@@ -346,19 +346,6 @@ def test_two_processes_may_train_the_same_backbone(tmp_path: Path) -> None:
     assert tables[0] == tables[1]
 
 
-@pytest.mark.slow
-def test_what_is_not_asked_for_is_not_imported() -> None:
-    code = """
-import sys
-import plrhf.cli.run, plrhf.cli.tasks
-unasked = {"trl", "sklearn", "tensorboard", "wandb", "datasets", "deepspeed", "tensorflow"}
-print(*(unasked & sys.modules.keys()))
-"""
-    asked = [sys.executable, "-c", code]
-    out = subprocess.run(asked, env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    assert out.stdout.split() == []
-
-
 def test_a_policy_learns_from_a_reward_model(
     reward_run: Path, tmp_path: Path, cache_dir: Path, capsys: Any
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as arrow
 import pytest
 
-from plrhf.data import store, text_encoder
+from plrhf.core.errors import BadValue
+from plrhf.data import store, text_encoder, tokens
 from plrhf.data import tokenizer as tokenizer_module
 from plrhf.data.rows import ROW_FIELDS, Row, Rows
 from plrhf.data.tokenizer import RowTokenizer
@@ -232,6 +235,42 @@ def test_tokens_are_those_of_texts_one_by_one(
     assert parts(pairs.select(places)[1:3]) == [expected[2], expected[2]]
     assert pairs.select(places).lengths.tolist() == pairs.lengths[places].tolist()
     assert pickle.loads(pickle.dumps(pairs.select(places))) == pairs.select(places)
+
+
+def whole_file(rows: Rows, made: RowTokenizer) -> bytes:
+    memory = arrow.BufferOutputStream()
+    tokens.write_tokens(memory, rows, made)
+    return bytes(memory.getvalue())
+
+
+@pytest.mark.parametrize("rows_on_disk", [True, False])
+def test_several_processes_write_the_same_file(
+    rows_on_disk: bool, many: list[Row], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if rows_on_disk:  # where all processes share the file and its position
+        monkeypatch.setattr(store, "IN_MEMORY", 1000)
+    rows = Rows.from_rows([*many, *many, *many])
+    alone = whole_file(rows, row_tokenizer(tokenizer))
+    monkeypatch.setattr(tokens, "PARALLEL_FROM", 0)
+    monkeypatch.setattr(tokens, "n_cores", lambda: 2)
+    here = row_tokenizer(tokenizer)
+    monkeypatch.setattr(here, "tokens", in_another_process(here.tokens))
+    assert whole_file(rows, here) == alone
+    # Without truncation the first row that is too long is named, as by one process.
+    strict = row_tokenizer(tokenizer, on_long_prompt="error", max_prompt_tokens=30)
+    long = replace(many[0], prompt="the sea is wide " * 9, pair_id="long")
+    with pytest.raises(BadValue, match=r"prompt='\d+ tokens \(pair long\)'.*truncate"):
+        whole_file(Rows.from_rows([*many, long, *many]), strict)
+
+
+def in_another_process(tokenise: Any) -> Any:
+    here = os.getpid()
+
+    def checked(rows: list[Row]) -> Any:
+        assert os.getpid() != here
+        return tokenise(rows)
+
+    return checked
 
 
 def test_no_rows_have_no_tokens(tokenizer: Any, tmp_path: Path) -> None:
