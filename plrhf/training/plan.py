@@ -145,13 +145,15 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = {} if kwargs is None else kwargs
         out = func(*args, **kwargs)
-        given = {id(one.untyped_storage()) for one in _tensors((args, kwargs))}
-        for tensor in _tensors(out):
-            storage = tensor.untyped_storage()
-            if id(storage) not in given | self._seen:  # else a view, or written in place
-                self._seen.add(id(storage))
+        made = (one.untyped_storage() for one in _tensors(out))
+        new = {id(one): one for one in made if id(one) not in self._seen}  # others are views
+        if len(new) > 0:
+            for one in _tensors((args, kwargs)):  # written in place
+                new.pop(id(one.untyped_storage()), None)
+            for key, storage in new.items():
+                self._seen.add(key)
                 self.live += storage.nbytes()
-                weakref.finalize(storage, self._free, id(storage), storage.nbytes())
+                weakref.finalize(storage, self._free, key, storage.nbytes())
         self.peak = max(self.peak, self.live)
         return out
 

@@ -318,7 +318,7 @@ commands.train()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_may_train_the_same_backbone(tmp_path: Path) -> None:
     script = tmp_path / "at_once.py"
     script.write_text(AT_ONCE)

@@ -18,7 +18,7 @@ TASKS = {"eval": "plrhf.cli.tasks.evaluate", "train": "plrhf.cli.run.train"}
 LITTLE = ["eval.trials=2", "eval.shots=[0,1]", "eval.draws=1"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_method_of_ones_own_goes_through_the_referee_and_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
