@@ -71,6 +71,7 @@ class Backbone(nn.Module):
                 "r, alpha, dropout and target_modules",
                 "Give them, or set backbone.trainable=frozen",
             )
+        self._fingerprint: tuple[list[tuple[int, int]], str] | None = None
         self.causal = is_causal(model.config)
         self.trainable, self.block_masks = trainable, block_masks
         switch_dropout_off(model)
@@ -361,8 +362,15 @@ class Backbone(nn.Module):
         return not any(one.requires_grad or is_sharded(one) for one in head)
 
     def fingerprint(self) -> str:
-        """Hash the frozen weights by rounded sums, quickly; see `hashes.fingerprint`."""
-        return hashes.fingerprint(self)
+        """Hash the frozen weights by rounded sums, quickly; see `hashes.fingerprint`.
+
+        As long as they are the same it is computed once.
+        """
+        frozen = [one for one in self.parameters() if not one.requires_grad]
+        versions = [(id(one), one._version) for one in frozen]  # raised by all that writes to one
+        if self._fingerprint is None or self._fingerprint[0] != versions:
+            self._fingerprint = versions, hashes.fingerprint(self)
+        return self._fingerprint[1]
 
     @cached_property
     def digest(self) -> str:

@@ -77,36 +77,58 @@ class ContextEncoder(PairReader):
 
     def posterior(self, context: UserContext) -> tuple[Tensor, Tensor]:
         """Compute mu and log sigma^2, each [B, user_dim] and bounded by `LIMIT`."""
-        pairs, queries, keys = self._pairs(context)
-        there = context.present[:, None, :]  # [B, 1, k]
-        scores = queries @ keys.mT * self.keys.out_features**-0.5
-        attention = scores.masked_fill(~there, torch.finfo(scores.dtype).min).softmax(dim=-1)
-        # The mean over pairs of what each attends to; values are linear, so that means come first.
-        counts = context.present.sum(dim=1, keepdim=True).clamp(min=1)
-        share = (attention * context.present[..., None]).sum(dim=1) / counts  # [B, k]
-        pooled = self.values((share[..., None] * pairs).sum(dim=1))  # [B, width]
+        pooled = (self._pooled_pairs if self.reads == "pair" else self._pooled_responses)(context)
         return (
             self.mean(pooled).clamp(-LIMIT, LIMIT),
             self.log_variance(pooled).clamp(-LIMIT, LIMIT),
         )
 
-    def _pairs(self, context: UserContext) -> tuple[Tensor, Tensor, Tensor]:
-        """Encode each pair, [B, k, width of the MLP's output], with its query and key, [B, k, width]."""
+    def _shares(self, queries: Tensor, keys: Tensor, present: Tensor) -> Tensor:
+        """Compute the share of each pair in the mean over pairs of what each attends to, [B, k].
+
+        Args:
+            queries, keys: [B, k, width]. present: [B, k].
+        """
+        scores = queries @ keys.mT * self.keys.out_features**-0.5
+        absent = ~present[:, None, :]  # [B, 1, k]
+        attention = scores.masked_fill(absent, torch.finfo(scores.dtype).min).softmax(dim=-1)
+        asking = present / present.sum(dim=1, keepdim=True).clamp(min=1)  # [B, k]
+        return (asking[:, None] @ attention)[:, 0]
+
+    def _pooled_pairs(self, context: UserContext) -> Tensor:
+        """Encode each pair, and return the mean of the values that pairs attend to, [B, width]."""
         chosen, rejected = context.texts.unbind(dim=-1)
+        first, second = (side(context.hidden) for side in self.sides)
         looked_up = nn.functional.embedding
-        if self.reads == "pair":
-            first, second = (side(context.hidden) for side in self.sides)
-            pairs = self.layers(looked_up(chosen, first) + looked_up(rejected, second))
-            return pairs, self.queries(pairs), self.keys(pairs)
+        pairs = self.layers(looked_up(chosen, first) + looked_up(rejected, second))
+        share = self._shares(self.queries(pairs), self.keys(pairs), context.present)
+        # Values are linear, so that the mean comes first.
+        pooled: Tensor = self.values((share[:, None] @ pairs)[:, 0])
+        return pooled
+
+    def _pooled_responses(self, context: UserContext) -> Tensor:
+        """Do as `_pooled_pairs` with each distinct text encoded once; of a pair are only sums over both."""
         of_text = self.layers(self.sides[0](context.hidden))  # [M, width]
+        # The maps of a pair's two responses, one after the other: rows 0 to M - 1 are of chosen ones.
+        layers = (self.queries, self.keys, self.values)
+        sides = zip(*(layer.weight.chunk(2, dim=1) for layer in layers), strict=True)
+        table = torch.cat([of_text @ torch.cat(side).T for side in sides])  # [2 M, 3 width]
+        rows = (context.texts + torch.tensor([0, len(of_text)], device=table.device)).flatten()
+        width, (n_users, n_pairs) = self.keys.out_features, context.present.shape
 
-        def project(layer: nn.Linear) -> Tensor:
-            """Apply a linear map to both responses end to end, each distinct text once."""
-            first, second = (of_text @ part.T for part in layer.weight.chunk(2, dim=1))
-            return looked_up(chosen, first) + looked_up(rejected, second)
+        def summed(
+            columns: Tensor, n_bags: int, size: int, weights: Tensor | None = None
+        ) -> Tensor:
+            """Sum `columns` of the table over `size` responses each, [n_bags, width]."""
+            starts = size * torch.arange(n_bags, device=rows.device)
+            return nn.functional.embedding_bag(
+                rows, columns, starts, mode="sum", per_sample_weights=weights
+            )
 
-        pairs = looked_up(context.texts, of_text).flatten(-2)
-        return pairs, project(self.queries), project(self.keys)
+        asking = summed(table[:, : 2 * width], n_users * n_pairs, 2)
+        queries, keys = asking.unflatten(0, (n_users, n_pairs)).chunk(2, dim=-1)
+        share = self._shares(queries, keys, context.present).repeat_interleave(2, dim=1)
+        return summed(table[:, 2 * width :], n_users, 2 * n_pairs, share.flatten())
 
 
 def kl_from_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:

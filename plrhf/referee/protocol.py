@@ -24,7 +24,7 @@ from plrhf.models.adaptation.fitting import user_tables
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.referee.facts import Facts
 from plrhf.referee.new_users import FewShots, new_user_margins, unfitted_margins
-from plrhf.referee.side_by_side import Trained, Training, train_side_by_side
+from plrhf.referee.side_by_side import Trained, Training, train_groups
 
 T = TypeVar("T")
 
@@ -135,11 +135,14 @@ def tune(
     results: list[Trained] = []
     best: tuple[float, int, PersonalRewardModel] | None = None
     vmapped = True
+    built, states = [], []
     for group in groups:
-        models = [build(trial) for trial in group]
-        found = train_side_by_side(models, seen, training)
-        vmapped = vmapped and all(result.vmapped for result in found)
-        for trial, result, model in zip(group, found, models, strict=True):
+        built.append([build(trial) for trial in group])
+        states.append(torch.get_rng_state())
+    found = train_groups(built, seen, training, states)
+    for group, models, of_group in zip(groups, built, found, strict=True):
+        vmapped = vmapped and all(result.vmapped for result in of_group)
+        for trial, result, model in zip(group, of_group, models, strict=True):
             score = -result.score if "accuracy" in training.monitor else result.score
             if best is None or score < best[0]:
                 best = (score, len(trials), model)

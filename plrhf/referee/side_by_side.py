@@ -91,8 +91,13 @@ class Stack:
             self.weights[name].requires_grad_()
         modules = self.template.named_modules()
         self.priors = [name for name, part in modules if isinstance(part, Shrinkage)]
-        # This reduction keeps what it saw of the users, each trial its own.
-        self.vmapped = self.template.reduction.kind != "tail"
+        # This reduction keeps what it saw of the users, each trial its own. Of trials that each read pairs
+        # of all users, a processor's cache holds one and not several.
+        of_losses, of_pairs = (
+            self.template.reduction.kind == "tail",
+            self.template.encoder.reads_context,
+        )
+        self.vmapped = not (of_losses or of_pairs)
 
     def __len__(self) -> int:
         return len(self.models)
@@ -310,61 +315,117 @@ class BestWeights:
         ]
 
 
+class Course:
+    """The training of one stack, step by step, with random numbers of its own.
+
+    Args:
+        models: of one structure. data: train and val pairs. n_batches: in an epoch.
+        random_state: of the generator of random numbers, as building the models left it.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[PersonalRewardModel],
+        data: PreferenceData,
+        training: Training,
+        *,
+        n_batches: int,
+        random_state: Tensor,
+    ) -> None:
+        self.train, self.training, self.models = data.datasets["train"], training, models
+        self.random_state, self.goes_on = random_state, True
+        for model in models:
+            model.reduction.count(self.train.user_id)
+            count_pairs(model, data)
+        self.stack = Stack(models)
+        total_steps = training.total_steps(n_batches)
+        self.optimizer, self.factors = stacked_optimizer(self.stack, total_steps)
+        self.best = BestWeights(self.stack, training)
+        self.stack.train(True)
+
+    def step(self, step: int, batch: PreferenceBatch) -> None:
+        """Take a step on a batch."""
+        torch.set_rng_state(self.random_state)
+        weigh_priors(self.stack, step)
+        gradients = self.stack.gradients(batch)
+        if self.training.gradient_clip_val is not None:
+            clip(gradients, self.training.gradient_clip_val)
+        for model in self.models:
+            model.reduction.step()
+        self.optimizer.step(gradients, self.factors(step, self.best.trials))
+        self.random_state = torch.get_rng_state()
+
+    def validate(self, step: int, val: Sequence[PreferenceBatch]) -> None:
+        """Validate after so many steps, and stop the trials that stand still."""
+        self.stack.finish_users(self.train)
+        found = validate(self.stack, val)
+        column = 0 if self.training.monitor == "val/loss" else 1
+        kept = self.best.update(self.stack, found[:, column], found, step)
+        self.goes_on = bool(kept.any())
+        if self.goes_on and not kept.all():
+            self.stack.keep(kept)
+            self.optimizer.keep(kept, self.stack.weights)
+
+    def end(self) -> list[Trained]:
+        """Leave each model with its best weights, and return what each came to."""
+        if not bool(self.best.step.any()):  # nothing was ever validated
+            self.stack.finish_users(self.train)
+            self.best.weights = self.stack.weights
+        load_weights(self.models, self.best.weights)
+        for model in self.models:
+            model.eval()
+        return self.best.results(vmapped=self.stack.vmapped)
+
+
 def train_side_by_side(
     models: Sequence[PersonalRewardModel], data: PreferenceData, training: Training
 ) -> list[Trained]:
-    """Train models of one structure on the same batches, and leave each with its best weights by val.
+    """Train models of one structure, with the random state that building them left; see `train_groups`."""
+    return train_groups([models], data, training, [torch.get_rng_state()])[0]
 
-    They may differ in start values and in `optim`. Learning rates, schedules, clipping, validation and
-    early stopping are those of `train.py`, and so are the random numbers: call it with the state that
-    building the models left.
+
+def train_groups(
+    groups: Sequence[Sequence[PersonalRewardModel]],
+    data: PreferenceData,
+    training: Training,
+    random_states: Sequence[Tensor],
+) -> list[list[Trained]]:
+    """Train groups of models on the same batches, and leave each with its best weights by val.
+
+    Models of a group have one structure; start values and `optim` may differ. Learning rates, schedules,
+    clipping, validation, early stopping and random numbers are those of `train.py`.
 
     Args:
         data: with `PairDataset.hidden`; train and val alone are read.
+        random_states: of the generator of random numbers, as building each group's models left it.
     """
-    if models[0].reduction.kind == "tail" and len(models) > 1:  # each remembers losses of its own
-        state, alone = torch.get_rng_state(), []
-        for model in models:
-            torch.set_rng_state(state)
-            alone += train_side_by_side([model], data, training)
-        return alone
     seen = data.restrict_to("train", "val")
-    train, loader = seen.datasets["train"], seen.train_dataloader()
-    total_steps = training.total_steps(len(loader))
-    for model in models:
-        model.reduction.count(train.user_id)
-        count_pairs(model, seen)
-    stack = Stack(models)
-    optimizer, factors = stacked_optimizer(stack, total_steps)
-    best = BestWeights(stack, training)
-    val = list(seen.val_dataloader())
+    loader = seen.train_dataloader()
+    courses = [
+        [
+            Course(of_stack, seen, training, n_batches=len(loader), random_state=state)
+            for of_stack in stacks_of(models)
+        ]
+        for models, state in zip(groups, random_states, strict=True)
+    ]
+    every_one, val = list(itertools.chain(*courses)), list(seen.val_dataloader())
     every = training.val_every_n_steps or len(loader)
-    stack.train(True)
-    for step, batch in enumerate(_batches(loader, total_steps)):
-        weigh_priors(stack, step)
-        gradients = stack.gradients(batch)
-        if training.gradient_clip_val is not None:
-            clip(gradients, training.gradient_clip_val)
-        for model in models:
-            model.reduction.step()
-        optimizer.step(gradients, factors(step, best.trials))
-        if len(val) > 0 and (step + 1) % every == 0:
-            stack.finish_users(train)
-            found = validate(stack, val)
-            column = 0 if training.monitor == "val/loss" else 1
-            goes_on = best.update(stack, found[:, column], found, step + 1)
-            if not goes_on.any():
-                break
-            if not goes_on.all():
-                stack.keep(goes_on)
-                optimizer.keep(goes_on, stack.weights)
-    if not bool(best.step.any()):  # nothing was ever validated
-        stack.finish_users(train)
-        best.weights = stack.weights
-    load_weights(models, best.weights)
-    for model in models:
-        model.eval()
-    return best.results(vmapped=stack.vmapped)
+    for step, batch in enumerate(_batches(loader, training.total_steps(len(loader)))):
+        going = [course for course in every_one if course.goes_on]
+        if len(going) == 0:
+            break
+        for course in going:
+            course.step(step, batch)
+            if len(val) > 0 and (step + 1) % every == 0:
+                course.validate(step + 1, val)
+    return [[one for course in of_group for one in course.end()] for of_group in courses]
+
+
+def stacks_of(models: Sequence[PersonalRewardModel]) -> list[Sequence[PersonalRewardModel]]:
+    """Divide models of one structure into those of one stack each."""
+    if models[0].reduction.kind == "tail":  # each remembers losses of its own
+        return [[model] for model in models]
+    return [models]
 
 
 def _batches(loader: Any, n_steps: int) -> Iterator[PreferenceBatch]:
