@@ -62,6 +62,8 @@ class PersonalGRPOPolicy(PersonalPolicy):
 
     Args:
         reward: run or export of a `PersonalRewardModel` of the same users; needed for training only.
+        reduce: see `reduction.Reduction`; with ``tail`` a user's loss is how far the rewards of the
+            user's responses are below the rewards of the responses in the train pairs, see `record_gains`.
         group_size: responses sampled for each prompt and context. max_new_tokens: of each.
         advantage: see `policy_gradient.group_advantages` and `policy_gradient.response_losses`.
         clip_low, clip_high: see `policy_gradient.clipped_surrogate`.
@@ -99,14 +101,9 @@ class PersonalGRPOPolicy(PersonalPolicy):
         **policy: Any,
     ) -> None:
         super().__init__(**policy)
-        for name, value, is_unfit in (
-            ("inner", self.inner, self.inner is not None),
-            ("reduce", self.reduction.kind, self.reduction.kind == "tail"),
-        ):
-            if is_unfit:
-                allowed = "another with model=grpo, which reads no preferences of train pairs"
-                cure = "Set model.inner=null model.reduce=users"
-                raise bad_value(f"model.{name}", value, allowed, cure)
+        if self.inner is not None:
+            allowed = "null with model=grpo, which reads no preferences of train pairs"
+            raise bad_value("model.inner", vars(self.inner), allowed, "Set model.inner=null")
         self.reward, self.group_size, self.max_new_tokens = reward, group_size, max_new_tokens
         self.advantage, self.n_updates, self.batch_size = advantage, n_updates, batch_size
         self.start_users = start_users
@@ -216,6 +213,7 @@ class PersonalGRPOPolicy(PersonalPolicy):
         reward = self.open_reward()
         rewards = group_rewards(reward, asked, texts, batch_size=self.batch_size).to(user.device)
         advantages = group_advantages(rewards, kind=self.advantage)
+        self.record_gains(batch.user_id, rewards[: len(batch)], rows, asked[: len(batch)])
         pairs = pairs_of_groups(self, prompts, responses)
         found = Rollouts(
             asked=batch,
@@ -226,6 +224,27 @@ class PersonalGRPOPolicy(PersonalPolicy):
         )
         self.train(was_training)
         return found
+
+    def record_gains(
+        self,
+        user_id: Tensor,
+        rewards: Tensor,
+        rows: Sequence[Row],
+        asked: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Tell the reduction how far a user's responses are below those of the user's pairs.
+
+        Levels of rewards of different users cannot be compared, but differences are log odds of a choice: here
+        of a sampled response over a response of the train pair, chosen or rejected, for the same prompt.
+
+        Args:
+            rewards: of the B pairs' groups, [B, G]. rows, asked: see `rollouts`, of the B pairs.
+        """
+        if self.reduction.kind == "tail":
+            given = [[row.chosen, row.rejected] for row in rows]
+            reward = self.open_reward()
+            level = group_rewards(reward, asked, given, batch_size=self.batch_size).mean(dim=1)
+            self.reduction.record(user_id, level.to(rewards.device) - rewards.mean(dim=1))
 
     def _sample(
         self, prompts: Sequence[Ids], user: Tensor, seeds: Sequence[int]

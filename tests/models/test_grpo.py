@@ -269,6 +269,23 @@ def test_each_context_is_rewarded_as_itself() -> None:
         torch.testing.assert_close(advantages[context, place, number], spread)
 
 
+def test_users_who_gain_least_over_their_pairs_count_most() -> None:
+    policy = make_policy(reduce="tail")
+    batch, rows = make_asked(policy, 4)
+    found = policy.rollouts(batch, rows)
+    policy.reduction.step()
+    own = batch.user_id.tolist()
+    assert len(set(own)) == 4
+    level = tensor([-(1 + user) * 1.5 / 97 for user in own])  # of the texts "1" and "2" of a pair
+    lost = level - found.rewards[0].mean(dim=1)
+    torch.testing.assert_close(policy.reduction.losses[batch.user_id], lost)
+    order = policy.reduction.weights(batch.user_id).argsort()
+    assert order.equal(lost.argsort()) and lost.unique().numel() == 4
+    others = make_policy(reduce="users")
+    others.rollouts(batch, rows)
+    assert len(others._reward_model[0].asked) == 2 * 4 * 3  # what is given is not asked about
+
+
 @pytest.mark.parametrize("case", ["same encoder", "another rank", "no users", "switched off"])
 def test_a_policys_users_start_at_those_of_the_reward_model(case: str) -> None:
     policy = make_policy(personal=case != "no users", start_users=case != "switched off")
@@ -341,7 +358,6 @@ def test_prompts_are_read_from_either_layout() -> None:
 def test_errors() -> None:
     for settings, message in (
         ({"group_size": 1}, r"^model\.group_size=1 is not allowed: expected .* 2"),
-        ({"reduce": "tail"}, r"^model\.reduce='tail' is not allowed"),
         ({"inner": {"steps": 1, "lr": 0.1, "query_share": 0.5}}, r"^model\.inner="),
     ):
         with pytest.raises(BadValue, match=message):
