@@ -1,7 +1,7 @@
 """How many pairs a user and how many users each kind of user model takes, on simulated people.
 
     python benchmarks/sample_complexity.py
-    python benchmarks/sample_complexity.py --users 25 50 100 200 400 --pairs 20 --features 16
+    python benchmarks/sample_complexity.py --users 25 50 100 200 400 --pairs 20 --features 16 --worlds 10
 
 People choose between responses with random features by a linear reward of their own. All kinds of model
 are fitted to the same choices by penalised maximum likelihood, each with the spread of its parameters that
@@ -245,10 +245,10 @@ def with_interval(sizes: Sequence[float], shares: Tensor, level: float) -> Estim
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--users", type=int, nargs="+", default=[200])
-    parser.add_argument("--pairs", type=int, nargs="+", default=[5, 10, 20, 40, 80, 160, 320])
-    parser.add_argument("--features", type=int, nargs="+", default=[8, 16, 32], metavar="D")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[5, 10, 20, 40, 80, 160])
+    parser.add_argument("--features", type=int, nargs="+", default=[8, 16], metavar="D")
     parser.add_argument("--rank", type=int, default=2, help="true rank, and number of clusters")
-    parser.add_argument("--worlds", type=int, default=10)
+    parser.add_argument("--worlds", type=int, default=6)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()

@@ -234,8 +234,8 @@ class PersonalGRPOPolicy(PersonalPolicy):
     ) -> None:
         """Tell the reduction how far a user's responses are below those of the user's pairs.
 
-        Levels of rewards of different users cannot be compared, but differences are log odds of a choice: here
-        of a sampled response over a response of the train pair, chosen or rejected, for the same prompt.
+        Levels of rewards of different users cannot be compared, but differences are log odds of a choice:
+        here of a sampled response over a response of the train pair, chosen or rejected.
 
         Args:
             rewards: of the B pairs' groups, [B, G]. rows, asked: see `rollouts`, of the B pairs.
