@@ -25,7 +25,12 @@ from plrhf.core.bootstrap import bootstrap
 from plrhf.core.types import UserBatch
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Row
-from plrhf.evaluation.best_of import best_texts
+from plrhf.evaluation.best_of import (
+    best_of_curve,
+    best_texts,
+    candidate_rewards,
+    describe_curve,
+)
 from plrhf.models.generation import generate
 from plrhf.models.policy import PersonalPolicy
 from plrhf.models.reward import PersonalRewardModel
@@ -81,7 +86,11 @@ def main() -> None:
     texts = {"reference": sampled(first, rows, data, as_reference=True)}
     many = sampled(first, rows * args.best_of, data, as_reference=True)
     candidates = [many[place :: len(rows)] for place in range(len(rows))]
-    texts[f"best of {args.best_of}"] = best_texts(reward, rows, candidates)
+    rewards = candidate_rewards(reward, rows, candidates)
+    texts[f"best of {args.best_of}"] = best_texts(candidates, rewards)
+    of_rows = zip(rows, candidates, strict=True)
+    true = [[data.source.true_score(row.user_id, one) for one in own] for row, own in of_rows]
+    print(describe_curve(best_of_curve(rewards, true)))
     for run, policy in policies.items():
         assert isinstance(policy, PersonalPolicy)
         texts[run] = sampled(policy, rows, data)

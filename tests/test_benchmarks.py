@@ -194,7 +194,10 @@ def test_policies_beside_best_of_n(
     twice = [str(policy_run), f"{policy_run}/export"]
     monkeypatch.setattr(sys, "argv", ["online.py", *twice, *given])
     runpy.run_path(str(BENCHMARKS / "online.py"), run_name="__main__")
-    lines = capsys.readouterr().out.splitlines()
+    curve, lines = [], capsys.readouterr().out.splitlines()
+    while not lines[0].startswith("reference"):
+        curve.append(lines.pop(0).split())
+    assert [one[0] for one in curve] == ["n", "1", "2"] and curve[2][2] == "0.19"  # log 2 - 1/2
     writers = ["reference", "best of 2", *twice, " over ".join(twice)]
     assert [line.partition(":")[0] for line in lines] == writers
     assert "gain +0.00" in lines[0] and "better in 50% [50%, 50%] of 3 pairs" in lines[0]

@@ -19,6 +19,7 @@ from plrhf.cli.run import this_command
 from plrhf.core.components import Settings, build
 from plrhf.core.errors import bad_value
 from plrhf.data.module import PreferenceData
+from plrhf.evaluation.best_of import describe_curve
 from plrhf.evaluation.few_shot import learning_curve
 from plrhf.evaluation.generations import (
     GeneratedText,
@@ -108,8 +109,11 @@ def write(config: EvalConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     lightning.seed_everything(trained.seed if config.seed is None else config.seed, verbose=False)
     fingerprint = read_results(run).fingerprint
-    write_generations(out / "generations.jsonl", model, data, texts, fingerprint)
+    curves = write_generations(out / "generations.jsonl", model, data, texts, fingerprint)
     print(f"texts: {out / 'generations.jsonl'}")
+    for writer, points in curves.items():
+        print(f"best of n texts of the {writer}, expected over all choices of n of those written:")
+        print(describe_curve(points))
     rewrite_report(out, config)
 
 

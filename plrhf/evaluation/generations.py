@@ -20,7 +20,13 @@ from plrhf.data.module import PreferenceData
 from plrhf.data.packing import LAYOUTS
 from plrhf.data.rows import Features, Message, Row
 from plrhf.data.text_values import compute_text_values
-from plrhf.evaluation.best_of import BestOf, best_texts
+from plrhf.evaluation.best_of import (
+    BestOf,
+    BestOfPoint,
+    best_of_curve,
+    best_texts,
+    candidate_rewards,
+)
 from plrhf.evaluation.people import evenly, features_of, first_people, first_prompts
 from plrhf.evaluation.records import Record, read_lines, write_text
 from plrhf.models.base import PersonalModule
@@ -157,7 +163,7 @@ def write_generations(
     data: PreferenceData,
     texts: GenerationOptions,
     fingerprint: str | None = None,
-) -> None:
+) -> dict[str, list[BestOfPoint]]:
     """Write generations.jsonl: texts of the policy (and of others asked) for all prompts and users.
 
     The generic user and the reference have one text for all users with the same prompt text. Prompt
@@ -165,15 +171,18 @@ def write_generations(
 
     Args:
         path: path of generations.jsonl. data: tokenised data. fingerprint: fingerprint of the model.
+
+    Returns:
+        Curves of the best of several texts, by who sampled them.
     """
     asked = requested_rows(model, data, texts)
-    written = _responses(model, data, texts, asked)
+    written, curves = _responses(model, data, texts, asked)
     likely = {
         writer: reference_logps(model, data, asked, responses) if texts.reference else None
         for writer, responses in written.items()
     }
     if rank_zero_only.rank != 0:  # type: ignore[attr-defined]
-        return
+        return curves
     lines = []
     for writer, responses in written.items():
         of_tokens = likely[writer]
@@ -195,6 +204,7 @@ def write_generations(
             )
             lines.append(json_text(one.to_json()))
     write_text(path, "".join(lines))
+    return curves
 
 
 @torch.no_grad()
@@ -225,8 +235,8 @@ def reference_logps(
 
 def _responses(
     model: PersonalPolicy, data: PreferenceData, texts: GenerationOptions, asked: Sequence[Row]
-) -> dict[str, list[str]]:
-    """Return the responses to the rows asked, by writer."""
+) -> tuple[dict[str, list[str]], dict[str, list[BestOfPoint]]]:
+    """Return the responses to the rows asked, by writer, and curves of the best of several texts."""
     how: dict[str, Any] = {
         "max_new_tokens": texts.max_new_tokens,
         "temperature": texts.temperature,
@@ -255,6 +265,7 @@ def _responses(
             found = generate(model, tokenizer, distinct, user, **how)
             once = dict(zip(distinct, found, strict=True))
             written[writer] = [once[prompt] for prompt in prompts]
+    curves: dict[str, list[BestOfPoint]] = {}
     if texts.best_of is not None:
         reward = texts.best_of.load_reward(ids)
         how["temperature"], n = texts.best_of.temperature, texts.best_of.n
@@ -267,5 +278,9 @@ def _responses(
                 everybody = UserBatch(index.repeat(n), users.features.repeat(n, 1))
                 found = generate(model, tokenizer, [*prompts] * n, everybody, **how)
                 candidates = [found[place :: len(prompts)] for place in range(len(prompts))]
-            written[f"best_of_{writer}"] = best_texts(reward, asked, candidates)
-    return written
+            rewards = candidate_rewards(reward, asked, candidates)
+            written[f"best_of_{writer}"] = best_texts(candidates, rewards)
+            of_users = zip(ids, candidates, strict=True)
+            true = [[data.source.true_score(user, one) for one in own] for user, own in of_users]
+            curves[writer] = best_of_curve(rewards, true)
+    return written, curves

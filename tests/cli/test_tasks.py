@@ -7,9 +7,11 @@ import shutil
 import subprocess
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -36,7 +38,7 @@ from plrhf.core.errors import BadValue
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Row
 from plrhf.data.sources.jsonl import JsonlSource
-from plrhf.evaluation.best_of import BestOf, best_texts
+from plrhf.evaluation.best_of import BestOf, best_of_curve, best_texts, candidate_rewards
 from plrhf.evaluation.generations import (
     GeneratedText,
     GenerationOptions,
@@ -169,9 +171,32 @@ def test_each_user_gets_the_best_text() -> None:
     )
     texts = ["two words", "one", " ", "now three words", "one"]
     given = [texts, texts, ["", " "], ["a b", "c d"]]
-    chosen = best_texts(LikesLength(), [ada, ben, ada, ben], given)  # type: ignore[arg-type]
+    rewards = candidate_rewards(LikesLength(), [ada, ben, ada, ben], given)  # type: ignore[arg-type]
+    chosen = best_texts(given, rewards)
     # All blank leaves nothing; of equals the first wins.
     assert chosen == ["now three words", "one", "", "a b"]
+
+
+def test_the_expected_best_of_several_is_that_of_all_choices() -> None:
+    """Against each choice of n texts written out; a blank text is the worst of its row."""
+    rewards = [[0.5, -1.0, 2.0, 1.0, -np.inf], [3.0, 0.0, -2.0, 1.0, 1.5]]
+    scores = [[1.0, 4.0, -2.0, 0.0, 7.0], [0.5, 1.0, 2.0, 3.0, 5.0]]
+    points = best_of_curve([*rewards, [-np.inf] * 5], [*scores, [9.0] * 5])
+    assert [one.n for one in points] == [1, 2, 4, 5]
+    rewards[0][4] = -1.0
+    for point in points:
+        best = [
+            max(choice, key=lambda place: (own[place], place))
+            for own in rewards
+            for choice in combinations(range(5), point.n)
+        ]
+        half = len(best) // 2
+        rows = [0] * half + [1] * half
+        for value, table in ((point.reward, rewards), (point.score, scores)):
+            chosen = [table[row][place] for row, place in zip(rows, best, strict=True)]
+            assert value == pytest.approx(np.mean(chosen))
+        assert point.kl == pytest.approx(np.log(point.n) - (point.n - 1) / point.n)
+    assert best_of_curve([[1.0, 2.0]], [[None, 1.0]])[0].score is None
 
 
 @pytest.mark.parametrize("speaking", [True, False])
