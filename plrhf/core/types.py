@@ -102,6 +102,7 @@ class PreferenceBatch(Pinnable):
     hidden: Tensor | None = None  # [M, d] pooled trunk outputs of the batch's distinct texts
     texts: Tensor | None = None  # [B, 2] int64, which of them are chosen and rejected
     text_keys: Tensor | None = None  # [M] int64, hashes of these texts, alike in all splits
+    read: Tensor | None = None  # [M, F] what a frozen head reads of them, where it is kept
     trunk: Tensor | None = (
         None  # [R, L, d] last hidden states without any user, where they are kept
     )

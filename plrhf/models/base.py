@@ -128,11 +128,7 @@ class PersonalModule(LightningModule):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **options: Any) -> Self:
-        """Load the model in a run's ``export/``, in eval mode.
-
-        Args:
-            options: `backbone_path`, `trust_remote_code`, `trust_components` of `loading.load_export`.
-        """
+        """Load the model in a run's ``export/``, in eval mode; `options` are of `loading.load_export`."""
         return load_export(cls, directory, **options)
 
     @classmethod
@@ -199,6 +195,10 @@ class PersonalModule(LightningModule):
     def without_user(self, batch: PreferenceBatch) -> PreferenceBatch:
         """Add all that does not depend on the user to a batch, for calls with many user vectors."""
         return self.aggregator.without_user(self.backbone, batch)
+
+    def precomputed(self, batch: PreferenceBatch) -> PreferenceBatch:
+        """Do as `without_user`, and add what stays the same as long as the weights do."""
+        return self.without_user(batch)
 
     @property
     def needs_only_pooled(self) -> bool:

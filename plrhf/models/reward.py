@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -140,6 +141,11 @@ class PersonalRewardModel(PersonalModule):
         texts = torch.arange(len(pooled), device=pooled.device).view(len(batch), 2)
         return batch.pooled(pooled, texts)
 
+    def precomputed(self, batch: PreferenceBatch) -> PreferenceBatch:
+        batch = self.without_user(batch)
+        texts = self._texts_of(batch)
+        return batch if texts is None or self.training else replace(batch, read=self._read(texts))
+
     def hidden_for(self, batch: PreferenceBatch, user: Tensor) -> Tensor:
         # A trunk that does not depend on the user is run and pooled once for all contexts.
         if self.aggregator.after_trunk:
@@ -174,11 +180,12 @@ class PersonalRewardModel(PersonalModule):
         """Compute margins [C, B] as differences of rewards, and the rewards [C, B, 2]."""
         if batch.hidden is None:
             return super().margins_for(batch, user)
+        texts = self._texts_of(batch) if batch.read is None else None
+        read = batch.read if texts is None else self._read(texts)
+        if read is not None:
+            return self._margins_of_texts(read, batch, user)
         batch = self.aggregator.with_residuals(batch)
         assert batch.hidden is not None
-        texts = self.aggregator.transform_texts(batch.hidden)
-        if texts is not None:
-            return self._margins_of_texts(texts, batch, user)
         # Where rewards are linear in user vectors, texts are reduced to their terms before pairs are made.
         terms, direction = None, self.head.direction
         if direction is not None:
@@ -193,21 +200,34 @@ class PersonalRewardModel(PersonalModule):
         rewards = (of_pair * of_context).sum(dim=-1)  # [C, B, 2]
         return rewards[..., 0] - rewards[..., 1], rewards
 
+    def _texts_of(self, batch: PreferenceBatch) -> Tensor | None:
+        """Return the distinct texts of a batch as the head reads them, [M, output_size].
+
+        Returns:
+            None if they are not pooled, or users act on them before the head.
+        """
+        hidden = self.aggregator.with_residuals(batch).hidden
+        return None if hidden is None else self.aggregator.transform_texts(hidden)
+
+    def _read(self, texts: Tensor) -> Tensor:
+        """Return what the head reads of texts [M, output_size], [M, F]."""
+        with torch.autocast(texts.device.type, enabled=False):
+            return self.head.read(texts.to(self.head.dtype))
+
     def _margins_of_texts(
-        self, texts: Tensor, batch: PreferenceBatch, user: Tensor
+        self, read: Tensor, batch: PreferenceBatch, user: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Compute `margins_for` if users act in the head only; the head reads each distinct text once.
+        """Compute `margins_for` if users act in the head only.
 
         Args:
-            texts: [M, output_size], the batch's distinct texts.
+            read: what the head reads of the batch's distinct texts, [M, F].
         """
         assert batch.texts is not None
-        n_contexts, dtype = len(user) // len(batch), self.head.dtype
+        n_contexts = len(user) // len(batch)
         with torch.autocast(user.device.type, enabled=False):
-            features = self.head.read(texts.to(dtype))
-            of_pair = nn.functional.embedding(batch.texts, features)  # [B, 2, F]
+            of_pair = nn.functional.embedding(batch.texts, read)  # [B, 2, F]
             of_context = of_pair.expand(n_contexts, -1, -1, -1)
-            return self.head.compare(of_context, user.to(dtype), batch)
+            return self.head.compare(of_context, user.to(self.head.dtype), batch)
 
     def pair_loss(
         self, margins: Tensor, extra: Tensor, batch: PreferenceBatch, user: Tensor

@@ -396,6 +396,11 @@ def test_a_head_reads_distinct_texts_as_it_reads_those_of_pairs(
         (margins.sigmoid().sum() + rewards[..., 0].sum()).backward(retain_graph=True)
         found.append({"margins": margins, "rewards": rewards, **gradients(model)})
     assert_same(found[0], found[1], atol=1e-4)
+    with torch.no_grad():
+        kept = model.precomputed(batch)
+        assert kept.read is not None and kept.hidden is not None
+        nothing = replace(kept, hidden=torch.zeros_like(kept.hidden))  # is read no more
+        torch.testing.assert_close(model.margins_for(nothing, user)[0], found[0]["margins"])
 
 
 def film_model(backbone: Backbone, encoder: UserEncoder, film: FiLM) -> Any:

@@ -130,4 +130,4 @@ def with_precomputed(
     if n_positions * kept_states * model.backbone.hidden_size > KEPT_NUMBERS:
         return on_device  # the trunk runs again whenever pairs are scored
     with torch.no_grad():
-        return [model.without_user(batch) for batch in on_device]
+        return [model.precomputed(batch) for batch in on_device]

@@ -63,7 +63,10 @@ class Gradient(Adaptation):
         optimizer = kind([t], lr=self.lr)
         weight = 1 / losses.counts.clamp(min=1)
         for _ in range(self.steps):
-            t.grad = losses.gradient(t, weight)[1]
+            if losses.linear is None:
+                t.grad = losses.gradient(t, weight)[1]
+            else:
+                t.grad = weight[:, None] * losses.linear.derivatives(t.detach())[0].to(t)
             optimizer.step()
         return losses.users_at(torch.where(losses.counts[:, None] > 0, t.detach(), 0.0))
 
