@@ -16,10 +16,14 @@ DIGESTS = "digests.json"
 DIGEST = "digest"
 """Key of the digest of the other keys. JSON without it, as written by hand, is read unchecked."""
 
+_to_json = json.JSONEncoder(
+    ensure_ascii=False, sort_keys=True
+).encode  # json.dumps makes one a call
+
 
 def content_hash(*content: object) -> str:
     """Hash JSON-able content to 16 hexadecimal digits, the same in every process."""
-    text = json.dumps(content, ensure_ascii=False, sort_keys=True)
+    text = _to_json(content)
     # Sources hash text before it is checked, lone surrogates included.
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
 

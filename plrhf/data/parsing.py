@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from plrhf.data.digests import content_hash
@@ -38,8 +38,8 @@ def parse_row(raw: Mapping[str, Any], where: str) -> Row:
         where: place of the record, e.g. ``pairs.jsonl:17``, with which messages begin.
     """
     if is_message_list(raw.get("chosen")) and is_message_list(raw.get("rejected")):
-        given = None if _is_absent(raw.get("prompt")) else raw["prompt"]
-        said = split_conversations(given, raw["chosen"], raw["rejected"], where)
+        shared = None if _is_absent(raw.get("prompt")) else raw["prompt"]
+        said = split_conversations(shared, raw["chosen"], raw["rejected"], where)
         raw = {**raw, **dict(zip(("prompt", "chosen", "rejected"), said, strict=True))}
     prompt = _prompt(raw, where)
     chosen, rejected = (_response(raw, name, where) for name in ("chosen", "rejected"))
@@ -51,47 +51,38 @@ def parse_row(raw: Mapping[str, Any], where: str) -> Row:
     if not user_id.strip() or user_id in MISSING_WORDS:
         cure = "Say who made the choice"
         refuse(Reason.MISSING_FIELD, where, "user_id", user_id, "the id of a person", cure)
+    given = {name: read(raw, name, where) for name, read in OPTIONAL.items() if name in raw}
+    given["prompt_id"] = given.get("prompt_id") or content_hash(prompt)
+    given["pair_id"] = given.get("pair_id") or content_hash(prompt, chosen, rejected, user_id)
     row = Row(
         prompt=prompt,
         chosen=chosen,
         rejected=rejected,
         user_id=user_id,
-        prompt_id=_optional_id(raw, "prompt_id", where) or content_hash(prompt),
-        pair_id=_optional_id(raw, "pair_id", where)
-        or content_hash(prompt, chosen, rejected, user_id),
-        user_text=_optional_text(raw, "user_text", where),
-        user_features=parse_features(raw.get("user_features"), where),
-        split=_split(raw, where),
-        chosen_id=_optional_id(raw, "chosen_id", where),
-        rejected_id=_optional_id(raw, "rejected_id", where),
-        verdict=_verdict(raw, where),
-        weight=_number(raw, "weight", where),
-        strength=_number(raw, "strength", where),
-        group_id=_optional_id(raw, "group_id", where),
         rating_level=level,
-        conversation_id=_optional_id(raw, "conversation_id", where),
+        **given,
     )
     _check_size(row, where)
     return row
 
 
-def _split(raw: Mapping[str, Any], where: str) -> str | None:
+def _split(raw: Mapping[str, Any], name: str, where: str) -> str | None:
     """Return the row's split, in lower case."""
-    given = _optional_text(raw, "split", where)
+    given = _optional_text(raw, name, where)
     split = None if given is None else given.strip().casefold()
     if split is not None and split not in SPLITS:
         cure = "Rename it, or leave split out of every row"
-        refuse(Reason.UNKNOWN_SPLIT, where, "split", given, "train, val or test", cure)
+        refuse(Reason.UNKNOWN_SPLIT, where, name, given, "train, val or test", cure)
     return split
 
 
-def _verdict(raw: Mapping[str, Any], where: str) -> str | None:
+def _verdict(raw: Mapping[str, Any], name: str, where: str) -> str | None:
     """Return "tie" for a tie, and None for a choice."""
-    given = _optional_text(raw, "verdict", where)
+    given = _optional_text(raw, name, where)
     verdict = "prefer" if given is None else given.strip().casefold()
     if verdict not in ("prefer", "tie"):
         cure = "Leave out rows in which nothing was judged"
-        refuse(Reason.UNKNOWN_VERDICT, where, "verdict", given, "prefer or tie", cure)
+        refuse(Reason.UNKNOWN_VERDICT, where, name, given, "prefer or tie", cure)
     if verdict == "prefer":
         return None
     if _number(raw, "strength", where) is not None:
@@ -153,6 +144,11 @@ def _message_texts(message: Message) -> Iterator[str]:
     """Yield the values of a message as text; what is not text, as JSON."""
     for value in message.values():
         yield value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _features(raw: Mapping[str, Any], name: str, where: str) -> dict[str, float | str] | None:
+    """Return the features of the row's user."""
+    return parse_features(raw[name], where)
 
 
 def parse_features(value: object, where: str) -> dict[str, float | str] | None:
@@ -267,3 +263,20 @@ def _feature(value: object, name: str, where: str) -> float | str:
         return float(value)
     cure = "Write a number as 31 and a category as text"
     refuse(Reason.BAD_USER_FEATURES, where, name, value, "a finite number or text", cure)
+
+
+OPTIONAL: dict[str, Callable[[Mapping[str, Any], str, str], Any]] = {
+    "prompt_id": _optional_id,
+    "pair_id": _optional_id,
+    "user_text": _optional_text,
+    "user_features": _features,
+    "split": _split,
+    "chosen_id": _optional_id,
+    "rejected_id": _optional_id,
+    "verdict": _verdict,
+    "weight": _number,
+    "strength": _number,
+    "group_id": _optional_id,
+    "conversation_id": _optional_id,
+}
+"""How each field that a record may lack is read: from the record, by its name, with its place."""
