@@ -367,7 +367,8 @@ class Backbone(nn.Module):
         As long as they are the same it is computed once.
         """
         frozen = [one for one in self.parameters() if not one.requires_grad]
-        versions = [(id(one), one._version) for one in frozen]  # raised by all that writes to one
+        # A write raises the version, which tensors of inference mode lack.
+        versions = [(id(one), 0 if one.is_inference() else one._version) for one in frozen]
         if self._fingerprint is None or self._fingerprint[0] != versions:
             self._fingerprint = versions, hashes.fingerprint(self)
         return self._fingerprint[1]

@@ -179,6 +179,12 @@ def test_fingerprint_tells_frozen_weights_apart() -> None:
     assert one.fingerprint() == same.fingerprint()
     assert one.fingerprint() != other.fingerprint()
     assert len(one.fingerprint()) == 16
+    # What was computed before is not used once a weight was written.
+    with torch.no_grad():
+        one.vocabulary()[5, 5] += 0.1
+    assert one.fingerprint() == other.fingerprint()
+    with torch.inference_mode():  # whose tensors have no version
+        assert make_backbone().fingerprint() == same.fingerprint()
 
 
 def test_fingerprint_does_not_depend_on_the_order_of_summation() -> None:
