@@ -76,7 +76,7 @@ class Backbone(nn.Module):
         self.trainable, self.block_masks = trainable, block_masks
         switch_dropout_off(model)
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         self.model: PreTrainedModel | PeftModel = model
         if trainable == "lora" and lora is not None:
             self.model = add_lora(model, **lora)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -383,6 +384,6 @@ def _shown(value: Any) -> Cell:
 
 
 def console() -> Console:
-    """Return the terminal; without one, a console wide enough for a whole table."""
-    found = Console()
-    return found if found.is_terminal else Console(width=max(110, found.width))
+    """Return a console as wide as the terminal, through a pipe too; without one, as wide as a table."""
+    on_terminal = any(os.isatty(stream) for stream in (0, 1, 2))  # of which Rich takes the width
+    return Console() if on_terminal else Console(width=max(110, Console().width))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -39,6 +40,7 @@ from plrhf.reporting.drawing import drawing, panel, with_hover
 from plrhf.reporting.figures import bars
 from plrhf.reporting.runs import Run, read_run
 from plrhf.reporting.tables import (
+    console,
     few_shot_closing_table,
     few_shot_table,
     grid_table,
@@ -390,3 +392,18 @@ def test_many_users_are_drawn_by_groups() -> None:
     assert drawn[0] == pytest.approx(many[:3].mean()) and drawn[-1] == pytest.approx(
         many[-2:].mean()
     )
+
+
+@pytest.mark.parametrize(("terminals", "width"), [({0, 1, 2}, 72), ({0, 2}, 72), (set(), 110)])
+def test_the_console_is_as_wide_as_the_terminal_through_a_pipe_too(
+    terminals: set[int], width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def size(stream: int) -> os.terminal_size:
+        if stream not in terminals:
+            raise OSError("not a terminal")
+        return os.terminal_size((72, 24))
+
+    monkeypatch.setattr(os, "isatty", lambda stream: stream in terminals)
+    monkeypatch.setattr(os, "get_terminal_size", size)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert console().width == width
