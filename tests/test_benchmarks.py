@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from plrhf.data.rows import Row
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -236,6 +238,58 @@ def test_sample_complexity_by_hand_and_at_toy_size(
     assert (
         1 > features > max(own, rank) > min(own, rank) > clusters > 0
     )  # as people have two factors
+
+
+def test_a_librarys_recommenders_by_hand(tmp_path: Path) -> None:
+    found = runpy.run_path(str(BENCHMARKS / "recommenders.py"))
+    given: dict[str, Any] = {"prompt": "p", "prompt_id": "p", "pair_id": ""}
+    pairs = [("ann", "tea", "milk"), ("ann", "tea", "rum"), ("bob", "rum", "tea")]
+    rows = [Row(**given, user_id=u, chosen=yes, rejected=no) for u, yes, no in pairs]
+    votes = found["votes_of"](rows)
+    agreed = {("ann", "tea"): 1.0, ("ann", "milk"): 0.0, ("ann", "rum"): 0.0}
+    assert votes == {**agreed, ("bob", "rum"): 1.0, ("bob", "tea"): 0.0}
+    predict = found["item_means"](votes)  # mean of all 0.4, which counts as two votes
+    assert predict("ann", "tea") == pytest.approx(1.8 / 4)
+    assert predict("ann", "milk") == pytest.approx(0.8 / 3)
+    assert found["correct"](predict, rows).tolist() == [1.0, 0.5, 0.5]
+    many = [
+        Row(**given, user_id="u", chosen=f"c{n % 50}", rejected=f"r{n % 43}") for n in range(400)
+    ]
+    found["write_new"](tmp_path / "new.jsonl", many, fraction=0.3, seed=0)
+    kept = [json.loads(line) for line in (tmp_path / "new.jsonl").read_text().splitlines()]
+    texts = {
+        split: {
+            one[name] for one in kept if one["split"] == split for name in ("chosen", "rejected")
+        }
+        for split in ("train", "test")
+    }
+    assert len(kept) < 400 and min(map(len, texts.values())) > 10
+    assert texts["train"].isdisjoint(texts["test"])
+
+
+def test_a_survey_as_choices_by_hand() -> None:
+    survey = runpy.run_path(str(BENCHMARKS / "survey.py"))
+    person = {"selfLR": 7, "ClinLR": 1, "DoleLR": 4, "PID": 0, "vote": 1}
+    person |= dict.fromkeys(survey["KNOWN"], 3.0)
+    rows = survey["make_rows"]([person] * 30)
+    first = [row["choice"] for row in rows[:5]]
+    ends = ["extremely conservative", "extremely liberal", "moderate", "a strong Democrat"]
+    assert first == [*ends, "Bob Dole"]
+    splits = [row["split"] for row in rows]
+    assert all(sorted(splits[at : at + 5]) == sorted(survey["SPLITS"]) for at in range(0, 150, 5))
+    assert len({tuple(splits[at : at + 5]) for at in range(0, 150, 5)}) > 5
+    shares = survey["shares_in_train"](rows)
+    n_train = sum(
+        row["split"] == "train" and row["question"] == rows[4]["question"] for row in rows
+    )
+    expected = [0.5 / (n_train + 1), (n_train + 0.5) / (n_train + 1)]  # all are for Dole
+    assert shares[rows[4]["question"]].tolist() == pytest.approx(expected)
+    line = survey["summary"](
+        "x", [np.array([0.25, 0.75])] * 2, [rows[4], {**rows[4], "choice": "Bill Clinton"}]
+    )
+    assert (
+        line.startswith("x: accuracy 50.0 [") and f"loss {-np.log(0.25 * 0.75) / 2:.3f} [" in line
+    )
 
 
 def test_the_ideal_observer_by_hand(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
