@@ -3,7 +3,8 @@
 python benchmarks/referee_cost.py --path DIR                                   # Polis, all methods
 python benchmarks/referee_cost.py --path DIR --rows referee/llmfao --methods gpo,spl --steps 40
 
-All trials of a method are trained for a few steps, and the rest is extrapolated; all else is done whole.
+All trials of a method are trained for some steps, and then for twice as many; by the difference the rest is
+extrapolated, and all else is done whole.
 Times are CPU seconds of one thread and one seed. Features come from the cache.
 """
 
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(method_names()))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trials", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=40, help="steps done of each trial")
+    parser.add_argument("--steps", type=int, default=20, help="of validation or a multiple")
     parser.add_argument("--shots", default="0,1,2,4,8,16,32")
     parser.add_argument("--draws", type=int, default=2)
     given = parser.parse_args()
@@ -88,18 +89,21 @@ def cost(name: str, given: argparse.Namespace, bench: Bench) -> dict[str, float]
     data, backbone, ids = bench.rows_of(method.config)
     data = bench.with_vectors(method, data, backbone)
     backbone = bench.backbone_for(method, data, backbone)
-    building = 0.0
+    building, built = 0.0, {}
 
     def build(trial: Trial) -> PersonalRewardModel:
         nonlocal building
-        model, seconds = timed(lambda: started_trial(trial, method, data, backbone))
-        building += seconds
-        return model
+        if id(trial) not in built:
+            made, seconds = timed(lambda: started_trial(trial, method, data, backbone))
+            built[id(trial)], building = made, building + seconds
+        return built[id(trial)]
 
     whole = method.training.max_steps
     steps = min(given.steps, whole)
-    training = replace(method.training, max_steps=steps)
-    tuned = tune(method.groups(), data, training, build)
+    some, more = (replace(method.training, max_steps=n) for n in (steps, min(2 * steps, whole)))
+    first = tune(method.groups(), data, some, build).seconds - building
+    tuned = tune(method.groups(), data, more, build)
+    rest = (tuned.seconds - first) / steps * (whole - more.max_steps)
     model = tuned.model
     _, seen = timed(lambda: seen_margins(model, data, seed=given.seed))
     shots = [int(one) for one in given.shots.split(",")]
@@ -107,7 +111,7 @@ def cost(name: str, given: argparse.Namespace, bench: Bench) -> dict[str, float]
     drawn, new = FewShots.draw(data, ids, options, seed=given.seed), 0.0
     if drawn is not None:
         _, new = timed(lambda: unseen_margins(model, data, drawn, method.rule))
-    seconds = (of_settings, building, (tuned.seconds - building) * whole / steps, seen, new)
+    seconds = (of_settings, building, tuned.seconds + rest, seen, new)
     return dict(zip(PARTS, (*seconds, sum(seconds)), strict=True))
 
 
