@@ -36,6 +36,7 @@ from plrhf.models.adaptation.fitting import (
     most_likely,
     user_tables,
 )
+from plrhf.models.adaptation.linear import LinearMargins, newton
 from plrhf.models.adaptation.mixture import moments
 from plrhf.models.adaptation.posterior import learned_prior, train_directions
 from plrhf.models.adaptation.reweight import margins_by_particle
@@ -206,6 +207,16 @@ def test_the_posterior_is_the_most_likely_user(scale: float) -> None:
         np.testing.assert_allclose(found.vectors[user], start + expected @ basis, atol=5e-3)
         assert np.abs(expected).max() > 0.05
     assert found.vectors[2].equal(model.encoder.generic_vector)  # nothing is known of the third
+
+
+def test_without_a_penalty_numbers_that_no_pair_tells_stay_zero() -> None:
+    """The second user's pairs contradict each other, so that the first number has a minimum, log 3."""
+    users = tensor([0, 1, 1, 1, 1])
+    slopes = tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+    pairs = LinearMargins.of_pairs(users, torch.zeros(5), slopes, n_users=2)
+    found = newton(pairs, steps=50, penalty=0.0)
+    assert found[:, 1].tolist() == [0.0, 0.0] and bool(found.isfinite().all())
+    assert found[1, 0].item() == pytest.approx(math.log(3), abs=1e-6)
 
 
 def test_newton_finds_what_lbfgs_finds() -> None:

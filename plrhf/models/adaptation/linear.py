@@ -87,7 +87,7 @@ def newton(pairs: LinearMargins, *, steps: int, penalty: float) -> Tensor:
     eye, value = torch.eye(t.shape[1], dtype=t.dtype, device=t.device), objective(t)
     for _ in range(steps):
         gradient, hessian = pairs.derivatives(t)
-        move = torch.linalg.solve(hessian + penalty * eye, gradient + penalty * t)
+        move = least_solution(hessian + penalty * eye, gradient + penalty * t)
         for _ in range(HALVINGS):
             new = objective(t - move)
             rises = new > value
@@ -99,3 +99,16 @@ def newton(pairs: LinearMargins, *, steps: int, penalty: float) -> Tensor:
         if bool(move.abs().max() < TOLERANCE):
             break
     return t
+
+
+def least_solution(matrices: Tensor, values: Tensor) -> Tensor:
+    """Solve A x = b for symmetric A [N, r, r] and b [N, r]; where A is singular x is the shortest.
+
+    Without a penalty it is, as soon as a user has fewer pairs than numbers.
+    """
+    found, failed = torch.linalg.solve_ex(matrices, values)
+    if bool(failed.any()):
+        at = failed != 0
+        inverse = torch.linalg.pinv(matrices[at], hermitian=True)
+        found[at] = (inverse @ values[at][..., None])[..., 0]
+    return found
