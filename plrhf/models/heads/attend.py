@@ -65,9 +65,8 @@ class AttendHead(RewardHead):
         given = user.unflatten(-1, (self.pairs, -1))  # [C * B, k, 2 * width + 1]
         targets = features.flatten(0, 1)  # [C * B, 2, width]
         counts = (given[..., -1] >= 0.5).sum(dim=1)
-        if (
-            counts.is_cuda
-        ):  # where tokens for pairs that are not there cost less than to wait for numbers
+        # On a GPU, tokens for pairs that are not there cost less than to wait for numbers.
+        if counts.is_cuda:
             return self._rewards(given, counts, targets).view(features.shape[:3]).float()
         # Users with about as many pairs go together, so that few tokens stand for pairs that are not there.
         steps = (counts + STEP - 1) // STEP
