@@ -14,7 +14,8 @@ class TextStream:
     """The text of one answer, piece by piece.
 
     A piece is held back as long as it may be the beginning of a stop sequence. The stop sequence itself
-    is left out of the text.
+    is left out of the text. The character NUL, which no judgment may hold, becomes U+FFFD, so that a text
+    can be judged as it was shown.
 
     Args:
         tokenizer: a fast tokenizer. stop: sequences that end the text.
@@ -34,7 +35,7 @@ class TextStream:
         """Add a token; return the text that is certain by now, which may be empty."""
         # Tokens that are a part of a character give None until it is complete.
         piece = self.decoder.step(self.tokenizer.backend_tokenizer, token)
-        return "" if piece is None else self._add(piece)
+        return "" if piece is None else self._add(piece.replace("\x00", "\ufffd"))
 
     def finish(self) -> str:
         """Return the rest of the text."""

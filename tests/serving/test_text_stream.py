@@ -28,6 +28,11 @@ def test_pieces_are_the_text(tokenizer: Any) -> None:
     assert all("�" not in piece for piece in found)
 
 
+def test_what_no_judgment_may_hold_is_replaced(tokenizer: Any) -> None:
+    found, _ = pieces(tokenizer, "The sea\x00 is blue.")
+    assert "".join(found) == "The sea\ufffd is blue."
+
+
 @pytest.mark.parametrize(
     ("stop", "kept"),
     [
