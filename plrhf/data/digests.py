@@ -16,9 +16,8 @@ DIGESTS = "digests.json"
 DIGEST = "digest"
 """Key of the digest of the other keys. JSON without it, as written by hand, is read unchecked."""
 
-_to_json = json.JSONEncoder(
-    ensure_ascii=False, sort_keys=True
-).encode  # json.dumps makes one a call
+# With these options json.dumps would make an encoder a call.
+_to_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
 
 
 def content_hash(*content: object) -> str:

@@ -143,8 +143,9 @@ class PersonalRewardModel(PersonalModule):
 
     def precomputed(self, batch: PreferenceBatch) -> PreferenceBatch:
         batch = self.without_user(batch)
-        texts = self._texts_of(batch)
-        return batch if texts is None or self.training else replace(batch, read=self._read(texts))
+        if self.training or batch.hidden is None:
+            return batch
+        return replace(batch, read=self._read(self.aggregator.with_residuals(batch)))
 
     def hidden_for(self, batch: PreferenceBatch, user: Tensor) -> Tensor:
         # A trunk that does not depend on the user is run and pooled once for all contexts.
@@ -180,11 +181,12 @@ class PersonalRewardModel(PersonalModule):
         """Compute margins [C, B] as differences of rewards, and the rewards [C, B, 2]."""
         if batch.hidden is None:
             return super().margins_for(batch, user)
-        texts = self._texts_of(batch) if batch.read is None else None
-        read = batch.read if texts is None else self._read(texts)
+        read = batch.read
+        if read is None:
+            batch = self.aggregator.with_residuals(batch)
+            read = self._read(batch)
         if read is not None:
             return self._margins_of_texts(read, batch, user)
-        batch = self.aggregator.with_residuals(batch)
         assert batch.hidden is not None
         # Where rewards are linear in user vectors, texts are reduced to their terms before pairs are made.
         terms, direction = None, self.head.direction
@@ -200,17 +202,16 @@ class PersonalRewardModel(PersonalModule):
         rewards = (of_pair * of_context).sum(dim=-1)  # [C, B, 2]
         return rewards[..., 0] - rewards[..., 1], rewards
 
-    def _texts_of(self, batch: PreferenceBatch) -> Tensor | None:
-        """Return the distinct texts of a batch as the head reads them, [M, output_size].
+    def _read(self, batch: PreferenceBatch) -> Tensor | None:
+        """Return what the head reads of a batch's distinct pooled texts, [M, F].
 
         Returns:
-            None if they are not pooled, or users act on them before the head.
+            None if users act on them before the head.
         """
-        hidden = self.aggregator.with_residuals(batch).hidden
-        return None if hidden is None else self.aggregator.transform_texts(hidden)
-
-    def _read(self, texts: Tensor) -> Tensor:
-        """Return what the head reads of texts [M, output_size], [M, F]."""
+        assert batch.hidden is not None
+        texts = self.aggregator.transform_texts(batch.hidden)
+        if texts is None:
+            return None
         with torch.autocast(texts.device.type, enabled=False):
             return self.head.read(texts.to(self.head.dtype))
 
