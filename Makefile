@@ -37,7 +37,7 @@ test: $(ENV)
 test-long: $(ENV)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m long
 
-# What every commit must pass, in two minutes: style, types, the tests that are not slow.
+# What every commit must pass: style, types, the tests that are not slow.
 check: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not long"
 
