@@ -261,17 +261,33 @@ class PersonalRewardModel(PersonalModule):
 
         If the head reads prompts, the pooled prompts are appended, [B, 2, 2 d].
         """
-        hidden = self.backbone.read_text(batch, reads_prompt=self.head.reads_prompt)[None]
+        reads_prompt = self.head.reads_prompt
+        hidden = self.backbone.read_text(batch, reads_prompt=reads_prompt)[None]
         how: dict[str, Any] = {"n_pairs": len(batch), "pooling": self.pooling}
         pooled = pool_responses(hidden, batch.segment, **how)
-        if self.head.reads_prompt:
-            pooled = torch.cat([pooled, pool_prompts(hidden, batch.segment, **how)], dim=-1)
+        if reads_prompt:
+            of_prompts = hidden if self.backbone.causal else self._prompts_alone(batch)[None]
+            pooled = torch.cat([pooled, pool_prompts(of_prompts, batch.segment, **how)], dim=-1)
         return pooled[0].float()
+
+    def _prompts_alone(self, batch: PreferenceBatch) -> Tensor:
+        """Compute hidden states [R, L, d] of prompts that no response has changed.
+
+        A trunk that reads both ways would let a prompt know of the response that follows it.
+        """
+        segment = batch.segment.masked_fill(batch.segment != PROMPT, PADDING)
+        return self.backbone(batch.input_ids, segment, batch.position_ids)
 
     @property
     def pooled_name(self) -> str:
         """Short description of what `pooled_trunk` returns, for the key of its cache."""
-        return f"{self.pooling} and prompt" if self.head.reads_prompt else self.pooling
+        if not self.head.reads_prompt:
+            return self.pooling
+        return (
+            f"{self.pooling} and prompt"
+            if self.backbone.causal
+            else f"{self.pooling}, prompt alone"
+        )
 
 
 def load_reward(directory: str | Path, field: str, **options: Any) -> PersonalRewardModel:

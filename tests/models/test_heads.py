@@ -36,7 +36,7 @@ from plrhf.encoders import (
 )
 from plrhf.models.heads import HEADS, LinearHead, RewardHead, build_head
 from plrhf.models.reward import PersonalRewardModel, pool_prompts
-from plrhf.referee.side_by_side import Stack
+from plrhf.referee.stack import Stack
 
 D, K = 3, 2  # of the heads made by hand
 
@@ -263,6 +263,7 @@ def test_the_cosine_to_a_point_that_the_prompt_moves() -> None:
     how: dict[str, Any] = {"name": "cosine", "prompt_width": 5, "dim": 4, "width": 7, "layers": 2}
     head: Any = build_head(how, hidden_size=D, user_dim=3)
     pooled, user = torch.randn(2, 5, 2, 2 * D), torch.randn(10, 3)
+    pooled[:, ::2, :, D:] = torch.randn(D)  # pairs of one prompt, which is read once
     nothing: Any = None
     rewards = head(head.read(pooled), user, nothing)
     points = torch.stack([one(pooled[..., D:]) for one in head.points], dim=-2)
@@ -279,7 +280,7 @@ def test_the_cosine_to_a_point_that_the_prompt_moves() -> None:
     torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["gptj", "llama"])
+@pytest.mark.parametrize("family", ["gptj", "llama", "bert"])
 @torch.no_grad()
 def test_pooled_prompts_do_not_depend_on_other_rows(family: str) -> None:
     """Trunks skip outputs that nobody reads, which these prompts' are not."""
@@ -291,7 +292,8 @@ def test_pooled_prompts_do_not_depend_on_other_rows(family: str) -> None:
         head={"name": "cosine", "prompt_width": 5, "dim": 4},
     ).eval()
     pairs = make_pairs()
-    together = model.pooled_trunk(make_batch(pairs))
+    layout = two_rows if family == "bert" else packed  # a bert reads both ways
+    together = model.pooled_trunk(make_batch(pairs, layout=layout))
     for place, pair in enumerate(pairs):
         alone = model.pooled_trunk(make_batch([pair], layout=two_rows))
         torch.testing.assert_close(alone[0], together[place], atol=1e-5, rtol=0)

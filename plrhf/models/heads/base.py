@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from plrhf.core.types import PreferenceBatch
+from plrhf.core.types import PreferenceBatch, is_fake
 
 
 class RewardHead(nn.Module, ABC):
@@ -73,6 +73,21 @@ class RewardHead(nn.Module, ABC):
 def broadcast_user(user: Tensor, features: Tensor) -> Tensor:
     """Reshape user vectors so that they broadcast over both responses, [C * B, D] -> [C, B, 1, D]."""
     return user.view(*features.shape[:2], 1, -1)
+
+
+def distinct_rows(values: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the distinct rows of values [..., d], [P, d], and the place of each row among them, [...].
+
+    Values that are learned, or must not be looked at (on a GPU, in a plan, of stacked models), are returned
+    as they are, with None.
+    """
+    if values.is_cuda or is_fake(values) or values.requires_grad:
+        return values, None
+    try:
+        found, place = values.flatten(0, -2).unique(dim=0, return_inverse=True)
+    except RuntimeError:  # `vmap`, of values that differ between models
+        return values, None
+    return found, place.view(values.shape[:-1])
 
 
 def projector(hidden_size: int, out: int, width: int | None, layers: int = 1) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from plrhf.core.checks import PositiveFloat, PositiveInt, check_arguments
 from plrhf.core.types import PreferenceBatch
-from plrhf.models.heads.base import RewardHead, broadcast_user, projector
+from plrhf.models.heads.base import RewardHead, broadcast_user, distinct_rows, projector
 
 
 @check_arguments("model.head")
@@ -96,9 +96,13 @@ class CosineHead(RewardHead):
         # Of a text and its prompt K cosines' numerators and the products of the points are all that counts.
         response, prompt = pooled.chunk(2, dim=-1)
         direction = nn.functional.normalize(self.project(response), dim=-1)
-        points = torch.stack([one(prompt) for one in self.points], dim=-2)  # [..., K, dim]
+        prompts, place = distinct_rows(prompt)
+        points = torch.stack([one(prompts) for one in self.points], dim=-2)  # [..., K, dim]
+        products = (points @ points.mT).flatten(-2)
+        if place is not None:
+            points, products = points[place], products[place]
         along = (points @ direction.unsqueeze(-1)).squeeze(-1)  # [..., K]
-        return torch.cat([along, (points @ points.mT).flatten(-2)], dim=-1)
+        return torch.cat([along, products], dim=-1)
 
     def forward(self, features: Tensor, user: Tensor, batch: PreferenceBatch) -> Tensor:
         point = broadcast_user(user, features)
