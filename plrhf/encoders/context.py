@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from plrhf.core.checks import NonNegativeFloat, PositiveInt, check_arguments
-from plrhf.core.types import UserContext
+from plrhf.core.types import UserContext, is_fake
 from plrhf.encoders.pair_reader import PairReader
 
 LIMIT = 1.0
@@ -65,56 +65,78 @@ class ContextEncoder(PairReader):
         self.mean, self.log_variance = (nn.Linear(width, user_dim) for _ in range(2))
 
     def read(self, context: UserContext) -> tuple[Tensor, Tensor | None]:
-        mean, log_variance = self.posterior(context)
+        table = self._table(context.hidden)
+        mean, log_variance = self._posterior(context, table)
         if not self.training:
             return mean, None
         penalty = self.kl_weight * kl_from_standard_normal(mean, log_variance)
         if self.guide_weight > 0:
             with torch.no_grad():
-                opposite = self.posterior(context.swapped)
+                opposite = self._posterior(context.swapped, table)
             penalty = penalty + self.guide_weight * swap_guide((mean, log_variance), opposite)
         return mean + (0.5 * log_variance).exp() * torch.randn_like(mean), penalty
 
     def posterior(self, context: UserContext) -> tuple[Tensor, Tensor]:
         """Compute mu and log sigma^2, each [B, user_dim] and bounded by `LIMIT`."""
-        pooled = (self._pooled_pairs if self.reads == "pair" else self._pooled_responses)(context)
+        return self._posterior(context, self._table(context.hidden))
+
+    def _posterior(self, context: UserContext, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Do as `posterior`, given `_table`."""
+        pool = self._pooled_pairs if self.reads == "pair" else self._pooled_responses
+        pooled = pool(context.texts, context.present, table)
         return (
             self.mean(pooled).clamp(-LIMIT, LIMIT),
             self.log_variance(pooled).clamp(-LIMIT, LIMIT),
         )
 
-    def _shares(self, queries: Tensor, keys: Tensor, present: Tensor) -> Tensor:
+    def _table(self, hidden: Tensor) -> Tensor:
+        """Compute what pairs are made of once a distinct text, [2 M, F].
+
+        Rows 0 to M - 1 are of chosen responses, the others of rejected ones.
+        """
+        if self.reads == "pair":
+            return torch.cat([side(hidden) for side in self.sides])
+        of_text = self.layers(self.sides[0](hidden))  # [M, width]
+        layers = (self.queries, self.keys, self.values)
+        sides = zip(*(layer.weight.chunk(2, dim=1) for layer in layers), strict=True)
+        return torch.cat([of_text @ torch.cat(side).T for side in sides])
+
+    def _shares(self, scores: Tensor, present: Tensor) -> Tensor:
         """Compute the share of each pair in the mean over pairs of what each attends to, [B, k].
 
         Args:
-            queries, keys: [B, k, width]. present: [B, k].
+            scores: products of queries and keys, [B, k, k]. present: [B, k].
         """
-        scores = queries @ keys.mT * self.keys.out_features**-0.5
+        scores = scores * self.keys.out_features**-0.5
         absent = ~present[:, None, :]  # [B, 1, k]
         attention = scores.masked_fill(absent, torch.finfo(scores.dtype).min).softmax(dim=-1)
         asking = present / present.sum(dim=1, keepdim=True).clamp(min=1)  # [B, k]
         return (asking[:, None] @ attention)[:, 0]
 
-    def _pooled_pairs(self, context: UserContext) -> Tensor:
+    def _pooled_pairs(self, texts: Tensor, present: Tensor, table: Tensor) -> Tensor:
         """Encode each pair, and return the mean of the values that pairs attend to, [B, width]."""
-        chosen, rejected = context.texts.unbind(dim=-1)
-        first, second = (side(context.hidden) for side in self.sides)
+        chosen, rejected = rows_of(texts, table).unbind(dim=-1)
+        there = None if present.is_cuda or is_fake(present) else present.flatten().nonzero()[:, 0]
+        if (
+            there is not None
+        ):  # on a GPU, pairs that are not there cost less than to wait for numbers
+            chosen, rejected = chosen.flatten()[there], rejected.flatten()[there]
         looked_up = nn.functional.embedding
-        pairs = self.layers(looked_up(chosen, first) + looked_up(rejected, second))
-        share = self._shares(self.queries(pairs), self.keys(pairs), context.present)
+        pairs = self.layers(looked_up(chosen, table) + looked_up(rejected, table))
+        asking = pairs @ (self.queries.weight.T @ self.keys.weight)  # of all keys at once
+        if there is not None:
+            both = torch.cat([pairs, asking], dim=-1)
+            padded = both.new_zeros(present.numel(), both.shape[1]).index_copy(0, there, both)
+            pairs, asking = padded.view(*present.shape, both.shape[1]).chunk(2, dim=-1)
+        share = self._shares(asking @ pairs.mT, present)
         # Values are linear, so that the mean comes first.
         pooled: Tensor = self.values((share[:, None] @ pairs)[:, 0])
         return pooled
 
-    def _pooled_responses(self, context: UserContext) -> Tensor:
-        """Do as `_pooled_pairs` with each distinct text encoded once; of a pair are only sums over both."""
-        of_text = self.layers(self.sides[0](context.hidden))  # [M, width]
-        # The maps of a pair's two responses, one after the other: rows 0 to M - 1 are of chosen ones.
-        layers = (self.queries, self.keys, self.values)
-        sides = zip(*(layer.weight.chunk(2, dim=1) for layer in layers), strict=True)
-        table = torch.cat([of_text @ torch.cat(side).T for side in sides])  # [2 M, 3 width]
-        rows = (context.texts + torch.tensor([0, len(of_text)], device=table.device)).flatten()
-        width, (n_users, n_pairs) = self.keys.out_features, context.present.shape
+    def _pooled_responses(self, texts: Tensor, present: Tensor, table: Tensor) -> Tensor:
+        """Do as `_pooled_pairs`, where of a pair there are only sums over both responses."""
+        rows = rows_of(texts, table).flatten()
+        width, (n_users, n_pairs) = self.keys.out_features, present.shape
 
         def summed(
             columns: Tensor, n_bags: int, size: int, weights: Tensor | None = None
@@ -127,8 +149,13 @@ class ContextEncoder(PairReader):
 
         asking = summed(table[:, : 2 * width], n_users * n_pairs, 2)
         queries, keys = asking.unflatten(0, (n_users, n_pairs)).chunk(2, dim=-1)
-        share = self._shares(queries, keys, context.present).repeat_interleave(2, dim=1)
+        share = self._shares(queries @ keys.mT, present).repeat_interleave(2, dim=1)
         return summed(table[:, 2 * width :], n_users, 2 * n_pairs, share.flatten())
+
+
+def rows_of(texts: Tensor, table: Tensor) -> Tensor:
+    """Return the rows of chosen and rejected responses in a table that has those of all texts twice."""
+    return texts + len(table) // 2 * torch.arange(2, device=texts.device)
 
 
 def kl_from_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
