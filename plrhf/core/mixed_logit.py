@@ -86,6 +86,11 @@ class Pairs:
         order = user.argsort(stable=True)
         self.x, self.z, self.user = x[order], z[order], user[order]
         self.counts = user.bincount(minlength=n_users)
+        starts = self.counts.cumsum(0) - self.counts
+        self.alike = []  # people with equally many choices: who, [V], and the places of these, [V, n]
+        for n in self.counts.unique().tolist():
+            members = (self.counts == n).nonzero()[:, 0]
+            self.alike.append((members, starts[members, None] + torch.arange(n)))
 
     def learn_variances(self) -> MixedLogit:
         """Return the variances under which the choices are most likely, with weights close to theirs."""
@@ -123,10 +128,10 @@ class Pairs:
         chance = fit.margins(self.x, self.z, self.user).sigmoid()
         root, slope = (chance * (1 - chance)).sqrt()[:, None], (1 - chance)[:, None]
         x, z = root * self.x, root * self.z
-        sizes = self.counts.tolist()
-        people = zip(x.split(sizes), z.split(sizes), strict=True)
-        halves, blocks = zip(*(without_own(*one, fit.own_variance) for one in people), strict=True)
-        half, block = torch.cat(halves), torch.stack(blocks)  # [N, d], [U, K, K]
+        half, n_own = torch.empty_like(x), z.shape[1]  # [N, d]
+        block = z.new_empty(len(self.counts), n_own, n_own)
+        for members, at in self.alike:
+            half[at], block[members] = without_own(x[at], z[at], fit.own_variance)
         pull = self._by_user(slope * self.z) - fit.own / fit.own_variance
         hessian = half.T @ half + torch.eye(x.shape[1]).to(half) / fit.shared_variance
         gradient = (slope * self.x).sum(dim=0) - fit.shared / fit.shared_variance
@@ -154,26 +159,27 @@ class Pairs:
 
 
 def without_own(x: Tensor, z: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Integrate own weights b ~ N(0, D) of a person out of n observations x . w + z . b of variance 1.
+    """Integrate own weights b ~ N(0, D) of people out of n observations x . w + z . b of variance 1 each.
 
     Args:
-        x: [n, d]. z: [n, K]. variance: the diagonal of D, [K].
+        x: [..., n, d]. z: [..., n, K]. variance: the diagonal of D, [K].
 
     Returns:
-        H [n, d] with H^T H = x^T (I + z D z^T)^-1 x, the curvature that is left for w, and the posterior
-        covariance of b given w, (z^T z + D^-1)^-1 [K, K]. The smaller one of n and K is factorised, the
-        latter as in Andrews 1968 ("A square root formulation of the Kalman covariance equations").
+        H [..., n, d] with H^T H = x^T (I + z D z^T)^-1 x, the curvature that is left for w, and the
+        posterior covariance of b given w, (z^T z + D^-1)^-1 [..., K, K]. The smaller one of n and K is
+        factorised, the latter as in Andrews 1968 ("A square root formulation of the Kalman covariance
+        equations").
     """
-    n, n_own = z.shape
+    n, n_own = z.shape[-2:]
     if n < n_own:
         scaled = z * variance
-        root = torch.linalg.cholesky(torch.eye(n).to(z) + scaled @ z.T)
-        both = torch.linalg.solve_triangular(root, torch.cat([x, scaled], dim=1), upper=False)
-        half, own = both.split([x.shape[1], n_own], dim=1)
-        return half, variance.diag() - own.T @ own
+        root = torch.linalg.cholesky(torch.eye(n).to(z) + scaled @ z.mT)
+        both = torch.linalg.solve_triangular(root, torch.cat([x, scaled], dim=-1), upper=False)
+        half, own = both.split([x.shape[-1], n_own], dim=-1)
+        return half, variance.diag() - own.mT @ own
     scale, one = variance.sqrt(), torch.eye(n_own).to(z)
     scaled = z * scale
-    root = torch.linalg.cholesky(one + scaled.T @ scaled)
-    known = torch.linalg.solve_triangular(root, scaled.T @ x, upper=False)
-    known = torch.linalg.solve_triangular(root.T + one, known, upper=True)
+    root = torch.linalg.cholesky(one + scaled.mT @ scaled)
+    known = torch.linalg.solve_triangular(root, scaled.mT @ x, upper=False)
+    known = torch.linalg.solve_triangular(root.mT + one, known, upper=True)
     return x - scaled @ known, scale[:, None] * torch.cholesky_inverse(root) * scale
