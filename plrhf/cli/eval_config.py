@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, TypeAlias
 from hydra.core.hydra_config import HydraConfig
 
 from plrhf.cli.config import DataConfig, Section, Seed, check_writable
-from plrhf.core.checks import NonNegativeInt, PositiveInt
+from plrhf.core.checks import FractionBelowOne, NonNegativeInt, PositiveInt
 from plrhf.core.components import build, construct, locate, parameters
 from plrhf.core.errors import bad_value
 from plrhf.evaluation.best_of import BestOf
@@ -72,6 +72,7 @@ class RefereeTask(Section):
         rows: names of experiments that define rows; None: the rows of ``data``.
         methods: names in ``conf/experiment/method``; None: all that work with the rows.
         trials: largest number of points of each method's grid.
+        halvings: shares of the steps after each of which the worse half of a method's trials stops.
         shots: numbers of pairs given of unseen users. draws: random draws of these pairs for each user.
         jobs: number of processes that share the work.
     """
@@ -81,6 +82,7 @@ class RefereeTask(Section):
     methods: list[str] | None
     seeds: list[Seed]
     trials: PositiveInt
+    halvings: list[FractionBelowOne]
     shots: list[NonNegativeInt]
     draws: PositiveInt
     jobs: PositiveInt

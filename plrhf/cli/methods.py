@@ -128,11 +128,12 @@ def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Method:
-    """A method with its trials, for some rows and one seed."""
+    """A method with its trials, for some rows and one seed; `halvings` are of `Training`."""
 
     name: str
     config: RunConfig
     trials: list[Trial]
+    halvings: tuple[float, ...] = ()
 
     @property
     def referee(self) -> RefereeConfig:
@@ -154,7 +155,7 @@ class Method:
     @property
     def training(self) -> Training:
         """How long the method's trials are trained."""
-        return Training.of(self.config.trainer)
+        return Training.of(self.config.trainer, self.halvings)
 
     def groups(self) -> list[list[Trial]]:
         """Return the trials in groups that can be trained side by side."""
@@ -166,9 +167,18 @@ class Method:
 
 
 def read_method(
-    name: str, rows: str | None, overrides: Sequence[str], *, seed: int, n_trials: int
+    name: str,
+    rows: str | None,
+    overrides: Sequence[str],
+    *,
+    seed: int,
+    n_trials: int,
+    halvings: Sequence[float] = (),
 ) -> Method:
     """Compose a method with its grid for some rows.
+
+    Args:
+        halvings: of `Training`; none: all trials are trained to the end.
 
     Raises:
         ValueError: the method has no grid, or is not a reward model on frozen features of texts alone.
@@ -191,7 +201,7 @@ def read_method(
         Trial(point, RunConfig.parse(with_settings(settings, point)) if point else config)
         for point in points
     ]
-    return Method(name=name, config=config, trials=trials)
+    return Method(name=name, config=config, trials=trials, halvings=tuple(halvings))
 
 
 def build_trial(trial: Trial, data: PreferenceData, backbone: Backbone) -> PersonalRewardModel:

@@ -10,6 +10,7 @@ from hashlib import blake2b
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -109,7 +110,8 @@ def jobs_of(task: RefereeTask, overrides: Sequence[str]) -> Iterator[Job]:
     for rows in [None] if task.rows is None else task.rows:
         for seed in task.seeds:
             for name in names:
-                method = read_method(name, rows, overrides, seed=seed, n_trials=task.trials)
+                how: dict[str, Any] = {"n_trials": task.trials, "halvings": task.halvings}
+                method = read_method(name, rows, overrides, seed=seed, **how)
                 shown = rows_name(rows, method.config)
                 asked = (tuple(task.shots), task.draws)
                 yield Job(shown, method, seed, *asked, fingerprint(method, task))
@@ -124,7 +126,7 @@ def rows_name(rows: str | None, config: RunConfig) -> str:
 
 
 def fingerprint(method: Method, task: RefereeTask) -> str:
-    """Hash what determines a job's result: the settings of its trials, the file of rows, and the shots."""
+    """Hash what determines a job's result: its trials, when they stop, the file of rows, and the shots."""
     path = Path(str(method.config.data.source.get("path")))
     file = blake2b(path.read_bytes()).hexdigest() if path.is_file() else ""
     aside = ("run_dir", "cache_dir", "logger", "plan_for", "samples")
@@ -132,4 +134,4 @@ def fingerprint(method: Method, task: RefereeTask) -> str:
         {name: value for name, value in trial.config.resolved.items() if name not in aside}
         for trial in method.trials
     ]
-    return content_hash(settings, file, list(task.shots), task.draws)
+    return content_hash(settings, list(task.halvings), file, list(task.shots), task.draws)

@@ -113,6 +113,7 @@ class Bench:
             features=method.referee.features,
             seed=job.seed,
             fingerprint=job.fingerprint,
+            halvings=list(method.halvings),
             world=data.source.world(),
             trials=[
                 {"point": trial.point, **asdict(one)}

@@ -66,6 +66,12 @@ class Entry:
         own = rows[(rows["user_kind"] == "unseen") & (rows["who"] == "own")]
         return sorted(own["shots"].unique().tolist())
 
+    @property
+    def halvings(self) -> str:
+        """The shares of the steps after which the worse half of the trials stopped, as "0.25 0.5"."""
+        told = {" ".join(map(str, record.halvings)) for record in self.records}
+        return " or ".join(sorted(told))
+
 
 def outcomes_of(rows: pd.DataFrame) -> Outcomes:
     """Return rows of the margins as outcomes."""
@@ -297,6 +303,7 @@ def csv_rows(rows: str, found: Sequence[Entry]) -> list[dict[str, Any]]:
                             {
                                 "rows": rows,
                                 "method": entry.method,
+                                "halvings": entry.halvings,
                                 "seed": "all" if seed is None else seed,
                                 "users": kind,
                                 "shots": shots,

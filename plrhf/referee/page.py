@@ -118,7 +118,17 @@ def _note(found: Sequence[Entry]) -> str:
         if facts
         else ""
     )
-    return f"{NOTE} Seeds: {seeds}.{between}{spanned}"
+    return f"{NOTE} {_stopped(found)} Seeds: {seeds}.{between}{spanned}"
+
+
+def _stopped(found: Sequence[Entry]) -> str:
+    """Say after which shares of the steps the worse half of a method's trials stopped."""
+    told = sorted({entry.halvings for entry in found})
+    if told == [""]:
+        return "All trials were trained to the end."
+    shares = "; ".join(one or "none" for one in told)
+    of_methods = "" if len(told) == 1 else " (by method, see the trials)"
+    return f"The worse half of the trials stopped after these shares of the steps: {shares}{of_methods}."
 
 
 def leaderboard_table(rows: str, made: Sequence[Line]) -> Table:
@@ -200,8 +210,8 @@ def _at(found: dict[int, Estimate], k: int) -> Estimate:
 
 
 def trials_table(found: Sequence[Entry]) -> Table:
-    """Return the trials of the first seed of each method, and which one was chosen on val."""
-    columns = ["trial", "val loss", "val accuracy, %", "step", "chosen"]
+    """Return the trials of the first seed of each method: steps trained, and which was chosen on val."""
+    columns = ["trial", "val loss", "val accuracy, %", "step", "of steps", "chosen"]
     groups = []
     for entry in found:
         record = entry.records[0]
@@ -211,6 +221,7 @@ def trials_table(found: Sequence[Entry]) -> Table:
                 Cell(f"{one['val_loss']:.4f}"),
                 Cell(f"{100 * one['val_accuracy']:.1f}"),
                 Cell(str(one["step"])),
+                Cell(str(one["n_steps"])),
                 Cell("yes" if place == record.best else ""),
             ]
             for place, one in enumerate(record.trials)

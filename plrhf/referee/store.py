@@ -16,25 +16,28 @@ JOB, MARGINS_FILE = "job.json", "margins.parquet"
 
 
 class JobRecord(Record):
-    """job.json, schema 1: a method on some rows with one seed.
+    """job.json, schema 2: a method on some rows with one seed.
 
     Attributes:
         rows, method, seed: what was done. features: what stood for a text.
         fingerprint: hash of all that decides the result.
         world: what people of other seeds must share to be the same people.
-        trials: each with ``point``, ``val_loss``, ``val_accuracy``, ``step``. best: the one chosen.
+        halvings: shares of the steps after which the worse half of the trials stopped.
+        trials: each with ``point``, ``val_loss``, ``val_accuracy``, ``step``, ``n_steps``.
+        best: the trial chosen.
         vmapped: whether trials were trained in one call.
         seconds: CPU time of training all trials. seconds_per_user: of a new user's fit.
         numbers_per_user: learned numbers that belong to one user alone.
         facts: of the rows, the same for all methods.
     """
 
-    version: Literal[1] = Field(default=1, alias="schema")
+    version: Literal[2] = Field(default=2, alias="schema")
     rows: str
     method: str
     features: str
     seed: int
     fingerprint: str
+    halvings: list[float]
     world: str | None
     personal: bool
     trials: list[dict[str, Any]]

@@ -54,7 +54,7 @@ def test_a_method_of_ones_own_goes_through_the_referee_and_on(
     table = pd.read_csv(out / "referee.csv")
     assert set(table["method"]) == {"vanilla", "own_length", "consistency"}
     assert list(table.columns) == [
-        *("rows", "method", "seed", "users", "shots", "measure", "value", "low", "high")
+        *("rows", "method", "halvings", "seed", "users", "shots", "measure", "value", "low", "high")
     ]
     assert set(table["measure"]) >= {"accuracy_micro", "accuracy_worst10", "nll", "ece"}
     assert set(table[table["users"] == "unseen"]["shots"]) == {0.0, 1.0}

@@ -141,6 +141,7 @@ def entry(method: str, result: Any) -> tuple[JobRecord, pd.DataFrame]:
         features=method,
         seed=0,
         fingerprint="",
+        halvings=[],
         world=None,
         trials=[],
         **result.record,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from runs import WORLD, world, world_tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from plrhf.aggregators import FiLM
 from plrhf.core.types import UserBatch
@@ -21,16 +21,11 @@ from plrhf.data.module import PreferenceData
 from plrhf.encoders import LookupEncoder
 from plrhf.models.optim import Optim
 from plrhf.models.reward import PersonalRewardModel
+from plrhf.referee import side_by_side
 from plrhf.referee.features import FixedFeatures, with_features
 from plrhf.referee.protocol import margins_on
-from plrhf.referee.side_by_side import (
-    Stack,
-    StackedAdamW,
-    Training,
-    clip,
-    train_side_by_side,
-    validate,
-)
+from plrhf.referee.side_by_side import Trained, Training, train_groups, train_side_by_side
+from plrhf.referee.stack import Stack, validate
 from plrhf.training.trainer import build_trainer, fit
 
 N_STEPS = 11
@@ -147,6 +142,46 @@ def test_what_single_runs_have_otherwise_is_rounding(
     assert apart[torch.float32] > 1e3 * apart[torch.float64]
 
 
+def test_the_worse_half_stops_and_the_others_are_as_without(
+    data: PreferenceData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whom to stop is read off the val scores of trials that all go on to the end."""
+    scores: dict[int, list[float]] = {}  # by group of models: val loss at each validation, [V][T]
+
+    def recorded(stack: Stack, batches: Any) -> Tensor:
+        found = validate(stack, batches)
+        scores.setdefault(id(stack), []).append(found[:, 0].tolist())
+        return found
+
+    optims = [*OPTIMS, replace(OPTIMS[0], head_lr=1e-4), replace(OPTIMS[1], user_lr=1e-4)]
+
+    def trained(halvings: tuple[float, ...]) -> tuple[list[Trained], list[np.ndarray]]:
+        groups = [[make(data, one) for one in some] for some in (optims[:2], optims[2:])]
+        training = Training(**LIMITS, halvings=halvings)
+        found = train_groups(groups, data, training, [torch.get_rng_state()] * 2)
+        test = data.datasets["test"]
+        margins = [margins_on(model, test, batch_size=60) for model in (*groups[0], *groups[1])]
+        return [*found[0], *found[1]], margins
+
+    with monkeypatch.context() as patch:
+        patch.setattr(side_by_side, "validate", recorded)
+        whole, expected = trained(())
+    curves = np.concatenate([np.array(one) for one in scores.values()], axis=1).T  # [5, V]
+    at_steps = {4: 3, 6: 2}  # the first validations after 0.25 and 0.5 of 11 steps: who goes on
+    n_steps, racing = np.full(5, N_STEPS), np.ones(5, dtype=bool)
+    for step, n_kept in at_steps.items():
+        best = np.where(racing, curves[:, : step // 2].min(axis=1), np.inf)
+        stopped = best.argsort()[n_kept:]
+        n_steps[stopped[racing[stopped]]] = step
+        racing[stopped] = False
+    found, margins = trained((0.25, 0.5))
+    assert [one.n_steps for one in found] == n_steps.tolist()
+    assert [one.n_steps for one in whole] == [N_STEPS] * 5
+    for place in np.flatnonzero(racing):
+        assert found[place].step == whole[place].step
+        np.testing.assert_allclose(margins[place], expected[place], rtol=0, atol=1e-6)
+
+
 def test_trials_that_go_on_are_validated_without_dropout(data: PreferenceData) -> None:
     models = [make(data, optim) for optim in OPTIMS[:2]]
     val = list(data.val_dataloader())
@@ -169,42 +204,6 @@ def test_what_vmap_cannot_take_is_trained_one_after_the_other(data: PreferenceDa
         np.testing.assert_allclose(
             margins_on(ours, test, batch_size=9), margins_on(theirs, test, batch_size=9), atol=1e-5
         )
-
-
-def test_stacked_adamw_is_torchs() -> None:
-    rates, decays = torch.tensor([0.1, 0.03]), torch.tensor([0.0, 0.7])
-    start = torch.randn(2, 3, 4)
-    stacked = {"w": start.clone()}
-    ours = StackedAdamW(stacked, rates={"w": rates}, decays={"w": decays})
-    singles = [nn.Parameter(one.clone()) for one in start]
-    theirs = [
-        torch.optim.AdamW([one], lr=float(rate), weight_decay=float(decay))
-        for one, rate, decay in zip(singles, rates, decays, strict=True)
-    ]
-    for _ in range(5):
-        gradient = torch.randn(2, 3, 4)
-        ours.step({"w": gradient.clone()}, {"w": torch.ones(2)})
-        for one, optimizer, own in zip(singles, theirs, gradient, strict=True):
-            one.grad = own.clone()
-            optimizer.step()
-    torch.testing.assert_close(stacked["w"], torch.stack([one.detach() for one in singles]))
-
-
-def test_clipping_is_torchs_for_each_trial() -> None:
-    gradients = {"a": torch.randn(2, 3), "b": torch.randn(2, 4, 1)}
-    gradients["a"][1] *= 1e-3
-    gradients["b"][1] *= 1e-3
-    expected = []
-    for trial in range(2):
-        own = [nn.Parameter(torch.zeros_like(one[trial])) for one in gradients.values()]
-        for parameter, one in zip(own, gradients.values(), strict=True):
-            parameter.grad = one[trial].clone()
-        nn.utils.clip_grad_norm_(own, 0.5)
-        expected.append([one.grad for one in own])
-    clip(gradients, 0.5)
-    for trial in range(2):
-        for found, wanted in zip(gradients.values(), expected[trial], strict=True):
-            torch.testing.assert_close(found[trial], wanted)
 
 
 def test_only_what_is_learned_is_stacked(data: PreferenceData) -> None:
