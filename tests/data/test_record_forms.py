@@ -121,6 +121,17 @@ def test_thumbs_up_and_down(tmp_path: Path) -> None:
     )
 
 
+def test_thumbs_of_conversations(tmp_path: Path) -> None:
+    prompt = [{"role": "user", "content": "p"}]
+    records = [
+        {"prompt": prompt, "completion": [{"role": "assistant", "content": text}], "label": good}
+        for text, good in (("a", True), ("b", False))
+    ]
+    path = write_json(tmp_path / "kto.json", [{**one, "user_id": "u"} for one in records])
+    rows, refused, _ = read(path)
+    assert rows == [((prompt[0],), "a", "b", "u")] and refused == {}
+
+
 def test_many_ratings_of_one_user_give_a_bounded_number_of_pairs(tmp_path: Path) -> None:
     lines = [["u", f"joke {n}", n] for n in range(20)]
     path = write_csv(tmp_path / "jokes.csv", [["user", "joke", "rating"], *lines])
@@ -178,6 +189,18 @@ def test_minimal_label_studio(tmp_path: Path) -> None:
     assert rows == [("p", "b", "a", "3"), ("p", "a", "b", "4"), ("p", "b", "a", "4")]
     assert refused == {"no response preferred": 2, "record unlike the dataset's": 1}
     assert form == "label_studio_minimal"
+
+
+def test_label_studio_in_a_table(tmp_path: Path) -> None:
+    """In CSV the marks are JSON, and those that the first annotation lacks stand last."""
+    header = ["prompt", "text1", "text2", "id", "annotator", "annotation_id", "lead_time", "pw"]
+    lines = [
+        ["p", "a", "b", n, 3, n, 1.5, mark]
+        for n, mark in enumerate(("", '[{"selected": "right"}]', '[{"selected": "left"}]'))
+    ]
+    rows, refused, form = read(write_csv(tmp_path / "export.csv", [header, *lines]))
+    assert rows == [("p", "b", "a", "3"), ("p", "a", "b", "3")]
+    assert refused == {"no response preferred": 1} and form == "label_studio_minimal"
 
 
 def test_argilla(tmp_path: Path) -> None:

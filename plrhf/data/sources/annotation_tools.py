@@ -1,6 +1,6 @@
 """Rows from the exports of annotation tools: Label Studio and Argilla.
 
-Label Studio: https://labelstud.io/guide/export, tags Pairwise and Choices, as JSON and as minimal JSON.
+Label Studio: https://labelstud.io/guide/export, tags Pairwise and Choices, as JSON, minimal JSON and CSV.
 Argilla 2: https://docs.argilla.io, `records.to_json`, questions of labels, rankings and ratings.
 """
 
@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from plrhf.data.reasons import Reason, Refusal, refusal
 from plrhf.data.sources.base import id_as_text
+from plrhf.data.sources.columns import json_or_text
 from plrhf.data.sources.comparisons import (
     WINNER_COLUMNS,
     Comparison,
@@ -173,12 +174,17 @@ def _rows(
 
 
 def _minimal_row(record: Mapping[str, Any]) -> Record:
-    """Make a row of an annotation, whose marks stand between the columns ``id`` and ``annotator``."""
+    """Make a row of an annotation, whose marks stand between the columns ``id`` and ``annotator``.
+
+    In CSV, a mark that the first annotation lacks stands behind them.
+    """
     names = list(record)
-    marks = names[names.index("id") + 1 : names.index("annotator")]
+    behind = [name for name in names[names.index("annotator") :] if name not in MINIMAL]
+    between = names[names.index("id") + 1 : names.index("annotator")]
+    marks = {name: _from_cell(record[name]) for name in (*between, *behind)}
     data = {name: record[name] for name in names if name not in (*marks, *MINIMAL)}
-    texts = [name for name in marks if isinstance(record[name], str)]
-    regions = [one for name in marks for one in _regions(record[name])]
+    texts = [name for name, one in marks.items() if isinstance(one, str) and one.strip()]
+    regions = [one for mark in marks.values() for one in _regions(mark)]
     choice = _Annotation(result=regions).choice
     if choice is None and len(texts) > 0:
         named = first_of(WINNER_COLUMNS, texts)
@@ -189,6 +195,11 @@ def _minimal_row(record: Mapping[str, Any]) -> Record:
     if choice is None:
         return _unanswered(regions)
     return _row(data, choice, _Annotation(completed_by=record["annotator"]).user_id)
+
+
+def _from_cell(value: object) -> object:
+    """Parse the JSON list that a CSV cell holds; return any other value as it is."""
+    return json_or_text(value) if isinstance(value, str) and value.startswith("[{") else value
 
 
 def _regions(value: object) -> list[_Region]:

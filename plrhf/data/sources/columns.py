@@ -81,7 +81,7 @@ class ColumnMap:
             elif isinstance(value, str) and name in MESSAGE_COLUMNS:
                 row[name] = messages_or_text(value)
         if isinstance(row.get("user_features"), str):
-            row["user_features"] = _json_or_text(row["user_features"])
+            row["user_features"] = json_or_text(row["user_features"])
         row.update({name: record[name] for name in others if name not in row})
         return row
 
@@ -174,7 +174,7 @@ def messages_or_text(text: str) -> object:
     return value if is_message_list(value) else text
 
 
-def _json_or_text(text: str) -> object:
+def json_or_text(text: str) -> object:
     """Parse JSON. Other text is returned as it is, and `parse_row` refuses it."""
     try:
         return json.loads(text) if text.strip() else None

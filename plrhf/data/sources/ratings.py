@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
+from plrhf.data.messages import is_message_list
 from plrhf.data.reasons import Reason, Refusal, refusal
 from plrhf.data.sources.base import id_as_text
 from plrhf.data.sources.comparisons import PROMPT_COLUMNS, USER_COLUMNS, first_of
@@ -31,10 +32,10 @@ NO_PROMPT = "Which of these do you prefer?"
 
 
 class Rated(NamedTuple):
-    """A response with its rating, and the number of its record."""
+    """A response (text, or messages that `parse_row` turns into text), its rating, its record's number."""
 
     number: int
-    response: str
+    response: Any
     rating: float
     others: Mapping[str, Any]
 
@@ -106,8 +107,8 @@ def _rated(number: int, record: Mapping[str, Any]) -> tuple[tuple[Any, str], Any
         allowed = "a number, true or false, or a thumb up or down"
         cure = "Write the rating as such"
         return refusal(Reason.BAD_SHAPE, rating, record[rating], allowed, cure)
-    if not isinstance(record[response], str):
-        allowed, cure = "text", "Write the response as text"
+    if not isinstance(record[response], str) and not is_message_list(record[response]):
+        allowed, cure = "text or messages", "Write the response as text"
         return refusal(Reason.NOT_TEXT, response, record[response], allowed, cure)
     prompt = NO_PROMPT if prompt_name is None else record[prompt_name]
     used = {response, rating, user, prompt_name}
