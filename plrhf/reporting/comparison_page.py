@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from urllib.parse import quote
 
 import pandas as pd
 
@@ -31,6 +34,7 @@ from plrhf.reporting.over_seeds import (
 from plrhf.reporting.page import Section, write_page
 from plrhf.reporting.report import winrate_section
 from plrhf.reporting.runs import Run, read_run
+from plrhf.reporting.summary import comparison_lead
 from plrhf.reporting.tables import Cell, Table, csv_text, latex, markdown
 
 
@@ -75,18 +79,42 @@ def compare(
     curved = learning_curves_table(groups, of_groups)
     if curved is not None:
         write_text(out / "learning_curves.md", markdown(curved, learning_curves.NOTE))
+    pages = _pages(there, out)
+    single = replace(comparison_section(made), figures=[])  # the lead shows them
     sections = [
         seeds_section(made),
         sweeps_section(groups),
         learning_curves_section(curved),
-        comparison_section(made),
+        _with_links(single, pages),
         few_shot_section(there),
         winrate_section(there),
-        commands_section(made),
+        _with_links(commands_section(made), pages),
     ]
+    lead = comparison_lead(groups if several else there, of_groups)
     subtitle = f"{len(there)} runs{shared}"
-    write_page(out / "report.html", "Comparison of runs", subtitle, sections)
+    write_page(out / "report.html", "Comparison of runs", subtitle, sections, lead)
     return made
+
+
+def _pages(runs: Sequence[Run], out: Path) -> dict[str, str]:
+    """Return the address of each run's report, seen from a page in `out`, by the name of the run."""
+    reports = {run.name: run.path / "report.html" for run in runs}
+    return {
+        name: quote(Path(os.path.relpath(path, out)).as_posix())
+        for name, path in reports.items()
+        if path.is_file()
+    }
+
+
+def _with_links(section: Section, pages: Mapping[str, str]) -> Section:
+    """Link the names of runs in a table's first column to their reports."""
+    table = section.table
+    assert table is not None
+    groups = [
+        (title, [[one[0]._replace(link=pages.get(one[0].value, "")), *one[1:]] for one in rows])
+        for title, rows in table.groups
+    ]
+    return replace(section, table=replace(table, groups=groups))
 
 
 def read_runs(runs: str | Sequence[Path]) -> tuple[list[Run], list[str]]:

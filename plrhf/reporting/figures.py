@@ -218,9 +218,9 @@ def reliability_diagram(run: Run) -> Drawing:
 
 
 @rc_context(STYLE)
-def comparison_bars(frame: pd.DataFrame) -> Drawing:
+def comparison_bars(frame: pd.DataFrame, *, wide: bool = True) -> Drawing:
     """Draw the micro accuracy of each run, with intervals, as bars that start at chance (50%)."""
-    figure, axes = panel(9.6, 1.0 + 0.42 * len(frame))
+    figure, axes = panel(9.6 if wide else 5.6, 1.0 + 0.42 * len(frame))
     for shift, kind in zip((-0.2, 0.2), USER_KINDS, strict=True):
         columns = [f"{kind}_accuracy_micro{end}" for end in ("", "_low", "_high")]
         value, low, high = (100 * frame[column].to_numpy(dtype=float) for column in columns)
@@ -237,7 +237,7 @@ def comparison_bars(frame: pd.DataFrame) -> Drawing:
     axes.set_xlabel("accuracy, %; bars start at chance, 50%")
     axes.grid(visible=False, axis="y")
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, labelcolor=INK)
-    return drawing(figure, "Accuracy by run", wide=True)
+    return drawing(figure, "Accuracy by run", wide=wide)
 
 
 CURVES: dict[str, tuple[str, Any]] = {

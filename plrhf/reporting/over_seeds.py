@@ -113,7 +113,7 @@ def seeds_frame(runs: Sequence[Run]) -> pd.DataFrame:
     aggregator), ``missing`` (a sentence on seeds that a difference leaves out), and for each kind of
     user ``_by_seed`` (accuracy of each seed, as text) and ``_over_next`` (see `over_next`).
     """
-    sets = _same_tests(runs)
+    sets = same_tests(runs)
     most = [max(one, key=lambda run: len(run.singles)) for one in sets]  # with all their seeds
     titles = _titles(most)
     axes = list(curves(runs))
@@ -192,7 +192,7 @@ def over_next(run: Run, runs: Sequence[Run], kind: str) -> Estimate:
     return paired_difference(ours, theirs)["accuracy_micro"] if len(ours) > 0 else NO_ESTIMATE
 
 
-def _same_tests(runs: Sequence[Run]) -> list[list[Run]]:
+def same_tests(runs: Sequence[Run]) -> list[list[Run]]:
     """Divide runs into sets whose members share test pairs in at least one seed."""
     sets: list[list[Run]] = []
     for run in runs:
@@ -287,12 +287,12 @@ def _titles(first: Sequence[Run]) -> list[str]:
         and len({settings.get(name) for settings in flat}) > 1
     ]
     return [
-        ", ".join([f"{name}={settings.get(name)}" for name in names] + [_seeds(run)])
+        ", ".join([f"{name}={settings.get(name)}" for name in names] + [seeds_of(run)])
         for run, settings in zip(first, flat, strict=True)
     ]
 
 
-def _seeds(run: Run) -> str:
+def seeds_of(run: Run) -> str:
     """Name the seeds of a run."""
     seeds = run.settings["seed"]
     return f"seeds {seeds}" if "," in seeds else f"seed {seeds}"

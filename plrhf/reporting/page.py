@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from plrhf.evaluation.records import write_text
 from plrhf.reporting.drawing import Drawing
-from plrhf.reporting.tables import Cell, Table
+from plrhf.reporting.tables import Table
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """One of the large numbers at the top of a page."""
+class Lead:
+    """The first screen of a page: what its numbers say, and a picture."""
 
-    name: str
-    cell: Cell
+    sentences: Sequence[str]
+    figure: Drawing
 
 
 def write_page(
@@ -52,11 +52,11 @@ def write_page(
     title: str,
     subtitle: str,
     sections: Sequence[Section | None],
-    tiles: Sequence[Tile] = (),
+    lead: Lead | None = None,
 ) -> Path:
-    """Write the sections that are not None as one page, and return its path."""
+    """Write a page of the lead and the sections that are not None, and return its path."""
     there = [section for section in sections if section is not None]
-    words = {"title": title, "subtitle": subtitle, "sections": there, "tiles": tiles}
+    words = {"title": title, "subtitle": subtitle, "sections": there, "lead": lead}
     write_text(path, _template("report.html.j2").render(words))
     return path
 

@@ -6,11 +6,10 @@ It reads the files of the run directory and nothing else. The notebooks show the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from plrhf.core.stats import paired_difference
-from plrhf.evaluation.metrics import USER_KINDS
 from plrhf.evaluation.results import read_metrics
 from plrhf.reporting.figures import (
     few_shot_curves,
@@ -19,18 +18,16 @@ from plrhf.reporting.figures import (
     seen_against_unseen,
     user_bars,
 )
-from plrhf.reporting.page import Section, Tile, write_page
+from plrhf.reporting.page import Section, write_page
 from plrhf.reporting.runs import Run, read_run
 from plrhf.reporting.samples import generations_section
+from plrhf.reporting.summary import run_lead
 from plrhf.reporting.tables import (
-    Cell,
     few_shot_table,
     grid_table,
     headline,
     interval_note,
     key_table,
-    percent,
-    points,
     winrate_table,
 )
 from plrhf.reporting.user_map import cluster_table, token_table, user_map, weight_bars
@@ -45,8 +42,9 @@ def write_report(run_dir: Path | str) -> Path:
     """
     run = read_run(run_dir)
     settings = ", ".join(f"{key} {value}" for key, value in run.settings.items())
+    results = results_section(run)
     sections: list[Section | None] = [
-        results_section(run),
+        replace(results, figures=results.figures[1:]),  # the lead shows the first
         users_section(run),
         user_model_section(run),
         tokens_section(run),
@@ -64,7 +62,7 @@ def write_report(run_dir: Path | str) -> Path:
         note = f"Not shown, as another model left them in this directory: {files}."
         sections.insert(0, Section("Files of another model", warnings=[note]))
     title = f"Run {run.name}"
-    return write_page(run.path / "report.html", title, settings, sections, _tiles(run))
+    return write_page(run.path / "report.html", title, settings, sections, run_lead(run))
 
 
 def results_section(run: Run) -> Section:
@@ -179,19 +177,3 @@ def provenance_section(run: Run) -> Section | None:
     if table is None and text == "":
         return None
     return Section("How it was made", table=table, text_name="config.yaml", text=text)
-
-
-def _tiles(run: Run) -> list[Tile]:
-    """Return the large numbers of a report: accuracy and gain over the generic context by kind of user."""
-    tiles = []
-    for kind in USER_KINDS:
-        personal, generic = run.outcomes(kind), run.outcomes(kind, "generic")
-        if len(personal) == 0:
-            continue
-        cell = percent(run.results.test[kind]["user"]["accuracy_micro"])
-        tiles.append(Tile(f"Accuracy, {kind} users", Cell(f"{cell.value}%", cell.interval)))
-        if len(generic) > 0:
-            gain = points(paired_difference(personal, generic)["accuracy_micro"])
-            tile = Tile(f"Over generic context, {kind}", Cell(f"{gain.value} pts", gain.interval))
-            tiles.append(tile)
-    return tiles

@@ -39,10 +39,15 @@ BETWEEN = 2  # characters between columns
 
 
 class Cell(NamedTuple):
-    """A formatted value, and its formatted interval (empty if it has none)."""
+    """A formatted value.
+
+    Attributes:
+        interval: formatted, too; empty if it has none. link: where a page links it to; empty: nowhere.
+    """
 
     value: str
     interval: str = ""
+    link: str = ""
 
     def __str__(self) -> str:
         return f"{self.value} {self.interval}".rstrip()
@@ -105,7 +110,7 @@ class TerminalTable:
     def _width(self, at: int) -> int:
         """Return how many characters wide a column must be so that nothing of it is cut."""
         cells = [row[at] for _, rows in self.table.groups for row in rows]
-        lines = [line for cell in cells for line in cell]
+        lines = [line for cell in cells for line in (cell.value, cell.interval)]
         return max(map(len, [*lines, *self.table.columns[at].split()]), default=1)
 
     def _part(self, columns: Sequence[int], title: str) -> rich.table.Table:

@@ -307,7 +307,7 @@ def test_alpha_curve_is_in_the_comparison(tmp_path: Path) -> None:
     page, reader = read_page(tmp_path / "out" / "report.html")
     assert "Curves over settings" in reader.text
     assert {"Seen users by model.alpha", "Unseen users by model.alpha"} <= set(reader.text)
-    assert page.count("<svg") == 2  # with several seeds no bars of single runs
+    assert page.count("<svg") == 3  # bars over seeds, and two curves
 
 
 def test_notebooks_show_what_the_page_shows(whole: Path) -> None:
