@@ -17,6 +17,10 @@ STARTED = "PLRHF_COMMAND"
 """Environment variable by which `plrhf` tells the processes that it starts which command it runs: Lightning
 starts them by the script's path and the settings alone."""
 
+FOR_ZSH = """(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+autoload -Uz bashcompinit && bashcompinit"""
+"""What Hydra's script for bash needs in zsh."""
+
 SERVING = ("fastapi", "uvicorn", "sqlalchemy", "prometheus_client")
 
 
@@ -110,7 +114,7 @@ COMMANDS = {
 
 
 def run(name: str, arguments: Sequence[str], *, shown: str | None = None) -> None:
-    """Run a command, or print its help.
+    """Run a command, or print its help, or the schema of its settings.
 
     Args:
         name: in `COMMANDS`. arguments: what follows it on the command line.
@@ -128,6 +132,11 @@ def run(name: str, arguments: Sequence[str], *, shown: str | None = None) -> Non
 
             overrides = [one for one in given if "=" in one and not one.startswith("-")]
             print(help_text(shown, command.config, [*command.given, *overrides], CONF))
+            return
+        if "--schema" in given:
+            from plrhf.cli.settings_schema import schema_text
+
+            print(schema_text(command.config, command.given, CONF))
             return
     # Other processes of a training are started by the script's path, with these arguments.
     sys.argv = [sys.argv[0], *command.given, *given]
@@ -194,8 +203,10 @@ def _complete() -> None:
     name = next((one for one in candidates if one == typed[: len(one)] and len(one) <= place), None)
     if "COMP_LINE" in os.environ and name is None:
         begun = [one for one in candidates if one[:place] == typed[:place]]
-        print(*sorted({one[place] for one in begun if len(one) > place}))
+        print(*sorted({one[place] for one in begun if len(one) > place}), sep="\n")
         return
+    if "install=zsh" in sys.argv:
+        print(FOR_ZSH)
     command = COMMANDS["train" if name is None else " ".join(name)]
     rest = typed[0 if name is None else len(name) :]
     os.environ["COMP_LINE"] = " ".join(["plrhf", *command.given, *rest]) + " " * line.endswith(" ")
@@ -213,8 +224,9 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "plrhf COMMAND --help shows its settings; plrhf --version the version.",
-            'eval "$(plrhf -sc install=bash)" lets bash and zsh complete commands and settings.',
+            "plrhf COMMAND --help shows its settings, plrhf COMMAND --schema their JSON schema.",
+            "plrhf --version shows the version.",
+            'eval "$(plrhf -sc install=bash)" completes commands and settings (zsh: install=zsh).',
         ]
     )
 

@@ -31,13 +31,14 @@ class Explained:
 
     Attributes:
         name: dotted. default: as on the command line. comment: of its file in conf/, may be empty.
-        allowed: in words; empty where the setting is not annotated.
+        allowed: in words; empty where the setting is not annotated. kind: the annotation, or None.
     """
 
     name: str
     default: str
     comment: str
     allowed: str
+    kind: Any
 
 
 def described(
@@ -93,7 +94,7 @@ def explained(
         allowed = (
             "" if "a value of type" in allowed else allowed
         )  # its own settings are shown below
-        yield Explained(name, default, comments.get(name, ""), allowed)
+        yield Explained(name, default, comments.get(name, ""), allowed, kind)
 
 
 def _leaves(

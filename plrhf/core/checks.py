@@ -66,7 +66,7 @@ def checked(value: Any, kind: Any, field: str, *, default: Any = NO_DEFAULT) -> 
     Raises:
         ValueError: the value has another type or is out of range.
     """
-    adapter = _adapter(kind)
+    adapter = type_adapter(kind)
     if adapter is None:
         return value
     try:
@@ -220,7 +220,7 @@ def _checked_object(
         raise refusal(field, value, kind, default=default) from error
 
 
-def _adapter(kind: Any) -> TypeAdapter[Any] | None:
+def type_adapter(kind: Any) -> TypeAdapter[Any] | None:
     """Return the cached pydantic adapter of a type; None if pydantic cannot handle the type."""
     try:
         return _kept_adapter(kind)

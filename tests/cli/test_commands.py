@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
+import yaml
 
 from plrhf.cli import commands
 from plrhf.cli.commands import COMMANDS
@@ -148,7 +151,7 @@ def test_wrong_choices_in_help_are_one_line(
     ("line", "words"),
     [
         ("plrhf data ", ["convert", "inspect", "styles"]),
-        ("plrhf nothing ", [""]),
+        ("plrhf nothing ", []),
         ("plrhf train encoder=clus", ["encoder=cluster"]),
         ("plrhf adapt eval.dra", ["eval.draws="]),
     ],
@@ -160,4 +163,28 @@ def test_what_a_shell_completes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("COMP_LINE", line)
-    assert said(capsys, monkeypatch, "-sc", "query=bash").strip("\n").split(" ") == words
+    assert said(capsys, monkeypatch, "-sc", "query=bash").split() == words
+
+
+def test_zsh_gets_what_the_script_for_bash_needs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COMP_LINE", raising=False)
+    script = said(capsys, monkeypatch, "-sc", "install=zsh")
+    assert script.index("bashcompinit") < script.index("-F hydra_bash_completion")
+
+
+@pytest.mark.slow
+def test_the_schema_takes_every_experiment_and_no_wrong_value(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema = json.loads(said(capsys, monkeypatch, "train", "--schema"))
+    check = jsonschema.Draft202012Validator(schema)
+    for path in (CONF / "experiment").rglob("*.yaml"):
+        faults = [one.message for one in check.iter_errors(yaml.safe_load(path.read_text()))]
+        assert faults == [], path
+    wrong: list[dict[str, Any]] = [{"modle": {}}, {"model": {"alpha": 2}}, {"seed": "one"}]
+    assert [len([*check.iter_errors(one)]) for one in wrong] == [1, 1, 1]
+    of_encoder = schema["properties"]["encoder"]["properties"]
+    assert {"n_clusters", "rank"} <= set(of_encoder)  # of cluster, and of lookup
+    assert "numbers a user" in of_encoder["rank"]["description"]
