@@ -77,7 +77,9 @@ class ReadReport:
         if sum(self.refused.values()) < self.read:
             return
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.refused.most_common())
-        first = self.examples[self.refused.most_common(1)[0][0]]
+        by_protocol = {reason.value for reason in BY_PROTOCOL}  # nothing is wrong with these
+        named = [name for name, _ in self.refused.most_common()]
+        first = self.examples[min(named, key=by_protocol.__contains__)]
         cure = f"Mend what the first one names: {first.removesuffix('.')}"
         shown = f"0 of {self.read:,} usable"
         raise bad_value("rows", shown, f"rows of the row format (refused: {reasons})", cure)

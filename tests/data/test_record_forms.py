@@ -109,6 +109,21 @@ def test_ratings_are_paired_within_user_and_prompt(tmp_path: Path) -> None:
     assert form == "ratings"
 
 
+@pytest.mark.parametrize("name", ["userId", "User ID", "WORKER-ID", "username"])
+def test_a_user_column_is_found_however_it_is_spelt(tmp_path: Path, name: str) -> None:
+    lines = [[name, "title", "rating"], ["7", "a", 2], ["7", "b", 4.5]]
+    path = write_csv(tmp_path / "ratings.csv", lines)
+    assert [one[1:] for one in read(path)[0]] == [("b", "a", "7")]
+
+
+def test_an_error_names_what_is_wrong_and_not_what_is_left_out_by_rule(tmp_path: Path) -> None:
+    lines = [["title", "rating"], ["a", 2], ["b", 4.5], *([f"c{n}", 2] for n in range(100))]
+    source = JsonlSource(path=str(write_csv(tmp_path / "ratings.csv", lines)))
+    _, report = read_rows(source.records())
+    with pytest.raises(ValueError, match=r"Mend what the first one names: .*user_id=None"):
+        report.check_some_left()
+
+
 def test_thumbs_up_and_down(tmp_path: Path) -> None:
     records = [
         {"prompt": "p", "completion": "a", "label": True, "user_id": "u"},

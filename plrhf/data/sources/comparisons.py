@@ -15,8 +15,8 @@ from plrhf.data.sources.formats import Record
 
 USER_COLUMNS = (
     *("user_id", "user", "annotator_id", "annotator", "worker_id", "worker", "rater_id", "rater"),
-    *("judge_id", "judge", "participant_id", "participant", "voter_id", "voter-id", "labeler"),
-    *("evaluator", "username", "user_name", "user_hash", "judge_hash", "completed_by"),
+    *("judge_id", "judge", "participant_id", "participant", "voter_id", "labeler"),
+    *("evaluator", "user_name", "user_hash", "judge_hash", "completed_by"),
 )
 """Columns that say who judged, the best first."""
 
@@ -53,9 +53,15 @@ class Comparison(NamedTuple):
 
 
 def first_of(candidates: Collection[str], names: Collection[str]) -> str | None:
-    """Return the first candidate that is a column, whatever its case; None if none is."""
-    folded = {name.casefold(): name for name in reversed(list(names))}
-    return next((folded[one] for one in candidates if one in folded), None)
+    """Return the first candidate that is a column, whatever its case and separators; None if none is."""
+    plain = {_plain(name): name for name in reversed(list(names))}
+    return next((plain[key] for key in map(_plain, candidates) if key in plain), None)
+
+
+@lru_cache(maxsize=1024)
+def _plain(name: str) -> str:
+    """Write a column's name as all its spellings are: userId, user-id and USER_ID as userid."""
+    return re.sub(r"[\s_-]", "", name.casefold())
 
 
 def is_comparison(names: Collection[str]) -> bool:
