@@ -5,7 +5,7 @@ They say whether a model personalises, for whom, how sure that is, and against w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -18,6 +18,9 @@ from plrhf.reporting.over_seeds import same_tests, seeds_of
 from plrhf.reporting.page import Lead
 from plrhf.reporting.runs import PERSONAL, SHUFFLED, Run
 from plrhf.reporting.tables import headline_rows, percent, points
+
+Rows = Mapping[str, pd.Series]
+"""Rows of a comparison by the name of their run."""
 
 MOST_BARS = 10  # runs in the picture
 CONTROLS = {
@@ -61,7 +64,7 @@ def comparison_lead(runs: Sequence[Run], frame: pd.DataFrame) -> Lead:
         frame: their rows, as `comparison_frame` or `seeds_frame` returns them.
     """
     sets = same_tests(runs)
-    rows = frame.drop_duplicates("run").set_index("run", drop=False)
+    rows = {str(row["run"]): row for _, row in frame[::-1].iterrows()}
     bests = [best for best in (_best(one, rows) for one in sets) if best is not None]
     if len(bests) == 0:
         sentences = [
@@ -87,7 +90,7 @@ def comparison_lead(runs: Sequence[Run], frame: pd.DataFrame) -> Lead:
     return Lead(sentences, comparison_bars(_shown(frame, bests), wide=False))
 
 
-def _best(runs: Sequence[Run], rows: pd.DataFrame) -> Run | None:
+def _best(runs: Sequence[Run], rows: Rows) -> Run | None:
     """Return the best personal run with a baseline: best on val, for test would favour luck."""
 
     def on_val(run: Run) -> float:
@@ -96,37 +99,37 @@ def _best(runs: Sequence[Run], rows: pd.DataFrame) -> Run | None:
     return max(_paired(runs, rows, PERSONAL), key=on_val, default=None)
 
 
-def _paired(runs: Sequence[Run], rows: pd.DataFrame, role: str) -> list[Run]:
+def _paired(runs: Sequence[Run], rows: Rows, role: str) -> list[Run]:
     """Return the runs of a role that have a baseline."""
-    return [run for run in runs if run.role == role and pd.notna(rows.loc[run.name, "baseline"])]
+    return [run for run in runs if run.role == role and pd.notna(rows[run.name]["baseline"])]
 
 
-def _verdict(best: Run, runs: Sequence[Run], rows: pd.DataFrame) -> str:
+def _verdict(best: Run, runs: Sequence[Run], rows: Rows) -> str:
     """Say what the best run gains over its baseline, for whom, and with which p."""
-    row = rows.loc[best.name]
+    row = rows[best.name]
     clauses = []
     for kind in USER_KINDS:
         gain = estimate_in(row, f"{kind}_difference_micro")
         if gain["value"] is not None:
             p_value = p_cell(row[f"{kind}_p_holm"]).value
             sure = "" if p_value == "–" else f", p {'' if p_value[0] == '<' else '= '}{p_value}"
-            clauses.append(_gain(gain, row[f"{kind}_n_users"], kind) + sure)
+            clauses.append(_gain(gain, int(row[f"{kind}_n_users"]), kind) + sure)
     n_personal = len(_paired(runs, rows, PERSONAL))
     chosen = f", on val the best of {n_personal} personal runs," if n_personal > 1 else ""
     return f"Over {row['baseline']}, {best.name}{chosen} {'; it '.join(clauses)}."
 
 
-def _controls(runs: Sequence[Run], rows: pd.DataFrame) -> str:
+def _controls(runs: Sequence[Run], rows: Rows) -> str:
     """Say what the controls of one set of test pairs reach for seen users, and which are not there."""
     said = []
     for run in runs:
-        gain = estimate_in(rows.loc[run.name], "seen_difference_micro")
+        gain = estimate_in(rows[run.name], "seen_difference_micro")
         if run.role in CONTROLS and gain["value"] is not None:
             said.append(f"{run.name} ({run.role}) {_points(gain)}")
     for role, name in (("length", "length alone"), ("oracle", "the oracle")):
-        for _, row in rows[rows["role"] == role].iterrows():
+        for row in rows.values():
             accuracy = estimate_in(row, "seen_accuracy_micro")
-            if accuracy["value"] is not None:
+            if row["role"] == role and accuracy["value"] is not None:
                 said.append(f"{name} {_percent(accuracy)}")
     there = {run.role for run in runs}
     needed = {"uniform": "encoder=uniform", SHUFFLED: "data.shuffle_users=true"}
@@ -135,10 +138,10 @@ def _controls(runs: Sequence[Run], rows: pd.DataFrame) -> str:
     return f"Beside it, seen users: {', '.join(said)}{more}."
 
 
-def _gaining(runs: Sequence[Run], rows: pd.DataFrame, role: str, kind: str) -> str:
+def _gaining(runs: Sequence[Run], rows: Rows, role: str, kind: str) -> str:
     """Say how many runs of a role with a baseline gain over it for a kind of user."""
     names = [run.name for run in _paired(runs, rows, role)]
-    gains = [estimate_in(rows.loc[name], f"{kind}_difference_micro") for name in names]
+    gains = [estimate_in(rows[name], f"{kind}_difference_micro") for name in names]
     return f"{sum(map(_is_gain, gains))} of {len(gains)}"
 
 

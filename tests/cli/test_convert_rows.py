@@ -57,11 +57,13 @@ def test_ukpconvarg1(tmp_path: Path) -> None:
 def test_llmfao(tmp_path: Path) -> None:
     (tmp_path / "crowd-comparisons.csv").write_text(
         "id,prompt,model_x,model_y,worker,winner,left,right\n"
-        "0,8,97,98,58,tie,Air,Weaver\n0,8,97,98,59,right,Air,Weaver\n0,8,97,98,60,left,Air,Weaver\n"
+        "0,8,97,98,58,tie,Air,Weaver\n0,8,97,98,59,right,Air,Weaver\n"
+        "0,8,97,98,60,left,Air,Weaver\n1,8,97,99,60,left,Air,Mute\n"
     )
     (tmp_path / "pairs-crowd.jsonl").write_text(
         '{"id":0,"prompt":8,"text":"A haiku.","type":"reflexion","slug":"k8s","note":null,'
         '"model_x":97,"result_x":"\\nOne\\n","model_y":98,"result_y":"Two"}\n'
+        '{"id":1,"prompt":8,"text":"A haiku.","model_x":97,"result_x":"One","model_y":99,"result_y":""}\n'
     )
     rows = converted("llmfao", tmp_path, tmp_path / "rows.jsonl")
     assert [(row.user_id, row.chosen, row.rejected_id) for row in rows] == [

@@ -69,7 +69,7 @@ def polis(directory: Path) -> Rows:
 def llmfao(directory: Path) -> Rows:
     """Make rows of github.com/dustalov/llmfao: crowd workers choosing the better of two answers.
 
-    Ties are left out. A pair of answers is in one split, whoever judged it.
+    Ties, and pairs with an empty answer, are left out. A pair is in one split, whoever judged it.
 
     Args:
         directory: of ``crowd-comparisons.csv`` and ``pairs-crowd.jsonl``.
@@ -82,6 +82,8 @@ def llmfao(directory: Path) -> Rows:
         pair = pairs[judged["id"]]
         sides = ("x", "y") if judged["winner"] == "left" else ("y", "x")
         chosen, rejected = (pair[f"result_{side}"].strip() for side in sides)
+        if chosen == "" or rejected == "":
+            continue
         chosen_id, rejected_id = (str(pair[f"model_{side}"]) for side in sides)
         yield {
             "prompt": pair["text"],
