@@ -162,6 +162,8 @@ def split_lines(data: PreferenceData, config: DataConfig) -> Iterator[str]:
 def next_lines(config: DataConfig, backbone: Tokens) -> Iterator[str]:
     """Yield the command that trains on these rows, and what to add for another model."""
     settings = {"data": "jsonl", "data.path": config.source.get("path")}
+    if backbone.path is None:
+        settings = {"experiment": "quickstart", **settings}
     for name, column in (config.source.get("columns") or {}).items():
         settings[f"data.columns.{name}"] = column
     if config.split_by != "prompt":

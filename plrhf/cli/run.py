@@ -199,7 +199,7 @@ def evaluate_run(
         texts = run_dir / "generations.jsonl"
         with outputs.writing(texts):
             ask(write_generations, texts, model, data, config.samples, fingerprint)
-    note_if_still_improving(run_dir, config.trainer.monitor)  # results go with these curves now
+    note_if_too_short(config, trainer.global_step)  # results go with these curves now
     if trainer.is_global_zero:
         with outputs.writing(run_dir / "report.html"):
             report.write_report(run_dir)
@@ -218,11 +218,17 @@ def warn_if_overoptimised(run_dir: Path, probes: dict[str, Any]) -> None:
 
 
 @rank_zero_only
-def note_if_still_improving(run_dir: Path, monitor: str) -> None:
-    """Print whether training ended before val did."""
-    found = still_improving(run_dir, monitor)
+def note_if_too_short(config: RunConfig, n_steps: int) -> None:
+    """Print whether training ended before val did, or in its warm-up."""
+    found = still_improving(Path(config.run_dir), config.trainer.monitor)
     if found is not None:
         print(f"note: {found}")
+    warmup = config.optim.warmup_steps
+    if 0 < n_steps <= warmup:
+        print(
+            f"note: all {n_steps} steps were warm-up, in which learning rates only rise: train for longer, "
+            f"or set optim.warmup_steps={n_steps // 10} (now {warmup})"
+        )
 
 
 def note_results(export: Path, results: Results | None) -> None:

@@ -51,7 +51,10 @@ def test_an_arena(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = [[int(number) for number in re.findall(r"\d+", line)] for line in splits]
     assert sum(pairs for pairs, _, _ in sizes) == 80
     assert sum(prompts for _, _, prompts in sizes) == 16
-    assert lines[-2] == f"next: plrhf train data=jsonl data.path={tmp_path}/arena.csv"
+    assert (
+        lines[-2]
+        == f"next: plrhf train experiment=quickstart data=jsonl data.path={tmp_path}/arena.csv"
+    )
 
 
 def test_lengths_in_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +80,10 @@ def test_one_prompt_and_one_user(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(shown) == 2 and all(re.fullmatch(r'"Spaß\\t\d+"', text) for _, text in shown)
     assert "  one user alone: nothing personal can be learned from others" in lines
     assert "splits: drawn by data.split_by=user: no two have a pair of one user in common" in lines
-    assert lines[-2] == f"next: plrhf train data=jsonl data.path={path} data.split_by=user"
+    assert (
+        lines[-2]
+        == f"next: plrhf train experiment=quickstart data=jsonl data.path={path} data.split_by=user"
+    )
 
 
 def test_rows_that_carry_splits_and_features(
@@ -145,7 +151,10 @@ def test_columns_are_mapped_by_the_words_that_the_error_says(
         "splits: drawn by data.split_by=response: each test pair has a response that "
         in "".join(found)
     )
-    assert found[-2] == f"next: plrhf train data=jsonl data.path={path} {' '.join(mapped)}"
+    assert (
+        found[-2]
+        == f"next: plrhf train experiment=quickstart data=jsonl data.path={path} {' '.join(mapped)}"
+    )
 
 
 def rows_of(users: list[str], n: int = 60) -> list[dict[str, Any]]:

@@ -7,14 +7,18 @@ import math
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from runs import ENVIRONMENT, TINY, check_run, command, launch
 
+from plrhf.cli.config import RunConfig
 from plrhf.cli.jobs import best_value, is_finished, job_folder, refuse_processes, still_improving
+from plrhf.cli.run import note_if_too_short
 from plrhf.core.components import first_difference
 from plrhf.core.errors import BadValue
+from plrhf.models.optim import Optim
 
 NO_RANK = (
     "encoder.rank=0 is not allowed: expected a whole number from 1 or null. Set encoder.rank=1."
@@ -143,6 +147,18 @@ def test_a_best_value_at_the_very_end_is_said(tmp_path: Path) -> None:
         "val/loss was best at the last of 3 validations (0.6500, then 0.6000): a longer training may "
         "do better (trainer.max_epochs, trainer.max_steps)"
     )
+
+
+def test_a_training_that_is_all_warm_up_says_so(tmp_path: Path, capsys: Any) -> None:
+    trainer = SimpleNamespace(monitor="val/loss")
+    config = RunConfig.model_construct(run_dir=str(tmp_path), trainer=trainer, optim=Optim())
+    note_if_too_short(config, 15)
+    assert capsys.readouterr().out == (
+        "note: all 15 steps were warm-up, in which learning rates only rise: train for longer, or set "
+        "optim.warmup_steps=1 (now 150)\n"
+    )
+    note_if_too_short(config, 151)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_bad_choice_stops_a_sweep_before_it_begins(tmp_path: Path, capsys: Any) -> None:
