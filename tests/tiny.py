@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import random
+from functools import cache
 from typing import Any
 
 import torch
@@ -61,11 +64,23 @@ def language_model(
 
 
 def make_backbone(kind: str = "gptj", **options: Any) -> Backbone:
-    """`language_model` with LoRA that has been somewhere already, or as `options` say."""
-    settings: dict[str, Any] = {"trainable": "lora", "lora": LORA, **options}
+    """`language_model` with LoRA that has been somewhere already, or as `options` say.
+
+    A copy of the one that was built first in this process, as building takes two to four times as
+    long. The random generator is left as building leaves it.
+    """
+    backbone, state = _built(kind, json.dumps(options, sort_keys=True))
+    torch.set_rng_state(state)
+    return copy.deepcopy(backbone)
+
+
+@cache
+def _built(kind: str, options: str) -> tuple[Backbone, Tensor]:
+    """A backbone with these options, in JSON, and the state of the random generator after it."""
+    settings: dict[str, Any] = {"trainable": "lora", "lora": LORA, **json.loads(options)}
     backbone = Backbone(model=language_model(kind), **settings)
     perturb(backbone, "lora_B")
-    return backbone
+    return backbone, torch.get_rng_state()
 
 
 def perturb(module: nn.Module, name: str, *, std: float = 0.1) -> None:

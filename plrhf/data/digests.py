@@ -22,7 +22,8 @@ _to_json = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
 
 def content_hash(*content: object) -> str:
     """Hash JSON-able content to 16 hexadecimal digits, the same in every process."""
-    text = _to_json(content)
+    # Texts by themselves, as what encodes a list is made anew for each.
+    text = f"[{', '.join(map(_to_json, content))}]"
     # Sources hash text before it is checked, lone surrogates included.
     return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
 

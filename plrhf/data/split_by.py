@@ -37,7 +37,8 @@ def uniform_hash(key: str, *, salt: str, seed: int) -> float:
     Args:
         salt: purpose of the number. Numbers with different salts are independent.
     """
-    digest = blake2b(json.dumps([salt, seed, key]).encode(), digest_size=8).digest()
+    text = f"[{json.dumps(salt)}, {seed}, {json.dumps(key)}]"
+    digest = blake2b(text.encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: more could round up to 1.0
 
 
