@@ -55,6 +55,18 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def figures_stay_blank(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw nothing into figures outside tests/reporting: they take half of a small run."""
+    if "reporting" not in request.path.parts:
+        from matplotlib.figure import Figure
+
+        from plrhf.reporting import user_map
+
+        monkeypatch.setattr(Figure, "draw", lambda figure, renderer: None)
+        monkeypatch.setattr(user_map, "with_hover", lambda made, marks, words: made)
+
+
 @pytest.fixture
 def nothing_compiled() -> Iterator[None]:
     """No code that torch.compile made before is used in the test, and none of its own after it."""
