@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -83,11 +83,20 @@ def build_run_trainer(config: RunConfig, run_dir: Path, *, has_val: bool) -> Tra
 
 
 def run_name(config: RunConfig) -> str:
-    """Return a name that says how a run differs from others: the settings that were given for it."""
-    given = [one for one in sys.argv[1:] if "=" in one and not one.startswith(("-", "hydra"))]
-    names = [re.split(r"[.=]", one.lstrip("+~"))[0] for one in given]
-    said = [one for name, one in zip(names, given, strict=True) if name not in WITHOUT_EFFECT]
-    return " ".join(said)[:LONGEST_NAME] or Path(config.run_dir).name
+    """Return a name that says how a run differs from others: the settings that were given for it.
+
+    Of a path it has the last part. A name that is too long loses its first settings, as those of a sweep
+    stand last.
+    """
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    said = [
+        re.sub(r"=[^\[{]*/", "=", one)
+        for one in given
+        if re.split(r"[.=]", one.lstrip("+~"))[0] not in WITHOUT_EFFECT
+    ]
+    while len(" ".join(said)) > LONGEST_NAME:
+        said.pop(0)
+    return " ".join(said) or Path(config.run_dir).name
 
 
 def path_of(config: BackboneConfig) -> str:

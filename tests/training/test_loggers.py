@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -48,12 +48,16 @@ def test_files_become_artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ("given", "name"),
     [
         (["encoder=cluster", "run_dir=runs/x", "seed=1"], "encoder=cluster seed=1"),
-        (["-m", "hydra/launcher=joblib", "+data.x=2", "logger.wandb.project=p"], "+data.x=2"),
+        (["+data.x=2", "logger.wandb.project=p"], "+data.x=2"),
+        (["data.path=/a/b.jsonl", "+data.x=[c/d]"], "data.path=b.jsonl +data.x=[c/d]"),
+        ([f"optim.lr=0.{'1' * 99}", "seed=3"], "seed=3"),  # of what is too long, the end
         (["overwrite=true"], "film-2"),
     ],
 )
 def test_a_name_says_what_differs(
     monkeypatch: pytest.MonkeyPatch, given: list[str], name: str
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["train.py", *given])
+    of_job = SimpleNamespace(overrides=SimpleNamespace(task=given))
+    found = SimpleNamespace(initialized=lambda: True, get=lambda: of_job)
+    monkeypatch.setattr("plrhf.cli.assemble.HydraConfig", found)
     assert run_name(RunConfig.model_construct(run_dir="runs/film-2")) == name
