@@ -160,7 +160,10 @@ def read_run(run_dir: Path | str, *, name: str | None = None) -> Run:
     for file in (RESULTS, PREDICTIONS):
         if not (path / file).is_file():
             raise bad_value(
-                "run", str(path), f"a directory that holds {file}", "Evaluate the run first"
+                "run",
+                str(path),
+                f"a directory that holds {file}",
+                "Let its training end (ckpt=last), or name another run",
             )
     results = read_results(path)
     return Run(

@@ -201,7 +201,9 @@ def test_report_of_thousands_of_users_stays_small(tmp_path: Path) -> None:
 
 
 def test_report_of_an_unfinished_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected a directory that holds results\.json\. Eval"):
+    with pytest.raises(
+        ValueError, match=r"expected a directory that holds results\.json\. Let its tr"
+    ):
         report.write_report(tmp_path)
 
 
