@@ -6,8 +6,13 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from rich.progress import BarColumn
 
 from plrhf.core.progress import Progress
+
+BAR_WIDTH = 10  # characters
+NARROW = 120
+"""Fewer characters than this have no room for several metrics beside the bar."""
 
 METRICS_EVERY = 10
 """Batches between two updates of the metrics beside the bar."""
@@ -92,8 +97,21 @@ class RunProgressBar(RichProgressBar):
         if not trainer.training or trainer.fit_loop.total_batch_idx % METRICS_EVERY == 0:
             super()._update_metrics(trainer, pl_module)
 
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        """Let the bar itself be short, for its words to have room."""
+        columns = super().configure_columns(trainer)
+        for column in columns:
+            if isinstance(column, BarColumn):
+                column.bar_width = BAR_WIDTH
+        return columns
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Add the best value on val to Lightning's metrics, and leave out the number of the run."""
+        """Add the best value on val to Lightning's metrics, and leave out the number of the run.
+
+        A narrow terminal has room for the best value alone.
+        """
+        if self._console is not None and self._console.width < NARROW:
+            return dict(best_on_val(trainer))
         metrics = {**super().get_metrics(trainer, pl_module), **best_on_val(trainer)}
         metrics.pop("v_num", None)
         return metrics

@@ -367,9 +367,12 @@ def test_a_run_begun_anew_is_no_longer_finished(
     assert not (run / "checkpoints/last.ckpt").exists()
 
 
-def test_one_bar_counts_the_batches_of_the_whole_run(tmp_path: Path, tokenizer: Any) -> None:
+@pytest.mark.parametrize("width", [80, 200])
+def test_one_bar_counts_the_batches_of_the_whole_run(
+    tmp_path: Path, tokenizer: Any, width: int
+) -> None:
     screen = StringIO()
-    bar = RunProgressBar(console_kwargs={"file": screen, "force_terminal": True, "width": 200})
+    bar = RunProgressBar(console_kwargs={"file": screen, "force_terminal": True, "width": width})
     fit_once(tmp_path / "run", tokenizer, extra=[bar], max_steps=7, max_epochs=3)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     found = re.findall(r"Training +\S+ (\d+)/(\d+)", shown)
@@ -377,7 +380,7 @@ def test_one_bar_counts_the_batches_of_the_whole_run(tmp_path: Path, tokenizer: 
     counts = [int(count) for count, _ in found]
     assert counts == sorted(counts) and counts[-1] == 7
     assert "Epoch" not in shown
-    assert re.search(r"best val/loss: \d\.\d{4}", shown)
+    assert re.search(r"Training .*best val/loss: \d\.\d{4}", shown)
 
 
 def test_without_a_terminal_lines_say_how_far_training_is(
