@@ -4,13 +4,14 @@ python benchmarks/referee_cost.py --path DIR                                   #
 python benchmarks/referee_cost.py --path DIR --rows referee/llmfao --methods gpo,spl --steps 40
 
 All trials of a method are trained for some steps, and then for twice as many; by the difference the rest is
-extrapolated, and all else is done whole.
+extrapolated, with as many trials as `--halvings` leaves at each step, and all else is done whole.
 Times are CPU seconds of one thread and one seed. Features come from the cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from plrhf.cli.main import silence_libraries
 from plrhf.cli.methods import Method, Trial, method_names, read_method, started_trial
 from plrhf.cli.referee_job import Bench
 from plrhf.core.errors import BadValue
+from plrhf.data.module import PreferenceData
 from plrhf.evaluation.trials import FewShotOptions
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.referee.new_users import FewShots
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(method_names()))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--halvings", default="0.25,0.5", help="of eval.halvings; '': none")
     parser.add_argument("--steps", type=int, default=20, help="of validation or a multiple")
     parser.add_argument("--shots", default="0,1,2,4,8,16,32")
     parser.add_argument("--draws", type=int, default=2)
@@ -82,8 +85,11 @@ def cost(name: str, given: argparse.Namespace, bench: Bench) -> dict[str, float]
     """
     where = [f"backbone.path={given.path}"]
 
+    halvings = [float(share) for share in given.halvings.split(",") if share]
+
     def read() -> Method:
-        return read_method(name, given.rows, where, seed=given.seed, n_trials=given.trials)
+        how = {"seed": given.seed, "n_trials": given.trials}
+        return read_method(name, given.rows, where, **how, halvings=halvings)
 
     method, of_settings = timed(read)
     data, backbone, ids = bench.rows_of(method.config)
@@ -100,10 +106,11 @@ def cost(name: str, given: argparse.Namespace, bench: Bench) -> dict[str, float]
 
     whole = method.training.max_steps
     steps = min(given.steps, whole)
-    some, more = (replace(method.training, max_steps=n) for n in (steps, min(2 * steps, whole)))
+    until = min(2 * steps, whole)
+    some, more = (replace(method.training, max_steps=n, halvings=()) for n in (steps, until))
     first = tune(method.groups(), data, some, build).seconds - building
     tuned = tune(method.groups(), data, more, build)
-    rest = (tuned.seconds - first) / steps * (whole - more.max_steps)
+    rest = (tuned.seconds - first) / steps * full_steps(method, data, until)
     model = tuned.model
     _, seen = timed(lambda: seen_margins(model, data, seed=given.seed))
     shots = [int(one) for one in given.shots.split(",")]
@@ -113,6 +120,17 @@ def cost(name: str, given: argparse.Namespace, bench: Bench) -> dict[str, float]
         _, new = timed(lambda: unseen_margins(model, data, drawn, method.rule))
     seconds = (of_settings, building, tuned.seconds + rest, seen, new)
     return dict(zip(PARTS, (*seconds, sum(seconds)), strict=True))
+
+
+def full_steps(method: Method, data: PreferenceData, start: int) -> float:
+    """Return how many steps of all trials those from `start` on are worth."""
+    n_trials, whole = len(method.trials), method.training.max_steps
+    n_batches = len(data.restrict_to("train", "val").train_dataloader())
+    total, going, done = 0.0, n_trials, 0
+    for step in [*sorted(method.training.halving_steps(n_batches)), whole]:
+        total += max(0, step - max(done, start)) * going / n_trials
+        going, done = math.ceil(going / 2), step
+    return total
 
 
 if __name__ == "__main__":

@@ -21,7 +21,10 @@ ROUNDS = 20
 """How often variances are set anew, each time after one step of Newton's method."""
 
 LAST_STEPS = 5
-"""Steps of Newton's method for the variances found."""
+"""Steps of Newton's method for the variances found, at most."""
+
+LEAST_GAIN = 1e-6
+"""What a step gains in nats, over all choices, before it is the last one."""
 
 LEAST_VARIANCE = 1e-9
 
@@ -76,21 +79,20 @@ def mean_square(total: Tensor, sure: Tensor) -> Tensor:
 
 
 class Pairs:
-    """Choices in the order of who chose.
+    """Choices in the order of who chose, people with equally many choices together.
 
     Args:
         x, z, user, n_users: of `fit_mixed_logit`.
     """
 
     def __init__(self, x: Tensor, z: Tensor, user: Tensor, n_users: int) -> None:
-        order = user.argsort(stable=True)
-        self.x, self.z, self.user = x[order], z[order], user[order]
         self.counts = user.bincount(minlength=n_users)
-        starts = self.counts.cumsum(0) - self.counts
-        self.alike = []  # people with equally many choices: who, [V], and the places of these, [V, n]
-        for n in self.counts.unique().tolist():
-            members = (self.counts == n).nonzero()[:, 0]
-            self.alike.append((members, starts[members, None] + torch.arange(n)))
+        self.people = self.counts.argsort(stable=True)  # [U]
+        order = self.people.argsort()[user].argsort(stable=True)
+        self.x, self.z, self.user = x[order], z[order], user[order]
+        # Of people with equally many choices, how many each has, and how many people there are.
+        sizes, numbers = self.counts.unique(return_counts=True)
+        self.alike = list(zip(sizes.tolist(), numbers.tolist(), strict=True))
 
     def learn_variances(self) -> MixedLogit:
         """Return the variances under which the choices are most likely, with weights close to theirs."""
@@ -113,7 +115,10 @@ class Pairs:
         """Return the weights that are most likely for learned variances, those of people times `spread`."""
         fit = replace(learned, own_variance=spread * learned.own_variance)
         for _ in range(LAST_STEPS):
+            before = fit.objective(self.x, self.z, self.user)
             self.newton_step(fit)
+            if fit.objective(self.x, self.z, self.user) - before < LEAST_GAIN:
+                break
         return fit
 
     def newton_step(self, fit: MixedLogit) -> tuple[Tensor, Tensor]:
@@ -128,19 +133,29 @@ class Pairs:
         chance = fit.margins(self.x, self.z, self.user).sigmoid()
         root, slope = (chance * (1 - chance)).sqrt()[:, None], (1 - chance)[:, None]
         x, z = root * self.x, root * self.z
-        half, n_own = torch.empty_like(x), z.shape[1]  # [N, d]
-        block = z.new_empty(len(self.counts), n_own, n_own)
-        for members, at in self.alike:
-            half[at], block[members] = without_own(x[at], z[at], fit.own_variance)
+        half, block = self._without_own(x, z, fit.own_variance)
         pull = self._by_user(slope * self.z) - fit.own / fit.own_variance
-        hessian = half.T @ half + torch.eye(x.shape[1]).to(half) / fit.shared_variance
-        gradient = (slope * self.x).sum(dim=0) - fit.shared / fit.shared_variance
+        low = half.float()  # curvature only says which way to go
+        hessian = (low.T @ low).double() + torch.eye(x.shape[1]).to(half) / fit.shared_variance
+        gradient = self.x.T @ slope[:, 0] - fit.shared / fit.shared_variance
         gradient -= x.T @ (z * torch.einsum("uij,uj->ui", block, pull)[self.user]).sum(dim=1)
         spread = torch.linalg.inv(hessian)
         step = spread @ gradient
         pull -= self._by_user(z * (x @ step)[:, None])
         self._move(fit, step, torch.einsum("uij,uj->ui", block, pull))
         return spread.diagonal(), block.diagonal(dim1=1, dim2=2)
+
+    def _without_own(self, x: Tensor, z: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `without_own` of all people: H of all choices [N, d], and covariances [U, K, K]."""
+        halves, blocks, start = [], [], 0
+        for size, number in self.alike:
+            at = slice(start, start + size * number)
+            of_people = (one[at].view(number, size, one.shape[1]) for one in (x, z))
+            half, block = without_own(*of_people, variance)
+            halves.append(half.flatten(0, 1))
+            blocks.append(block)
+            start = at.stop
+        return torch.cat(halves), torch.cat(blocks)[self.people.argsort()]
 
     def _by_user(self, values: Tensor) -> Tensor:
         """Sum values of pairs [N, K] over each person's pairs, [U, K]."""
