@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import torch
 
+from plrhf.backbone.model import Backbone
 from plrhf.cli.main import silence_libraries
 from plrhf.cli.methods import Method, Trial, method_names, read_method, started_trial
 from plrhf.cli.referee_job import Bench
@@ -32,7 +33,7 @@ from plrhf.referee.protocol import seen_margins, tune, unseen_margins
 
 T = TypeVar("T")
 
-PARTS = ("settings", "start", "training", "seen users", "new users", "all")
+PARTS = ("settings", "rows", "start", "training", "seen users", "new users", "all")
 
 
 def main() -> None:
@@ -92,9 +93,7 @@ def cost(name: str, given: argparse.Namespace, bench: Bench) -> dict[str, float]
         return read_method(name, given.rows, where, **how, halvings=halvings)
 
     method, of_settings = timed(read)
-    data, backbone, ids = bench.rows_of(method.config)
-    data = bench.with_vectors(method, data, backbone)
-    backbone = bench.backbone_for(method, data, backbone)
+    (data, backbone, ids), of_rows = timed(lambda: rows_of(method, bench))
     building, built = 0.0, {}
 
     def build(trial: Trial) -> PersonalRewardModel:
@@ -118,8 +117,15 @@ def cost(name: str, given: argparse.Namespace, bench: Bench) -> dict[str, float]
     drawn, new = FewShots.draw(data, ids, options, seed=given.seed), 0.0
     if drawn is not None:
         _, new = timed(lambda: unseen_margins(model, data, drawn, method.rule))
-    seconds = (of_settings, building, tuned.seconds + rest, seen, new)
+    seconds = (of_settings, of_rows, building, tuned.seconds + rest, seen, new)
     return dict(zip(PARTS, (*seconds, sum(seconds)), strict=True))
+
+
+def rows_of(method: Method, bench: Bench) -> tuple[PreferenceData, Backbone, set[str]]:
+    """Return the rows with their features, the backbone, and the pairs that are only given."""
+    data, backbone, ids = bench.rows_of(method.config)
+    data = bench.with_vectors(method, data, backbone)
+    return data, bench.backbone_for(method, data, backbone), ids
 
 
 def full_steps(method: Method, data: PreferenceData, start: int) -> float:

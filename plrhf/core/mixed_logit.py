@@ -90,6 +90,7 @@ class Pairs:
         self.people = self.counts.argsort(stable=True)  # [U]
         order = self.people.argsort()[user].argsort(stable=True)
         self.x, self.z, self.user = x[order], z[order], user[order]
+        self.low = self.x.float()  # for the curvature, which only says which way to go
         # Of people with equally many choices, how many each has, and how many people there are.
         sizes, numbers = self.counts.unique(return_counts=True)
         self.alike = list(zip(sizes.tolist(), numbers.tolist(), strict=True))
@@ -132,16 +133,17 @@ class Pairs:
         """
         chance = fit.margins(self.x, self.z, self.user).sigmoid()
         root, slope = (chance * (1 - chance)).sqrt()[:, None], (1 - chance)[:, None]
-        x, z = root * self.x, root * self.z
-        half, block = self._without_own(x, z, fit.own_variance)
+        z = root * self.z
+        half, block = self._without_own(root.float() * self.low, z, fit.own_variance)
         pull = self._by_user(slope * self.z) - fit.own / fit.own_variance
-        low = half.float()  # curvature only says which way to go
-        hessian = (low.T @ low).double() + torch.eye(x.shape[1]).to(half) / fit.shared_variance
+        one = torch.eye(half.shape[1]).double()
+        hessian = (half.T @ half).double() + one / fit.shared_variance
         gradient = self.x.T @ slope[:, 0] - fit.shared / fit.shared_variance
-        gradient -= x.T @ (z * torch.einsum("uij,uj->ui", block, pull)[self.user]).sum(dim=1)
+        of_own = (z * torch.einsum("uij,uj->ui", block, pull)[self.user]).sum(dim=1)
+        gradient -= self.x.T @ (root[:, 0] * of_own)
         spread = torch.linalg.inv(hessian)
         step = spread @ gradient
-        pull -= self._by_user(z * (x @ step)[:, None])
+        pull -= self._by_user(z * root * (self.x @ step)[:, None])
         self._move(fit, step, torch.einsum("uij,uj->ui", block, pull))
         return spread.diagonal(), block.diagonal(dim1=1, dim2=2)
 
@@ -177,7 +179,7 @@ def without_own(x: Tensor, z: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]
     """Integrate own weights b ~ N(0, D) of people out of n observations x . w + z . b of variance 1 each.
 
     Args:
-        x: [..., n, d]. z: [..., n, K]. variance: the diagonal of D, [K].
+        x: [..., n, d], of any precision, which H has. z: [..., n, K]. variance: the diagonal of D, [K].
 
     Returns:
         H [..., n, d] with H^T H = x^T (I + z D z^T)^-1 x, the curvature that is left for w, and the
@@ -189,12 +191,14 @@ def without_own(x: Tensor, z: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]
     if n < n_own:
         scaled = z * variance
         root = torch.linalg.cholesky(torch.eye(n).to(z) + scaled @ z.mT)
-        both = torch.linalg.solve_triangular(root, torch.cat([x, scaled], dim=-1), upper=False)
-        half, own = both.split([x.shape[-1], n_own], dim=-1)
+        half = torch.linalg.solve_triangular(root.to(x), x, upper=False)
+        own = torch.linalg.solve_triangular(root, scaled, upper=False)
         return half, variance.diag() - own.mT @ own
     scale, one = variance.sqrt(), torch.eye(n_own).to(z)
     scaled = z * scale
     root = torch.linalg.cholesky(one + scaled.mT @ scaled)
+    covariance = scale[:, None] * torch.cholesky_inverse(root) * scale
+    root, scaled, one = root.to(x), scaled.to(x), one.to(x)
     known = torch.linalg.solve_triangular(root, scaled.mT @ x, upper=False)
     known = torch.linalg.solve_triangular(root.mT + one, known, upper=True)
-    return x - scaled @ known, scale[:, None] * torch.cholesky_inverse(root) * scale
+    return x - scaled @ known, covariance
