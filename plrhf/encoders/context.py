@@ -116,10 +116,9 @@ class ContextEncoder(PairReader):
     def _pooled_pairs(self, texts: Tensor, present: Tensor, table: Tensor) -> Tensor:
         """Encode each pair, and return the mean of the values that pairs attend to, [B, width]."""
         chosen, rejected = rows_of(texts, table).unbind(dim=-1)
+        # On a GPU, pairs that are not there cost less than to wait for numbers.
         there = None if present.is_cuda or is_fake(present) else present.flatten().nonzero()[:, 0]
-        if (
-            there is not None
-        ):  # on a GPU, pairs that are not there cost less than to wait for numbers
+        if there is not None:
             chosen, rejected = chosen.flatten()[there], rejected.flatten()[there]
         looked_up = nn.functional.embedding
         pairs = self.layers(looked_up(chosen, table) + looked_up(rejected, table))
