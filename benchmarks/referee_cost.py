@@ -5,7 +5,8 @@ python benchmarks/referee_cost.py --path DIR --rows referee/llmfao --methods gpo
 
 All trials of a method are trained for some steps, and then for twice as many; by the difference the rest is
 extrapolated, with as many trials as `--halvings` leaves at each step, and all else is done whole.
-Times are CPU seconds of one thread and one seed. Features come from the cache.
+Times are CPU seconds of one thread and one seed. Features come from the cache; with `--random-features`
+they are random vectors of the same width, which cost as much to learn from.
 """
 
 from __future__ import annotations
@@ -16,16 +17,20 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from plrhf.backbone.model import Backbone
+from plrhf.cli import referee_job
 from plrhf.cli.main import silence_libraries
 from plrhf.cli.methods import Method, Trial, method_names, read_method, started_trial
 from plrhf.cli.referee_job import Bench
 from plrhf.core.errors import BadValue
+from plrhf.data.dataset import TextValues
 from plrhf.data.module import PreferenceData
+from plrhf.data.text_value_cache import text_keys
+from plrhf.data.text_values import distinct_texts
 from plrhf.evaluation.trials import FewShotOptions
 from plrhf.models.reward import PersonalRewardModel
 from plrhf.referee.new_users import FewShots
@@ -48,9 +53,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of validation or a multiple")
     parser.add_argument("--shots", default="0,1,2,4,8,16,32")
     parser.add_argument("--draws", type=int, default=2)
+    parser.add_argument("--random-features", action="store_true")
     given = parser.parse_args()
     silence_libraries()
     torch.set_num_threads(1)
+    if given.random_features:
+        referee_job.prepare = with_random_features  # type: ignore[assignment]
     bench = Bench((given.rows, given.seed))
     print(f"| method | {' | '.join(PARTS)} |", flush=True)
     print(f"|---|{'---:|' * len(PARTS)}", flush=True)
@@ -126,6 +134,23 @@ def rows_of(method: Method, bench: Bench) -> tuple[PreferenceData, Backbone, set
     data, backbone, ids = bench.rows_of(method.config)
     data = bench.with_vectors(method, data, backbone)
     return data, bench.backbone_for(method, data, backbone), ids
+
+
+def with_random_features(
+    model: PersonalRewardModel, data: PreferenceData, *_: Any, **__: Any
+) -> None:
+    """Stand in for `prepare`: random vectors for texts and, where the head reads them, for prompts."""
+    width, generator = model.backbone.hidden_size, torch.Generator().manual_seed(0)
+    for dataset in data.datasets.values():
+        texts, of_pair = distinct_texts(dataset.pairs)
+        values = torch.randn(len(texts), width, generator=generator)
+        if model.head.reads_prompt:
+            numbers: dict[tuple[int, ...], int] = {}
+            places = [numbers.setdefault(prompt, len(numbers)) for prompt, _ in texts]
+            prompts = torch.randn(len(numbers), width, generator=generator)
+            values = torch.cat([values, prompts[places]], dim=1)
+        keys = torch.from_numpy(text_keys(texts))
+        dataset.hidden = TextValues(values, of_pair, keys)
 
 
 def full_steps(method: Method, data: PreferenceData, start: int) -> float:

@@ -152,8 +152,8 @@ class Pairs:
         halves, blocks, start = [], [], 0
         for size, number in self.alike:
             at = slice(start, start + size * number)
-            of_people = (one[at].view(number, size, one.shape[1]) for one in (x, z))
-            half, block = without_own(*of_people, variance)
+            of_x, of_z = (one[at].view(number, size, one.shape[1]) for one in (x, z))
+            half, block = without_own(of_x, of_z, variance)
             halves.append(half.flatten(0, 1))
             blocks.append(block)
             start = at.stop
