@@ -93,6 +93,7 @@ def test_what_a_gpu_is_asked_at_toy_size(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(one["waits"] == {} and one["planned_gb"] > 0 for one in found["throughput"])
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_the_time_is_named(tmp_path: Path) -> None:
     report = runpy.run_path(str(BENCHMARKS / "gpu.py"))["Report"](tmp_path / "found.json", 0.02)
 
@@ -206,6 +207,7 @@ def test_policies_beside_best_of_n(
     assert "50% [50%, 50%]" in lines[-1]  # a policy beside itself
 
 
+@pytest.mark.slow
 def test_sample_complexity_by_hand_and_at_toy_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,6 +308,7 @@ def test_the_ideal_observer_by_hand(monkeypatch: pytest.MonkeyPatch, capsys: Any
     assert lines[1][2] == lines[1][3] and lines[1][5] == "0.000"
 
 
+@pytest.mark.slow
 def test_a_method_and_its_authors_code_are_asked_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,6 +334,7 @@ def test_a_method_and_its_authors_code_are_asked_the_same(
     assert 0 < ours.seen < 1 and 0 < ours.new < 1
 
 
+@pytest.mark.slow
 def test_membership_is_found_in_weights_that_were_trained_on_a_few_people_too_long() -> None:
     membership = importlib.import_module("membership")
     people = membership.simulate(12, 5, 3)

@@ -101,6 +101,7 @@ def test_every_wing_says_what_it_is_for() -> None:
         assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("library", "wings"),
     [

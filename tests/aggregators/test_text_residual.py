@@ -115,6 +115,7 @@ def model_of(data: PreferenceData, **aggregator: Any) -> Any:
     return PersonalRewardModel(**parts, n_users=N_USERS + 1, optim=Optim(**rates))
 
 
+@pytest.mark.slow
 def test_they_learn_what_features_do_not_say(data: PreferenceData) -> None:
     n_texts = len(repeated_texts(data.datasets["train"])[0])
     assert n_texts == N_TEXTS

@@ -36,6 +36,7 @@ def pickled(model: Any) -> Any:
     return pickle.loads(pickle.dumps(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("take_copy", [copy.deepcopy, pickled])
 @pytest.mark.parametrize("aggregator", ["soft_prompt", "film_every_block"])
 @pytest.mark.parametrize("kind", ["gptj", "llama"])

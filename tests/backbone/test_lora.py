@@ -173,6 +173,7 @@ def test_dropout_draws_on_where_the_gaps_were_short(monkeypatch: pytest.MonkeyPa
     assert SparseDropout(0.01).dropped(1000).tolist() == list(range(1000))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.7])
 def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate: float) -> None:
     torch.manual_seed(0)

@@ -169,6 +169,7 @@ def test_named_layers_get_lora() -> None:
     assert all("q_proj" in name or "fc_in" in name for name in names)
 
 
+@pytest.mark.slow
 def test_fingerprint_tells_frozen_weights_apart() -> None:
     one, same, other = make_backbone(), make_backbone(), make_backbone()
     with torch.no_grad():

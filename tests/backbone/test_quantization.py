@@ -41,6 +41,7 @@ def policy_on(folder: Path, **options: Any) -> Any:
     return make_model(PersonalDPOPolicy, backbone=backbone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_policy_learns_beside_weights_of_few_bits(folder: Path, kind: Any) -> None:
     model = policy_on(folder, quantization=kind).train()
@@ -65,6 +66,7 @@ def test_a_policy_learns_beside_weights_of_few_bits(folder: Path, kind: Any) -> 
     assert learned <= kept.keys() and not any("base_layer" in name for name in kept)
 
 
+@pytest.mark.slow
 def test_nf4_is_the_model_of_its_weights_made_whole(folder: Path) -> None:
     """The naive twin: every weight read back from its bits into a plain layer."""
     import bitsandbytes
@@ -87,6 +89,7 @@ def test_nf4_is_the_model_of_its_weights_made_whole(folder: Path) -> None:
     assert_same(*found, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_gradient(folder: Path) -> None:
     found: list[dict[str, Tensor]] = []
     for checkpointing in (False, True):

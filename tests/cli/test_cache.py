@@ -56,6 +56,7 @@ def test_what_a_cache_holds(tmp_path: Path, capsys: Any) -> None:
     assert lines[-1] == "6.0 MB in all"
 
 
+@pytest.mark.slow
 def test_what_is_damaged_is_removed(tmp_path: Path, capsys: Any) -> None:
     found = make_cache(tmp_path)
     assert run(capsys, "verify", f"cache_dir={tmp_path}") == ["4 of 4 entries are whole"]
@@ -68,6 +69,7 @@ def test_what_is_damaged_is_removed(tmp_path: Path, capsys: Any) -> None:
     assert found["tokens-a"].exists() and (tmp_path / "notes.txt").exists()
 
 
+@pytest.mark.slow
 def test_what_was_used_longest_ago_goes_first(tmp_path: Path, capsys: Any) -> None:
     found = make_cache(tmp_path)
     lines = run(capsys, "prune", f"cache_dir={tmp_path}", "max_gb=0.0035")
@@ -81,6 +83,7 @@ def test_what_was_used_longest_ago_goes_first(tmp_path: Path, capsys: Any) -> No
     assert sorted(one.name for one in tmp_path.iterdir()) == ["notes.txt", "tokens-link"]
 
 
+@pytest.mark.slow
 def test_what_a_run_is_writing_stays(tmp_path: Path, capsys: Any) -> None:
     for place, stem in (("", "tokens-a"), ("texts-c", "values")):
         cache = tmp_path / stem

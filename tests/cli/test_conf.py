@@ -135,6 +135,7 @@ def test_a_config_is_frozen_and_holds_objects() -> None:
             section.seed = 1
 
 
+@pytest.mark.slow
 def test_settings_go_to_the_source_or_to_the_data(files: dict[str, Path]) -> None:
     settings = composed("data=personas", "data.n_users=3", "seed=5")["data"]
     config = DataConfig.read(settings, "data")
@@ -181,6 +182,7 @@ def test_models(model: str, model_of: Any) -> None:
         assert isinstance(model_of(config), kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", options("data"))
 def test_data(
     data: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -197,6 +199,7 @@ def test_data(
         assert build_data(other.data, users=["ann"]).n_users == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", options("backbone"))
 def test_backbones(backbone: str, files: dict[str, Path]) -> None:
     own = {"hf": [f"backbone.path={files['gptj']}"]}

@@ -355,6 +355,7 @@ OF_RUN: dict[str, tuple[list[str], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", OF_RUN)
 def test_eval_of_a_run(case: str, policy_run: Path, capsys: Any) -> None:
     overrides, expected = OF_RUN[case]
@@ -363,11 +364,13 @@ def test_eval_of_a_run(case: str, policy_run: Path, capsys: Any) -> None:
     assert {path: path.stat().st_mtime_ns for path in policy_run.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_texts_are_of_policies(reward_run: Path, capsys: Any) -> None:
     line = error_line(capsys, "eval", f"run={reward_run}", "eval=generate")
     assert_matches(line, "run='*' is not allowed: expected a run of model=dpo or grpo. *")
 
 
+@pytest.mark.slow
 def test_debug_gives_a_traceback(capsys: Any) -> None:
     for overrides in (["model.alpha=7"], ["modl.alpha=7"], ["data=jsonl"]):
         with pytest.raises(Exception) as error:

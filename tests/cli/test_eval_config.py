@@ -120,6 +120,7 @@ def test_a_seed_decides_what_is_drawn(policy_run: Path, tmp_path: Path) -> None:
     assert texts("run", "seed=0") == texts("default")  # the run's own seed
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_after_its_export_forgot_and_enrolled(
     reward_run: Path, tmp_path: Path, capsys: Any
 ) -> None:

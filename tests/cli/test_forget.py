@@ -68,6 +68,7 @@ def test_nothing_of_a_person_stays(
         told(run, user, capsys)
 
 
+@pytest.mark.slow
 def test_what_the_cache_keeps_is_said(
     reward_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,6 +79,7 @@ def test_what_the_cache_keeps_is_said(
         told(tmp_path, user, capsys)
 
 
+@pytest.mark.slow
 def test_ids_that_are_also_words_of_the_files(
     reward_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

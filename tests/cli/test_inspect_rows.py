@@ -124,6 +124,7 @@ def test_no_user_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_columns_are_mapped_by_the_words_that_the_error_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

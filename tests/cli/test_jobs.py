@@ -69,6 +69,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, cache_dir: Path, capsy
     assert (there / "encoder.rank=2/results.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_what_is_no_slip_of_the_user_keeps_its_traceback(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,6 +85,7 @@ def test_what_is_no_slip_of_the_user_keeps_its_traceback(
     assert kept.startswith("RuntimeError: out of memory\nTraceback") and "in broken" in kept
 
 
+@pytest.mark.slow
 def test_a_sweep_leaves_errors_of_others_alone(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +104,7 @@ def test_a_sweep_leaves_errors_of_others_alone(
     assert not (tmp_path / "seed=0/error.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_sweeper_gets_the_monitored_value(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,12 +164,14 @@ def test_a_training_that_is_all_warm_up_says_so(tmp_path: Path, capsys: Any) -> 
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_bad_choice_stops_a_sweep_before_it_begins(tmp_path: Path, capsys: Any) -> None:
     status, out, err = sweep(capsys, "encoder=lookup,lockup", f"run_dir={tmp_path}")
     assert status == 2 and err.startswith("error: encoder='lockup' is not allowed")
     assert not any(path.is_dir() for path in tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_whole_sweep(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

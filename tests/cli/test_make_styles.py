@@ -37,6 +37,7 @@ def settings(model: Path, out: Path, *more: str) -> dict[str, Any]:
     return composed(f"backbone.path={model}", f"out={out}", *SMALL, *more, config="make_styles")
 
 
+@pytest.mark.slow
 def test_a_kill_costs_one_batch(
     chat_model: Path,
     tmp_path: Path,
@@ -72,6 +73,7 @@ def test_a_kill_costs_one_batch(
     assert read_texts(out) == texts
 
 
+@pytest.mark.slow
 def test_the_style_is_asked_for_and_not_shown(chat_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "texts.jsonl"
     make_styles(settings(chat_model, out, "n_prompts=1"))

@@ -124,6 +124,7 @@ def test_a_note_that_cannot_be_written_leaves_the_export(
     assert plrhf.load(str(run / "export")).card.users != []
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_in_one_line(
     tmp_path: Path, cache_dir: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

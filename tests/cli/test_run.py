@@ -48,6 +48,7 @@ KINDS: dict[str, list[str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but("lookup", KINDS))
 def test_reward_models(name: str, tmp_path: Path, cache_dir: Path) -> None:
     run_dir, again = tmp_path / "run", tmp_path / "again"
@@ -118,6 +119,7 @@ def test_supervised_model_is_a_backbone_for_others(tmp_path: Path, cache_dir: Pa
     check_run(tmp_path / "reward")
 
 
+@pytest.mark.slow
 def test_the_patience_of_a_backbone_asks_for_no_val_pairs(tmp_path: Path) -> None:
     """What a run itself sets does, as of every model."""
 
@@ -260,6 +262,7 @@ def test_an_outsiders_encoder_by_its_dotted_path(
     assert evaluation_of(run_dir / "eval") == evaluation_of(run_dir)
 
 
+@pytest.mark.slow
 def test_a_sweep_gives_each_job_its_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,6 +349,7 @@ def test_two_processes_may_train_the_same_backbone(tmp_path: Path) -> None:
     assert tables[0] == tables[1]
 
 
+@pytest.mark.slow
 def test_a_policy_learns_from_a_reward_model(
     reward_run: Path, tmp_path: Path, cache_dir: Path, capsys: Any
 ) -> None:

@@ -23,6 +23,7 @@ def refused(capsys: Any, *overrides: str) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", ["users.json", "checkpoints", "adapt.json", "export"])
 def test_whatever_a_run_left_makes_a_directory_used(left: str, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / left).mkdir()
@@ -55,6 +56,7 @@ def test_overwriting_removes_all_of_the_old_run_and_nothing_else(
     assert results["config"]["encoder"]["name"] == "none"
 
 
+@pytest.mark.slow
 def test_what_a_refused_run_would_overwrite_stays(
     reward_run: Path, tmp_path: Path, capsys: Any
 ) -> None:

@@ -87,6 +87,7 @@ def test_a_run_scores_the_same_again(
     assert "train.py" in commands[0] and commands[1].endswith(f"eval.py run={copy}")
 
 
+@pytest.mark.slow
 def test_other_rows(reward_run: Path, tmp_path: Path) -> None:
     own_world = rows_of_world(val_pairs_per_user=3, test_pairs_per_user=4)
     rows = [row for row in own_world if row["split"] == "test"]
@@ -199,6 +200,7 @@ def test_the_expected_best_of_several_is_that_of_all_choices() -> None:
     assert best_of_curve([[1.0, 2.0]], [[None, 1.0]])[0].score is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("speaking", [True, False])
 def test_users_speak_for_themselves(
     speaking: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -313,6 +315,7 @@ def test_a_missing_writer_is_asked_for_by_a_setting_that_there_is(policy_run: Pa
             find_contests(policy_run, "reference", writer=writer)
 
 
+@pytest.mark.slow
 def test_a_reward_model_of_another_world_is_refused(tmp_path: Path) -> None:
     names = {"seed=0": None, "seed=1": r"^eval\.judge\.export=.* on the same world"}
     for seed, message in names.items():
@@ -341,6 +344,7 @@ def rival(policy: Path, tmp_path: Path) -> Path:
     return other
 
 
+@pytest.mark.slow
 def test_win_rates_by_an_endpoint(
     policy: Path, rival: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,6 +419,7 @@ def test_what_is_known_of_users_goes_with_their_texts(tmp_path: Path, cache_dir:
         assert one.user_features == {"age": 20 + len(one.user_id), "sea": "north"}
 
 
+@pytest.mark.slow
 def test_comparison(reward_run: Path, policy_run: Path, tmp_path: Path, capsys: Any) -> None:
     for name, run in (("one", reward_run), ("two", policy_run)):
         shutil.copytree(run, tmp_path / "runs" / name)

@@ -48,6 +48,7 @@ def rows(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "rows.jsonl", ROWS)
 
 
+@pytest.mark.slow
 def test_a_description_is_kept_if_it_predicts(
     rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

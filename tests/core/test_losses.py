@@ -133,6 +133,7 @@ def our_logps(policy: PersonalDPOPolicy, batch: PreferenceBatch) -> tuple[Tensor
     return policy.logps(policy.hidden(batch, ("user",))[0], batch), policy.reference_logps(batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["sigmoid", "hinge"])
 def test_dpo_agrees_with_trl(against_trl: AgainstTRL, loss: str) -> None:
     batch = make_batch(make_pairs(), layout=two_rows)

@@ -35,6 +35,7 @@ def test_a_killed_process_is_known() -> None:
         list(map_in_processes(lambda n: os.kill(os.getpid(), 9), range(4), 2))
 
 
+@pytest.mark.slow
 def test_the_setting_of_tokenizers_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "TOKENIZERS_PARALLELISM"
     for before in ("true", None):

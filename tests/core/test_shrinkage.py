@@ -99,6 +99,7 @@ def test_processes_draw_their_share_of_the_same_noise() -> None:
     assert not shrinkage.sample(rows, n_pairs, places).equal(whole)
 
 
+@pytest.mark.slow
 def test_variances_of_simulated_users_are_found() -> None:
     """150 users with 21 pairs each differ in the first of two directions, by 1.5, and not in the other."""
     torch.manual_seed(0)

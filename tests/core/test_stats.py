@@ -104,6 +104,7 @@ def test_interval_is_that_of_a_loop_over_resamples() -> None:
     assert cell["accuracy_macro"]["ci95"] == pytest.approx(expected, abs=0.006)
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_users_drawn_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The drawn users' pairs put together, resample by resample, with the same draws."""
     monkeypatch.setattr(bootstrap, "_BLOCK", 100)  # several blocks, the last of them smaller
@@ -324,6 +325,7 @@ def coverage(n_simulations: int, n_users: int) -> float:
     return hits / n_simulations
 
 
+@pytest.mark.slow
 def test_interval_covers_the_truth_roughly() -> None:
     assert 0.88 <= coverage(150, n_users=40) <= 0.995
 

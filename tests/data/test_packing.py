@@ -141,6 +141,7 @@ def test_packed_rewards_equal_a_plain_model_on_one_sequence(
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gptj", "llama"])
 @pytest.mark.parametrize("aggregator", ["soft_prompt", "late_soft_prompt", "film_last"])
 @torch.no_grad()

@@ -88,6 +88,7 @@ def test_measure_reads_any_text(text: str, style: tuple[float, ...]) -> None:
     assert measure(text) == pytest.approx(style)
 
 
+@pytest.mark.slow
 def test_texts_are_short_varied_and_of_few_words(
     tables: dict[tuple[str, int], tuple[PersonasSource, Table]],
 ) -> None:
@@ -101,6 +102,7 @@ def test_texts_are_short_varied_and_of_few_words(
     assert len({word for text in (*texts, *prompts) for word in text.lower().split()}) < 600
 
 
+@pytest.mark.slow
 def test_attributes_are_independent_of_each_other_and_of_the_topic(
     tables: dict[tuple[str, int], tuple[PersonasSource, Table]],
 ) -> None:
@@ -114,6 +116,7 @@ def test_attributes_are_independent_of_each_other_and_of_the_topic(
         assert np.abs(styles[things == thing].mean(axis=0)).max() < 0.15
 
 
+@pytest.mark.slow
 def test_bag_of_words_decodes_attributes_on_new_topics(
     tables: dict[tuple[str, int], tuple[PersonasSource, Table]],
 ) -> None:
@@ -167,6 +170,7 @@ def test_oracle_margin_is_the_true_score_difference(kind: str) -> None:
     assert min(margins.values()) < 0 < max(margins.values())
 
 
+@pytest.mark.slow
 def test_regression_per_user_recovers_vector_and_gain(
     tables: dict[tuple[str, int], tuple[PersonasSource, Table]],
 ) -> None:
@@ -209,6 +213,7 @@ def test_rows_splits_and_users(kind: str) -> None:
     assert all(where == f"personas:{raw['pair_id']}" for where, raw in records)
 
 
+@pytest.mark.slow
 def test_prompts_are_parted_seven_one_two() -> None:
     source = PersonasSource(kind="individual", n_prompts=200, n_users=60, seed=4)
     asked: dict[str, set[str]] = {"train": set(), "val": set(), "test": set()}
@@ -234,6 +239,7 @@ def test_types_share_a_vector_and_individuals_do_not() -> None:
     assert individual.true_type(individual.user_ids[0]) is None
 
 
+@pytest.mark.slow
 def test_features_alone_decide_the_vector() -> None:
     source = PersonasSource(kind="features", n_users=6000, pairs_per_user=1, seed=2)
     seen: dict[tuple[object, ...], list[float]] = {}
@@ -260,6 +266,7 @@ def test_profile_says_what_the_vector_says() -> None:
         assert source.group(user) == f"prefers {word}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_seed_same_world_in_another_process(kind: str) -> None:
     script = (
@@ -290,6 +297,7 @@ def test_more_pairs_and_users_leave_the_others_as_they_were() -> None:
     assert kept == few_rows
 
 
+@pytest.mark.slow
 def test_rows_of_the_default_world() -> None:
     assert len(list(PersonasSource(kind="clusters").records())) == 100 * 130 + 20 * 20
 

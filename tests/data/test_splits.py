@@ -49,6 +49,7 @@ def split(rows: Iterable[Row], **changes: Any) -> Splits:
     return split_rows(Rows.from_rows(rows), **{**SETTINGS, **changes})
 
 
+@pytest.mark.slow
 def test_the_uniform_hash_is_fixed_and_even() -> None:
     code = (
         "from plrhf.data.split_by import uniform_hash; print(uniform_hash('key', salt='s', seed=3))"

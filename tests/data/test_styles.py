@@ -134,6 +134,7 @@ def test_any_text_is_judged_by_the_preferences_that_made_the_choices(kind: str) 
     assert min(margins.values()) < 0 < max(margins.values())
 
 
+@pytest.mark.slow
 def test_choices_follow_bradley_terry() -> None:
     margins = np.array(list(world(pairs_per_user=800, scale=0.7).oracle_margins().values()))
     for low, high in ((0, 0.5), (0.5, 1), (1, 2), (2, 4)):

@@ -117,6 +117,7 @@ def test_when_hidden_states_can_be_computed_beforehand(
     assert model.needs_only_pooled == suffices
 
 
+@pytest.mark.slow
 def test_reference_computed_beforehand_changes_nothing(tokenizer: Any) -> None:
     data = make_data(tokenizer)
     backbone = make_backbone()
@@ -159,6 +160,7 @@ def test_text_for_a_bidirectional_encoder(
     assert written[2] == start + "and calm . [SEP]"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_reward_of_a_bidirectional_encoder_is_that_of_one_sequence(word_tokenizer: Any) -> None:
     data = make_data(word_tokenizer, causal=False)
@@ -172,6 +174,7 @@ def test_reward_of_a_bidirectional_encoder_is_that_of_one_sequence(word_tokenize
         torch.testing.assert_close(found[place], (rewards[0] - rewards[1])[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregator", ["soft_prompt", "film_last"])
 def test_a_bidirectional_reward_model_learns(word_tokenizer: Any, aggregator: str) -> None:
     data = make_data(word_tokenizer, causal=False)

@@ -169,6 +169,7 @@ def test_the_content_hash_knows_where_texts_end(many: list[Row]) -> None:
     assert len(moved) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the system lists no threads")
 def test_reading_rows_starts_no_thread() -> None:
     """One of Arrow's that still holds a Python file at exit ends the process with SIGABRT, now and then."""
@@ -181,6 +182,7 @@ def test_reading_rows_starts_no_thread() -> None:
     assert out.stdout.split() == ["0"]
 
 
+@pytest.mark.slow
 def test_the_content_hash_is_the_same_in_every_process(many: list[Row]) -> None:
     code = (
         "from plrhf.data.rows import Row, Rows; print(Rows.from_rows([Row('a', 'b', 'c', 'u', 'p', 'q', "
@@ -217,6 +219,7 @@ def parts(pairs: Any) -> list[Any]:
     return [(pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_disk", [True, False])
 def test_tokens_are_those_of_texts_one_by_one(
     on_disk: bool, many: list[Row], tokenizer: Any, tmp_path: Path
@@ -243,6 +246,7 @@ def whole_file(rows: Rows, made: RowTokenizer) -> bytes:
     return bytes(memory.getvalue())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows_on_disk", [True, False])
 def test_several_processes_write_the_same_file(
     rows_on_disk: bool, many: list[Row], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
@@ -366,6 +370,7 @@ def test_a_damaged_file_is_made_anew(
     assert parts(load_or_tokenize(rows, row_tokenizer(tokenizer), cache_dir=tmp_path)) == expected
 
 
+@pytest.mark.slow
 def test_ids_take_no_more_bytes_than_they_need(
     many: list[Row], tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -176,6 +176,7 @@ def people_within_reach(options: FewShotOptions) -> FewShotTrials:
     return FewShotTrials(model, dataset, trials, batch_size=50)
 
 
+@pytest.mark.slow
 def test_a_model_that_knows_how_people_differ_learns_who_this_is() -> None:
     """Simulated people within the model's reach: their own pairs tell, other people's do not."""
     curve = people_within_reach(FewShotOptions(shots=[24], draws=3))
@@ -352,6 +353,7 @@ def test_a_run_is_asked_about_people_it_has_not_met(
     assert shown.replace("\n", "").endswith(f"curve: {tmp_path / 'adapt.json'}")
 
 
+@pytest.mark.slow
 def test_train_users_as_if_they_were_new(reward_run: Path, tmp_path: Path) -> None:
     asked = ["eval=adapt", "eval.users=seen", "eval.shots=[9]", "eval.draws=1"]
     asked += ["eval/adaptation=reweight", "eval.adaptation.map_only=true"]

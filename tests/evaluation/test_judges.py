@@ -408,6 +408,7 @@ def reward(
     return float(model.rewards(batch)[0, 0])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_reward_model_judges_by_the_users_own_vectors(reward_run: Path) -> None:
     export = reward_run / "export"

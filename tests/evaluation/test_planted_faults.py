@@ -115,6 +115,7 @@ class SelectsOnTest(Callback):
             pl_module.validation_step(batch, 0)
 
 
+@pytest.mark.slow
 def test_selection_on_test(tmp_path: Path) -> None:
     data = small_data()
     trainer = build_trainer(
@@ -130,6 +131,7 @@ def test_selection_on_test(tmp_path: Path) -> None:
         fit(small_model(data), data, trainer, resume_from=None)
 
 
+@pytest.mark.slow
 def test_a_monitor_that_looks_at_test(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         launch("train", "trainer.monitor=test/loss")
@@ -143,6 +145,7 @@ def test_shuffled_ids_scored_as_personal(reward_run: Path, tmp_path: Path) -> No
     assert role(config) == "shuffled"
 
 
+@pytest.mark.slow
 def test_vectors_that_belong_to_other_users(
     reward_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

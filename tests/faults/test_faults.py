@@ -34,6 +34,7 @@ FLIPS = size(8, 25)
 """Bits that are flipped in each file."""
 
 
+@pytest.mark.slow
 def test_no_row_is_lost_and_no_file_crashes(tmp_path: Path) -> None:
     found = fuzz(tmp_path, size(300, 3_000), seed=7)
     print(f"\nrows: {found}")
@@ -42,6 +43,7 @@ def test_no_row_is_lost_and_no_file_crashes(tmp_path: Path) -> None:
     assert found.read == found.used + sum(found.refused.values())
 
 
+@pytest.mark.slow
 def test_no_record_of_any_form_crashes(tmp_path: Path) -> None:
     found = fuzz_forms(tmp_path, size(400, 3_000), seed=2)
     print(f"\nforms: {found}")
@@ -49,6 +51,7 @@ def test_no_record_of_any_form_crashes(tmp_path: Path) -> None:
     assert sum(found.refused.values()) > 100
 
 
+@pytest.mark.slow
 def test_bombs_take_little_memory(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = bombs(tmp_path, n_mib=size(20, 2_000))

@@ -294,6 +294,7 @@ def test_a_full_disk_leaves_the_old_and_is_known(folder: Path) -> None:
     assert faults == [] and n_full >= len(WRITERS)
 
 
+@pytest.mark.slow
 def test_processes_share_a_cache(tmp_path: Path) -> None:
     """Four write and read the same entries; none sees half of one."""
 

@@ -310,6 +310,7 @@ def test_the_fit_in_a_table_really_enlarged(kind: Any, aggregator: str) -> None:
     assert gradient[:-1].abs().max() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "aggregator", "clusters"),
     [

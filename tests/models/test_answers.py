@@ -105,6 +105,7 @@ def test_ties_that_nobody_calls_change_nothing(kind: Any) -> None:
         torch.testing.assert_close(got[name], one, atol=1e-6, rtol=0, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", ["temperature", "errors"])
 def test_noise_changes_log_odds_and_never_who_wins(noise: str) -> None:
     model, plain = make_model(PersonalRewardModel, noise=noise), make_model(PersonalRewardModel)

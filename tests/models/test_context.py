@@ -35,6 +35,7 @@ def rewards(model: Any, rows: Any, **user: str) -> torch.Tensor:
     return (found[:, 0] - found[:, 1]).double()
 
 
+@pytest.mark.slow
 def test_an_export_knows_its_users_and_anybody_by_their_pairs(
     tmp_path: Path, cache_dir: Path
 ) -> None:

@@ -53,6 +53,7 @@ def test_an_id_that_is_no_text_is_refused_before_a_file_changes(export: Path) ->
     assert contents(export) == before
 
 
+@pytest.mark.slow
 def test_a_loaded_model_enrols_and_forgets_in_memory_and_in_its_export(export: Path) -> None:
     model = plrhf.load(export)
     user = model.adapt(PAIRS, Posterior(steps=5, prior_scale=20.0))
@@ -76,6 +77,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
+@pytest.mark.slow
 def test_a_new_user_is_fitted_enrolled_and_forgotten(export: Path) -> None:
     before = contents(export)
     model = PersonalModule.from_pretrained(export)
@@ -102,6 +104,7 @@ def test_a_new_user_is_fitted_enrolled_and_forgotten(export: Path) -> None:
     assert contents(export) == before
 
 
+@pytest.mark.slow
 def test_nothing_of_a_forgotten_user_is_left(export: Path) -> None:
     model = PersonalModule.from_pretrained(export)
     ids = list(model.card.users)
@@ -148,6 +151,7 @@ def answers(model: Any, *names: str | None) -> Any:
     return model.write(asked, max_new_tokens=6, temperature=0.0)
 
 
+@pytest.mark.slow
 def test_users_without_rows_are_enrolled_and_forgotten(export: Path) -> None:
     """eve and fay have vectors alone, and gil, who comes between them, has rows."""
     before, model = contents(export), plrhf.load(export)
@@ -179,6 +183,7 @@ def test_users_without_rows_are_enrolled_and_forgotten(export: Path) -> None:
     assert contents(export) == before
 
 
+@pytest.mark.slow
 def test_rows_may_be_adapted_in_a_model_with_vectors_alone(export: Path) -> None:
     model = plrhf.load(export)
     model.enrol("eve", NewUser(vector=torch.ones(model.aggregator.user_dim)))
@@ -210,6 +215,7 @@ def test_an_export_from_before_there_were_vectors_without_rows(export: Path) -> 
         plrhf.load(export)
 
 
+@pytest.mark.slow
 def test_what_all_share_names_nobody_and_answers_as_the_generic_user(
     export: Path, tmp_path: Path
 ) -> None:

@@ -65,6 +65,7 @@ def margins(model: PersonalModule, data: PreferenceData) -> pd.DataFrame:
     return pd.concat(found).sort_index()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", CLASSES)
 def test_margins_are_bit_identical(which: str, request: pytest.FixtureRequest) -> None:
     run = request.getfixturevalue(which)
@@ -121,6 +122,7 @@ def test_a_moved_backbone(export: Path, tmp_path: Path) -> None:
     assert model.card.users == card["users"]
 
 
+@pytest.mark.slow
 def test_another_backbone_is_refused(export: Path, tmp_path: Path) -> None:
     path = export / "backbone"
     other = shutil.copytree(path, tmp_path / "other")
@@ -200,6 +202,7 @@ def test_an_export_that_a_kill_left_aside_is_found(export: Path) -> None:
         assert load(directory).card.users == users
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", CLASSES)
 def test_a_checkpoint_of_a_run_is_its_model(which: str, request: pytest.FixtureRequest) -> None:
     run = request.getfixturevalue(which)
@@ -307,6 +310,7 @@ def test_files_that_are_cut_or_gone_are_refused(export: Path) -> None:
         PersonalRewardModel.from_pretrained(export)
 
 
+@pytest.mark.slow
 def test_code_of_a_repository_is_not_for_an_export_to_ask_for(
     export: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

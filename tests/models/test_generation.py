@@ -68,6 +68,7 @@ def test_left_padded_by_hand() -> None:
     assert mask.tolist() == [[0, 0, 1], [1, 1, 1]]
 
 
+@pytest.mark.slow
 @both_kinds
 @all_aggregators
 def test_many_users_at_once_equal_one_at_a_time(kind: str, aggregator: str) -> None:
@@ -83,6 +84,7 @@ def test_many_users_at_once_equal_one_at_a_time(kind: str, aggregator: str) -> N
     assert len(set(same_prompt)) > 1  # users matter
 
 
+@pytest.mark.slow
 @both_kinds
 @pytest.mark.parametrize(("aggregator", "n_first"), [("film_last", 1), ("late_soft_prompt", 4)])
 def test_users_of_one_prompt_share_its_reading(kind: str, aggregator: str, n_first: int) -> None:
@@ -102,6 +104,7 @@ def test_users_of_one_prompt_share_its_reading(kind: str, aggregator: str, n_fir
     assert together == alone
 
 
+@pytest.mark.slow
 @both_kinds
 @all_aggregators
 def test_a_cache_with_room_writes_what_that_of_transformers_does(
@@ -145,6 +148,7 @@ def test_windows_keep_their_own_cache() -> None:
     ]
 
 
+@pytest.mark.slow
 @both_kinds
 @all_aggregators
 @torch.no_grad()
@@ -254,6 +258,7 @@ def test_a_seed_decides_what_is_sampled_and_leaves_the_generator_alone() -> None
     assert write(policy, PROMPTS, users, temperature=1.0, seed=2) != one
 
 
+@pytest.mark.slow
 def test_sampling() -> None:
     policy, users = make_policy(), user_batch(*USERS)
 
@@ -328,6 +333,7 @@ def test_bad_settings(options: dict[str, Any], message: str) -> None:
     assert str(caught.value) == message
 
 
+@pytest.mark.slow
 def test_all_positions_can_be_written() -> None:
     policy = make_policy(aggregator=ConcatSoftPrompt(hidden_size=WIDTH, n_tokens=5))
     (text,) = write(policy, [PROMPTS[0]], user_batch(1), max_new_tokens=123 - len(PROMPTS[0]))

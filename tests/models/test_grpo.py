@@ -174,6 +174,7 @@ WRITTEN_OUT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "aggregator", "layout"), WRITTEN_OUT)
 def test_equals_the_loss_written_out(kind: str, aggregator: str, layout: str) -> None:
     policy = make_policy(kind, aggregator)
@@ -222,6 +223,7 @@ def test_a_policy_without_users_learns_from_each_users_reward() -> None:
     assert any(float(one.abs().max()) > 0 for one in gradients(policy).values())
 
 
+@pytest.mark.slow
 def test_responses_are_those_of_each_user() -> None:
     policy = make_policy("gptj", "soft_prompt", strength=30.0).eval()
     prompts, users = [pair.prompt for pair in make_pairs()], tensor(USERS)
@@ -439,6 +441,7 @@ class KillAt(Callback):
             raise KeyError("killed")
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_two_updates_ends_the_same(tmp_path: Path) -> None:
     whole = fit_once(tmp_path / "whole")
     with pytest.raises(KeyError, match="killed"):

@@ -81,6 +81,7 @@ def test_a_head_of_no_known_name_is_refused() -> None:
     assert isinstance(build_head("linear", hidden_size=3, user_dim=2), LinearHead)
 
 
+@pytest.mark.slow
 def test_users_must_act_somewhere() -> None:
     def model(head: Any, *, personal: bool = True, aggregator: Any = None) -> Any:
         if aggregator is None:

@@ -109,6 +109,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_an_export_goes_to_the_hub_and_comes_back(
     hub: Hub, reward_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

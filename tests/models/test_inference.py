@@ -28,6 +28,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 4, "temperature": 0.0}
 NOTE = {"prompt": "Write a note.", "response": "Back at six."}
 
 
+@pytest.mark.slow
 def test_rewards_are_those_of_the_run(reward_run: Path) -> None:
     export = reward_run / "export"
     model = PersonalRewardModel.from_pretrained(export)
@@ -60,6 +61,7 @@ def test_texts_are_those_of_the_run(policy_run: Path) -> None:
     assert write(model, lines, **how) == [line["response"] for line in lines]
 
 
+@pytest.mark.slow
 def test_the_example(reward_run: Path, policy_run: Path) -> None:
     assert serve.__doc__ is not None
     start, end = serve.__doc__.index("    import plrhf"), serve.__doc__.index("\nRequests are")
@@ -73,6 +75,7 @@ def test_the_example(reward_run: Path, policy_run: Path) -> None:
     assert found["rewards"][0] != found["rewards"][1]
 
 
+@pytest.mark.slow
 def test_nothing_asked(reward_run: Path, policy_run: Path) -> None:
     reward = PersonalRewardModel.from_pretrained(reward_run / "export")
     policy = PersonalDPOPolicy.from_pretrained(policy_run / "export")
@@ -110,6 +113,7 @@ def test_what_cannot_be_answered(reward_run: Path) -> None:
         score(model, [{"response": "Yes."}])
 
 
+@pytest.mark.slow
 def test_a_loaded_model_is_asked_itself(reward_run: Path, policy_run: Path) -> None:
     reward, policy = plrhf.load(reward_run / "export"), plrhf.load(policy_run)  # a run will do
     assert isinstance(reward, plrhf.PersonalRewardModel)

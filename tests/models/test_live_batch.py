@@ -69,6 +69,7 @@ def together(policy: Any, users: Tensor) -> list[list[int]]:
     return texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more_columns", "call_tokens"),
     [(1, 0), (64, 256)],  # moved at each token, equal prompts read once; never

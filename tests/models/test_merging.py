@@ -128,6 +128,7 @@ def test_the_command(policy_run: Path, tmp_path: Path, user: str | None) -> None
     assert found == expected
 
 
+@pytest.mark.slow
 def test_a_reward_model_is_refused(reward_run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^run=.* a policy"):
         export(composed(f"run={reward_run}", f"out={tmp_path / 'm'}", config="export"))

@@ -140,6 +140,7 @@ def test_margins_of_a_context_depend_on_its_user_only(model_class: Any, aggregat
     torch.testing.assert_close(one["user"][6], one["generic"][6], atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @both_models
 @all_aggregators
 def test_loss_and_gradient_do_not_depend_on_batches(model_class: Any, aggregator: str) -> None:
@@ -188,6 +189,7 @@ def loader(size: int, n_pairs: int = 12) -> Any:
     )
 
 
+@pytest.mark.slow
 @both_models
 def test_a_step_with_accumulation_is_the_step_of_one_batch(model_class: Any) -> None:
     stepped = []
@@ -558,6 +560,7 @@ def test_bad_settings(build: Any, message: str) -> None:
     assert str(caught.value) == message
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_users_small_effect_is_not_rounded_away_in_bfloat16() -> None:
     """Log-ratios of a policy whose user acts on the last hidden states, against float64."""

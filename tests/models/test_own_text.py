@@ -53,6 +53,7 @@ def export(reward_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(reward_run / "export", tmp_path / "export"))
 
 
+@pytest.mark.slow
 def test_rewards_are_those_with_the_pairs_written_out(export: Path, tmp_path: Path) -> None:
     own = pairs_of(KNOWN, 2)
     twin = with_text(Path(shutil.copytree(export, tmp_path / "twin")), use_user_text=True)
@@ -71,6 +72,7 @@ def test_rewards_are_those_with_the_pairs_written_out(export: Path, tmp_path: Pa
         model.score([ASKED])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("users", ["own", "held_out"])
 def test_a_judge_puts_pairs_of_known_users_in_front(export: Path, users: Any) -> None:
     model = with_text(export, {KNOWN: pairs_of(KNOWN, 2)}, context_pairs=2)
@@ -89,6 +91,7 @@ def test_a_judge_puts_pairs_of_known_users_in_front(export: Path, users: Any) ->
     assert found.tolist() == orders[users] and orders["own"] != orders["held_out"]
 
 
+@pytest.mark.slow
 def test_a_new_user_is_enrolled_with_exactly_the_pairs_given(export: Path) -> None:
     model = with_text(export, {KNOWN: pairs_of(KNOWN, 2)}, context_pairs=2)
     given = [
@@ -121,6 +124,7 @@ def test_a_model_that_tells_nobody_apart_but_by_their_pairs_needs_no_fitting(exp
     assert [row.chosen for row in user.pairs] == [one["chosen"] for one in given]
 
 
+@pytest.mark.slow
 def test_a_curve_gives_exactly_the_trials_pairs(export: Path) -> None:
     model = with_text(export, {}, context_pairs=2)
     tokenizer: Any = row_tokenizer(model.tokenizer, model.card.text)

@@ -74,6 +74,7 @@ def test_rows_of_another_number_of_user_vectors_stay_apart() -> None:
     assert torch.equal(found, model.margins_in_contexts(batch, ("user",))[0])
 
 
+@pytest.mark.slow
 def test_a_model_knows_where_its_user_vectors_stand() -> None:
     def slots(aggregator: str = "soft_prompt", **settings: Any) -> UserSlots:
         return make_model(PersonalDPOPolicy, aggregator=aggregator, **settings).user_slots

@@ -163,6 +163,7 @@ def closed_form(sigma: float, steps: int, delta: float) -> float:
     return float(brentq(excess, 0.0, 100.0))
 
 
+@pytest.mark.slow
 def test_epsilon_where_everybody_is_drawn() -> None:
     pytest.importorskip("opacus")
     for sigma, steps, delta in ((1.0, 1, 1e-5), (4.0, 30, 1e-6)):
@@ -171,6 +172,7 @@ def test_epsilon_where_everybody_is_drawn() -> None:
         assert exact <= epsilon <= exact + 0.02
 
 
+@pytest.mark.slow
 def test_epsilon_where_few_are_drawn() -> None:
     """Opacus' own test of the PRV accountant has 6.7774 here, and 7.33 for the looser one of moments."""
     pytest.importorskip("opacus")

@@ -39,6 +39,7 @@ def written(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return run, out
 
 
+@pytest.mark.slow
 def test_the_adapter_is_as_vllm_reads_it(written: tuple[Path, Path]) -> None:
     """By vllm/lora/peft_helper.py (fields) and `parse_fine_tuned_lora_name` (names of weights)."""
     folder = written[1] / "adapter"

@@ -96,12 +96,14 @@ MODELS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "aggregator", "family"), MODELS)
 def test_a_step_waits_for_nothing(kind: Any, aggregator: str, family: str) -> None:
     model = make_model(kind, backbone=make_backbone(family), aggregator=aggregator)
     step(model, make_batch(PAIRS, slots=model.user_slots))
 
 
+@pytest.mark.slow
 def test_weights_of_users_wait_for_nothing() -> None:
     step(make_model(PersonalRewardModel, reduce="tail"), make_batch(PAIRS))
 
@@ -115,6 +117,7 @@ def test_a_batch_goes_to_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(devices) > 10 and set(devices) == {GPU}
 
 
+@pytest.mark.slow
 def test_waiting_is_found() -> None:
     """Without what the loader reads off rows, the step has to ask for it; and the walk notices."""
     batch = make_batch(PAIRS)

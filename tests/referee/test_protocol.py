@@ -76,6 +76,7 @@ def data() -> PreferenceData:
     return with_features(found, "shape")
 
 
+@pytest.mark.slow
 def test_a_job_asks_everybody_and_everybodys_controls(data: PreferenceData) -> None:
     options = FewShotOptions(shots=[0, 1, 2], draws=2)
     shots = FewShots.draw(data, set(), options, seed=0)
@@ -100,6 +101,7 @@ def test_a_job_asks_everybody_and_everybodys_controls(data: PreferenceData) -> N
     )  # nothing given: the generic user
 
 
+@pytest.mark.slow
 def test_a_grid_cannot_be_chosen_on_test(data: PreferenceData) -> None:
     """Test labels turned around change no choice; test pairs are out of reach of training."""
     rates = [0.01, 0.03, 0.1]
@@ -149,6 +151,7 @@ def entry(method: str, result: Any) -> tuple[JobRecord, pd.DataFrame]:
     return record, result.margins
 
 
+@pytest.mark.slow
 def test_a_label_by_format_is_called_a_leak(tmp_path: Path) -> None:
     """Chosen texts end with a bracket, as those of a list printed by Python do."""
 

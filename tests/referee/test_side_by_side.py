@@ -74,6 +74,7 @@ OPTIMS = [
 LIMITS: dict[str, Any] = {"val_every_n_steps": 2, "max_steps": N_STEPS, "gradient_clip_val": 0.5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shrinkage", ["fixed", "learned"])
 def test_a_stack_learns_what_single_runs_learn(
     shrinkage: str, data: PreferenceData, tmp_path: Path
@@ -115,6 +116,7 @@ def floats_of(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
             torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.slow
 def test_what_single_runs_have_otherwise_is_rounding(
     data: PreferenceData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +144,7 @@ def test_what_single_runs_have_otherwise_is_rounding(
     assert apart[torch.float32] > 1e3 * apart[torch.float64]
 
 
+@pytest.mark.slow
 def test_the_worse_half_stops_and_the_others_are_as_without(
     data: PreferenceData, monkeypatch: pytest.MonkeyPatch
 ) -> None:

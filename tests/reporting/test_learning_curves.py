@@ -35,6 +35,7 @@ def test_a_power_law_is_found_again(limit: float, drop: float, rate: float) -> N
     assert np.abs(found.at(SIZES) - truth.at(SIZES)).max() < 0.01
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_and_grow_with_the_noise() -> None:
     truth = PowerLaw(1.0, 2.0, 1.0)  # 90% at 20
     wide, narrow = (learning_curve(SIZES, around(truth.at(SIZES), h)) for h in (0.05, 0.005))
@@ -52,6 +53,7 @@ def test_intervals_hold_the_truth_and_grow_with_the_noise() -> None:
     assert learning_curve(SIZES[:3], [*around([0.5, 0.6], 0.01), *no_interval]) is None
 
 
+@pytest.mark.slow
 def test_a_comparison_has_learning_curves(tmp_path: Path) -> None:
     half = {user: (n + VANILLA[user]) // 2 for user, n in ORACLE.items()}
     for size, right in ((5, VANILLA), (10, half), (20, PERSONAL), (40, ORACLE)):

@@ -65,6 +65,7 @@ def runs(tmp_path: Path) -> list[Run]:
     return found
 
 
+@pytest.mark.slow
 def test_seeds_are_pooled_by_hand(runs: list[Run]) -> None:
     lookup, vanilla, cluster = over_seeds(runs)
     assert lookup.settings["seed"] == "9, 10"
@@ -123,6 +124,7 @@ def test_a_missing_seed_leaves_the_others_paired(tmp_path: Path) -> None:
     assert frame["tests"].nunique() == 1
 
 
+@pytest.mark.slow
 def test_the_next_best_is_chosen_on_val(tmp_path: Path) -> None:
     runs = [
         made(tmp_path, PERSONAL, 1, "lookup"),  # 9 of 14 on test
@@ -147,6 +149,7 @@ def test_length_goes_by_each_seed_s_own_rule(tmp_path: Path) -> None:
     assert control["rule"] == "the longer response wins, the shorter response wins"
 
 
+@pytest.mark.slow
 def test_the_table_ranks_encoders_and_says_what_varies(runs: list[Run], tmp_path: Path) -> None:
     folder = tmp_path / "runs"
     more = [made(folder, WORSE, seed, "lookup", encoder_init=2.5) for seed in (9, 10)]
@@ -167,6 +170,7 @@ def test_the_table_ranks_encoders_and_says_what_varies(runs: list[Run], tmp_path
     ]
 
 
+@pytest.mark.slow
 def test_a_page_of_a_sweep_shows_methods_first(runs: list[Run], tmp_path: Path) -> None:
     folder = tmp_path / "runs"
     for seed in (9, 10):
@@ -183,6 +187,7 @@ def test_a_page_of_a_sweep_shows_methods_first(runs: list[Run], tmp_path: Path) 
     assert "| personal | lookup |" in (tmp_path / "out/over_seeds.md").read_text()
 
 
+@pytest.mark.slow
 def test_every_value_of_a_setting_is_a_labelled_row_and_a_point_of_its_curve(
     tmp_path: Path,
 ) -> None:
@@ -227,6 +232,7 @@ def test_the_next_best_of_a_curve_is_at_the_same_value(tmp_path: Path) -> None:
     assert shown == {key: f"{100 * gap / 14:+.1f}" for key, gap in gaps.items()}
 
 
+@pytest.mark.slow
 def test_families_are_told_apart_by_their_settings(tmp_path: Path) -> None:
     runs = [
         made(tmp_path, PERSONAL, 1, "lookup", data_kind=kind, model_alpha=alpha)

@@ -152,6 +152,7 @@ def add_optional_files(run_dir: Path) -> None:
     (run_dir / "generations.jsonl").write_text(lines)
 
 
+@pytest.mark.slow
 def test_report_shows_numbers_and_escapes_text(runs: Path) -> None:
     add_optional_files(runs / "lookup")
     path = report.write_report(runs / "lookup")
@@ -170,6 +171,7 @@ def test_report_shows_numbers_and_escapes_text(runs: Path) -> None:
     assert "With only 3 and 1 users these intervals are too narrow." in page
 
 
+@pytest.mark.slow
 def test_page_is_self_contained_and_follows_the_theme(runs: Path) -> None:
     add_optional_files(runs / "lookup")
     page, reader = read_page(report.write_report(runs / "lookup"))
@@ -180,6 +182,7 @@ def test_page_is_self_contained_and_follows_the_theme(runs: Path) -> None:
     assert inline == set(), "a figure's colour does not follow the page"
 
 
+@pytest.mark.slow
 def test_report_needs_two_files_only(tmp_path: Path) -> None:
     table = predictions(PERSONAL)
     run_dir = make_run(tmp_path / "run", table[table["user_kind"] == "seen"], encoder="lookup")
@@ -189,6 +192,7 @@ def test_report_needs_two_files_only(tmp_path: Path) -> None:
     assert "oracle" not in reader.text
 
 
+@pytest.mark.slow
 def test_report_of_thousands_of_users_stays_small(tmp_path: Path) -> None:
     n_rows = 3001 * 3
     table = pd.DataFrame({"user_id": np.arange(n_rows) // 3, "pair_id": np.arange(n_rows)})
@@ -207,6 +211,7 @@ def test_report_of_an_unfinished_run_is_refused(tmp_path: Path) -> None:
         report.write_report(tmp_path)
 
 
+@pytest.mark.slow
 def test_comparison_by_hand(runs: Path, tmp_path: Path) -> None:
     frame = compare(str(runs / "*"), tmp_path / "out").frame.set_index("run")
     assert list(frame.index) == ["lookup", "other", "vanilla", "oracle", "length only"]
@@ -225,6 +230,7 @@ def test_comparison_by_hand(runs: Path, tmp_path: Path) -> None:
     assert frame.loc["length only", "seen_accuracy_micro"] == 1
 
 
+@pytest.mark.slow
 def test_comparison_files(runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     frame = compare([runs / "vanilla", runs / "lookup", runs / "sft"], out).frame
@@ -241,6 +247,7 @@ def test_comparison_files(runs: Path, tmp_path: Path) -> None:
     assert page.count("<svg") == 1
 
 
+@pytest.mark.slow
 def test_runs_on_other_pairs_are_not_paired(runs: Path, tmp_path: Path) -> None:
     table = predictions(PERSONAL)
     table["pair_id"] = table["pair_id"] + "-b"
@@ -252,6 +259,7 @@ def test_runs_on_other_pairs_are_not_paired(runs: Path, tmp_path: Path) -> None:
     assert "oracle (elsewhere)" not in frame.index
 
 
+@pytest.mark.slow
 def test_controls_are_recognised_from_settings(runs: Path, tmp_path: Path) -> None:
     wrong = {"ann": 2, "bob": 1, "cid": 2, "dan": 1}
     make_run(runs / "best", predictions(PERSONAL), encoder="lookup", shuffled=True)
@@ -282,6 +290,7 @@ def test_controls_are_recognised_from_settings(runs: Path, tmp_path: Path) -> No
     assert "user context, ids shuffled" in page
 
 
+@pytest.mark.slow
 def test_tests_and_price_of_the_comparison(runs: Path, tmp_path: Path) -> None:
     make_run(runs / "third", predictions(ORACLE), encoder="lookup")
     frame = compare(str(runs / "*"), tmp_path / "out").frame.set_index("run")
@@ -303,6 +312,7 @@ def test_tests_and_price_of_the_comparison(runs: Path, tmp_path: Path) -> None:
     assert frame.loc["lookup", "seen_user_seen_prompt_n_pairs"] == 0
 
 
+@pytest.mark.slow
 def test_any_run_can_be_the_baseline(runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     frame = compare(str(runs / "*"), out, baseline=runs / "lookup").frame.set_index("run")
@@ -315,6 +325,7 @@ def test_any_run_can_be_the_baseline(runs: Path, tmp_path: Path) -> None:
         compare(str(runs / "*"), out, baseline=runs / "lookup")
 
 
+@pytest.mark.slow
 def test_a_baseline_of_the_same_ids_and_other_texts_is_refused(tmp_path: Path) -> None:
     table = predictions(PERSONAL, oracle=ORACLE)
     for name, world in (("one", "a"), ("two", "b")):
@@ -345,6 +356,7 @@ def test_what_another_model_left_is_named_and_not_shown(tmp_path: Path) -> None:
     assert "Generations" in reader.text and "Files of another model" not in reader.text
 
 
+@pytest.mark.slow
 def test_names_are_text_in_every_file(tmp_path: Path) -> None:
     odd = make_run(tmp_path / "=1+1 <b>\x1b[31m", predictions(PERSONAL), encoder="lookup")
     frame = compare([odd], tmp_path / "out").frame
@@ -360,6 +372,7 @@ def test_names_are_text_in_every_file(tmp_path: Path) -> None:
     assert "\x1b[31m" not in console.export_text()
 
 
+@pytest.mark.slow
 def test_the_nearest_vanilla_run_is_the_baseline(runs: Path, tmp_path: Path) -> None:
     for name in ("a-vanilla", "z-vanilla", "lookup"):
         make = make_run(tmp_path / name, predictions(VANILLA), encoder="none")
@@ -380,6 +393,7 @@ def test_the_nearest_vanilla_run_is_the_baseline(runs: Path, tmp_path: Path) -> 
     assert frame.loc["lookup", "baseline"] == "a-vanilla"
 
 
+@pytest.mark.slow
 def test_rows_say_by_which_setting_they_differ(tmp_path: Path) -> None:
     for rank in (2, 4):
         run_dir = make_run(tmp_path / f"runs/{rank}", predictions(PERSONAL), encoder="lookup")
@@ -396,6 +410,7 @@ def test_rows_say_by_which_setting_they_differ(tmp_path: Path) -> None:
     assert [run.name for run in both.runs] == ["2", "4", "single"]
 
 
+@pytest.mark.slow
 def test_another_model_is_not_told_apart_by_all_its_settings(tmp_path: Path) -> None:
     for name, alone in (("reward", "pooling"), ("dpo", "beta")):
         run_dir = make_run(tmp_path / f"runs/{name}", predictions(PERSONAL), encoder="lookup")
@@ -407,6 +422,7 @@ def test_another_model_is_not_told_apart_by_all_its_settings(tmp_path: Path) -> 
     assert shown.to_numpy().tolist() == [["reward", ""], ["dpo", ""]]
 
 
+@pytest.mark.slow
 def test_latex_table(runs: Path, tmp_path: Path) -> None:
     make_run(runs / "50%_off & on", predictions(PERSONAL), encoder="lookup")
     compare(str(runs / "*"), tmp_path / "out")
@@ -417,6 +433,7 @@ def test_latex_table(runs: Path, tmp_path: Path) -> None:
     assert len({len(re.findall(r"(?<!\\)&", row)) for row in rows}) == 1
 
 
+@pytest.mark.slow
 def test_seen_prompts_are_shown_apart(tmp_path: Path) -> None:
     table = predictions(PERSONAL)
     table["prompt_kind"] = np.where(table["pair_id"].isin(["pair-0", "pair-4"]), "seen", "unseen")
@@ -430,6 +447,7 @@ def test_seen_prompts_are_shown_apart(tmp_path: Path) -> None:
     assert "user context, seen prompts" not in reader.text
 
 
+@pytest.mark.slow
 def test_run_names_are_text_and_tell_runs_apart(runs: Path, tmp_path: Path) -> None:
     odd = make_run(tmp_path / "a" / "$x|<i>[red]", predictions(PERSONAL), encoder="lookup")
     twins = [make_run(tmp_path / at / "0", predictions(VANILLA), encoder="none") for at in "bc"]

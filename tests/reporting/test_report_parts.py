@@ -139,6 +139,7 @@ def whole(tmp_path: Path) -> Path:
     return run_dir
 
 
+@pytest.mark.slow
 def test_every_section_is_there_and_text_is_escaped(whole: Path) -> None:
     page, reader = read_page(report.write_report(whole))
     titles = re.findall(r"<h2>(.*)</h2>", page)
@@ -156,6 +157,7 @@ def test_every_section_is_there_and_text_is_escaped(whole: Path) -> None:
     assert page.count("<svg") == 9  # 6 as ever, user map, weights, few-shot curves
 
 
+@pytest.mark.slow
 def test_marks_of_the_map_say_who_they_are(whole: Path) -> None:
     report.write_report(whole)
     page = (whole / "report.html").read_text()
@@ -238,6 +240,7 @@ def test_few_shot_table_by_hand() -> None:
     assert len(few_shot_table(FewShotCurve(**people)).columns) == 4
 
 
+@pytest.mark.slow
 def test_win_rates_by_hand(whole: Path, tmp_path: Path) -> None:
     by_scores = {
         **JUDGED,
@@ -285,6 +288,7 @@ def sweep_run(folder: Path, *, alpha: float, seed: int, encoder: str = "lookup")
     return read_run(run_dir)
 
 
+@pytest.mark.slow
 def test_curves_join_runs_that_differ_in_one_number(tmp_path: Path) -> None:
     runs = [sweep_run(tmp_path, alpha=alpha, seed=seed) for alpha in (0.5, 0.0) for seed in (1, 2)]
     runs.append(sweep_run(tmp_path, alpha=1.0, seed=1))
@@ -299,6 +303,7 @@ def test_curves_join_runs_that_differ_in_one_number(tmp_path: Path) -> None:
     assert sorted(names) == ["cluster", "lookup"]
 
 
+@pytest.mark.slow
 def test_alpha_curve_is_in_the_comparison(tmp_path: Path) -> None:
     for alpha in (0.0, 0.5, 1.0):
         for seed in (1, 2):
@@ -347,6 +352,7 @@ def browser_log(page: Path, *flags: str) -> str:
     return "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 def test_report_opens_without_a_console_error(whole: Path, tmp_path: Path) -> None:
     page = report.write_report(whole)

@@ -46,6 +46,7 @@ def test_whether_and_for_whom_a_run_personalises(
     assert "of seed 1;" in third and "data.shuffle_users=true" in third
 
 
+@pytest.mark.slow
 def test_a_control_says_what_it_is_for(tmp_path: Path) -> None:
     vanilla = make_run(tmp_path / "vanilla", predictions(VANILLA), encoder="none")
     shuffled = make_run(tmp_path / "s", predictions(VANILLA), encoder="lookup", shuffled=True)
@@ -54,6 +55,7 @@ def test_a_control_says_what_it_is_for(tmp_path: Path) -> None:
     assert "<p>This run had its user ids shuffled" in page
 
 
+@pytest.mark.slow
 def test_a_comparison_says_what_the_best_on_val_gains_beside_its_controls(tmp_path: Path) -> None:
     for name, right, encoder in (("a", PERSONAL, "cluster"), ("b", SIZES, "lookup")):
         table = predictions(right, oracle=ORACLE)
@@ -79,6 +81,7 @@ def test_without_a_vanilla_run_no_gain_is_told(tmp_path: Path) -> None:
     assert "no gain can be told" in sentences[0] and "encoder=none" in sentences[1]
 
 
+@pytest.mark.slow
 def test_worlds_are_counted(tmp_path: Path) -> None:
     for world, right in (("x", SIZES), ("y", VANILLA)):
         for encoder, counts in (("lookup", right), ("none", VANILLA)):
@@ -90,6 +93,7 @@ def test_worlds_are_counted(tmp_path: Path) -> None:
     assert sentences[0].startswith("On 2 sets of test pairs, 1 of 2 personal runs gain for seen")
 
 
+@pytest.mark.slow
 def test_the_picture_has_room_for_the_best_its_baseline_and_the_controls(tmp_path: Path) -> None:
     for number in range(MOST_BARS):
         make_run(tmp_path / f"lookup-{number}", predictions(PERSONAL), encoder="lookup")
@@ -102,6 +106,7 @@ def test_the_picture_has_room_for_the_best_its_baseline_and_the_controls(tmp_pat
     assert len(shown) == MOST_BARS
 
 
+@pytest.mark.slow
 def test_a_comparison_links_the_reports_of_its_runs(tmp_path: Path) -> None:
     for name in ("a b#c", "vanilla"):
         folder = make_run(tmp_path / "runs" / name, predictions(PERSONAL), encoder="lookup")

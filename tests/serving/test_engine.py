@@ -51,6 +51,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_a_text_does_not_depend_on_when_others_join(engine: Engine) -> None:
     texts = []
     for pause in (None, 0.0, 0.005):  # one after the other, all at once, and in between

@@ -83,6 +83,7 @@ def test_contrast(theme: int) -> None:
             assert (high + 0.05) / (low + 0.05) >= least, (front, back)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's script")
 def test_a_visit(server: Running) -> None:
     """Choices by keyboard, one taken back, a text written and judged, data downloaded, all deleted."""

@@ -35,6 +35,7 @@ def judge(http: httpx2.Client, name: str, **verdict: str) -> dict[str, Any]:
     return dict(http.post(f"/v1/users/{name}/pairs", json={"pairs": [judged]}).json())
 
 
+@pytest.mark.slow
 def test_train_users_and_nobody_are_written_to_as_by_the_model(
     asked: openai.OpenAI, runs: tuple[Path, Path]
 ) -> None:
@@ -78,6 +79,7 @@ def test_sampling_options(asked: openai.OpenAI) -> None:
     assert streamed == [one.message.content for one in cut]
 
 
+@pytest.mark.slow
 def test_the_best_of_many_is_what_the_person_likes_most(
     asked: openai.OpenAI, http: httpx2.Client
 ) -> None:
@@ -111,6 +113,7 @@ def test_scores_are_those_of_the_model(http: httpx2.Client, runs: tuple[Path, Pa
     assert [one["score"] for one in found["data"]] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_person_is_learned_and_forgotten(
     server: Running, http: httpx2.Client, asked: openai.OpenAI
 ) -> None:
@@ -145,6 +148,7 @@ def test_a_person_is_learned_and_forgotten(
     assert asked.chat.completions.create(**GREEDY, user="zoe").choices[0].message.content == before
 
 
+@pytest.mark.slow
 def test_no_pair_is_asked_twice(http: httpx2.Client) -> None:
     agree(http, "max")
     seen = set()
@@ -159,6 +163,7 @@ def test_no_pair_is_asked_twice(http: httpx2.Client) -> None:
     assert over.status_code == 404 and over.json()["error"]["code"] == "no_pair_left"
 
 
+@pytest.mark.slow
 def test_answers_go_to_those_who_asked(server: Running, asked: openai.OpenAI) -> None:
     """Ten people at once, several times, in batches of all: each gets what they get alone."""
     names = [f"p{n}" for n in range(10)]
@@ -174,6 +179,7 @@ def test_answers_go_to_those_who_asked(server: Running, asked: openai.OpenAI) ->
         assert list(pool.map(write, names * 3)) == alone * 3
 
 
+@pytest.mark.slow
 def test_who_is_deleted_at_one_server_is_nobody_at_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +222,7 @@ def test_who_is_deleted_at_one_server_is_nobody_at_another(
         assert not any(trained.encode() in path.read_bytes() for path in files)
 
 
+@pytest.mark.slow
 def test_a_person_has_at_most_max_judgments(runs: tuple[Path, Path], tmp_path: Path) -> None:
     with (
         serving(runs[1], tmp_path, "pool=4", "max_judgments=2") as running,
@@ -233,6 +240,7 @@ def test_a_person_has_at_most_max_judgments(runs: tuple[Path, Path], tmp_path: P
         assert judge(http, "zoe")["judgments"] == 2
 
 
+@pytest.mark.slow
 def test_keys_limits_and_a_stop_that_lets_answers_end(
     runs: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ GUIDE = (ROOT / "docs/serving.md").read_text()
 N_FUZZED = 90
 
 
+@pytest.mark.slow
 def test_the_guide(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
     found: dict[str, object] = {}
@@ -43,6 +44,7 @@ def test_every_route_is_named(server: Running) -> None:
         assert re.sub(r"{pair_id}", "{pair}", re.sub(r"{user_id}", "{id}", path)) in GUIDE, path
 
 
+@pytest.mark.slow
 def test_wrong_requests_are_refused(server: Running) -> None:
     fuzz = runpy.run_path(str(ROOT / "benchmarks/serving_fuzz.py"))
     statuses: Counter[int] = Counter()

@@ -21,6 +21,7 @@ POOL = [
 OWN = {"prompt": "Write.", "chosen": "It is done.", "rejected": "Done."}
 
 
+@pytest.mark.slow
 def test_texts_of_the_pool_are_read_once(
     runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -39,6 +40,7 @@ def test_texts_of_the_pool_are_read_once(
         reads.clear()
 
 
+@pytest.mark.slow
 def test_long_texts_are_read_as_far_as_those_of_training(runs: tuple[Path, Path]) -> None:
     """A text may be too long that a model wrote itself, as it is more tokens when it is read."""
     users = UserModel(plrhf.load(runs[1]))

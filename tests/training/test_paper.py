@@ -63,6 +63,7 @@ def test_the_authors_experiments(name: str, upstream: dict[str, Path], tmp_path:
     assert results["data"]["rows"]["train"] > 0 and results["data"]["rows"]["test"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_authors_settings(name: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):

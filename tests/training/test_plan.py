@@ -254,6 +254,7 @@ def test_flex_attention_is_planned_with_a_mask() -> None:
     assert flex == masked
 
 
+@pytest.mark.slow
 def test_bidirectional_encoders_have_two_rows_a_pair() -> None:
     shape = "{model_type:bert,vocab_size:301,hidden_size:32,num_hidden_layers:2,"
     shape += "num_attention_heads:4,intermediate_size:64}"
@@ -261,6 +262,7 @@ def test_bidirectional_encoders_have_two_rows_a_pair() -> None:
     assert plan.training > PAIRS * 2 * (PROMPT + RESPONSE) * 32 * 4
 
 
+@pytest.mark.slow
 def test_what_fits() -> None:
     plan = forecast_of()
     assert plan.fits(plan.total / 0.9 / GB * 1.001)

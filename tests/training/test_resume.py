@@ -162,6 +162,7 @@ def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
     return {"step": torch.tensor(last["global_step"]), **last["state_dict"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but("often", SETTINGS))
 def test_a_run_killed_before_any_step_ends_the_same(
     name: str, tmp_path: Path, tokenizer: Any
@@ -186,6 +187,7 @@ def test_a_run_killed_before_any_step_ends_the_same(
         assert (run_dir / "metrics.csv").read_text() == metrics, snapshot.name
 
 
+@pytest.mark.slow
 def test_a_killed_run_may_be_moved(tmp_path: Path, tokenizer: Any) -> None:
     settings = {"max_steps": 30, "val_every_n_steps": 1, "patience": 3, "lr": 0.05}
     (tmp_path / "copies").mkdir()
@@ -204,6 +206,7 @@ def test_a_finished_run_may_be_made_longer(tmp_path: Path, tokenizer: Any) -> No
     assert_same(final_state(tmp_path / "short"), final_state(tmp_path / "long"), atol=0)
 
 
+@pytest.mark.slow
 def test_epochs_differ_in_order_and_take_every_pair(tmp_path: Path, tokenizer: Any) -> None:
     taken: list[int] = []
 
@@ -289,6 +292,7 @@ def test_a_checkpoint_made_for_something_else(part: str, reward_run: Path) -> No
     assert str(error.value).count(own) == 1
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_ends_the_run_in_one_line(
     reward_run: Path, cache_dir: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -351,6 +355,7 @@ def test_going_on_through_the_entry_point(
     assert (run / "config.yaml").read_text() == config
 
 
+@pytest.mark.slow
 def test_a_run_begun_anew_is_no_longer_finished(
     reward_run: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,6 +372,7 @@ def test_a_run_begun_anew_is_no_longer_finished(
     assert not (run / "checkpoints/last.ckpt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [80, 200])
 def test_one_bar_counts_the_batches_of_the_whole_run(
     tmp_path: Path, tokenizer: Any, width: int
@@ -383,6 +389,7 @@ def test_one_bar_counts_the_batches_of_the_whole_run(
     assert re.search(r"Training .*best val/loss: \d\.\d{4}", shown)
 
 
+@pytest.mark.slow
 def test_without_a_terminal_lines_say_how_far_training_is(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
