@@ -18,6 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     With `--dist worksteal` each begins with slow tests, and what is left to share at the end is fast.
     """
     mark_all_but_a_sample(items)
+    mark_users_of_runs(items)
     slow = [item for item in items if item.get_closest_marker("slow")]
     fast = [item for item in items if not item.get_closest_marker("slow")]
     first, second = slow[::2], slow[1::2]
@@ -36,6 +37,16 @@ def mark_all_but_a_sample(items: list[pytest.Item], size: int = 6) -> None:
         for place, item in enumerate(alike):
             if place not in kept:
                 item.add_marker("slow")
+
+
+def mark_users_of_runs(items: list[pytest.Item]) -> None:
+    """Mark tests slow that need a trained run, as the first of them in a process trains it."""
+    for item in items:
+        given = getattr(item, "callspec", None)
+        named = given.params.values() if given is not None else ()
+        names = [*getattr(item, "fixturenames", ()), *named]
+        if "reward_run" in names or "policy_run" in names:
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -203,6 +203,7 @@ def test_what_an_aggregator_says_of_itself(aggregator: Aggregator, expected: Any
     assert aggregator.text_parameters() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_class", [PersonalRewardModel, PersonalDPOPolicy])
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_gradient_checkpointing_changes_no_gradient(model_class: Any, name: str) -> None:

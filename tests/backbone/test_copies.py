@@ -55,6 +55,7 @@ def test_a_copy_computes_with_its_own_weights(
     assert torch.equal(margins(model), changed) and torch.equal(margins(other), changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("take_copy", [copy.deepcopy, pickled])
 def test_a_copy_of_compiled_blocks_is_of_compiled_blocks(take_copy: Callable[[Any], Any]) -> None:
     with torch.compiler.set_stance("force_eager"):

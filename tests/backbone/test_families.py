@@ -267,6 +267,7 @@ def test_log_probabilities_and_gradients_are_those_of_plain_sequences(name: str)
         assert error <= 1e-3, f"gradients of {key} differ by {error:.1e}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gptj", "gpt2", "gemma3_w3", "mistral_sw", "bloom"])
 def test_a_late_soft_prompt_is_that_of_plain_sequences(name: str) -> None:
     """`prompt | vectors | response` by inputs_embeds, one at a time: losses and gradients."""

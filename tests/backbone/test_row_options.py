@@ -6,6 +6,7 @@ import math
 from random import Random
 from typing import Any
 
+import pytest
 import torch
 from tiny import make_backbone
 from torch import Tensor
@@ -64,6 +65,7 @@ def test_a_token_outside_the_nucleus_is_never_drawn() -> None:
     assert RowSampler([sampling(1.0)], [Most()], CPU).choose(logits) == 2
 
 
+@pytest.mark.slow
 def test_a_batch_is_written_as_its_rows_alone() -> None:
     backbone = make_backbone().eval()
     ids = torch.randint(1, 90, (3, 5))

@@ -42,6 +42,7 @@ def run(capsys: Any, action: str, *settings: str) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.slow
 def test_what_a_cache_holds(tmp_path: Path, capsys: Any) -> None:
     make_cache(tmp_path)
     assert [one.path.name[:8] for one in entries(tmp_path)] == [
@@ -97,6 +98,7 @@ def test_what_a_run_is_writing_stays(tmp_path: Path, capsys: Any) -> None:
         assert path.read_bytes() == b"whole"
 
 
+@pytest.mark.slow
 def test_prune_needs_a_size(tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit):
         run(capsys, "prune", f"cache_dir={tmp_path}")

@@ -74,6 +74,7 @@ def test_llmfao(tmp_path: Path) -> None:
     assert rows[0].split == rows[1].split
 
 
+@pytest.mark.slow
 def test_polis(tmp_path: Path) -> None:
     n_statements, n_voters = 60, 30
     header = "timestamp,datetime,comment-id,author-id,agrees,disagrees,moderated,comment-body"

@@ -72,6 +72,7 @@ FOREIGN: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FOREIGN)
 def test_a_run_from_elsewhere_runs_no_code_of_its_own(
     case: str, reward_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -91,6 +92,7 @@ def test_a_run_from_elsewhere_runs_no_code_of_its_own(
             RunConfig.of_run(tmp_path, trust_components=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_would_have_no_effect_is_refused(
     case: str, reward_run: Path, tmp_path: Path, capsys: Any

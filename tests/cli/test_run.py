@@ -95,6 +95,7 @@ def check_tensorboard(run_dir: Path) -> None:
     assert "test/seen/user/accuracy_micro" in {one.name.tag for one in columns}
 
 
+@pytest.mark.slow
 def test_policy(policy_run: Path) -> None:
     check_run(policy_run, generations=True)
     texts = [json.loads(line) for line in (policy_run / "generations.jsonl").open()]

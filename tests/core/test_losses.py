@@ -143,6 +143,7 @@ def test_dpo_agrees_with_trl(against_trl: AgainstTRL, loss: str) -> None:
     assert float(ours.mean()) == pytest.approx(theirs, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_ipo_agrees_with_trl_but_for_its_division_by_length(against_trl: AgainstTRL) -> None:
     # TRL divides log-ratios by the response's tokens; the paper's eq. 17, and ours, does not.
     batch = make_batch(make_pairs(), layout=two_rows)

@@ -114,6 +114,7 @@ def test_the_last_turns_and_what_is_said_of_a_user(tagged: Any) -> None:
     assert tagged.decode(first.prompt) == "<|endoftext|>age: 40\nsea: north\nwrite a 0\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("template", "n_apart"), [(CHATML, 0), (FORGETFUL, 7)])
 def test_turns_share_tokens_and_equal_separate_rows(
     tagged: Any, template: str, n_apart: int

@@ -112,6 +112,7 @@ def user_vector(encoder: Any, user: int) -> Tensor:
     return encoder.generic_vector + encoder.offsets.weight[user] @ encoder.basis
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gptj", "llama"])
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 @pytest.mark.parametrize("aggregator", ["soft_prompt", "late_soft_prompt"])

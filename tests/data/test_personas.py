@@ -130,6 +130,7 @@ def test_bag_of_words_decodes_attributes_on_new_topics(
         assert probe.score(counts.transform(test), levels[1]) > 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_oracle_and_population_rule(
@@ -144,6 +145,7 @@ def test_oracle_and_population_rule(
     assert accuracy(table.difference[test, 0]) == pytest.approx(0.5, abs=0.05)  # length alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_choices_follow_bradley_terry(
     tables: dict[tuple[str, int], tuple[PersonasSource, Table]], kind: str

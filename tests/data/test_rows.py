@@ -176,6 +176,7 @@ def test_derived_ids() -> None:
     assert bob.pair_id != rows[0].pair_id
 
 
+@pytest.mark.slow
 def test_derived_ids_are_the_same_in_another_process() -> None:
     code = (
         "from plrhf.data.parsing import parse_row;"

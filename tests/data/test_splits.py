@@ -75,6 +75,7 @@ def test_no_prompt_is_in_two_splits(seed: int) -> None:
     assert parts.dropped == {}
 
 
+@pytest.mark.slow
 def test_test_pairs_on_seen_prompts_come_out_of_train_alone() -> None:
     rows = [row for user in range(13) for row in rows_of(f"u{user}", {None: 300}, prompts=101)]
     rows = [replace(row, prompt=f"About {row.prompt_id}") for row in rows]

@@ -53,10 +53,12 @@ def fair_rows() -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.slow
 def test_fair_rows_raise_no_alarm() -> None:
     assert caught(fair_rows(), val_fraction=0.3) == []
 
 
+@pytest.mark.slow
 def test_a_label_that_the_format_gives_away() -> None:
     rows = fair_rows()
     for row in rows:  # a reply list turned into text, as one published loader did
@@ -138,6 +140,7 @@ def test_a_monitor_that_looks_at_test(capsys: pytest.CaptureFixture[str]) -> Non
     assert "error: trainer.monitor='test/loss' is not allowed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_shuffled_ids_scored_as_personal(reward_run: Path, tmp_path: Path) -> None:
     config = json.loads((reward_run / "results.json").read_text())["config"]
     assert role(config) == "personal"
@@ -175,6 +178,7 @@ class MeanOfBatchMeans(UserAccuracy):
         return {name: torch.stack([one[name] for one in self.means]).mean() for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [UserAccuracy, MeanOfBatchMeans])
 def test_mean_of_batch_means(kind: type[UserAccuracy]) -> None:
     data = small_data()

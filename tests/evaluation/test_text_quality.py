@@ -47,6 +47,7 @@ def test_writers_are_compared_user_by_user() -> None:
     assert reference.distinct == (1 / 4, 1 / 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gptj", "bloom"])
 def test_texts_are_scored_under_the_reference_one_by_one(tokenizer: Any, family: str) -> None:
     """Bloom reads one text a row; responses to one prompt must not be seen by one another."""

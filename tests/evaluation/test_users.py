@@ -34,6 +34,7 @@ def test_one_user_has_a_place() -> None:
     assert np.array(places)[:, 1] == pytest.approx([0, 0]) and explained == [1.0, 0.0]
 
 
+@pytest.mark.slow
 def test_policy_of_clusters_in_words(policy_run: Path) -> None:
     learned = json.loads((policy_run / "users.json").read_text())
     card = json.loads((policy_run / "export" / "plrhf.json").read_text())

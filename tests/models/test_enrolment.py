@@ -201,6 +201,7 @@ def test_a_vector_of_another_width_is_refused_before_a_file_changes(export: Path
     assert contents(export) == before
 
 
+@pytest.mark.slow
 def test_an_export_from_before_there_were_vectors_without_rows(export: Path) -> None:
     card = json.loads((export / "plrhf.json").read_text())
     del card["enrolled"], card["user_dim"]

@@ -194,6 +194,7 @@ def test_an_export_can_be_shipped(export: Path, tmp_path: Path) -> None:
     assert PersonalRewardModel.from_pretrained(moved).card.backbone["path"] == "backbone"
 
 
+@pytest.mark.slow
 def test_an_export_that_a_kill_left_aside_is_found(export: Path) -> None:
     users = read_card(export).users
     loaders: dict[Path, Any] = {export: PersonalRewardModel.from_pretrained}

@@ -178,6 +178,7 @@ def test_equals_step_by_step_without_a_cache(kind: str, aggregator: str) -> None
     assert write(policy, PROMPTS, user_batch(*USERS)) == expected
 
 
+@pytest.mark.slow
 @both_kinds
 @all_aggregators
 def test_without_users_the_base_model_writes(kind: str, aggregator: str) -> None:
@@ -220,6 +221,7 @@ def test_a_text_ends_with_the_end_token(aggregator: str) -> None:
     assert 0 < len(found[0].split()) <= 2 or found[0] == ""
 
 
+@pytest.mark.slow
 def test_a_text_ends_with_any_end_token_of_the_backbone() -> None:
     policy, users = make_policy(), user_batch(*USERS)
     whole = [text.split() for text in write(policy, PROMPTS, users)]
@@ -232,6 +234,7 @@ def test_a_text_ends_with_any_end_token_of_the_backbone() -> None:
     assert len(write(policy, PROMPTS, users)[0].split()) == whole[0].index(end) + 1
 
 
+@pytest.mark.slow
 def test_other_generation_settings_of_the_backbone_change_nothing() -> None:
     policy, users = make_policy(), user_batch(*USERS)
     expected = [write(policy, PROMPTS, users), write(policy, PROMPTS, None)]

@@ -271,6 +271,7 @@ def test_each_context_is_rewarded_as_itself() -> None:
         torch.testing.assert_close(advantages[context, place, number], spread)
 
 
+@pytest.mark.slow
 def test_users_who_gain_least_over_their_pairs_count_most() -> None:
     policy = make_policy(reduce="tail")
     batch, rows = make_asked(policy, 4)

@@ -58,6 +58,7 @@ def test_the_adapter_is_as_vllm_reads_it(written: tuple[Path, Path]) -> None:
     assert "--enable-prompt-embeds --enable-lora --max-lora-rank 8 " in readme
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_plain_parts_compute_what_plrhf_does(written: tuple[Path, Path]) -> None:
     run, out = written

@@ -126,6 +126,7 @@ def test_waiting_is_found() -> None:
         step(make_model(PersonalDPOPolicy, backbone=make_backbone("llama")), batch)
 
 
+@pytest.mark.slow
 def test_another_device_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def on_the_cpu(*given: Any, **how: Any) -> Any:
         layout = attention_layout(*given, **how)

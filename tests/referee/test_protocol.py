@@ -190,6 +190,7 @@ def test_an_id_that_hardly_repeats_is_refused(data: PreferenceData) -> None:
         with_features(data, "item")
 
 
+@pytest.mark.slow
 def test_style_is_known_where_people_are_simulated(data: PreferenceData, tmp_path: Path) -> None:
     train = with_features(data, "style").datasets["train"]
     assert train.hidden is not None and isinstance(data.source, SimulatedSource)

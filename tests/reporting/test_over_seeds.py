@@ -215,6 +215,7 @@ def test_every_value_of_a_setting_is_a_labelled_row_and_a_point_of_its_curve(
     assert curves_table(pooled[:1]) is None
 
 
+@pytest.mark.slow
 def test_the_next_best_of_a_curve_is_at_the_same_value(tmp_path: Path) -> None:
     runs = [
         made(tmp_path, right, 1, encoder, model_alpha=alpha)

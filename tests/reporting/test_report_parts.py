@@ -315,6 +315,7 @@ def test_alpha_curve_is_in_the_comparison(tmp_path: Path) -> None:
     assert page.count("<svg") == 3  # bars over seeds, and two curves
 
 
+@pytest.mark.slow
 def test_notebooks_show_what_the_page_shows(whole: Path) -> None:
     section = report.user_model_section(read_run(whole))
     assert section is not None

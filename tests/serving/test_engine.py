@@ -69,6 +69,7 @@ def test_a_text_does_not_depend_on_when_others_join(engine: Engine) -> None:
     assert texts[0] == texts[1] == texts[2] and len(set(texts[0])) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("slow")
 def test_a_short_answer_does_not_wait_for_a_long_one(engine: Engine) -> None:
     long, short = answer(engine, 0, 40, 0.0), answer(engine, 1, 2, 0.0)
