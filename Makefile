@@ -33,7 +33,7 @@ demo: $(DEMO)/reward/results.json $(DEMO)/policy/results.json
 test: $(ENV)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
 
-# What takes longest: compilers, notebooks, the site, TRL beside us, other launchers.
+# What takes longest: compilers, notebooks, the site, TRL beside us, several processes, other launchers.
 test-long: $(ENV)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m long
 

@@ -28,7 +28,7 @@ def weights(run_dir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_weights_are_those_of_the_unbroken_run(tmp_path: Path, cache_dir: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     arguments = [*ARGUMENTS, f"cache_dir={cache_dir}"]

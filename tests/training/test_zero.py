@@ -101,7 +101,7 @@ def kept_texts(cache_dir: Path) -> list[Path]:
     return sorted(cache_dir.glob("texts-*/*.safetensors"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_reward_model_learns_what_one_process_learns_through_kills(
     tmp_path: Path, cache_dir: Path
 ) -> None:
@@ -120,7 +120,7 @@ def test_a_reward_model_learns_what_one_process_learns_through_kills(
     assert_same_runs(one, two)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_policy_learns_what_one_process_learns_on_any_processes(
     tmp_path: Path, cache_dir: Path
 ) -> None:
@@ -190,7 +190,7 @@ def assert_same_runs(
             torch.testing.assert_close(exported[1][key], value, atol=1e-4, rtol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_supervised_model_learns_what_one_process_learns(tmp_path: Path, cache_dir: Path) -> None:
     """On one process first, and by ZeRO to the end, whose export replaces the first one."""
     one, two = tmp_path / "one", tmp_path / "two"
@@ -247,7 +247,7 @@ def test_a_damaged_checkpoint_starts_no_processes(
         assert err.startswith(f"error: ckpt='{str(last)[:20]}") and err.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_checkpoint_of_another_encoder_is_refused_once(
     reward_run: Path, cache_dir: Path, tmp_path: Path
 ) -> None:

@@ -262,7 +262,7 @@ RECOMPUTING = ["model=dpo", "aggregator=soft_prompt", "aggregator.n_tokens=2", "
 RECOMPUTING += ["backbone.gradient_checkpointing=true", "backbone.lora.target_modules=all-linear"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_offloaded_learns_and_goes_on_all_the_same(tmp_path: Path) -> None:
     """On one process first, and on two to the end."""
     one, two = tmp_path / "one", tmp_path / "two"
