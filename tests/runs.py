@@ -6,13 +6,11 @@ import json
 import os
 import runpy
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pandas as pd
-import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -34,12 +32,6 @@ TINY = [
     *("backbone.sft.max_steps=5", "trainer.max_epochs=1", "optim.warmup_steps=2"),
     *("samples.users=2", "samples.prompts=2", "samples.max_new_tokens=4"),
 ]
-
-
-def slow_but(fast: str, names: Iterable[str]) -> list[Any]:
-    """The names as parameters of a test, each marked slow but the fast one."""
-    return [name if name == fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
 
 COLUMNS = {
     "split": "str",

@@ -24,7 +24,6 @@ from runs import (
     launch,
     rows_of_world,
     save_model,
-    slow_but,
     write_rows,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -49,7 +48,7 @@ KINDS: dict[str, list[str]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but("lookup", KINDS))
+@pytest.mark.parametrize("name", KINDS)
 def test_reward_models(name: str, tmp_path: Path, cache_dir: Path) -> None:
     run_dir, again = tmp_path / "run", tmp_path / "again"
     launch("train", *TINY, f"cache_dir={cache_dir}", f"run_dir={run_dir}", *KINDS[name])

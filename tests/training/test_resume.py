@@ -14,7 +14,7 @@ import lightning
 import pytest
 import torch
 from lightning import Callback, LightningModule
-from runs import TINY, check_run, launch, slow_but
+from runs import TINY, check_run, launch
 from tiny import LORA, assert_same, language_model, make_model
 
 from plrhf.backbone.model import Backbone
@@ -163,7 +163,7 @@ def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", slow_but("often", SETTINGS))
+@pytest.mark.parametrize("name", SETTINGS)
 def test_a_run_killed_before_any_step_ends_the_same(
     name: str, tmp_path: Path, tokenizer: Any
 ) -> None:
