@@ -199,8 +199,18 @@ def _check_present(raw: Mapping[str, Any], name: str, where: str) -> None:
     if _is_absent(raw.get(name)):
         names = ", ".join(sorted(map(str, raw))[:12])
         cure = f"Add {name} or map it with data.columns.{name}=COLUMN; the row has {names}"
+        around = next((str(key) for key, one in raw.items() if _is_list_of_objects(one)), None)
+        if around is not None:
+            cure += f". If the rows are those in {around}, write that list alone"
         allowed = "a value in every row"
         refuse(Reason.MISSING_FIELD, where, name, raw.get(name), allowed, cure)
+
+
+def _is_list_of_objects(value: object) -> bool:
+    """Whether a value is a list, not empty, of JSON objects."""
+    return (
+        isinstance(value, list) and len(value) > 0 and all(isinstance(one, dict) for one in value)
+    )
 
 
 def _optional_text(raw: Mapping[str, Any], name: str, where: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Literal
@@ -86,14 +86,16 @@ def _by_prompt(rows: Rows, seed: int, val_fraction: float, test_fraction: float)
 
 def _by_conversation(rows: Rows, seed: int, val_fraction: float, test_fraction: float) -> Codes:
     """Draw conversations, and the prompts of rows outside any."""
-    of_prompt = _drawn("prompt", seed, val_fraction, test_fraction)
-    ids = zip(rows.texts("conversation_id"), rows.texts("prompt_id"), strict=True)
-    return _codes(of_prompt(str(prompt if one is None else one)) for one, prompt in ids)
+
+    def keys() -> Iterator[str]:
+        ids = zip(rows.texts("conversation_id"), rows.texts("prompt_id"), strict=True)
+        return (str(prompt if one is None else one) for one, prompt in ids)
+
+    return _draw_each(keys, "prompt", seed, val_fraction, test_fraction)
 
 
 def _by_pair(rows: Rows, seed: int, val_fraction: float, test_fraction: float) -> Codes:
-    of_pair = _drawn("compared pair", seed, val_fraction, test_fraction)
-    return _codes(map(of_pair, _pair_keys(rows)))
+    return _draw_each(lambda: _pair_keys(rows), "compared pair", seed, val_fraction, test_fraction)
 
 
 def _by_response(rows: Rows, seed: int, val_fraction: float, test_fraction: float) -> Codes:
@@ -121,11 +123,44 @@ def _by_user(rows: Rows, seed: int, val_fraction: float, test_fraction: float) -
     return _codes(_code(own[user][pair], val_fraction, test_fraction) for user, pair in keys)
 
 
-def _pair_keys(rows: Rows) -> Iterable[str]:
+def _pair_keys(rows: Rows) -> Iterator[str]:
     """Yield a key of each row's prompt and its two responses, whichever of them was chosen."""
     texts = (rows.texts(name) for name in ("prompt_id", "chosen", "rejected"))
     for prompt, chosen, rejected in zip(*texts, strict=True):
         yield json.dumps([prompt, *sorted([str(chosen), str(rejected)])])
+
+
+def _draw_each(
+    keys: Callable[[], Iterator[str]],
+    salt: str,
+    seed: int,
+    val_fraction: float,
+    test_fraction: float,
+) -> Codes:
+    """Draw the split of each row's key by its hash.
+
+    Where that happens to leave a split without any of few keys, the keys are divided in the order of their
+    hashes, and each split has one of them at least.
+
+    Args:
+        keys: gives the keys of the rows, in their order.
+    """
+    codes = _codes(map(_drawn(salt, seed, val_fraction, test_fraction), keys()))
+    shares = (1 - val_fraction - test_fraction, val_fraction, test_fraction)  # as in `SPLITS`
+    if all(share <= 0 or (codes == split).any() for split, share in enumerate(shares)):
+        return codes
+    order = sorted(set(keys()), key=lambda key: uniform_hash(key, salt=salt, seed=seed))
+    if len(order) < sum(share > 0 for share in shares):
+        return codes
+    n_test, n_val = (
+        max(round(share * len(order)), int(share > 0)) for share in (test_fraction, val_fraction)
+    )
+    n_test = min(n_test, len(order) - n_val - 1)
+    split = {
+        key: TEST if place < n_test else VAL if place < n_test + n_val else TRAIN
+        for place, key in enumerate(order)
+    }
+    return _codes(split[key] for key in keys())
 
 
 def _drawn(salt: str, seed: int, val_fraction: float, test_fraction: float) -> Callable[[str], int]:

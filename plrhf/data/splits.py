@@ -377,13 +377,14 @@ def _check_not_empty(
     for name in ("train", "test"):
         if len(parts[name]) == 0:
             prompts = len(set(rows.texts("prompt_id")))
-            longer = f", longer than data.max_tokens: {n_too_long}" if n_too_long > 0 else ""
+            left_out = {**dropped, "longer than data.max_tokens": n_too_long}
+            counts = ", ".join(f"{reason}: {n}" for reason, n in left_out.items() if n > 0)
             drawn = prompts < FEW_PROMPTS and None in rows.texts("split")
             few = "set data.split_by=pair or user, " if drawn else ""
             cure = (
                 f"{'Raise data.max_tokens, lower' if n_too_long > 0 else 'Lower'} "
                 f"data.min_pairs_per_user or data.unseen_fraction, {few}change "
-                f"data.test_fraction or give more prompts ({len(rows)} rows on {prompts} prompts "
-                f"were read, dropped: {dropped}{longer})"
+                f"data.test_fraction or give more prompts (read: {len(rows)} rows, {prompts} prompts; "
+                f"dropped: {counts or 'none'})"
             )
             raise bad_value(f"{name} rows", 0, "1 or more", cure)

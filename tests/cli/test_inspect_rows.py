@@ -212,6 +212,7 @@ VOTES = ["timestamp", "datetime", "comment-id", "voter-id", "vote"]
         ("empty.csv", "", r"the file has none\.$"),
         ("empty.jsonl", "\n \n", r"rows='0 records'"),
         ("whole.json", json.dumps({"rows": [1], "n": 1}, indent=1), r"the object has rows, n\.$"),
+        ("line.json", '{"data": [{"prompt": "a"}]}', r"those in data, write that list alone\.$"),
         ("one.jsonl", '{"text_a": 1}\n', r"data.columns.prompt=COLUMN; the row has text_a"),
     ],
 )

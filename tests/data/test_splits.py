@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from plrhf.data.rows import Row, Rows
-from plrhf.data.split_by import uniform_hash
+from plrhf.data.split_by import TEST, TRAIN, VAL, draw_splits, uniform_hash
 from plrhf.data.splits import Splits, prompt_kinds, shuffle_users, split_rows
 
 SETTINGS: dict[str, Any] = {
@@ -115,6 +115,17 @@ def test_a_prompt_stays_where_it_is_when_rows_are_added() -> None:
     more = rows_of("u", {None: 900})
     kept = {row.pair_id for row in few}
     assert [row for row in split(more).test if row.pair_id in kept] == split(few).test
+
+
+@pytest.mark.parametrize("by", ["prompt", "pair"])
+def test_few_prompts_leave_no_split_empty(by: Any) -> None:
+    for n_prompts in range(3, 21):
+        for seed in range(5):
+            rows = Rows.from_rows(rows_of("a", {None: 60}, prompts=n_prompts))
+            codes = draw_splits(rows, by, seed=seed, val_fraction=0.1, test_fraction=0.2)
+            assert set(codes.tolist()) == {TRAIN, VAL, TEST}
+    without_val = draw_splits(rows, by, seed=0, val_fraction=0, test_fraction=0.2)
+    assert set(without_val.tolist()) == {TRAIN, TEST}
 
 
 def test_own_split_is_used_and_order_kept() -> None:
@@ -270,8 +281,8 @@ def test_no_train_or_test_rows_is_an_error_with_the_cure() -> None:
         split(rows_of("a", {"train": 2, "test": 3}), min_pairs_per_user=3)
     assert str(caught.value) == (
         "train rows=0 is not allowed: expected 1 or more. Lower data.min_pairs_per_user or "
-        "data.unseen_fraction, change data.test_fraction or give more prompts (5 rows on 5 "
-        "prompts were read, dropped: {'user below data.min_pairs_per_user': 5})."
+        "data.unseen_fraction, change data.test_fraction or give more prompts (read: 5 rows, 5 "
+        "prompts; dropped: user below data.min_pairs_per_user: 5)."
     )
     with pytest.raises(ValueError, match=r"Raise data.max_tokens, lower .*max_tokens: 1\)\.$"):
         split(rows_of("a", {"train": 1, "test": 1}), fits=np.array([False, True]))
