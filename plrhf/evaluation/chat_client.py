@@ -31,7 +31,7 @@ class ChatClient:
         input_price, output_price: of a million tokens, in any currency; None: not known.
 
     Raises:
-        ValueError: a setting out of range, no key, or urllib3 is not installed.
+        ValueError: a setting out of range, or no key.
 
     Attributes:
         field: dotted name of these settings, for messages.
@@ -58,6 +58,9 @@ class ChatClient:
             if price is not None and price < 0:
                 field = f"{self.field}.{name}"
                 raise bad_value(field, price, "a number from 0, or null", f"Set {field}=null")
+        if parallel < 1:
+            field = f"{self.field}.parallel"
+            raise bad_value(field, parallel, "a whole number from 1", f"Set {field}=1")
         for name in ("model", "messages", "stream", "n"):
             if name in request:
                 field = f"{self.field}.request.{name}"
@@ -69,7 +72,6 @@ class ChatClient:
             timeout=timeout,
             retries=retries,
             backoff=backoff,
-            parallel=parallel,
             field=self.field,
         )
         self.model, self.request, self.parallel = model, request, parallel
