@@ -73,6 +73,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         ValueError: the file is damaged or altered.
     """
     cure = "Copy it anew, or remove its first line if you altered it yourself"
+    _check_is_file(path)
     try:
         text = path.read_text(encoding="utf-8")
         first, _, rest = text.partition("\n")
@@ -93,12 +94,19 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8", newline="\n")
 
 
+def _check_is_file(path: Path) -> None:
+    """Raise a ValueError for a pipe or a device, which would be waited for or have no end."""
+    if path.exists() and not path.is_file():
+        raise bad_value(str(path), "no plain file", "a file", "Copy it anew")
+
+
 def read_record(path: Path, kind: type[R]) -> R:
     """Read a record from its file.
 
     Raises:
         ValueError: the file is damaged or of another version; the message names file and key.
     """
+    _check_is_file(path)
     return _record_of(path.read_bytes(), kind, path)
 
 
@@ -110,6 +118,7 @@ def read_lines(path: Path, kind: type[R]) -> Iterator[R]:
     Raises:
         ValueError: a line is damaged; the message names file, line and key.
     """
+    _check_is_file(path)
     with path.open("rb") as file:  # bytes, which end lines by \n only
         for number, line in enumerate(file, start=1):
             if line.strip() != b"":

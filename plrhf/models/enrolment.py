@@ -36,11 +36,13 @@ def enrol(directory: str | Path, user_id: str, user: NewUser) -> None:
         directory: an export. user: result of `adapt` for its model.
 
     Raises:
-        ValueError: the id is not text or is taken, or the user was adapted to a model of another shape.
+        ValueError: the id is not text or is taken, the user was adapted to a model of another shape, or the
+            export is damaged.
     """
     if not isinstance(user_id, str) or not user_id.strip():
         raise bad_value("user_id", user_id, "text that is not blank", f"Write {str(user_id)!r}")
     card = read_card(directory)
+    check_files(Path(directory), card)  # what is damaged must not get new digests
     if user_id in card.places:
         raise bad_value("user_id", user_id, "an id the export does not have", "Call forget first")
     for name, value in {"vector": user.vector, **(user.rows or {})}.items():
@@ -75,10 +77,11 @@ def forget(directory: str | Path, user_id: str) -> None:
         directory: an export.
 
     Raises:
-        ValueError: the export does not have this user.
+        ValueError: the export does not have this user, or is damaged.
     """
     card = read_card(directory)
     place = card.user_index(user_id)
+    check_files(Path(directory), card)
     users = [user for user in card.users if user != user_id]
     tables, vectors = _tables(directory), enrolled_vectors(Path(directory))
     if vectors is not None and place > card.n_in_tables:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +17,7 @@ from plrhf.backbone.model import Backbone
 from plrhf.backbone.saving import check_tensors, read_tensors
 from plrhf.core.components import build, check_only_own_code, locate
 from plrhf.core.errors import BadValue, bad_value
+from plrhf.core.torch_files import DAMAGED, load_checked
 from plrhf.data.in_context import row_tokenizer
 from plrhf.encoders import UserEncoder
 from plrhf.models.card import CARD, Card, card_of, read_card
@@ -175,10 +175,12 @@ def load_checkpoint(
         ValueError: not such a checkpoint, another class, or a backbone with other weights.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_checked(Path(path))
         state, settings = content["state_dict"], content["hyper_parameters"]
         card = card_of(settings["card"], "checkpoint")
-    except (OSError, RuntimeError, UnpicklingError, EOFError, KeyError, TypeError) as error:
+    except BadValue:
+        raise
+    except DAMAGED as error:
         raise bad_value(
             "checkpoint",
             str(path),

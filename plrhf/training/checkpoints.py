@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-import struct
-import zlib
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -20,6 +16,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
 from plrhf.core.errors import bad_value
 from plrhf.core.files import whole_file
+from plrhf.core.torch_files import DAMAGED, load_checked
 from plrhf.training.loggers import MetricsFile
 from plrhf.training.processes import gather_objects
 from plrhf.training.steps import can_resume, validation_is_due
@@ -64,13 +61,6 @@ def _sync_to_disk(path: Path) -> None:
         os.close(handle)
 
 
-DAMAGED = (
-    *(BadZipFile, OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError),
-    *(UnpicklingError, zlib.error, struct.error),
-)
-"""What zipfile and torch raise on a damaged checkpoint; a ValueError where a name is no longer UTF-8."""
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint to the CPU and compare its checksums; nothing is unpickled.
 
@@ -78,11 +68,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: the file is cut short or altered, or is not a checkpoint of a run.
     """
     try:
-        with ZipFile(path) as archive:  # torch.save writes a CRC-32 with each record
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise BadZipFile(f"checksum of {damaged}")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_checked(path)
     except DAMAGED as error:
         raise bad_value(
             "ckpt",

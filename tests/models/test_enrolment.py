@@ -53,6 +53,19 @@ def test_an_id_that_is_no_text_is_refused_before_a_file_changes(export: Path) ->
     assert contents(export) == before
 
 
+def test_a_damaged_export_gets_no_new_digests(export: Path) -> None:
+    path, (ann, *_) = export / "user_encoder.safetensors", read_card(export).users
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    before = contents(export)
+    user = NewUser(vector=torch.zeros(4), rows=None)
+    for change in (lambda: forget(export, ann), lambda: enrol(export, "eve", user)):
+        with pytest.raises(ValueError, match=r"^export user_encoder.safetensors='altered"):
+            change()
+    assert contents(export) == before
+
+
 @pytest.mark.slow
 def test_a_loaded_model_enrols_and_forgets_in_memory_and_in_its_export(export: Path) -> None:
     model = plrhf.load(export)

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pandas as pd
 import pytest
@@ -227,6 +228,17 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"^checkpoint='.* is not allowed: expected a whole checkpoint"
     ):
         PersonalRewardModel.load_from_checkpoint(path)
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_refused(reward_run: Path, tmp_path: Path) -> None:
+    whole = reward_run / "checkpoints/best.ckpt"
+    with ZipFile(whole) as archive:
+        largest = max(archive.infolist(), key=lambda one: one.file_size)
+    content = bytearray(whole.read_bytes())
+    content[largest.header_offset + largest.file_size] ^= 1  # its last numbers
+    (tmp_path / "best.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"expected a whole checkpoint .*\(checksum of "):
+        PersonalRewardModel.load_from_checkpoint(tmp_path / "best.ckpt")
 
 
 def changed(**parts: Any) -> Any:
