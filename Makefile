@@ -53,7 +53,7 @@ docs: $(ENV)
 # Methods on frozen features of DIR, by one protocol, with controls, JOBS at a time: one report. Begun again
 # it goes on.
 DIR ?= sentence-encoder
-REFEREE_ROWS := referee/polis,referee/llmfao,referee/llmfao_pairs,referee/llmfao_prompts,referee/ukpconvarg1,referee/personas_individual,referee/personas_clusters,referee/personas_features
+REFEREE_ROWS := referee/polis,referee/llmfao,referee/llmfao_pairs,referee/llmfao_prompts,referee/ukpconvarg1,referee/personas_individual,referee/personas_clusters,referee/personas_features,referee/personas_strangers
 referee: $(ENV)
 	$(BIN)/python eval.py eval=referee "eval.rows=[$(REFEREE_ROWS)]" "eval.seeds=[0,1,2]" eval.trials=12 "eval.shots=[0,1,2,4,8,16,32]" eval.jobs=$(JOBS) backbone.path=$(DIR) out=runs/referee
 

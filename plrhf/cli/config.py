@@ -264,12 +264,14 @@ class RefereeConfig(Section):
             controls, ``length``, ``shape``, ``style`` or ``item`` (see `referee.features`).
         shots: pairs given of users that training has not seen, where rows allow others than
             ``eval.shots``.
+        trials: points of the grid at most, where rows take long and fewer than ``eval.trials`` are to do.
     """
 
     grid: dict[str, list[Any]] = {}
     adaptation: str | dict[str, Any] | None = "posterior"
     features: Literal["text", "length", "shape", "style", "item"] = "text"
     shots: list[NonNegativeInt] | None = None
+    trials: PositiveInt | None = None
 
 
 class RunConfig(Section):

@@ -178,6 +178,7 @@ def read_method(
     """Compose a method with its grid for some rows.
 
     Args:
+        n_trials: points of the grid, or fewer where ``referee.trials`` or the grid has fewer.
         halvings: of `Training`; none: all trials are trained to the end.
 
     Raises:
@@ -196,7 +197,8 @@ def read_method(
         allowed = "0, as features are those of texts alone"
         cure = "Measure it with eval=adapt eval/adaptation=encode, which has the same controls"
         raise bad_value("data.context_pairs", config.data.context_pairs, allowed, cure)
-    points = grid_points(config.referee.grid, n_trials)
+    most = config.referee.trials or n_trials
+    points = grid_points(config.referee.grid, min(n_trials, most))
     trials = [
         Trial(point, RunConfig.parse(with_settings(settings, point)) if point else config)
         for point in points

@@ -80,7 +80,7 @@ class ContextEncoder(PairReader):
         """Compute mu and log sigma^2, each [B, user_dim] and bounded by `LIMIT`."""
         return self._posterior(context, self._table(context.hidden))
 
-    def _posterior(self, context: UserContext, table: Tensor) -> tuple[Tensor, Tensor]:
+    def _posterior(self, context: UserContext, table: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Do as `posterior`, given `_table`."""
         pool = self._pooled_pairs if self.reads == "pair" else self._pooled_responses
         pooled = pool(context.texts, context.present, table)
@@ -89,17 +89,20 @@ class ContextEncoder(PairReader):
             self.log_variance(pooled).clamp(-LIMIT, LIMIT),
         )
 
-    def _table(self, hidden: Tensor) -> Tensor:
-        """Compute what pairs are made of once a distinct text, [2 M, F].
+    def _table(self, hidden: Tensor) -> list[Tensor]:
+        """Compute what pairs are made of once a distinct text.
 
-        Rows 0 to M - 1 are of chosen responses, the others of rejected ones.
+        Returns:
+            Of texts as chosen ones and as rejected ones: ``reads=pair``: sides of the first layer, two
+            tensors [M, width]; ``reads=response``: queries and keys, two of [M, 2 width], and values, two
+            of [M, width].
         """
         if self.reads == "pair":
-            return torch.cat([side(hidden) for side in self.sides])
+            return [side(hidden) for side in self.sides]
         of_text = self.layers(self.sides[0](hidden))  # [M, width]
-        layers = (self.queries, self.keys, self.values)
-        sides = zip(*(layer.weight.chunk(2, dim=1) for layer in layers), strict=True)
-        return torch.cat([of_text @ torch.cat(side).T for side in sides])
+        asking = torch.cat([self.queries.weight, self.keys.weight])
+        layers = (asking, self.values.weight)
+        return [of_text @ side.T for layer in layers for side in layer.chunk(2, dim=1)]
 
     def _shares(self, scores: Tensor, present: Tensor) -> Tensor:
         """Compute the share of each pair in the mean over pairs of what each attends to, [B, k].
@@ -113,15 +116,14 @@ class ContextEncoder(PairReader):
         asking = present / present.sum(dim=1, keepdim=True).clamp(min=1)  # [B, k]
         return (asking[:, None] @ attention)[:, 0]
 
-    def _pooled_pairs(self, texts: Tensor, present: Tensor, table: Tensor) -> Tensor:
+    def _pooled_pairs(self, texts: Tensor, present: Tensor, table: list[Tensor]) -> Tensor:
         """Encode each pair, and return the mean of the values that pairs attend to, [B, width]."""
-        chosen, rejected = rows_of(texts, table).unbind(dim=-1)
         # On a GPU, pairs that are not there cost less than to wait for numbers.
         there = None if present.is_cuda or is_fake(present) else present.flatten().nonzero()[:, 0]
         if there is not None:
-            chosen, rejected = chosen.flatten()[there], rejected.flatten()[there]
-        looked_up = nn.functional.embedding
-        pairs = self.layers(looked_up(chosen, table) + looked_up(rejected, table))
+            texts = texts.flatten(0, 1)[there]
+        chosen, rejected = map(nn.functional.embedding, texts.unbind(dim=-1), table)
+        pairs = self.layers(chosen + rejected)
         asking = pairs @ (self.queries.weight.T @ self.keys.weight)  # of all keys at once
         if there is not None:
             both = torch.cat([pairs, asking], dim=-1)
@@ -132,29 +134,25 @@ class ContextEncoder(PairReader):
         pooled: Tensor = self.values((share[:, None] @ pairs)[:, 0])
         return pooled
 
-    def _pooled_responses(self, texts: Tensor, present: Tensor, table: Tensor) -> Tensor:
+    def _pooled_responses(self, texts: Tensor, present: Tensor, table: list[Tensor]) -> Tensor:
         """Do as `_pooled_pairs`, where of a pair there are only sums over both responses."""
-        rows = rows_of(texts, table).flatten()
-        width, (n_users, n_pairs) = self.keys.out_features, present.shape
+        sides = texts.unbind(dim=-1)
+        chosen, rejected = map(nn.functional.embedding, sides, table[:2])
+        queries, keys = (chosen + rejected).chunk(2, dim=-1)
+        share = self._shares(queries @ keys.mT, present)
 
-        def summed(
-            columns: Tensor, n_bags: int, size: int, weights: Tensor | None = None
-        ) -> Tensor:
-            """Sum `columns` of the table over `size` responses each, [n_bags, width]."""
-            starts = size * torch.arange(n_bags, device=rows.device)
+        starts = texts.shape[1] * torch.arange(len(texts), device=texts.device)
+
+        def mean(of_side: Tensor, values: Tensor) -> Tensor:
             return nn.functional.embedding_bag(
-                rows, columns, starts, mode="sum", per_sample_weights=weights
+                of_side.flatten(),
+                values,
+                starts,
+                mode="sum",
+                per_sample_weights=share.flatten(),
             )
 
-        asking = summed(table[:, : 2 * width], n_users * n_pairs, 2)
-        queries, keys = asking.unflatten(0, (n_users, n_pairs)).chunk(2, dim=-1)
-        share = self._shares(queries @ keys.mT, present).repeat_interleave(2, dim=1)
-        return summed(table[:, 2 * width :], n_users, 2 * n_pairs, share.flatten())
-
-
-def rows_of(texts: Tensor, table: Tensor) -> Tensor:
-    """Return the rows of chosen and rejected responses in a table that has those of all texts twice."""
-    return texts + len(table) // 2 * torch.arange(2, device=texts.device)
+        return mean(sides[0], table[2]) + mean(sides[1], table[3])
 
 
 def kl_from_standard_normal(mean: Tensor, log_variance: Tensor) -> Tensor:

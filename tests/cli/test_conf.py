@@ -38,7 +38,7 @@ from plrhf.cli.config import (
 )
 from plrhf.cli.eval_config import AdaptTask, EvalConfig, WinrateTask
 from plrhf.cli.main import CONF
-from plrhf.cli.methods import Method
+from plrhf.cli.methods import Method, read_method
 from plrhf.core.components import build, checked_settings, locate, parameter_types
 from plrhf.data.module import PreferenceData
 from plrhf.evaluation.generations import GenerationOptions
@@ -367,6 +367,15 @@ def test_sweeps_of_make_ablation() -> None:
         ("features", "film"): (0.01, 1.0),
         **{(name, "soft_prompt"): (0.1, 0.0) for name in ("lookup", "cluster", "features")},
     }
+
+
+def test_rows_may_ask_for_fewer_trials_than_the_comparison() -> None:
+    def trials(n_trials: int, *of_rows: str) -> int:
+        where = ["data=personas", "backbone=hf", "backbone.path=DIR", *of_rows]
+        return len(read_method("lookup", None, where, seed=0, n_trials=n_trials).trials)
+
+    fewer = "+referee.trials=2"
+    assert [trials(1, fewer), trials(5, fewer), trials(5)] == [1, 2, 5]
 
 
 def test_a_methods_rule_is_a_name_with_settings_or_anybodys_class() -> None:
