@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from plrhf.core.errors import bad_value
 from plrhf.core.stats import PairedTest, gain_recovered, paired_difference, paired_test, same_pairs
 from plrhf.evaluation.metrics import USER_KINDS
 from plrhf.reporting.curves import flattened
-from plrhf.reporting.runs import SETTINGS, Run
+from plrhf.reporting.runs import IN_TEXT, PERSONAL, ROLES, SETTINGS, Run
 from plrhf.reporting.tables import (
     Cell,
     Table,
@@ -36,8 +37,11 @@ COMPARISON_NOTE = (
     "of the generic context less the baseline's, in nats. Uniform, shuffled and length only are "
     "controls."
 )
-# Settings of the data that change neither rows nor splits. A baseline may differ in them.
-BESIDE_THE_DATA = ("shuffle_users", "batch_size", "batch_tokens", "eval_batch_size")
+BESIDE_THE_DATA = (
+    *("shuffle_users", "batch_size", "batch_tokens", "eval_batch_size"),
+    *(*IN_TEXT, "min_context_pairs"),
+)
+"""Settings of the data that change neither rows nor splits. A baseline may differ in them."""
 OF_ENCODER = ("encoder", "aggregator")
 PARTS = ("data", "backbone", "aggregator", "model", "optim", "trainer")
 
@@ -91,7 +95,8 @@ def comparison_frame(runs: Sequence[Run], *, baseline: Run | None = None) -> pd.
 def other_settings(runs: Sequence[Run]) -> list[str]:
     """Describe for each run the settings that differ among runs of its role and of equal parts.
 
-    Runs of another model, encoder or aggregator are told apart by that, in columns of their own.
+    Runs of another model, encoder or aggregator are told apart by that, in columns of their own. Where a
+    run is personal by its texts alone, it says so.
     """
     flat = [flattened(run.config) for run in runs]
     kinds = [(run.role, *(run.settings[key] for key in ("model", *OF_ENCODER))) for run in runs]
@@ -99,8 +104,16 @@ def other_settings(runs: Sequence[Run]) -> list[str]:
     for kind, settings in zip(kinds, flat, strict=True):
         alike = [other for other, its in zip(flat, kinds, strict=True) if its == kind]
         varied = [name for name in settings if len({one.get(name) for one in alike}) > 1]
-        labels.append(", ".join(f"{name}={settings[name]}" for name in varied))
+        if kind[0] == PERSONAL and settings["encoder._target_"] in ROLES:
+            varied += [one for name in IN_TEXT if settings.get(one := f"data.{name}")]
+        words = (f"{name}={_as_typed(settings[name])}" for name in dict.fromkeys(varied))
+        labels.append(", ".join(words))
     return labels
+
+
+def _as_typed(value: Any) -> str:
+    """Return a setting's value as a command line has it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def reference_rows(run: Run, suffix: str = "") -> list[dict[str, Any]]:

@@ -27,6 +27,8 @@ ROLES = {
     "plrhf.encoders.UniformEncoder": "uniform",
 }
 PERSONAL, SHUFFLED = "personal", "shuffled"
+IN_TEXT = ("context_pairs", "use_user_text", "use_user_features")
+"""Settings of the data that put the person in front of the prompt."""
 SETTINGS = ("model", "data", "encoder", "aggregator", "seed")
 
 F = TypeVar("F", LearnedUsers, FewShotCurve, JudgedRun)
@@ -189,8 +191,7 @@ def role(config: Mapping[str, Any]) -> str:
     """
     if config["data"].get("shuffle_users") is True:
         return SHUFFLED
-    in_text = ("context_pairs", "use_user_text", "use_user_features")
-    if any(config["data"].get(name) for name in in_text):  # the person is in front of the prompt
+    if any(config["data"].get(name) for name in IN_TEXT):
         return PERSONAL
     return ROLES.get(config["encoder"]["_target_"], PERSONAL)
 

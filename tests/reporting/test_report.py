@@ -58,6 +58,7 @@ def make_run(
     seed: int = 1,
     shuffled: bool = False,
     provenance: dict[str, Any] | None = None,
+    **of_data: Any,
 ) -> Path:
     run_dir.mkdir(parents=True)
     table.to_parquet(run_dir / "predictions.parquet")
@@ -65,7 +66,7 @@ def make_run(
         "model": {"_target_": "plrhf.models.reward.PersonalRewardModel", "name": "reward"},
         "encoder": {"name": encoder, "_target_": TARGETS[encoder]},
         "aggregator": {"_target_": "my.module.MyAggregator"},
-        "data": {"name": "personas", "shuffle_users": shuffled},
+        "data": {"name": "personas", "shuffle_users": shuffled, **of_data},
         "seed": seed,
     }
     results = {
@@ -265,6 +266,7 @@ def test_controls_are_recognised_from_settings(runs: Path, tmp_path: Path) -> No
     make_run(runs / "best", predictions(PERSONAL), encoder="lookup", shuffled=True)
     make_run(runs / "same", predictions(wrong), encoder="uniform")
     make_run(runs / "bare", predictions(VANILLA, oracle=ORACLE), encoder="none", shuffled=True)
+    make_run(runs / "told", predictions(PERSONAL), encoder="none", use_user_text=True)
     frame = compare(str(runs / "*"), tmp_path / "out").frame.set_index("run")
     assert frame["role"].to_dict() == {
         "bare": "shuffled",
@@ -272,6 +274,7 @@ def test_controls_are_recognised_from_settings(runs: Path, tmp_path: Path) -> No
         "lookup": "personal",
         "other": "personal",
         "same": "uniform",
+        "told": "personal",
         "vanilla": "vanilla",
         "oracle": "oracle",
         "length only": "length",
@@ -284,7 +287,8 @@ def test_controls_are_recognised_from_settings(runs: Path, tmp_path: Path) -> No
     assert role({**in_text, "data": {"use_user_features": True}}) == "personal"
     # Shuffling makes other data for a baseline in no other way.
     baselines = frame["baseline"].dropna().to_dict()
-    assert baselines == dict.fromkeys(("bare", "best", "lookup", "same"), "vanilla")
+    assert baselines == dict.fromkeys(("bare", "best", "lookup", "same", "told"), "vanilla")
+    assert frame["others"]["told"] == "data.use_user_text=true" and frame["others"]["lookup"] == ""
     assert re.search(r"\| best \| shuffled \|", (tmp_path / "out/comparison.md").read_text())
     page, _ = read_page(report.write_report(runs / "best"))
     assert "user context, ids shuffled" in page
