@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from urllib.parse import quote
 
 import pandas as pd
 
@@ -31,7 +29,7 @@ from plrhf.reporting.over_seeds import (
     seeds_note,
     seeds_table,
 )
-from plrhf.reporting.page import Section, write_page
+from plrhf.reporting.page import Section, address, link_back, write_page
 from plrhf.reporting.report import winrate_section
 from plrhf.reporting.runs import Run, read_run
 from plrhf.reporting.summary import comparison_lead
@@ -42,6 +40,8 @@ def compare(
     runs: str | Sequence[Path], out: Path | str, *, baseline: Path | str | None = None
 ) -> Comparison:
     """Compare finished runs; write comparison.csv, .md, .tex and report.html to `out`.
+
+    The page links to those of the runs, and they to it.
 
     Each run is paired with the vanilla run of the same model, data, seed and test pairs, if there is
     one. Directories without results are skipped and named. If runs differ in seed alone, the page
@@ -92,7 +92,9 @@ def compare(
     ]
     lead = comparison_lead(groups if several else there, of_groups)
     subtitle = f"{len(there)} runs{shared}"
-    write_page(out / "report.html", "Comparison of runs", subtitle, sections, lead)
+    page = write_page(out / "report.html", "Comparison of runs", subtitle, sections, lead)
+    for run in there:
+        link_back(run.path / "report.html", page)
     return made
 
 
@@ -100,9 +102,7 @@ def _pages(runs: Sequence[Run], out: Path) -> dict[str, str]:
     """Return the address of each run's report, seen from a page in `out`, by the name of the run."""
     reports = {run.name: run.path / "report.html" for run in runs}
     return {
-        name: quote(Path(os.path.relpath(path, out)).as_posix())
-        for name, path in reports.items()
-        if path.is_file()
+        name: address(path, out / "report.html") for name, path in reports.items() if path.is_file()
     }
 
 

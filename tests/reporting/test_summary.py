@@ -117,3 +117,12 @@ def test_a_comparison_links_the_reports_of_its_runs(tmp_path: Path) -> None:
     # Its rows of seen and of unseen users, and how it was made.
     assert page.count('<a href="../runs/a%20b%23c/report.html">a b#c</a>') == 3
     assert page.count("href=") - page.count('href="#') == 3
+    # And they link back, also written anew, as long as the comparison is there.
+    of_run = tmp_path / "runs" / "a b#c" / "report.html"
+    back = '<a href="../../out/report.html">out</a>'
+    assert of_run.read_text().count(back) == 1
+    compare(str(tmp_path / "runs" / "*"), tmp_path / "<out>")
+    assert report.write_report(of_run.parent).read_text().count(back) == 1
+    (tmp_path / "out" / "report.html").unlink()
+    again = report.write_report(of_run.parent).read_text()
+    assert back not in again and '../../%3Cout%3E/report.html">&lt;out&gt;</a>' in again
