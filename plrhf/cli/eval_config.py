@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, TypeAlias
 
 from hydra.core.hydra_config import HydraConfig
 
-from plrhf.cli.config import DataConfig, Section, Seed, check_writable
+from plrhf.cli.config import DataConfig, LoggerConfig, Section, Seed, check_writable
 from plrhf.core.checks import FractionBelowOne, NonNegativeInt, PositiveInt
 from plrhf.core.components import build, construct, locate, parameters
 from plrhf.core.errors import bad_value
@@ -127,6 +127,7 @@ class EvalConfig(Section):
     out: str | None
     cache_dir: str  # the caller's: what a run names is not written to
     data: DataConfig | None
+    logger: LoggerConfig | None = None  # of eval=compare
     backbone: dict[str, Any] | None = None  # of eval=referee
     seed: Seed | None
     trust_components: bool
@@ -164,6 +165,8 @@ class EvalConfig(Section):
             unused["runs"] = self.runs
         if task == "winrate":
             unused["data"] = self.data
+        if task != "compare":
+            unused["logger"] = self.logger
         if task not in ("generate", "adapt", "referee") and self.data is None:
             unused["seed"] = self.seed
         for name, value in unused.items():

@@ -44,6 +44,7 @@ from plrhf.models.card import Card, read_card
 from plrhf.models.policy import PersonalPolicy
 from plrhf.reporting import comparison, comparison_page, report, tables
 from plrhf.reporting.over_seeds import seeds_table
+from plrhf.training.loggers import build_loggers, log_files, log_settings
 
 
 def evaluate(settings: Settings) -> None:
@@ -207,6 +208,10 @@ def compare(config: EvalConfig) -> None:
             "a glob of run directories" if name == "runs" else "a directory",
             "Write eval=compare runs='DIR/*' out=DIR",
         )
+    loggers = []
+    if config.logger is not None:
+        others = {name: one for name, one in config.logger if name != "name"}
+        loggers = build_loggers(run_dir=Path(config.out), name=Path(config.out).name, **others)
     made = comparison_page.compare(config.runs, config.out, baseline=config.task.baseline)
     if made.over_seeds is None:
         tables.console().print(comparison.comparison_table(made.frame))
@@ -217,6 +222,8 @@ def compare(config: EvalConfig) -> None:
     for path in made.skipped:
         print(f"skipped, as it holds no results.json: {path}{failure_line(Path(path))}")
     print(f"report: {Path(config.out) / 'report.html'}")
+    log_settings(loggers, {"runs": config.runs, "baseline": config.task.baseline})
+    log_files(loggers, comparison_page.files(Path(config.out)))
 
 
 def rewrite_report(out: Path, config: EvalConfig) -> None:

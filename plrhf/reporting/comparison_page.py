@@ -98,6 +98,13 @@ def compare(
     return made
 
 
+def files(out: Path) -> list[Path]:
+    """Return what a comparison has written to its directory."""
+    tables = ("comparison", "over_seeds", "learning_curves")
+    there = [out / f"{name}{ending}" for name in tables for ending in (".csv", ".md", ".tex")]
+    return [path for path in (out / "report.html", *there) if path.is_file()]
+
+
 def _pages(runs: Sequence[Run], out: Path) -> dict[str, str]:
     """Return the address of each run's report, seen from a page in `out`, by the name of the run."""
     reports = {run.name: run.path / "report.html" for run in runs}

@@ -174,9 +174,17 @@ def log_results(
 
 
 def log_files(loggers: Sequence[Logger], paths: Sequence[Path]) -> None:
-    """Keep files of a finished run as artifacts of Weights & Biases and MLflow, and end its run there."""
+    """Keep files of a finished run as artifacts of Weights & Biases and MLflow, and end its run there.
+
+    TensorBoard has no artifacts. It shows tables in Markdown as texts.
+    """
     found = [path for path in paths if path.is_file()]
     for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            for path in found:
+                if path.suffix == ".md":
+                    logger.experiment.add_text(path.stem, path.read_text(encoding="utf-8"))
+            logger.save()
         if isinstance(logger, WandbLogger):
             from wandb import Artifact
 
@@ -188,3 +196,4 @@ def log_files(loggers: Sequence[Logger], paths: Sequence[Path]) -> None:
         if isinstance(logger, MLFlowLogger):
             for path in found:
                 logger.experiment.log_artifact(logger.run_id, str(path))
+            logger.finalize("success")  # no trainer has ended the run of a comparison

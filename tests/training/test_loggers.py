@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
-from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from plrhf.cli.assemble import run_name
 from plrhf.cli.config import RunConfig
@@ -42,6 +42,11 @@ def test_files_become_artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     wandb.experiment.log_artifact.assert_called_once_with(library.Artifact.return_value)
     wandb.experiment.finish.assert_called_once_with()
     mlflow.experiment.log_artifact.assert_called_once_with("def", str(report))
+    (table := tmp_path / "comparison.md").write_text("| run |")
+    board = MagicMock(spec=TensorBoardLogger)
+    board.experiment = MagicMock()
+    log_files([board], [report, table])
+    board.experiment.add_text.assert_called_once_with("comparison", "| run |")
 
 
 @pytest.mark.parametrize(
