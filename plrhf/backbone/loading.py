@@ -14,6 +14,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -72,7 +73,7 @@ def load_model(
     if quantization is not None:
         quantized["quantization_config"] = quantization_config(quantization, DTYPES[dtype])
     try:
-        config = AutoConfig.from_pretrained(path, **options)
+        config = read_config(path, **options)
         kind = AutoModelForCausalLM if is_causal(config) else AutoModel
         if attention is not None:
             with torch.device("meta"):
@@ -103,6 +104,25 @@ def load_model(
             "a model's directory or a hub name that can be reached",
             f"Check it ({' '.join(str(error).split())[:120]})",
         ) from error
+
+
+def read_config(path: str, *, trust_remote_code: bool) -> PreTrainedConfig:
+    """Read the config of a model, which may name no attention of the hub unless its code is trusted.
+
+    Raises:
+        ValueError: it names one, which transformers would download and run.
+    """
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        attention = getattr(part, "_attn_implementation", None)
+        if "/" in str(attention) and not trust_remote_code:
+            raise bad_value(
+                "backbone.path",
+                path,
+                f"a model whose attention is no code of the hub ({attention})",
+                "If you trust where it comes from, set backbone.trust_remote_code=true",
+            )
+    return config
 
 
 def _check_attention(attention: str, model: Any) -> None:
@@ -147,7 +167,7 @@ def empty_model(
             config = (
                 AutoConfig.for_model(**architecture)
                 if architecture is not None
-                else AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+                else read_config(str(path), trust_remote_code=trust_remote_code)
             )
             kind = AutoModelForCausalLM if is_causal(config) else AutoModel
             model = kind.from_config(
@@ -157,6 +177,8 @@ def empty_model(
                 trust_remote_code=trust_remote_code,
             )
             return _quantized_shape(model, quantization)
+        except BadValue:
+            raise
         except (OSError, ValueError, TypeError) as error:
             raise bad_value(
                 "backbone.path" if architecture is None else "backbone.architecture",

@@ -22,7 +22,7 @@ from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj
 from plrhf.cli.config import BackboneConfig, DataConfig, RunConfig
 from plrhf.core.components import WITHOUT_EFFECT, build, parameter_types
-from plrhf.core.errors import bad_value
+from plrhf.core.errors import bad_value, printable
 from plrhf.data.features import FeatureSchema
 from plrhf.data.module import PreferenceData
 from plrhf.data.sources.base import Source
@@ -44,7 +44,7 @@ LONGEST_NAME = 100  # characters of a run's name in loggers
 def print_lines(lines: Iterable[str]) -> None:
     """Print lines on one of several processes."""
     for line in lines:
-        print(line)
+        print(printable(line))
 
 
 def build_data(

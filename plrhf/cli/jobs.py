@@ -174,7 +174,8 @@ def _best(values: list[float], monitor: str) -> float:
 def failure_line(folder: Path) -> str:
     """Return ``: `` and the error of a failed job in one line; empty for a job that did not fail."""
     path = folder / FAILED
-    return f": {path.read_text(encoding='utf-8').splitlines()[0]}" if path.is_file() else ""
+    lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
+    return f": {lines[0]}" if len(lines) > 0 else ""
 
 
 class NameFailedJobs(Callback):

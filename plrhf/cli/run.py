@@ -241,7 +241,7 @@ def note_results(export: Path, results: Results | None) -> None:
         return
     rows, users = results.data["rows"], results.data["users"]
     note = (
-        f"Rows of `data={results.config['data']['name']}`: "
+        f"Rows of data={results.config['data']['name']}: "
         f"{', '.join(f'{n:,} {split} pairs' for split, n in rows.items())}; {users['seen']:,} train users, "
         f"{users['unseen']:,} others in test. {tables.interval_note(results)}"
     )

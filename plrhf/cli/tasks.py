@@ -17,7 +17,7 @@ from plrhf.cli.outputs import Outputs
 from plrhf.cli.referee import referee
 from plrhf.cli.run import this_command
 from plrhf.core.components import Settings, build
-from plrhf.core.errors import bad_value
+from plrhf.core.errors import bad_value, printable
 from plrhf.data.module import PreferenceData
 from plrhf.evaluation.best_of import describe_curve
 from plrhf.evaluation.few_shot import learning_curve
@@ -220,7 +220,8 @@ def compare(config: EvalConfig) -> None:
         table = seeds_table(made.over_seeds)
         tables.console().print(tables.rich_table(table, title=title, without=["by seed"]))
     for path in made.skipped:
-        print(f"skipped, as it holds no results.json: {path}{failure_line(Path(path))}")
+        line = f"skipped, as it holds no results.json: {path}{failure_line(Path(path))}"
+        print(printable(line))
     print(f"report: {Path(config.out) / 'report.html'}")
     log_settings(loggers, {"runs": config.runs, "baseline": config.task.baseline})
     log_files(loggers, comparison_page.files(Path(config.out)))

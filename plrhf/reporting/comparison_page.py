@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from plrhf.core.errors import bad_value
+from plrhf.core.errors import bad_value, printable
 from plrhf.evaluation.records import write_text
 from plrhf.reporting import learning_curves
 from plrhf.reporting.comparison import (
@@ -222,7 +222,7 @@ def _notes(made: Comparison) -> list[str]:
     """Return the notes below the table: what it shows, and which directories were skipped."""
     named = []
     if len(made.skipped) > 0:
-        named = [f"Skipped, as without results.json: {', '.join(made.skipped)}."]
+        named = [f"Skipped, as without results.json: {', '.join(map(printable, made.skipped))}."]
     return [COMPARISON_NOTE, *named]
 
 

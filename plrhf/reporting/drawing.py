@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from io import StringIO
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+
+from plrhf.core.errors import visible
 
 # Placeholder colours. `drawing` replaces each by the page's CSS variable for its role.
 INK, MUTED, GRID, ACCENT, WARM = "#010101", "#020202", "#030303", "#040404", "#050505"
@@ -68,8 +71,10 @@ def drawing(figure: Figure, label: str, *, caption: str = "", wide: bool = False
         wide: whether the figure takes the whole width of the page.
     """
     buffer = StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})  # savefig draws twice
-    svg = buffer.getvalue()
+    with warnings.catch_warnings():  # of glyphs that its own fonts lack; the page has the browser's
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})  # savefig draws twice
+    svg = visible(buffer.getvalue())
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' (width|height|version|xmlns|xmlns:xlink)="[^"]*"', "", svg, count=5)
@@ -102,7 +107,7 @@ def with_hover(made: Drawing, marks: str, words: Sequence[str]) -> Drawing:
     spoken = iter(words)
 
     def titled(use: re.Match[str]) -> str:
-        return f"<use {use[1]}><title>{escape(next(spoken))}</title></use>"
+        return f"<use {use[1]}><title>{escape(visible(next(spoken)))}</title></use>"
 
     block = re.sub(r"<use ([^>]*?)/>", titled, block)
     return made._replace(svg=Markup(svg[: start.end()] + block + svg[end:]))

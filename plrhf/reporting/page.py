@@ -16,6 +16,7 @@ from urllib.parse import quote, unquote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from plrhf.core.errors import visible
 from plrhf.evaluation.records import write_text
 from plrhf.reporting.drawing import Drawing
 from plrhf.reporting.tables import Table
@@ -111,12 +112,18 @@ def _back(path: Path, addresses: Sequence[str]) -> Markup:
     return Markup("<!-- back -->{}<!-- /back -->").format(shown if len(links) > 0 else "")
 
 
+def _finalized(value: Any) -> Any:
+    """Return what a template shows of a value; markup is our own."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 @cache
 def _template(name: str) -> Any:
     """Load a template of this folder."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=_finalized,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

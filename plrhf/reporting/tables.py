@@ -23,7 +23,8 @@ from plrhf.evaluation.metrics import PROMPT_KINDS, USER_KINDS, UserKind
 from plrhf.evaluation.results import Measures, Results
 from plrhf.reporting.runs import SHUFFLED, role
 
-FORMULA = re.compile(r"[=@\t\r]|[+-](?!\d*\.?\d+$)")
+FORMULA = re.compile(r"(^|(?<=;))(?=[=@\t\r＝＠]|[+＋－-](?!\d*\.?\d+$))")
+"""Where a spreadsheet would begin a formula: in a cell, also where it takes semicolons for separators."""
 LATEX = {
     **{one: rf"\{one}" for one in "&%$#_{}"},
     "~": r"\textasciitilde{}",
@@ -116,7 +117,10 @@ class TerminalTable:
     def _part(self, columns: Sequence[int], title: str) -> rich.table.Table:
         """Return some of the columns as one table of rich."""
         shown = rich.table.Table(
-            title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+            title=Text(printable(title)),
+            title_justify="left",
+            box=rich.box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
         )
         for at in columns:
             heading = self.table.columns[at]
@@ -141,8 +145,7 @@ def csv_text(frame: pd.DataFrame) -> str:
     def plain(value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        value = printable(value)
-        return f"'{value}" if FORMULA.match(value) else value
+        return FORMULA.sub("'", printable(value))
 
     return frame.map(plain).to_csv(index=False)
 
@@ -155,12 +158,15 @@ def markdown_text(text: str) -> str:
 
 def latex_text(text: str) -> str:
     """Escape what LaTeX would interpret in a text, for any font encoding."""
-    return "".join(LATEX.get(one, one) for one in printable(text))
+    escaped = "".join(LATEX.get(one, one) for one in printable(text))
+    # Behind the end of the row before, these would be its arguments.
+    return f"{{}}{escaped}" if escaped.startswith(("[", "*")) else escaped
 
 
 def markdown(table: Table, note: str, *, title: str = "Comparison of runs") -> str:
     """Return the table as Markdown below the note, with a heading for each group."""
-    lines = [f"# {title}", "", note.replace("<", "&lt;")]
+    paragraphs = [markdown_text(one) for one in note.split("\n\n")]
+    lines = [f"# {markdown_text(title)}", "", "\n\n".join(paragraphs)]
     for name, rows in table.groups:
         if len(rows) > 0:
             rule = ["---" if at in table.texts else "---:" for at in range(len(table.columns))]

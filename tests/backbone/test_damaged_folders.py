@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,12 @@ def of_nothing(folder: Path) -> None:
     (folder / CONFIG).write_text("{}")
 
 
+def with_kernel_of_the_hub(folder: Path) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    config["_attn_implementation"] = "somebody/attention"
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no weights": (without(WEIGHTS), "a model's directory or a hub name"),
     "weights cut short": (cut_short(WEIGHTS), "a model's directory or a hub name"),
@@ -49,6 +56,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (without(CONFIG), "a model's directory (with config.json) or a hub name"),
     "config cut short": (cut_short(CONFIG), "a model's directory or a hub name"),
     "config of nothing": (of_nothing, "a model's directory or a hub name"),
+    "code of the hub": (
+        with_kernel_of_the_hub,
+        "a model whose attention is no code of the hub (somebody/attention). If you trust where it "
+        "comes from, set backbone.trust_remote_code=true.",
+    ),
     "no tokenizer": (without(TOKENIZER), "a directory or hub name with a tokenizer"),
     "tokenizer cut short": (cut_short(TOKENIZER), "a directory or hub name with a tokenizer"),
 }

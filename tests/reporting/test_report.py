@@ -362,17 +362,25 @@ def test_what_another_model_left_is_named_and_not_shown(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_names_are_text_in_every_file(tmp_path: Path) -> None:
-    odd = make_run(tmp_path / "=1+1 <b>\x1b[31m", predictions(PERSONAL), encoder="lookup")
-    frame = compare([odd], tmp_path / "out").frame
+    names = ("=1+1 <b>\x1b[31m", "*5pt", "[5pt]\u202e", "a;@b")
+    odd = [make_run(tmp_path / one, predictions(PERSONAL), encoder="lookup") for one in names]
+    (tmp_path / "[x](y:z) *\n\\input").mkdir()
+    frame = compare([*odd, tmp_path / "[x](y:z) *\n\\input"], tmp_path / "out").frame
     for name in ("comparison.tex", "comparison.md", "comparison.csv"):
         text = (tmp_path / "out" / name).read_text()
-        assert "\x1b" not in text, name
-    assert r"=1+1 \textless{}b\textgreater{}" in (tmp_path / "out/comparison.tex").read_text()
-    assert "&lt;b>" in (tmp_path / "out/comparison.md").read_text()
-    csv = (tmp_path / "out/comparison.csv").read_text().splitlines()
-    assert csv[1].startswith("'=1+1")
+        assert "\x1b" not in text and "\u202e" not in text, name
+    page = (tmp_path / "out/report.html").read_text()
+    assert "\x1b" not in page and "\u202e" not in page and r"\u202e" in page
+    tex = (tmp_path / "out/comparison.tex").read_text()
+    assert "\n{}*5pt &" in tex and "\n{}[5pt]" in tex and "\n\\input" not in tex
+    markdown = (tmp_path / "out/comparison.md").read_text()
+    assert r"[x]\(y:z) \*" in markdown
+    assert r"=1+1 \textless{}b\textgreater{}" in tex
+    assert "&lt;b>" in markdown
+    csv = (tmp_path / "out/comparison.csv").read_text()
+    assert "\n'=1+1" in csv and "\na;'@b," in csv
     console = Console(width=150, record=True, file=StringIO())
-    console.print(comparison.comparison_table(frame))
+    console.print(comparison.comparison_table(frame.assign(data="[/]")))  # no markup of rich
     assert "\x1b[31m" not in console.export_text()
 
 
