@@ -9,7 +9,7 @@ import plrhf
 from plrhf.cli.config import Section, check_writable
 from plrhf.core.components import Settings
 from plrhf.core.errors import bad_value
-from plrhf.models.card import CARD
+from plrhf.core.files import check_new
 from plrhf.models.enrolment import save_shared
 from plrhf.models.inference import export_of
 from plrhf.models.merging import save_merged
@@ -45,8 +45,7 @@ def export(settings: Settings) -> None:
         return
     out = Path(config.out)
     check_writable("out", str(out))
-    if any((out / name).exists() for name in ("config.json", "people.json", CARD)):
-        raise bad_value("out", config.out, "a folder without a model", "Set out to another folder")
+    check_new("out", out)
     if config.to == "shared":
         save_shared(export_of(config.run), out)
         print(f"export without users: {out} (plrhf.load loads it)")

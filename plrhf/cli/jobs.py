@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from plrhf.core.components import WITHOUT_EFFECT, first_difference
 from plrhf.core.errors import BadValue, bad_value
+from plrhf.core.files import open_to_append, whole_file
 from plrhf.data.digests import content_hash
 from plrhf.evaluation.records import Record, read_record, read_settings
 
@@ -77,14 +78,15 @@ def sweep_job(
     (folder / FAILED).unlink(missing_ok=True)
     started, argv = time.monotonic(), sys.argv
     try:
-        log = (folder / LOG).open("a", buffering=1, encoding="utf-8")
+        log = open_to_append(folder / LOG, mode="a", buffering=1, encoding="utf-8")
         with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             sys.argv = [entry, *overrides]
             yield
     except (Exception, SystemExit) as error:
         line = one_line(error) if isinstance(error, Exception) else f"exit status {error.code}"
         trace = "" if isinstance(error, BadValue) else traceback.format_exc()
-        (folder / FAILED).write_text(f"{line}\n{trace}", encoding="utf-8")
+        with whole_file(folder / FAILED) as part:
+            part.write_text(f"{line}\n{trace}", encoding="utf-8")
         print(f"failed: {folder}: {name}: {line}", file=sys.stderr, flush=True)
     else:
         print(f"done in {time.monotonic() - started:.0f} s: {folder}: {name}", flush=True)

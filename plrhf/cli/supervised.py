@@ -23,6 +23,7 @@ from plrhf.cli.config import LoggerConfig, RunConfig, TinyShape
 from plrhf.cli.run_dir import Resume, begin_run
 from plrhf.core.components import build
 from plrhf.core.errors import bad_value
+from plrhf.core.files import temporary_folder
 from plrhf.data.digests import content_hash, is_intact, seal_folder
 from plrhf.data.module import PreferenceData
 from plrhf.data.rows import Row
@@ -208,8 +209,8 @@ def _new_tiny_backbone(shape: TinyShape, data: PreferenceData) -> tuple[Tokenize
 def _copy_into_cache(export: Path, folder: Path) -> None:
     """Copy a model into the cache, in two steps so that no process reads half of it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        whole = shutil.copytree(export, Path(scratch, folder.name))
+    with temporary_folder(folder.parent, folder.name) as whole:
+        shutil.copytree(export, whole, dirs_exist_ok=True)
         seal_folder(whole)
         try:
             os.rename(whole, folder)

@@ -7,10 +7,12 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from plrhf.core.errors import bad_value
 
@@ -36,6 +38,22 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def temporary_folder(folder: Path, stem: str) -> Iterator[Path]:
+    """Yield the path of an empty temporary folder in a folder; it is removed unless it was renamed.
+
+    Those of dead processes are removed before.
+    """
+    remove_abandoned_parts(folder)
+    part = folder / f"{stem}.{uuid.uuid4().hex}.part"
+    part.mkdir()
+    try:
+        with _locked(part, fcntl.LOCK_SH):
+            yield part
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def temporary_part(folder: Path, stem: str) -> Iterator[Path]:
     """Yield the path of an empty temporary file in a folder, which is removed unless it was renamed.
 
@@ -44,11 +62,35 @@ def temporary_part(folder: Path, stem: str) -> Iterator[Path]:
     remove_abandoned_parts(folder)
     part = folder / f"{stem}.{uuid.uuid4().hex}.part"
     try:
-        with part.open("xb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)  # tells others that the writer is alive
+        part.open("xb").close()
+        with _locked(part, fcntl.LOCK_SH):
             yield part
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_new(field: str, folder: Path) -> None:
+    """Raise a ValueError unless a folder is empty or not there, so that nothing in it is written through.
+
+    Args:
+        field: the setting that names it.
+    """
+    if os.path.lexists(folder) and not (folder.is_dir() and next(folder.iterdir(), None) is None):
+        allowed = "a folder that is empty or not there"
+        raise bad_value(field, str(folder), allowed, f"Set {field} to another folder")
+
+
+def open_to_append(path: Path, **options: Any) -> IO[Any]:
+    """Open a file to write at its end.
+
+    Raises:
+        ValueError: it is a symbolic link, which is not followed.
+    """
+    if path.is_symlink():
+        raise bad_value(
+            str(path), "a symbolic link", "a file", "Remove the link, or name its target"
+        )
+    return path.open(**options)
 
 
 def is_part(path: Path) -> bool:
@@ -57,14 +99,24 @@ def is_part(path: Path) -> bool:
 
 
 def remove_abandoned_parts(folder: Path) -> None:
-    """Delete the temporary files in a folder whose processes no longer run."""
+    """Delete the temporary files and folders in a folder whose processes no longer run."""
     for part in folder.glob("*.part"):
         if not is_part(part):
             continue
-        with contextlib.suppress(OSError), part.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError), _locked(part, fcntl.LOCK_EX | fcntl.LOCK_NB):
             if time.time() - part.stat().st_mtime > ABANDONED_AFTER:
-                part.unlink()
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+
+@contextlib.contextmanager
+def _locked(path: Path, how: int) -> Iterator[None]:
+    """Hold a lock on a file or folder, by which others know that its writer is alive."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, how)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

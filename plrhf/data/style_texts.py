@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from plrhf.core.errors import bad_value
+from plrhf.core.files import open_to_append
 from plrhf.data.style_attributes import words_of
 
 LEAST_WORDS = 3
@@ -112,7 +113,7 @@ def read_texts(path: Path, *, cut_short: bool = False) -> list[StyleText]:
 def append_texts(path: Path, texts: Iterable[StyleText]) -> None:
     """Append texts to a file in one write, so that a kill leaves at most one incomplete line."""
     lines = [json.dumps(text.model_dump(), ensure_ascii=False) + "\n" for text in texts]
-    with path.open("a", encoding="utf-8", newline="\n") as file:
+    with open_to_append(path, mode="a", encoding="utf-8", newline="\n") as file:
         file.write("".join(lines))
 
 

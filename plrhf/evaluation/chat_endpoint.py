@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 import httpx2
 
 from plrhf.core.errors import bad_value
-from plrhf.core.files import whole_file
+from plrhf.core.files import open_to_append, whole_file
 from plrhf.data.digests import DIGEST, check_digest, content_hash, json_text
 
 TRY_AGAIN = (408, 409, 429, *range(500, 600))
@@ -105,7 +105,7 @@ class ReplyStore:
         line = json_text({"key": key, PEOPLE: of, **asdict(reply)}).encode(errors="surrogatepass")
         with self._lock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab", buffering=0) as file:
+            with open_to_append(self._path, mode="ab", buffering=0) as file:
                 file.write(self._end_torn_line + line)
             self._end_torn_line = b""
             self._replies[key] = reply

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +10,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from plrhf.core.errors import bad_value
+from plrhf.core.files import check_new
 from plrhf.core.types import GENERIC_USER
 from plrhf.models.card import Card, read_card
 from plrhf.models.export import (
     USER_MODEL,
     check_files,
+    copy_listed,
     enrolled_vectors,
     read_own_pairs,
     replace_users,
@@ -101,11 +102,15 @@ def save_shared(directory: str | Path, out: str | Path) -> None:
     rule that needs no train users (`Gradient`).
 
     Args:
-        directory: an export. out: made if it is not there.
+        directory: an export. out: empty, or made.
+
+    Raises:
+        ValueError: the export is damaged, or `out` is not empty.
     """
     card = read_card(directory)
     check_files(Path(directory), card)
-    shutil.copytree(directory, out, dirs_exist_ok=True)
+    check_new("out", Path(out))
+    copy_listed(Path(directory), Path(out), card)
     generic = {name: table[: GENERIC_USER + 1] for name, table in _tables(directory).items()}
     replace_users(out, [], generic, None, None if read_own_pairs(Path(out)) is None else {})
     write_model_card(Path(out), read_card(out))

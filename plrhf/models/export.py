@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +31,7 @@ ENROLLED = "enrolled.safetensors"
 OWN_PAIRS = "own_pairs.json"
 BACKBONE = "backbone"
 README = "README.md"
+BLOB = re.compile(r"(\.\./)+blobs/[0-9a-f]+")
 ABOUT = """## Intended use
 
 For people whose preferences it was trained on, or who are fitted to a few of their choices (`model.adapt`).
@@ -106,9 +108,12 @@ def add_note(directory: Path, note: str) -> None:
 
 
 def check_files(directory: Path, card: Card) -> None:
-    """Raise a ValueError if a file of an export is missing or was changed."""
+    """Raise a ValueError if a file of an export is missing, was changed or lies elsewhere."""
     for name, digest in card.files.items():
         path = directory / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            allowed, cure = "names of files in the export", "Export the model anew"
+            raise bad_value(f"{CARD}.files", name, allowed, cure)
         if not path.is_file() or file_digest(path) != digest:
             raise bad_value(
                 f"export {name}",
@@ -186,7 +191,7 @@ def replace_users(
     }
     part = _beside(directory, "part")
     try:
-        shutil.copytree(directory, part)
+        _copy(directory, part, card)
         _write_users(part, card, written, own_pairs)
     except BaseException:
         _remove(part)
@@ -210,6 +215,30 @@ def _write_users(
         (part / OWN_PAIRS).write_text(pairs_text(own_pairs))
         files[OWN_PAIRS] = file_digest(part / OWN_PAIRS)
     (part / CARD).write_text(card_text(replace(card, files=files)))
+
+
+def copy_listed(directory: Path, target: Path, card: Card) -> None:
+    """Copy the card of an export and the files that it lists, and nothing else, to an empty directory."""
+    for name in (CARD, *card.files):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(directory / name, target / name)
+
+
+def leads_out(path: Path) -> bool:
+    """Say whether a path is a link to anywhere but a file of the hub's cache, named by its hash."""
+    return path.is_symlink() and BLOB.fullmatch(os.readlink(path)) is None
+
+
+def _copy(directory: Path, target: Path, card: Card) -> None:
+    """Copy all files of an export; links of others stay links, and nothing is written through ours."""
+    shutil.copytree(directory, target, symlinks=True)
+    for name in (CARD, README, *card.files):  # links in the hub's cache
+        if (target / name).is_symlink():
+            (target / name).unlink()
+            if (directory / name).is_file() and not (
+                name == README and leads_out(directory / name)
+            ):
+                shutil.copyfile(directory / name, target / name)
 
 
 def _replace_directory(new: Path, old: Path) -> None:

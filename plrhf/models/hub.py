@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
@@ -9,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from plrhf.core.errors import bad_value
 from plrhf.models.card import CARD, read_card
-from plrhf.models.export import check_files, restore
+from plrhf.models.export import README, check_files, leads_out, restore
 
 PREFIX = "hf://"
 """How the name of an export on the hub begins. Other names are always directories of this machine."""
@@ -30,12 +31,19 @@ def push_to_hub(directory: str | Path, name: str, *, private: bool = True) -> st
         ValueError: the export is damaged, or the hub does not take it.
     """
     folder = export_of(directory)
-    check_files(folder, read_card(folder))
+    card = read_card(folder)
+    check_files(folder, card)
+    # No other file, and nothing that a link leads to: README has no digest.
+    names = [CARD, *map(glob.escape, card.files), *[README] * (not leads_out(folder / README))]
     repository = name.removeprefix(PREFIX)
     try:
         hub = HfApi()
         hub.create_repo(repository, private=private, exist_ok=True)
-        made = hub.upload_folder(repo_id=repository, folder_path=folder)
+        made = hub.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=names,
+        )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         cure = f"Log in by `hf auth login`, and name a repository of yours ({_line(error)})"
         raise bad_value("name", name, "a repository that you may write to", cure) from error

@@ -74,7 +74,9 @@ def save_for_vllm(model: PersonalPolicy, directory: Path) -> None:
         "separator": model.card.text["separator"],
     }
     (directory / "people.json").write_text(json.dumps(people, indent=1) + "\n")
-    known = model.card.users if vectors.shape[1] > 0 else []
+    # An example, which stands in a block of Markdown.
+    plain = [one for one in model.card.users if one.isprintable() and "`" not in one]
+    known = plain if vectors.shape[1] > 0 else []
     user = f" --user {shlex.quote(known[0])}" if len(known) > 0 else ""
     text = README.format(base=shlex.quote(base), lora=lora, name=name, user=user)
     (directory / "README.md").write_text(text)

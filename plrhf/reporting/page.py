@@ -82,7 +82,9 @@ def address(page: Path, seen_from: Path) -> str:
 
 def link_back(path: Path, comparison: Path) -> None:
     """Add a link to a comparison to the page of one of its runs, if that can be written."""
-    with contextlib.suppress(OSError):
+    if not path.is_file():  # a pipe would be waited for
+        return
+    with contextlib.suppress(OSError, UnicodeError):
         text = path.read_text(encoding="utf-8")
         links = list(dict.fromkeys([*_linked(path, text), address(comparison, path)]))
         new = BACK.sub(lambda _: str(_back(path, links)), text, count=1)
@@ -91,18 +93,19 @@ def link_back(path: Path, comparison: Path) -> None:
 
 
 def _linked(path: Path, text: str) -> list[str]:
-    """Return the addresses in a page's text of comparisons that are still there."""
+    """Return the addresses in a page's text of comparisons that are still there, and nothing else."""
     found = BACK.search(text)
     links = [] if found is None else re.findall(r'href="([^"]*)"', found[1])
     addresses = [html.unescape(one) for one in links]
-    return [one for one in addresses if (path.parent / unquote(one)).is_file()]
+    relative = [one for one in addresses if one == quote(unquote(one)) and not one.startswith("/")]
+    return [one for one in relative if (path.parent / unquote(one)).is_file()]
 
 
 def _back(path: Path, addresses: Sequence[str]) -> Markup:
     """Return the part of a page that links to comparisons, which are named by their folders."""
     links = [
         Markup('<a href="{}">{}</a>').format(
-            one, (path.parent / unquote(one)).resolve().parent.name
+            one, visible((path.parent / unquote(one)).resolve().parent.name)
         )
         for one in addresses
     ]

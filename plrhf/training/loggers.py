@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from lightning.pytorch.utilities import rank_zero_only
 
 from plrhf.core.errors import bad_value
-from plrhf.core.files import whole_file
+from plrhf.core.files import open_to_append, whole_file
 from plrhf.training.steps import is_accumulating
 
 BOUNDS = ("/low", "/high")
@@ -51,7 +51,7 @@ class MetricsFile(Logger):
         row = {**metrics, "step": step}
         self.rows.append(row)
         if set(row) <= set(self.columns):
-            with self.path.open("a", newline="") as file:
+            with open_to_append(self.path, mode="a", newline="") as file:
                 self._writer(file).writerow(row)
         else:
             self.columns = sorted({*self.columns, *row})

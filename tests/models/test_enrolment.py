@@ -53,6 +53,36 @@ def test_an_id_that_is_no_text_is_refused_before_a_file_changes(export: Path) ->
     assert contents(export) == before
 
 
+def test_links_in_an_export_are_neither_read_nor_written_through(
+    export: Path, tmp_path: Path
+) -> None:
+    secret, card = tmp_path / "secret", export / "plrhf.json"
+    secret.mkdir()
+    (secret / "key").write_text("secret")
+    (export / "README.md").unlink()
+    for name, target in {
+        "README.md": secret / "key",
+        "notes": secret / "key",
+        "more": secret,
+    }.items():
+        (export / name).symlink_to(target)
+    shutil.move(card, secret / "card")  # as the hub's cache has it
+    card.symlink_to(secret / "card")
+    before = (secret / "card").read_bytes()
+    save_shared(export, tmp_path / "shared")
+    assert not any(one.is_symlink() for one in (tmp_path / "shared").rglob("*"))
+    assert not any(b"secret" in one for one in contents(tmp_path / "shared").values())
+    forget(export, read_card(export).users[0])
+    assert (secret / "key").read_text() == "secret" and (secret / "card").read_bytes() == before
+    assert not any(
+        b"secret" in one for name, one in contents(export).items() if name == "README.md"
+    )
+    assert (export / "more").is_symlink() and (export / "notes").is_symlink()
+    assert len(read_card(export).users) == 4
+    with pytest.raises(ValueError, match=r"^out=.* a folder that is empty or not there"):
+        save_shared(export, tmp_path / "shared")
+
+
 def test_a_damaged_export_gets_no_new_digests(export: Path) -> None:
     path, (ann, *_) = export / "user_encoder.safetensors", read_card(export).users
     content = bytearray(path.read_bytes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +19,7 @@ from runs import composed
 import plrhf
 from plrhf.cli.export import export
 from plrhf.data.digests import folder_digests
+from plrhf.models.card import read_card
 from plrhf.models.hub import export_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -123,6 +125,19 @@ def test_an_export_goes_to_the_hub_and_comes_back(
     assert folder_digests(back, without=[]) == folder_digests(reward_run / "export", without=[])
     asked = [{"prompt": "Write a note.", "response": "Back at six."}]
     assert plrhf.load("hf://ada/notes@main").score(asked) == plrhf.load(reward_run).score(asked)
+
+
+@pytest.mark.slow
+def test_nothing_but_the_export_goes_to_the_hub(hub: Hub, reward_run: Path, tmp_path: Path) -> None:
+    copy, secret = tmp_path / "export", tmp_path / "secret"
+    shutil.copytree(reward_run / "export", copy)
+    secret.write_text("secret")
+    (copy / "optimizer.pt").write_text("secret")
+    (copy / "notes").symlink_to(secret)
+    (copy / "README.md").unlink()
+    (copy / "README.md").symlink_to(secret)
+    plrhf.push_to_hub(copy, "ada/notes")
+    assert set(hub.files) == {"plrhf.json", *read_card(copy).files}
 
 
 def test_what_the_hub_refuses_is_one_line(hub: Hub, reward_run: Path) -> None:

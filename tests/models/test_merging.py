@@ -113,7 +113,7 @@ def test_the_command(policy_run: Path, tmp_path: Path, user: str | None) -> None
     out = tmp_path / "merged"
     overrides = [f"run={policy_run}", f"out={out}", f"user={who or 'null'}"]
     export(composed(*overrides, config="export"))
-    with pytest.raises(ValueError, match=r"^out=.* a folder without a model"):
+    with pytest.raises(ValueError, match=r"^out=.* a folder that is empty or not there"):
         export(composed(*overrides, config="export"))
     prompts = ["Write a note about the harbour.", "Ask for tea."]
     asked = [{"prompt": prompt, **({} if who is None else {"user_id": who})} for prompt in prompts]
