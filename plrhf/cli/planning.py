@@ -11,7 +11,7 @@ from plrhf.backbone.masks import FLEX
 from plrhf.backbone.model import Backbone
 from plrhf.core.components import Settings
 from plrhf.data.features import FeatureSchema
-from plrhf.data.module import MOST_TOKENS
+from plrhf.data.usable_rows import MOST_TOKENS
 from plrhf.models.base import PersonalModule
 from plrhf.models.card import Card
 from plrhf.models.loading import build_model

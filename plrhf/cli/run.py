@@ -59,6 +59,7 @@ from plrhf.models.base import PersonalModule
 from plrhf.models.context import store_vectors
 from plrhf.models.export import README, add_note, save_export
 from plrhf.models.grpo import PersonalGRPOPolicy
+from plrhf.models.loading import positions_for_text
 from plrhf.models.parts import check_finite
 from plrhf.models.policy import PersonalPolicy
 from plrhf.reporting import report, tables
@@ -135,7 +136,7 @@ def train_personal(
         data.tokenize(
             tokenizer,
             layout=backbone.layout,
-            max_positions=backbone.max_positions,
+            max_positions=positions_for_text(backbone, config.aggregator),
             cache_dir=cache_dir,
         )
         if config.backbone.trainable == "frozen":
@@ -199,7 +200,8 @@ def evaluate_run(
         texts = run_dir / "generations.jsonl"
         with outputs.writing(texts):
             ask(write_generations, texts, model, data, config.samples, fingerprint)
-    note_if_too_short(config, trainer.global_step)  # results go with these curves now
+    total_steps = int(trainer.estimated_stepping_batches)
+    note_if_too_short(config, trainer.global_step, total_steps)  # results go with these curves now
     if trainer.is_global_zero:
         with outputs.writing(run_dir / "report.html"):
             report.write_report(run_dir)
@@ -218,12 +220,16 @@ def warn_if_overoptimised(run_dir: Path, probes: dict[str, Any]) -> None:
 
 
 @rank_zero_only
-def note_if_too_short(config: RunConfig, n_steps: int) -> None:
-    """Print whether training ended before val did, or in its warm-up."""
+def note_if_too_short(config: RunConfig, n_steps: int, total_steps: int) -> None:
+    """Print whether training ended before val did, or in its warm-up.
+
+    Args:
+        n_steps: that were made. total_steps: that the training would have had.
+    """
     found = still_improving(Path(config.run_dir), config.trainer.monitor)
     if found is not None:
         print(f"note: {found}")
-    warmup = config.optim.warmup_steps
+    warmup = config.optim.warmup(total_steps)
     if 0 < n_steps <= warmup:
         print(
             f"note: all {n_steps} steps were warm-up, in which learning rates only rise: train for longer, "

@@ -47,13 +47,16 @@ from plrhf.data.text_value_cache import TextValueCache
 from plrhf.data.text_values import compute_text_values
 from plrhf.data.tokenizer import Tokenizer
 from plrhf.data.tokens import TokenFile, load_or_tokenize
-from plrhf.data.usable_rows import CURES, check_some_fit, tokenizing_notes
+from plrhf.data.usable_rows import (
+    CURES,
+    MOST_TOKENS,
+    check_some_fit,
+    choose_lengths,
+    tokenizing_notes,
+)
 
 FRACTIONS = ("val_fraction", "test_fraction")
 """Fractions by which either the source or `split_rows` divides the rows."""
-
-MOST_TOKENS = 1024
-"""Largest number of tokens of a prompt and response, unless a setting or the backbone says otherwise."""
 
 
 class PreferenceData(LightningDataModule):
@@ -166,6 +169,7 @@ class PreferenceData(LightningDataModule):
         self.max_tokens = MOST_TOKENS if max_tokens is None else max_tokens
         self.datasets: dict[str, PairDataset] = {}
         self.truncated: dict[str, int] = {}
+        self.fitted: list[str] = []  # notes on settings that were fitted to the backbone
         self.shard = SINGLE_PROCESS
 
     @property
@@ -212,10 +216,11 @@ class PreferenceData(LightningDataModule):
             cache_dir: where tokens are kept for other runs, see `load_or_tokenize`.
 
         Raises:
-            ValueError: the model has fewer positions than `max_tokens`, or a split has rows of which
-                none fits.
+            ValueError: a split has rows of which none fits.
         """
-        self._choose_lengths(max_positions)
+        options: dict[str, Any] = self.tokenizer_options
+        self.fitted += choose_lengths(options, max_positions)
+        self.max_tokens = options["max_tokens"]
         self.fit_to_model(max_positions=max_positions, user_slots=user_slots)
         self.row_tokenizer = row_tokenizer(tokenizer, self.tokenizer_options)
         tokens = load_or_tokenize(
@@ -283,14 +288,6 @@ class PreferenceData(LightningDataModule):
         for dataset in self.datasets.values():
             dataset.number_users(self.user_index)
 
-    def _choose_lengths(self, max_positions: int | None) -> None:
-        """Choose the lengths that were not given: what the backbone has room for."""
-        options, room = self.tokenizer_options, MOST_TOKENS
-        if options["max_tokens"] is None:
-            self.max_tokens = options["max_tokens"] = room = min(room, max_positions or room)
-        if options["max_prompt_tokens"] is None:
-            options["max_prompt_tokens"] = room // 2
-
     def fit_to_model(self, *, max_positions: int | None, user_slots: UserSlots) -> None:
         """Adapt batches to a model that was built after the rows were tokenised.
 
@@ -322,7 +319,7 @@ class PreferenceData(LightningDataModule):
 
     def tokenizing_notes(self) -> list[str]:
         """Return lines for the terminal on rows that were truncated or left out in tokenising."""
-        return tokenizing_notes(self.report, self.truncated, len(self._counted))
+        return [*self.fitted, *tokenizing_notes(self.report, self.truncated, len(self._counted))]
 
     def content_hash(self) -> str:
         """Hash every field and the order of all rows read, including rows that are dropped later.

@@ -22,6 +22,7 @@ RATING_OUTSIDE_TRAIN = "rating outside train, where pairs of ratings are asked"
 PROMPT_IN_TWO_SPLITS = "prompt in a later split too, of another conversation"
 PAIR_OF_RATINGS = "pair of ratings that train has one by one"
 
+SPLIT_PAIRS = ("train_val", "train_test", "val_test")
 FEW_PROMPTS = 10  # too few to divide them
 VAL_FRACTION, TEST_FRACTION = 0.1, 0.2
 """Fractions of prompts for val and test, unless others are given."""
@@ -35,7 +36,7 @@ class Splits:
         users: ids of the seen users, sorted. A user's index in the model is the index here plus 1. All
             other users of test rows are unseen.
         dropped: number of rows that are in no split, by reason.
-        shared_prompts: whether test pairs on prompts of train were asked for.
+        shared_prompts: of which two splits, such as ``train_test``, common prompts were asked for.
         indices: indices of each split's rows among all rows.
         counted: indices of the rows of all users with enough pairs, including unseen users and those
             beyond the largest number of users.
@@ -46,7 +47,7 @@ class Splits:
     test: Sequence[Row]
     users: tuple[str, ...]
     dropped: dict[str, int]
-    shared_prompts: bool = False
+    shared_prompts: tuple[str, ...] = ()
     indices: Mapping[str, Indices] = field(default_factory=dict, compare=False)
     counted: Indices = field(default_factory=lambda: np.empty(0, np.int64), compare=False)
 
@@ -153,10 +154,17 @@ def split_rows(
         **parts,
         users=tuple(names[place] for place in np.flatnonzero(seen)),
         dropped=dropped,
-        shared_prompts=seen_prompt_test_fraction > 0 or split_by != "prompt",
+        shared_prompts=_sharing(split_by, seen_prompt_test_fraction),
         indices=indices,
         counted=np.flatnonzero(fits & enough[user]),
     )
+
+
+def _sharing(split_by: SplitBy, seen_prompt_test_fraction: float) -> tuple[str, ...]:
+    """Return of which two splits the settings ask for common prompts."""
+    if split_by != "prompt":
+        return SPLIT_PAIRS
+    return ("train_test",) if seen_prompt_test_fraction > 0 else ()
 
 
 def _misplaced(rows: Rows, code: Codes) -> dict[str, NDArray[np.bool_]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,31 @@ CURES = {
     "turn computed apart": "its prompt does not begin with the former turn as its tokens were",
 }
 """What to do about rows of each kind that tokenising counts."""
+
+
+MOST_TOKENS = 1024
+"""Largest number of tokens of a prompt and response, unless a setting or the backbone says otherwise."""
+
+
+def choose_lengths(options: dict[str, Any], max_positions: int | None) -> list[str]:
+    """Set the lengths that were not given, and fit those that were to the backbone's positions.
+
+    Args:
+        options: of `row_tokenizer`; changed in place. max_positions: of the backbone; None: no limit.
+
+    Returns:
+        A note, if a length that was given was lowered.
+    """
+    given, notes = options["max_tokens"], []
+    wanted = MOST_TOKENS if given is None else given
+    room = wanted if max_positions is None else min(wanted, max_positions)
+    if options["max_prompt_tokens"] is None:
+        options["max_prompt_tokens"] = (MOST_TOKENS if room == given else room) // 2
+    options["max_tokens"] = room
+    if given is not None and room < given:
+        has = f"the backbone has positions for {room:,} tokens of text"
+        notes.append(f"note: data.max_tokens={given} is taken as {room}, as {has}")
+    return notes
 
 
 def check_some_fit(

@@ -7,7 +7,7 @@ could have used instead of the user is measured and reported.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from plrhf.data.splits import Splits, prompt_keys
 
 MOST_PAIRS = 20_000  # of a split, spread evenly: more would cost time and change no digit
 HELD_OUT = 5  # every fifth train pair is scored where val cannot be
+MOSTLY_KNOWN = 0.9  # share of pairs
 RIDGE = 1.0  # penalty on weights of standardised features, half its square
 NEWTON_STEPS = 25
 SPLIT_PAIRS = (("train", "val"), ("train", "test"), ("val", "test"))
@@ -136,7 +137,8 @@ def length_features(text: str) -> list[float]:
 def blind_accuracy(splits: Splits, features: Callable[[str], list[float]]) -> dict[str, Any]:
     """Fit a Bradley-Terry model to features of the responses on train, and estimate its accuracy.
 
-    It is scored on val. An interval needs two users, so if val has fewer, every fifth train pair is
+    It is scored on val, of whose pairs a share has ``known_texts``, in pairs that it is fitted on. An
+    interval needs two users, so if val has fewer, every fifth train pair is
     held out and scored. If train has a single user as well, ``not_run`` says so.
     """
     train, val = (_spread(choices_of(rows)) for rows in (splits.train, splits.val))
@@ -165,7 +167,10 @@ def blind_accuracy(splits: Splits, features: Callable[[str], list[float]]) -> di
     if len(val) > 0 and len(train) > 0:
         margin = differences(val) @ fit_bradley_terry(differences(train))
     found = _accuracy(val if len(margin) > 0 else [], margin)
-    return {**found, "scored_on": scored_on, "not_run": not_run}
+    fitted_on = {text for row in train for text in (row.chosen, row.rejected)}
+    n_known = sum(row.chosen in fitted_on and row.rejected in fitted_on for row in val)
+    known = n_known / len(val) if len(val) > 0 else None
+    return {**found, "known_texts": known, "scored_on": scored_on, "not_run": not_run}
 
 
 def fit_bradley_terry(differences: Array) -> Array:
@@ -188,12 +193,15 @@ def fit_bradley_terry(differences: Array) -> Array:
     return np.asarray(weights / np.where(scale > 0, scale, 1.0))
 
 
-def warnings(found: Mapping[str, Any], *, shared_prompts: bool) -> list[str]:
+def warnings(found: Mapping[str, Any], *, shared_prompts: Collection[str]) -> list[str]:
     """Return a line for each probe that found something.
+
+    On a fixed set of items, where people judge the same prompts and texts in all splits, neither common
+    prompts nor what can be told of a text by its format are a leak.
 
     Args:
         found: the results of the probes.
-        shared_prompts: whether test pairs on prompts of train were asked for.
+        shared_prompts: of which two splits common prompts were asked for.
     """
     lines = []
     for name, what in (
@@ -204,7 +212,8 @@ def warnings(found: Mapping[str, Any], *, shared_prompts: bool) -> list[str]:
         shares = []
         for pair, counts in found["overlap"].items():
             earlier, later = pair.split("_")
-            wanted = name == "prompt" and pair == "train_test" and shared_prompts
+            fixed = pair in shared_prompts or counts[name] == counts["pairs"]
+            wanted = name == "prompt" and fixed
             if counts[name] > 0 and not wanted:
                 of_all = f"{counts[name]:,} of {counts['pairs']:,} {later} pairs"
                 shares.append(f"{of_all} are {what.format(earlier)}")
@@ -214,7 +223,8 @@ def warnings(found: Mapping[str, Any], *, shared_prompts: bool) -> list[str]:
         if found[name]["not_run"] is not None:
             lines.append(f"probe {name}: not run, as {found[name]['not_run']}")
         estimate: Estimate = found[name]["accuracy"]
-        if estimate["ci95"] is not None and estimate["ci95"][0] > 0.5:
+        fixed = (found[name]["known_texts"] or 0.0) >= MOSTLY_KNOWN
+        if estimate["ci95"] is not None and estimate["ci95"][0] > 0.5 and not fixed:
             low, high = (100 * end for end in estimate["ci95"])
             lines.append(
                 f"probe {name}: fitted on train, it alone gets {100 * (estimate['value'] or 0):.1f}% "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,16 +42,7 @@ def build_model(backbone: Backbone, card: Card, **provided: Any) -> Any:
     Args:
         provided: other arguments that its constructor may have, e.g. ``optim``.
     """
-    aggregator = build(
-        card.aggregator,
-        "aggregator",
-        kind=Aggregator,
-        hidden_size=backbone.hidden_size,
-        block_size=backbone.block_size,
-        embedding_size=backbone.embedding_size,
-        n_blocks=backbone.config.num_hidden_layers,
-        n_texts=card.n_texts,
-    )
+    aggregator = build_aggregator(backbone, card.aggregator, n_texts=card.n_texts)
     # With learned shrinkage all else starts as with encoder=none: what differs is due to the users.
     is_apart = card.encoder.get("shrinkage") == "learned"
     with torch.random.fork_rng(devices=[], enabled=is_apart):
@@ -68,6 +59,33 @@ def build_model(backbone: Backbone, card: Card, **provided: Any) -> Any:
     )
     model.set_card(card)
     return model
+
+
+def build_aggregator(
+    backbone: Backbone, settings: Mapping[str, Any], *, n_texts: int
+) -> Aggregator:
+    """Build the aggregator of the settings for a backbone."""
+    aggregator: Aggregator = build(
+        settings,
+        "aggregator",
+        kind=Aggregator,
+        hidden_size=backbone.hidden_size,
+        block_size=backbone.block_size,
+        embedding_size=backbone.embedding_size,
+        n_blocks=backbone.config.num_hidden_layers,
+        n_texts=n_texts,
+    )
+    return aggregator
+
+
+def positions_for_text(backbone: Backbone, aggregator: Mapping[str, Any]) -> int | None:
+    """Return how many positions a backbone has beside an aggregator's; None for no limit."""
+    if backbone.max_positions is None:
+        return None
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return (
+            backbone.max_positions - build_aggregator(backbone, aggregator, n_texts=0).n_positions
+        )
 
 
 def build_encoder(backbone: Backbone, aggregator: Aggregator, card: Card) -> UserEncoder:

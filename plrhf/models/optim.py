@@ -33,8 +33,8 @@ class Optim:
         shared_steps: number of first steps in which user_lr is 0, so that only shared parameters learn.
         shrinkage_steps: number of steps after these in which the weight of learned shrinkage grows from
             0 to 1.
-        warmup_steps: linear warm-up. schedule: afterwards, ``cosine`` (to 0 at the last step) or
-            ``constant``.
+        warmup_steps: linear warm-up; a tenth of a training that has fewer steps. schedule: afterwards,
+            ``cosine`` (to 0 at the last step) or ``constant``.
     """
 
     lr: PositiveFloat = 5e-5
@@ -81,19 +81,24 @@ class Optim:
         done = (step + 1 - self.shared_steps) / max(1, self.shrinkage_steps)
         return min(1.0, max(0.0, done))
 
+    def warmup(self, total_steps: int) -> int:
+        """Return the steps of warm-up in a training of so many."""
+        return self.warmup_steps if self.warmup_steps <= total_steps else total_steps // 10
+
     def factor(self, total_steps: int, part: str = "head") -> Callable[[int], float]:
         """Return the function step -> factor on the learning rate of a part."""
         first = self.shared_steps if part in ("user", "shrinkage") else 0
+        warmup = self.warmup(total_steps)
 
         def at(step: int) -> float:
             step -= first
             if step < 0:
                 return 0.0
-            if step < self.warmup_steps:
-                return (step + 1) / (self.warmup_steps + 1)
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
             if self.schedule == "constant":
                 return 1.0
-            done = (step - self.warmup_steps) / max(1, total_steps - first - self.warmup_steps)
+            done = (step - warmup) / max(1, total_steps - first - warmup)
             return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
         return at

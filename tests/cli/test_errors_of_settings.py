@@ -177,10 +177,6 @@ TRAIN: dict[str, tuple[list[str], str]] = {
         ["data.on_long_prompt=error", "data.max_prompt_tokens=3"],
         "prompt='* tokens (pair *)' is not allowed: expected at most data.max_prompt_tokens=3. *",
     ),
-    "more tokens than positions": (
-        ["backbone.tiny.max_positions=64"],
-        "data.max_tokens=128 is not allowed: expected at most *64 positions. *",
-    ),
     "more new tokens than positions": (
         ["model=dpo", "samples.max_new_tokens=1024"],
         "samples.max_new_tokens=1024 is not allowed: expected at most *",
@@ -241,7 +237,7 @@ def test_train(case: str, tmp_path: Path, cache_dir: Path, capsys: Any) -> None:
 @pytest.mark.slow
 def test_what_is_refused_costs_no_backbone(tmp_path: Path, capsys: Any) -> None:
     refused = ["model.alpha=7", "encoder.rank=0", "optim.lr=0", "trainer.patience=0"]
-    refused += ["backbone.lora.r=0", "aggregator.site=first", "backbone.tiny.max_positions=64"]
+    refused += ["backbone.lora.r=0", "aggregator.site=first"]
     for override in refused:
         error_line(capsys, "train", *TINY, f"cache_dir={tmp_path / 'cache'}", override)
     assert not (tmp_path / "cache").exists()
@@ -260,10 +256,6 @@ def test_backbones_that_do_not_fit(tmp_path: Path, capsys: Any) -> None:
     path = f"backbone.path={padless}"
     line = error_line(capsys, "train", *rows, path, "backbone.pad_token=PAD")
     assert_matches(line, "backbone.pad_token='PAD' is not allowed: expected a token of the *")
-    line = error_line(
-        capsys, "train", *rows, path, "backbone.pad_token='<|endoftext|>'", "data.max_tokens=4096"
-    )
-    assert_matches(line, "data.max_tokens=4096 is not allowed: expected at most * positions*")
     encoder = save_model(tmp_path / "encoder", "bert")
     for model in ("dpo", "sft"):
         line = error_line(capsys, "train", *rows, f"backbone.path={encoder}", f"model={model}")

@@ -155,12 +155,13 @@ def test_a_best_value_at_the_very_end_is_said(tmp_path: Path) -> None:
 def test_a_training_that_is_all_warm_up_says_so(tmp_path: Path, capsys: Any) -> None:
     trainer = SimpleNamespace(monitor="val/loss")
     config = RunConfig.model_construct(run_dir=str(tmp_path), trainer=trainer, optim=Optim())
-    note_if_too_short(config, 15)
+    note_if_too_short(config, 15, 999)
     assert capsys.readouterr().out == (
         "note: all 15 steps were warm-up, in which learning rates only rise: train for longer, or set "
         "optim.warmup_steps=1 (now 150)\n"
     )
-    note_if_too_short(config, 151)
+    note_if_too_short(config, 151, 999)
+    note_if_too_short(config, 15, 15)  # one of which was warm-up
     assert capsys.readouterr().out == ""
 
 

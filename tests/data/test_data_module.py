@@ -11,6 +11,7 @@ import pytest
 import torch
 from pair_data import FEATURES, RECORDS, WORDS, ListSource, make_data, record, served
 
+from plrhf.core.row_packing import NO_USER
 from plrhf.data.module import PreferenceData
 from plrhf.data.parsing import parse_row
 from plrhf.data.rows import Rows
@@ -343,9 +344,7 @@ BAD = [
         "fits. Raise data.max_tokens.",
     ),
     (
-        lambda tokenizer: make_data(tokenizer).tokenize(
-            tokenizer, layout="packed", max_positions=1023
-        ),
+        lambda tokenizer: make_data(tokenizer).fit_to_model(max_positions=1023, user_slots=NO_USER),
         "data.max_tokens=1024 is not allowed: expected at most the backbone's 1023 positions. "
         "Set data.max_tokens=1023.",
     ),

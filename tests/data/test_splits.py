@@ -81,7 +81,7 @@ def test_test_pairs_on_seen_prompts_come_out_of_train_alone() -> None:
     rows = [replace(row, prompt=f"About {row.prompt_id}") for row in rows]
     plain = split(rows, unseen_fraction=0.3)
     kept = split(rows, unseen_fraction=0.3, seen_prompt_test_fraction=0.25)
-    assert not plain.shared_prompts and kept.shared_prompts
+    assert plain.shared_prompts == () and kept.shared_prompts == ("train_test",)
     assert (kept.val, kept.users) == (plain.val, plain.users)
     before = {row.pair_id for row in plain.test}
     moved = [row for row in kept.test if row.pair_id not in before]

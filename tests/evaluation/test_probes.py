@@ -144,12 +144,30 @@ def test_warnings_name_what_is_shared_against_the_protocol() -> None:
         "1 of 3 test pairs are of users called unseen, whom val has",
         "probe prompt: 1 of 3 test pairs are on prompts of train",
     ]
-    assert [line.split(":")[0] for line in lines(shared_prompts=True)] == ["probe unseen_user"]
+    assert [line.split(":")[0] for line in lines(shared_prompts=("train_test",))] == [
+        "probe unseen_user"
+    ]
     test.append(row("bob", "p2", "d", "c"))
     assert "probe judgment: 1 of 4 test pairs are choices that the same user makes in train" in (
         lines()
     )
     assert parts.test is test
+
+
+def test_a_fixed_set_of_items_is_no_leak() -> None:
+    def judged(users: str) -> list[Row]:  # everybody likes the marked one of the same four texts
+        texts = [("**A.**", "B"), ("**C.**", "D")]
+        return [row(user, "p1", *pair) for user in users for pair in texts]
+
+    parts = Splits(judged("abc"), judged("de"), judged("fg"), users=tuple("abc"), dropped={})
+    assert probes.probe(parts)["format_only"]["accuracy"]["value"] == 1
+    assert probes.probe(parts)["warnings"] == []
+    new = [row(user, "p1", "**E.**", "F") for user in "de"]
+    found = probes.probe(Splits(parts.train, new, parts.test, users=parts.users, dropped={}))
+    assert found["format_only"]["known_texts"] == 0
+    assert [line.split(":")[0] for line in found["warnings"]] == [
+        f"probe {name}" for name in ("format_only", "length_only")
+    ]
 
 
 def test_without_val_a_leak_is_found_on_held_out_train_pairs() -> None:

@@ -32,6 +32,7 @@ from plrhf.core.logprobs import naive_response_logps
 from plrhf.data.packing import TokenPair, packed, two_rows
 from plrhf.encoders import LookupEncoder
 from plrhf.models.base import PersonalModule
+from plrhf.models.loading import positions_for_text
 from plrhf.models.optim import Optim
 from plrhf.models.parts import check_finite
 from plrhf.models.policy import PersonalDPOPolicy
@@ -595,3 +596,13 @@ def naive_logps(logits: Tensor, batch: Any) -> Tensor:
                 before = place - 1 if segment[place - 1] == mark else end_of_prompt
                 found[pair, mark - 1] += logps[pair, before, batch.input_ids[pair, place]]
     return found
+
+
+def test_text_has_the_positions_that_user_vectors_leave() -> None:
+    backbone = make_backbone()
+    state = torch.random.get_rng_state()
+    soft = {"_target_": "plrhf.aggregators.ConcatSoftPrompt", "n_tokens": 7}
+    assert positions_for_text(backbone, soft) == backbone.max_positions - 7
+    film = {"_target_": "plrhf.aggregators.FiLM"}
+    assert positions_for_text(backbone, film) == backbone.max_positions
+    assert torch.equal(torch.random.get_rng_state(), state)  # the model is drawn as before
