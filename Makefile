@@ -8,8 +8,9 @@ QUICK := runs/quickstart
 
 $(ENV): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -q --no-compile -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q --no-compile -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m compileall -q -j 0 .venv/lib > /dev/null || true  # by all cores; some files are of other Pythons
 	touch $@
 
 # The embedded world: SFT, vanilla and personalised reward model, P-DPO policy, one table.

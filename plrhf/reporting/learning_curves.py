@@ -61,30 +61,33 @@ class PowerLaw(NamedTuple):
         return float((self.drop / (self.limit - level)) ** (1 / self.rate))
 
 
-def fit_power_law(sizes: Array, values: Array, errors: Array | None = None) -> PowerLaw:
+def fit_power_laws(sizes: Array, values: Array, errors: Array | None = None) -> list[PowerLaw]:
     """Fit a - b n^-c with a <= 1 by least squares: a and b in closed form for each of `RATES`.
 
     No model gains more than the oracle, so a is at most 1.
 
     Args:
-        sizes, values: n and the values at them, of three sizes or more.
-        errors: standard errors, by which points are weighted; None: all alike.
+        sizes: n, [N], of three sizes or more. values: the values at them of each curve, [C, N].
+        errors: standard errors, by which points are weighted, [N]; None: all alike.
     """
-    weights = np.ones_like(values) if errors is None else 1 / np.maximum(errors, 1e-9)
-    best, least = PowerLaw(float(np.average(values, weights=weights**2)), 0.0, 1.0), math.inf
-    for rate in RATES:
-        design = np.stack([np.ones_like(sizes), -(sizes**-rate)], axis=1)
-        (limit, drop), *_ = np.linalg.lstsq(design * weights[:, None], values * weights, rcond=None)
-        if limit > 1:
-            limit, shape = 1.0, design[:, 1] * weights
-            drop = shape @ ((values - 1) * weights) / (shape @ shape)
-        if drop < 0:
-            continue
-        found = PowerLaw(float(limit), float(drop), float(rate))
-        loss = float(np.square((found.at(sizes) - values) * weights).sum())
-        if loss < least:
-            best, least = found, loss
-    return best
+    weights = np.ones_like(sizes) if errors is None else np.maximum(errors, 1e-9) ** -2.0
+    weights = weights / weights.sum()
+    shapes = -(sizes ** -RATES[:, None])  # [R, N]
+    means, mean_shapes = values @ weights, shapes @ weights  # [C], [R]
+    centred = weights * (shapes - mean_shapes[:, None])  # [R, N]
+    drops = centred @ values.T / (centred * shapes).sum(axis=1)[:, None]  # [R, C]
+    limits = means - drops * mean_shapes[:, None]
+    at_most = (weights * shapes) @ (values - 1).T / (weights * shapes**2).sum(axis=1)[:, None]
+    limits, drops = np.where(limits > 1, 1.0, limits), np.where(limits > 1, at_most, drops)
+    found = limits[..., None] + drops[..., None] * shapes[:, None]  # [R, C, N]
+    losses = np.where(drops < 0, np.inf, np.square(found - values) @ weights)
+    best = losses.argmin(axis=0)
+    return [
+        PowerLaw(float(limits[rate, curve]), float(drops[rate, curve]), float(RATES[rate]))
+        if losses[rate, curve] < np.inf
+        else PowerLaw(float(means[curve]), 0.0, 1.0)  # no curve rises: a constant
+        for curve, rate in enumerate(best)
+    ]
 
 
 class LearningCurve(NamedTuple):
@@ -109,9 +112,8 @@ def learning_curve(sizes: Sequence[float], gains: Sequence[Estimate]) -> Learnin
     if len({size for size, *_ in points}) < 3:
         return None
     n, values, errors = (np.array(column, dtype=np.float64) for column in zip(*points, strict=True))
-    fit = fit_power_law(n, values, errors)
     draws = np.random.default_rng(SEED).normal(values, errors, size=(DRAWS, len(values)))
-    fits = [fit_power_law(n, one, errors) for one in draws]
+    fit, *fits = fit_power_laws(n, np.vstack([values, draws]), errors)
     limits, needed = ([of(one) for one in fits] for of in (lambda f: f.limit, _needed))
     return LearningCurve(
         fit,
