@@ -18,8 +18,7 @@ from plrhf.data.reasons import Reason, refuse, refuse_surrogates
 from plrhf.data.rows import SPLITS, Message, Row
 
 LONGEST_ROW = 500_000
-"""Largest number of bytes of text in a row. A block of 4,096 rows must stay below Arrow's limit of 2
-GiB."""
+"""Largest number of bytes of text in a row, so that a block of rows takes little memory."""
 
 MISSING_WORDS = frozenset({"nan", "NaN", "<NA>", "NaT", "None", "null", "NULL"})
 """Words that programs write for a missing value. As an id, such a word would merge all these rows into

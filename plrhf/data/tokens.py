@@ -22,7 +22,7 @@ from plrhf.data.tokenizer import RowTokenizer
 FIELDS = ("prompt", "chosen", "rejected")
 FLAGS = ("prompt_cut", "response_cut", "history_cut")
 
-PARALLEL_FROM = 8 * BLOCK
+PARALLEL_FROM = 2**15
 """Number of rows from which all cores tokenise: for fewer, other processes cost more than they save."""
 
 

@@ -6,6 +6,7 @@ whatever stands in the rows around it.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -389,19 +390,56 @@ def fuzz(folder: Path, n_files: int, seed: int) -> Found:
 
 
 def bombs(folder: Path, n_mib: int) -> Found:
-    """Read files that unpack to one line of so many MiB, or to millions of empty lines."""
+    """Read files that unpack to one line or row of so many MiB, or to very many.
+
+    A whole row, which some end with, must be used.
+    """
     found = Found()
     good = encoded(good_rows(random.Random(0), 1)[0], "jsonl")
-    for name, filler, n_blocks in (
-        ("zeros", b"0", n_mib),
-        ("open", b'{"prompt": "', n_mib),
-        ("lines", b"\n", 1 + n_mib // 200),
+    row = {
+        "prompt": "p" * 300_000,
+        "chosen": "c" * 90_000,
+        "rejected": "r" * 90_000,
+        "user_id": "u",
+    }
+    header, part = ",".join(FIELDS).encode() + b"\n", 1 + n_mib // 8
+    for name, begin, filler, n_blocks, end in (
+        ("zeros.jsonl", b"", b"0", n_mib, b"\n" + good),
+        ("open.jsonl", b"", b'{"prompt": "', n_mib, b"\n" + good),
+        ("lines.jsonl", b"", b"\n", 1 + n_mib // 200, b"\n" + good),
+        ("rows.jsonl", b"", encoded(row, "jsonl"), part, b""),
+        ("wide.jsonl", codecs.BOM_UTF16_LE, b"0\0", part, b""),
+        ("list.jsonl", b"[", b"0", part, b"]"),
+        ("items.jsonl", b"[", b'["' + b"x" * 9_000 + b'"],', part, b"0]"),
+        ("zeros.csv", header, b"0", part, b"\np,c,r,u\n"),
+        ("header.csv", b"", b"0", part, b"\np,c,r,u\n"),
+        ("commas.csv", header, b",", part, b"\np,c,r,u\n"),
+        ("open.csv", header + b'"', b"0" * 400_000 + b"\n", part, b"p,c,r,u\n"),
+        ("quotes.csv", header, b'"x","' + b"0" * 99_000 + b"\n", 1 + n_mib // 200, b"\n"),
     ):
-        path = folder / f"{name}.jsonl.gz"
+        path = folder / f"{name}.gz"
         with gzip.open(path, "wb", compresslevel=1) as file:
-            block = (filler * (2**20 // len(filler) + 1))[: 2**20]
+            file.write(begin)
+            block = filler * (2**20 // len(filler) + 1)
             for _ in range(n_blocks):
                 file.write(block)
-            file.write(b"\n" + good)
+            file.write(end)
+        used = found.used
         read_one(path, None, found)
+        if end.endswith((good, b"u\n")) and name != "header.csv" and found.used == used:
+            found.faults.append(f"{name}: the row at its end was lost")
+        path.unlink()
+    one_value(folder / "values.parquet", row, n_rows=2 * n_mib)
+    read_one(folder / "values.parquet", None, found)
     return found
+
+
+def one_value(path: Path, row: dict[str, Any], n_rows: int) -> None:
+    """Write a parquet file that holds each value once, for so many rows."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = {
+        name: pyarrow.DictionaryArray.from_arrays([0] * n_rows, [one]) for name, one in row.items()
+    }
+    pyarrow.parquet.write_table(pyarrow.table(table), path)

@@ -11,12 +11,14 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, AnyStr
 
 from plrhf.core.errors import bad_value
 from plrhf.data.parsing import LONGEST_ROW
 from plrhf.data.reasons import Reason, Refusal
+from plrhf.data.sources.json_list import list_items
 
 Record = Mapping[str, Any] | Refusal
 """A record as a source reads it, or the reason why it is refused."""
@@ -24,9 +26,17 @@ Record = Mapping[str, Any] | Refusal
 LONGEST_LINE = 8 * LONGEST_ROW
 """Largest number of bytes in a line; JSON may write one character as six."""
 
-LONGEST_CSV_FIELD = 2**31 - 1  # the csv module's own limit, 131,072, is a long chat history
 DELIMITERS = ",\t;"
 """What may stand between the values of a CSV file; a comma, if the header has none of the others."""
+
+PARQUET_ROWS = 64
+"""Rows of a parquet file that are decoded at once: a few bytes of it can stand for many large values."""
+
+LARGE_BATCH = 2**24
+"""Bytes from which such rows are converted one by one."""
+
+LONGEST_WHOLE = 64 * 2**20
+"""Largest number of bytes of a file that is read whole, to say what it is."""
 
 MOST_CSV_LINES = 5_000
 """Largest number of lines of one CSV record, since an unclosed quote would take the rest of the
@@ -99,11 +109,9 @@ def json_records(path: str | Path) -> Iterator[tuple[int, Record]]:
         ValueError: the file is one JSON object over several lines.
     """
     start = _first_text(path)
-    if start.startswith("["):
-        records = _json_list(path)
-        if records is not None:
-            yield from enumerate(map(_object_or_refusal, records), 1)
-            return
+    if start.startswith("[") and not _has_lists_in_lines(path):
+        yield from enumerate(map(_object_or_refusal, _list_items(path)), 1)
+        return
     if start.partition("\n")[0].strip() == "{" and (keys := _keys_of_whole(path)) is not None:
         cure = f"Write the list of records alone; the object has {', '.join(keys)}"
         raise bad_value("data.path", str(path), "records, not one object around them", cure)
@@ -127,16 +135,23 @@ def json_lines(path: str | Path) -> Iterator[tuple[int, Record]]:
 def _byte_lines(file: IO[bytes], encoding: str) -> Iterator[bytes | None]:
     """Yield lines as UTF-8 bytes, and None for a line that is too long to be a row."""
     if not encoding.startswith("utf-8"):
-        for text in io.TextIOWrapper(file, encoding, newline="\n"):
-            yield text.encode() if len(text) <= LONGEST_LINE else None
+        for text in _lines(io.TextIOWrapper(file, encoding, newline="\n")):
+            yield None if text is None else text.encode()
         return
-    first = True
+    for number, line in enumerate(_lines(file)):
+        yield line.removeprefix(codecs.BOM_UTF8) if number == 0 and line is not None else line
+
+
+def _lines(file: IO[AnyStr]) -> Iterator[AnyStr | None]:
+    """Yield the lines of a file, and None for each of more than `LONGEST_LINE`, never held whole."""
     while len(line := file.readline(LONGEST_LINE + 1)) > 0:
-        too_long = len(line) > LONGEST_LINE
-        while len(line) > LONGEST_LINE and not line.endswith(b"\n"):
+        if len(line) <= LONGEST_LINE:
+            yield line
+            continue
+        end = "\n" if isinstance(line, str) else b"\n"
+        while len(line) > LONGEST_LINE and line[-1:] != end:
             line = file.readline(LONGEST_LINE + 1)
-        yield None if too_long else line.removeprefix(codecs.BOM_UTF8) if first else line
-        first = False
+        yield None
 
 
 def _first_text(path: str | Path) -> str:
@@ -146,26 +161,35 @@ def _first_text(path: str | Path) -> str:
     return start.decode(encoding, errors="ignore").lstrip("\ufeff \t\r\n")
 
 
-def _json_list(path: str | Path) -> list[Any] | None:
-    """Parse a whole file as one JSON list; None if it has one JSON value on each line instead."""
+def _has_lists_in_lines(path: str | Path) -> bool:
+    """Say whether a file that begins with a list has a JSON value on each line, and not one list in all."""
     with open_bytes(path) as (file, encoding):
-        text = file.read().decode(encoding)
-    try:
-        found = json.loads(text, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
+        lines = (line for line in _byte_lines(file, encoding) if line is None or line.strip())
+        first = next(lines)
+        if first is None:
+            return False
         try:
-            json.loads(text.lstrip().partition("\n")[0])
+            json.loads(first)
         except (ValueError, RecursionError):
-            raise OSError(f"not a JSON list: {error}") from error
-        return None
-    return found if isinstance(found, list) else None
+            return False
+        return next(lines, b"") != b""
+
+
+def _list_items(path: str | Path) -> Iterator[Any]:
+    """Yield the values of a file that is one JSON list."""
+    with open_bytes(path) as (file, encoding):
+        text = io.TextIOWrapper(file, encoding)
+        yield from list_items(text, object_hook=_object, longest=LONGEST_LINE)
 
 
 def _keys_of_whole(path: str | Path) -> list[str] | None:
     """Return the keys of the one JSON object that a whole file is; None if it is none."""
     with open_bytes(path) as (file, encoding):
+        whole = file.read(LONGEST_WHOLE + 1)
+        if len(whole) > LONGEST_WHOLE:
+            return None
         try:
-            found = json.loads(file.read().decode(encoding))
+            found = json.loads(whole.decode(encoding))
         except (ValueError, RecursionError):
             return None
     return list(found) if isinstance(found, dict) else None
@@ -211,12 +235,12 @@ def _json_object(line: bytes) -> Record:
 
 def csv_header(path: str | Path) -> list[str]:
     """Return the column names of a CSV file."""
-    csv.field_size_limit(LONGEST_CSV_FIELD)
+    csv.field_size_limit(LONGEST_LINE)  # the module's own, 131,072, is a long chat history
     with open_bytes(path) as (file, encoding):
         lines = _Lines(io.TextIOWrapper(file, encoding, errors="surrogateescape", newline=""))
         header = lines.record()
-    if isinstance(header, str):
-        raise csv.Error(header)
+    if isinstance(header, csv.Error):
+        raise header
     return header
 
 
@@ -226,7 +250,7 @@ def csv_rows(path: str | Path) -> Iterator[tuple[int, Record]]:
     After a row that cannot be read, reading goes on at the very next line. A stray quote may have
     made one field of many rows, which would otherwise be lost.
     """
-    csv.field_size_limit(LONGEST_CSV_FIELD)
+    csv.field_size_limit(LONGEST_LINE)
     with open_bytes(path) as (file, encoding):
         # Undecodable bytes come through as surrogates, which `parse_row` refuses row by row.
         errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
@@ -241,11 +265,17 @@ def csv_rows(path: str | Path) -> Iterator[tuple[int, Record]]:
                 yield number, dict(zip(header, values, strict=True))
                 continue
             lines.skip_line()
-            if isinstance(values, str):
-                yield number, line_refusal(Reason.BAD_CSV, values, "one whole CSV row")
+            if isinstance(values, _TooLarge):
+                yield number, line_refusal(Reason.TOO_LARGE, "a longer row", str(values))
+            elif isinstance(values, csv.Error):
+                yield number, line_refusal(Reason.BAD_CSV, str(values), "one whole CSV row")
             elif len(values) > 0:
                 allowed = f"{len(header)} values, as in the header, not {len(values)}"
                 yield number, line_refusal(Reason.BAD_CSV, ",".join(values), allowed)
+
+
+class _TooLarge(csv.Error):
+    """Raised for a line that is too long to be a row."""
 
 
 class _Lines:
@@ -258,25 +288,25 @@ class _Lines:
         delimiter: what stands between values: of `DELIMITERS` the one that the first line has most of.
     """
 
-    def __init__(self, file: Iterator[str]) -> None:
-        self._file, self._ahead = file, deque[str]()
+    def __init__(self, file: IO[str]) -> None:
+        self._file, self._ahead = _lines(file), deque[str | None]()
         self.number, self._taken = 1, 0
-        first = next(self._look_ahead(), "")
+        first = (self._ahead[0] if self.more() else None) or ""
         self.delimiter = max(DELIMITERS, key=first.count)
 
     def more(self) -> bool:
         """Whether there is another line."""
         if len(self._ahead) == 0:
-            self._ahead.extend(line for line in [next(self._file, None)] if line is not None)
+            self._ahead.extend(islice(self._file, 1))
         return len(self._ahead) > 0
 
-    def record(self) -> list[str] | str:
-        """Parse the record that begins at the next line, or return the parser's error as a text."""
+    def record(self) -> list[str] | csv.Error:
+        """Parse the record that begins at the next line, or return the parser's error."""
         reader = csv.reader(self._look_ahead(), delimiter=self.delimiter, strict=True)
         try:
             values = next(reader, [])
         except csv.Error as error:
-            return str(error)
+            return error
         self._taken = reader.line_num
         return values
 
@@ -292,14 +322,24 @@ class _Lines:
         self.number += 1
 
     def _look_ahead(self) -> Iterator[str]:
-        """Yield the next lines without moving, at most `MOST_CSV_LINES`."""
+        """Yield the next lines without moving, at most `MOST_CSV_LINES` and twice `LONGEST_LINE`.
+
+        Raises:
+            _TooLarge: the first line is too long by itself.
+        """
+        size = 0
         for place in range(MOST_CSV_LINES):
             if place == len(self._ahead):
-                line = next(self._file, None)
-                if line is None:
-                    return
-                self._ahead.append(line)
-            yield self._ahead[place]
+                self._ahead.extend(islice(self._file, 1))
+            if place == len(self._ahead):
+                return
+            line = self._ahead[place]
+            if line is None and place == 0:
+                raise _TooLarge(f"at most {LONGEST_LINE:,} characters")
+            size += LONGEST_LINE if line is None else len(line)
+            if line is None or size > 2 * LONGEST_LINE:
+                return
+            yield line
 
 
 def parquet_names(path: str | Path) -> list[str]:
@@ -318,8 +358,15 @@ def parquet_rows(
 
     # With its buffer, all that has been read would stay in memory to the end.
     with _arrow_errors(), ParquetFile(path, pre_buffer=False) as file:
-        batches = file.iter_batches(batch_size=4096, columns=columns)
-        yield from enumerate((row for batch in batches for row in _batch_records(batch)), 1)
+        batches = file.iter_batches(batch_size=PARQUET_ROWS, columns=columns)
+        parts = (part for batch in batches for part in _small_parts(batch))
+        yield from enumerate((row for part in parts for row in _batch_records(part)), 1)
+
+
+def _small_parts(batch: Any) -> Iterator[Any]:
+    """Yield the rows of a record batch together, or one after the other where they are large."""
+    step = max(1, batch.num_rows) if batch.nbytes < LARGE_BATCH else 1
+    yield from (batch.slice(start, step) for start in range(0, batch.num_rows, step))
 
 
 @contextmanager
