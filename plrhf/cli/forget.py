@@ -14,7 +14,7 @@ from plrhf.cli.config import Section
 from plrhf.cli.forget_caches import forget_in_caches, replies_elsewhere
 from plrhf.core.components import Settings
 from plrhf.core.errors import BadValue, bad_value
-from plrhf.data.digests import json_text
+from plrhf.data.digests import check_digest, json_text
 from plrhf.evaluation.records import read_settings, write_settings, write_text
 from plrhf.evaluation.results import (
     PREDICTIONS,
@@ -211,15 +211,15 @@ def _without_lines(path: Path, user: str) -> int:
 def _without_records(path: Path, user: str) -> int:
     """Remove the records of a user from a JSON file, or from one with a record a line; count them."""
     texts = (
-        path.read_text(encoding="utf-8").split("\n")
+        path.read_text("utf-8", "replace").split("\n")
         if path.suffix == ".jsonl"
-        else [path.read_text()]
+        else [path.read_text("utf-8", "replace")]
     )
     kept, n_removed = [], 0
     for text in texts:
         if not text.strip():
             continue
-        value = json.loads(text)
+        value = _parsed(path, text)
         if _is_of(value, user):
             n_removed += 1
             continue
@@ -232,6 +232,22 @@ def _without_records(path: Path, user: str) -> int:
     if n_removed > 0:
         write_text(path, "".join(f"{text.rstrip()}\n" for text in kept))
     return n_removed
+
+
+def _parsed(path: Path, text: str) -> Any:
+    """Parse JSON of a file.
+
+    Raises:
+        ValueError: it is damaged, and so cannot be searched for a person.
+    """
+    cure = f"Remove {path.name}, which may hold the person, and forget again"
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise bad_value(str(path), "damaged", f"JSON ({error})", cure) from error
+    if isinstance(value, dict):
+        check_digest(str(path), value, cure)
+    return value
 
 
 def _is_of(value: Any, user: str) -> bool:

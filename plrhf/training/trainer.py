@@ -7,6 +7,7 @@ holds a shard.
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from rich.console import Console
 
 from plrhf.core.checks import PositiveFloat, PositiveInt, check_arguments
@@ -231,9 +232,20 @@ def fit(
     """Train the model, from the start or from a checkpoint, and load its best weights.
 
     Lightning gets only train and val pairs, so nothing that trains or selects can read test pairs.
+
+    Raises:
+        SystemExit: SIGTERM came, with the status of a process that it ended; Lightning's own would be 0.
     """
     _check_accumulation(data, trainer)
     model.train()  # from_pretrained leaves models in eval mode
     open_data = data.restrict_to("train", "val")
-    trainer.fit(model, datamodule=open_data, ckpt_path=resume_from, weights_only=True)
+    try:
+        trainer.fit(model, datamodule=open_data, ckpt_path=resume_from, weights_only=True)
+    except SIGTERMException as stopped:
+        if trainer.is_global_zero:
+            print(
+                f"stopped by SIGTERM after step {trainer.global_step}: ckpt=last goes on",
+                flush=True,
+            )
+        raise SystemExit(128 + signal.SIGTERM) from stopped
     load_best(trainer)

@@ -91,3 +91,18 @@ def test_ids_that_are_also_words_of_the_files(
             forget(composed(f"run={run}", f"user={name}", config="forget"))
         capsys.readouterr()
         assert (run / "results.json").read_text() == before and len(list(run.rglob("*.ckpt"))) > 0
+
+
+@pytest.mark.slow
+def test_a_damaged_file_is_named(policy_run: Path, tmp_path: Path) -> None:
+    run = copy_of(policy_run, tmp_path)
+    user = read_card(run / "export").users[0]
+    for damaged in (
+        b'{"a": ',
+        (run / "users.json").read_bytes().replace(b'"users": [', b'"users": [1,', 1),
+    ):
+        (run / "users.json").write_bytes(damaged)
+        with pytest.raises(
+            ValueError, match=r"users\.json.* Remove users\.json, which may hold the"
+        ):
+            forget(composed(f"run={run}", f"user={user}", config="forget"))

@@ -6,13 +6,14 @@ import csv
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from runs import composed, world_tokenizer
 
-from plrhf.cli.inspect_rows import inspect_rows
-from plrhf.cli.main import main
+from plrhf.cli.inspect_rows import DIVIDED, inspect_rows
+from plrhf.cli.main import CONF, main
+from plrhf.data.split_by import SplitBy, draw_splits
 
 HEADER = ["prompt", "response_a", "response_b", "winner", "judge"]
 ARENA = [
@@ -223,3 +224,14 @@ def test_what_is_no_file_of_judgments_is_one_line(
     with pytest.raises(ValueError, match=message) as caught:
         said(capsys, tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_each_way_to_divide_is_explained_wherever_they_are() -> None:
+    ways = get_args(SplitBy)
+    comment = next(
+        line for line in (CONF / "data/base.yaml").read_text().splitlines() if "split_by:" in line
+    )
+    assert tuple(DIVIDED) == ways
+    for way in ways:
+        assert f"``{way}``: " in str(draw_splits.__doc__)
+        assert f"{way}: " in comment or way == "prompt"  # the default, without its name

@@ -28,6 +28,21 @@ def weights(run_dir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files}
 
 
+@pytest.mark.slow
+def test_sigterm_is_said_and_is_no_success(tmp_path: Path, cache_dir: Path) -> None:
+    run = tmp_path / "run"
+    given = [*ARGUMENTS, "trainer.max_epochs=9999", f"cache_dir={cache_dir}", f"run_dir={run}"]
+    line = command("train", *given)
+    process = subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    while process.poll() is None and not (run / "checkpoints/last.ckpt").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert "stopped by SIGTERM after step " in said and "ckpt=last goes on" in said
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not (run / "results.json").exists()
+
+
 @pytest.mark.long
 def test_weights_are_those_of_the_unbroken_run(tmp_path: Path, cache_dir: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
