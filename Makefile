@@ -49,7 +49,7 @@ lint: $(ENV)
 
 # The documentation as a site, build/site/index.html; a dead link fails.
 docs: $(ENV)
-	$(BIN)/mkdocs build --strict -q
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
 
 # Methods on frozen features of DIR, by one protocol, with controls, JOBS at a time: one report. Begun again
 # it goes on.
