@@ -30,10 +30,11 @@ import lightning
 import numpy as np
 from omegaconf import OmegaConf
 
-from plrhf.cli.assemble import build_data, build_run_model, open_backbone
+from plrhf.cli.assemble import build_run_model, open_backbone
 from plrhf.cli.config import RunConfig
 from plrhf.cli.main import CONF
 from plrhf.cli.referee_job import plain_trainer
+from plrhf.cli.rows import build_data
 from plrhf.cli.supervised import cached_tiny_backbone
 from plrhf.core.stats import Outcomes, correctness, paired_difference
 from plrhf.data.dataset import PairDataset

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import plrhf
-from plrhf.cli.assemble import build_data
 from plrhf.cli.config import RunConfig
+from plrhf.cli.rows import build_data
 from plrhf.core.bootstrap import bootstrap
 from plrhf.core.types import UserBatch
 from plrhf.data.module import PreferenceData

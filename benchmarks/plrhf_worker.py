@@ -22,6 +22,7 @@ from plrhf.data.sources.jsonl import JsonlSource
 from plrhf.encoders import LookupEncoder
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
+from plrhf.training.trainer import TrainingData
 
 POSITIONS: dict[str, Any] = {"soft_prompt": "before", "late_soft_prompt": "after_prompt"}
 
@@ -88,7 +89,7 @@ def train(method: Method, folder: Path, pairs: Path, turns: Turns) -> None:
         enable_model_summary=False,
         limit_val_batches=0,
     )
-    trainer.fit(model, datamodule=data)
+    trainer.fit(model, datamodule=TrainingData(data))
 
 
 if __name__ == "__main__":

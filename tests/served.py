@@ -18,8 +18,9 @@ from runs import TINY, composed, save_model
 from tiny import perturb
 
 from plrhf.backbone.loading import load_backbone, load_tokenizer
-from plrhf.cli.assemble import build_data, build_run_model, load_options
+from plrhf.cli.assemble import build_run_model, load_options
 from plrhf.cli.config import RunConfig
+from plrhf.cli.rows import build_data
 from plrhf.cli.serve import ServeConfig, build_service
 from plrhf.models.export import save_export
 from plrhf.serving.app import build_app

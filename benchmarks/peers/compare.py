@@ -32,9 +32,10 @@ import torch
 from world import N_GIVEN, N_PAIRS, WIDTH, Accuracies, World, make_rows, of_users, set_features
 
 from plrhf.backbone.tiny import train_tokenizer
-from plrhf.cli.assemble import build_data, build_run_model
+from plrhf.cli.assemble import build_run_model
 from plrhf.cli.main import silence_libraries
 from plrhf.cli.methods import read_method
+from plrhf.cli.rows import build_data
 from plrhf.data.module import PreferenceData
 from plrhf.data.own_pairs import draw_context
 from plrhf.evaluation.few_shot import FewShotOptions

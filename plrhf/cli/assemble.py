@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from plrhf.backbone.loading import (
 )
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj
-from plrhf.cli.config import BackboneConfig, DataConfig, RunConfig
-from plrhf.core.components import WITHOUT_EFFECT, build, parameter_types
+from plrhf.cli.config import BackboneConfig, RunConfig
+from plrhf.cli.rows import build_source
+from plrhf.core.components import WITHOUT_EFFECT, parameter_types
 from plrhf.core.errors import bad_value, printable
-from plrhf.data.features import FeatureSchema
 from plrhf.data.module import PreferenceData
 from plrhf.data.sources.base import Source
 from plrhf.data.text_values import repeated_texts
@@ -45,31 +45,6 @@ def print_lines(lines: Iterable[str]) -> None:
     """Print lines on one of several processes."""
     for line in lines:
         print(printable(line))
-
-
-def build_data(
-    config: DataConfig,
-    *,
-    users: Sequence[str] | None = None,
-    schema: FeatureSchema | None = None,
-    **options: Any,
-) -> PreferenceData:
-    """Read and split the rows of the config's source.
-
-    Args:
-        users, schema: of a trained model that is evaluated on these rows, see `PreferenceData`.
-        options: values that replace the config's, e.g. the text options of a trained model.
-    """
-    given = {name: getattr(config, name) for name in DataConfig.model_fields if name != "source"}
-    return PreferenceData(
-        **{**given, **options}, source=build_source(config), users=users, schema=schema
-    )
-
-
-def build_source(config: DataConfig) -> Source:
-    """Build the config's source; its rows are not read yet."""
-    source: Source = build(config.source, "data", kind=Source)
-    return source
 
 
 def build_run_trainer(config: RunConfig, run_dir: Path, *, has_val: bool) -> Trainer:

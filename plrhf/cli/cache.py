@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from plrhf.cli.assemble import print_lines
-from plrhf.cli.config import Section
+from plrhf.cli.sections import Section
 from plrhf.core.components import Settings
 from plrhf.core.errors import bad_value
 from plrhf.core.files import is_part, remove_abandoned_parts

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from plrhf.cli.config import Section, check_writable
+from plrhf.cli.sections import Section, check_writable
 from plrhf.core.components import Settings
 from plrhf.core.errors import bad_value
 from plrhf.core.files import whole_file

@@ -8,7 +8,8 @@ from typing import Any, Literal, Self, TypeAlias
 
 from hydra.core.hydra_config import HydraConfig
 
-from plrhf.cli.config import DataConfig, LoggerConfig, Section, Seed, check_writable
+from plrhf.cli.config import LoggerConfig
+from plrhf.cli.sections import DataConfig, Section, Seed, check_writable
 from plrhf.core.checks import FractionBelowOne, NonNegativeInt, PositiveInt
 from plrhf.core.components import build, construct, locate, parameters
 from plrhf.core.errors import bad_value

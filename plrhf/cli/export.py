@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import plrhf
-from plrhf.cli.config import Section, check_writable
+from plrhf.cli.sections import Section, check_writable
 from plrhf.core.components import Settings
 from plrhf.core.errors import bad_value
 from plrhf.core.files import check_new

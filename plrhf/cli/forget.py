@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from plrhf.cli.assemble import print_lines
-from plrhf.cli.config import Section
 from plrhf.cli.forget_caches import forget_in_caches, replies_elsewhere
+from plrhf.cli.sections import Section
 from plrhf.core.components import Settings
 from plrhf.core.errors import BadValue, bad_value
 from plrhf.data.digests import check_digest, json_text

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from plrhf.backbone.loading import load_tokenizer
-from plrhf.cli.assemble import build_data, print_lines
+from plrhf.cli.assemble import print_lines
 from plrhf.cli.config import RunConfig
+from plrhf.cli.rows import build_data
 from plrhf.core.errors import BadValue, bad_value
 from plrhf.data.in_context import row_tokenizer
 from plrhf.data.rows import Rows

@@ -17,10 +17,9 @@ from typing import Literal
 
 import numpy as np
 
-from plrhf.backbone.loading import check_path, load_tokenizer
-from plrhf.cli.assemble import build_data, print_lines
 from plrhf.cli.commands import quoted
-from plrhf.cli.config import DataConfig, Section, Seed
+from plrhf.cli.rows import build_data
+from plrhf.cli.sections import DataConfig, Section, Seed
 from plrhf.core.components import Settings
 from plrhf.core.errors import printable
 from plrhf.data.module import PreferenceData
@@ -60,21 +59,28 @@ def inspect_rows(settings: Settings) -> None:
     """Read and split the rows, and print what they are."""
     config = InspectConfig.read(settings, "")
     data = build_data(config.data)
-    print_lines([f"records: {data.report.read:,}, rows: {len(data.rows):,}"])
-    print_lines(data.report.lines())
-    print_lines(row_lines(data.rows[0]))
-    print_lines(people_lines(data.rows))
-    print_lines(length_lines(data.rows))
+    _show([f"records: {data.report.read:,}, rows: {len(data.rows):,}"])
+    _show(data.report.lines())
+    _show(row_lines(data.rows[0]))
+    _show(people_lines(data.rows))
+    _show(length_lines(data.rows))
     if config.backbone.path is not None:
+        from plrhf.backbone.loading import check_path, load_tokenizer  # slow to import
+
         check_path(config.backbone.path)
         tokenizer = load_tokenizer(
             config.backbone.path, chat_template=config.backbone.chat_template
         )
         data.tokenize(tokenizer, layout="packed", max_positions=tokenizer.model_max_length)
-        print_lines(token_lines(data))
-    print_lines(split_lines(data, config.data))
-    print_lines(f"warning: {one}" for one in probe(data.splits).get("warnings", []))
-    print_lines(next_lines(config.data, config.backbone))
+        _show(token_lines(data))
+    _show(split_lines(data, config.data))
+    _show(f"warning: {one}" for one in probe(data.splits).get("warnings", []))
+    _show(next_lines(config.data, config.backbone))
+
+
+def _show(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
 
 
 def row_lines(row: Row) -> Iterator[str]:

@@ -21,7 +21,8 @@ from plrhf.backbone.decoding import write_tokens
 from plrhf.backbone.model import Backbone
 from plrhf.cli.assemble import open_backbone, path_of
 from plrhf.cli.commands import run
-from plrhf.cli.config import BackboneConfig, Section, Seed, check_writable
+from plrhf.cli.config import BackboneConfig
+from plrhf.cli.sections import Section, Seed, check_writable
 from plrhf.core.checks import PositiveInt
 from plrhf.core.components import Settings
 from plrhf.core.errors import bad_value

@@ -12,9 +12,10 @@ import pandas as pd
 from lightning import Trainer
 
 from plrhf.backbone.model import Backbone
-from plrhf.cli.assemble import build_data, open_backbone, path_of
+from plrhf.cli.assemble import open_backbone, path_of
 from plrhf.cli.config import RunConfig
 from plrhf.cli.methods import Method, Trial, build_trial, started_trial
+from plrhf.cli.rows import build_data
 from plrhf.core.errors import BadValue
 from plrhf.data.dataset import TextValues
 from plrhf.data.digests import content_hash

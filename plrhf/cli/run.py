@@ -13,7 +13,6 @@ from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from plrhf.cli.assemble import (
-    build_data,
     build_run_model,
     build_run_trainer,
     check_model,
@@ -27,6 +26,7 @@ from plrhf.cli.jobs import best_value, still_improving
 from plrhf.cli.outputs import Outputs
 from plrhf.cli.planning import plan_run, plan_table
 from plrhf.cli.privacy import make_private, privacy_line, spent
+from plrhf.cli.rows import build_data
 from plrhf.cli.run_dir import (
     RecordRows,
     Resume,

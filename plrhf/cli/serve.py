@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, StringConstraints
 
-from plrhf.cli.assemble import build_data
-from plrhf.cli.config import RunConfig, Section
+from plrhf.cli.config import RunConfig
+from plrhf.cli.rows import build_data
+from plrhf.cli.sections import Section
 from plrhf.core.checks import NonNegativeFloat, NonNegativeInt, PositiveInt
 from plrhf.core.components import Settings
 from plrhf.core.errors import bad_value

@@ -14,8 +14,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from plrhf.cli.config import DataConfig, RunConfig, Section
+from plrhf.cli.config import RunConfig
 from plrhf.cli.eval_config import TASKS, EvalConfig
+from plrhf.cli.sections import DataConfig, Section
 from plrhf.core.checks import describe
 from plrhf.core.components import locate, parameter_types
 

@@ -18,8 +18,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from plrhf.backbone.loading import PLAIN_CHAT
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj, train_tokenizer
-from plrhf.cli.assemble import build_data, build_run_trainer, open_backbone
+from plrhf.cli.assemble import build_run_trainer, open_backbone
 from plrhf.cli.config import LoggerConfig, RunConfig, TinyShape
+from plrhf.cli.rows import build_data
 from plrhf.cli.run_dir import Resume, begin_run
 from plrhf.core.components import build
 from plrhf.core.errors import bad_value

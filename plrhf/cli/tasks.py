@@ -9,13 +9,15 @@ import lightning
 from lightning import Trainer
 
 from plrhf.backbone.loading import load_tokenizer
-from plrhf.cli.assemble import build_data, build_source, check_same_world, print_lines
-from plrhf.cli.config import RunConfig, check_writable
+from plrhf.cli.assemble import check_same_world, print_lines
+from plrhf.cli.config import RunConfig
 from plrhf.cli.eval_config import AdaptTask, EvalConfig, WinrateTask
 from plrhf.cli.jobs import failure_line
 from plrhf.cli.outputs import Outputs
 from plrhf.cli.referee import referee
+from plrhf.cli.rows import build_data, build_source
 from plrhf.cli.run import this_command
+from plrhf.cli.sections import check_writable
 from plrhf.core.components import Settings, build
 from plrhf.core.errors import bad_value, printable
 from plrhf.data.module import PreferenceData

@@ -15,8 +15,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from plrhf.cli.assemble import build_data, print_lines
-from plrhf.cli.config import DataConfig, Section, Seed, check_writable
+from plrhf.cli.assemble import print_lines
+from plrhf.cli.rows import build_data
+from plrhf.cli.sections import DataConfig, Section, Seed, check_writable
 from plrhf.core.checks import PositiveInt
 from plrhf.core.components import Settings, build
 from plrhf.core.errors import bad_value

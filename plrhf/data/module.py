@@ -10,7 +10,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -59,7 +58,7 @@ FRACTIONS = ("val_fraction", "test_fraction")
 """Fractions by which either the source or `split_rows` divides the rows."""
 
 
-class PreferenceData(LightningDataModule):
+class PreferenceData:
     """Reads the rows of a source, splits and tokenises them, and serves them as batches.
 
     Rows are read and split on construction, so that a tokenizer can be trained on the train rows.
@@ -121,7 +120,6 @@ class PreferenceData(LightningDataModule):
         users: Sequence[str] | None = None,
         schema: FeatureSchema | None = None,
     ) -> None:
-        super().__init__()
         _check_sizes(
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,

@@ -166,7 +166,7 @@ class PersonalGRPOPolicy(PersonalPolicy):
             cure = "Set model.n_updates=1, or a larger data.batch_size"
             n_summed = self.trainer.accumulate_grad_batches
             raise bad_value("trainer.accumulate_grad_batches", n_summed, allowed, cure)
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = self.trainer.datamodule.data  # type: ignore[attr-defined]
         longest = max(int(one.lengths[:, 0].max(initial=0)) for one in data.datasets.values())
         check_room(self, [(0,) * longest], max_new_tokens=self.max_new_tokens, field="model")
         self.text_tokenizer = data.row_tokenizer.tokenizer
@@ -317,7 +317,7 @@ class PersonalGRPOPolicy(PersonalPolicy):
         return losses.dpo(extra, beta=self.beta)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        rows = self.trainer.datamodule.datasets["val"].rows  # type: ignore[attr-defined]
+        rows = self.trainer.datamodule.data.datasets["val"].rows  # type: ignore[attr-defined]
         kept = batch.counted()
         self.val_accuracy.update(self(batch)[kept], batch.user_id[kept])
         found = self.judge(batch, [rows[place] for place in batch.row.tolist()])

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from rich.console import Console
+from torch.utils.data import DataLoader
 
 from plrhf.core.checks import PositiveFloat, PositiveInt, check_arguments
 from plrhf.core.errors import bad_value
@@ -226,6 +227,20 @@ def _check_accumulation(data: PreferenceData, trainer: Trainer) -> None:
             )
 
 
+class TrainingData(LightningDataModule):
+    """Gives the trainer the train and val batches of `data`."""
+
+    def __init__(self, data: PreferenceData) -> None:
+        super().__init__()
+        self.data = data
+
+    def train_dataloader(self) -> DataLoader:
+        return self.data.train_dataloader()
+
+    def val_dataloader(self) -> DataLoader:
+        return self.data.val_dataloader()
+
+
 def fit(
     model: LightningModule, data: PreferenceData, trainer: Trainer, *, resume_from: Path | None
 ) -> None:
@@ -238,7 +253,7 @@ def fit(
     """
     _check_accumulation(data, trainer)
     model.train()  # from_pretrained leaves models in eval mode
-    open_data = data.restrict_to("train", "val")
+    open_data = TrainingData(data.restrict_to("train", "val"))
     try:
         trainer.fit(model, datamodule=open_data, ckpt_path=resume_from, weights_only=True)
     except SIGTERMException as stopped:

@@ -27,18 +27,13 @@ from upstream import (
 from plrhf.backbone.loading import load_backbone
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj
-from plrhf.cli.assemble import build_data, build_run_model, build_run_trainer, open_backbone
-from plrhf.cli.config import (
-    BackboneConfig,
-    DataConfig,
-    RefereeConfig,
-    RunConfig,
-    Section,
-    TrainerConfig,
-)
+from plrhf.cli.assemble import build_run_model, build_run_trainer, open_backbone
+from plrhf.cli.config import BackboneConfig, RefereeConfig, RunConfig, TrainerConfig
 from plrhf.cli.eval_config import AdaptTask, EvalConfig, WinrateTask
 from plrhf.cli.main import CONF
 from plrhf.cli.methods import Method, read_method
+from plrhf.cli.rows import build_data
+from plrhf.cli.sections import DataConfig, Section
 from plrhf.core.components import build, checked_settings, locate, parameter_types
 from plrhf.data.module import PreferenceData
 from plrhf.evaluation.generations import GenerationOptions

@@ -13,9 +13,9 @@ from runs import TINY, composed, launch, rows_of_world, write_rows
 from safetensors.torch import load_file
 
 from plrhf.backbone.loading import load_tokenizer
-from plrhf.cli.assemble import build_data
 from plrhf.cli.config import RunConfig
 from plrhf.cli.forget import forget
+from plrhf.cli.rows import build_data
 from plrhf.data.in_context import row_tokenizer
 from plrhf.data.text_value_cache import text_keys
 from plrhf.evaluation.chat_endpoint import Reply, ReplyStore

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from runs import composed, world_tokenizer
+from runs import ENVIRONMENT, composed, world_tokenizer
 
 from plrhf.cli.inspect_rows import DIVIDED, inspect_rows
 from plrhf.cli.main import CONF, main
@@ -235,3 +237,11 @@ def test_each_way_to_divide_is_explained_wherever_they_are() -> None:
     for way in ways:
         assert f"``{way}``: " in str(draw_splits.__doc__)
         assert f"{way}: " in comment or way == "prompt"  # the default, without its name
+
+
+@pytest.mark.slow
+def test_looking_at_rows_waits_for_no_model_library() -> None:
+    slow = {"lightning", "transformers", "peft", "torchmetrics", "matplotlib", "datasets"}
+    code = f"import sys, plrhf.cli.inspect_rows; print({slow} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=ENVIRONMENT)
+    assert done.stdout == b"set()\n"

@@ -11,8 +11,8 @@ import torch
 from runs import TINY, check_run, composed, launch, rows_of_world, save_model, write_rows
 
 from plrhf.cli import supervised
-from plrhf.cli.assemble import build_data
 from plrhf.cli.config import RunConfig
+from plrhf.cli.rows import build_data
 from plrhf.cli.run_dir import LEFT_BY_RUNS, files_of_run
 
 

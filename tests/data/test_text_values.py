@@ -22,6 +22,7 @@ from plrhf.data.text_values import distinct_texts, independent_pairs, texts_as_p
 from plrhf.models.optim import Optim
 from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reward import PersonalRewardModel
+from plrhf.training.trainer import TrainingData
 
 
 def reward_model(tokenizer: Any, **film: Any) -> Any:
@@ -196,7 +197,7 @@ def test_a_bidirectional_reward_model_learns(word_tokenizer: Any, aggregator: st
         return float(torch.cat(every).mean())
 
     before = loss()
-    trainer.fit(model.train(), datamodule=data)
+    trainer.fit(model.train(), datamodule=TrainingData(data))
     assert loss() < 0.5 * before
     assert trainer.callback_metrics["val/nll"].isfinite()
 

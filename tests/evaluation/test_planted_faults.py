@@ -112,7 +112,7 @@ class SelectsOnTest(Callback):
     """Watches the test loss, to stop where it is lowest."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = trainer.datamodule.data  # type: ignore[attr-defined]
         for batch in data.evaluation_loader("test"):
             pl_module.validation_step(batch, 0)
 

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import plrhf
-from plrhf.cli.assemble import build_data
 from plrhf.cli.config import RunConfig
+from plrhf.cli.rows import build_data
 from plrhf.cli.run import train
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.digests import json_text
