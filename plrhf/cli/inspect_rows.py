@@ -174,7 +174,10 @@ def next_lines(config: DataConfig, backbone: Tokens) -> Iterator[str]:
         settings[f"data.columns.{name}"] = column
     if config.split_by != "prompt":
         settings["data.split_by"] = config.split_by
-    if backbone.path is not None:
+    if backbone.path is not None and _is_encoder(backbone.path):
+        del settings["data"]
+        settings = {"experiment": "frozen_features", **settings, "backbone.path": backbone.path}
+    elif backbone.path is not None:
         settings |= {"backbone": "hf", "backbone.path": backbone.path}
     if backbone.chat_template is not None:
         settings["backbone.chat_template"] = backbone.chat_template
@@ -182,6 +185,18 @@ def next_lines(config: DataConfig, backbone: Tokens) -> Iterator[str]:
     yield f"next: plrhf train {' '.join(map(shlex.quote, words))}"
     if backbone.path is None:
         yield "  trains a tiny GPT-J on a laptop; for a model of yours add backbone=hf backbone.path=DIR"
+
+
+def _is_encoder(path: str) -> bool:
+    """Return whether a model reads texts both ways, as sentence encoders do."""
+    from transformers import AutoConfig  # slow to import
+
+    from plrhf.backbone.families import is_causal
+
+    try:
+        return not is_causal(AutoConfig.from_pretrained(path))
+    except (ValueError, OSError):  # training says what is wrong with it
+        return False
 
 
 def _as_setting(value: str) -> str:

@@ -71,6 +71,10 @@ def test_lengths_in_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert any(line.startswith("response too long: 1 of 81 rows (1%)") for line in lines)
     given = f"data.path={path} backbone=hf backbone.path={directory}"
     assert lines[-1] == f"next: plrhf train data=jsonl {given}"
+    (directory / "config.json").write_text('{"model_type": "bert"}')
+    lines = said(capsys, path, f"backbone.path={directory}")
+    given = f"data.path={path} backbone.path={directory}"
+    assert lines[-1] == f"next: plrhf train experiment=frozen_features {given}"
 
 
 def test_one_prompt_and_one_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
