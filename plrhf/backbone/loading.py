@@ -281,6 +281,14 @@ PLAIN_CHAT = (
 """Chat template: one line for each turn, in front of it who speaks."""
 
 
+def is_encoder(path: str) -> bool:
+    """Return whether a directory or hub name has a model that reads texts both ways, from its config."""
+    try:
+        return not is_causal(AutoConfig.from_pretrained(path))
+    except (ValueError, OSError):  # loading says what is wrong with it
+        return False
+
+
 def load_tokenizer(
     path: str,
     *,

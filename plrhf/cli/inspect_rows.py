@@ -64,8 +64,9 @@ def inspect_rows(settings: Settings) -> None:
     _show(row_lines(data.rows[0]))
     _show(people_lines(data.rows))
     _show(length_lines(data.rows))
+    of_encoder = False
     if config.backbone.path is not None:
-        from plrhf.backbone.loading import check_path, load_tokenizer  # slow to import
+        from plrhf.backbone.loading import check_path, is_encoder, load_tokenizer  # slow to import
 
         check_path(config.backbone.path)
         tokenizer = load_tokenizer(
@@ -73,9 +74,10 @@ def inspect_rows(settings: Settings) -> None:
         )
         data.tokenize(tokenizer, layout="packed", max_positions=tokenizer.model_max_length)
         _show(token_lines(data))
+        of_encoder = is_encoder(config.backbone.path)
     _show(split_lines(data, config.data))
     _show(f"warning: {one}" for one in probe(data.splits).get("warnings", []))
-    _show(next_lines(config.data, config.backbone))
+    _show(next_lines(config.data, config.backbone, of_encoder=of_encoder))
 
 
 def _show(lines: Iterable[str]) -> None:
@@ -165,8 +167,12 @@ def split_lines(data: PreferenceData, config: DataConfig) -> Iterator[str]:
         yield f"  left out: {count:,} pairs, {reason}"
 
 
-def next_lines(config: DataConfig, backbone: Tokens) -> Iterator[str]:
-    """Yield the command that trains on these rows, and what to add for another model."""
+def next_lines(config: DataConfig, backbone: Tokens, *, of_encoder: bool) -> Iterator[str]:
+    """Yield the command that trains on these rows, and what to add for another model.
+
+    Args:
+        of_encoder: whether the backbone is a sentence encoder.
+    """
     settings = {"data": "jsonl", "data.path": config.source.get("path")}
     if backbone.path is None:
         settings = {"experiment": "quickstart", **settings}
@@ -174,7 +180,7 @@ def next_lines(config: DataConfig, backbone: Tokens) -> Iterator[str]:
         settings[f"data.columns.{name}"] = column
     if config.split_by != "prompt":
         settings["data.split_by"] = config.split_by
-    if backbone.path is not None and _is_encoder(backbone.path):
+    if of_encoder:
         del settings["data"]
         settings = {"experiment": "frozen_features", **settings, "backbone.path": backbone.path}
     elif backbone.path is not None:
@@ -185,18 +191,6 @@ def next_lines(config: DataConfig, backbone: Tokens) -> Iterator[str]:
     yield f"next: plrhf train {' '.join(map(shlex.quote, words))}"
     if backbone.path is None:
         yield "  trains a tiny GPT-J on a laptop; for a model of yours add backbone=hf backbone.path=DIR"
-
-
-def _is_encoder(path: str) -> bool:
-    """Return whether a model reads texts both ways, as sentence encoders do."""
-    from transformers import AutoConfig  # slow to import
-
-    from plrhf.backbone.families import is_causal
-
-    try:
-        return not is_causal(AutoConfig.from_pretrained(path))
-    except (ValueError, OSError):  # training says what is wrong with it
-        return False
 
 
 def _as_setting(value: str) -> str:

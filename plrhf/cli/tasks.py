@@ -221,6 +221,11 @@ def compare(config: EvalConfig) -> None:
         title = "Test results over seeds, 95% intervals over users"
         table = seeds_table(made.over_seeds)
         tables.console().print(tables.rich_table(table, title=title, without=["by seed"]))
+    if made.frame["baseline"].isna().all() and any(run.role != "vanilla" for run in made.runs):
+        print(
+            "note: nothing is compared with a baseline, as no run of encoder=none has the same model, rows "
+            "and seed: add one, or name a run by eval.baseline=DIR"
+        )
     for path in made.skipped:
         line = f"skipped, as it holds no results.json: {path}{failure_line(Path(path))}"
         print(printable(line))

@@ -211,10 +211,15 @@ def read_users(run: Run) -> pd.DataFrame:
 
 
 def _part_name(config: Mapping[str, Any], key: str) -> str:
-    """Return a part's name in the config, or the last word of its class path, or its value."""
+    """Return a part's name in the config, or the last word of its class path, or its value.
+
+    A class from outside plrhf goes by its own name: its settings may have begun with those of another.
+    """
     part = config.get(key)
     if part is None:
         return "none"
     if not isinstance(part, Mapping):
         return str(part)
-    return str(part.get("name", part.get("_target_", "–"))).rsplit(".", 1)[-1]
+    target = str(part.get("_target_", "–"))
+    known = target.startswith("plrhf.") or target == "–"
+    return str(part.get("name", target) if known else target).rsplit(".", 1)[-1]

@@ -431,6 +431,7 @@ def test_comparison(reward_run: Path, policy_run: Path, tmp_path: Path, capsys: 
     frame = pd.read_csv(tmp_path / "out/comparison.csv")
     assert {"one", "two"} <= set(frame["run"])
     out = capsys.readouterr().out
+    assert "note: nothing is compared with a baseline" in out
     assert f"{tmp_path}/runs/unfinished" in out.replace("\n", "")
     for run, name in ((reward_run, "one"), (policy_run, "two")):
         value = json.loads((run / "results.json").read_text())["test"]["seen"]["user"]

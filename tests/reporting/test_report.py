@@ -19,7 +19,7 @@ from plrhf.evaluation.metrics import summarise
 from plrhf.evaluation.results import Results
 from plrhf.reporting import comparison, report, tables
 from plrhf.reporting.comparison_page import compare
-from plrhf.reporting.runs import role
+from plrhf.reporting.runs import _part_name, role
 
 # Seen users of 5, 2 and 7 pairs, an unseen one of 3.
 OWNERS = ["ann"] * 5 + ["bob"] * 2 + ["cid"] * 7 + ["dan"] * 3
@@ -509,3 +509,12 @@ def test_no_number_is_cut_in_a_narrow_terminal(width: int) -> None:
         assert text.count(f"[{number}, {number}]") == 1 and text.count(number) == 4
     assert numbers[-1] not in text
     assert text.count("film") == text.count("aggregator") == text.count("Results") >= 80 // width
+
+
+def test_a_part_from_elsewhere_goes_by_its_class() -> None:
+    own = {"encoder": {"name": "none", "_target_": "my.parts.Directions"}}
+    assert _part_name(own, "encoder") == "Directions"
+    assert (
+        _part_name({"encoder": {"name": "none", "_target_": TARGETS["none"]}}, "encoder") == "none"
+    )
+    assert _part_name({"seed": 3}, "seed") == "3" and _part_name({}, "data") == "none"
