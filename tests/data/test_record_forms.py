@@ -211,7 +211,7 @@ def test_label_studio_in_a_table(tmp_path: Path) -> None:
     header = ["prompt", "text1", "text2", "id", "annotator", "annotation_id", "lead_time", "pw"]
     lines = [
         ["p", "a", "b", n, 3, n, 1.5, mark]
-        for n, mark in enumerate(("", '[{"selected": "right"}]', '[{"selected": "left"}]'))
+        for n, mark in enumerate(("", '[{"selected": "right"}]', '{"selected": "left"}'))
     ]
     rows, refused, form = read(write_csv(tmp_path / "export.csv", [header, *lines]))
     assert rows == [("p", "b", "a", "3"), ("p", "a", "b", "3")]

@@ -198,13 +198,14 @@ def _minimal_row(record: Mapping[str, Any]) -> Record:
 
 
 def _from_cell(value: object) -> object:
-    """Parse the JSON list that a CSV cell holds; return any other value as it is."""
-    return json_or_text(value) if isinstance(value, str) and value.startswith("[{") else value
+    """Parse the JSON that a CSV cell holds; return any other value as it is."""
+    is_json = isinstance(value, str) and value.startswith(("[{", "{"))
+    return json_or_text(str(value)) if is_json else value
 
 
 def _regions(value: object) -> list[_Region]:
     """The marks of one tag: of Pairwise and of Choices with several values, lists; else none."""
-    found = value if isinstance(value, list) else []
+    found = value if isinstance(value, list) else [value]
     kinds = {"selected": "pairwise", "choices": "choices"}
     return [
         _Region(type=kind, value=one)
