@@ -22,8 +22,8 @@ T = TypeVar("T", covariant=True)
 Item = TypeVar("Item")
 Indices = NDArray[np.int64]
 
-BLOCK = 256
-"""Number of rows in a block, which is read as a whole: 128 MB of the largest rows."""
+BLOCK = 128
+"""Number of rows in a block, which is read as a whole: 64 MB of the largest rows."""
 
 IN_MEMORY = 32 * 2**20
 """Largest number of bytes of a file that is kept in memory instead of on disk."""

@@ -24,7 +24,7 @@ from plrhf.data.tokenizer import RowTokenizer
 from plrhf.data.tokens import TokenFile, load_or_tokenize
 
 WORDS = ["write", "about", "the", "sea", "is", "blue", "wide", "and", "calm"]
-N_ROWS = 16 * store.BLOCK + 7  # many blocks
+N_ROWS = 32 * store.BLOCK + 7  # many blocks
 
 
 def row(number: int, **more: Any) -> Row:
