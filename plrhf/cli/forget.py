@@ -35,7 +35,7 @@ LOGGERS = ("tensorboard", "wandb", "mlruns")
 
 CANNOT_BE_REMOVED = (
     "weights that all users share were learned from their pairs too, and the words of a tiny backbone's "
-    "tokenizer: train again without them",
+    "tokenizer: train again with data.without_users=FILE, a file with their id",
     "aggregate results (results.json, metrics.csv, the referee's numbers) still count them",
     "copies elsewhere: the rows that were trained on, loggers, other runs and exports, what other runs and "
     "rows left in caches, backups",

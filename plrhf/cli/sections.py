@@ -23,6 +23,7 @@ from plrhf.core.components import (
     unknown_key,
 )
 from plrhf.core.errors import bad_value
+from plrhf.data.parsing import LONGEST_LINE
 from plrhf.data.rows import Ties
 from plrhf.data.split_by import SplitBy
 
@@ -96,6 +97,8 @@ class DataConfig(Section):
     batch_tokens: PositiveInt | None
     users_per_batch: PositiveInt | None
     on_bad_row: Literal["refuse", "error"]
+    max_row_bytes: Annotated[int, Field(gt=0, le=LONGEST_LINE)]
+    without_users: str | None
     ties: Ties = "none"
     val_fraction: FractionBelowOne | None
     test_fraction: FractionBelowOne | None

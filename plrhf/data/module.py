@@ -29,7 +29,8 @@ from plrhf.data.features import FeatureSchema
 from plrhf.data.groups import groups_of, n_turns_apart
 from plrhf.data.in_context import InContextTokenizer, OwnPairs, put_in_context, row_tokenizer
 from plrhf.data.packing import LAYOUTS, Layout, LayoutName
-from plrhf.data.reading import read_rows
+from plrhf.data.parsing import LONGEST_ROW
+from plrhf.data.reading import read_ids, read_rows
 from plrhf.data.reasons import Reason, RefusedRow
 from plrhf.data.rows import SPLITS, Rows, Ties, people_in
 from plrhf.data.samplers import (
@@ -70,6 +71,7 @@ class PreferenceData:
         seed: of splits and batch order.
         batch_size, eval_batch_size: pairs in a batch, over all processes.
         batch_tokens, users_per_batch: of train batches, see `samplers.make_sampler`.
+        without_users: file of user ids, one a line, whose rows are left out.
         shuffle_users: permute users over the train rows and over the val rows, as a control.
         users, schema: of a trained model that is evaluated on these rows. All rows (of split "test", if
             rows have a split) are then test rows. None: both come from the train rows.
@@ -98,6 +100,8 @@ class PreferenceData:
         batch_tokens: int | None = None,
         users_per_batch: int | None = None,
         on_bad_row: str = "refuse",
+        max_row_bytes: int = LONGEST_ROW,
+        without_users: str | None = None,
         ties: Ties = "none",
         val_fraction: float | None = None,
         test_fraction: float | None = None,
@@ -134,6 +138,7 @@ class PreferenceData:
             allowed = "none with data.context_pairs, which shows which response was chosen"
             raise bad_value("model.ties", ties, allowed, "Set model.ties=none")
         how: dict[str, Any] = {"on_bad_row": on_bad_row, "ties": ties != "none"}
+        how |= {"without": read_ids(without_users), "max_row_bytes": max_row_bytes}
         self._rows, self.report = read_rows(source.records(), **how, feature_kinds=kinds)
         self.report.form = source.form
         self.report.check_some_left()

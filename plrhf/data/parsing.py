@@ -18,14 +18,17 @@ from plrhf.data.reasons import Reason, refuse, refuse_surrogates
 from plrhf.data.rows import SPLITS, Message, Row
 
 LONGEST_ROW = 500_000
-"""Largest number of bytes of text in a row, so that a block of rows takes little memory."""
+"""Largest number of bytes of text in a row by default, so that a block of rows takes little memory."""
+
+LONGEST_LINE = 8 * LONGEST_ROW
+"""Largest number of bytes in a line of a file; JSON may write one character as six."""
 
 MISSING_WORDS = frozenset({"nan", "NaN", "<NA>", "NaT", "None", "null", "NULL"})
 """Words that programs write for a missing value. As an id, such a word would merge all these rows into
 one user."""
 
 
-def parse_row(raw: Mapping[str, Any], where: str) -> Row:
+def parse_row(raw: Mapping[str, Any], where: str, *, max_bytes: int = LONGEST_ROW) -> Row:
     """Check a record and return its row, or raise `RefusedRow`.
 
     Null, NaN and blank text in an optional field count as missing. A missing ``prompt_id`` becomes a
@@ -35,6 +38,7 @@ def parse_row(raw: Mapping[str, Any], where: str) -> Row:
     Args:
         raw: field name -> value.
         where: place of the record, e.g. ``pairs.jsonl:17``, with which messages begin.
+        max_bytes: of the row's texts together.
     """
     if is_message_list(raw.get("chosen")) and is_message_list(raw.get("rejected")):
         shared = None if _is_absent(raw.get("prompt")) else raw["prompt"]
@@ -61,7 +65,7 @@ def parse_row(raw: Mapping[str, Any], where: str) -> Row:
         rating_level=level,
         **given,
     )
-    _check_size(row, where)
+    _check_size(row, where, max_bytes)
     return row
 
 
@@ -120,22 +124,22 @@ def _rating_level(raw: Mapping[str, Any], where: str) -> int | None:
     return level
 
 
-def _check_size(row: Row, where: str) -> None:
-    """Refuse a row whose texts have more than `LONGEST_ROW` bytes."""
+def _check_size(row: Row, where: str, most: int) -> None:
+    """Refuse a row whose texts have more bytes than `most`."""
     others = [row.chosen, row.rejected, row.user_text or "", row.user_id]
     if isinstance(row.prompt, str):
         prompt = [row.prompt]
     else:
         prompt = [value for one in row.prompt for value in _message_texts(one)]
     # A character takes at most six bytes, escaped in JSON.
-    if sum(map(len, prompt + others)) * 6 + 100 * len(prompt) <= LONGEST_ROW:
+    if sum(map(len, prompt + others)) * 6 + 100 * len(prompt) <= most:
         return
     if not isinstance(row.prompt, str):
         prompt = [json.dumps(row.prompt, ensure_ascii=False)]
     size = sum(len(text.encode()) for text in prompt + others)
-    if size > LONGEST_ROW:
-        cure = "Shorten its texts or leave the row out"
-        allowed = f"texts of at most {LONGEST_ROW:,} bytes in all"
+    if size > most:
+        cure = "Shorten its texts, raise data.max_row_bytes or leave the row out"
+        allowed = f"texts of at most {most:,} bytes in all"
         refuse(Reason.TOO_LARGE, where, "row", f"{size:,} bytes", allowed, cure)
 
 

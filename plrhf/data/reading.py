@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from plrhf.core.errors import bad_value, printable
 from plrhf.core.progress import with_progress
 from plrhf.data.feature_kinds import FeatureKinds, settle_features
 from plrhf.data.messages import shared_beginning
-from plrhf.data.parsing import has_pair_id, parse_row
+from plrhf.data.parsing import LONGEST_ROW, has_pair_id, parse_row
 from plrhf.data.reasons import BY_PROTOCOL, Reason, Refusal, RefusedRow, refuse
 from plrhf.data.rows import ROW_FIELDS, Row, Rows
 
@@ -97,6 +98,8 @@ def read_rows(
     on_bad_row: str = "refuse",
     ties: bool = False,
     feature_kinds: FeatureKinds | None = None,
+    without: Collection[str] = (),
+    max_row_bytes: int = LONGEST_ROW,
 ) -> tuple[Rows, ReadReport]:
     """Read all records, and return the good rows in their order with a report on the others.
 
@@ -110,6 +113,8 @@ def read_rows(
             Records that a dataset's protocol leaves out (`BY_PROTOCOL`) are counted in both cases.
         ties: keep rows in which neither response was preferred; else they are refused.
         feature_kinds: kinds of a trained model's user features; None: decided by majority.
+        without: ids of users whose rows are left out, and counted.
+        max_row_bytes: of a row's texts together; rows with more are refused.
     """
     if on_bad_row not in ON_BAD_ROW:
         cure = "Set data.on_bad_row=refuse to count bad rows and go on"
@@ -117,7 +122,11 @@ def read_rows(
     report = ReadReport()
     strict = on_bad_row == "error"
     places: dict[str, str] = {}  # user -> where their first row with features stands
-    rows = Rows.from_rows(_good_rows(records, report, places, strict=strict, ties=ties))
+    rows = Rows.from_rows(
+        _good_rows(
+            records, report, places, strict=strict, ties=ties, without=without, most=max_row_bytes
+        )
+    )
     people, refused = settle_features(rows.people, feature_kinds)
     if len(refused) > 0:
         bad = np.isin(rows.person, np.array(list(refused), dtype=np.int32))
@@ -139,12 +148,15 @@ def _good_rows(
     *,
     strict: bool,
     ties: bool,
+    without: Collection[str],
+    most: int,
 ) -> Iterator[Row]:
     """Yield the good rows, and count the others in the report.
 
     Args:
         places: user id -> place of their first row with features; filled here.
         strict: raise the error of the first bad row. ties: keep ties.
+        most: bytes of a row. others: see `read_rows`.
     """
     first: dict[int, int] = {}  # hash of a pair_id -> the record that had it
     repeats: Counter[str] = Counter()  # derived pair_id -> how often it came again
@@ -162,7 +174,9 @@ def _good_rows(
             if implicit and "prompt" not in record:
                 record = _with_prompt(record)
                 report.implicit += "prompt" in record
-            row = parse_row(record, where)
+            row = parse_row(record, where, max_bytes=most)
+            if row.user_id in without:  # whose id is not repeated
+                raise RefusedRow(Reason.LEFT_OUT, f"{where}: {Reason.LEFT_OUT}")
             if row.verdict == "tie" and not ties:
                 allowed, cure = "a choice", "Set model.ties=shared, to learn from ties"
                 refuse(Reason.TIE, where, "verdict", "tie", allowed, cure)
@@ -184,6 +198,22 @@ def _good_rows(
             if row.user_features is not None:
                 places.setdefault(row.user_id, where)
             yield row
+
+
+def read_ids(path: str | None) -> frozenset[str]:
+    """Return the ids in a file with one a line; none without a file.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    if path is None:
+        return frozenset()
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        allowed, cure = "a text file in UTF-8, one user id a line", f"Mend the file ({error})"
+        raise bad_value("data.without_users", path, allowed, cure) from error
+    return frozenset(text.splitlines()) - {""}
 
 
 PROMPT_LIKE = ("prompt", "question", "instruct", "query", "input", "context", "post", "message")

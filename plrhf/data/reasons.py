@@ -35,6 +35,7 @@ class Reason(StrEnum):
     TOO_LARGE = "row too large"
     TIE = "no response preferred"
     NO_OTHER_RATING = "rating in no pair"
+    LEFT_OUT = "user in data.without_users"
     # Found when rows are turned into tokens.
     CHAT_TEMPLATE = "prompt that the chat template refuses"
     # Left out by a source's protocol: nothing is wrong with these records.
@@ -55,9 +56,10 @@ BY_PROTOCOL = frozenset(
         Reason.NO_PAIR,
         Reason.NO_CONVERSATION,
         Reason.NO_OTHER_RATING,
+        Reason.LEFT_OUT,
     }
 )
-"""Reasons for records that a dataset's protocol leaves out. They are counted even with
+"""Reasons for records that a dataset's protocol or the caller leaves out. They are counted even with
 ``on_bad_row=error``."""
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from plrhf.data.parsing import parse_row
-from plrhf.data.reading import read_rows
+from plrhf.data.reading import read_ids, read_rows
 from plrhf.data.reasons import Reason, Refusal, RefusedRow
 
 GOOD = {"prompt": "Write.", "chosen": "long text", "rejected": "short", "user_id": "ann"}
@@ -197,3 +198,32 @@ def test_a_chat_is_as_large_as_its_json(n_characters: int, fits: bool) -> None:
         with pytest.raises(RefusedRow) as error:
             parse_row(raw, "here")
         assert error.value.reason is Reason.TOO_LARGE
+
+
+def test_rows_larger_than_the_limit_are_refused() -> None:
+    text = "long " * 40
+    records = [("f:1", record(chosen=text)), ("f:2", record(chosen="brief"))]
+    rows, report = read_rows(records, max_row_bytes=150)
+    assert len(rows) == 1 and report.refused == {Reason.TOO_LARGE: 1}
+    example = report.examples[Reason.TOO_LARGE]
+    assert example.startswith("f:1: row=") and "at most 150 bytes" in example
+    assert "data.max_row_bytes" in example
+    assert len(read_rows(records, max_row_bytes=1000)[0]) == 2
+
+
+def test_people_who_withdrew_are_left_out_and_not_named(tmp_path: Path) -> None:
+    path = tmp_path / "withdrew.txt"
+    path.write_text("\ufeffann smith\r\n\nnobody here\n", encoding="utf-8")
+    records = [
+        (f"f:{n}", record(user_id=user)) for n, user in enumerate(["ann smith", "bo", "ann"])
+    ]
+    for on_bad_row in ("refuse", "error"):  # nothing is wrong with these rows
+        rows, report = read_rows(records, on_bad_row=on_bad_row, without=read_ids(str(path)))
+        assert [row.user_id for row in rows] == ["bo", "ann"]
+        assert report.refused == {Reason.LEFT_OUT: 1} and report.read == 3
+        assert report.examples[Reason.LEFT_OUT] == "f:0: user in data.without_users"
+    assert read_ids(None) == frozenset()
+    path.write_bytes(b"ann\xff")
+    for wrong in (path, tmp_path, tmp_path / "missing"):
+        with pytest.raises(ValueError, match="^data.without_users='.*one user id a line"):
+            read_ids(str(wrong))

@@ -16,15 +16,12 @@ from pathlib import Path
 from typing import IO, Any, AnyStr
 
 from plrhf.core.errors import bad_value
-from plrhf.data.parsing import LONGEST_ROW
+from plrhf.data.parsing import LONGEST_LINE
 from plrhf.data.reasons import Reason, Refusal
 from plrhf.data.sources.json_list import list_items
 
 Record = Mapping[str, Any] | Refusal
 """A record as a source reads it, or the reason why it is refused."""
-
-LONGEST_LINE = 8 * LONGEST_ROW
-"""Largest number of bytes in a line; JSON may write one character as six."""
 
 DELIMITERS = ",\t;"
 """What may stand between the values of a CSV file; a comma, if the header has none of the others."""
