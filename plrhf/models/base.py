@@ -382,7 +382,7 @@ class PersonalModule(LightningModule):
         """Set start values that depend on the train pairs, once `values_without_user` are computed."""
 
     def on_fit_start(self) -> None:
-        count_pairs(self, self.trainer.datamodule.data)  # type: ignore[attr-defined]
+        count_pairs(self, getattr(self.trainer.datamodule, "data", None))  # type: ignore[attr-defined]
         if self.reduction.kind != "pairs":
             self.reduction.count(self._train_pairs().user_id)
 

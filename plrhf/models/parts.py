@@ -42,10 +42,11 @@ def divide_parameters(model: PersonalModule) -> dict[str, list[nn.Parameter]]:
     }
 
 
-def count_pairs(model: PersonalModule, data: PreferenceData) -> None:
+def count_pairs(model: PersonalModule, data: PreferenceData | None) -> None:
     """Tell the learned priors, if there are any, how many independent train pairs each user has."""
     if len(priors_of(model)) == 0:
         return
+    assert data is not None, "learned shrinkage needs the rows, not loaders alone"
     train = data.datasets["train"]
     counts = independent_pairs(train, model.val_accuracy.n_users)
     n_pairs = int(counts.sum())

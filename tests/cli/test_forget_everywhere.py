@@ -47,7 +47,7 @@ def leave_everything(run: Path, user: str, generations: list[dict[str, Any]]) ->
     later.mkdir(parents=True)
     for name in ("predictions.parquet", "results.json"):
         shutil.copy(run / name, later / name)
-    (later / "generations.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in best))
+    write_rows(later / "generations.jsonl", best)
     (run / "log.txt").write_text(f"epoch 1\nwarning: {user!r} has one pair\n")
     for name in ("wandb/run-1/files/report.html", "mlruns/0/artifacts/report.html"):
         (run / name).parent.mkdir(parents=True)
