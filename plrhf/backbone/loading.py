@@ -284,7 +284,7 @@ PLAIN_CHAT = (
 def is_encoder(path: str) -> bool:
     """Return whether a directory or hub name has a model that reads texts both ways, from its config."""
     try:
-        return not is_causal(AutoConfig.from_pretrained(path))
+        return not is_causal(read_config(path, trust_remote_code=False))
     except (ValueError, OSError):  # loading says what is wrong with it
         return False
 

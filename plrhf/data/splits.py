@@ -22,7 +22,7 @@ RATING_OUTSIDE_TRAIN = "rating outside train, where pairs of ratings are asked"
 PROMPT_IN_TWO_SPLITS = "prompt in a later split too, of another conversation"
 PAIR_OF_RATINGS = "pair of ratings that train has one by one"
 
-SPLIT_PAIRS = ("train_val", "train_test", "val_test")
+SPLIT_PAIRS = (("train", "val"), ("train", "test"), ("val", "test"))
 FEW_PROMPTS = 10  # too few to divide them
 VAL_FRACTION, TEST_FRACTION = 0.1, 0.2
 """Fractions of prompts for val and test, unless others are given."""
@@ -163,7 +163,7 @@ def split_rows(
 def _sharing(split_by: SplitBy, seen_prompt_test_fraction: float) -> tuple[str, ...]:
     """Return of which two splits the settings ask for common prompts."""
     if split_by != "prompt":
-        return SPLIT_PAIRS
+        return tuple(f"{earlier}_{later}" for earlier, later in SPLIT_PAIRS)
     return ("train_test",) if seen_prompt_test_fraction > 0 else ()
 
 

@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 from plrhf.core.bootstrap import Array, Estimate
 from plrhf.core.stats import Outcomes, correctness, summarise_outcomes
 from plrhf.data.rows import SPLITS, Row, choices_of
-from plrhf.data.splits import Splits, prompt_keys
+from plrhf.data.splits import SPLIT_PAIRS, Splits, prompt_keys
 
 MOST_PAIRS = 20_000  # of a split, spread evenly: more would cost time and change no digit
 HELD_OUT = 5  # every fifth train pair is scored where val cannot be
 MOSTLY_KNOWN = 0.9  # share of pairs
 RIDGE = 1.0  # penalty on weights of standardised features, half its square
 NEWTON_STEPS = 25
-SPLIT_PAIRS = (("train", "val"), ("train", "test"), ("val", "test"))
 
 Hashes = NDArray[np.int64]
 
