@@ -9,7 +9,6 @@ All that is removed is made anew when a run needs it.
 from __future__ import annotations
 
 import contextlib
-import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -24,14 +23,14 @@ from plrhf.cli.sections import Section
 from plrhf.core.components import Settings
 from plrhf.core.errors import bad_value
 from plrhf.core.files import is_part, remove_abandoned_parts
-from plrhf.data.digests import file_digest, is_intact
+from plrhf.data.cache_files import is_whole
+from plrhf.data.digests import is_intact
 
 KINDS = {
     "tokens": "tokens of rows",
     "texts": "values of texts (references, features)",
     "tiny_gptj": "tiny backbones",
 }
-NAMED_BY_CONTENT = re.compile(r"-([0-9a-f]{32})\.\w+$")
 GB = 10**9
 
 
@@ -62,8 +61,7 @@ class Entry:
         """Whether all its files have the content that they were written with."""
         if self.kind == "tiny_gptj":
             return is_intact(self.path)
-        named = [(path, NAMED_BY_CONTENT.search(path.name)) for path in _files(self.path)]
-        return all(name is not None and file_digest(path) == name[1] for path, name in named)
+        return all(map(is_whole, _files(self.path)))
 
     def remove(self) -> None:
         """Delete it, unless another process has; what a run is just writing into its folder stays."""

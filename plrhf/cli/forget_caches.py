@@ -35,7 +35,7 @@ def forget_in_caches(
     try:
         rows, tokenizer = _rows_of(run, user, trust_components=trust_components)
     except BadValue as error:
-        stays = f"remove tokens-*.arrow and texts-* in {cache_dir}, which are made anew when needed"
+        stays = f"remove tokens-* and texts-* in {cache_dir}, which are made anew when needed"
         print_lines([f"not removed: tokens and values of texts ({error}); {stays}"])
         return
     if any(cache_dir.glob("texts-*")):  # else rows need not be tokenised to find their texts
@@ -43,7 +43,7 @@ def forget_in_caches(
         for path, n_removed in remove_texts(cache_dir, keys):
             yield f"values of {n_removed:,} texts that nobody else judged, in {path}"
     stem = token_stem(rows, tokenizer)
-    for path in cache_dir.glob(f"{stem}-*.arrow") if stem is not None else ():
+    for path in cache_dir.glob(f"{stem}-*") if stem is not None else ():
         path.unlink()
         yield f"tokens of all {len(rows):,} rows of the run in {path}: they are made anew when needed"
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save
 from torch import Tensor
 
-from plrhf.data.cache_files import cache_file, intact_files
+from plrhf.data.cache_files import CachedArray, CachedArrays, cache_file, cached, made_anew
 from plrhf.data.digests import content_hash
+from plrhf.data.store import Indices
 
 TokenText = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt and of a response."""
@@ -74,12 +74,11 @@ class KnownTextValues:
     """Values of texts that were computed before.
 
     Args:
-        keys: of the texts, [M] int64, see `text_keys`. values: [M, ...] float32; None without any.
+        keys: of the texts, [M] int64, see `text_keys`. values: [M, ...] float32.
     """
 
-    def __init__(self, keys: NDArray[np.int64], values: NDArray[np.float32] | None) -> None:
-        self.keys, self.values = keys, values
-        self.order = np.argsort(keys, kind="stable")
+    def __init__(self, keys: NDArray[np.int64], values: NDArray[np.float32]) -> None:
+        self.parts = [_Part(keys, values)]
 
     def find(self, texts: Sequence[TokenText]) -> tuple[Tensor | None, list[int]]:
         """Look up the values of texts.
@@ -88,18 +87,35 @@ class KnownTextValues:
             The values [N, ...] float32, 0 for texts that are not in the cache (None if the cache is
             empty), and the indices of the texts that are not in it.
         """
-        if self.values is None:
-            return None, list(range(len(texts)))
-        wanted = text_keys(texts)
-        at = np.searchsorted(self.keys, wanted, sorter=self.order).clip(max=len(self.keys) - 1)
-        found_at = self.order[at]
-        is_found = self.keys[found_at] == wanted
-        values = self.values[found_at]
-        values[~is_found] = 0
-        return torch.from_numpy(values), np.flatnonzero(~is_found).tolist()
+        wanted, missing = text_keys(texts), np.arange(len(texts))
+        values: NDArray[np.float32] | None = None
+        for part in self.parts:
+            is_there, rows = part.find(wanted[missing])
+            with made_anew():
+                known = part.values[rows]
+                if values is None:
+                    values = np.zeros((len(texts), *known.shape[1:]), np.float32)
+                values[missing[is_there]] = known
+                missing = missing[~is_there]
+        return None if values is None else torch.from_numpy(values), missing.tolist()
 
     def add(self, texts: Sequence[TokenText], values: Tensor) -> None:
         """Hear of values [N, ...] that had to be computed; here they are not kept."""
+
+
+class _Part:
+    """The values of texts in one file, or in memory."""
+
+    def __init__(self, keys: NDArray[np.int64], values: NDArray[np.float32] | CachedArray) -> None:
+        self.keys, self.values = keys, values
+        self._order = np.argsort(keys, kind="stable")
+
+    def find(self, wanted: NDArray[np.int64]) -> tuple[NDArray[np.bool_], Indices]:
+        """Return whether each key is here, [N] bool, and the rows of those that are."""
+        at = np.searchsorted(self.keys, wanted, sorter=self._order).clip(max=len(self.keys) - 1)
+        rows = self._order[at]
+        is_there = self.keys[rows] == wanted
+        return is_there, rows[is_there]
 
 
 class TextValueCache(KnownTextValues):
@@ -114,11 +130,7 @@ class TextValueCache(KnownTextValues):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        files = [load_file(path) for path in intact_files(folder, "values", ".safetensors")]
-        super().__init__(
-            np.concatenate([np.empty(0, np.int64), *(one["keys"] for one in files)]),
-            np.concatenate([one["values"] for one in files]) if files else None,
-        )
+        self.parts = cached(folder, "values", lambda one: _Part(one["keys"][:], one["values"]))
 
     def add(self, texts: Sequence[TokenText], values: Tensor) -> None:
         """Write the values [N, ...] of texts to a new file of the cache."""
@@ -127,23 +139,28 @@ class TextValueCache(KnownTextValues):
 
 def _write(folder: Path, keys: NDArray[np.int64], values: NDArray[np.float32]) -> None:
     """Write a new file with the values of texts."""
-    with cache_file(folder, "values", ".safetensors") as part:
-        # `save_file` would put a file of its own, which only the owner can read, in the place.
-        part.write_bytes(save({"keys": keys, "values": values}))
+    with cache_file(folder, "values") as file:
+        file.add("keys", keys)
+        file.add("values", values)
 
 
 def remove_texts(cache_dir: Path, keys: NDArray[np.int64]) -> Iterator[tuple[Path, int]]:
     """Remove the values of texts from all folders of a cache; yield each such file and their number."""
     for folder in sorted(cache_dir.glob("texts-*")):
-        for path in intact_files(folder, "values", ".safetensors"):
-            one = load_file(path)
-            kept = ~np.isin(one["keys"], keys)
-            if kept.all():
-                continue
-            if kept.any():
-                _write(folder, one["keys"][kept], one["values"][kept])
-            path.unlink(missing_ok=True)
-            yield path, int((~kept).sum())
+        for path, n_removed in cached(folder, "values", lambda file: _without(file, keys)):
+            if n_removed > 0:
+                yield path, n_removed
+
+
+def _without(file: CachedArrays, keys: NDArray[np.int64]) -> tuple[Path, int]:
+    """Write a file anew without the values of texts; return its former path, and their number."""
+    of_file = file["keys"][:]
+    kept = np.flatnonzero(~np.isin(of_file, keys))
+    if len(kept) < len(of_file):
+        if len(kept) > 0:
+            _write(file.path.parent, of_file[kept], file["values"][kept])
+        file.path.unlink(missing_ok=True)
+    return file.path, len(of_file) - len(kept)
 
 
 def text_keys(texts: Sequence[TokenText]) -> NDArray[np.int64]:

@@ -1,18 +1,20 @@
-"""Tokens of pairs in an Arrow file, which is written once and memory-mapped."""
+"""Tokens of pairs in a file of the cache, which is written once and memory-mapped."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import pyarrow as arrow
 from numpy.typing import NDArray
 
 from plrhf.core.processes import map_in_processes, n_cores
 from plrhf.core.progress import Progress
-from plrhf.data.cache_files import cache_file, intact_files
+from plrhf.data.cache_files import CachedArrays, cache_file, cached
 from plrhf.data.digests import content_hash
 from plrhf.data.packing import TokenPair
 from plrhf.data.rows import Rows
@@ -27,41 +29,44 @@ PARALLEL_FROM = 2**15
 
 
 class TokenFile(LazySequence[TokenPair]):
-    """The token pairs of a file that `write_tokens` wrote, each read on demand.
+    """The token pairs of rows, each read on demand.
+
+    Args:
+        arrays: what `_tokenize` makes, in memory or in a file of the cache.
 
     Attributes:
         lengths: number of tokens of prompt, chosen and rejected, [N, 3] int32.
         cut, response_cut: whether the prompt, or a response, was truncated, [N] bool. history_cut: whether
             earlier turns were left out.
         refused: why the chat template refuses a row, by index of the row.
+
+    Raises:
+        DamagedFile: the file is damaged; here or when a pair is read.
     """
 
-    def __init__(self, source: arrow.NativeFile) -> None:
-        reader = arrow.ipc.open_file(source)
-        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        # Offsets and token ids of each field, block by block: views of the file.
-        self._blocks = [[_parts(batch.column(name)) for name in FIELDS] for batch in batches]
-        lengths = [np.stack([np.diff(ends) for ends, _ in one], axis=1) for one in self._blocks]
-        self.lengths: NDArray[np.int32] = np.concatenate([np.empty((0, 3), np.int32), *lengths])
-        self.cut, self.response_cut, self.history_cut = (_flags(batches, name) for name in FLAGS)
-        refused = [one for batch in batches for one in batch.column("refused").to_pylist()]
-        self.refused = {n: one for n, one in enumerate(refused) if one is not None}
-        self._indices: Indices = np.arange(len(self.cut))
+    def __init__(self, arrays: Mapping[str, NDArray[Any]] | CachedArrays) -> None:
+        self._ids = arrays["ids"]
+        self.lengths: NDArray[np.int32] = arrays["lengths"][:].copy()
+        self.cut, self.response_cut, self.history_cut = arrays["flags"][:].T.copy()
+        refused = json.loads(arrays["refused"][:].tobytes())
+        self.refused = {int(index): why for index, why in refused.items()}
+        self._starts = np.concatenate([[0], self.lengths.sum(axis=1, dtype=np.int64).cumsum()])
+        self._indices: Indices = np.arange(len(self.lengths))
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def item(self, index: int) -> TokenPair:
         """Return the pair at an index."""
-        number, row = divmod(int(self._indices[index]), BLOCK)
-        return TokenPair(
-            *(tuple(ids[ends[row] : ends[row + 1]].tolist()) for ends, ids in self._blocks[number])
-        )
+        row = self._indices[index]
+        ids = tuple(self._ids[self._starts[row] : self._starts[row + 1]].tolist())
+        prompt, chosen, _ = self.lengths[index].tolist()
+        return TokenPair(ids[:prompt], ids[prompt : prompt + chosen], ids[prompt + chosen :])
 
     def select(self, indices: Indices) -> Self:
         """Return the pairs at these indices."""
         part = object.__new__(type(self))
-        part._blocks, part._indices = self._blocks, self._indices[indices]
+        part._ids, part._starts, part._indices = self._ids, self._starts, self._indices[indices]
         part.lengths, part.cut = self.lengths[indices], self.cut[indices]
         part.response_cut = self.response_cut[indices]
         part.history_cut = self.history_cut[indices]
@@ -72,17 +77,6 @@ class TokenFile(LazySequence[TokenPair]):
 
     def __reduce__(self) -> Any:
         return list, (list(self),)
-
-
-def _flags(batches: Sequence[Any], name: str) -> NDArray[np.bool_]:
-    """Return a boolean column of all batches, [N]."""
-    found = [batch.column(name).to_numpy(zero_copy_only=False) for batch in batches]
-    return np.concatenate([np.empty(0, np.bool_), *found])
-
-
-def _parts(column: arrow.ListArray) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return the offsets and the token ids of a column of lists, without copying."""
-    return column.offsets.to_numpy(), column.values.to_numpy()
 
 
 def load_or_tokenize(
@@ -96,13 +90,15 @@ def load_or_tokenize(
     """
     stem = None if cache_dir is None else token_stem(rows, row_tokenizer)
     if cache_dir is None or stem is None:
-        memory = arrow.BufferOutputStream()
-        write_tokens(memory, rows, row_tokenizer)
-        return TokenFile(arrow.BufferReader(memory.getvalue()))
-    if not intact_files(cache_dir, stem, ".arrow"):
-        with cache_file(cache_dir, stem, ".arrow") as part, arrow.OSFile(str(part), "wb") as file:
-            write_tokens(file, rows, row_tokenizer)
-    return TokenFile(arrow.memory_map(str(intact_files(cache_dir, stem, ".arrow")[0])))
+        ids: list[NDArray[Any]] = []
+        arrays = _tokenize(rows, row_tokenizer, ids.append)
+        return TokenFile({"ids": np.concatenate(ids), **arrays})
+    if len(found := cached(cache_dir, stem, TokenFile)) == 0:
+        with cache_file(cache_dir, stem) as file:
+            for name, array in _tokenize(rows, row_tokenizer, partial(file.add, "ids")).items():
+                file.add(name, array)
+        found = cached(cache_dir, stem, TokenFile)
+    return found[0]
 
 
 def token_stem(rows: Rows, row_tokenizer: RowTokenizer) -> str | None:
@@ -114,34 +110,45 @@ def token_stem(rows: Rows, row_tokenizer: RowTokenizer) -> str | None:
     return f"tokens-{key}"
 
 
-def write_tokens(file: arrow.NativeFile, rows: Rows, row_tokenizer: RowTokenizer) -> None:
-    """Write the tokens of all rows, including rows that are too long.
+def _tokenize(
+    rows: Rows, row_tokenizer: RowTokenizer, keep: Callable[[NDArray[Any]], None]
+) -> dict[str, NDArray[Any]]:
+    """Tokenise all rows, including rows that are too long, and give all but their ids.
 
     An id takes two bytes if the vocabulary allows it, else four. From `PARALLEL_FROM` rows on, all cores
     tokenise, a block of rows at a time.
+
+    Args:
+        keep: is given the ids of all rows, block by block: those of prompt, chosen and rejected of a row,
+            and then those of the next.
+
+    Returns:
+        The arrays "lengths" [N, 3], "flags" [N, 3], and "refused", the reasons by index of the row as JSON.
     """
-    ids = arrow.uint16() if len(row_tokenizer.tokenizer) <= 2**16 else arrow.int32()
-    schema = arrow.schema(
-        [
-            *((name, arrow.list_(ids)) for name in FIELDS),
-            *((name, arrow.bool_()) for name in FLAGS),
-            ("refused", arrow.string()),
-        ]
-    )
+    kind = np.uint16 if len(row_tokenizer.tokenizer) <= 2**16 else np.int32
 
-    def tokenized(start: int) -> arrow.RecordBatch:
+    def tokenized(start: int) -> tuple[Any, ...]:
         found = row_tokenizer.tokens(list(rows[start : start + BLOCK]))
-        columns = [[getattr(one.pair, name) for one in found] for name in FIELDS]
-        columns += [[getattr(one, name) for one in found] for name in (*FLAGS, "refused")]
-        arrays = [arrow.array(one, kind) for one, kind in zip(columns, schema.types, strict=True)]
-        return arrow.record_batch(arrays, schema=schema)
+        texts = [getattr(one.pair, name) for one in found for name in FIELDS]
+        flags = [[getattr(one, name) for name in FLAGS] for one in found]
+        refused = {start + n: one.refused for n, one in enumerate(found) if one.refused is not None}
+        ids = np.array([*chain.from_iterable(texts)], kind)
+        lengths = np.array([*map(len, texts)], np.int32).reshape(-1, len(FIELDS))
+        return ids, lengths, np.array(flags, np.bool_), refused
 
+    lengths, flags, refused = [np.empty((0, 3), np.int32)], [np.empty((0, 3), np.bool_)], {}
+    keep(np.empty(0, kind))  # also without rows
     blocks = range(0, len(rows), BLOCK)
     n_processes = n_cores() if len(rows) >= PARALLEL_FROM else 1
-    with (
-        arrow.ipc.new_file(file, schema) as writer,
-        Progress("tokenising", total=len(rows)) as progress,
-    ):
-        for batch in map_in_processes(tokenized, blocks, n_processes):
-            writer.write_batch(batch)
-            progress.update(batch.num_rows)
+    with Progress("tokenising", total=len(rows)) as progress:
+        for ids, *of_rows, why in map_in_processes(tokenized, blocks, n_processes):
+            keep(ids)
+            lengths.append(of_rows[0])
+            flags.append(of_rows[1])
+            refused.update(why)
+            progress.update(len(of_rows[0]))
+    return {
+        "lengths": np.concatenate(lengths),
+        "flags": np.concatenate(flags),
+        "refused": np.frombuffer(json.dumps(refused).encode(), np.uint8),
+    }

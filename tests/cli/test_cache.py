@@ -7,21 +7,22 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from plrhf.cli import commands
 from plrhf.cli.cache import entries
-from plrhf.data.cache_files import cache_file
+from plrhf.data.cache_files import cache_file, is_whole
 from plrhf.data.digests import DIGESTS, is_intact, seal_folder
 
 
 def make_cache(folder: Path) -> dict[str, Path]:
     """Two token files, values of texts, a tiny backbone; each used a day after the one before."""
     for stem, size in (("tokens-a", 1_000_000), ("tokens-b", 2_000_000)):
-        with cache_file(folder, stem, ".arrow") as part:
-            part.write_bytes(bytes(size))
-    with cache_file(folder / "texts-c", "values", ".safetensors") as part:
-        part.write_bytes(bytes(3_000_000))
+        with cache_file(folder, stem) as file:
+            file.add("ids", np.zeros(size, np.uint8))
+    with cache_file(folder / "texts-c", "values") as file:
+        file.add("values", np.zeros(3_000_000, np.uint8))
     (folder / "tiny_gptj-d").mkdir()
     (folder / "tiny_gptj-d" / "model.safetensors").write_bytes(b"weights" * 100)
     seal_folder(folder / "tiny_gptj-d")
@@ -89,13 +90,13 @@ def test_what_a_run_is_writing_stays(tmp_path: Path, capsys: Any) -> None:
     for place, stem in (("", "tokens-a"), ("texts-c", "values")):
         cache = tmp_path / stem
         make_cache(cache)
-        with cache_file(cache / place, stem, ".arrow") as part:
-            part.write_bytes(b"half")
+        with cache_file(cache / place, stem) as file:
+            file.add("half", np.zeros(5))
             assert run(capsys, "verify", f"cache_dir={cache}") == ["4 of 4 entries are whole"]
             run(capsys, "prune", f"cache_dir={cache}", "max_gb=0")
-            part.write_bytes(b"whole")
-        (path,) = (cache / place).glob(f"{stem}-*.arrow")
-        assert path.read_bytes() == b"whole"
+            file.add("other", np.ones(5))
+        (path,) = (cache / place).glob(f"{stem}-*")
+        assert is_whole(path)
 
 
 @pytest.mark.slow

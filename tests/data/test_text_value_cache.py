@@ -47,12 +47,25 @@ def test_half_written_and_damaged_files_are_passed_over(tmp_path: Path) -> None:
     (whole,) = tmp_path.iterdir()
     bits = whole.read_bytes()
     (tmp_path / "killed.part").write_bytes(bits[: len(bits) // 2])
-    (tmp_path / "values-cut.safetensors").write_bytes(bits[:-3])
-    (tmp_path / "values-empty.safetensors").write_bytes(b"")
+    (tmp_path / "values-cut.arrays").write_bytes(bits[:-3])
+    (tmp_path / "values-empty.arrays").write_bytes(b"")
     found, missing = TextValueCache(tmp_path).find(TEXTS)
     assert missing == [2, 3, 4] and found is not None and found[:2].eq(1).all()
     whole.write_bytes(bits[:-1] + bytes([bits[-1] ^ 4]))
     assert TextValueCache(tmp_path).find(TEXTS) == (None, [0, 1, 2, 3, 4])
+
+
+def test_values_that_are_damaged_later_are_computed_anew(tmp_path: Path, capsys: Any) -> None:
+    TextValueCache(tmp_path).add(TEXTS[1:3], torch.ones(2, 9_000))
+    (path,) = tmp_path.iterdir()
+    cache = TextValueCache(tmp_path)
+    with path.open("r+b") as file:  # the last value, far from the keys
+        file.seek(2 * 8 + 2 * 9_000 * 4 - 1)
+        file.write(b"x")
+    found, missing = cache.find([TEXTS[1], TEXTS[3]])
+    assert found is not None and found[0].eq(1).all() and missing == [1]
+    assert cache.find(TEXTS[1:3]) == (None, [0, 1]) and not path.exists()
+    assert capsys.readouterr().out == f"damaged and removed, to be made anew: {path}\n"
 
 
 def prepared(model: Any, cache_dir: Path, pairs: list[TokenPair]) -> tuple[Any, list[int]]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as arrow
 import pytest
 
 from plrhf.core.errors import BadValue
@@ -240,31 +239,35 @@ def test_tokens_are_those_of_texts_one_by_one(
     assert pickle.loads(pickle.dumps(pairs.select(places))) == pairs.select(places)
 
 
-def whole_file(rows: Rows, made: RowTokenizer) -> bytes:
-    memory = arrow.BufferOutputStream()
-    tokens.write_tokens(memory, rows, made)
-    return bytes(memory.getvalue())
+def whole_file(rows: Rows, made: RowTokenizer, folder: Path) -> bytes:
+    load_or_tokenize(rows, made, cache_dir=folder)
+    (path,) = folder.iterdir()
+    return path.read_bytes()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows_on_disk", [True, False])
 def test_several_processes_write_the_same_file(
-    rows_on_disk: bool, many: list[Row], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    rows_on_disk: bool,
+    many: list[Row],
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if rows_on_disk:  # where all processes share the file and its position
         monkeypatch.setattr(store, "IN_MEMORY", 1000)
     rows = Rows.from_rows([*many, *many, *many])
-    alone = whole_file(rows, row_tokenizer(tokenizer))
+    alone = whole_file(rows, row_tokenizer(tokenizer), tmp_path / "alone")
     monkeypatch.setattr(tokens, "PARALLEL_FROM", 0)
     monkeypatch.setattr(tokens, "n_cores", lambda: 2)
     here = row_tokenizer(tokenizer)
     monkeypatch.setattr(here, "tokens", in_another_process(here.tokens))
-    assert whole_file(rows, here) == alone
+    assert whole_file(rows, here, tmp_path / "several") == alone
     # Without truncation the first row that is too long is named, as by one process.
     strict = row_tokenizer(tokenizer, on_long_prompt="error", max_prompt_tokens=30)
     long = replace(many[0], prompt="the sea is wide " * 9, pair_id="long")
     with pytest.raises(BadValue, match=r"prompt='\d+ tokens \(pair long\)'.*truncate"):
-        whole_file(Rows.from_rows([*many, long, *many]), strict)
+        load_or_tokenize(Rows.from_rows([*many, long, *many]), strict, cache_dir=None)
 
 
 def in_another_process(tokenise: Any) -> Any:
@@ -357,7 +360,7 @@ def test_the_digest_of_a_tokenizer_knows_all_that_decides_tokens(
         lambda bits: bits[:-9],
         lambda bits: b"",
         lambda bits: b"x" * 99,
-        lambda bits: bits[:400] + bytes([bits[400] ^ 1]) + bits[401:],
+        lambda bits: bits[:-9] + bytes([bits[-9] ^ 1]) + bits[-8:],
     ],
 )
 def test_a_damaged_file_is_made_anew(
@@ -367,6 +370,22 @@ def test_a_damaged_file_is_made_anew(
     expected = parts(load_or_tokenize(rows, row_tokenizer(tokenizer), cache_dir=tmp_path))
     (path,) = tmp_path.iterdir()
     path.write_bytes(damage(path.read_bytes()))
+    assert parts(load_or_tokenize(rows, row_tokenizer(tokenizer), cache_dir=tmp_path)) == expected
+
+
+def test_tokens_that_are_damaged_later_stop_the_run_and_are_made_anew_by_the_next(
+    many: list[Row], tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = Rows.from_rows(many)
+    expected = one_by_one(many, tokenizer)
+    pairs = load_or_tokenize(rows, row_tokenizer(tokenizer), cache_dir=tmp_path)
+    (path,) = tmp_path.iterdir()
+    with path.open("r+b") as file:  # in the first block, in place
+        file.write(bytes([path.read_bytes()[0] ^ 1]))
+    assert parts(pairs[-9:]) == expected[-9:]
+    with pytest.raises(BadValue, match="tokens-.*Repeat the command"):
+        pairs[0]
+    assert list(tmp_path.iterdir()) == []
     assert parts(load_or_tokenize(rows, row_tokenizer(tokenizer), cache_dir=tmp_path)) == expected
 
 
@@ -381,12 +400,7 @@ def test_ids_take_no_more_bytes_than_they_need(
         for kind in (tokenizer, large_tokenizer)
     )
     assert isinstance(small, TokenFile) and small == large
-    widths = {
-        name: ids.dtype
-        for name, one in (("small", small), ("large", large))
-        for _, ids in one._blocks[0]
-    }
-    assert widths == {"small": np.dtype("uint16"), "large": np.dtype("int32")}
+    assert (small._ids[:].dtype, large._ids[:].dtype) == (np.uint16, np.int32)
 
 
 def test_texts_that_come_again_are_kept_only_so_long(

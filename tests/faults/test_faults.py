@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fuzz_rows import bombs, fuzz, fuzz_forms
 from sizes import size
 from torch import Tensor
 
 from plrhf.core.errors import BadValue
-from plrhf.data.cache_files import cache_file, intact_files
+from plrhf.data.cache_files import BLOCK_BYTES, cache_file, cached
 from plrhf.evaluation.generations import read_generations
 from plrhf.evaluation.records import read_record, read_settings
 from plrhf.evaluation.results import read_metrics, read_results
@@ -127,10 +128,11 @@ def test_no_flipped_bit_is_used_silently(
 def test_a_flipped_bit_in_a_cache_is_found(tmp_path: Path) -> None:
     draw = random.Random(5)
     for _ in range(FLIPS):
-        with cache_file(tmp_path, "tokens", ".arrow") as part:
-            part.write_bytes(draw.randbytes(2_000))
-        (path,) = intact_files(tmp_path, "tokens", ".arrow")
+        with cache_file(tmp_path, "tokens") as file:
+            file.add("ids", np.frombuffer(draw.randbytes(2 * BLOCK_BYTES), np.uint8))
+        (path,) = tmp_path.iterdir()
         flipped = bytearray(path.read_bytes())
-        flipped[draw.randrange(2_000)] ^= 1 << draw.randrange(8)
+        flipped[draw.randrange(len(flipped))] ^= 1 << draw.randrange(8)
         path.write_bytes(flipped)
-        assert intact_files(tmp_path, "tokens", ".arrow") == []
+        assert cached(tmp_path, "tokens", lambda one: one["ids"][:]) == []
+        assert list(tmp_path.iterdir()) == []

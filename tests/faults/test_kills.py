@@ -17,6 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -25,7 +26,7 @@ from sizes import size
 from plrhf.core import files
 from plrhf.core.errors import BadValue
 from plrhf.core.files import is_disk_full
-from plrhf.data.cache_files import cache_file, intact_files
+from plrhf.data.cache_files import CachedArrays, cache_file, cached
 from plrhf.evaluation.records import read_settings, write_settings
 from plrhf.evaluation.results import read_predictions, read_results, write_evaluation
 from plrhf.models.card import read_card
@@ -68,14 +69,18 @@ def checkpoint_in(folder: Path) -> int:
 
 
 def write_cache(folder: Path, version: int) -> None:
-    with cache_file(folder / "cache", f"tokens-{version}", ".bin") as part:
-        part.write_bytes(bytes([version]) * 50_000)
+    with cache_file(folder / "cache", f"tokens-{version}") as file:
+        file.add("ids", np.full(50_000, version, np.uint8))
 
 
 def cached_in(folder: Path) -> int:
-    found = [path for n in (2, 1) for path in intact_files(folder / "cache", f"tokens-{n}", ".bin")]
-    assert all(len(set(path.read_bytes())) == 1 for path in found)
-    return found[0].read_bytes()[0]
+    found = [one for n in (2, 1) for one in cached(folder / "cache", f"tokens-{n}", ids_in)]
+    assert all(len(np.unique(ids)) == 1 for ids in found)
+    return int(found[0][0])
+
+
+def ids_in(file: CachedArrays) -> Any:
+    return file["ids"][:]
 
 
 def write_predictions(folder: Path, version: int) -> None:
@@ -301,11 +306,14 @@ def test_processes_share_a_cache(tmp_path: Path) -> None:
     def work() -> None:
         draw = random.Random(os.getpid())
         for _ in range(size(100, 2_000)):
-            stem, content = f"tokens-{draw.randrange(3)}", bytes([draw.randrange(2)]) * 5_000
-            with cache_file(tmp_path, stem, ".bin") as part:
-                part.write_bytes(content)
-            for path in intact_files(tmp_path, stem, ".bin"):
-                assert len(set(path.read_bytes())) == 1
+            stem, content = (
+                f"tokens-{draw.randrange(3)}",
+                np.full(50_000, draw.randrange(2), np.uint8),
+            )
+            with cache_file(tmp_path, stem) as file:
+                file.add("ids", content)
+            for ids in cached(tmp_path, stem, ids_in):
+                assert len(np.unique(ids)) == 1
 
     assert [ended(one) for one in [child_of(work) for _ in range(4)]] == [0] * 4
     assert not list(tmp_path.glob("*.part"))

@@ -98,7 +98,7 @@ def forget_texts(cache_dir: Path) -> None:
 
 
 def kept_texts(cache_dir: Path) -> list[Path]:
-    return sorted(cache_dir.glob("texts-*/*.safetensors"))
+    return sorted(cache_dir.glob("texts-*/values-*"))
 
 
 @pytest.mark.long
