@@ -59,6 +59,13 @@ def test_a_coin_that_falls_for_the_longer_text(tmp_path: Path) -> None:
     assert all(row["chosen"].startswith(row["split"]) for row in coins)
 
 
+@pytest.mark.slow
+def test_a_file_of_tokens_beside_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run("token_cache.py", tmp_path / "out", monkeypatch, "--rows", "300", "--steps", "1")
+    assert found["here"][0].keys() == found["beside"][0].keys()
+    assert all(value >= 0 for value in (*found["here"][0].values(), *found["beside"][0].values()))
+
+
 @pytest.mark.long
 @pytest.mark.slow
 def test_steps_beside_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
