@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 ENV := .venv/.installed
 QUICK := runs/quickstart
+unexport PYTHONDONTWRITEBYTECODE  # what one process of the tests compiled, the next ones read
 
 .PHONY: quickstart test test-long check lint docs benchmark referee ablation demo
 
@@ -36,7 +37,7 @@ test: $(ENV)
 
 # What takes longest: compilers, notebooks, the site, TRL beside us, several processes, other launchers.
 test-long: $(ENV)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m long
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m long $$(grep -rl "mark\.long" --include="test_*.py" tests)
 
 # What every commit must pass: style, types, the tests that are not slow.
 check: lint

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,35 @@ def quiet_and_on_one_thread() -> None:
 
     disable_progress_bar()
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def garbage_is_collected_seldom() -> None:
+    """Look for garbage less often, and not among what was imported, which stays: a tenth of all time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def files_of_settings_are_parsed_once() -> Iterator[None]:
+    """Keep what was parsed of a text of settings; each reader gets objects of its own, as always."""
+    from unittest.mock import patch
+
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf._utils import get_yaml_loader
+
+    @functools.cache
+    def parsed(text: str) -> Any:
+        return yaml.load(text, Loader=get_yaml_loader())
+
+    def load(file: Any) -> Any:
+        text = file.read() if hasattr(file, "read") else Path(file).read_text(encoding="utf-8")
+        return OmegaConf.create({} if parsed(text) is None else parsed(text))
+
+    with patch.object(OmegaConf, "load", load):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shlex
 from collections.abc import Iterator
@@ -79,17 +80,19 @@ def rows(files: dict[str, Path]) -> PreferenceData:
     return build_data(RunConfig.from_settings(settings).data)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model_of(files: dict[str, Path], rows: PreferenceData) -> Any:
     """Config -> its model, with the rows and backbone of `files` in place of its own."""
+    opened: dict[str, Backbone] = {}
 
     def make(config: RunConfig) -> Any:
         # The stand-in knows no other tokenizer's padding.
         stand_in = config.backbone.model_copy(
             update={"path": str(files["gptj"]), "pad_token": None}
         )
-        _, backbone = open_backbone(stand_in, str(files["gptj"]))
-        return build_run_model(config, rows, backbone, "")
+        if (key := repr(stand_in)) not in opened:
+            opened[key] = open_backbone(stand_in, str(files["gptj"]))[1]
+        return build_run_model(config, rows, copy.deepcopy(opened[key]), "")
 
     return make
 
