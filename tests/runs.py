@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import runpy
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -50,7 +52,12 @@ ACCURACIES = {"accuracy_micro", "accuracy_macro", "accuracy_worst10"}
 
 
 def composed(*overrides: str, config: str = "train") -> dict[str, Any]:
-    """The settings that a command line gives, as a plain dict."""
+    """The settings that a command line gives, as a plain dict of one's own."""
+    return copy.deepcopy(_composed(overrides, config))
+
+
+@cache
+def _composed(overrides: tuple[str, ...], config: str) -> dict[str, Any]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         node = compose(config, overrides=list(overrides))
     return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)  # type: ignore[return-value]

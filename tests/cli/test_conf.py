@@ -280,15 +280,16 @@ def test_experiments(
     experiment: str, files: dict[str, Path], model_of: Any, tmp_path: Path
 ) -> None:
     overrides = [f"experiment={experiment}"]
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        node: Any = OmegaConf.to_container(compose("train", overrides=overrides))
     if experiment == "ablation/soft_prompt":  # what others are made to do with a soft prompt
         overrides = ["experiment=[ablation/user_models,ablation/soft_prompt]"]
-    if "path" in node["data"]:
-        overrides.append(f"data.path={files['rows']}")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        node: Any = compose("train", overrides=overrides)
+    if "path" in list(node["data"]):  # also where it has no value yet
+        node["data"]["path"] = str(files["rows"])
     if node["backbone"]["tiny"] is None:
-        overrides.append(f"backbone.path={files['gptj']}")
-    config = RunConfig.from_settings(composed(*overrides))
+        node["backbone"]["path"] = str(files["gptj"])
+    settings: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    config = RunConfig.from_settings(settings)
     if config.trainer.accelerator == "cpu":
         build_run_trainer(config, tmp_path, has_val=True)
     if not config.is_supervised:

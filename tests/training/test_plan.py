@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from plrhf.backbone import devices
 from plrhf.backbone.model import Backbone
 from plrhf.backbone.tiny import tiny_gptj
-from plrhf.cli.planning import model_of_shapes, plan_run
+from plrhf.cli.planning import empty_backbone, model_of_shapes, plan_run
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.features import NO_FEATURES
 from plrhf.models.policy import PersonalDPOPolicy
@@ -160,18 +160,28 @@ def test_forecast_is_what_is_measured(case: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 def test_parameters_of_gpt_j() -> None:
+    """All blocks of the paper's model are counted; a step is planned for two of them."""
     of_paper = ["backbone=gptj_6b", "model=dpo", "aggregator=soft_prompt", "encoder=none"]
-    plan = forecast_of(*of_paper, "trainer=gpu")
-    block = 4 * 4096**2 + 2 * 4096 * 16384 + 16384 + 4096 + 2 * 4096
-    bare = 2 * 50400 * 4096 + 50400 + 28 * block + 2 * 4096
-    lora = 28 * 8 * (4 * (4096 + 4096) + 2 * (4096 + 16384))
-    assert bare == 6_050_882_784
+
+    def counted(n_blocks: int) -> tuple[int, int]:
+        block = 4 * 4096**2 + 2 * 4096 * 16384 + 16384 + 4096 + 2 * 4096
+        bare = 2 * 50400 * 4096 + 50400 + n_blocks * block + 2 * 4096
+        return bare, n_blocks * 8 * (4 * (4096 + 4096) + 2 * (4096 + 16384))
+
+    whole = list(empty_backbone(composed(*SHAPE, *of_paper)["backbone"]).parameters())
+    learned = sum(one.numel() for one in whole if one.requires_grad)
+    assert (sum(one.numel() for one in whole) - learned, learned) == counted(28)
+    assert counted(28)[0] == 6_050_882_784
+    plan = forecast_of(*of_paper, "trainer=gpu", "+backbone.architecture.n_layer=2")
+    bare, lora = counted(2)
     assert (plan.parameters, plan.trainable) == (bare + lora, lora)
     assert plan.weights == 2 * bare + 4 * lora  # bfloat16, and adapters in float32
     assert plan.gradients == 4 * lora and plan.optimiser == 8 * lora
 
 
+ONE_BLOCK = "backbone.tiny.n_layers=1"  # where more of them would be more of the same
 SHARDED = [
+    ONE_BLOCK,
     *("model=dpo", "encoder.rank=4", "trainer=zero3", "trainer.devices=2", "trainer.num_nodes=2"),
     *("trainer.accumulate_grad_batches=3", "data.batch_size=20", "data.eval_batch_size=36"),
 ]
@@ -234,11 +244,11 @@ def test_what_a_gpu_gathers_and_offloads() -> None:
 
 @pytest.mark.slow
 def test_a_hundred_million_users() -> None:
-    rank = forecast_of("encoder.rank=4", n_users=10**8)
+    rank = forecast_of("encoder.rank=4", ONE_BLOCK, n_users=10**8)
     table = 4 * 4 * (10**8 + 1)  # bytes
     counts = 3 * 8 * (10**8 + 1)
     assert rank.user_tables == table * (1 + 1 + 2) + counts
-    clusters = ["encoder=cluster", "encoder.n_clusters=12", "trainer=zero3"]
+    clusters = ["encoder=cluster", "encoder.n_clusters=12", "trainer=zero3", ONE_BLOCK]
     sharded = forecast_of(*clusters, n_users=10**8)
     assert sharded.user_tables == pytest.approx((10**8 + 1) * 12 * (2 + 2 + 16) / 8 + counts)
     # The table of 1.2e9 numbers is whole on every GPU for a moment, and so is its gradient.
@@ -247,8 +257,9 @@ def test_a_hundred_million_users() -> None:
 
 @pytest.mark.slow
 def test_flex_attention_is_planned_with_a_mask() -> None:
+    of_one = "backbone.architecture.num_hidden_layers=1"
     flex, masked = (
-        forecast_of("trainer=gpu", SOFT[0], LLAMA, f"backbone.attention={name}")
+        forecast_of("trainer=gpu", SOFT[0], LLAMA, of_one, f"backbone.attention={name}")
         for name in ("flex_attention", "sdpa")
     )
     assert flex == masked
@@ -264,7 +275,7 @@ def test_bidirectional_encoders_have_two_rows_a_pair() -> None:
 
 @pytest.mark.slow
 def test_what_fits() -> None:
-    plan = forecast_of()
+    plan = forecast_of(ONE_BLOCK)
     assert plan.fits(plan.total / 0.9 / GB * 1.001)
     assert not plan.fits(plan.total / 0.9 / GB * 0.999)
 
