@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from plrhf.data import store
 from plrhf.data.rows import Row
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -64,6 +65,15 @@ def test_a_file_of_tokens_beside_itself(tmp_path: Path, monkeypatch: pytest.Monk
     found = run("token_cache.py", tmp_path / "out", monkeypatch, "--rows", "300", "--steps", "1")
     assert found["here"][0].keys() == found["beside"][0].keys()
     assert all(value >= 0 for value in (*found["here"][0].values(), *found["beside"][0].values()))
+
+
+@pytest.mark.slow
+def test_rows_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("BLOCK", "IN_MEMORY"):
+        monkeypatch.setattr(store, name, getattr(store, name))
+    given = ["--rows", "70", "--sizes", "32", "64", "--sentences", "1"]
+    found = run("row_blocks.py", tmp_path / "out", monkeypatch, *given)
+    assert found.keys() == {"1, 32", "1, 64"} and all(min(one) > 0 for one in found.values())
 
 
 @pytest.mark.long

@@ -16,6 +16,7 @@ from plrhf.backbone.loading import load_tokenizer
 from plrhf.cli.config import RunConfig
 from plrhf.cli.forget import forget
 from plrhf.cli.rows import build_data
+from plrhf.data.cache_files import CachedArrays
 from plrhf.data.in_context import row_tokenizer
 from plrhf.data.text_value_cache import text_keys
 from plrhf.evaluation.chat_endpoint import Reply, ReplyStore
@@ -76,8 +77,8 @@ def keys_of_texts(run: Path) -> dict[str, set[bytes]]:
 
 def keys_of_values(cache: Path) -> set[bytes]:
     """The keys of all values of texts that a cache holds."""
-    files = [load_file(path)["keys"] for path in cache.glob("texts-*/values-*")]
-    return {key.numpy().tobytes() for keys in files for key in keys}
+    files = [CachedArrays(path)["keys"][:] for path in cache.glob("texts-*/values-*")]
+    return {key.tobytes() for keys in files for key in keys}
 
 
 def leave_replies(path: Path, user: str) -> None:
