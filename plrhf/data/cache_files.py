@@ -24,8 +24,8 @@ from plrhf.core.files import explain_full_disk, temporary_part
 
 Read = TypeVar("Read")
 
-BLOCK_BYTES = 2**14
-"""Number of bytes that are checked together."""
+BLOCK_BYTES = 2**12
+"""Number of bytes that are checked together: a page of memory."""
 
 DIGEST_BYTES = 8
 
@@ -41,7 +41,8 @@ def _digest(content: Any) -> bytes:
 
 
 def _name_digest(end: Any) -> str:
-    return blake2b(end, digest_size=16).hexdigest()
+    """Return the digest of what follows the arrays, another one where blocks are of another size."""
+    return blake2b(end, digest_size=16, salt=BLOCK_BYTES.to_bytes(8)).hexdigest()
 
 
 class ArrayWriter:
@@ -173,9 +174,10 @@ class CachedArrays:
                 self._is_checked[number] = True
 
     def _damaged(self) -> DamagedFile:
-        """Remove the file, and return the error."""
-        self.path.unlink(missing_ok=True)
-        cure = "Repeat the command: the file was removed, and is made anew"
+        """Remove the file, and return (not raise) the error."""
+        with contextlib.suppress(OSError):  # another process has, or this one may not
+            self.path.unlink()
+        cure = "Repeat the command, which makes it anew"
         words = bad_value(str(self.path), "damaged", "the content that was written", cure)
         error = DamagedFile(str(words))
         error.path = self.path
