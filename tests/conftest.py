@@ -90,6 +90,23 @@ def files_of_settings_are_parsed_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def settings_are_composed_once() -> Iterator[None]:
+    """Leave out that Hydra composes a command's settings to read `hydra.mode`, which none of ours sets.
+
+    It composes them again to run the command. Commands in processes of their own do both.
+    """
+    from unittest.mock import patch
+
+    from hydra._internal.hydra import Hydra
+
+    def no_mode(*_: Any, **__: Any) -> None:
+        return None
+
+    with patch.object(Hydra, "get_mode", no_mode):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     import torch

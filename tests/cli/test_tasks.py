@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import combinations
@@ -20,7 +21,6 @@ from runs import (
     ENVIRONMENT,
     TINY,
     check_evaluation,
-    command,
     composed,
     evaluation_of,
     launch,
@@ -446,10 +446,38 @@ def test_comparison(reward_run: Path, policy_run: Path, tmp_path: Path, capsys: 
     assert 0 < frame.loc["two", "seen_p_value"] <= frame.loc["two", "seen_p_holm"] <= 1
 
 
+# A training that is refused, what it has imported of what it was not asked for, and an evaluation.
+IN_TURN = """
+import sys
+from plrhf.cli import commands
+
+script, *words = sys.argv
+place = words.index("then")
+sys.argv = [script, *words[:place]]
+try:
+    commands.train()
+except SystemExit as stop:
+    print("status:", stop.code)
+import plrhf.cli.run, plrhf.cli.tasks
+unasked = {"trl", "sklearn", "tensorboard", "wandb", "datasets", "deepspeed", "tensorflow"}
+print("unasked:", *(unasked & sys.modules.keys()))
+print("then", file=sys.stderr)
+sys.argv = [script, *words[place + 1:]]
+commands.evaluate()
+"""
+
+
 @pytest.mark.slow
 def test_a_process_of_its_own(reward_run: Path, tmp_path: Path) -> None:
-    asked = command("eval", f"run={reward_run}", f"out={tmp_path / 'out'}")
-    done = subprocess.run(asked, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stderr == ""
+    (tmp_path / "in_turn.py").write_text(IN_TURN)
+    refused = ["model.alpha=7", f"run_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}"]
+    asked = [*refused, "then", f"run={reward_run}", f"out={tmp_path / 'out'}"]
+    line = [sys.executable, str(tmp_path / "in_turn.py"), *asked]
+    done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    of_training, of_evaluation = done.stderr.split("then\n")
+    assert of_training.startswith("error: ") and of_training.count("\n") == 1
+    assert done.stdout.startswith("status: 2\nunasked:\n")
+    assert not (tmp_path / "run" / "0").exists() and not (tmp_path / "cache").exists()
+    assert done.returncode == 0 and of_evaluation == ""
     assert done.stdout.endswith(f"report: {tmp_path / 'out/report.html'}\n")
     assert evaluation_of(tmp_path / "out") == evaluation_of(reward_run)
