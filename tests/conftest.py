@@ -66,7 +66,7 @@ def garbage_is_collected_seldom() -> None:
     """Look for garbage less often, and not among what was imported, which stays: a tenth of all time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    gc.set_threshold(20_000, 10, 5)  # the last: of whole runs, which hold models
 
 
 @pytest.fixture(scope="session", autouse=True)

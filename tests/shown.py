@@ -109,6 +109,8 @@ def small(arguments: list[str]) -> list[str]:
         extra += SMALL_BACKBONE
     elif "gptj_6b" in given:
         extra += ["backbone.path=language_model", "backbone.pad_token=null", "trainer=cpu"]
+        if "plan=true" in arguments:  # which is of the architecture alone
+            extra.append("backbone.architecture.n_layer=1")
     return extra
 
 
@@ -128,5 +130,7 @@ def stand_in(word: str, command: str, run_dir: str) -> str:
         return "backbone.path=" + (
             "sentence_encoder" if "experiment" in command else "language_model"
         )
+    if "experiment=quickstart" in command and word.startswith("seed="):  # others have two seeds
+        return word.partition(",")[0]
     # A sweep over two values has all that one over more has.
     return re.sub(r"^([\w.]+=\w+),.*?(\w+)$", r"\1,\2", word.replace("RUN_DIR", run_dir))
