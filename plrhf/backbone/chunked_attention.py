@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plrhf.core.second_order import check_differentiated_once
+
 CHUNK = 128
 """Number of queries in a chunk."""
 
@@ -48,6 +50,7 @@ class ChunkedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        check_differentiated_once()
         query, key, value, *weights = ctx.saved_tensors
         d_heads = grads[0].transpose(1, 2).flatten(0, 1)  # (RH, M, d / H)
         d_queries: list[Tensor] = []

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.gptj.modeling_gptj import GPTJAttention, GPTJBlock
 
 from plrhf.backbone import devices
 from plrhf.backbone.block_attention import attend_in_blocks, block_mask
 from plrhf.backbone.chunked_attention import ChunkedAttention
 from plrhf.backbone.masks import PackedRows, additive, visibility
+from plrhf.backbone.tanh_gelu import tanh_gelu
 
 KERNEL_BLOCK = 32
 """Block size of torch's fused attention on CPUs, in positions."""
@@ -31,8 +32,7 @@ LONGEST_CHUNKED = 2048
 more memory than the block's other activations, with heads of width 64."""
 
 GELU_TANH = ("gelu_new", "gelu_pytorch_tanh")
-"""Names of the tanh approximation of GELU. transformers computes the first in five operations, torch in
-one."""
+"""Names of the tanh approximation of GELU. transformers computes the first in five operations."""
 
 
 @dataclass
@@ -69,8 +69,7 @@ def attention_layout(trunk: Any, rows: PackedRows, *, dtype: torch.dtype) -> Att
         return AttentionLayout(first_read, n_causal, None, rotations, blocks=blocks)
     seen = visibility(rows)
     # On CPUs the backward pass of torch's fused kernel takes up to three times as long.
-    trains_on_cpu = devices.computes_on_cpu(segment) and torch.is_grad_enabled()
-    chunked = trains_on_cpu and segment.shape[1] <= LONGEST_CHUNKED
+    chunked = devices.trains_on_cpu(segment) and segment.shape[1] <= LONGEST_CHUNKED
     if chunked and n_causal == segment.shape[1]:
         seen = torch.ones_like(seen[:1]).tril()
     seen = seen[:, None, 0 if chunked else first_read // KERNEL_BLOCK * KERNEL_BLOCK :]
@@ -165,7 +164,7 @@ class PackedBlock(GPTJBlock):
         attended, _ = self.attn(normed, layout=layout, first=first)
         inner = self.mlp.fc_in(normed[:, first:])
         is_gelu = self.attn.config.activation_function in GELU_TANH
-        inner = gelu(inner, approximate="tanh") if is_gelu else self.mlp.act(inner)
+        inner = tanh_gelu(inner) if is_gelu else self.mlp.act(inner)
         fed = self.mlp.dropout(self.mlp.fc_out(inner))
         return (hidden_states[:, first:] + attended + fed,)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from plrhf.backbone import devices
 from plrhf.backbone.devices import product_dtype
+from plrhf.core.second_order import check_differentiated_once, takes_second_derivatives
 
 
 class SparseDropout(nn.Dropout):
@@ -68,7 +69,8 @@ class FusedLoraLinear(LoraLinear):
         if self.merged and not (args or kwargs):
             y = self.base_layer(x)
             return y - self._low_rank(x) if self.disable_adapters else y
-        if args or kwargs or not devices.computes_on_cpu(x) or not can_fuse(self):
+        fused = devices.computes_on_cpu(x) and not takes_second_derivatives() and can_fuse(self)
+        if args or kwargs or not fused:
             return super().forward(x, *args, **kwargs)
         (name,) = self.active_adapters
         base, dropout = self.base_layer, self.lora_dropout[name]
@@ -94,7 +96,7 @@ class _FusedLora(torch.autograd.Function):
 
     Hu et al. 2021, arXiv 2106.09685, eq. 3. The low-rank term is added to the output in place. Products
     with a narrow result are computed transposed, as [r, N] instead of [N, r], which takes up to nine
-    times less time on CPUs. Of dropout only the positions of the dropped numbers are kept.
+    times less time on CPUs. Of dropout only the dropped numbers and their positions are kept.
     """
 
     @staticmethod
@@ -111,56 +113,56 @@ class _FusedLora(torch.autograd.Function):
         dtype = product_dtype(x.device, weight.dtype)
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()  # (N, in)
-            with _zeroed(flat, dropped):
+            values = None if dropped is None else flat.view(-1).index_select(0, dropped)
+            with _zeroed(flat, dropped, values):
                 low = a.to(dtype) @ flat.t()  # (r, N)
             used = weight.to(dtype).t()
             # Not a view of it is returned: models may change it in place.
             y = flat.new_empty(*x.shape[:-1], weight.shape[0])
             rows = y.view(-1, weight.shape[0])
-            if bias is None:
-                torch.mm(flat, used, out=rows)
-            else:
-                torch.addmm(bias.to(dtype), flat, used, out=rows)
+            torch.mm(flat, used, out=rows)
+            if bias is not None:
+                rows.add_(bias.to(dtype))  # addmm would fill the output with it first
             rows.addmm_(low.t(), b.to(dtype).t(), alpha=scaling)
-        ctx.save_for_backward(flat, weight, a, b, low, dropped)
+        ctx.save_for_backward(flat, weight, a, b, low, dropped, values)
         ctx.scaling, ctx.shape, ctx.dtype = scaling, x.shape, x.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        flat, weight, a, b, low, dropped = ctx.saved_tensors
+        check_differentiated_once()
+        flat, weight, a, b, low, dropped, values = ctx.saved_tensors
         dy = grads[0].reshape(-1, weight.shape[0]).to(flat.dtype)  # (N, out)
         d_low = (b.to(dy.dtype).t() @ dy.t()).mul_(ctx.scaling)  # (r, N)
-        with _zeroed(flat, dropped):
+        with _zeroed(flat, dropped, values):
             da = (d_low @ flat).to(a.dtype)
         db = (low @ dy).mul_(ctx.scaling).t().to(b.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = dy @ weight.to(dy.dtype)  # (N, in)
-            before = None if dropped is None else dx.take(dropped)
+            before = None if dropped is None else dx.view(-1).index_select(0, dropped)
             dx.addmm_(d_low.t(), a.to(dy.dtype))
             if dropped is not None:  # what was dropped has the gradient of the frozen weight alone
-                dx.put_(dropped, before)
+                dx.view(-1).scatter_(0, dropped, before)
             dx = dx.to(ctx.dtype).view(ctx.shape)
         return dx, None, None, da, db, None, None
 
 
 @contextlib.contextmanager
-def _zeroed(values: Tensor, at: Tensor | None) -> Iterator[None]:
-    """Set the numbers at some positions to zero while a product is computed, which saves a copy.
+def _zeroed(matrix: Tensor, at: Tensor | None, values: Tensor | None) -> Iterator[None]:
+    """Set the `values` at some positions to zero while a product is computed, which saves a copy.
 
     Autograd does not see the change, which is undone.
     """
-    if at is None:
+    if at is None or values is None:
         yield
         return
-    plain = values.data
-    before = plain.take(at)
-    plain.put_(at, torch.zeros_like(before))
+    plain = matrix.data.view(-1)
+    plain.scatter_(0, at, torch.zeros_like(values))
     try:
         yield
     finally:
-        plain.put_(at, before)
+        plain.scatter_(0, at, values)
 
 
 def can_fuse(layer: Any) -> bool:

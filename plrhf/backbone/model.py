@@ -29,6 +29,7 @@ from plrhf.backbone.sharding import gathered, is_sharded, whole_shape
 from plrhf.core.errors import bad_value
 from plrhf.core.row_index import Extent
 from plrhf.core.row_packing import NO_USER, RowPacking
+from plrhf.core.second_order import takes_second_derivatives
 from plrhf.core.types import PADDING, PROMPT, PreferenceBatch
 
 Trainable = Literal["lora", "frozen", "full"]
@@ -284,7 +285,7 @@ class Backbone(nn.Module):
 
     def _attends_in_blocks(self, device: torch.device) -> bool:
         """Whether packed rows are attended to by FlexAttention on a device."""
-        if not self.block_masks or device.type != "cuda":
+        if not self.block_masks or device.type != "cuda" or takes_second_derivatives():
             return False
         dtype = product_dtype(device, self.embedding_dtype)
         return block_attention.works_on(device, dtype, self.head_width)

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from plrhf.core.row_index import RowIndex
+from plrhf.core.second_order import check_differentiated_once, takes_second_derivatives
 from plrhf.core.types import CHOSEN, REJECTED
 
 Unembed = Callable[[Tensor], Tensor]
@@ -45,6 +46,7 @@ class _LogpsWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        check_differentiated_once()
         (gradient,) = ctx.saved_tensors  # [N, d]
         return (grads[0][:, None] * gradient).to(gradient.dtype), None, None
 
@@ -103,9 +105,10 @@ def token_logps(
     targets = input_ids[rows, columns]
     selected = hidden[rows, index.before]  # [N, d]
     pieces = []
+    once = constant and torch.is_grad_enabled() and not takes_second_derivatives()
     for start in range(0, len(rows), chunk_size):
         given = (selected[start : start + chunk_size], targets[start : start + chunk_size], unembed)
-        if constant and torch.is_grad_enabled() and selected.requires_grad:
+        if once and selected.requires_grad:
             pieces.append(_LogpsWithGradient.apply(*given))
         else:
             pieces.append(

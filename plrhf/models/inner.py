@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import torch
@@ -14,6 +16,7 @@ from torch.func import functional_call
 
 from plrhf.core.checks import PositiveFloat, PositiveInt, check_arguments
 from plrhf.core.errors import bad_value
+from plrhf.core.second_order import second_derivatives
 from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
 from plrhf.data.dataset import PairDataset
 from plrhf.encoders import UserEncoder
@@ -123,12 +126,26 @@ def fitted_tables(
 
     rows = {name: row.expand(n_tasks, *row.shape[1:]) for name, row in generic.items()}
     for _ in range(inner.steps):
-        gradients = [torch.func.grad(loss)(rows, one) for one in given]
+        gradients = [_gradient(partial(loss, one=one), rows) for one in given]
         rows = {
             name: row - inner.lr * sum(gradient[name] for gradient in gradients)
             for name, row in rows.items()
         }
     return tables_of(rows)
+
+
+def _gradient(loss: Callable[[Tables], Tensor], rows: Tables) -> Tables:
+    """Compute the gradient of a loss at some rows; where gradients are on, it is differentiable itself."""
+    twice = torch.is_grad_enabled()
+    at = {
+        name: row if twice and row.requires_grad else row.detach().requires_grad_()
+        for name, row in rows.items()
+    }
+    with torch.enable_grad(), second_derivatives() if twice else contextlib.nullcontext():
+        found = torch.autograd.grad(
+            loss(at), list(at.values()), create_graph=twice, materialize_grads=True
+        )
+    return dict(zip(at, found, strict=True))
 
 
 def _generic_rows(encoder: UserEncoder) -> Tables:

@@ -21,11 +21,11 @@ from tiny import (
     make_pairs,
     perturb,
 )
-from torch import Tensor
+from torch import Tensor, tensor
 from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import create_mask
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import gelu, scaled_dot_product_attention
 from transformers.masking_utils import causal_mask_function
 from transformers.models.gptj.modeling_gptj import GPTJAttention, GPTJBlock
 
@@ -33,6 +33,7 @@ from plrhf.backbone import block_attention, chunked_attention, gptj
 from plrhf.backbone.block_attention import block_mask
 from plrhf.backbone.masks import FLEX, PackedRows, visibility
 from plrhf.backbone.model import Backbone
+from plrhf.backbone.tanh_gelu import tanh_gelu
 from plrhf.core.errors import BadValue
 from plrhf.core.row_packing import RowPacking
 from plrhf.core.types import PreferenceBatch
@@ -146,6 +147,22 @@ def test_attention_is_that_of_a_mask_for_all(
         of_leaves = {name: one.grad for name, one in zip("qkv", leaves, strict=True)}
         found.append({"heads": heads.detach(), **of_leaves})
     assert_same(*found, atol=1e-5)
+
+
+def test_tanh_gelu_is_that_of_torch() -> None:
+    x = torch.cat([torch.linspace(-12, 12, 4001), tensor([0.0, -100.0, 100.0, 1e4])])
+    weight = torch.randn(len(x), generator=torch.Generator().manual_seed(0))
+    exact = x.double().requires_grad_()
+    expected = gelu(exact, approximate="tanh")
+    (expected * weight).sum().backward()
+    x.requires_grad_()
+    found = tanh_gelu(x)
+    assert "TanhGelu" in type(found.grad_fn).__name__
+    (found * weight).sum().backward()
+    torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(x.grad.double(), exact.grad, atol=2e-5, rtol=1e-5)
+    for plain in (x.detach(), x.bfloat16()):
+        torch.testing.assert_close(tanh_gelu(plain), gelu(plain, approximate="tanh"))
 
 
 def test_pieces_of_attention_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

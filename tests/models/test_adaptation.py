@@ -19,6 +19,7 @@ from torch.nn.functional import softplus
 
 import plrhf
 from plrhf.core.components import build
+from plrhf.core.second_order import second_derivatives
 from plrhf.core.types import Feedback, UserBatch
 from plrhf.data.features import FeatureSchema
 from plrhf.encoders import (
@@ -254,6 +255,32 @@ def test_margins_that_are_not_linear_in_users(kind: Any, aggregator: str, cluste
     assert losses.linear is None
 
 
+@pytest.mark.parametrize("aggregator", ["film_every_block", "soft_prompt", "late_soft_prompt"])
+@pytest.mark.parametrize("kind", [PersonalRewardModel, PersonalDPOPolicy])
+def test_the_hessian_is_the_change_of_the_gradient(kind: Any, aggregator: str) -> None:
+    model = strong_model(kind, aggregator)
+    batches = [given(model, [0, 2, 2, 0]), make_batch(make_pairs(3, seed=4), users=[2, 2, 0])]
+    losses = PairLosses(model, batches, learned_prior(model.encoder, scale=3.0), n_users=3)
+    torch.manual_seed(1)
+    t = 0.3 * torch.randn_like(losses.start())
+    found = losses.hessian(t)
+    for place in range(t.shape[1]):
+        step = torch.zeros_like(t)
+        step[:, place] = 5e-3
+        change = losses.gradient(t + step)[1] - losses.gradient(t - step)[1]
+        atol = 5e-3 * found.abs().max().item()
+        torch.testing.assert_close(found[:, place], change / 1e-2, atol=atol, rtol=0)
+
+
+def test_fast_operations_are_not_differentiated_twice() -> None:
+    model = strong_model(aggregator="soft_prompt")
+    batch = given(model, [0, 2])
+    user = torch.zeros(3, model.aggregator.user_dim, requires_grad=True)
+    loss = score_pairs(model, batch, user)[1].sum()
+    with pytest.raises(RuntimeError, match="second_derivatives"):
+        torch.autograd.grad(loss, user, create_graph=True)
+
+
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0, 1.0], [0.5, 2.0, 1.0, 0.5]])
 def test_a_weight_counts_where_new_users_are_fitted(weights: list[float]) -> None:
     model = strong_model()
@@ -338,7 +365,7 @@ def test_the_laplace_covariance_against_autograd(
         pairs = [score_pairs(model, batch, users)[1].sum() for batch in batches]
         return torch.stack(pairs).sum() + 0.5 * flat.square().sum()
 
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with second_derivatives():
         whole = hessian(of_all, t.flatten())
     expected = torch.linalg.inv(whole.double()).view(*t.shape, *t.shape)
     for user in range(3):

@@ -14,6 +14,7 @@ from torch import Tensor, tensor
 from plrhf.aggregators import NoAggregator
 from plrhf.encoders import ClusterMixtureEncoder
 from plrhf.models.inner import InnerLoop, fit_train_users, number_tasks
+from plrhf.models.policy import PersonalDPOPolicy
 from plrhf.models.reduction import Reduction
 from plrhf.models.reward import PersonalRewardModel
 
@@ -118,6 +119,33 @@ def test_inner_steps_are_those_of_one_person_after_the_other() -> None:
         found, {name: one for name, one in gradients(twin).items() if name in found}, atol=1e-5
     )
     assert {"encoder.generic_vector", "encoder.basis", "head.basis.weight"} == found.keys()
+
+
+@pytest.mark.parametrize("aggregator", ["film_every_block", "soft_prompt"])
+@pytest.mark.parametrize("kind", [PersonalRewardModel, PersonalDPOPolicy])
+def test_inner_steps_are_differentiated_through_the_trunk(kind: Any, aggregator: str) -> None:
+    inner = {"steps": 2, "lr": 0.7, "query_share": 0.5}
+    model = make_model(kind, backbone=make_backbone(), aggregator=aggregator, inner=inner)
+    length = 2e-2
+    if kind is PersonalRewardModel:
+        length = 2e-3  # of a loss that bends more
+        with torch.no_grad():
+            model.head.weight *= 10
+    batch = model.without_user(make_batch(make_pairs(), users=USERS))
+    weight = model.encoder.basis
+
+    def loss() -> Tensor:
+        return model.training_loss(batch)[0]
+
+    (gradient,) = torch.autograd.grad(loss(), weight)
+    values = []
+    with torch.no_grad():
+        step = length * gradient / gradient.norm()
+        for turn in (step, -2 * step):
+            weight += turn
+            values.append(float(loss()))
+    slope = (values[0] - values[1]) / (2 * length)
+    assert slope == pytest.approx(float(gradient.norm()), rel=2e-2)
 
 
 class Pairs:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import logsigmoid
 
 from plrhf.core.errors import bad_value
+from plrhf.core.second_order import second_derivatives
 from plrhf.core.types import GENERIC_USER, PreferenceBatch, UserBatch
 from plrhf.data.features import FeatureSchema
 from plrhf.encoders import UserEncoder
@@ -268,8 +268,7 @@ class PairLosses:
             return self.linear.derivatives(t)[1].to(t.dtype)
         t = t.detach().requires_grad_()
         found = t.new_zeros(*t.shape, t.shape[1])
-        # Fused attention has no second derivative.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with torch.enable_grad(), second_derivatives():
             for batch in self.batches:
                 loss = score_pairs(self.model, batch, self.vectors(t))[1].double().sum()
                 (gradient,) = torch.autograd.grad(loss, t, create_graph=True)
