@@ -114,14 +114,15 @@ def run(scratch: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     forget_peak()
     base = resident()["held"]
     found: list[dict[str, Any]] = []
-    began = time.perf_counter()
+    began, computed = time.perf_counter(), time.process_time()
 
     def stage(name: str) -> None:
-        nonlocal began
+        nonlocal began, computed
+        spent = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - computed}
         now = {key: value - base * (key != "mapped") for key, value in resident().items()}
-        found.append({"stage": name, "seconds": time.perf_counter() - began, **now})
+        found.append({"stage": name, **spent, **now})
         print(json.dumps(found[-1]), flush=True)
-        began = time.perf_counter()
+        began, computed = time.perf_counter(), time.process_time()
 
     data = PreferenceData(source=JsonlSource(path=str(scratch / "rows.parquet")), **SETTINGS)
     data.batch_tokens = args.batch_tokens
@@ -168,11 +169,11 @@ def main() -> None:
             [sys.executable, __file__, *own, f"--write={scratch / 'rows.parquet'}"], check=True
         )
         found = run(scratch, args)
-    table = Table("stage", "seconds", "MiB held above the model", "mapped files", "peak")
+    titles = ("seconds", "of this CPU", "MiB held above the model", "mapped files", "peak")
+    table = Table("stage", *titles)
     for one in found:
-        table.add_row(
-            one["stage"], *(f"{one[name]:,.0f}" for name in ("seconds", "held", "mapped", "peak"))
-        )
+        numbers = [one[name] for name in ("seconds", "cpu", "held", "mapped", "peak")]
+        table.add_row(one["stage"], *(f"{number:,.0f}" for number in numbers))
     Console(width=90).print(table)
     if args.out is not None:
         args.out.write_text(json.dumps({"rows": args.rows, "stages": found}, indent=2) + "\n")
