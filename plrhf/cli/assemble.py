@@ -24,6 +24,7 @@ from plrhf.cli.config import BackboneConfig, RunConfig
 from plrhf.cli.rows import build_source
 from plrhf.core.components import WITHOUT_EFFECT, parameter_types
 from plrhf.core.errors import bad_value, printable
+from plrhf.core.monitor import Monitor
 from plrhf.data.module import PreferenceData
 from plrhf.data.sources.base import Source
 from plrhf.data.text_values import repeated_texts
@@ -161,17 +162,26 @@ def check_model(config: RunConfig, data: PreferenceData) -> None:
     )
     model = build_run_model(config, data, backbone, "")
     requested_users(model.card, config.samples)
-    open_reward(model, data)
+    open_reward(model, data, config.trainer.monitor)
 
 
-def open_reward(model: PersonalModule, data: PreferenceData) -> None:
+def open_reward(model: PersonalModule, data: PreferenceData, monitor: Monitor) -> None:
     """Load the reward model of a policy that learns from one, which starts with its users.
 
     Where true preferences are known, the policy's texts will be judged by them, too.
 
+    Args:
+        monitor: metric that chooses the best checkpoint.
+
     Raises:
-        ValueError: there is none, or it was trained on other users.
+        ValueError: there is none, it was trained on other users, or the metric will not be known.
     """
+    known = isinstance(model, PersonalGRPOPolicy) and _knows_preferences(data)
+    if monitor == "val/true_preference" and not known:
+        allowed = (
+            "a metric of val pairs; it needs model=grpo and people whose true preferences are known"
+        )
+        raise bad_value("trainer.monitor", monitor, allowed, "Set trainer.monitor=val/loss")
     if not isinstance(model, PersonalGRPOPolicy):
         return
     reward = model.open_reward()
@@ -184,6 +194,12 @@ def open_reward(model: PersonalModule, data: PreferenceData) -> None:
     check_reward_room(reward, longest, model.max_new_tokens)
     model.true_score = data.source.true_score
     check_same_world("model.reward", str(model.reward), data.source)
+
+
+def _knows_preferences(data: PreferenceData) -> bool:
+    """Return whether the source knows how much the users of val pairs like any text."""
+    score = data.source.true_score
+    return all(score(row.user_id, row.chosen) is not None for row in data.splits.val)
 
 
 def check_same_world(field: str, reward: str, source: Source) -> None:

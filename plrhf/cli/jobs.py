@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from plrhf.core.components import WITHOUT_EFFECT, first_difference
 from plrhf.core.errors import BadValue, bad_value
 from plrhf.core.files import open_to_append, whole_file
+from plrhf.core.monitor import higher_is_better
 from plrhf.data.digests import content_hash
 from plrhf.evaluation.records import Record, read_record, read_settings
 
@@ -140,10 +141,7 @@ def _config_of_evaluated(run_dir: Path) -> dict[str, Any] | None:
 
 
 def best_value(run_dir: Path, monitor: str) -> float | None:
-    """Return the best value of a metric in metrics.csv: the highest accuracy, or else the lowest value.
-
-    None without any value.
-    """
+    """Return the best value of a metric in metrics.csv; None without any value."""
     values = _monitored(run_dir, monitor)
     return None if len(values) == 0 else _best(values, monitor)
 
@@ -170,7 +168,7 @@ def _monitored(run_dir: Path, monitor: str) -> list[float]:
 
 
 def _best(values: list[float], monitor: str) -> float:
-    return max(values) if "accuracy" in monitor else min(values)
+    return max(values) if higher_is_better(monitor) else min(values)
 
 
 def failure_line(folder: Path) -> str:

@@ -149,7 +149,7 @@ def train_personal(
             draw_context(data.datasets, least=least, most=most, seed=config.data.seed)
         if isinstance(model, PersonalPolicy):
             requested_rows(model, data, config.samples)
-        open_reward(model, data)
+        open_reward(model, data, config.trainer.monitor)
         make_private(config, model, data)
         probes = probe(data.splits)
         print_lines(data.tokenizing_notes())

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from plrhf.core.monitor import higher_is_better
 from plrhf.core.types import GENERIC_USER
 from plrhf.data.dataset import PairDataset
 from plrhf.data.module import PreferenceData
@@ -143,7 +144,7 @@ def tune(
     for group, models, of_group in zip(groups, built, found, strict=True):
         vmapped = vmapped and all(result.vmapped for result in of_group)
         for trial, result, model in zip(group, of_group, models, strict=True):
-            score = -result.score if "accuracy" in training.monitor else result.score
+            score = -result.score if higher_is_better(training.monitor) else result.score
             if best is None or score < best[0]:
                 best = (score, len(trials), model)
             trials.append(trial)

@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from plrhf.core.monitor import higher_is_better
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.module import PreferenceData
 from plrhf.models.parts import count_pairs
@@ -96,7 +97,7 @@ class BestWeights:
 
     def __init__(self, stack: Stack, training: Training) -> None:
         self.patience = training.patience
-        self.sign = -1.0 if "accuracy" in training.monitor else 1.0  # the lower, the better
+        self.sign = -1.0 if higher_is_better(training.monitor) else 1.0  # the lower, the better
         n_trials = len(stack)
         self.trials = torch.arange(n_trials)
         self.racing = torch.ones(n_trials, dtype=torch.bool)

@@ -23,13 +23,13 @@ from torch.utils.data import DataLoader
 
 from plrhf.core.checks import PositiveFloat, PositiveInt, check_arguments
 from plrhf.core.errors import bad_value
+from plrhf.core.monitor import Monitor, higher_is_better
 from plrhf.data.module import PreferenceData
 from plrhf.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, ResumeState, load_best
 from plrhf.training.loggers import StepMetrics
 from plrhf.training.progress import RunProgressBar, TrainingLines
 from plrhf.training.zero import Stage3, Zero3, stage3
 
-Monitor = Literal["val/loss", "val/accuracy_micro", "val/accuracy_macro", "val/nll"]
 MaxSteps = Literal[-1] | PositiveInt
 
 
@@ -62,7 +62,7 @@ def build_trainer(
         run_dir: checkpoints go to its ``checkpoints/``.
         loggers: from `build_loggers`.
         has_val: whether there are val pairs; without them the final weights are the best.
-        monitor: a logged val metric; lower is better unless it is an accuracy.
+        monitor: a logged val metric, see `higher_is_better`.
         patience: validations without progress before training stops; None: never stop early.
         checkpoint_every_n_steps: also write last.ckpt every so many steps.
         val_every_n_steps: validate every so many steps; None: once an epoch.
@@ -192,7 +192,7 @@ def _callbacks(
     """Return the callbacks in the order in which they must run."""
     callbacks: list[Callback] = [ResumeState(), StepMetrics(log_every_n_steps)]
     if monitor is not None:
-        mode = "max" if "accuracy" in monitor else "min"
+        mode = "max" if higher_is_better(monitor) else "min"
         if patience is not None:
             callbacks.append(
                 EarlyStopping(

@@ -146,6 +146,10 @@ TRAIN: dict[str, tuple[list[str], str]] = {
         ["model=sft", "trainer.monitor=val/nll"],
         "trainer.monitor='val/nll' is not allowed: expected val/loss, as model=sft has no accuracy. *",
     ),
+    "metric that is not known": (
+        ["trainer.monitor=val/true_preference"],
+        "trainer.monitor='val/true_preference' is not allowed: expected *needs model=grpo *",
+    ),
     "patience without val": (
         ["data.val_pairs_per_user=0", "trainer.patience=3"],
         "trainer.patience=3 is not allowed: expected null without val pairs. *",

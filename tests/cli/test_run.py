@@ -356,6 +356,7 @@ def test_a_policy_learns_from_a_reward_model(
     own = ["model=grpo", f"model.reward={reward_run}", "model.group_size=2", "data.batch_size=4"]
     own += ["model.max_new_tokens=4", "trainer.max_steps=2", "trainer.max_epochs=null"]
     own += ["trainer.val_every_n_steps=2", f"cache_dir={cache_dir}"]
+    own += ["trainer.monitor=val/true_preference", "trainer.patience=1"]
     run_dir = tmp_path / "run"
     launch("train", *TINY, *own, f"run_dir={run_dir}")
     check_run(run_dir, generations=True)
