@@ -29,6 +29,9 @@ BLOCK_BYTES = 2**12
 
 DIGEST_BYTES = 8
 
+SUFFIX = ".arrays"
+"""Of the names of files. Files with another one are of other versions of this package, and left alone."""
+
 
 class DamagedFile(BadValue):
     """A file of a cache is damaged, and has been removed, so that it is not found again."""
@@ -101,7 +104,7 @@ def cache_file(folder: Path, stem: str) -> Iterator[ArrayWriter]:
             writer = ArrayWriter(file)
             yield writer
             digest = writer.end()
-        os.replace(part, folder / f"{stem}-{digest}.arrays")
+        os.replace(part, folder / f"{stem}-{digest}{SUFFIX}")
 
 
 class CachedArray:
@@ -196,7 +199,7 @@ def made_anew() -> Iterator[None]:
 def cached(folder: Path, stem: str, read: Callable[[CachedArrays], Read]) -> list[Read]:
     """Read the files that `cache_file` wrote with this stem, without damaged ones, which are removed."""
     found = []
-    for path in sorted(folder.glob(f"{stem}-*")):
+    for path in sorted(folder.glob(f"{stem}-*{SUFFIX}")):
         # Another process may remove it.
         with contextlib.suppress(OSError), made_anew():
             found.append(read(CachedArrays(path)))

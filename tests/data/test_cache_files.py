@@ -181,6 +181,14 @@ def test_a_file_of_another_size_is_not_opened(
     assert not is_whole(path) and not path.exists()
 
 
+def test_files_of_other_versions_are_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / f"one-{0:032}.arrow"
+    other.write_bytes(b"of another form")
+    assert cached(tmp_path, "one", lambda one: one) == [] and other.exists()
+    write(tmp_path)
+    assert len(cached(tmp_path, "one", lambda one: one)) == 1 and other.exists()
+
+
 @pytest.mark.parametrize("write", [by_python, by_arrow, by_words])
 def test_a_full_disk_is_one_clear_line(write: Callable[[Path], None], tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught, cache_file(tmp_path, "one") as file:
