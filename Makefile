@@ -37,8 +37,9 @@ test: $(ENV)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
 
 # What takes longest: compilers, notebooks, the site, TRL beside us, several processes, other launchers.
+# They often wait, so that three at a time keep two cores busy.
 test-long: $(ENV)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m long $$(grep -rl "mark\.long" --include="test_*.py" tests)
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m long $$(grep -rl "mark\.long" --include="test_*.py" tests)
 
 # What every commit must pass: style, types, the tests that are not slow.
 check: lint
