@@ -33,10 +33,8 @@ $(DEMO)/policy/results.json: | $(ENV)
 demo: $(DEMO)/reward/results.json $(DEMO)/policy/results.json
 	$(BIN)/python -m plrhf.serving run=$(DEMO)/policy reward=$(DEMO)/reward database=sqlite:///$(DEMO)/people.db port=$(PORT)
 
-WORKERS ?= 2
-TESTS ?= not long
 test: $(ENV)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "$(TESTS)"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long"
 
 # What takes longest: compilers, notebooks, the site, TRL beside us, several processes, other launchers.
 # They often wait, so that three at a time keep two cores busy.

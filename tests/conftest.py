@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-import os
 from collections.abc import Iterator
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +14,18 @@ import pytest
 # before it starts them, and needs none.
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """Mark tests, and order those that are selected for several workers.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put half of the slow tests first and half in the middle, where the second of two workers begins.
 
-    With `--dist worksteal` each worker begins with an equal part of the tests, one after the other. Slow
-    tests stand first in each part, so that what is left to share at the end is fast. Long tests, which
-    often wait, stand in the first part alone.
+    With `--dist worksteal` each begins with slow tests, and what is left to share at the end is fast.
     """
     mark_all_but_a_sample(items)
     mark_users_of_runs(items)
-    yield
-    kinds: dict[str, list[pytest.Item]] = {"long": [], "slow": [], "fast": []}
-    for item in items:
-        marks = (one for one in ("long", "slow") if item.get_closest_marker(one))
-        kinds[next(marks, "fast")].append(item)
-    n_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    parts = [kinds["slow"][place::n_workers] for place in range(n_workers)]
-    if n_workers > 1 and len(kinds["long"]) > 0:
-        others = n_workers - 1
-        parts = [kinds["long"], *(kinds["slow"][place::others] for place in range(others))]
-    fast = iter(kinds["fast"])
-    for part in parts:
-        part += islice(fast, max(0, -(-len(items) // n_workers) - len(part)))
-    items[:] = [*chain(*parts), *fast]
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    fast = [item for item in items if not item.get_closest_marker("slow")]
+    first, second = slow[::2], slow[1::2]
+    n_fast = max(0, len(items) // 2 - len(first))
+    items[:] = [*first, *fast[:n_fast], *second, *fast[n_fast:]]
 
 
 def mark_all_but_a_sample(items: list[pytest.Item], size: int = 6) -> None:
