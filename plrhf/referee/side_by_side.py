@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from plrhf.core.checks import check_arguments
 from plrhf.core.monitor import higher_is_better
 from plrhf.core.types import PreferenceBatch
 from plrhf.data.module import PreferenceData
@@ -26,6 +27,7 @@ from plrhf.referee.stack import Stack, load_weights, validate
 from plrhf.referee.stacked_optim import clip, stacked_optimizer, weigh_priors
 
 
+@check_arguments("trainer")
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """How long trials are trained, and what chooses their best weights; see `training.build_trainer`.

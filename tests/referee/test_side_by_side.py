@@ -16,6 +16,7 @@ from runs import WORLD, world, world_tokenizer
 from torch import Tensor
 
 from plrhf.aggregators import FiLM
+from plrhf.core.errors import BadValue
 from plrhf.core.types import UserBatch
 from plrhf.data.module import PreferenceData
 from plrhf.encoders import LookupEncoder
@@ -216,3 +217,9 @@ def test_only_what_is_learned_is_stacked(data: PreferenceData) -> None:
     assert "encoder.basis" in stack.learned and "head.weight" not in stack.learned
     assert stack.weights["head.weight"].shape[0] == 2
     assert not any(name.startswith(("backbone.", "val_")) for name in stack.weights)
+
+
+@pytest.mark.parametrize("monitor", ["val/nll", "val/true_preference"])
+def test_a_metric_that_trials_do_not_have_is_refused(monitor: str) -> None:
+    with pytest.raises(BadValue, match="expected val/loss or val/accuracy_micro"):
+        Training(max_steps=5, monitor=monitor)  # type: ignore[arg-type]
